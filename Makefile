@@ -1,0 +1,74 @@
+# `make demo` and `make test` need only make and Python 3.11 or newer; everything else goes into .venv.
+#
+# torch is most of the download. Its plain Linux package brings the CUDA libraries along, several gigabytes, also on
+# a machine without a GPU; to avoid that, point pip at PyTorch's CPU packages first, as PyTorch's own guide says.
+
+VENV := .venv
+BIN  := $(VENV)/bin
+JOBS ?= 2
+ARGS ?=
+
+# Python to make .venv with, as in `make test PYTHON=python3.13`. Empty: the first below that is new enough.
+PYTHON ?=
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
+SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+
+# One thread per worker: two workers with two threads each on two cores spend their time waiting for each other.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+unexport PYTHONPATH PYTHONHOME
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format clean distclean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed ## install, then train and compare small models on this machine
+	$(BIN)/lrt demo $(ARGS)
+
+test: $(VENV)/.installed-dev ## every test that is not slow; ARGS goes to pytest
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# pytest exits 5 when it finds no test to run; there being no slow test is not a failure.
+test-slow: $(VENV)/.installed-dev ## the slow tests
+	@$(PYTEST) -m slow $(ARGS) || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
+
+lint: $(VENV)/.installed-dev ## style, types and import order
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.installed-dev ## rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and built packages; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	find lrt tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv too
+	rm -rf $(VENV)
+
+# The stamps are written last, so an installation that was interrupted is done again, as it is after a change of
+# what it read.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --editable . --constraint constraints.txt
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[dev]' --constraint constraints.txt
+	@touch $(VENV)/.installed $@
+
+$(BIN)/python:
+	@for python in $(CANDIDATES); do \
+	  if "$$python" -c '$(SUITABLE)' >/dev/null 2>&1; then \
+	    echo "making $(VENV) with $$("$$python" -c 'import sys; print("Python", sys.version.split()[0])')"; \
+	    "$$python" -m venv $(VENV) && exit 0; \
+	    rm -rf $(VENV); exit 1; \
+	  fi; \
+	done; \
+	echo "lrt needs Python 3.11 or newer with its venv module; tried: $(CANDIDATES)." >&2; \
+	echo "Install it (on Debian and Ubuntu also the package python3-venv), or name one: make PYTHON=/path/to/python" >&2; \
+	exit 1

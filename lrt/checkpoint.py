@@ -1,0 +1,163 @@
+"""Checkpoints: a folder that alone rebuilds a model and its tokenizer. Nothing is unpickled.
+
+    model.safetensors   weights
+    config.json         model configuration, what trained it, and the tokenizer's hash
+    tokenizer.json      the tokenizer
+    manifest.json       size and SHA-256 of the three
+
+A save is written beside its target, flushed to the disk, and renamed: whatever fails, one whole checkpoint remains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from lrt.config import ModelConfig
+from lrt.data.tokenizer import Tokenizer
+from lrt.model.transformer import LatentRecurrentTransformer
+
+FORMAT = 1
+FILES = ("model.safetensors", "config.json", "tokenizer.json")
+
+
+def save(
+    path: str | Path, model: LatentRecurrentTransformer, tokenizer: Tokenizer, about: dict[str, Any] | None = None
+) -> None:
+    """Write a checkpoint folder, replacing an older one only once the new one is whole.
+
+    `about` is JSON data that says how the model came to be (schedule, steps, scores). Raises OSError where the disk
+    does not take it; the older checkpoint is then untouched.
+    """
+    path = Path(path)
+    if path.exists() and not (path / "manifest.json").exists() and any(path.iterdir()):
+        raise ValueError(f"{path} holds something that is no checkpoint; choose another folder")
+    fresh = path.with_name(f".{path.name}.saving-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir(parents=True)
+        _write(fresh, model, tokenizer, about or {})
+        _swap(fresh, path)
+    except BaseException as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, safetensors.SafetensorError):
+            raise OSError(f"cannot save to {path}: {error}; the previous checkpoint, if any, is untouched") from error
+        raise
+
+
+def _write(folder: Path, model: LatentRecurrentTransformer, tokenizer: Tokenizer, about: dict[str, Any]) -> None:
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+    config = {
+        "format": FORMAT,
+        "model": model.config.to_dict(),
+        "tokenizer_sha256": tokenizer.sha256,
+        "torch": str(torch.__version__),
+        "about": about,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save(folder / "tokenizer.json")
+    manifest = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in FILES}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    for file in [*folder.iterdir(), folder]:
+        _flush(file)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _swap(fresh: Path, path: Path) -> None:
+    """Put `fresh` in the place of `path`. Between the two renames the old one is at `_previous`, where `load` looks."""
+    previous = _previous(path)
+    if path.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        path.rename(previous)
+    fresh.rename(path)
+    _flush(path.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(f".{path.name}.previous")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRecurrentTransformer, Tokenizer]:
+    """The model, in evaluation mode, and the tokenizer of a checkpoint folder.
+
+    Raises ValueError, naming the file, where one is missing, truncated, changed, or belongs to another checkpoint.
+    """
+    folder = verified(Path(path))
+    config = _json(folder / "config.json")
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{folder / 'config.json'}: format {config.get('format')!r}; this version reads {FORMAT}")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.sha256 != config["tokenizer_sha256"]:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} does not belong to this checkpoint; restore the one saved with it"
+        )
+    model = LatentRecurrentTransformer(ModelConfig.from_dict(config["model"]))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+        )
+    try:
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        model.load_state_dict(weights)
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'} does not hold this model's weights: {error}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def about(path: str | Path) -> dict[str, Any]:
+    """How the checkpoint came to be: what `save` was given."""
+    return _json(verified(Path(path)) / "config.json")["about"]
+
+
+def verified(path: Path) -> Path:
+    """The checkpoint's folder, after its files were held against the manifest."""
+    if not path.exists() and _previous(path).exists():
+        _previous(path).rename(path)  # a save was cut off between its two renames: the old checkpoint is whole
+    if not (path / "manifest.json").is_file():
+        raise ValueError(f"{path} is not a checkpoint: it has no manifest.json; give the folder that `lrt train` wrote")
+    manifest = _json(path / "manifest.json")
+    for name in FILES:
+        file, entry = path / name, manifest.get(name)
+        if not file.is_file() or not isinstance(entry, dict):
+            raise ValueError(f"{file} is missing; restore the checkpoint from a copy")
+        size = file.stat().st_size
+        if size != entry.get("bytes"):
+            raise ValueError(
+                f"{file} has {size} bytes instead of {entry.get('bytes')}: truncated; restore it from a copy"
+            )
+        if sha256(file) != entry.get("sha256"):
+            raise ValueError(f"{file} was changed after it was saved (its SHA-256 differs); restore it from a copy")
+    return path
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return data

@@ -1,0 +1,198 @@
+"""The command line: `lrt prepare`, `train`, `evaluate`, `sample`, `demo`. Each verb is a dataclass that runs itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import tyro
+from rich.console import Console
+
+from lrt import checkpoint, recipes, schedules
+from lrt.config import require
+from lrt.data.loader import windows
+from lrt.data.prepare import Prepared, prepare
+from lrt.demo import demo, stream
+from lrt.evaluate import evaluate
+from lrt.generate import Sampling
+from lrt.trainer import RunConfig, train
+
+Paths = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE…")]
+if TYPE_CHECKING:
+    Recipe = RunConfig
+else:  # one subcommand per recipe, whose fields the command line overrides
+    Recipe = tyro.extras.subcommand_type_from_defaults(
+        {name: make() for name, make in recipes.RECIPES.items()}, prefix_names=False
+    )
+
+
+def chosen_device(name: str) -> str:
+    """`auto` is CUDA, then Apple's MPS, then the CPU; anything else is torch's own spelling, checked."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}; try --device auto or cpu") from error
+    return name
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """A checkpoint, or the one inside a run's folder."""
+    return path / "checkpoint" if (path / "checkpoint").is_dir() else path
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turn text into tokens: three splits by file, and a byte-level BPE trained on the first."""
+
+    out: tyro.conf.Positional[Path]
+    """Folder to write."""
+    text: Paths = ()
+    """UTF-8 text files. None: the source of this Python's own standard library."""
+    vocab_size: int = 2048
+    """Size of the vocabulary to train."""
+    tokenizer: Path | None = None
+    """A tokenizer.json to use instead of training one."""
+
+    def run(self) -> None:
+        data = prepare(self.out, list(self.text) or None, self.vocab_size, self.tokenizer)
+        print(f"{self.out}: vocabulary {data.vocab_size}")
+        for name, split in data.manifest["splits"].items():
+            print(f"  {name:5} {split['files']:6,} files {split['tokens']:12,} tokens {split['bytes']:12,} bytes")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a recipe, with whatever fields are overridden: `lrt train d4 --optim.matrix-lr 0.01`."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    """What to train."""
+    data: Path | None = None
+    """A folder that `lrt prepare` wrote. None: the standard library, prepared in runs/data/stdlib."""
+    out: Path = Path("runs/train")
+    """Folder for metrics.jsonl and the checkpoint."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def run(self) -> None:
+        device = chosen_device(self.device)
+        data = prepare(Path("runs/data/stdlib")) if self.data is None else Prepared.open(self.data)
+        # The vocabulary is a fact of the data, not a choice of the run.
+        model = dataclasses.replace(self.recipe.model, vocab_size=data.vocab_size)
+        _, done = train(dataclasses.replace(self.recipe, model=model), data, self.out, device)
+        print(f"{self.out / 'checkpoint'}: {done.tokens:,} tokens in {done.seconds:.0f} s, loss {done.loss:.4f}")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Bits per byte of a checkpoint: under its schedule, live, the gap, and live with its memory replaced."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint folder, or a run's."""
+    data: Path = Path("runs/data/stdlib")
+    """A folder that `lrt prepare` wrote with the checkpoint's tokenizer."""
+    split: str = "val"
+    """train, val or test. Choose on val; report test, once."""
+    schedule: str | None = None
+    """Schedule of the parallel score. None: the one trained with."""
+    at_least: int | None = 50_000
+    """Score windows until this many tokens; None scores the whole split."""
+    batch_size: int = 64
+    """Windows scored at once; no score depends on it."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def run(self) -> None:
+        folder = checkpoint_folder(self.checkpoint)
+        model, tokenizer = checkpoint.load(folder, chosen_device(self.device))
+        data = Prepared.open(self.data)
+        require(
+            data.tokenizer.sha256 == tokenizer.sha256,
+            f"{self.data} was prepared with another tokenizer than {folder}'s; "
+            f"prepare it with --tokenizer {folder / 'tokenizer.json'}",
+        )
+        spelled = self.schedule or checkpoint.about(folder).get("schedule", "plain()")
+        found = windows(data.split(self.split), model.config.context, self.at_least)
+        metrics = evaluate(
+            model, found, tokenizer.token_bytes(), schedules.parse(spelled), batch_size=self.batch_size
+        ).to_dict()
+        if self.json:
+            print(json.dumps(metrics))
+            return
+        for name, value in metrics.items():
+            if value is not None:
+                print(f"{name:26} {value:.4f}" if isinstance(value, float) else f"{name:26} {value}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Continue a prompt, token by token, with true recurrence."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint folder, or a run's."""
+    prompt: str = ""
+    """What to continue; empty starts a document."""
+    max_new_tokens: int | None = None
+    """How many tokens; None goes on to the end of the context (without end where every layer slides)."""
+    temperature: float = 0.8
+    """0 takes the most likely token."""
+    top_k: int | None = None
+    """Draw among the k most likely tokens."""
+    top_p: float | None = 0.95
+    """Draw among the fewest tokens whose probability reaches p."""
+    seed: int = 0
+    """Equal seeds give equal text."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def run(self) -> None:
+        model, tokenizer = checkpoint.load(checkpoint_folder(self.checkpoint), chosen_device(self.device))
+        sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        stream(model, tokenizer, self.prompt, self.max_new_tokens, sampling, self.seed)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train a transformer, token shift and an LRT alike, score them live, and write a report."""
+
+    text: Paths = ()
+    """Your own UTF-8 text files. None: the source of this Python's own standard library."""
+    out: Path = Path("runs/demo")
+    """Folder for checkpoints, report.html and summary.json."""
+    tokens: int | None = None
+    """Training tokens per model. None: 1.6 million, or 8 times through a short text."""
+    seed: int = 0
+    """Seed of weights, data order and sample."""
+    prompt: str | None = None
+    """What the sample continues. None: the first line of a held-out document."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def run(self) -> None:
+        demo(self.out, list(self.text) or None, self.tokens, self.seed, chosen_device(self.device), self.prompt)
+
+
+Verb = Prepare | Train | Evaluate | Sample | Demo
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. A user's mistake ends with one line on standard error and status 2."""
+    try:
+        tyro.cli(Verb, prog="lrt", description=__doc__, args=arguments).run()
+    except (ValueError, OSError, FloatingPointError) as error:
+        Console(stderr=True, highlight=False).print(f"lrt: {error}", style="red", soft_wrap=True, markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("lrt: interrupted; what was finished is kept", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Text to training rows: the tokenizer, prepared folders, and the loaders that read them."""

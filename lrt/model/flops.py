@@ -1,0 +1,51 @@
+"""Floating-point operations, counted from the configuration: a multiply-add is two, the backward twice the forward.
+
+Counted are the matrix products of every pass (spec, trap 4: published counts leave the extra passes out), attention
+over the keys that are visible on average, and the head where a pass has a loss. Lookups and elementwise work are not.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from lrt.config import ModelConfig
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules import Schedule
+
+
+@functools.lru_cache(maxsize=256)
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """(all parameters, those outside token-indexed tables and the head), without allocating them."""
+    with torch.device("meta"):
+        model = LatentRecurrentTransformer(config)
+    shapes = {name: p.numel() for name, p in model.named_parameters()}
+    tables = sum(
+        n for name, n in shapes.items() if ("embedding." in name and "gate" not in name) or name == "head.weight"
+    )
+    return sum(shapes.values()), sum(shapes.values()) - tables
+
+
+def visible_keys(length: int, window: int | None) -> float:
+    """Keys a query sees on average over a sequence of `length` positions."""
+    if window is None or window >= length:
+        return (length + 1) / 2
+    return window - window * (window - 1) / (2 * length)
+
+
+def forward_flops(config: ModelConfig, length: int) -> tuple[float, float]:
+    """FLOPs per token of one forward over `length` positions: (layer stack with memory, head)."""
+    _, dense = count_parameters(config)
+    attention = sum(4 * config.heads * config.head_dim * visible_keys(length, w) for w in config.windows())
+    return 2 * dense + attention, 2 * config.width * config.vocab_size
+
+
+def training_flops(config: ModelConfig, schedule: Schedule, length: int) -> float:
+    """FLOPs per token of forward and backward under `schedule`, all passes counted; head only where there is a loss."""
+    stack, head = forward_flops(config, length)
+    total = 0.0
+    for p in schedule.passes(length):
+        share = len(p.positions) / length
+        total += share * ((3 if p.grad else 1) * stack + (3 * head if p.loss_weight else 0))
+    return total

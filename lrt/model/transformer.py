@@ -1,0 +1,207 @@
+"""The Latent Recurrent Transformer: one forward for training passes, prefill and decoding.
+
+Shapes: B batch, T positions of this call, S slots, D width, V vocabulary.
+
+Only two lines know about recurrence: the memory that the positions read before the layer stack, and the source
+layers that they write after it. Source: LRT, arXiv 2605.26797, section 3; the base model is in nanochat's style.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lrt.config import ModelConfig
+from lrt.model import state as states
+from lrt.model.attention import Attention, Cache, ValueEmbedding
+from lrt.model.injection import INJECTIONS, NoMemory, NoProjection, Projected, Projection, Recall
+from lrt.model.layers import MLP, rms, rotary
+from lrt.model.state import Positions, Slots, State, Visibility, Writer, as_positions
+
+
+class Block(nn.Module):
+    """Injection, attention and MLP of one layer, with all of its parameters."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        injected = layer in config.memory.injected(config.depth)
+        self.alpha = nn.Parameter(torch.empty(()))
+        self.beta = nn.Parameter(torch.empty(()))
+        self.injection = (INJECTIONS[config.memory.injection] if injected else NoMemory)(config)
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config.width, config.mlp_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        tokens: Tensor,
+        memory: Tensor,
+        projected: Projected,
+        angles: tuple[Tensor, Tensor],
+        visible: Visibility,
+        cache: Cache,
+        slots: Slots,
+        write: Writer,
+    ) -> tuple[Tensor, Cache]:
+        """x, x0 (B, T, D), memory (C, B, T, D) -> the residual stream after the block, and its cache."""
+        x = self.injection.residual(self.alpha * x + self.beta * x0, memory)
+        y, cache = self.attention(rms(x), tokens, self.injection, projected, angles, visible, cache, slots, write)
+        x = x + y
+        return x + self.mlp(rms(x)), cache
+
+
+class LatentRecurrentTransformer(nn.Module):
+    """A decoder-only transformer whose tokens read a high-layer state of the token before them.
+
+    With `MemoryConfig(injection="none")` it is a plain Transformer.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.recall: nn.Module = Recall(config)
+        self.projection = Projection(config) if INJECTIONS[config.memory.injection].projects else NoProjection()
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(1, config.depth + 1))
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Initial values (nanochat's): unit embeddings, uniform inputs, zero outputs; gates at 1."""
+        bound = math.sqrt(3 / self.config.width)  # uniform with standard deviation 1/sqrt(D)
+        nn.init.normal_(self.embedding.weight)
+        nn.init.normal_(self.head.weight, std=0.001)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            nn.init.constant_(block.alpha, 1.0)
+            nn.init.constant_(block.beta, self.config.skip_init)
+            block.injection.reset()
+            attention = block.attention
+            for linear in (attention.query, attention.key, attention.value, block.mlp.up):
+                nn.init.uniform_(linear.weight, -bound, bound)
+            for linear in (attention.out, block.mlp.down):
+                nn.init.zeros_(linear.weight)
+            if isinstance(attention.value_embedding, ValueEmbedding):
+                nn.init.uniform_(attention.value_embedding.table.weight, -bound, bound)
+                nn.init.zeros_(attention.value_embedding.gate.weight)
+        if isinstance(self.projection, Projection):
+            nn.init.uniform_(self.projection.weight, -bound, bound)
+
+    def empty_state(
+        self, batch: int, slots: int, documents: Tensor | None = None, tokens: Tensor | None = None
+    ) -> State:
+        """A State of `slots` slots in which nothing is written.
+
+        documents (batch, slots) int: the packed document of each slot. tokens (batch, slots) int: those known ahead,
+        so that source 0 is exact whatever order the positions are computed in; calls write their own.
+        Raises ValueError where `slots` exceeds the context (no limit where every layer slides).
+        """
+        config = self.config
+        if slots > config.context and not config.unbounded:
+            raise ValueError(
+                f"{slots} positions exceed the context of {config.context}; shorten the input, or use a model in "
+                "which every layer has a sliding window (window_pattern='S')"
+            )
+        for name, value in (("documents", documents), ("tokens", tokens)):
+            if value is not None and value.shape != (batch, slots):
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}; it must be (batch, slots) = ({batch}, {slots})"
+                )
+        weight = self.embedding.weight
+        return states.empty_state(
+            config.depth,
+            (config.groups, config.head_dim),
+            (len(config.memory.remembered(config.depth)), config.width),
+            batch,
+            slots,
+            documents,
+            tokens,
+            config.unbounded,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+    def forward(self, tokens: Tensor, positions: Positions, state: State) -> tuple[Tensor, State]:
+        """Compute these positions from what the state holds, and replace what it holds of them.
+
+        tokens (B, T) int; positions: a range, or ints (T,) or (B, T). Returns the final hidden state (B, T, D) of
+        these positions, after the last RMSNorm, and the new State.
+        """
+        positions = as_positions(positions)
+        self._check(tokens, positions, state)
+        state = state.write_tokens(positions, tokens)
+        memory = self.recall(state, positions, self.embedding)
+        state = state.hold(positions)
+
+        config, remembered = self.config, self.config.memory.remembered(self.config.depth)
+        projected = self.projection(memory)
+        x0 = x = rms(self.embedding(tokens))
+        angles = rotary(positions, config.head_dim, config.rope_base, x)
+        windows = config.windows()
+        visible = {window: state.visible(positions, window) for window in set(windows)}
+        slots = state.where(positions)
+        injected = config.memory.injected(config.depth)
+        outputs: dict[int, Tensor] = {}
+        caches: list[Cache] = []
+        for layer, block in enumerate(self.blocks, start=1):
+            index = injected.index(layer) if layer in injected and len(projected) > 1 else 0
+            cache = state.keys[layer - 1], state.values[layer - 1]
+            x, cache = block(
+                x, x0, tokens, memory, projected[index], angles, visible[windows[layer - 1]], cache, slots, state.write
+            )
+            caches.append(cache)
+            if layer in remembered or layer == config.depth:
+                outputs[layer] = rms(x)
+
+        state = state.write_cache(tuple(k for k, _ in caches), tuple(v for _, v in caches))
+        if remembered:
+            state = state.write_memory(positions, torch.stack([outputs[s] for s in remembered], dim=2))
+        return outputs[config.depth], state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (…, V) of hidden states (…, D), soft-capped."""
+        cap = self.config.softcap
+        return cap * torch.tanh(self.head(hidden) / cap)
+
+    def with_recall(self, recall: nn.Module) -> LatentRecurrentTransformer:
+        """This model, all parameters shared, reading its memory through `recall` (for ablations at test time)."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "recall": recall}
+        return other
+
+    def _check(self, tokens: Tensor, positions: Positions, state: State) -> None:
+        """Wrong sizes are the caller's mistake and named; what only the device knows is left to it."""
+        batch, length = tokens.shape
+        count = len(positions) if isinstance(positions, range) else positions.shape[-1]
+        if count != length or batch != state.batch or count == 0:
+            raise ValueError(
+                f"tokens are {tuple(tokens.shape)}, positions {count}, the state has {state.batch} rows; "
+                "give one token per position (at least one) and row"
+            )
+        config = self.config
+        expected = (config.groups, config.head_dim, len(config.memory.remembered(config.depth)), config.width)
+        if len(state.keys) != config.depth or (*state.keys[0].shape[1::2], *state.memory.shape[2:]) != expected:
+            raise ValueError("this state was made by another model; make one with model.empty_state(batch, slots)")
+        if isinstance(positions, range) or positions.device.type == "cpu":
+            last = positions[-1] if isinstance(positions, range) else int(positions.max())
+            self._check_room(last, length, state)
+
+    def _check_room(self, last: int, length: int, state: State) -> None:
+        if last < state.slots:
+            return
+        if not state.reusable:
+            raise ValueError(
+                f"position {last} exceeds the {state.slots} slots of this state (context {self.config.context}); "
+                "make a longer state, shorten the input, or use a model in which every layer slides"
+            )
+        reach = self.config.reach
+        if length + reach > state.slots:
+            raise ValueError(
+                f"{length} positions at once need {length + reach} slots (window and delay included), the state has "
+                f"{state.slots}; pass fewer at once or make a longer state"
+            )
