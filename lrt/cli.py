@@ -16,7 +16,8 @@ from rich.console import Console
 from lrt import checkpoint, recipes, schedules
 from lrt.config import require
 from lrt.data.loader import windows
-from lrt.data.prepare import Prepared, prepare
+from lrt.data.prepare import prepare
+from lrt.data.prepared import Prepared
 from lrt.demo import demo, stream
 from lrt.evaluate import evaluate
 from lrt.generate import Sampling

@@ -16,7 +16,8 @@ from rich.console import Console
 from lrt import recipes, report, schedules
 from lrt.checkpoint import load
 from lrt.data.loader import Rows, windows
-from lrt.data.prepare import Prepared, prepare
+from lrt.data.prepare import prepare
+from lrt.data.prepared import Prepared
 from lrt.data.tokenizer import Tokenizer
 from lrt.evaluate import evaluate
 from lrt.generate import Sampling, generate

@@ -17,8 +17,11 @@ class Advance(Protocol):
 
 
 @contextmanager
-def bar(title: str, total: float, show: bool = True) -> Iterator[Advance]:
-    """A transient bar on standard error while the block runs; nothing where that is no terminal, or not `show`."""
+def bar(title: str, total: float | None, show: bool = True) -> Iterator[Advance]:
+    """A transient bar on standard error while the block runs; nothing where that is no terminal, or not `show`.
+
+    A `total` of None: work whose end is not known.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

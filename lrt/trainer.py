@@ -16,7 +16,7 @@ import torch
 from lrt import checkpoint, schedules
 from lrt.config import ModelConfig, require
 from lrt.data.loader import Position, Rows
-from lrt.data.prepare import Prepared
+from lrt.data.prepared import Prepared
 from lrt.loss import StepLoss
 from lrt.model.flops import training_flops
 from lrt.model.transformer import LatentRecurrentTransformer

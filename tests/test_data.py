@@ -14,7 +14,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from lrt.data import prepare as preparing
 from lrt.data.loader import Position, Rows, pack, windows
-from lrt.data.prepare import Documents, Prepared, assign, cut_text, prepare, read_text, stdlib_files
+from lrt.data.prepare import assign, cut_text, prepare, read_text, stdlib_files
+from lrt.data.prepared import Documents, Prepared
 from lrt.data.tokenizer import BOS, Tokenizer
 
 SAMPLES = (

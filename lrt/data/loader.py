@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lrt.config import IGNORED, require
-from lrt.data.prepare import Documents
+from lrt.data.prepared import Documents
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,16 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from lrt.config import require
+from lrt.data.prepared import FORMAT, SPLITS, Prepared, read_manifest
 from lrt.data.tokenizer import Tokenizer
+from lrt.progress import Advance, bar
 
-FORMAT = 1
-"""Version of the folder's layout; another one is prepared anew."""
-SPLITS = ("train", "val", "test")
 TRAIN, VAL = 0.9, 0.95
 """Where validation and test begin, in a file or in the range of the names' hashes."""
 SPLIT_BY_FILE = 10
@@ -54,78 +50,6 @@ class Source(NamedTuple):
     name: str
     """Relative to the folder common to all sources, with forward slashes."""
     text: str
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Token ids of the documents of one split. `documents[i]` is document i, `for` runs over all."""
-
-    tokens: np.ndarray
-    """(n,) uint16, uint32 or any integers: all documents, one after another, without BOS."""
-    offsets: np.ndarray
-    """(D + 1,) int64: document i is tokens[offsets[i]:offsets[i + 1]]; no document is empty."""
-    bos: int
-    """Id of the token that opens a document."""
-    bytes: int = 0
-    """UTF-8 size of all documents together; 0 where it is not known."""
-
-    def __post_init__(self) -> None:
-        ends = self.offsets
-        require(
-            len(ends) >= 2 and ends[0] == 0 and ends[-1] == len(self.tokens) and bool((np.diff(ends) > 0).all()),
-            f"the document offsets do not divide the {len(self.tokens)} tokens into non-empty documents; "
-            "give each document's start, ascending from 0, and last the number of tokens",
-        )
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Tokens of document `index`, 0 to len - 1, as a view."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"document {index} of {len(self)}")
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prepared folder, checked against its manifest."""
-
-    path: Path
-    manifest: dict[str, Any]
-    tokenizer: Tokenizer
-    splits: dict[str, Documents]
-
-    @classmethod
-    def open(cls, path: Path | str) -> Prepared:
-        """Open a prepared folder; tokens are memory-mapped.
-
-        ValueError naming the file that is missing, of another size than the manifest says, or unreadable.
-        """
-        path = Path(path)
-        manifest = read_manifest(path)
-        tokenizer = Tokenizer.load(path / "tokenizer.json")
-        try:
-            require(
-                manifest["tokenizer_sha256"] == tokenizer.sha256 and manifest["vocab_size"] == tokenizer.vocab_size,
-                f"{path / 'tokenizer.json'} is not the tokenizer of {path / 'manifest.json'}; prepare the folder again",
-            )
-            splits = {name: open_split(path, name, manifest["splits"][name], tokenizer) for name in SPLITS}
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path / 'manifest.json'} is damaged (missing or malformed: {error}); prepare the folder again"
-            ) from error
-        return cls(path, manifest, tokenizer, splits)
-
-    @property
-    def vocab_size(self) -> int:
-        """V of the tokenizer, which the model's must equal: a small text may give fewer tokens than asked for."""
-        return self.tokenizer.vocab_size
-
-    def split(self, name: str) -> Documents:
-        """The documents of `train`, `val` or `test`."""
-        require(name in self.splits, f"there is no split {name!r}; choose one of {', '.join(SPLITS)}")
-        return self.splits[name]
 
 
 def prepare(
@@ -156,24 +80,22 @@ def prepare(
     if (same := reusable(out, inputs)) is not None:
         return same
     splits = divide(sources)
-    with bar(progress) as display:
-        if ready is None:
-            task = display.add_task(f"training {vocab_size} tokens", total=None)
+    if ready is None:
+        with bar(f"training a vocabulary of {vocab_size}", None, progress):
             ready = Tokenizer.train((source.text for source in splits["train"]), vocab_size)
-            display.remove_task(task)
-        with building(out) as part:
-            manifest = {
-                "format": FORMAT,
-                "inputs": inputs,
-                "arguments": arguments,
-                "sources": {"files": len(sources), "bytes": size_of(sources)},
-                "vocab_size": ready.vocab_size,
-                "tokenizer_sha256": ready.sha256,
-                "splits": {name: write_split(part, name, splits[name], ready, display) for name in SPLITS},
-            }
-            ready.save(part / "tokenizer.json")
-            (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            install(part, out, inputs)
+    with building(out) as part, bar("encoding", sum(len(s.text) for s in sources), progress) as advance:
+        manifest = {
+            "format": FORMAT,
+            "inputs": inputs,
+            "arguments": arguments,
+            "sources": {"files": len(sources), "bytes": size_of(sources)},
+            "vocab_size": ready.vocab_size,
+            "tokenizer_sha256": ready.sha256,
+            "splits": {name: write_split(part, name, splits[name], ready, advance) for name in SPLITS},
+        }
+        ready.save(part / "tokenizer.json")
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        install(part, out, inputs)
     return Prepared.open(out)
 
 
@@ -303,15 +225,14 @@ def cut_text(text: str) -> tuple[str, str, str]:
 
 
 def write_split(
-    part: Path, name: str, documents: list[Source], tokenizer: Tokenizer, display: Progress
+    part: Path, name: str, documents: list[Source], tokenizer: Tokenizer, advance: Advance
 ) -> dict[str, Any]:
     """Encode and write one split; its entry in the manifest."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    task = display.add_task(f"encoding {name}", total=sum(len(document.text) for document in documents))
     encoded: list[np.ndarray] = []
     for group in grouped([document.text for document in documents]):
         encoded += [np.array(ids, dtype) for ids in tokenizer.encode_batch(group)]
-        display.advance(task, sum(len(text) for text in group))
+        advance(sum(len(text) for text in group), name)
     encoded = [ids for ids in encoded if len(ids) > 0]  # a normaliser may leave nothing of a part
     require(len(encoded) > 0, f"the tokenizer makes no tokens of the {name} split; add text")
     tokens = np.concatenate(encoded)
@@ -336,13 +257,6 @@ def grouped(texts: Sequence[str]) -> Iterator[list[str]]:
             group = []
     if group:
         yield group
-
-
-def bar(progress: bool) -> Progress:
-    """A progress bar on standard error that disappears when done; silent where nobody is watching."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    return Progress(*columns, console=console, transient=True, disable=not (progress and console.is_terminal))
 
 
 # The folder
@@ -394,42 +308,3 @@ def install(part: Path, out: Path, inputs: str) -> None:
         except OSError:  # another process made `out` since the line above
             if reusable(out, inputs) is None:
                 raise
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder; ValueError naming what is missing, damaged or of another format."""
-    file = path / "manifest.json"
-    require(file.is_file(), f"{path} is not a prepared folder: there is no {file}; prepare it first")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); prepare the folder again") from error
-    require(
-        isinstance(manifest, dict) and manifest.get("format") == FORMAT,
-        f"{file} is not a manifest of format {FORMAT}; prepare the folder again",
-    )
-    return manifest
-
-
-def open_split(path: Path, name: str, entry: dict[str, Any], tokenizer: Tokenizer) -> Documents:
-    """One split, memory-mapped, of the sizes its manifest entry says."""
-    tokens = open_array(path / f"{name}.tokens.npy", entry["tokens"])
-    offsets = np.asarray(open_array(path / f"{name}.documents.npy", entry["documents"] + 1))
-    try:
-        return Documents(tokens, offsets, tokenizer.bos, entry["bytes"])
-    except ValueError as error:
-        raise ValueError(f"{path / f'{name}.documents.npy'} is damaged ({error}); prepare the folder again") from error
-
-
-def open_array(file: Path, length: int) -> np.ndarray:
-    """(length,) integers, memory-mapped read-only; ValueError naming a file that is missing or of another size."""
-    require(file.is_file(), f"{file} is missing; prepare the folder again")
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{file} is truncated or damaged ({error}); prepare the folder again") from error
-    require(
-        array.shape == (length,) and array.dtype.kind in "iu",
-        f"{file} holds {array.shape} {array.dtype}, its manifest says {length} whole numbers; prepare the folder again",
-    )
-    return array
