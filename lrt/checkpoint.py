@@ -40,8 +40,9 @@ def save(
     path = Path(path)
     if path.exists() and not (path / "manifest.json").exists() and any(path.iterdir()):
         raise ValueError(f"{path} holds something that is no checkpoint; choose another folder")
+    for stale in path.parent.glob(f".{path.name}.saving-*"):  # of a save that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     fresh = path.with_name(f".{path.name}.saving-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir(parents=True)
         _write(fresh, model, tokenizer, about or {})

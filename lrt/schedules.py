@@ -278,6 +278,9 @@ class Stages(Composed):
 
 def _parts(kind: str, unit: str, parts: Sequence[tuple[float, Schedule]]) -> tuple[tuple[float, Schedule], ...]:
     total = math.fsum(p for p, _ in parts)
+    for _, part in parts:
+        if not isinstance(part, Simple | Mixture | Stages):
+            raise ValueError(f"{kind} holds {part!r}, which is no schedule; write for example (0.5, interleaved(2))")
     if not parts or min(p for p, _ in parts) < 0 or abs(total - 1) > 1e-6:
         raise ValueError(f"the {unit} of {kind} are {[p for p, _ in parts]}, in sum {total:g}; they must sum to 1")
     return tuple((float(p), s) for p, s in parts)

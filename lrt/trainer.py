@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,23 +100,27 @@ def train(
     torch.manual_seed(run.seed)
     model = LatentRecurrentTransformer(run.model).to(device).train()
     optimiser = Optimiser(model, run.model.width, run.batch_tokens, run.steps, run.optim)
+    rows = Rows(data.split("train"), run.model.context, run.seed)
     losses: list[float] = []
     done = Trained(0, 0.0, 0.0, math.nan)
+
+    def save() -> None:
+        about = {"run": run.to_dict(), "schedule": run.schedule, "trained": dataclasses.asdict(done)}
+        checkpoint.save(out / "checkpoint", model, data.tokenizer, about)
+
     try:
-        with (
-            (out / "metrics.jsonl").open("w") as diary,
-            bar(title, run.steps, progress) as advance,
-        ):
-            for line in _steps(run, model, optimiser, Rows(data.split("train"), run.model.context, run.seed), device):
+        with (out / "metrics.jsonl").open("w") as diary, bar(title, run.steps, progress) as advance:
+            for line in _steps(run, model, optimiser, rows, device):
                 losses.append(line["loss"])
                 recent = losses[-max(1, len(losses) // 20) :]
                 done = Trained(line["tokens"], line["seconds"], line["flops"], sum(recent) / len(recent))
                 diary.write(json.dumps(line) + "\n")
                 advance(1, f"loss {done.loss:.3f}  {line['tokens'] / line['seconds']:,.0f} tokens/s")
-    finally:
-        about = {"run": run.to_dict(), "schedule": run.schedule, "trained": dataclasses.asdict(done)}
-        if done.tokens and math.isfinite(done.loss):
-            checkpoint.save(out / "checkpoint", model, data.tokenizer, about)
+    except KeyboardInterrupt:
+        if done.tokens:
+            save()
+        raise
+    save()
     return model, done
 
 
@@ -126,11 +130,10 @@ def _steps(
     optimiser: Optimiser,
     rows: Rows,
     device: str | torch.device,
-) -> Any:
+) -> Iterator[dict[str, Any]]:
     """The optimiser steps; yields one line of the diary after each."""
     schedule = schedules.parse(run.schedule)
     position, seconds, flops = Position(), 0.0, 0.0
-    flops_of: Callable[[schedules.Schedule], float] = lambda s: training_flops(run.model, s, run.model.context)  # noqa: E731
     costs: dict[schedules.Schedule, float] = {}
     for step in range(run.steps):
         begun = time.perf_counter()
@@ -150,7 +153,7 @@ def _steps(
         rate = optimiser.step(step)
         seconds += time.perf_counter() - begun
         if current not in costs:
-            costs[current] = flops_of(current)
+            costs[current] = training_flops(run.model, current, run.model.context)
         flops += costs[current] * run.batch_tokens
         yield {
             "step": step,

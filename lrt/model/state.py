@@ -134,7 +134,7 @@ class State:
     def index(self, positions: Positions) -> Tensor:
         """The positions as an int tensor, (T,) or (B, T)."""
         if isinstance(positions, Tensor):
-            return positions.to(self.tokens.device)
+            return positions
         return torch.arange(positions.start, positions.stop, positions.step, device=self.tokens.device)
 
     # --- reading and writing -----------------------------------------------------------------------------------

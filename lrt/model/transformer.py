@@ -133,6 +133,8 @@ class LatentRecurrentTransformer(nn.Module):
         these positions, after the last RMSNorm, and the new State.
         """
         positions = as_positions(positions)
+        if isinstance(positions, Tensor):
+            positions = positions.to(tokens.device)
         self._check(tokens, positions, state)
         state = state.write_tokens(positions, tokens)
         memory = self.recall(state, positions, self.embedding)
