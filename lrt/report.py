@@ -21,15 +21,15 @@ Row = tuple[str, Callable[[Mapping[str, Any]], str]]
 COLUMNS: tuple[Row, ...] = (
     ("parameters", lambda m: f"{m['parameters']:,}"),
     ("tokens", lambda m: f"{m['tokens']:,}"),
-    ("train s", lambda m: f"{m['train_seconds']:.0f}"),
     ("TFLOPs", lambda m: f"{m['training_flops'] / 1e12:.1f}"),
-    ("parallel BPB", lambda m: f"{m['parallel_bpb']:.4f}"),
-    ("live BPB", lambda m: f"{m['live_bpb']:.4f}"),
+    ("train s", lambda m: f"{m['train_seconds']:.0f}"),
+    ("parallel", lambda m: f"{m['parallel_bpb']:.4f}"),
+    ("live", lambda m: f"{m['live_bpb']:.4f}"),
     ("gap", lambda m: f"{m['live_bpb'] - m['parallel_bpb']:+.4f}"),
 )
 ABLATIONS = (
-    ("live_bpb_memory_zero", "its memory zeroed at test time"),
-    ("live_bpb_memory_embedding", "its memory replaced by the previous embedding"),
+    ("live_bpb_memory_zero", "memory zeroed"),
+    ("live_bpb_memory_embedding", "memory embedding"),
 )
 INK = "#123456"  # stands for the page's text colour: replaced by currentColor, so that figures follow light and dark
 COLOURS = ("#8c8c8c", "#d98c1f", "#2f7fd1", "#3f9e5a")
@@ -41,7 +41,9 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
     base = next(iter(models.values()))["live_bpb"]
     body = []
     for name, m in models.items():
-        body.append([name, *(cell(m) for _, cell in COLUMNS), f"{100 * (m['live_bpb'] / base - 1):+.1f} %"])
+        body.append(
+            [name.replace("_", " "), *(cell(m) for _, cell in COLUMNS), f"{100 * (m['live_bpb'] / base - 1):+.1f} %"]
+        )
         for key, label in ABLATIONS:
             if key in m:
                 against = f"{100 * (m[key] / base - 1):+.1f} %"
@@ -50,16 +52,17 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def header(summary: Mapping[str, Any]) -> list[str]:
-    return ["model", *(title for title, _ in COLUMNS), f"live vs {next(iter(summary['models']))}"]
+    return ["model", *(title for title, _ in COLUMNS), "vs first"]
 
 
 def table(summary: Mapping[str, Any]) -> Table:
-    """The comparison for the terminal."""
-    out = Table(title="bits per byte on text that no model was trained on (lower is better; live is what a user gets)")
-    for i, title in enumerate(header(summary)):
-        out.add_column(title, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    """The comparison for the terminal, narrow enough for 80 columns: sizes are the same for all and stand elsewhere."""
+    out = Table(title="bits per byte on held-out text; lower is better; live is what a user gets")
+    shown = [i for i, title in enumerate(header(summary)) if title not in ("parameters", "tokens", "TFLOPs")]
+    for i in shown:
+        out.add_column(header(summary)[i], justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows(summary):
-        out.add_row(*row)
+        out.add_row(*[row[i] for i in shown])
     return out
 
 
@@ -90,13 +93,12 @@ def write(path: Path, summary: Mapping[str, Any], diaries: Mapping[str, Path], s
 
 def _headline(summary: Mapping[str, Any]) -> str:
     models = summary["models"]
-    base, lrt = models["transformer"]["live_bpb"], models["lrt"]["live_bpb"]
-    shift = models["token_shift"]["live_bpb"]
+    lrt, base, shift = (models[name]["live_bpb"] for name in ("lrt", "transformer", "token_shift"))
     return (
         f"At equal parameters and tokens, the latent recurrent transformer's live bits per byte are "
-        f"<b>{100 * (1 - lrt / base):.1f} %</b> below the transformer's and {100 * (1 - lrt / shift):+.1f} % below the "
-        f"token-shift control's, which reads the previous token's embedding and needs no recurrence. One seed: "
-        f"differences of a per cent or two are within the noise of seeds."
+        f"<b>{100 * (lrt / base - 1):+.1f} %</b> against the transformer's (less is better), and "
+        f"<b>{100 * (lrt / shift - 1):+.1f} %</b> against token shift's, the control that reads the previous token's "
+        "embedding and needs no recurrence. One seed: a per cent either way is within the noise of seeds."
     )
 
 
@@ -141,7 +143,7 @@ def _bars(ax: Axes, summary: Mapping[str, Any]) -> None:
     entries: list[tuple[str, float, str, float]] = []
     for colour, (name, m) in zip(COLOURS, summary["models"].items(), strict=False):
         entries.append((name.replace("_", " "), m["live_bpb"], colour, 1.0))
-        entries += [(f"{name}, {label.split(' at ')[0]}", m[key], colour, 0.4) for key, label in ABLATIONS if key in m]
+        entries += [(f"{name}, {label}", m[key], colour, 0.4) for key, label in ABLATIONS if key in m]
     labels, values, colours, alphas = zip(*reversed(entries), strict=True)
     for y, (value, colour, alpha) in enumerate(zip(values, colours, alphas, strict=True)):
         ax.barh(y, value, color=colour, alpha=alpha)
@@ -161,13 +163,13 @@ def smoothed(values: list[float], span: int) -> list[float]:
 
 
 def _losses(ax: Axes, curves: Mapping[str, list[dict[str, Any]]], key: str, unit: float, label: str) -> None:
+    after_start: list[float] = []
     for colour, (name, lines) in zip(COLOURS, curves.items(), strict=False):
-        span = max(1, len(lines) // 40)
-        values = smoothed([line["loss"] for line in lines], span)
+        values = smoothed([line["loss"] for line in lines], max(1, len(lines) // 40))
+        after_start += values[len(values) // 10 :]
         ax.plot([line[key] / unit for line in lines], values, color=colour, label=name.replace("_", " "), linewidth=1.6)
-    settled = [v for lines in curves.values() for v in smoothed([x["loss"] for x in lines], 8)[len(lines) // 10 :]]
-    if settled:
-        ax.set_ylim(min(settled) * 0.97, max(settled) * 1.02)
+    low, high = min(after_start), max(after_start)  # the first tenth falls so far that it would hide the rest
+    ax.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
     ax.set_xlabel(label)
     ax.set_ylabel("training loss, nats per token")
     ax.legend()

@@ -93,6 +93,14 @@ def pins() -> dict[str, Version]:
     return found
 
 
+def requirements_of(name: str) -> list[str]:
+    """What an installed distribution says that it needs."""
+    try:
+        return importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.fail(f"{name} is needed but not installed; run: pip install -e '.[dev]' -c constraints.txt")
+
+
 def needed(requirements: Sequence[str]) -> set[str]:
     """Canonical names of `requirements` and of everything they need in turn, as installed here."""
     names: set[str] = set()
@@ -110,7 +118,7 @@ def needed(requirements: Sequence[str]) -> set[str]:
         for each in {"", *requirement.extras}:
             if (name, each) not in seen:
                 seen.add((name, each))
-                open_ += [(Requirement(text), each) for text in importlib.metadata.requires(name) or []]
+                open_ += [(Requirement(text), each) for text in requirements_of(name)]
     return names
 
 
@@ -186,12 +194,12 @@ def test_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     run([sys.executable, "-m", "venv", "--without-pip", environment])
     python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
-    # A folder that a .pth file adds comes after the environment's own, and its .pth files (an editable lrt among
-    # them) are not read.
+    run([sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel])
+    # Only now, or pip would find the lrt of this environment and take it for the one to replace. A folder that a .pth
+    # file adds comes after the environment's own, and its .pth files (an editable lrt among them) are not read.
     purelib = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
     borrowed = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
     (purelib / "borrowed.pth").write_text("\n".join(borrowed) + "\n", encoding="utf-8")
-    run([sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel])
     check_installed(environment, tmp_path / "elsewhere")
 
 
