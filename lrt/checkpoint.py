@@ -102,7 +102,7 @@ def sha256(path: Path) -> str:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRecurrentTransformer, Tokenizer]:
-    """The model, in evaluation mode, and the tokenizer of a checkpoint folder.
+    """The model, in evaluation mode, and the tokenizer of a checkpoint folder, or of a run's folder that holds one.
 
     Raises ValueError, naming the file, where one is missing, truncated, changed, or belongs to another checkpoint.
     """
@@ -135,6 +135,8 @@ def about(path: str | Path) -> dict[str, Any]:
 
 def verified(path: Path) -> Path:
     """The checkpoint's folder, after its files were held against the manifest."""
+    if not (path / "manifest.json").exists() and (path / "checkpoint").is_dir():
+        path = path / "checkpoint"  # a run's folder
     if not path.exists() and _previous(path).exists():
         _previous(path).rename(path)  # a save was cut off between its two renames: the old checkpoint is whole
     if not (path / "manifest.json").is_file():

@@ -46,11 +46,6 @@ def chosen_device(name: str) -> str:
     return name
 
 
-def checkpoint_folder(path: Path) -> Path:
-    """A checkpoint, or the one inside a run's folder."""
-    return path / "checkpoint" if (path / "checkpoint").is_dir() else path
-
-
 @dataclass(frozen=True)
 class Prepare:
     """Turn text into tokens: three splits by file, and a byte-level BPE trained on the first."""
@@ -115,7 +110,7 @@ class Evaluate:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
-        folder = checkpoint_folder(self.checkpoint)
+        folder = checkpoint.verified(self.checkpoint)
         model, tokenizer = checkpoint.load(folder, chosen_device(self.device))
         data = Prepared.open(self.data)
         require(
@@ -158,7 +153,7 @@ class Sample:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
-        model, tokenizer = checkpoint.load(checkpoint_folder(self.checkpoint), chosen_device(self.device))
+        model, tokenizer = checkpoint.load(self.checkpoint, chosen_device(self.device))
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         stream(model, tokenizer, self.prompt, self.max_new_tokens, sampling, self.seed)
 

@@ -70,6 +70,8 @@ def generate(
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"the prompt has shape {tuple(tokens.shape)}; give (batch, at least one token): BOS will do")
+    if max_new_tokens is not None and max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
     config, length = model.config, tokens.shape[1]
     room = None if config.unbounded else config.context + 1 - length  # the last token drawn is never fed back
     if room is not None and room < max(1, max_new_tokens or 1):
