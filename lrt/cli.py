@@ -167,7 +167,7 @@ class Demo:
     out: Path = Path("runs/demo")
     """Folder for checkpoints, report.html and summary.json."""
     tokens: int | None = None
-    """Training tokens per model. None: 1.6 million, or 8 times through a short text."""
+    """Training tokens per model. None: 800,000, or 8 times through a short text."""
     seed: int = 0
     """Seed of weights, data order and sample."""
     prompt: str | None = None

@@ -12,9 +12,9 @@ from lrt.optim import OptimConfig
 from lrt.trainer import RunConfig
 
 CONTEXT = 256
-DEMO_TOKENS = 1_600_000
+DEMO_TOKENS = 800_000
 """The demo's horizon: what two CPU cores train, three times, in about five minutes."""
-SETTLED = "settled(0, 1, 1)"
+SETTLED = "settled(1, 1, 1)"
 LRT = MemoryConfig(source=(0, 4), combine="channels", initial="embedding")
 """The demo's LRT (4 layers): the previous embedding and the final state, a channel each."""
 FAMILIES = {
@@ -56,18 +56,18 @@ def demo_models(vocab_size: int) -> dict[str, ModelConfig]:
 
 
 DEMO_OPTIM = OptimConfig(
-    matrix_lr=0.02, embedding_lr=0.2, head_lr=0.01, scalar_lr=0.02, momentum_steps=100, reference_batch=4096
+    matrix_lr=0.02, embedding_lr=0.2, head_lr=0.01, scalar_lr=0.02, momentum_steps=100, reference_batch=2048
 )
 
 
 def demo(family: str, vocab_size: int = 2048, tokens: int = DEMO_TOKENS, seed: int = 0) -> RunConfig:
-    """One of the demo's runs: 4 layers, width 128, context 256, 4096 tokens a step."""
+    """One of the demo's runs: 4 layers, width 128, context 256, 2048 tokens a step."""
     require(family in FAMILIES, f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
     return RunConfig(
         model=demo_models(vocab_size)[family],
         optim=DEMO_OPTIM,
         schedule=FAMILIES[family][1],
-        batch_size=16,
+        batch_size=8,
         tokens=tokens,
         seed=seed,
     )

@@ -88,6 +88,12 @@ def test_a_checkpoint_is_bit_exact(saved: Path, tokenizer: Tokenizer):
     only(saved)
 
 
+def test_a_runs_folder_stands_for_the_checkpoint_in_it(saved: Path):
+    assert saved.name == "checkpoint"
+    assert same_weights(load(saved.parent)[0], model())
+    assert about(saved.parent) == ABOUT
+
+
 def test_saving_again_what_was_loaded_gives_the_same_files(saved: Path, tmp_path: Path):
     save(tmp_path / "again", *load(saved), about(saved))
     for name in ("model.safetensors", "config.json", "tokenizer.json", "manifest.json"):
@@ -158,7 +164,8 @@ def without_a_tensor(path: Path) -> None:
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "manifest.json")
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     **{f"no {name}": (lambda p, name=name: (p / name).unlink(), name) for name in FILES},
-    **{f"truncated {name}": (lambda p, name=name: cut(p / name, 40), name) for name in FILES},
+    **{f"truncated {n}": (lambda p, n=n: cut(p / n, 40), rf"{n} has \d+ bytes.*truncated") for n in FILES[:-1]},
+    "truncated manifest.json": (lambda p: cut(p / "manifest.json", 40), "manifest.json"),
     **{f"flipped {name}": (lambda p, name=name: flip(p / name), name) for name in FILES[:-1]},
     **{f"empty {name}": (lambda p, name=name: (p / name).write_bytes(b""), name) for name in FILES},
     "edited config": (lambda p: edit(p / "config.json", lambda c: c["model"].update(width=24)), "config.json"),
@@ -235,7 +242,8 @@ def test_a_tokenizer_that_is_too_large_is_an_error(tmp_path: Path):
 
 def test_what_is_no_checkpoint_says_so(tmp_path: Path):
     (tmp_path / "file").write_text("text")
-    for path in (tmp_path / "nowhere", tmp_path, tmp_path / "file"):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "nowhere", tmp_path / "empty", tmp_path, tmp_path / "file"):
         with pytest.raises(ValueError, match=rf"{path.name} is not a checkpoint.*manifest\.json"):
             load(path)
 

@@ -226,6 +226,7 @@ def test_sample_continues_the_prompt_and_equal_seeds_give_equal_text(run: Path, 
     assert sampled(capsys, *arguments, "--seed", "1") != first
     greedy = sampled(capsys, *arguments, "--temperature", "0")
     assert sampled(capsys, *arguments, "--temperature", "0", "--seed", "1") == greedy
+    assert sampled(capsys, str(run), "--prompt", "def f(", "--max-new-tokens", "0") == "def f(\n"
     assert sampled(capsys, str(run), "--max-new-tokens", "3") != ""  # an empty prompt starts a document
 
 
@@ -271,7 +272,7 @@ def test_wrong_flags_are_named(
         (("sample", "{tmp}/nowhere", "--device", "cpu"), ("nowhere", "is not a checkpoint")),
         (("sample", "{run}", "--top-p", "2"), ("top_p is 2.0", "at most 1")),
         (("sample", "{run}", "--max-new-tokens", "100"), ("100 new ones", "context of 32")),
-        (("sample", "{run}", "--max-new-tokens", "0"), ("max_new_tokens is 0", "at least 1")),
+        (("sample", "{run}", "--max-new-tokens", "-1"), ("max_new_tokens is -1", "at least 0")),
         (("evaluate", "{run}", "--data", "{data}", "--split", "dev"), ("'dev'", "train, val, test")),
         (("evaluate", "{run}", "--data", "{data}", "--schedule", "wave"), ("'wave'", "interleaved")),
         (("evaluate", "{run}", "--data", "{data}", "--batch-size", "0"), ("batch_size is 0", "at least 1")),

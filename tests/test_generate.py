@@ -264,8 +264,7 @@ def test_bad_sampling_is_an_error(fields: dict[str, Any], named: str):
         (CONTEXT + 1, None, f"{CONTEXT + 1} tokens and 1 new ones exceed the context of {CONTEXT}"),
         (CONTEXT + 1, 1, f"{CONTEXT + 1} tokens and 1 new ones exceed"),
         (4, CONTEXT - 2, f"4 tokens and {CONTEXT - 2} new ones exceed the context of {CONTEXT}; shorten"),
-        (4, 0, "max_new_tokens is 0; it must be at least 1"),
-        (4, -1, "max_new_tokens is -1; it must be at least 1"),
+        (4, -1, "max_new_tokens is -1; it must be at least 0"),
     ],
 )
 def test_what_cannot_be_generated_is_an_error_before_any_work(
@@ -275,6 +274,12 @@ def test_what_cannot_be_generated_is_an_error_before_any_work(
     monkeypatch.setattr(LatentRecurrentTransformer, "empty_state", None)
     with pytest.raises(ValueError, match=named):
         generate(model, prompt(length=length), wanted)  # the call, not the first token
+
+
+@pytest.mark.parametrize("name", ["both", "sliding"])
+@pytest.mark.parametrize("length", [1, 4, CONTEXT])
+def test_no_new_tokens_are_none(name: str, length: int):
+    assert list(generate(random_model(CONFIGS[name]), prompt(length=length), 0)) == []
 
 
 def test_a_prompt_without_a_batch_is_an_error():
