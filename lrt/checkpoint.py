@@ -3,7 +3,8 @@
     model.safetensors   weights
     config.json         model configuration, what trained it, and the tokenizer's hash
     tokenizer.json      the tokenizer
-    manifest.json       size and SHA-256 of the three
+    training.pt         optional: what training needs to go on (optimisers, progress); tensors and plain data only
+    manifest.json       size and SHA-256 of the others
 
 A save is written beside its target, flushed to the disk, and renamed: whatever fails, one whole checkpoint remains.
 """
@@ -30,12 +31,16 @@ FILES = ("model.safetensors", "config.json", "tokenizer.json")
 
 
 def save(
-    path: str | Path, model: LatentRecurrentTransformer, tokenizer: Tokenizer, about: dict[str, Any] | None = None
+    path: str | Path,
+    model: LatentRecurrentTransformer,
+    tokenizer: Tokenizer,
+    about: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint folder, replacing an older one only once the new one is whole.
 
-    `about` is JSON data that says how the model came to be (schedule, steps, scores). Raises OSError where the disk
-    does not take it; the older checkpoint is then untouched.
+    `about` is JSON data that says how the model came to be (schedule, steps, scores); `training` is what
+    `load_training` gives back. Raises OSError where the disk does not take it; the older checkpoint is then untouched.
     """
     path = Path(path)
     if path.exists() and not (path / "manifest.json").exists() and any(path.iterdir()):
@@ -45,11 +50,13 @@ def save(
     fresh = path.with_name(f".{path.name}.saving-{os.getpid()}")
     try:
         fresh.mkdir(parents=True)
+        if training is not None:
+            torch.save(training, fresh / "training.pt")
         _write(fresh, model, tokenizer, about or {})
         _swap(fresh, path)
     except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        if isinstance(error, safetensors.SafetensorError):
+        if isinstance(error, safetensors.SafetensorError | RuntimeError):  # what their writers raise on a full disk
             raise OSError(f"cannot save to {path}: {error}; the previous checkpoint, if any, is untouched") from error
         raise
 
@@ -66,7 +73,8 @@ def _write(folder: Path, model: LatentRecurrentTransformer, tokenizer: Tokenizer
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(folder / "tokenizer.json")
-    manifest = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in FILES}
+    files = sorted(file.name for file in folder.iterdir())
+    manifest = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     for file in [*folder.iterdir(), folder]:
         _flush(file)
@@ -128,6 +136,21 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRe
     return model.to(device).eval(), tokenizer
 
 
+def load_training(path: str | Path, model: LatentRecurrentTransformer) -> dict[str, Any]:
+    """Put a checkpoint's weights into `model`, in place, and return the `training` that was saved with them.
+
+    Raises ValueError where the folder is damaged, holds no training state, or another architecture.
+    """
+    folder = verified(Path(path))
+    saved = ModelConfig.from_dict(_json(folder / "config.json")["model"])
+    if saved != model.config:
+        raise ValueError(f"{folder} holds another architecture: {saved} instead of {model.config}")
+    if not (folder / "training.pt").is_file():
+        raise ValueError(f"{folder} cannot be trained on: it has no training.pt; take a folder of snapshots/")
+    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    return torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+
+
 def about(path: str | Path) -> dict[str, Any]:
     """How the checkpoint came to be: what `save` was given."""
     return _json(verified(Path(path)) / "config.json")["about"]
@@ -142,7 +165,7 @@ def verified(path: Path) -> Path:
     if not (path / "manifest.json").is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no manifest.json; give the folder that `lrt train` wrote")
     manifest = _json(path / "manifest.json")
-    for name in FILES:
+    for name in sorted({*FILES, *manifest}):
         file, entry = path / name, manifest.get(name)
         if not file.is_file() or not isinstance(entry, dict):
             raise ValueError(f"{file} is missing; restore the checkpoint from a copy")

@@ -21,7 +21,7 @@ from lrt.data.prepared import Prepared
 from lrt.demo import demo, stream
 from lrt.evaluate import evaluate
 from lrt.generate import Sampling
-from lrt.trainer import RunConfig, train
+from lrt.trainer import Keeping, RunConfig, train
 
 Paths = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE…")]
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ class Train:
     data: Path | None = None
     """A folder that `lrt prepare` wrote. None: the standard library, prepared in runs/data/stdlib."""
     out: Path = Path("runs/train")
-    """Folder for metrics.jsonl and the checkpoint."""
+    """Folder for metrics.jsonl, snapshots and the checkpoint."""
+    keeping: Keeping = dataclasses.field(default_factory=lambda: Keeping(every=200))
+    """Snapshots, and going on from them."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
@@ -84,7 +86,7 @@ class Train:
         data = prepare(Path("runs/data/stdlib")) if self.data is None else Prepared.open(self.data)
         # The vocabulary is a fact of the data, not a choice of the run.
         model = dataclasses.replace(self.recipe.model, vocab_size=data.vocab_size)
-        _, done = train(dataclasses.replace(self.recipe, model=model), data, self.out, device)
+        _, done = train(dataclasses.replace(self.recipe, model=model), data, self.out, device, keeping=self.keeping)
         print(f"{self.out / 'checkpoint'}: {done.tokens:,} tokens in {done.seconds:.0f} s, loss {done.loss:.4f}")
 
 
