@@ -115,18 +115,16 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRe
     Raises ValueError, naming the file, where one is missing, truncated, changed, or belongs to another checkpoint.
     """
     folder = verified(Path(path))
-    config = _json(folder / "config.json")
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{folder / 'config.json'}: format {config.get('format')!r}; this version reads {FORMAT}")
+    config, recorded = _config(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    if tokenizer.sha256 != config["tokenizer_sha256"]:
+    if tokenizer.sha256 != recorded:
         raise ValueError(
             f"{folder / 'tokenizer.json'} does not belong to this checkpoint; restore the one saved with it"
         )
-    model = LatentRecurrentTransformer(ModelConfig.from_dict(config["model"]))
-    if tokenizer.vocab_size > model.config.vocab_size:
+    model = LatentRecurrentTransformer(config)
+    if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+            f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
         )
     try:
         weights = safetensors.torch.load_file(folder / "model.safetensors")
@@ -136,13 +134,25 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRe
     return model.to(device).eval(), tokenizer
 
 
+def _config(folder: Path) -> tuple[ModelConfig, str]:
+    """The model's configuration and the tokenizer's hash; ValueError naming config.json where it makes no sense."""
+    file = folder / "config.json"
+    data = _json(file)
+    if data.get("format") != FORMAT:
+        raise ValueError(f"{file}: format {data.get('format')!r}; this version reads {FORMAT}")
+    try:
+        return ModelConfig.from_dict(data["model"]), str(data["tokenizer_sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} describes no model of this version ({error!r}); restore it from a copy") from error
+
+
 def load_training(path: str | Path, model: LatentRecurrentTransformer) -> dict[str, Any]:
     """Put a checkpoint's weights into `model`, in place, and return the `training` that was saved with them.
 
     Raises ValueError where the folder is damaged, holds no training state, or another architecture.
     """
     folder = verified(Path(path))
-    saved = ModelConfig.from_dict(_json(folder / "config.json")["model"])
+    saved, _ = _config(folder)
     if saved != model.config:
         raise ValueError(f"{folder} holds another architecture: {saved} instead of {model.config}")
     if not (folder / "training.pt").is_file():
@@ -158,10 +168,10 @@ def about(path: str | Path) -> dict[str, Any]:
 
 def verified(path: Path) -> Path:
     """The checkpoint's folder, after its files were held against the manifest."""
-    if not (path / "manifest.json").exists() and (path / "checkpoint").is_dir():
-        path = path / "checkpoint"  # a run's folder
-    if not path.exists() and _previous(path).exists():
-        _previous(path).rename(path)  # a save was cut off between its two renames: the old checkpoint is whole
+    _recover(path)
+    if not (path / "manifest.json").exists():  # a run's folder: its checkpoint, or how far it has come
+        _recover(path / "checkpoint")
+        path = next(iter([*path.glob("checkpoint"), *sorted(path.glob("snapshots/step-*"), reverse=True)]), path)
     if not (path / "manifest.json").is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no manifest.json; give the folder that `lrt train` wrote")
     manifest = _json(path / "manifest.json")
@@ -177,6 +187,12 @@ def verified(path: Path) -> Path:
         if sha256(file) != entry.get("sha256"):
             raise ValueError(f"{file} was changed after it was saved (its SHA-256 differs); restore it from a copy")
     return path
+
+
+def _recover(path: Path) -> None:
+    """Where a save was cut off between its two renames, the old checkpoint is whole and goes back to its place."""
+    if not path.exists() and _previous(path).exists():
+        _previous(path).rename(path)
 
 
 def _json(path: Path) -> dict[str, Any]:

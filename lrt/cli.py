@@ -39,8 +39,8 @@ def chosen_device(name: str) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=name).item()  # a value, which the meta device cannot give
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here: {reason}; try --device auto or cpu") from error
     return name
@@ -192,5 +192,5 @@ def main(arguments: list[str] | None = None) -> None:
         Console(stderr=True, highlight=False).print(f"lrt: {error}", style="red", soft_wrap=True, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("lrt: interrupted; what was finished is kept", file=sys.stderr)
+        print("lrt: interrupted; what was done is kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)

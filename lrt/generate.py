@@ -48,7 +48,7 @@ class Sampling:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
         probabilities = logits.softmax(-1)
-        if self.top_p is not None:
+        if self.top_p is not None and self.top_p < 1:
             ordered, order = probabilities.sort(descending=True, stable=True)
             before = ordered.cumsum(-1) - ordered  # a token stays if those before it have not reached p yet
             dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= self.top_p)
@@ -80,7 +80,7 @@ def generate(
             "shorten one of them, or use a model in which every layer has a sliding window"
         )
     wanted = room if max_new_tokens is None else max_new_tokens
-    return _generate(model, tokens, wanted, sampling or Sampling(), seed)
+    return iter(()) if wanted == 0 else _generate(model, tokens, wanted, sampling or Sampling(), seed)
 
 
 def _generate(

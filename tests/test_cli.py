@@ -188,7 +188,7 @@ def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, 
 
 def test_evaluate_prints_one_json_object(run: Path, data: Path, capsys: pytest.CaptureFixture[str]):
     found = evaluated(capsys, str(run), "--data", str(data))
-    assert found["schedule"] == "settled(0, 1, 1)"  # the one trained with
+    assert found["schedule"] == RECIPES["d2"]().schedule  # the one trained with
     assert found["complete"] is True
     assert found["gap"] == found["live_bpb"] - found["parallel_bpb"]
     assert 1 < found["live_bpb"] < 8
@@ -370,9 +370,9 @@ def test_ctrl_c_during_training_keeps_a_loadable_checkpoint(data: Path, tmp_path
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert errors == "lrt: interrupted; what was finished is kept\n"
-    tokens = about(tmp_path / "run" / "checkpoint")["trained"]["tokens"]
+    assert errors == "lrt: interrupted; what was done is kept, and the same command goes on from there\n"
+    tokens = about(tmp_path / "run")["trained"]["tokens"]
     assert tokens >= 5 * 128
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["tokens"] == tokens
-    assert load(tmp_path / "run" / "checkpoint")[0].config.width == 16
+    assert load(tmp_path / "run")[0].config.width == 16

@@ -795,6 +795,19 @@ def test_ragged_decoding_equals_the_oracle(config: ModelConfig):
             assert_same(hidden, torch.stack([expected[b, positions[b]] for b in range(BATCH)]), f"step {t}")
 
 
+@over(PAIRWISE, step=6)
+def test_a_state_stays_valid_after_a_call(config: ModelConfig):
+    # Two continuations of one State, as in beam search: the first must leave nothing behind for the second.
+    model, tokens = random_model(config), random_tokens()
+    with torch.no_grad():
+        _, state = model(tokens[:, :4], range(4), model.empty_state(BATCH, LENGTH))
+        for positions in (range(4, 6), torch.tensor([[4, 5], [3, 4]]), range(1, 3), torch.tensor([[0, 2], [1, 3]])):
+            before, _ = model(tokens[:, 4:5], range(4, 5), state)
+            model((tokens[:, :2] + 1) % VOCABULARY, positions, state)
+            after, _ = model(tokens[:, 4:5], range(4, 5), state)
+            assert torch.equal(after, before)
+
+
 def as_rows(positions: Tensor) -> Tensor:
     return positions.expand(BATCH, -1)
 
