@@ -43,7 +43,13 @@ def refine(
         raise ValueError("there are no tokens; give at least one position (a BOS token will do)")
     if state is not None and documents is not None:
         raise ValueError("documents come with an empty state; make it with model.empty_state(batch, slots, documents)")
-    offset = 0 if state is None else state.length
+    offset = 0
+    if state is not None:
+        offset = state.length
+        if bool((state.lengths != offset).any()):
+            raise ValueError(
+                f"the state's rows have lengths {state.lengths.tolist()}; refine continues rows of one length"
+            )
     current = model.empty_state(batch, length, documents, tokens) if state is None else state
     ran: list[tuple[Pass, Tensor, Tensor]] = []
     for p in schedule.drawn().passes(length):

@@ -32,7 +32,7 @@ class Pass:
     grad: bool = True
     """Whether gradients flow into what this pass computes and writes."""
     detach_memory: bool = False
-    """Cut the gradient through the memory this pass writes; its keys and values keep theirs."""
+    """Cut the gradient through the memory as this pass leaves it, all of it; keys and values keep theirs."""
 
     @property
     def positions(self) -> range:

@@ -141,6 +141,7 @@ class State:
 
     def write_tokens(self, positions: Positions, tokens: Tensor) -> State:
         """Note the tokens (B, T) of a call: source 0 of their successors is known from now on."""
+        tokens = tokens.to(self.tokens, copy=True)  # the caller's tensor may change later
         return dataclasses.replace(self, tokens=self.write(self.tokens, self.where(positions), tokens, 1))
 
     def read_memory(self, positions: Positions, delay: int) -> Recollection:
@@ -162,7 +163,7 @@ class State:
     def hold(self, positions: Positions) -> State:
         """Mark the positions of a call as written. Keys, values and memory follow in the same call."""
         index = self.index(positions)
-        held = self.write(self.held, self.where(positions), index.expand(self.batch, -1), 1)
+        held = self.write(self.held, self.where(positions), index.to(self.held).expand(self.batch, -1), 1)
         if isinstance(positions, Tensor):
             return dataclasses.replace(self, held=held)
         filled, pending = extend(self.filled, self.pending, positions)
@@ -258,13 +259,15 @@ def gather(buffer: Tensor, slots: Slots, dim: int) -> Tensor:
 
 def write_copy(buffer: Tensor, slots: Slots, new: Tensor, dim: int) -> Tensor:
     """A buffer with these slots of dimension `dim` replaced; the old one is untouched, and gradients flow."""
-    if isinstance(slots, slice):
-        if slots.start == 0 and slots.step == 1 and slots.stop == buffer.shape[dim]:
-            return new  # all of it: nothing to copy
-        return buffer.slice_scatter(new, dim, slots.start, slots.stop, slots.step)
-    if slots.dim() == 1:
-        return buffer.index_copy(dim, slots, new)
-    return write_in_place(materialised(buffer), slots, new, dim)
+    if isinstance(slots, slice) and slots.start == 0 and slots.step == 1 and slots.stop == buffer.shape[dim]:
+        return new  # all of it: nothing to copy
+    # A gradient-free pass writes slots without a gradient; the slots beside them keep theirs.
+    with torch.set_grad_enabled(torch.is_grad_enabled() or buffer.requires_grad):
+        if isinstance(slots, slice):
+            return buffer.slice_scatter(new, dim, slots.start, slots.stop, slots.step)
+        if slots.dim() == 1:
+            return buffer.index_copy(dim, slots, new)
+        return write_in_place(materialised(buffer), slots, new, dim)
 
 
 def write_in_place(buffer: Tensor, slots: Slots, new: Tensor, dim: int) -> Tensor:
@@ -299,8 +302,8 @@ def empty_state(
         keys=cache,
         values=cache,
         memory=zero.expand(batch, slots, *memory_shape),
-        tokens=unknown if tokens is None else tokens.to(unknown),
-        documents=documents,
+        tokens=unknown if tokens is None else tokens.to(unknown, copy=True),
+        documents=None if documents is None else documents.to(unknown, copy=True),
         held=unknown,
         reusable=reusable,
     )

@@ -190,8 +190,10 @@ class LatentRecurrentTransformer(nn.Module):
         if len(state.keys) != config.depth or (*state.keys[0].shape[1::2], *state.memory.shape[2:]) != expected:
             raise ValueError("this state was made by another model; make one with model.empty_state(batch, slots)")
         if isinstance(positions, range) or positions.device.type == "cpu":
-            last = positions[-1] if isinstance(positions, range) else int(positions.max())
-            self._check_room(last, length, state)
+            ends = (positions[0], positions[-1]) if isinstance(positions, range) else positions.aminmax()
+            if int(ends[0]) < 0:
+                raise ValueError(f"position {int(ends[0])} is negative; positions count from 0")
+            self._check_room(int(ends[1]), length, state)
 
     def _check_room(self, last: int, length: int, state: State) -> None:
         if last < state.slots:
@@ -200,6 +202,11 @@ class LatentRecurrentTransformer(nn.Module):
             raise ValueError(
                 f"position {last} exceeds the {state.slots} slots of this state (context {self.config.context}); "
                 "make a longer state, shorten the input, or use a model in which every layer slides"
+            )
+        if state.documents is not None:
+            raise ValueError(
+                f"position {last} reuses a slot of this state of {state.slots}, whose documents are fixed; "
+                "make a state with a slot for every position, or without documents"
             )
         reach = self.config.reach
         if length + reach > state.slots:
