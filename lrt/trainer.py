@@ -15,7 +15,7 @@ import torch
 
 from lrt import checkpoint, schedules
 from lrt.config import ModelConfig, require
-from lrt.data.loader import Position, Rows
+from lrt.data.loader import Position, Rows, prefetch
 from lrt.data.prepared import Prepared
 from lrt.loss import StepLoss
 from lrt.model.flops import training_flops
@@ -105,7 +105,12 @@ def train(
     done = Trained(0, 0.0, 0.0, math.nan)
 
     def save() -> None:
-        about = {"run": run.to_dict(), "schedule": run.schedule, "trained": dataclasses.asdict(done)}
+        about = {
+            "run": run.to_dict(),
+            "schedule": run.schedule,
+            "trained": dataclasses.asdict(done),
+            "packing": dataclasses.asdict(rows.packing),
+        }
         checkpoint.save(out / "checkpoint", model, data.tokenizer, about)
 
     try:
@@ -133,14 +138,15 @@ def _steps(
 ) -> Iterator[dict[str, Any]]:
     """The optimiser steps; yields one line of the diary after each."""
     schedule = schedules.parse(run.schedule)
-    position, seconds, flops = Position(), 0.0, 0.0
+    loader = prefetch(rows, Position(), run.batch_size // run.micro_batches)
+    seconds, flops = 0.0, 0.0
     costs: dict[schedules.Schedule, float] = {}
     for step in range(run.steps):
         begun = time.perf_counter()
         current = schedule.at(step, run.steps, run.seed)
         batches = []
         for _ in range(run.micro_batches):
-            batch, position = rows.batch(position, run.batch_size // run.micro_batches)
+            batch, _ = next(loader)
             batches.append(batch.to(device))
         step_loss = StepLoss.of(current, [b.targets for b in batches])
         loss = 0.0
