@@ -635,3 +635,48 @@ def test_reading_ahead_changes_nothing(sharded: Prepared) -> None:
         next(prefetch(rows, Position(), 7, ahead=0))
     with pytest.raises(ValueError, match="batch_size is 0"):  # an error of the thread reaches the caller
         next(prefetch(rows, Position(), 0))
+
+
+# At scale
+
+
+@pytest.mark.slow
+def test_preparing_keeps_pace_with_the_library_in_little_memory(tmp_path: Path, given: Path) -> None:
+    found = [{"text": read_text(path)} for path in corpus.stdlib_files()]
+    path = write_json_lines(tmp_path / "docs.jsonl.xz", found)
+    program = [sys.executable, "benchmarks/prepare.py", path, given, "--workers", "2"]
+    done = subprocess.run(
+        program, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True
+    )
+    measured = json.loads(done.stdout)
+    assert measured["megabytes"] > 5
+    assert measured["ratio"] > 0.85, measured
+    assert measured["cpu_ratio"] > 0.85, measured
+    assert measured["peak_bytes"] < 1e9, measured
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "benchmarks")
+from prepare import Peak
+from lrt.data.prepare import prepare
+with Peak() as peak:
+    prepare(sys.argv[1], [Path(sys.argv[2])], tokenizer=Path(sys.argv[3]), progress=False, workers=2)
+print(peak.bytes)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, given: Path) -> None:
+    """One document without a line or a space, every byte of it a token: the worst there is."""
+    peaks = []
+    for megabytes in (8, 32):
+        path = tmp_path / f"{megabytes}.txt"
+        path.write_text("\U0001f9e0" * (megabytes << 18))
+        program = [sys.executable, "-c", MEASURED, tmp_path / f"out{megabytes}", path, given]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, check=True)
+        peaks.append(int(done.stdout))
+    assert max(peaks) < 1e9, peaks
+    assert peaks[1] < 1.25 * peaks[0], peaks

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 
 AT_ONCE = 1 << 19
-"""UTF-8 bytes given to the library at a time: it holds about a hundred bytes per token until they are converted."""
+"""Characters given to the library at a time: it holds about a hundred bytes per token until they are converted."""
 
 
 def plain(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
