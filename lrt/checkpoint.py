@@ -3,7 +3,8 @@
     model.safetensors   weights
     config.json         model configuration, what trained it, and the tokenizer's hash
     tokenizer.json      the tokenizer
-    manifest.json       size and SHA-256 of the three
+    training.pt         optional: what training needs to go on (optimisers, progress); tensors and plain data only
+    manifest.json       size and SHA-256 of the others
 
 A save is written beside its target, flushed to the disk, and renamed: whatever fails, one whole checkpoint remains.
 """
@@ -30,12 +31,16 @@ FILES = ("model.safetensors", "config.json", "tokenizer.json")
 
 
 def save(
-    path: str | Path, model: LatentRecurrentTransformer, tokenizer: Tokenizer, about: dict[str, Any] | None = None
+    path: str | Path,
+    model: LatentRecurrentTransformer,
+    tokenizer: Tokenizer,
+    about: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint folder, replacing an older one only once the new one is whole.
 
-    `about` is JSON data that says how the model came to be (schedule, steps, scores). Raises OSError where the disk
-    does not take it; the older checkpoint is then untouched.
+    `about` is JSON data that says how the model came to be (schedule, steps, scores); `training` is what
+    `load_training` gives back. Raises OSError where the disk does not take it; the older checkpoint is then untouched.
     """
     path = Path(path)
     if path.exists() and not (path / "manifest.json").exists() and any(path.iterdir()):
@@ -45,11 +50,13 @@ def save(
     fresh = path.with_name(f".{path.name}.saving-{os.getpid()}")
     try:
         fresh.mkdir(parents=True)
+        if training is not None:
+            torch.save(training, fresh / "training.pt")
         _write(fresh, model, tokenizer, about or {})
         _swap(fresh, path)
     except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        if isinstance(error, safetensors.SafetensorError):
+        if isinstance(error, safetensors.SafetensorError | RuntimeError):  # what their writers raise on a full disk
             raise OSError(f"cannot save to {path}: {error}; the previous checkpoint, if any, is untouched") from error
         raise
 
@@ -66,7 +73,8 @@ def _write(folder: Path, model: LatentRecurrentTransformer, tokenizer: Tokenizer
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(folder / "tokenizer.json")
-    manifest = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in FILES}
+    files = sorted(file.name for file in folder.iterdir())
+    manifest = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     for file in [*folder.iterdir(), folder]:
         _flush(file)
@@ -102,23 +110,21 @@ def sha256(path: Path) -> str:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRecurrentTransformer, Tokenizer]:
-    """The model, in evaluation mode, and the tokenizer of a checkpoint folder.
+    """The model, in evaluation mode, and the tokenizer of a checkpoint folder, or of a run's folder that holds one.
 
     Raises ValueError, naming the file, where one is missing, truncated, changed, or belongs to another checkpoint.
     """
     folder = verified(Path(path))
-    config = _json(folder / "config.json")
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{folder / 'config.json'}: format {config.get('format')!r}; this version reads {FORMAT}")
+    config, recorded = _config(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    if tokenizer.sha256 != config["tokenizer_sha256"]:
+    if tokenizer.sha256 != recorded:
         raise ValueError(
             f"{folder / 'tokenizer.json'} does not belong to this checkpoint; restore the one saved with it"
         )
-    model = LatentRecurrentTransformer(ModelConfig.from_dict(config["model"]))
-    if tokenizer.vocab_size > model.config.vocab_size:
+    model = LatentRecurrentTransformer(config)
+    if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+            f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
         )
     try:
         weights = safetensors.torch.load_file(folder / "model.safetensors")
@@ -128,6 +134,33 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRe
     return model.to(device).eval(), tokenizer
 
 
+def _config(folder: Path) -> tuple[ModelConfig, str]:
+    """The model's configuration and the tokenizer's hash; ValueError naming config.json where it makes no sense."""
+    file = folder / "config.json"
+    data = _json(file)
+    if data.get("format") != FORMAT:
+        raise ValueError(f"{file}: format {data.get('format')!r}; this version reads {FORMAT}")
+    try:
+        return ModelConfig.from_dict(data["model"]), str(data["tokenizer_sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} describes no model of this version ({error!r}); restore it from a copy") from error
+
+
+def load_training(path: str | Path, model: LatentRecurrentTransformer) -> dict[str, Any]:
+    """Put a checkpoint's weights into `model`, in place, and return the `training` that was saved with them.
+
+    Raises ValueError where the folder is damaged, holds no training state, or another architecture.
+    """
+    folder = verified(Path(path))
+    saved, _ = _config(folder)
+    if saved != model.config:
+        raise ValueError(f"{folder} holds another architecture: {saved} instead of {model.config}")
+    if not (folder / "training.pt").is_file():
+        raise ValueError(f"{folder} cannot be trained on: it has no training.pt; take a folder of snapshots/")
+    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    return torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+
+
 def about(path: str | Path) -> dict[str, Any]:
     """How the checkpoint came to be: what `save` was given."""
     return _json(verified(Path(path)) / "config.json")["about"]
@@ -135,12 +168,14 @@ def about(path: str | Path) -> dict[str, Any]:
 
 def verified(path: Path) -> Path:
     """The checkpoint's folder, after its files were held against the manifest."""
-    if not path.exists() and _previous(path).exists():
-        _previous(path).rename(path)  # a save was cut off between its two renames: the old checkpoint is whole
+    _recover(path)
+    if not (path / "manifest.json").exists():  # a run's folder: its checkpoint, or how far it has come
+        _recover(path / "checkpoint")
+        path = next(iter([*path.glob("checkpoint"), *sorted(path.glob("snapshots/step-*"), reverse=True)]), path)
     if not (path / "manifest.json").is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no manifest.json; give the folder that `lrt train` wrote")
     manifest = _json(path / "manifest.json")
-    for name in FILES:
+    for name in sorted({*FILES, *manifest}):
         file, entry = path / name, manifest.get(name)
         if not file.is_file() or not isinstance(entry, dict):
             raise ValueError(f"{file} is missing; restore the checkpoint from a copy")
@@ -152,6 +187,12 @@ def verified(path: Path) -> Path:
         if sha256(file) != entry.get("sha256"):
             raise ValueError(f"{file} was changed after it was saved (its SHA-256 differs); restore it from a copy")
     return path
+
+
+def _recover(path: Path) -> None:
+    """Where a save was cut off between its two renames, the old checkpoint is whole and goes back to its place."""
+    if not path.exists() and _previous(path).exists():
+        _previous(path).rename(path)
 
 
 def _json(path: Path) -> dict[str, Any]:

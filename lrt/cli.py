@@ -23,7 +23,7 @@ from lrt.data.records import Selection
 from lrt.demo import demo, stream
 from lrt.evaluate import evaluate
 from lrt.generate import Sampling
-from lrt.trainer import RunConfig, train
+from lrt.trainer import Keeping, RunConfig, train
 
 Paths = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE…")]
 if TYPE_CHECKING:
@@ -41,16 +41,11 @@ def chosen_device(name: str) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=name).item()  # a value, which the meta device cannot give
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here: {reason}; try --device auto or cpu") from error
     return name
-
-
-def checkpoint_folder(path: Path) -> Path:
-    """A checkpoint, or the one inside a run's folder."""
-    return path / "checkpoint" if (path / "checkpoint").is_dir() else path
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,9 @@ class Train:
     data: Path | None = None
     """A folder that `lrt prepare` wrote. None: the standard library, prepared in runs/data/stdlib."""
     out: Path = Path("runs/train")
-    """Folder for metrics.jsonl and the checkpoint."""
+    """Folder for metrics.jsonl, snapshots and the checkpoint."""
+    keeping: Keeping = dataclasses.field(default_factory=lambda: Keeping(every=200))
+    """Snapshots, and going on from them."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
@@ -127,7 +124,7 @@ class Train:
         data = prepare(Path("runs/data/stdlib")) if self.data is None else Prepared.open(self.data)
         # The vocabulary is a fact of the data, not a choice of the run.
         model = dataclasses.replace(self.recipe.model, vocab_size=data.vocab_size)
-        _, done = train(dataclasses.replace(self.recipe, model=model), data, self.out, device)
+        _, done = train(dataclasses.replace(self.recipe, model=model), data, self.out, device, keeping=self.keeping)
         print(f"{self.out / 'checkpoint'}: {done.tokens:,} tokens in {done.seconds:.0f} s, loss {done.loss:.4f}")
         packing = checkpoint.about(self.out / "checkpoint")["packing"]
         share = packing["padded"] / (packing["padded"] + packing["targets"])
@@ -158,7 +155,7 @@ class Evaluate:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
-        folder = checkpoint_folder(self.checkpoint)
+        folder = checkpoint.verified(self.checkpoint)
         model, tokenizer = checkpoint.load(folder, chosen_device(self.device))
         data = Prepared.open(self.data)
         require(
@@ -201,7 +198,7 @@ class Sample:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
-        model, tokenizer = checkpoint.load(checkpoint_folder(self.checkpoint), chosen_device(self.device))
+        model, tokenizer = checkpoint.load(self.checkpoint, chosen_device(self.device))
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         stream(model, tokenizer, self.prompt, self.max_new_tokens, sampling, self.seed)
 
@@ -215,7 +212,7 @@ class Demo:
     out: Path = Path("runs/demo")
     """Folder for checkpoints, report.html and summary.json."""
     tokens: int | None = None
-    """Training tokens per model. None: 1.6 million, or 8 times through a short text."""
+    """Training tokens per model. None: 800,000, or 8 times through a short text."""
     seed: int = 0
     """Seed of weights, data order and sample."""
     prompt: str | None = None
@@ -238,5 +235,5 @@ def main(arguments: list[str] | None = None) -> None:
         Console(stderr=True, highlight=False).print(f"lrt: {error}", style="red", soft_wrap=True, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("lrt: interrupted; what was finished is kept", file=sys.stderr)
+        print("lrt: interrupted; what was done is kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)

@@ -53,7 +53,14 @@ class MemoryConfig:
         choice(self, "projection", ("shared", "layerwise"))
         choice(self, "combine", ("sum", "channels"))
         choice(self, "initial", ("zeros", "embedding"))
-        require(self.delay >= 1, f"memory.delay is {self.delay}; it must be at least 1: a token cannot read itself")
+        require(
+            isinstance(self.delay, int) and self.delay >= 1,
+            f"memory.delay is {self.delay}; it must be a whole number of at least 1: a token cannot read itself",
+        )
+        require(
+            self.layers is None or (isinstance(self.layers, tuple) and all(isinstance(i, int) for i in self.layers)),
+            f"memory.layers is {self.layers!r}; give block numbers, for example (1, 2), or None for all",
+        )
         if isinstance(self.source, tuple):
             require(len(self.source) > 0, "memory.source is empty; name at least one layer, or use injection='none'")
             require(
@@ -129,7 +136,7 @@ class ModelConfig:
                 isinstance(value, int) and value >= 1, f"{name} is {value!r}; it must be a whole number of at least 1"
             )
         require(
-            self.heads % self.groups == 0 and self.groups >= 1,
+            self.groups >= 1 and self.heads % self.groups == 0,
             f"kv_heads is {self.kv_heads}; it must divide heads ({self.heads})",
         )
         if self.head_size is None:
@@ -137,7 +144,10 @@ class ModelConfig:
                 self.width % self.heads == 0,
                 f"width {self.width} is not a multiple of heads {self.heads}; change one, or give head_size",
             )
-        require(self.head_dim % 2 == 0, f"the head size is {self.head_dim}; rotary positions need an even one")
+        require(
+            self.head_dim >= 2 and self.head_dim % 2 == 0,
+            f"the head size is {self.head_dim}; rotary positions need an even one",
+        )
         choice(self, "value_embeddings", ("none", "alternate", "all"))
         require(
             len(self.window_pattern) > 0 and set(self.window_pattern) <= {"L", "S"},
@@ -145,6 +155,7 @@ class ModelConfig:
         )
         require(self.sliding_window >= 1, f"window is {self.window}; it must be at least 1")
         require(self.mlp_dim >= 1, f"the MLP would be {self.mlp_dim} wide; raise mlp_ratio or mlp_width")
+        require(self.softcap > 0, f"softcap is {self.softcap}; it must be above 0")
         self._check_memory()
 
     def _check_memory(self) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lrt import recipes, report, schedules
 from lrt.checkpoint import load
+from lrt.config import require
 from lrt.data.loader import Rows, windows
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
@@ -25,6 +26,8 @@ from lrt.model.flops import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.trainer import RunConfig, train
 
+SAMPLE = 160
+"""Tokens of the sample at the end."""
 EPOCHS = 8
 """A short text of the user's own is read at most so often."""
 
@@ -47,10 +50,17 @@ def demo(
     source = "the standard library of this Python" if text is None else f"{len(text)} text file(s)"
     console.print(f"Preparing {source} …")
     data = prepare(out / "data", text, progress=progress)
-    horizon = tokens or min(recipes.DEMO_TOKENS, EPOCHS * Rows(data.split("train"), recipes.CONTEXT, seed).targets)
+    prompt = opening(data) if prompt is None else prompt
+    longest = recipes.CONTEXT - SAMPLE  # and BOS, whose place the last token drawn does not need
+    require(
+        len(data.tokenizer.encode(prompt)) <= longest,
+        f"the prompt has {len(data.tokenizer.encode(prompt))} tokens; the demo continues at most {longest} in its context of {recipes.CONTEXT}",
+    )
+    if tokens is None:
+        tokens = min(recipes.DEMO_TOKENS, EPOCHS * Rows(data.split("train"), recipes.CONTEXT, seed).targets)
     models: dict[str, dict[str, Any]] = {}
     for family in recipes.FAMILIES:
-        run = recipes.demo(family, data.vocab_size, horizon, seed)
+        run = recipes.demo(family, data.vocab_size, tokens, seed)
         result, fresh = _family(family, run, data, out / family, device, console, progress)
         reused += 0.0 if fresh else result.pop("seconds")
         models[family] = {k: v for k, v in result.items() if k != "seconds"}
@@ -64,9 +74,7 @@ def demo(
     }
     console.print(report.table(summary))
     console.print("\nA sample from the LRT, decoded with its recurrence:\n", style="bold")
-    written = stream(
-        model, tokenizer, prompt if prompt is not None else opening(data), 160, Sampling(0.8, top_p=0.95), seed
-    )
+    written = stream(model, tokenizer, prompt, SAMPLE, Sampling(0.8, top_p=0.95), seed)
     summary["seconds"] = time.perf_counter() - begun + reused
     diaries = {family: out / family / "metrics.jsonl" for family in models}
     report.write(out / "report.html", summary, diaries, written)
@@ -87,11 +95,11 @@ def _family(
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     finished = out / "result.json"
-    if finished.is_file() and (out / "checkpoint" / "manifest.json").is_file():
-        known = json.loads(finished.read_text())
-        if known["key"] == key:
-            console.print(f"{family}: kept from an earlier call (delete {out} to train it again)")
-            return known["result"], False
+    whole = (out / "metrics.jsonl").is_file() and (out / "checkpoint" / "manifest.json").is_file()
+    known = _finished(finished) if whole else {}
+    if known.get("key") == key:
+        console.print(f"{family}: kept from an earlier call (delete {out} to train it again)")
+        return known["result"], False
     begun = time.perf_counter()
     total, dense = count_parameters(run.model)
     console.print(
@@ -126,6 +134,14 @@ def _family(
     return result, True
 
 
+def _finished(path: Path) -> dict[str, Any]:
+    """What an earlier call wrote when a family was done; nothing where it is missing or cut short."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def opening(data: Prepared) -> str:
     """The first line of the first validation document: what the sample starts with."""
     first = data.tokenizer.decode(data.split("val")[0][:64].tolist())
@@ -139,9 +155,10 @@ def stream(
     max_new_tokens: int | None,
     sampling: Sampling,
     seed: int,
-    to: TextIO = sys.stdout,
+    out: TextIO | None = None,
 ) -> str:
     """Print the prompt and its continuation as the tokens arrive, up to the end of the document; returns it all."""
+    to: TextIO = out or sys.stdout  # looked up here, so that a redirection counts
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
     tokens = torch.tensor([ids], device=model.embedding.weight.device)
     decoder, pieces = tokenizer.decoder(ids), [prompt]

@@ -48,7 +48,7 @@ class Sampling:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
         probabilities = logits.softmax(-1)
-        if self.top_p is not None:
+        if self.top_p is not None and self.top_p < 1:
             ordered, order = probabilities.sort(descending=True, stable=True)
             before = ordered.cumsum(-1) - ordered  # a token stays if those before it have not reached p yet
             dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= self.top_p)
@@ -70,6 +70,8 @@ def generate(
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"the prompt has shape {tuple(tokens.shape)}; give (batch, at least one token): BOS will do")
+    if max_new_tokens is not None and max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
     config, length = model.config, tokens.shape[1]
     room = None if config.unbounded else config.context + 1 - length  # the last token drawn is never fed back
     if room is not None and room < max(1, max_new_tokens or 1):
@@ -78,7 +80,7 @@ def generate(
             "shorten one of them, or use a model in which every layer has a sliding window"
         )
     wanted = room if max_new_tokens is None else max_new_tokens
-    return _generate(model, tokens, wanted, sampling or Sampling(), seed)
+    return iter(()) if wanted == 0 else _generate(model, tokens, wanted, sampling or Sampling(), seed)
 
 
 def _generate(

@@ -12,15 +12,20 @@ from lrt.optim import OptimConfig
 from lrt.trainer import RunConfig
 
 CONTEXT = 256
-DEMO_TOKENS = 1_600_000
+DEMO_TOKENS = 800_000
 """The demo's horizon: what two CPU cores train, three times, in about five minutes."""
-SETTLED = "settled(0, 1, 1)"
-LRT = MemoryConfig(source=(0, 4), combine="channels", initial="embedding")
-"""The demo's LRT (4 layers): the previous embedding and the final state, a channel each."""
+SETTLED = "settled(1, 1, 1)"
+
+
+def recommended(layers: int) -> MemoryConfig:
+    """The memory that scored best live so far (docs/log.md): the previous embedding and the final state as channels."""
+    return MemoryConfig(source=(0, layers), combine="channels", initial="embedding")
+
+
 FAMILIES = {
     "transformer": (MemoryConfig(injection="none"), "plain()"),
     "token_shift": (MemoryConfig(source=0), "plain()"),
-    "lrt": (LRT, SETTLED),
+    "lrt": (recommended(4), SETTLED),
 }
 """The demo's models: memory and training schedule of each. docs/log.md says how they were chosen."""
 
@@ -56,18 +61,18 @@ def demo_models(vocab_size: int) -> dict[str, ModelConfig]:
 
 
 DEMO_OPTIM = OptimConfig(
-    matrix_lr=0.02, embedding_lr=0.2, head_lr=0.01, scalar_lr=0.02, momentum_steps=100, reference_batch=4096
+    matrix_lr=0.02, embedding_lr=0.2, head_lr=0.01, scalar_lr=0.02, momentum_steps=100, reference_batch=2048
 )
 
 
 def demo(family: str, vocab_size: int = 2048, tokens: int = DEMO_TOKENS, seed: int = 0) -> RunConfig:
-    """One of the demo's runs: 4 layers, width 128, context 256, 4096 tokens a step."""
+    """One of the demo's runs: 4 layers, width 128, context 256, 2048 tokens a step."""
     require(family in FAMILIES, f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
     return RunConfig(
         model=demo_models(vocab_size)[family],
         optim=DEMO_OPTIM,
         schedule=FAMILIES[family][1],
-        batch_size=16,
+        batch_size=8,
         tokens=tokens,
         seed=seed,
     )
@@ -75,7 +80,7 @@ def demo(family: str, vocab_size: int = 2048, tokens: int = DEMO_TOKENS, seed: i
 
 def depth(layers: int) -> RunConfig:
     """The one dial: an LRT of `layers` blocks, width 64 per block, 20 tokens per block and head parameter."""
-    model = ModelConfig.from_depth(layers, context=512)
+    model = ModelConfig.from_depth(layers, context=512, memory=recommended(layers))
     weights = 12 * layers * model.width**2 + model.vocab_size * model.width  # blocks and head
     return RunConfig(model=model, schedule=SETTLED, tokens=20 * weights)
 

@@ -119,7 +119,7 @@ def bind(expand: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     """Positional arguments in order, sequences as tuples, trailing defaults left out: one spelling per schedule."""
     names = expand.__code__.co_varnames[1 : expand.__code__.co_argcount]
     defaults = dict(zip(reversed(names), reversed(expand.__defaults__ or ()), strict=False))
-    unknown = sorted(set(kwargs) - set(names))
+    unknown = sorted((set(kwargs) - set(names)) | (set(kwargs) & set(names[: len(args)])))  # or given twice
     if unknown or len(args) > len(names):
         raise ValueError(f"{expand.__name__} takes ({', '.join(names)}), not {args} {kwargs or ''}")
     given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
@@ -143,8 +143,9 @@ def loss_weights(weights: Sequence[float] | None, passes: int) -> Sequence[float
     """One non-negative weight per pass, not all zero; None counts each pass alike."""
     if weights is None:
         return [1.0] * passes
-    if len(weights) != passes or min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(f"weights is {tuple(weights)}; give {passes} numbers >= 0 (one per pass), not all 0")
+    numbers = isinstance(weights, tuple | list) and all(isinstance(w, int | float) for w in weights)
+    if not numbers or len(weights) != passes or not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+        raise ValueError(f"weights is {weights!r}; give {passes} numbers >= 0 (one per pass), not all 0")
     return weights
 
 
@@ -195,8 +196,8 @@ def strided(T: int, groups: int, sweeps: int) -> list[Pass]:
 @schedule
 def sequential(T: int, backprop: int | None = None) -> list[Pass]:
     """One position at a time: exact. `backprop` cuts the gradient through the memory after so many positions."""
-    cut = T if backprop is None else count("backprop", backprop, 1)
-    return [Pass(t, t + 1, 1, 1.0, True, (t + 1) % cut == 0) for t in range(T)]
+    cut = 0 if backprop is None else count("backprop", backprop, 1)
+    return [Pass(t, t + 1, 1, 1.0, True, cut > 0 and (t + 1) % cut == 0) for t in range(T)]
 
 
 @schedule
@@ -311,8 +312,11 @@ def parse(text: str) -> Schedule:
     Raises ValueError with the text and the known names.
     """
     try:
-        return _build(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, KeyError, TypeError, AttributeError) as error:
+        built = _build(ast.parse(text.strip(), mode="eval").body)
+        if not isinstance(built, Simple | Mixture | Stages):
+            raise ValueError("that is no schedule")
+        return built
+    except (SyntaxError, KeyError, TypeError, AttributeError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"cannot read the schedule {text!r}: {error}; write for example interleaved(2)") from error
 
 
@@ -329,7 +333,10 @@ def _build(node: ast.expr) -> Any:
         return tuple(_build(e) for e in node.elts)
     if isinstance(node, ast.Name):
         return _build(ast.Call(ast.Name(node.id), [], []))  # `plain` alone means plain()
-    return ast.literal_eval(node)
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise ValueError("only names, numbers, lists and calls of schedules are read") from error
 
 
 def _simple(name: str, args: list[Any], kwargs: dict[str, Any]) -> Simple:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+import signal
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +20,7 @@ import torch
 
 from lrt import checkpoint, schedules
 from lrt.config import ModelConfig, require
-from lrt.data.loader import Position, Rows, prefetch
+from lrt.data.loader import Batch, Position, Rows, prefetch
 from lrt.data.prepared import Prepared
 from lrt.loss import StepLoss
 from lrt.model.flops import training_flops
@@ -79,6 +84,159 @@ class Trained:
     """Mean of the last 5 % of the steps' losses."""
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """What is kept on disk while a run goes on."""
+
+    every: int = 0
+    """Save a snapshot every so many steps; 0 saves none before the end. An interruption always saves one."""
+    last: int = 2
+    """How many snapshots stay, the newest ones."""
+    resume: bool = True
+    """Go on from the newest whole snapshot in the run's folder, if there is one."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; with the weights and the optimisers, all there is to know of it."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    position: Position = field(default_factory=Position)
+    """The next row of data."""
+    seconds: float = 0.0
+    flops: float = 0.0
+
+
+class Session:
+    """A run in memory: model, optimiser, data, progress."""
+
+    def __init__(self, run: RunConfig, data: Prepared, device: str | torch.device) -> None:
+        torch.manual_seed(run.seed)
+        self.run, self.data, self.device = run, data, device
+        self.model = LatentRecurrentTransformer(run.model).to(device).train()
+        self.optimiser = Optimiser(self.model, run.model.width, run.batch_tokens, run.steps, run.optim)
+        self.rows = Rows(data.split("train"), run.model.context, run.seed)
+        self.schedule = schedules.parse(run.schedule)
+        self.progress = Progress()
+        self.loader: Generator[tuple[Batch, Position], None, None] | None = None
+        """Batches from `progress` on, read in advance; begun by the first step."""
+        self.costs: dict[schedules.Schedule, float] = {}
+
+    def step(self) -> dict[str, Any]:
+        """One optimiser step; returns its line of the diary."""
+        run, done, begun = self.run, self.progress, time.perf_counter()
+        current = self.schedule.at(done.step, run.steps, run.seed)
+        if self.loader is None:
+            self.loader = prefetch(self.rows, done.position, run.batch_size // run.micro_batches)
+        batches, position = [], done.position
+        for _ in range(run.micro_batches):
+            batch, position = next(self.loader)
+            batches.append(batch.to(self.device))
+        step_loss = StepLoss.of(current, [b.targets for b in batches])
+        loss = 0.0
+        for batch in batches:
+            share = step_loss(self.model, batch.tokens, batch.targets, batch.documents)
+            share.backward()
+            loss += float(share.detach())
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss at step {done.step} is {loss}; lower the rates (--optim.matrix-lr, …)")
+        rate = self.optimiser.step(done.step)
+        if current not in self.costs:
+            self.costs[current] = training_flops(run.model, current, run.model.context)
+        self.progress = Progress(
+            done.step + 1,
+            position,
+            done.seconds + time.perf_counter() - begun,
+            done.flops + self.costs[current] * run.batch_tokens,
+        )
+        return {
+            "step": done.step,
+            "tokens": self.progress.step * run.batch_tokens,
+            "loss": loss,
+            "rate": rate,
+            "seconds": self.progress.seconds,
+            "flops": self.progress.flops,
+            "schedule": repr(current),
+        }
+
+    def save(self, path: Path, loss: float) -> None:
+        """A checkpoint that can be trained on."""
+        done = Trained(self.progress.step * self.run.batch_tokens, self.progress.seconds, self.progress.flops, loss)
+        about = {
+            "run": self.run.to_dict(),
+            "schedule": self.run.schedule,
+            "trained": dataclasses.asdict(done),
+            "packing": dataclasses.asdict(self.rows.packing),  # of the shards read since the run was last begun
+        }
+        training = {
+            "run": json.dumps(self.run.to_dict(), sort_keys=True),
+            "data": self.data.fingerprint,
+            "progress": dataclasses.asdict(self.progress),
+            "optimisers": [part.state_dict() for part in self.optimiser.parts],
+        }
+        checkpoint.save(path, self.model, self.data.tokenizer, about, training)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint that `save` wrote. Raises ValueError where it is of another run, or of other data."""
+        training = checkpoint.load_training(path, self.model)
+        mine = json.loads(json.dumps(self.run.to_dict()))
+        theirs = json.loads(training["run"])
+        differing = [f"{k}: {theirs.get(k)} there, {mine.get(k)} here" for k in mine if mine.get(k) != theirs.get(k)]
+        require(not differing, f"{path} is of another run ({'; '.join(differing)}); choose another --out")
+        require(training["data"] == self.data.fingerprint, f"{path} was trained on other data; choose another --out")
+        for part, state in zip(self.optimiser.parts, training["optimisers"], strict=True):
+            part.load_state_dict(state)
+        saved = training["progress"]
+        self.progress = Progress(**{**saved, "position": Position(**saved["position"])})
+        self.loader = None
+
+
+def snapshots(out: Path) -> list[Path]:
+    """The snapshots of a run's folder, oldest first."""
+    return sorted((out / "snapshots").glob("step-*"))
+
+
+def resume(session: Session, out: Path) -> list[dict[str, Any]]:
+    """Restore the newest snapshot that is whole; returns the diary up to there. Nothing happens where there is none."""
+    for path in reversed(snapshots(out)):
+        try:
+            checkpoint.verified(path)
+        except ValueError as error:
+            print(f"passing over a damaged snapshot: {error}", file=sys.stderr)
+            continue
+        session.restore(path)
+        lines = (out / "metrics.jsonl").read_text().splitlines()[: session.progress.step]
+        return [json.loads(line) for line in lines]
+    return []
+
+
+class Stop:
+    """Whether somebody asked the process to end: Ctrl-C or SIGTERM. A second Ctrl-C ends it at once."""
+
+    requested = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@contextmanager
+def stop_requests() -> Iterator[Stop]:
+    """Within the block a first SIGINT or SIGTERM is noted, not obeyed, so that a step can end and be saved."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield stop
+        return
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def train(
     run: RunConfig,
     data: Prepared,
@@ -86,87 +244,53 @@ def train(
     device: str | torch.device = "cpu",
     progress: bool = True,
     title: str = "training",
+    keeping: Keeping | None = None,
 ) -> tuple[LatentRecurrentTransformer, Trained]:
-    """Train from scratch into folder `out`: metrics.jsonl (a line per step), checkpoint/.
+    """Train into folder `out`: metrics.jsonl (a line per step), snapshots/ on the way, checkpoint/ at the end.
 
-    Interrupted (Ctrl-C), it saves what it has and raises KeyboardInterrupt. A loss that is not finite raises
-    FloatingPointError, naming the step.
+    Interrupted (Ctrl-C, SIGTERM), it ends its step, saves a snapshot and raises KeyboardInterrupt; called again, it
+    goes on from the newest snapshot, bit for bit on a CPU. A loss that is not finite raises FloatingPointError, naming
+    the step; the snapshots stay.
     """
     require(
         run.model.vocab_size == data.vocab_size,
         f"the model's vocab_size is {run.model.vocab_size}, the data's {data.vocab_size}; make them equal",
     )
+    keeping = keeping or Keeping()
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(run.seed)
-    model = LatentRecurrentTransformer(run.model).to(device).train()
-    optimiser = Optimiser(model, run.model.width, run.batch_tokens, run.steps, run.optim)
-    rows = Rows(data.split("train"), run.model.context, run.seed)
-    losses: list[float] = []
-    done = Trained(0, 0.0, 0.0, math.nan)
+    session = Session(run, data, device)
+    lines = resume(session, out) if keeping.resume else []
 
-    def save() -> None:
-        about = {
-            "run": run.to_dict(),
-            "schedule": run.schedule,
-            "trained": dataclasses.asdict(done),
-            "packing": dataclasses.asdict(rows.packing),
-        }
-        checkpoint.save(out / "checkpoint", model, data.tokenizer, about)
+    def recent() -> float:
+        last = lines[-max(1, len(lines) // 20) :]
+        return sum(line["loss"] for line in last) / max(1, len(last))
 
-    try:
-        with (out / "metrics.jsonl").open("w") as diary, bar(title, run.steps, progress) as advance:
-            for line in _steps(run, model, optimiser, rows, device):
-                losses.append(line["loss"])
-                recent = losses[-max(1, len(losses) // 20) :]
-                done = Trained(line["tokens"], line["seconds"], line["flops"], sum(recent) / len(recent))
-                diary.write(json.dumps(line) + "\n")
-                advance(1, f"loss {done.loss:.3f}  {line['tokens'] / line['seconds']:,.0f} tokens/s")
-    except KeyboardInterrupt:
-        if done.tokens:
-            save()
-        raise
-    save()
-    return model, done
+    def snapshot() -> None:
+        session.save(out / "snapshots" / f"step-{session.progress.step:08d}", recent())
+        for old in snapshots(out)[: -keeping.last]:
+            shutil.rmtree(old)
 
-
-def _steps(
-    run: RunConfig,
-    model: LatentRecurrentTransformer,
-    optimiser: Optimiser,
-    rows: Rows,
-    device: str | torch.device,
-) -> Iterator[dict[str, Any]]:
-    """The optimiser steps; yields one line of the diary after each."""
-    schedule = schedules.parse(run.schedule)
-    loader = prefetch(rows, Position(), run.batch_size // run.micro_batches)
-    seconds, flops = 0.0, 0.0
-    costs: dict[schedules.Schedule, float] = {}
-    for step in range(run.steps):
-        begun = time.perf_counter()
-        current = schedule.at(step, run.steps, run.seed)
-        batches = []
-        for _ in range(run.micro_batches):
-            batch, _ = next(loader)
-            batches.append(batch.to(device))
-        step_loss = StepLoss.of(current, [b.targets for b in batches])
-        loss = 0.0
-        for batch in batches:
-            share = step_loss(model, batch.tokens, batch.targets, batch.documents)
-            share.backward()
-            loss += float(share.detach())
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss at step {step} is {loss}; lower the rates (--optim.matrix-lr, …)")
-        rate = optimiser.step(step)
-        seconds += time.perf_counter() - begun
-        if current not in costs:
-            costs[current] = training_flops(run.model, current, run.model.context)
-        flops += costs[current] * run.batch_tokens
-        yield {
-            "step": step,
-            "tokens": (step + 1) * run.batch_tokens,
-            "loss": loss,
-            "rate": rate,
-            "seconds": seconds,
-            "flops": flops,
-            "schedule": repr(current),
-        }
+    rewritten = out / ".metrics.jsonl"  # the lines behind the snapshot go, and a kill now loses none of the others
+    rewritten.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rewritten.replace(out / "metrics.jsonl")
+    with (
+        (out / "metrics.jsonl").open("a") as diary,
+        bar(title, run.steps, progress) as advance,
+        stop_requests() as stop,
+    ):
+        advance(len(lines))
+        while session.progress.step < run.steps:
+            line = session.step()
+            lines.append(line)
+            diary.write(json.dumps(line) + "\n")
+            advance(1, f"loss {recent():.3f}  {line['tokens'] / line['seconds']:,.0f} tokens/s")
+            due = keeping.every and session.progress.step % keeping.every == 0
+            if stop.requested or due:
+                diary.flush()  # the diary is never behind a snapshot
+                snapshot()
+            if stop.requested:
+                raise KeyboardInterrupt
+    session.save(out / "checkpoint", recent())
+    shutil.rmtree(out / "snapshots", ignore_errors=True)
+    done = session.progress
+    return session.model, Trained(done.step * run.batch_tokens, done.seconds, done.flops, recent())

@@ -78,7 +78,7 @@ def configuration(choice: dict[str, Any]) -> ModelConfig:
     memory = MemoryConfig(
         **recalled,
         **{name: chosen[name] for name in ("injection", "projection", "initial", "delay")},
-        layers=None if chosen["layers"] == "all" else {2: (2,), 3: (1, 3)}[depth],
+        layers=None if chosen["layers"] == "all" else {2: (2,), 3: (3, 2)}[depth],
     )
     return ModelConfig(
         width=12,
@@ -115,8 +115,11 @@ def label(choice: dict[str, Any]) -> str:
     return "-".join(value if isinstance(value, str) else f"{name}={value}" for name, value in choice.items())
 
 
+# One that pairs leave out: projections of their own in blocks that do not start with the first.
+CORNER = {"injection": "both", "projection": "layerwise", "source": "L", "layers": "some", "depth": 3}
+
 # Every pair of values of any two choices, and the whole product of the four that say what the memory is.
-PAIRWISE = {label(choice): configuration(choice) for choice in pairwise(CHOICES)}
+PAIRWISE = {label(choice): configuration(choice) for choice in [CORNER, *pairwise(CHOICES)]}
 PRODUCT_NAMES = ("injection", "projection", "source", "initial")
 PRODUCT = {
     label(choice): configuration(choice)
@@ -402,14 +405,18 @@ def test_prefill_split_anywhere_then_decoding_equals_the_oracle(config: ModelCon
 
 
 @over(PAIRWISE, step=2)
-def test_decoding_continues_from_the_state_of_refine(config: ModelConfig):
+def test_refine_and_decoding_continue_from_the_state_of_refine(config: ModelConfig):
+    # Tokens given with a state stand behind those it holds.
     model, tokens = random_model(config), random_tokens()
     with torch.no_grad():
         expected = oracle_rows(model, tokens, aligned())
-        state = model.empty_state(BATCH, LENGTH, documents=aligned())
-        out = refine(model, tokens[:, :5], schedules.strided(5, 1), state=state)
-        assert_same(out.hidden, expected[:, :5], "prefill")
-        assert_same(decode(model, tokens, out.state, start=5), expected[:, 5:], "decoding")
+        state, start = model.empty_state(BATCH, LENGTH, documents=aligned()), 0
+        for stop in (3, 7):
+            chunk = tokens[:, start:stop]
+            out = refine(model, chunk, schedules.strided(chunk.shape[1], 1), state=state)
+            assert_same(out.hidden, expected[:, start:stop], f"tokens {start} to {stop}")
+            state, start = out.state, stop
+        assert_same(decode(model, tokens, state, start=start), expected[:, start:], "decoding")
 
 
 @over(PAIRWISE, step=2)
@@ -477,6 +484,29 @@ def test_schedules_equal_their_simulation(config: ModelConfig, schedule: Simple)
     for (p, positions, hidden), simulated in zip(out.passes, passes, strict=True):
         assert list(positions) == list(p.positions)
         assert_same(hidden, simulated, repr(p))
+    assert_same_gradients(gradients(model, out.hidden), gradients(model, expected))
+
+
+# Orders that no schedule of the table has: what counts as written, and by which pass last, must not rely on them.
+ODD_PASSES: dict[str, Passes] = {
+    "back to front": (Pass(6, LENGTH), Pass(3, 6), Pass(0, 3), Pass(3, LENGTH)),
+    "a part again": (Pass(0, LENGTH), Pass(2, 5)),
+    "mixed strides": (Pass(1, LENGTH, 4), Pass(0, LENGTH, 2), Pass(5, 8), Pass(0, LENGTH)),
+    "different ends": (Pass(0, 7, 2), Pass(1, LENGTH, 2), Pass(2, 6), Pass(0, LENGTH)),
+    "detached classes": (Pass(0, LENGTH), Pass(1, LENGTH, 2, detach_memory=True), Pass(0, LENGTH, 2), Pass(2, 8)),
+    "free classes": (Pass(0, LENGTH, 3), Pass(0, LENGTH, 2, grad=False), Pass(1, LENGTH, 2), Pass(0, 5)),
+}
+
+
+@pytest.mark.parametrize("name", list(ODD_PASSES))
+@over(PAIRWISE, step=6)
+def test_any_list_of_passes_equals_its_simulation(config: ModelConfig, name: str):
+    model, tokens, schedule = random_model(config), random_tokens(), Given(ODD_PASSES[name])
+    out = refine(model, tokens, schedule)
+    expected, passes = simulate_rows(model, tokens, schedule)
+    for (p, _, hidden), simulated in zip(out.passes, passes, strict=True):
+        assert_same(hidden, simulated, repr(p))
+    assert_same(out.hidden, expected)
     assert_same_gradients(gradients(model, out.hidden), gradients(model, expected))
 
 
@@ -716,11 +746,11 @@ def test_an_endless_stream_in_few_slots_equals_the_oracle(config: ModelConfig, s
 @pytest.mark.parametrize("chunk", [2, 5], ids=lambda chunk: f"chunks-of-{chunk}")
 def test_a_stream_in_chunks_that_wrap_around_equals_its_simulation(config: ModelConfig, chunk: int):
     # Several positions in one call overwrite slots that its first positions may still attend to, if there are too few.
+    # Within a chunk a token is known before it is read: each call notes its own first.
     model, tokens = random_model(config), random_tokens(length=23)
     slots = chunk + max(config.sliding_window - 1, config.memory.delay)
     schedule = schedules.chunked(chunk)
     with torch.no_grad():
-        # Chunks read the tokens within them as known ahead, as the simulation does: each call writes its own first.
         state, hidden = model.empty_state(BATCH, slots), []
         for p in schedule.passes(tokens.shape[1]):
             h, state = model(tokens[:, p.slice], p.positions, state)
@@ -765,15 +795,40 @@ def test_ragged_decoding_equals_the_oracle(config: ModelConfig):
             assert_same(hidden, torch.stack([expected[b, positions[b]] for b in range(BATCH)]), f"step {t}")
 
 
-@pytest.mark.parametrize("as_positions", [list, torch.tensor], ids=["range", "tensor"])
-def test_a_range_and_a_tensor_of_positions_mean_the_same(as_positions: Callable[..., Any]):
+@over(PAIRWISE, step=6)
+def test_a_state_stays_valid_after_a_call(config: ModelConfig):
+    # Two continuations of one State, as in beam search: the first must leave nothing behind for the second.
+    model, tokens = random_model(config), random_tokens()
+    with torch.no_grad():
+        _, state = model(tokens[:, :4], range(4), model.empty_state(BATCH, LENGTH))
+        for positions in (range(4, 6), torch.tensor([[4, 5], [3, 4]]), range(1, 3), torch.tensor([[0, 2], [1, 3]])):
+            before, _ = model(tokens[:, 4:5], range(4, 5), state)
+            model((tokens[:, :2] + 1) % VOCABULARY, positions, state)
+            after, _ = model(tokens[:, 4:5], range(4, 5), state)
+            assert torch.equal(after, before)
+
+
+def as_rows(positions: Tensor) -> Tensor:
+    return positions.expand(BATCH, -1)
+
+
+POSITIONS: dict[str, Callable[[range], Any]] = {
+    "range": lambda positions: positions,
+    "int64": lambda positions: torch.tensor(list(positions)),
+    "int32": lambda positions: torch.tensor(list(positions), dtype=torch.int32),
+    "int64-rows": lambda positions: as_rows(torch.tensor(list(positions))),
+    "int32-rows": lambda positions: as_rows(torch.tensor(list(positions), dtype=torch.int32)),
+}
+
+
+@pytest.mark.parametrize("form", list(POSITIONS))
+def test_positions_mean_the_same_in_every_form(form: str):
     model, tokens = random_model(configuration({"source": "L"})), random_tokens()
     with torch.no_grad():
         expected = refine(model, tokens, schedules.interleaved(2)).hidden
         state, hidden = model.empty_state(BATCH, LENGTH), torch.zeros_like(expected)
         for p in schedules.interleaved(2).passes(LENGTH):
-            positions = p.positions if as_positions is list else torch.tensor(list(p.positions))
-            hidden[:, p.slice], state = model(tokens[:, p.slice], positions, state)
+            hidden[:, p.slice], state = model(tokens[:, p.slice], POSITIONS[form](p.positions), state)
         assert_same(hidden, expected)
 
 

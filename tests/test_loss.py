@@ -229,7 +229,7 @@ def test_the_formula_is_neither_a_mean_over_targets_nor_over_passes():
         counts.append(int((targets[:, positions] != IGNORED).sum()))
         weights.append(p.loss_weight)
     assert len({counts[1], counts[2]}) == 2  # unequal
-    loss = step(model, schedule, [(tokens, targets)])[0]
+    loss = step(model, schedule, [(tokens, targets)])[0].detach()
     assert float(loss) == pytest.approx(sum(w * n / c for w, n, c in zip(weights, nats, counts, strict=True)) / 6)
     for other in (
         sum(nats) / sum(counts),
@@ -274,7 +274,8 @@ def test_documents_reach_the_model():
     hidden = refine(model, tokens, schedules.plain(), documents).hidden
     n = int((targets != IGNORED).sum())
     assert_same(step_loss(model, tokens, targets, documents), summed_nats_reference(model, hidden, targets) / n)
-    assert abs(float(step_loss(model, tokens, targets, documents) - step_loss(model, tokens, targets, None))) > VISIBLE
+    loss, without = (step_loss(model, tokens, targets, numbers).item() for numbers in (documents, None))
+    assert abs(loss - without) > VISIBLE
 
 
 class Matrices(TorchDispatchMode):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -127,6 +128,12 @@ class Prepared:
                 f"{path / 'manifest.json'} is damaged (missing or malformed: {error}); prepare the folder again"
             ) from error
         return cls(path, manifest, tokenizer, splits)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the tokens of all splits and of the tokenizer: equal data, equal fingerprint."""
+        hashes = [self.manifest["tokenizer_sha256"], *(self.manifest["splits"][name]["shards"] for name in SPLITS)]
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:

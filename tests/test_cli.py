@@ -1,0 +1,378 @@
+"""The command line from end to end, in this process; a user's mistake is one line and status 2."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrt import cli
+from lrt.checkpoint import about, load
+from lrt.cli import main
+from lrt.config import MemoryConfig, ModelConfig
+from lrt.data.corpus import stdlib_files
+from lrt.optim import OptimConfig
+from lrt.recipes import RECIPES
+from lrt.trainer import RunConfig
+
+TINY = (
+    *("--model.width", "16", "--model.heads", "2", "--model.context", "32", "--model.mlp-width", "24"),
+    *("--batch-size", "4", "--tokens", "4000"),
+)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A few files of the standard library's source, cut to size."""
+    folder = tmp_path_factory.mktemp("texts")
+    sources = [path for path in stdlib_files() if path.stat().st_size > 20_000][:4]
+    for path in sources:
+        (folder / path.name).write_bytes(path.read_text(encoding="utf-8")[:8000].encode())
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def data(texts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "prepared"
+    main(["prepare", str(out), "--text", *map(str, texts), "--vocab-size", "300"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    main(["train", "--data", str(data), "--out", str(out), "--device", "cpu", "d2", *TINY])
+    return out
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message on standard error of a command that ends with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    printed = capsys.readouterr()
+    assert caught.value.code == 2
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The same, of a command whose flags are right: one line that starts with the program's name."""
+    message = mistake(capsys, *arguments)
+    assert message.startswith("lrt: ")
+    assert message.count("\n") == 1
+    assert message.endswith("\n")
+    return message
+
+
+# Help
+
+
+def bare(text: str) -> str:
+    """Without white space and the frames that wrap it."""
+    return re.sub(r"[\s│╭╮╰╯─]+", "", text)
+
+
+def helped(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--help"])
+    assert caught.value.code == 0
+    return bare(capsys.readouterr().out)
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """Field -> the docstring under it, from the source."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
+    pairs = itertools.pairwise(body)
+    return {
+        field.target.id: text.value.value
+        for field, text in pairs
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = helped(capsys)
+    for verb in (cli.Prepare, cli.Train, cli.Evaluate, cli.Sample, cli.Demo):
+        assert verb.__name__.lower() in text
+        assert bare(verb.__doc__ or "?") in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kinds"),
+    [
+        (("prepare",), (cli.Prepare,)),
+        (("evaluate",), (cli.Evaluate,)),
+        (("sample",), (cli.Sample,)),
+        (("demo",), (cli.Demo,)),
+        (("train",), (cli.Train,)),
+        (("train", "d2"), (RunConfig, ModelConfig, MemoryConfig, OptimConfig)),
+    ],
+    ids=["prepare", "evaluate", "sample", "demo", "train", "train d2"],
+)
+def test_help_of_a_verb_has_every_fields_docstring(
+    arguments: tuple[str, ...],
+    kinds: tuple[type, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = helped(capsys, *arguments)
+    for kind in kinds:
+        docs = field_docs(kind)
+        assert docs
+        missing = [name for name, doc in docs.items() if bare(doc) not in text]
+        assert missing == []
+
+
+def test_help_of_train_lists_the_recipes(capsys: pytest.CaptureFixture[str]):
+    text = helped(capsys, "train")
+    assert all(name in text for name in RECIPES)
+
+
+# From text to a sample
+
+
+def test_prepare_says_what_it_made(data: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]):
+    main(["prepare", str(data), "--text", *map(str, texts), "--vocab-size", "300"])  # the same again: opened
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{data}: vocabulary 300"
+    assert [line.split()[0] for line in lines[1:]] == ["train", "val", "test"]
+    counted = sum(int(line.replace(",", "").split()[-2]) for line in lines[1:])
+    assert counted == sum(path.stat().st_size for path in texts)
+
+
+def test_train_writes_a_diary_and_a_checkpoint(run: Path):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["tokens"] for line in lines] == [128 * (i + 1) for i in range(32)]  # 4000 rounded up to whole steps
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    model, tokenizer = load(run / "checkpoint")
+    assert (model.config.width, model.config.depth, model.config.vocab_size) == (16, 2, tokenizer.vocab_size)
+    made = about(run / "checkpoint")
+    assert made["schedule"] == RECIPES["d2"]().schedule
+    assert made["run"]["tokens"] == 4000
+    assert made["trained"]["tokens"] == 4096
+
+
+def test_a_recipe_may_come_with_another_schedule_and_memory(data: Path, tmp_path: Path):
+    flags = ("--schedule", "mixture([(0.5, plain()), (0.5, interleaved(2))])", "--model.memory.source", "1")
+    main(["train", "--data", str(data), "--out", str(tmp_path), "d2", *TINY, *flags, "--tokens", "500"])
+    assert about(tmp_path / "checkpoint")["schedule"] == flags[1]
+    assert load(tmp_path / "checkpoint")[0].config.memory.source == 1
+    schedules = {json.loads(line)["schedule"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()}
+    assert schedules <= {"plain()", "interleaved(2)"}
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    capsys.readouterr()
+    main(["evaluate", *arguments, "--json"])
+    (line,) = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+
+def test_evaluate_prints_one_json_object(run: Path, data: Path, capsys: pytest.CaptureFixture[str]):
+    found = evaluated(capsys, str(run), "--data", str(data))
+    assert found["schedule"] == RECIPES["d2"]().schedule  # the one trained with
+    assert found["complete"] is True
+    assert found["gap"] == found["live_bpb"] - found["parallel_bpb"]
+    assert 1 < found["live_bpb"] < 8
+    assert None not in found.values()
+    # The checkpoint's own folder is as good, and no score depends on the batch size.
+    again = evaluated(
+        capsys, str(run / "checkpoint"), "--data", str(data), "--batch-size", "3", "--schedule", "plain()"
+    )
+    assert again["schedule"] == "plain()"
+    assert again["live_bpb"] == pytest.approx(found["live_bpb"], rel=1e-5)
+    test = evaluated(capsys, str(run), "--data", str(data), "--split", "test")
+    assert test["live_bpb"] != found["live_bpb"]
+
+
+def test_evaluate_prints_text(run: Path, data: Path, capsys: pytest.CaptureFixture[str]):
+    found = evaluated(capsys, str(run), "--data", str(data))
+    main(["evaluate", str(run), "--data", str(data)])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert set(lines) == set(found)
+    assert lines["live_bpb"] == f"{found['live_bpb']:.4f}"
+
+
+def sampled(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    main(["sample", *arguments])
+    return capsys.readouterr().out
+
+
+def test_sample_continues_the_prompt_and_equal_seeds_give_equal_text(run: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = (str(run), "--prompt", "def größer(", "--max-new-tokens", "12")
+    first = sampled(capsys, *arguments)
+    assert first.startswith("def größer(")
+    assert len(first) > len("def größer(\n")
+    assert sampled(capsys, *arguments) == first
+    assert sampled(capsys, *arguments, "--seed", "1") != first
+    greedy = sampled(capsys, *arguments, "--temperature", "0")
+    assert sampled(capsys, *arguments, "--temperature", "0", "--seed", "1") == greedy
+    assert sampled(capsys, str(run), "--prompt", "def f(", "--max-new-tokens", "0") == "def f(\n"
+    assert sampled(capsys, str(run), "--max-new-tokens", "3") != ""  # an empty prompt starts a document
+
+
+# Mistakes
+
+
+# What the flags themselves say wrongly is reported in tyro's own frame.
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("train", "d2", "--modle.width", "3"), "--modle.width"),
+        (("train", "d3"), "d3"),
+        (("train", "d2", "--model.width", "wide"), "wide"),
+        (("sample",), "PATH"),
+        (("compute",), "compute"),
+        (("evaluate", "x", "--batch-size", "2.5"), "2.5"),
+        (("train", "d2", "--schedule", "wave(3)"), "unknown schedule 'wave'; choose one of plain, interleaved"),
+        (("train", "d2", "--schedule", "interleaved(0)"), "subsets is 0; it must be a whole number of at least 1"),
+        (("train", "d2", "--schedule", "3"), "3"),
+        (("train", "d2", "--model.heads", "3"), "width 128 is not a multiple of heads 3"),
+        (("train", "d2", "--tokens", "0"), "tokens is 0; it must be at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_flags_are_named(
+    arguments: tuple[str, ...],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("lrt.cli.prepare", None)  # no work before the flags are right
+    assert bare(named) in bare(mistake(capsys, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("train", "--device", "warp:0", "d2"), ("'warp:0'", "--device auto or cpu")),
+        (("train", "--device", "meta", "d2"), ("'meta'", "--device auto or cpu")),
+        (("train", "--data", "{tmp}/nowhere", "d2"), ("nowhere", "not a prepared folder")),
+        (("train", "--data", "{tmp}", "d2"), ("not a prepared folder",)),
+        (("evaluate", "{tmp}/nowhere", "--device", "cpu"), ("nowhere", "is not a checkpoint")),
+        (("sample", "{tmp}/nowhere", "--device", "cpu"), ("nowhere", "is not a checkpoint")),
+        (("sample", "{run}", "--top-p", "2"), ("top_p is 2.0", "at most 1")),
+        (("sample", "{run}", "--max-new-tokens", "100"), ("100 new ones", "context of 32")),
+        (("sample", "{run}", "--max-new-tokens", "-1"), ("max_new_tokens is -1", "at least 0")),
+        (("evaluate", "{run}", "--data", "{data}", "--split", "dev"), ("'dev'", "train, val, test")),
+        (("evaluate", "{run}", "--data", "{data}", "--schedule", "wave"), ("'wave'", "interleaved")),
+        (("evaluate", "{run}", "--data", "{data}", "--batch-size", "0"), ("batch_size is 0", "at least 1")),
+        (("evaluate", "{run}", "--data", "{tmp}"), ("not a prepared folder",)),
+        (("prepare", "{tmp}/out", "--text", "{tmp}/no.txt"), ("no.txt", "no file")),
+        (("prepare", "{tmp}/out", "--text", "{tmp}"), ("is a directory",)),
+        (("prepare", "{tmp}/out", "--text", "{text}", "--vocab-size", "9"), ("vocab_size is 9", "at least 257")),
+        (("prepare", "{tmp}/out", "--text", "{text}", "--tokenizer", "{tmp}/t.json"), ("t.json",)),
+        (("demo", "--text", "{tmp}/no.txt", "--out", "{tmp}/demo"), ("no.txt", "no file")),
+        (("demo", "--text", "{text}", "--out", "{tmp}/demo", "--tokens", "-1"), ("tokens is -1", "at least 1")),
+        (("demo", "--text", "{text}", "--out", "{tmp}/demo", "--tokens", "0"), ("tokens is 0", "at least 1")),
+    ],
+    ids=lambda value: " ".join(value) if value[0] in ("train", "evaluate", "sample", "prepare", "demo") else "",
+)
+def test_a_mistake_is_one_line_on_standard_error(
+    arguments: tuple[str, ...],
+    named: tuple[str, ...],
+    texts: list[Path],
+    data: Path,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    # None of these may get as far as the real work; it would take minutes.
+    for work in ("lrt.cli.train", "lrt.demo.train"):
+        monkeypatch.setattr(work, None)
+    if "--data" not in arguments and arguments[0] == "train":
+        monkeypatch.setattr("lrt.cli.prepare", None)
+    places = {"tmp": tmp_path, "run": run, "data": data, "text": texts[0]}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([argument.format(**places) for argument in arguments])
+    printed = capsys.readouterr()
+    assert caught.value.code == 2
+    assert printed.err.startswith("lrt: ")
+    assert printed.err.count("\n") == 1
+    assert all(part in printed.err for part in named), printed.err
+
+
+def test_data_of_another_tokenizer_is_refused(
+    run: Path, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    foreign = tmp_path / "foreign"
+    main(["prepare", str(foreign), "--text", *map(str, texts), "--vocab-size", "290"])
+    message = one_line(capsys, "evaluate", str(run), "--data", str(foreign))
+    assert "another tokenizer" in message
+    assert f"--tokenizer {run}/checkpoint/tokenizer.json" in message  # and the advice works
+    main(["prepare", str(foreign), "--text", *map(str, texts), "--tokenizer", f"{run}/checkpoint/tokenizer.json"])
+    assert evaluated(capsys, str(run), "--data", str(foreign))["targets"] > 0
+
+
+def test_a_damaged_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(run / "checkpoint", tmp_path / "copy")
+    weights = tmp_path / "copy" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "model.safetensors" in one_line(capsys, "sample", str(tmp_path / "copy"), "--device", "cpu")
+
+
+def test_a_runs_folder_is_found_after_a_save_that_was_cut_off(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    # As a process leaves it that is killed between the two renames of a save.
+    shutil.copytree(run / "checkpoint", tmp_path / ".checkpoint.previous")
+    assert evaluated(capsys, str(tmp_path), "--data", str(data))["targets"] > 0
+
+
+# Interrupted
+
+INTERRUPTED = """
+import sys
+import torch
+torch.set_num_threads(1)
+from lrt.cli import main
+from lrt.optim import Optimiser
+step = Optimiser.step
+def told(self, number):
+    fraction = step(self, number)
+    if number == 5:
+        print("five", flush=True)
+    return fraction
+Optimiser.step = told
+main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_during_training_keeps_a_loadable_checkpoint(data: Path, tmp_path: Path):
+    arguments = ["train", "--data", data, "--out", tmp_path / "run", "--device", "cpu", "d2", *TINY, "--tokens", 10**9]
+    command = [sys.executable, "-c", INTERRUPTED, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "five\n", process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert errors == "lrt: interrupted; what was done is kept, and the same command goes on from there\n"
+    tokens = about(tmp_path / "run")["trained"]["tokens"]
+    assert tokens >= 5 * 128
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["tokens"] == tokens
+    assert load(tmp_path / "run")[0].config.width == 16

@@ -1,0 +1,331 @@
+"""Scores: bits per byte by hand, parallel and live, and the memory replaced at test time.
+
+B rows, T positions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from test_exactness import TOLERANCE, VISIBLE, assert_differs, assert_same, random_model
+from tokenizers import models, pre_tokenizers, trainers
+from torch import Tensor
+
+from lrt import MemoryConfig, ModelConfig, refine, schedules, score
+from lrt.data.loader import Windows, windows
+from lrt.data.prepared import Documents
+from lrt.data.tokenizer import Tokenizer
+from lrt.evaluate import ABLATIONS, Metrics, ablated, bits_per_byte, evaluate, live, score_parallel, under
+from lrt.loss import token_nats
+from lrt.model.transformer import LatentRecurrentTransformer
+
+V, CONTEXT = 31, 8
+BYTES = torch.arange(V) % 4  # token t stands for t mod 4 bytes; BOS, 0, for none
+MIXED = schedules.mixture([(0.25, schedules.plain()), (0.75, schedules.multi_refinement(1))])
+
+
+def configuration(**memory: Any) -> ModelConfig:
+    return ModelConfig(
+        depth=2, width=12, heads=2, vocab_size=V, context=CONTEXT, mlp_width=20, memory=MemoryConfig(**memory)
+    )
+
+
+LRT = configuration()
+NONE = configuration(injection="none")
+SHIFT = configuration(source=0)
+
+
+def text(lengths: tuple[int, ...] = (19, 3, 11, 1), size: int = 0) -> Documents:
+    """Documents of random tokens, none of them BOS."""
+    offsets = np.cumsum([0, *lengths]).astype(np.int64)
+    return Documents(np.random.default_rng(0).integers(1, V, offsets[-1]).astype(np.uint16), offsets, bos=0, bytes=size)
+
+
+def cut(documents: Documents | None = None) -> Windows:
+    return windows(documents or text(), CONTEXT)
+
+
+def by_hand(model: Any, schedule: Any) -> tuple[float, int]:
+    """(nats, bytes) of `text()`: document by document, window by window, token by token."""
+    nats, size = 0.0, 0
+    for document in text():
+        for start in range(0, len(document), CONTEXT - 1):
+            piece = document[start : start + CONTEXT - 1].astype(np.int64)
+            tokens = torch.tensor([[0, *piece]])
+            with torch.no_grad():
+                hidden = refine(model, tokens[:, :-1], schedule).hidden
+                predicted = model.logits(hidden).log_softmax(-1)[0]
+            for t, token in enumerate(piece.tolist()):
+                nats -= float(predicted[t, token])
+                size += token % 4
+    return nats, size
+
+
+def bpb(model: Any, scorer: Any, found: Windows | None = None, **fields: Any) -> float:
+    return bits_per_byte(model, found or cut(), fields.pop("token_bytes", BYTES), scorer, progress=False, **fields)[0]
+
+
+def metrics(model: Any, schedule: Any, found: Windows | None = None, **fields: Any) -> Metrics:
+    return evaluate(model, found or cut(), fields.pop("token_bytes", BYTES), schedule, progress=False, **fields)
+
+
+# Bits per byte
+
+
+@pytest.mark.parametrize(
+    "schedule", [schedules.plain(), schedules.interleaved(2), schedules.settled(0, 1, 1)], ids=repr
+)
+def test_bits_per_byte_by_hand(schedule: Any):
+    model = random_model(LRT)
+    nats, size = by_hand(model, schedule)
+    found, counted = bits_per_byte(model, cut(), BYTES, under(schedule), progress=False)
+    assert counted == size
+    assert found == pytest.approx(nats / (math.log(2) * size), rel=TOLERANCE[torch.float64])
+
+
+def test_live_bits_per_byte_by_hand():
+    model = random_model(LRT)
+    nats, size = by_hand(model, schedules.sequential())
+    assert bpb(model, live) == pytest.approx(nats / (math.log(2) * size), rel=TOLERANCE[torch.float64])
+    assert abs(bpb(model, live) - bpb(model, under(schedules.plain()))) > VISIBLE
+
+
+def test_a_uniform_model_needs_log2_v_bits_per_token():
+    model = LatentRecurrentTransformer(LRT)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    documents = text()
+    size = int(BYTES[torch.from_numpy(documents.tokens.astype(np.int64))].sum())
+    assert bpb(model, live) == pytest.approx(math.log2(V) * len(documents.tokens) / size, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_no_score_depends_on_the_batch_size(batch_size: int):
+    model = random_model(LRT)
+    assert len(cut()) == 7  # full windows and short ones, so that batches are padded
+    for scorer in (live, under(MIXED)):
+        expected = bpb(model, scorer, batch_size=64)
+        assert bpb(model, scorer, batch_size=batch_size) == pytest.approx(expected, rel=TOLERANCE[torch.float64])
+
+
+def test_a_sample_of_windows_counts_its_own_bytes():
+    documents = text((400,))
+    sampled, whole = windows(documents, CONTEXT, at_least=50), windows(documents, CONTEXT)
+    assert not sampled.complete
+    assert 50 <= sampled.targets < whole.targets
+    model = LatentRecurrentTransformer(LRT)
+    found, size = bits_per_byte(model, sampled, BYTES, live, progress=False)
+    assert size < bits_per_byte(model, whole, BYTES, live, progress=False)[1]
+    assert found == pytest.approx(bpb(model, live, whole), rel=0.2)  # an untrained model: bits per token over bytes
+
+
+# Parallel and live
+
+
+def test_without_recurrence_parallel_and_live_are_one():
+    # Whatever the schedule asked for: nothing recurs, so `plain` serves.
+    for config in (NONE, SHIFT):
+        for dtype in (torch.float32, torch.float64):
+            found = metrics(random_model(config, dtype), schedules.interleaved(2))
+            assert found.schedule == "plain()"
+            assert abs(found.gap) < 1e-6
+            assert found.live_bpb_memory_zero is None
+            assert found.live_bpb_memory_embedding is None
+
+
+def test_a_mixture_is_the_probability_weighted_mean():
+    model = random_model(LRT)
+    parts = [bpb(model, under(part)) for _, part in MIXED.parts]
+    expected = 0.25 * parts[0] + 0.75 * parts[1]
+    assert abs(parts[0] - parts[1]) > VISIBLE
+    assert bpb(model, under(MIXED)) == pytest.approx(expected, rel=TOLERANCE[torch.float64])
+    late = schedules.stages([(0.9, schedules.plain()), (0.1, MIXED)])  # stages: their last
+    assert bpb(model, under(late)) == pytest.approx(expected, rel=TOLERANCE[torch.float64])
+    found = metrics(model, MIXED, ablations=False)
+    assert found.parallel_bpb == pytest.approx(expected, rel=TOLERANCE[torch.float64])
+    assert found.schedule == repr(MIXED)
+
+
+def test_parallel_scores_take_each_position_by_its_last_writer():
+    model, tokens = random_model(LRT), torch.randint(V, (2, 7), generator=torch.Generator().manual_seed(0))
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2, 2]])
+    for schedule in (schedules.interleaved(2), schedules.chunked(3)):
+        hidden = refine(model, tokens[:, :-1], schedule, documents[:, :-1]).hidden
+        assert_same(score_parallel(model, tokens, schedule, documents), token_nats(model, hidden, tokens[:, 1:]))
+    assert_same(score_parallel(model, tokens, schedules.sequential(), documents), score(model, tokens, documents))
+
+
+def test_metrics_are_consistent_and_plain_data():
+    model = random_model(LRT)
+    found = metrics(model, schedules.interleaved(2))
+    assert found.schedule == "interleaved(2)"
+    assert found.targets == len(text().tokens)
+    assert found.complete
+    assert found.bytes == by_hand(model, schedules.plain())[1]
+    assert found.parallel_bpb == bpb(model, under(schedules.interleaved(2)))
+    assert found.live_bpb == bpb(model, live)
+    assert found.gap == found.live_bpb - found.parallel_bpb
+    assert found.live_bpb_memory_zero == bpb(ablated(model, "zero"), live)
+    assert found.live_bpb_memory_embedding == bpb(ablated(model, "embedding"), live)
+    assert Metrics(**json.loads(json.dumps(found.to_dict()))) == found
+    assert len({found.live_bpb, found.live_bpb_memory_zero, found.live_bpb_memory_embedding}) == 3
+
+
+def test_evaluating_leaves_the_mode_and_the_gradients_alone():
+    model = LatentRecurrentTransformer(LRT)
+    for training in (True, False):
+        model.train(training)
+        metrics(model, schedules.plain())
+        assert model.training == training
+    assert all(p.grad is None for p in model.parameters())
+
+
+# The memory replaced
+
+SOURCES: dict[str, dict[str, Any]] = {
+    "L": {},
+    "1": {"source": 1},
+    "delay": {"delay": 2},
+    "(0,L)channels": {"source": (0, 2), "combine": "channels"},
+    "(0,L)sum": {"source": (0, 2), "combine": "sum"},
+    "stand-in": {"initial": "embedding"},
+    "residual": {"injection": "residual"},
+    "key_value": {"injection": "key_value", "projection": "layerwise"},
+    "some layers": {"layers": (2,)},
+}
+every_source = pytest.mark.parametrize("memory", SOURCES.values(), ids=list(SOURCES))
+
+
+def example() -> tuple[Tensor, Tensor]:
+    """Tokens and packed documents (2, CONTEXT)."""
+    tokens = torch.randint(V, (2, CONTEXT), generator=torch.Generator().manual_seed(1))
+    return tokens, torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 2, 2]])
+
+
+def assert_scores_like(actual: Any, expected: Any) -> None:
+    tokens, documents = example()
+    for numbers in (None, documents):
+        assert_same(score(actual, tokens, numbers), score(expected, tokens, numbers))
+
+
+def copied(model: Any, config: ModelConfig) -> Any:
+    """A model of another configuration with the same weights."""
+    other = LatentRecurrentTransformer(config).double().eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@every_source
+def test_memory_zero_is_a_model_that_adds_none(memory: dict[str, Any]):
+    # Made by hand: γ and U at zero, so that whatever the memory holds, nothing of it arrives.
+    model = random_model(configuration(**memory))
+    without = copied(model, model.config)
+    with torch.no_grad():
+        for name, p in without.named_parameters():
+            if name.endswith(".gamma") or name == "projection.weight":
+                p.zero_()
+    assert_scores_like(ablated(model, "zero"), without)
+    tokens, _ = example()
+    assert_differs(score(without, tokens), score(model, tokens))
+
+
+@every_source
+def test_memory_embedding_is_token_shift_with_the_same_weights(memory: dict[str, Any]):
+    model = random_model(configuration(**memory))
+    sources = model.config.memory.sources(2)
+    if len(sources) == 1:
+        shift = copied(model, replace(model.config, memory=replace(model.config.memory, source=0)))
+    elif model.config.memory.combine == "channels":
+        # No configuration reads one source twice: the reading is written by hand.
+        shift = copied(model, model.config)
+        shift.recall = Twice(shift.recall)
+    else:
+        # rms(Σ w · x_0) = ± x_0, by the sign of the weights' sum.
+        shift = copied(model, model.config)
+        shift.recall = Signed(shift.recall)
+    assert_scores_like(ablated(model, "embedding"), shift)
+    tokens, _ = example()
+    assert_differs(score(shift, tokens), score(model, tokens))
+
+
+class Previous(torch.nn.Module):
+    """The normalised embedding of the token `delay` back, (B, T, D), without the library's reading."""
+
+    def __init__(self, recall: Any) -> None:
+        super().__init__()
+        self.recall = recall
+
+    def previous(self, state: Any, positions: Any, embedding: torch.nn.Embedding) -> Tensor:
+        out = torch.zeros(state.batch, len(positions), embedding.embedding_dim, dtype=embedding.weight.dtype)
+        for b in range(state.batch):
+            for i, p in enumerate(positions):
+                same = p >= 1 and (state.documents is None or state.documents[b, p - 1] == state.documents[b, p])
+                if same:
+                    x = embedding.weight[state.tokens[b, p - 1]]
+                    out[b, i] = x / (x.square().mean() + torch.finfo(x.dtype).eps).sqrt()
+        return out
+
+
+class Twice(Previous):
+    """Two channels, the same embedding in both."""
+
+    def forward(self, state: Any, positions: Any, embedding: torch.nn.Embedding) -> Tensor:
+        return torch.stack([self.previous(state, positions, embedding)] * 2)
+
+
+class Signed(Previous):
+    """The sum of two equal parts, normalised."""
+
+    def forward(self, state: Any, positions: Any, embedding: torch.nn.Embedding) -> Tensor:
+        sign = self.recall.weights.sum().sign()
+        return sign * self.previous(state, positions, embedding).unsqueeze(0)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_shares_the_parameters_and_leaves_the_original_alone(name: str):
+    model = random_model(LRT)
+    tokens, _ = example()
+    before, modules = score(model, tokens), dict(model.named_modules())
+    other = ablated(model, name)
+    assert_differs(score(other, tokens), before)
+    assert torch.equal(score(model, tokens), before)
+    assert dict(model.named_modules()) == modules
+    shared = dict(other.named_parameters())
+    assert set(shared) == set(dict(model.named_parameters()))
+    assert all(shared[n] is p for n, p in model.named_parameters())
+
+
+def test_an_unknown_ablation_is_told_the_known_ones():
+    with pytest.raises(ValueError, match="unknown ablation 'noise'; choose one of zero, embedding"):
+        ablated(random_model(LRT), "noise")
+
+
+# Tokenizers without bytes
+
+
+def word_tokenizer() -> Tokenizer:
+    inner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordPieceTrainer(vocab_size=V, special_tokens=["<s>", "[UNK]"], show_progress=False)
+    inner.train_from_iterator(["plain words only"], trainer)
+    return Tokenizer(inner)
+
+
+def test_a_tokenizer_without_bytes_needs_the_whole_split():
+    assert word_tokenizer().token_bytes() is None
+    model, documents = random_model(LRT), text((60,), size=234)
+    sampled, whole = windows(documents, CONTEXT, at_least=20), windows(documents, CONTEXT, at_least=None)
+    with pytest.raises(ValueError, match=r"no byte alphabet: score the whole split \(at_least=None\)"):
+        metrics(model, schedules.plain(), sampled, token_bytes=None)
+    found = metrics(model, schedules.plain(), whole, token_bytes=None)
+    assert found.bytes == 234
+    nats = found.live_bpb * math.log(2) * 234
+    counted = metrics(model, schedules.plain(), whole)
+    assert nats == pytest.approx(counted.live_bpb * math.log(2) * counted.bytes, rel=TOLERANCE[torch.float64])
