@@ -52,9 +52,10 @@ def demo(
     data = prepare(out / "data", text, progress=progress)
     prompt = opening(data) if prompt is None else prompt
     longest = recipes.CONTEXT - SAMPLE  # and BOS, whose place the last token drawn does not need
+    length = len(data.tokenizer.encode(prompt))
     require(
-        len(data.tokenizer.encode(prompt)) <= longest,
-        f"the prompt has {len(data.tokenizer.encode(prompt))} tokens; the demo continues at most {longest} in its context of {recipes.CONTEXT}",
+        length <= longest,
+        f"the prompt has {length} tokens; the demo continues at most {longest} in its context of {recipes.CONTEXT}",
     )
     if tokens is None:
         tokens = min(recipes.DEMO_TOKENS, EPOCHS * Rows(data.split("train"), recipes.CONTEXT, seed).targets)
