@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 
 from lrt import checkpoint, schedules
 from lrt.config import ModelConfig, require
-from lrt.data.loader import Position, Rows
+from lrt.data.loader import Batch, Position, Rows, prefetch
 from lrt.data.prepared import Prepared
 from lrt.loss import StepLoss
 from lrt.model.flops import training_flops
@@ -119,15 +119,19 @@ class Session:
         self.rows = Rows(data.split("train"), run.model.context, run.seed)
         self.schedule = schedules.parse(run.schedule)
         self.progress = Progress()
+        self.loader: Generator[tuple[Batch, Position], None, None] | None = None
+        """Batches from `progress` on, read in advance; begun by the first step."""
         self.costs: dict[schedules.Schedule, float] = {}
 
     def step(self) -> dict[str, Any]:
         """One optimiser step; returns its line of the diary."""
         run, done, begun = self.run, self.progress, time.perf_counter()
         current = self.schedule.at(done.step, run.steps, run.seed)
+        if self.loader is None:
+            self.loader = prefetch(self.rows, done.position, run.batch_size // run.micro_batches)
         batches, position = [], done.position
         for _ in range(run.micro_batches):
-            batch, position = self.rows.batch(position, run.batch_size // run.micro_batches)
+            batch, position = next(self.loader)
             batches.append(batch.to(self.device))
         step_loss = StepLoss.of(current, [b.targets for b in batches])
         loss = 0.0
@@ -159,7 +163,12 @@ class Session:
     def save(self, path: Path, loss: float) -> None:
         """A checkpoint that can be trained on."""
         done = Trained(self.progress.step * self.run.batch_tokens, self.progress.seconds, self.progress.flops, loss)
-        about = {"run": self.run.to_dict(), "schedule": self.run.schedule, "trained": dataclasses.asdict(done)}
+        about = {
+            "run": self.run.to_dict(),
+            "schedule": self.run.schedule,
+            "trained": dataclasses.asdict(done),
+            "packing": dataclasses.asdict(self.rows.packing),  # of the shards read since the run was last begun
+        }
         training = {
             "run": json.dumps(self.run.to_dict(), sort_keys=True),
             "data": self.data.fingerprint,
@@ -180,6 +189,7 @@ class Session:
             part.load_state_dict(state)
         saved = training["progress"]
         self.progress = Progress(**{**saved, "position": Position(**saved["position"])})
+        self.loader = None
 
 
 def snapshots(out: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from lrt import cli
 from lrt.checkpoint import about, load
 from lrt.cli import main
 from lrt.config import MemoryConfig, ModelConfig
-from lrt.data.prepare import stdlib_files
+from lrt.data.corpus import stdlib_files
 from lrt.optim import OptimConfig
 from lrt.recipes import RECIPES
 from lrt.trainer import RunConfig

@@ -12,10 +12,12 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from lrt.data import prepare as preparing
-from lrt.data.loader import Position, Rows, pack, windows
-from lrt.data.prepare import assign, cut_text, prepare, read_text, stdlib_files
+from lrt.data.corpus import read_text, stdlib_files
+from lrt.data.loader import Position, Rows, windows
+from lrt.data.packing import pack
+from lrt.data.prepare import prepare
 from lrt.data.prepared import Documents, Prepared
+from lrt.data.splits import assign, cut_places
 from lrt.data.tokenizer import BOS, Tokenizer
 
 SAMPLES = (
@@ -277,19 +279,20 @@ def test_prepare_three_files_of_a_user(tmp_path: Path) -> None:
     for i, path in enumerate(files):
         assert "".join(parts[name][i] for name in parts) == read_text(path)
         assert all(parts[name][i].endswith("\n") for name in parts)
-    assert made.manifest["splits"]["val"] | {"sha256": ""} == {
-        **{"files": 3, "documents": 3, "tokens": len(made.split("val").tokens), "sha256": ""},
+    assert {key: value for key, value in made.manifest["splits"]["val"].items() if key != "shards"} == {
+        **{"files": 3, "documents": 3, "tokens": len(made.split("val").tokens)},
         "bytes": sum(len(text.encode()) for text in parts["val"]),
     }
 
 
 def test_contiguous_parts_without_lines() -> None:
-    for text in ("é" * 1000, "ab\n" * 500, "a" * 930 + "\n" + "b" * 69, "abc", "\n" * 100):
-        parts = cut_text(text)
+    for text in ("é" * 1000, "xé" * 500, "ab\n" * 500, "a" * 930 + "\n" + "b" * 69, "abc", "\n" * 100):
+        data = text.encode()
+        val, test = cut_places(data)
+        parts = [data[:val].decode(), data[val:test].decode(), data[test:].decode()]
         assert "".join(parts) == text
-        assert len(parts) == 3
-        if len(text) >= 100:
-            assert 0.87 <= len(parts[0]) / len(text) <= 0.93
+        if len(data) >= 100:
+            assert 0.87 <= val / len(data) <= 0.93
             assert min(map(len, parts)) > 0
 
 
@@ -323,37 +326,23 @@ def test_a_prepared_folder_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     files = write_files(tmp_path / "in", 3)
     out = tmp_path / "out"
     first = prepare(out, files, vocab_size=300, progress=False)
-    stamp = (out / "train.tokens.npy").stat()
+    stamp = (out / "train.00000.tokens.npy").stat()
     with monkeypatch.context() as patch:
         patch.setattr(Tokenizer, "train", None)  # any work would fail
         again = prepare(out, files[::-1], vocab_size=300, progress=False)
     assert again.manifest == first.manifest
-    assert (out / "train.tokens.npy").stat().st_ino == stamp.st_ino
+    assert (out / "train.00000.tokens.npy").stat().st_ino == stamp.st_ino
     other = prepare(tmp_path / "elsewhere", files, vocab_size=300, progress=False)
     assert other.manifest == first.manifest  # hashes of the tokens included
 
     assert prepare(out, files, vocab_size=290, progress=False).vocab_size == 290
+    before = first.manifest["splits"]["test"]["bytes"]
     files[0].write_text(read_text(files[0]) + "one more line\n")
     changed = prepare(out, files, vocab_size=290, progress=False)
-    assert changed.split("test").bytes > first.split("test").bytes
-    (out / "val.tokens.npy").write_bytes(b"damaged")
+    assert changed.split("test").bytes > before
+    (out / "val.00000.tokens.npy").write_bytes(b"damaged")
     assert prepare(out, files, vocab_size=290, progress=False).manifest == changed.manifest
     assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "in", "out"]
-
-
-def test_an_interruption_leaves_nothing_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = write_files(tmp_path / "in", 3)
-    whole = preparing.write_split
-
-    def interrupted(part: Path, name: str, *rest):
-        if name == "test":
-            raise KeyboardInterrupt
-        return whole(part, name, *rest)
-
-    monkeypatch.setattr(preparing, "write_split", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path / "out", files, vocab_size=300, progress=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
 def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
@@ -413,25 +402,29 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a prepared folder"):
         Prepared.open(out)
     prepare(out, files, vocab_size=300, progress=False)
-    for name in ("train.tokens.npy", "val.documents.npy"):
+    for name in ("train.00000.tokens.npy", "val.00000.documents.npy"):
         data = (out / name).read_bytes()
         (out / name).write_bytes(data[:-2])
         refuses(f"{name} is truncated")
         (out / name).unlink()
         refuses(f"{name} is missing")
-    (out / "test.tokens.npy").write_bytes(b"")
-    refuses(r"test\.tokens\.npy is truncated")
-    np.save(out / "test.tokens.npy", np.zeros(3, np.uint16))
-    refuses(r"test\.tokens\.npy holds \(3,\)")
-    offsets = np.load(out / "val.documents.npy")
-    np.save(out / "val.documents.npy", offsets[::-1])
-    refuses(r"val\.documents\.npy is damaged")
+    (out / "test.00000.tokens.npy").write_bytes(b"")
+    refuses(r"test\.00000\.tokens\.npy is truncated")
+    np.save(out / "test.00000.tokens.npy", np.zeros(3, np.uint16))
+    refuses(r"test\.00000\.tokens\.npy holds \(3,\)")
+    offsets = np.load(out / "val.00000.documents.npy")
+    np.save(out / "val.00000.documents.npy", offsets[::-1])
+    refuses(r"val\.00000\.documents\.npy is damaged")
     (out / "manifest.json").write_text("{")
     refuses(r"manifest\.json is damaged")
     edit(lambda m: m.update(format=99))
     refuses("not a manifest of format")
     edit(lambda m: m["splits"]["train"].update(tokens=5))
-    refuses(r"train\.tokens\.npy holds .* says 5")
+    refuses(r"manifest\.json is damaged \(train has 5 tokens, its shards")
+    edit(lambda m: m["splits"]["train"]["shards"][0].update(tokens=5))
+    refuses(r"train\.00000\.tokens\.npy holds .* says 5")
+    edit(lambda m: m["splits"]["train"].update(shards=[]))
+    refuses(r"manifest\.json is damaged \(no shards of train")
     edit(lambda m: m["splits"].pop("val"))
     refuses(r"manifest\.json is damaged .*val")
     edit(lambda m: m.update(tokenizer_sha256="0"))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from lrt import checkpoint, recipes, report, schedules
-from lrt.data.prepare import stdlib_files
+from lrt.data.corpus import stdlib_files
 from lrt.demo import demo, hardware
 from lrt.recipes import FAMILIES
 

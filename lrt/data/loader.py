@@ -1,7 +1,7 @@
 """Prepared documents to tensors: windows for evaluation, packed rows for training.
 
 Shapes: B rows of a batch, T positions, D documents. Both loaders are pure: the same arguments give the same tensors,
-and a position (epoch, row) is all the state there is.
+and a position (epoch, row, shard) is all the state there is.
 
 A document is cut into pieces that each start with BOS. Every one of its tokens is a target exactly once, and no
 target lies in another document than the tokens before it.
@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import functools
 import math
-from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from lrt.config import IGNORED, require
+from lrt.data.packing import Packed, cut, order, pack_documents
 from lrt.data.prepared import Documents
 
 
@@ -104,20 +106,28 @@ def spread(total: int, count: int, offset: float) -> np.ndarray:
     return ((np.arange(count) + offset) * total / count).astype(np.int64)
 
 
-def cut(offsets: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut documents (offsets (D + 1,)) into pieces of at most `size` tokens: their starts and lengths, in order."""
-    pieces = -(-np.diff(offsets) // size)
-    number = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # within its document
-    starts = np.repeat(offsets[:-1], pieces) + number * size
-    return starts, np.minimum(size, np.repeat(offsets[1:], pieces) - starts)
-
-
 @dataclass(frozen=True)
 class Position:
-    """Where training is in the data: the next row to read. All that a resumed run needs."""
+    """Where training is in the data: the next row to read. All that a resumed run needs, on any number of ranks."""
 
     epoch: int = 0
     row: int = 0
+    """Of the current shard, in this epoch's order."""
+    shard: int = 0
+    """In this epoch's order of shards."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What packing made of the shards that were read so far."""
+
+    rows: int = 0
+    targets: int = 0
+    """Tokens that are predicted."""
+    padded: int = 0
+    """Positions that hold padding."""
+    cropped: int = 0
+    """Tokens of the documents that no row holds."""
 
 
 class Rows:
@@ -125,37 +135,64 @@ class Rows:
 
     A piece of k tokens takes k positions: BOS and its first k - 1 tokens are inputs, its k tokens targets. Pieces of
     `context` tokens fill a row; the shorter tails of documents share rows, each with its own BOS and number.
+
+    Shards are packed and shuffled one at a time, when they are reached. All ranks read the same shard, each its own
+    rows of it: how many ranks there are changes neither a global batch nor the position after it, and one shard
+    serves any number of them.
     """
 
-    def __init__(self, documents: Documents, context: int, seed: int = 0) -> None:
-        """Cut and pack `documents`; `seed` orders the rows of each epoch. ValueError for a context below 1."""
+    def __init__(self, documents: Documents, context: int, seed: int = 0, rank: int = 0, ranks: int = 1) -> None:
+        """`seed` orders shards and rows in each epoch; rank `rank` of `ranks` gets its share of every batch.
+
+        ValueError for a context below 1, a rank that is not below `ranks`, or more ranks than rows.
+        """
         require(context >= 1, f"context is {context}; it must be at least 1")
+        require(0 <= rank < ranks, f"rank is {rank} of {ranks} ranks; count them from 0 to ranks - 1")
         self.documents = documents
         self.context = context
         self.seed = seed
-        starts, lengths = cut(documents.offsets, context)
-        full = np.flatnonzero(lengths == context)
-        tails = np.flatnonzero(lengths < context)
-        packed = [tails[row] for row in pack(lengths[tails], context)]
-        sizes = np.concatenate([np.ones(len(full), np.int64), np.array([len(row) for row in packed], np.int64)])
-        order = np.concatenate([full, *packed])
-        self._starts, self._lengths = starts[order], lengths[order]
-        self._rows = np.concatenate([[0], np.cumsum(sizes)])  # row r holds the pieces _rows[r] to _rows[r + 1]
-        self.targets: int = int(lengths.sum())
-        """Targets of an epoch: every token of every document, once."""
-        self.padded: int = len(self) * context - self.targets
-        """Positions of an epoch that hold padding."""
-        self.cropped: int = len(documents.tokens) - self.targets
-        """Tokens of the documents that no row holds: none."""
+        self.rank, self.ranks = rank, ranks
+        self.packing = Packing()
+        """Counts over the shards that were read so far."""
+        self._counted: set[int] = set()
+        self._cache: dict[int, Packed] = {}
+        fewest = -(-len(documents.tokens) // context)  # packing every shard to count them would take long
+        require(
+            fewest >= ranks or len(self) >= ranks,
+            f"ranks is {ranks}, but {len(documents)} documents of {len(documents.tokens)} tokens make only "
+            f"{fewest if fewest >= ranks else len(self)} rows of {context}; "
+            "use at most as many ranks as rows, a shorter context, or more text",
+        )
+
+    @functools.cached_property
+    def _lengths(self) -> list[int]:
+        """Rows of every shard: packs them all."""
+        return [len(self._packed(shard)) for shard in range(len(self.documents.shards))]
 
     def __len__(self) -> int:
-        """Rows in an epoch."""
-        return len(self._rows) - 1
+        """Rows in an epoch, of all ranks. Packs every shard, once."""
+        return sum(self._lengths)
+
+    @property
+    def targets(self) -> int:
+        """Targets of an epoch: every token of every document, once."""
+        return len(self.documents.tokens)
+
+    @property
+    def padded(self) -> int:
+        """Positions of an epoch that hold padding. Packs every shard, once."""
+        return len(self) * self.context - self.targets
+
+    @property
+    def cropped(self) -> int:
+        """Tokens of the documents that no row holds: none, in the shards read so far."""
+        return self.packing.cropped
 
     def batch(self, position: Position, batch_size: int) -> tuple[Batch, Position]:
-        """The `batch_size` rows from `position` on, and the position after them; epochs follow one another.
+        """This rank's `batch_size` rows of the `ranks * batch_size` from `position` on, and the position after those.
 
-        Pure: whoever asks, in whatever order, gets the same rows. Tensors are (batch_size, context).
+        Pure: whoever asks, in whatever order, gets the same rows. Epochs follow one another. Tensors are
+        (batch_size, context).
         """
         require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
         shape = (batch_size, self.context)
@@ -163,58 +200,82 @@ class Rows:
         numbers = np.zeros(shape, np.int64)
         shared = False
         for index in range(batch_size):
-            epochs, at = divmod(position.row + index, len(self))
-            row = epoch_order(len(self), self.seed, position.epoch + epochs)[at]
-            pieces = range(self._rows[row], self._rows[row + 1])
-            shared = shared or len(pieces) > 1
+            texts = self._row(self._after(position, self.rank * batch_size + index))
+            shared = shared or len(texts) > 1
             end = 0
-            for number, piece in enumerate(pieces):
-                start, begin = self._starts[piece], end
-                end = begin + self._lengths[piece]
-                text = self.documents.tokens[start : start + self._lengths[piece]]
+            for number, text in enumerate(texts):
+                begin, end = end, end + len(text)
                 tokens[index, begin + 1 : end] = text[:-1]
                 targets[index, begin:end] = text
                 numbers[index, begin:end] = number
-            numbers[index, end:] = len(pieces)
-        epochs, row = divmod(position.row + batch_size, len(self))
+            numbers[index, end:] = len(texts)
         documents = torch.from_numpy(numbers) if shared else None
         batch = Batch(torch.from_numpy(tokens), torch.from_numpy(targets), documents)
-        return batch, Position(position.epoch + epochs, row)
+        return batch, self._after(position, self.ranks * batch_size)
+
+    def _after(self, position: Position, count: int) -> Position:
+        """The position `count` rows behind `position`."""
+        epoch, row, place = position.epoch, position.row + count, position.shard
+        while row >= (length := len(self._packed(self._shard(epoch, place)))):
+            row, place = row - length, place + 1
+            if place == len(self.documents.shards):
+                epoch, place = epoch + 1, 0
+        return Position(epoch, row, place)
+
+    def _shard(self, epoch: int, place: int) -> int:
+        """The shard that an epoch reads at `place`."""
+        return int(order(len(self.documents.shards), self.seed, epoch)[place])
+
+    def _row(self, at: Position) -> list[np.ndarray]:
+        """The pieces of one row."""
+        shard = self._shard(at.epoch, at.shard)
+        packed, tokens = self._packed(shard), self.documents.shards[shard].tokens
+        row = order(len(packed), self.seed, at.epoch, shard)[at.row]
+        pieces = slice(packed.rows[row], packed.rows[row + 1])
+        found = zip(packed.starts[pieces], packed.lengths[pieces], strict=True)
+        return [tokens[start : start + length] for start, length in found]
+
+    def _packed(self, shard: int) -> Packed:
+        """The rows of a shard; the two used last are kept."""
+        if shard not in self._cache:
+            documents = self.documents.shards[shard]
+            packed = pack_documents(documents, self.context)
+            while len(self._cache) > 1:
+                del self._cache[next(iter(self._cache))]
+            self._cache[shard] = packed
+            if shard not in self._counted:
+                self._counted.add(shard)
+                held, seen = int(packed.lengths.sum()), self.packing
+                self.packing = Packing(
+                    seen.rows + len(packed),
+                    seen.targets + held,
+                    seen.padded + len(packed) * self.context - held,
+                    seen.cropped + len(documents.tokens) - held,
+                )
+        return self._cache[shard]
 
 
-@functools.lru_cache(maxsize=4)  # a batch needs the order of its epoch, sometimes of the next
-def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """(rows,) int64: the order in which an epoch reads its rows. Shared: do not write."""
-    order = np.random.default_rng([seed, epoch]).permutation(rows)
-    order.setflags(write=False)
-    return order
+def prefetch(
+    rows: Rows, position: Position, batch_size: int, ahead: int = 2
+) -> Generator[tuple[Batch, Position], None, None]:
+    """The batches from `position` on, without end, each with the position after it: `rows.batch` called in advance.
 
-
-def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Indices of `lengths`, each at most `capacity`, grouped so that each group's sum is at most `capacity`.
-
-    Longest first, each into the fullest group with room (best-fit decreasing): as good a bound as first-fit, at most
-    11/9 of the fewest groups, but found by bisection over the distinct rooms, so a million short documents are fine.
+    A thread reads `ahead` batches before they are asked for. To be closed; the position that came with the last
+    batch used is where another run goes on, whatever was read in advance.
     """
-    groups: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # room left -> groups with exactly that room
-    rooms: list[int] = []  # the keys of by_room, ascending
-    for index in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[index])
-        at = bisect_left(rooms, length)
-        if at == len(rooms):
-            room, group = capacity, len(groups)
-            groups.append([])
-        else:
-            room = rooms[at]
-            group = by_room[room].pop()
-            if not by_room[room]:
-                del by_room[room], rooms[at]
-        groups[group].append(index)
-        room -= length
-        if room > 0:
-            if room not in by_room:
-                by_room[room] = []
-                insort(rooms, room)
-            by_room[room].append(group)
-    return groups
+    require(ahead >= 1, f"ahead is {ahead}; read at least 1 batch in advance")
+
+    def following() -> tuple[Batch, Position]:
+        nonlocal position
+        batch, position = rows.batch(position, batch_size)
+        return batch, position
+
+    with ThreadPoolExecutor(1, "prefetch") as thread:
+        pending = deque(thread.submit(following) for _ in range(ahead))
+        try:
+            while True:
+                yield pending[0].result()
+                pending.popleft()
+                pending.append(thread.submit(following))
+        finally:
+            thread.shutdown(wait=True, cancel_futures=True)

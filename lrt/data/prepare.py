@@ -1,55 +1,52 @@
-"""Text files to a prepared folder: a tokenizer, and three splits of token ids, memory-mapped when read.
+"""Text to a prepared folder: a tokenizer, and three splits of token ids, memory-mapped when read.
 
-A prepared folder holds `tokenizer.json`, for each split `<split>.tokens.npy` (documents one after another, without
-BOS) and `<split>.documents.npy` (where each starts), and `manifest.json`. It is complete or not there at all, and it
-is known by its inputs: asked for again with the same ones, it is opened, not made.
+    sources -> pieces -> groups -> token ids -> shards
 
-Splits are by file where there are enough (`SPLIT_BY_FILE`), so that no file is both trained on and reported; a
-file's split follows from its name alone and stays when others are added.
+runs as one stream, so that memory does not grow with the corpus. A prepared folder holds `tokenizer.json`; for each
+split shards (`lrt.data.shards`) of documents one after another, without BOS; and `manifest.json`. It is complete or
+not there at all, and it is known by its inputs: asked for again with the same ones, it is opened, not made. While it
+is made, a hidden folder beside it holds what is done, and where the reader and the writers are: whatever stops the
+process, the next call goes on from there, and the bytes are the same.
+
+Splits are by text file where there are enough of them, so that no file is both trained on and reported; else by
+contiguous parts of each. Documents of JSON lines, Parquet and data sets are split one by one (`lrt.data.splits`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
+import re
 import shutil
-import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
+import filelock
 
 from lrt.config import require
+from lrt.data.corpus import SMALLEST_TEXT, Corpus, Group, Place, open_corpus
+from lrt.data.encode import Encoders, token_dtype
+from lrt.data.hub import Dataset
 from lrt.data.prepared import FORMAT, SPLITS, Prepared, read_manifest
+from lrt.data.records import Selection
+from lrt.data.shards import SplitWriter
+from lrt.data.sources import Mark
 from lrt.data.tokenizer import Tokenizer
-from lrt.progress import Advance, bar
+from lrt.progress import bar
 
-TRAIN, VAL = 0.9, 0.95
-"""Where validation and test begin, in a file or in the range of the names' hashes."""
-SPLIT_BY_FILE = 10
-"""With fewer files than this each file is cut into three contiguous parts."""
-SMALLEST_TEXT = 2000
-"""Bytes of text below which there is nothing to train on, choose by and report on."""
-ENCODED_AT_ONCE = 1 << 20
-"""Characters handed to the tokenizer at a time: enough for all cores, small enough for the progress bar."""
-STDLIB_SKIPS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-"""Directories of a Python installation that are not its standard library's own source."""
-FILES = frozenset({"manifest.json", "tokenizer.json"}) | {
-    f"{split}.{part}.npy" for split in SPLITS for part in ("tokens", "documents")
-}
-"""All that a prepared folder holds."""
-
-
-class Source(NamedTuple):
-    """One file of text."""
-
-    name: str
-    """Relative to the folder common to all sources, with forward slashes."""
-    text: str
+SHARD_TOKENS = 100_000_000
+"""Tokens of a shard: 200 MB with a vocabulary below 65,537."""
+SAMPLE_BYTES = 1 << 25
+"""UTF-8 bytes that a vocabulary is trained on: the library's memory grows with the distinct words in them."""
+SMALL = 1 << 22
+"""Bytes of a corpus below which starting processes costs more time than it saves."""
+GROUPS_PER_STATE = 32
+"""Groups between two states: an interruption loses at most this much work, some seconds."""
+OURS = re.compile(rf"manifest\.json|tokenizer\.json|({'|'.join(SPLITS)})\.(\d{{5}}\.)?(tokens|documents)\.npy")
+"""All that a prepared folder holds, or held in an earlier format."""
 
 
 def prepare(
@@ -58,205 +55,153 @@ def prepare(
     vocab_size: int = 2048,
     tokenizer: Path | None = None,
     progress: bool = True,
+    *,
+    dataset: Dataset | None = None,
+    selection: Selection | None = None,
+    workers: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> Prepared:
-    """Tokenise `texts` (None: the running Python's standard library) into the folder `out`, and open it.
+    """Tokenise `texts` and `dataset` (both None: the running Python's standard library) into `out`, and open it.
 
-    Trains byte-level BPE of at most `vocab_size` tokens on the training split, or uses the file `tokenizer`, and
-    `vocab_size` is then ignored. Nothing is done where `out` was made of the same inputs; a folder prepared from
-    others is replaced. ValueError for a text that cannot be used (`read_text`), files that share a path, less than
-    2,000 bytes in all, or an `out` that holds anything else.
+    A text ends in .jsonl or .ndjson (.gz, .xz, .zst), in .parquet, or is a UTF-8 text file. Trains byte-level BPE of
+    at most `vocab_size` tokens on a sample of the training split, or uses the file `tokenizer`, and `vocab_size` is
+    then ignored. `workers` processes encode (None: one per core; 0: none but this one), on which no byte depends.
+
+    Nothing is done where `out` was made of the same inputs; a folder prepared from others is replaced. ValueError
+    naming the file, the line and the field for what cannot be used, and for an `out` that holds anything else.
     """
     out = Path(out)
+    require(shard_tokens >= 1, f"shard_tokens is {shard_tokens}; it must be at least 1")
     check_replaceable(out)
     ready = None if tokenizer is None else Tokenizer.load(tokenizer)
-    sources = read_sources(texts)
+    selection = selection or Selection()
+    with bar("reading", None, progress) as advance:
+        corpus = open_corpus(texts, dataset, selection, advance)
     arguments = {
-        "texts": "stdlib" if texts is None else [source.name for source in sources],
+        "texts": None if texts is None else [name for name, *_ in corpus.description],
+        "selection": [selection.field, selection.split_by, selection.split_until, selection.documents],
         "vocab_size": vocab_size if ready is None else None,
         "tokenizer": None if ready is None else ready.sha256,
+        "shard_tokens": shard_tokens,
     }
-    hashes = [[source.name, hashlib.sha256(source.text.encode()).hexdigest()] for source in sources]
-    inputs = hashlib.sha256(json.dumps([FORMAT, arguments, hashes]).encode()).hexdigest()
+    inputs = hashlib.sha256(json.dumps([FORMAT, arguments, corpus.description]).encode()).hexdigest()
     if (same := reusable(out, inputs)) is not None:
         return same
-    splits = divide(sources)
-    if ready is None:
-        with bar(f"training a vocabulary of {vocab_size}", None, progress):
-            ready = Tokenizer.train((source.text for source in splits["train"]), vocab_size)
-    with building(out) as part, bar("encoding", sum(len(s.text) for s in sources), progress) as advance:
+    with building(out, inputs) as part:
+        if (same := reusable(out, inputs)) is not None:  # another process made it while this one waited
+            return same
+        if ready is None:
+            ready = trained(part, corpus, vocab_size, progress)
+        else:
+            ready.save(part / "tokenizer.json")
+        splits = write_splits(part, corpus, ready, shard_tokens, chosen_workers(workers, corpus), progress)
         manifest = {
             "format": FORMAT,
             "inputs": inputs,
             "arguments": arguments,
-            "sources": {"files": len(sources), "bytes": size_of(sources)},
+            "sources": corpus.description,
             "vocab_size": ready.vocab_size,
             "tokenizer_sha256": ready.sha256,
-            "splits": {name: write_split(part, name, splits[name], ready, advance) for name in SPLITS},
+            "splits": splits,
         }
-        ready.save(part / "tokenizer.json")
         (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        install(part, out, inputs)
+        install(part, out)
     return Prepared.open(out)
 
 
-# Reading
+def chosen_workers(workers: int | None, corpus: Corpus) -> int:
+    """How many processes encode: as asked for, or one per core this process may use, or none for a small corpus."""
+    if workers is not None:
+        return workers
+    return 0 if 0 < corpus.size < SMALL else os.cpu_count() or 1
 
 
-def stdlib_files() -> list[Path]:
-    """Source files of the running Python's standard library, tests left out, sorted by relative path.
-
-    Files that are empty or not UTF-8 text are skipped: nobody chose them one by one, so there is nobody to tell.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    found: list[Path] = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in STDLIB_SKIPS]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return [path for path in sorted(found, key=lambda p: p.relative_to(root).as_posix()) if readable(path)]
+def trained(part: Path, corpus: Corpus, vocab_size: int, progress: bool) -> Tokenizer:
+    """A tokenizer for the corpus, saved in `part`; the one there, where an earlier call got that far."""
+    file = part / "tokenizer.json"
+    if not file.is_file():
+        with bar(f"training a vocabulary of {vocab_size}", None, progress):
+            tokenizer = Tokenizer.train(corpus.sample(SAMPLE_BYTES), vocab_size)
+        tokenizer.save(part / "tokenizer.tmp")
+        (part / "tokenizer.tmp").replace(file)
+    return Tokenizer.load(file)
 
 
-def readable(path: Path) -> bool:
-    """Whether `read_text` accepts a file."""
-    try:
-        read_text(path)
-    except ValueError:
-        return False
-    return True
+# Encoding and writing
 
 
-def read_text(path: Path) -> str:
-    """The file's text, byte for byte: newlines, tabs and a byte-order mark stay as they are.
-
-    ValueError naming the file if it is missing, a directory, unreadable, binary (a NUL byte, or not UTF-8) or
-    blank.
-    """
-    require(not path.is_dir(), f"{path} is a directory; give the text files in it, for example {path}/*.txt")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no file {path}; check the path") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}); check its permissions") from error
-    at = data.find(b"\0")
-    require(at < 0, f"{path} is binary (a NUL byte at offset {at}); give a text file in UTF-8")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start}); "
-            "convert it, for example with iconv -t UTF-8, or leave it out"
-        ) from error
-    require(not (text == "" or text.isspace()), f"{path} holds no text ({len(data)} bytes); leave it out")
-    return text
-
-
-def read_sources(texts: Sequence[Path] | None) -> list[Source]:
-    """The texts, sorted by name; names are relative to the folder common to all."""
-    if texts is None:
-        paths, root = stdlib_files(), Path(sysconfig.get_path("stdlib"))
-    else:
-        require(len(texts) > 0, "texts is empty; name at least one text file, or give None for the standard library")
-        paths = [Path(os.path.abspath(path)) for path in texts]
-        root = Path(os.path.commonpath([path.parent for path in paths]))
-    sources = sorted(Source(path.relative_to(root).as_posix(), read_text(path)) for path in paths)
-    for one, other in itertools.pairwise(sources):
-        require(one.name != other.name, f"{root / one.name} is given twice; give each file once")
-    total = size_of(sources)
-    require(
-        total >= SMALLEST_TEXT,
-        f"the text is too short: {total} bytes in {len(sources)} file(s), at least {SMALLEST_TEXT} are needed for "
-        "training, validation and test; add text",
-    )
-    return sources
-
-
-def size_of(sources: Sequence[Source]) -> int:
-    """UTF-8 bytes of all sources."""
-    return sum(len(source.text.encode()) for source in sources)
-
-
-# Splitting
-
-
-def divide(sources: Sequence[Source]) -> dict[str, list[Source]]:
-    """The documents of each split, 90 / 5 / 5: by file, or by contiguous parts of every file where there are few."""
-    splits: dict[str, list[Source]] = {name: [] for name in SPLITS}
-    if len(sources) < SPLIT_BY_FILE:
-        for source in sources:
-            for name, part in zip(SPLITS, cut_text(source.text), strict=True):
-                if part:
-                    splits[name].append(Source(source.name, part))
-    else:
-        for source, name in zip(sources, assign([source.name for source in sources]), strict=True):
-            splits[name].append(source)
-    for name, documents in splits.items():
-        require(len(documents) > 0, f"the text is too short for a {name} split; add text or files")
-    return splits
-
-
-def assign(names: Sequence[str]) -> list[str]:
-    """The split of each file, from a hash of its name: adding files moves none of the others.
-
-    With a few dozen files chance may leave validation or test without any; the training file with the highest hash
-    then goes there, the one exception to the rule above.
-    """
-    hashes = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 for name in names]
-    splits = ["train" if h < TRAIN else "val" if h < VAL else "test" for h in hashes]
-    for missing in ("test", "val"):
-        if missing not in splits:
-            splits[max((h, i) for i, h in enumerate(hashes) if splits[i] == "train")[1]] = missing
-    return splits
-
-
-def cut_text(text: str) -> tuple[str, str, str]:
-    """Contiguous parts of 90, 5 and 5 per cent of the characters, cut after a newline where one is near."""
-    reach = (VAL - TRAIN) / 2  # half a part: the two cuts cannot meet
-    cuts: list[int] = []
-    for ideal in (TRAIN, VAL):
-        low, middle, high = (int(len(text) * share) for share in (ideal - reach, ideal, ideal + reach))
-        newline = text.find("\n", middle, high)
-        if newline < 0:
-            newline = text.rfind("\n", low, middle)
-        cuts.append(middle if newline < 0 else newline + 1)
-    return text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]
-
-
-# Writing
-
-
-def write_split(
-    part: Path, name: str, documents: list[Source], tokenizer: Tokenizer, advance: Advance
+def write_splits(
+    part: Path, corpus: Corpus, tokenizer: Tokenizer, shard_tokens: int, workers: int, progress: bool
 ) -> dict[str, Any]:
-    """Encode and write one split; its entry in the manifest."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    encoded: list[np.ndarray] = []
-    for group in grouped([document.text for document in documents]):
-        encoded += [np.array(ids, dtype) for ids in tokenizer.encode_batch(group)]
-        advance(sum(len(text) for text in group), name)
-    encoded = [ids for ids in encoded if len(ids) > 0]  # a normaliser may leave nothing of a part
-    require(len(encoded) > 0, f"the tokenizer makes no tokens of the {name} split; add text")
-    tokens = np.concatenate(encoded)
-    np.save(part / f"{name}.tokens.npy", tokens)
-    np.save(part / f"{name}.documents.npy", np.cumsum([0, *(len(ids) for ids in encoded)], dtype=np.int64))
-    return {
-        "files": len({document.name for document in documents}),
-        "documents": len(encoded),
-        "tokens": len(tokens),
-        "bytes": size_of(documents),
-        "sha256": hashlib.sha256((part / f"{name}.tokens.npy").read_bytes()).hexdigest(),
-    }
+    """Encode the corpus, from where an earlier call stopped; the splits' entries in the manifest."""
+    place, states = read_state(part)
+    dtype = token_dtype(tokenizer)
+    writers = {name: SplitWriter(part, name, dtype, shard_tokens, states.get(name)) for name in SPLITS}
+    try:
+        with (
+            Encoders(tokenizer, part / "tokenizer.json", workers) as encoders,
+            bar("encoding", corpus.size or None, progress) as advance,
+        ):
+            groups = ((group, [piece.text for _, piece in group.pieces]) for group in corpus.groups(place))
+            shown = 0
+            for number, (group, encoded) in enumerate(encoders.map(groups), 1):
+                write_group(group, encoded, writers)
+                place = group.after
+                reached = sum(source.size for source in corpus.sources[: place.source]) + (
+                    place.mark.at if place.mark and corpus.size else 0
+                )
+                tokens = sum(writer.total for writer in writers.values())
+                advance(reached - shown, f"{place.documents:,} documents {tokens / 1e6:,.1f} M tokens")
+                shown = reached
+                if number % GROUPS_PER_STATE == 0:
+                    write_state(part, place, {name: writer.sync() for name, writer in writers.items()})
+        entries = {name: writer.finish() for name, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    check_entries(entries)
+    return entries
 
 
-def grouped(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Consecutive texts in groups of about `ENCODED_AT_ONCE` characters."""
-    group: list[str] = []
-    for text in texts:
-        group.append(text)
-        if sum(len(member) for member in group) >= ENCODED_AT_ONCE:
-            yield group
-            group = []
-    if group:
-        yield group
+def write_group(group: Group, encoded: tuple[Any, list[int]], writers: dict[str, SplitWriter]) -> None:
+    """Add the pieces of a group to the splits they belong to."""
+    ids, lengths = encoded
+    start = 0
+    for (source, piece), length in zip(group.pieces, lengths, strict=True):
+        writers[piece.split].add(ids[start : start + length], piece.size, piece.last, source)
+        start += length
+
+
+def check_entries(entries: dict[str, dict[str, Any]]) -> None:
+    """Require that there is something to train on, to choose by and to report on."""
+    total = {key: sum(entry[key] for entry in entries.values()) for key in ("bytes", "documents")}
+    require(
+        total["bytes"] >= SMALLEST_TEXT,
+        f"the text is too short: {total['bytes']} bytes in {total['documents']} document(s), at least {SMALLEST_TEXT} "
+        "are needed for training, validation and test; add text",
+    )
+    for name, entry in entries.items():
+        require(
+            entry["documents"] > 0,
+            f"the {name} split is empty: none of the {total['documents']} documents falls to it, or the tokenizer "
+            "makes no tokens of them; add text or documents, or split by a field with more values",
+        )
+
+
+def read_state(part: Path) -> tuple[Place, dict[str, Any]]:
+    """Where an earlier call stopped, and what its writers need to go on; the beginning, where there is none."""
+    file = part / "state.json"
+    if not file.is_file():
+        return Place(), {}
+    state = json.loads(file.read_text(encoding="utf-8"))
+    source, mark, documents = state["place"]
+    return Place(source, Mark(*mark), documents), state["splits"]
+
+
+def write_state(part: Path, place: Place, splits: dict[str, Any]) -> None:
+    """Note how far everything is, in one step: a reader finds this state or the one before."""
+    (part / "state.tmp").write_text(json.dumps({"place": place, "splits": splits}), encoding="utf-8")
+    (part / "state.tmp").replace(part / "state.json")
 
 
 # The folder
@@ -267,44 +212,56 @@ def check_replaceable(out: Path) -> None:
     if not out.exists():
         return
     require(out.is_dir(), f"{out} is a file; give a new folder to prepare into")
-    others = sorted({entry.name for entry in out.iterdir()} - FILES)
+    others = sorted(entry.name for entry in out.iterdir() if not OURS.fullmatch(entry.name))
     require(not others, f"{out} holds other files ({', '.join(others[:3])}); give a new or empty folder")
 
 
 def reusable(out: Path, inputs: str) -> Prepared | None:
     """The folder `out` if it is whole and was made of these inputs."""
     try:
-        return Prepared.open(out) if read_manifest(out)["inputs"] == inputs else None
+        if read_manifest(out)["inputs"] != inputs:
+            return None
+        found = Prepared.open(out)
+        for name in SPLITS:
+            found.verify(name)
     except (ValueError, KeyError):  # not there, or damaged: it is made anew
         return None
+    return found
 
 
 @contextlib.contextmanager
-def building(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` to write into; whatever is left of it at the end is removed."""
-    part = out.parent / f".{out.name}.{os.getpid()}.part"
-    part.mkdir(parents=True)
-    try:
-        yield part
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+def building(out: Path, inputs: str) -> Iterator[Path]:
+    """A hidden folder beside `out` to write into, for one process at a time.
 
-
-def install(part: Path, out: Path, inputs: str) -> None:
-    """Move the finished folder to its place, unless another process was there first with the same."""
-    if reusable(out, inputs) is not None:
-        return
-    if out.exists():
-        old = part / "replaced"  # removed with what is left of `part`
-        new = part / "new"
-        new.mkdir()
-        for entry in sorted(FILES):
-            (part / entry).rename(new / entry)
-        out.rename(old)
-        new.rename(out)
-    else:
+    It is kept where the work was stopped, for a later call with the same inputs to go on from; removed when it is
+    done, or when the inputs turned out to be wrong.
+    """
+    part, lock = (out.parent / f".{out.name}.{kind}" for kind in ("part", "lock"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(lock):
+        made_of = part / "inputs"
+        if not made_of.is_file() or made_of.read_text() != inputs:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            made_of.write_text(inputs)
         try:
-            part.rename(out)
-        except OSError:  # another process made `out` since the line above
-            if reusable(out, inputs) is None:
-                raise
+            yield part
+            shutil.rmtree(part)
+        except ValueError:
+            shutil.rmtree(part)
+            raise
+        finally:
+            with contextlib.suppress(OSError):  # whoever waits for it locks a new one
+                lock.unlink()
+
+
+def install(part: Path, out: Path) -> None:
+    """Move the finished files to their place; what was there before is gone once they are."""
+    new = part / "new"
+    new.mkdir(exist_ok=True)
+    for entry in sorted(part.iterdir()):
+        if OURS.fullmatch(entry.name):
+            entry.rename(new / entry.name)
+    if out.exists():
+        out.rename(part / "replaced")
+    new.rename(out)

@@ -5,27 +5,56 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lrt.config import require
+from lrt.data.shards import sha256, shard_files
 from lrt.data.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder's layout; another one is prepared anew."""
 SPLITS = ("train", "val", "test")
+
+
+class Joined:
+    """Arrays one after another, read like one; a slice within one of them is a view."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self.parts = tuple(parts)
+        self.ends = np.cumsum([len(part) for part in parts]).tolist()
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, at: slice) -> np.ndarray:
+        """Values from `at.start` to `at.stop`, both within the length."""
+        found, start, stop = [], int(at.start or 0), len(self) if at.stop is None else int(at.stop)
+        index = bisect_right(self.ends, start)
+        while start < stop:
+            offset = self.ends[index] - len(self.parts[index])
+            found.append(self.parts[index][start - offset : min(stop, self.ends[index]) - offset])
+            start, index = self.ends[index], index + 1
+        return found[0] if len(found) == 1 else np.concatenate([*found, self.parts[0][:0]])
 
 
 @dataclass(frozen=True)
 class Documents:
     """Token ids of the documents of one split. `documents[i]` is document i, `for` runs over all."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray | Joined
     """(n,) uint16, uint32 or any integers: all documents, one after another, without BOS."""
     offsets: np.ndarray
     """(D + 1,) int64: document i is tokens[offsets[i]:offsets[i + 1]]; no document is empty."""
@@ -33,14 +62,32 @@ class Documents:
     """Id of the token that opens a document."""
     bytes: int = 0
     """UTF-8 size of all documents together; 0 where it is not known."""
+    parts: tuple[Documents, ...] = field(default=(), repr=False)
+    """The shards, where there are several."""
 
     def __post_init__(self) -> None:
         ends = self.offsets
         require(
-            len(ends) >= 2 and ends[0] == 0 and ends[-1] == len(self.tokens) and bool((np.diff(ends) > 0).all()),
+            len(ends) >= 2 and ends[0] == 0 and ends[-1] == len(self.tokens) and bool((ends[1:] > ends[:-1]).all()),
             f"the document offsets do not divide the {len(self.tokens)} tokens into non-empty documents; "
             "give each document's start, ascending from 0, and last the number of tokens",
         )
+
+    @classmethod
+    def join(cls, shards: Sequence[Documents]) -> Documents:
+        """The documents of all `shards`, in order."""
+        if len(shards) == 1:
+            return shards[0]
+        starts = np.cumsum([0, *(len(shard.tokens) for shard in shards)])
+        offsets = [shard.offsets[:-1] + start for shard, start in zip(shards, starts[:-1], strict=True)]
+        tokens = Joined([shard.tokens[0 : len(shard.tokens)] for shard in shards])
+        size = sum(shard.bytes for shard in shards)
+        return cls(tokens, np.concatenate([*offsets, starts[-1:]]), shards[0].bos, size, tuple(shards))
+
+    @property
+    def shards(self) -> tuple[Documents, ...]:
+        """The parts that are packed and shuffled on their own, so that no more than one has to be."""
+        return self.parts or (self,)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -54,7 +101,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared folder, checked against its manifest."""
+    """A prepared folder, checked against its manifest: sizes when opened, the bytes of a split when it is used."""
 
     path: Path
     manifest: dict[str, Any]
@@ -85,7 +132,7 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         """A hash of the tokens of all splits and of the tokenizer: equal data, equal fingerprint."""
-        hashes = [self.manifest["tokenizer_sha256"], *(self.manifest["splits"][name]["sha256"] for name in SPLITS)]
+        hashes = [self.manifest["tokenizer_sha256"], *(self.manifest["splits"][name]["shards"] for name in SPLITS)]
         return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
     @property
@@ -94,9 +141,28 @@ class Prepared:
         return self.tokenizer.vocab_size
 
     def split(self, name: str) -> Documents:
-        """The documents of `train`, `val` or `test`."""
+        """The documents of `train`, `val` or `test`; ValueError naming a file that is not the manifest's."""
         require(name in self.splits, f"there is no split {name!r}; choose one of {', '.join(SPLITS)}")
+        self.verify(name)
         return self.splits[name]
+
+    def verify(self, name: str) -> None:
+        """Hold the bytes of a split against the hashes of the manifest, once: a second or two per billion tokens."""
+        if name in self._verified:
+            return
+        for index, entry in enumerate(self.manifest["splits"][name]["shards"]):
+            for file, part in zip(shard_files(name, index), ("tokens", "documents"), strict=True):
+                found, said = sha256(self.path / file), entry.get(f"{part}_sha256")
+                require(
+                    found == said,
+                    f"{self.path / file} does not match {self.path / 'manifest.json'}: its SHA-256 is {found}, "
+                    f"the manifest says {said}; copy the file again, or prepare the folder again",
+                )
+        self._verified.add(name)
+
+    @functools.cached_property
+    def _verified(self) -> set[str]:
+        return set()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -116,12 +182,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def open_split(path: Path, name: str, entry: dict[str, Any], tokenizer: Tokenizer) -> Documents:
     """One split, memory-mapped, of the sizes its manifest entry says."""
-    tokens = open_array(path / f"{name}.tokens.npy", entry["tokens"])
-    offsets = np.asarray(open_array(path / f"{name}.documents.npy", entry["documents"] + 1))
+    shards = [open_shard(path, name, index, shard, tokenizer) for index, shard in enumerate(entry["shards"])]
+    require(len(shards) > 0, f"{path / 'manifest.json'} is damaged (no shards of {name}); prepare the folder again")
+    for key in ("tokens", "documents"):
+        found = sum(shard[key] for shard in entry["shards"])
+        require(
+            found == entry[key],
+            f"{path / 'manifest.json'} is damaged ({name} has {entry[key]} {key}, its shards {found}); "
+            "prepare the folder again",
+        )
+    return Documents.join(shards)
+
+
+def open_shard(path: Path, name: str, index: int, entry: dict[str, Any], tokenizer: Tokenizer) -> Documents:
+    """One shard, memory-mapped."""
+    tokens_file, documents_file = (path / file for file in shard_files(name, index))
+    tokens = open_array(tokens_file, entry["tokens"])
+    offsets = np.asarray(open_array(documents_file, entry["documents"] + 1))
     try:
         return Documents(tokens, offsets, tokenizer.bos, entry["bytes"])
     except ValueError as error:
-        raise ValueError(f"{path / f'{name}.documents.npy'} is damaged ({error}); prepare the folder again") from error
+        raise ValueError(f"{documents_file} is damaged ({error}); prepare the folder again") from error
 
 
 def open_array(file: Path, length: int) -> np.ndarray:

@@ -22,6 +22,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lrt.config import require
+from lrt.data.encode_worker import plain
 
 BOS = "<|bos|>"
 """The one special token of a tokenizer trained here."""
@@ -39,10 +40,7 @@ class Tokenizer:
 
         ValueError if it has no special token that can open a document; `name` is what the message calls it.
         """
-        inner.no_truncation()
-        inner.no_padding()
-        inner.encode_special_tokens = True  # "<|bos|>" in a user's file is seven characters, not a new document
-        self.inner = inner
+        self.inner = plain(inner)
         added = inner.get_added_tokens_decoder()
         self.special: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
         """Ids of the special tokens: no bytes, and no text can spell them."""

@@ -1,0 +1,144 @@
+"""Hugging Face datasets, by hub name or local folder, streamed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrt.config import require
+from lrt.data.records import Selection, extra
+from lrt.data.shards import sha256
+from lrt.data.sources import Mark, Reading, pieces_of
+
+SNAPSHOT = 1000
+"""Documents between two states of the library's iterator: what is read again at most after an interruption."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Which data set to stream."""
+
+    name: str
+    """A hub name (owner/name), a local folder of Parquet, JSON lines, … or a preset: fineweb-edu, climbmix."""
+    config: str | None = None
+    """The configuration (subset) of the data set. None: its default, or the preset's."""
+    split: str = "train"
+    """Which of the data set's own splits to read; ours are made of it."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub. None: the newest, which the manifest then names."""
+
+
+PRESETS = {
+    "fineweb-edu": Dataset("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "climbmix": Dataset("karpathy/climbmix-400b-shuffle"),  # shuffled, as plain Parquet
+}
+"""Data sets by a short name."""
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set, streamed: a `Source`."""
+
+    dataset: Dataset
+    selection: Selection
+    identity: str
+    """The commit on the hub, or the digest of a local folder's files."""
+    size: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.dataset.name
+
+    def read(self, after: Mark | None = None) -> Reading:
+        state, taken = (None, 0) if after is None else (after.state, after.pieces)
+        stream = stream_of(self.dataset, None if Path(self.name).is_dir() else self.identity)
+        seen = since = number = 0
+        if state is not None:
+            stream.load_state_dict(state["iterator"])
+            seen = state["seen"]
+        for record in self.records(stream, seen):
+            seen, since = seen + 1, since + 1
+            found = self.selection.document(record, f"{self.name} record {seen}")
+            for piece in pieces_of([] if found is None else [found]):
+                number += 1
+                if number > taken:
+                    yield piece, Mark(number, seen, state)
+            if since == SNAPSHOT:
+                state = {"iterator": stream.state_dict(), "seen": seen}
+                since = number = taken = 0
+
+    def records(self, stream: Any, seen: int) -> Iterator[dict[str, Any]]:
+        """What the library reads, its errors named."""
+        arrow = extra("pyarrow", self.name)
+        try:
+            with contextlib.closing(iter(stream)) as records:
+                for record in records:
+                    seen += 1
+                    yield record
+        except (arrow.ArrowException, extra("datasets.exceptions", self.name).DatasetsError) as error:
+            raise ValueError(f"{self.name} is damaged behind record {seen} ({error}); get its files again") from error
+        except OSError as error:  # what was prepared is kept: the connection may come back
+            raise OSError(
+                f"{self.name} cannot be read behind record {seen} ({error}); call it again to go on from there"
+            ) from error
+
+
+def hub_source(dataset: Dataset, selection: Selection) -> HubSource:
+    """The source of a data set, at the revision it has now; ValueError where it cannot be found or read."""
+    dataset = preset(dataset)
+    folder = Path(dataset.name)
+    require(folder.is_dir() or not folder.exists(), f"{folder} is a file; give it with --text, not as a data set")
+    require(
+        not folder.is_dir() or dataset.revision is None,
+        f"revision is {dataset.revision!r}, but {folder} is a local folder, which has none; leave it out",
+    )
+    with naming(dataset):
+        if folder.is_dir():
+            identity = digest(folder)
+        else:
+            api = extra("huggingface_hub", dataset.name).HfApi()
+            identity = api.dataset_info(dataset.name, revision=dataset.revision).sha
+    return HubSource(dataset, selection, identity)
+
+
+def preset(dataset: Dataset) -> Dataset:
+    """A preset in full, with whatever fields of `dataset` differ from their defaults."""
+    if dataset.name not in PRESETS:
+        return dataset
+    full = PRESETS[dataset.name]
+    return dataclasses.replace(dataset, name=full.name, config=dataset.config or full.config)
+
+
+def stream_of(dataset: Dataset, revision: str | None) -> Any:
+    """The library's iterable data set; nothing is downloaded but what is read."""
+    with naming(dataset):
+        load = extra("datasets", dataset.name).load_dataset
+        return load(dataset.name, dataset.config, split=dataset.split, streaming=True, revision=revision)
+
+
+@contextlib.contextmanager
+def naming(dataset: Dataset) -> Iterator[None]:
+    """Name the data set in what the libraries raise, which are errors of theirs and of their HTTP client's."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and "latent-recurrent-transformer" in str(error):  # `extra`
+            raise
+        raise ValueError(
+            f"data set {dataset.name!r} (config {dataset.config!r}, split {dataset.split!r}) cannot be opened: "
+            f"{error}; check its name, its configuration and split, and the connection to the hub, or give a local "
+            f"folder or one of {', '.join(PRESETS)}"
+        ) from error
+
+
+def digest(folder: Path) -> str:
+    """Hex digest of the names and contents of all files under `folder`."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        total.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}".encode())
+    return total.hexdigest()

@@ -1,0 +1,193 @@
+"""Documents in records: JSON lines, compressed or not, and Parquet; which field holds the text and which the split."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrt.config import require
+from lrt.data.sources import Mark, Reading, marked, pieces_of, readable
+from lrt.data.splits import by_key
+
+LONGEST_LINE = 1 << 24
+"""Bytes of the longest line of JSON that is read: one document is held in memory."""
+PARQUET_ROWS = 64
+"""Rows decoded at a time."""
+COMPRESSIONS = ("", ".gz", ".xz", ".zst")
+JSON_LINES = tuple(kind + suffix for kind in (".jsonl", ".ndjson") for suffix in COMPRESSIONS)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to take of JSON lines, Parquet and data sets, and how to split it."""
+
+    field: str = "text"
+    """The field or column that holds the text."""
+    split_by: str | None = None
+    """A field or column whose value decides the split, so that documents which share it stay together. None: the
+    text decides, and only equal documents stay together."""
+    split_until: str | None = None
+    """Only the part of that value before this string: with `split_by` id and "/" all of Author/Title#1 … of one author
+    stay together."""
+    documents: int | None = None
+    """Stop after so many documents. None: take all."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.split_until is None or (self.split_by is not None and self.split_until != ""),
+            f"split_until is {self.split_until!r}; it needs split_by, and at least one character",
+        )
+        require(
+            self.documents is None or self.documents >= 1,
+            f"documents is {self.documents}; take at least 1, or give None for all",
+        )
+
+    @property
+    def columns(self) -> list[str]:
+        """The fields that are read."""
+        return list(dict.fromkeys([self.field, *([self.split_by] if self.split_by else [])]))
+
+    def document(self, record: dict[str, Any], where: str) -> tuple[str, str] | None:
+        """(text, split) of a record; None where it holds no text. ValueError saying `where` a field is wrong."""
+        for name in self.columns:
+            require(
+                name in record,
+                f"{where} has no field {name!r}; its fields are {', '.join(map(str, record))}: "
+                f"name one with --{'field' if name == self.field else 'split-by'}",
+            )
+        text = record[self.field]
+        if text is None or text == "":
+            return None
+        require(
+            isinstance(text, str),
+            f"{where} has {type(text).__name__} in field {self.field!r}; name a field of text with --field",
+        )
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{where} holds half a surrogate pair (character {error.start} of field {self.field!r}), which "
+                    "is no text; repair or remove it"
+                ) from error
+        if self.split_by is None:
+            return text, by_key(text)
+        key = str(record[self.split_by])
+        return text, by_key(key if self.split_until is None else key.partition(self.split_until)[0])
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """A file with one JSON object per line, compressed or not."""
+
+    path: Path
+    name: str
+    size: int
+    selection: Selection
+
+    def read(self, after: Mark | None = None) -> Reading:
+        with readable(self.path) as raw:
+            yield from marked(pieces_of(self.documents(raw)), after, raw.tell)
+
+    def documents(self, raw: io.BufferedReader) -> Iterator[tuple[str, str]]:
+        """(text, split) of each document; ValueError naming the file and the line where something is wrong."""
+        number = 0
+        try:
+            with uncompressed(raw, self.path) as stream:
+                while line := stream.readline(LONGEST_LINE + 1):
+                    number += 1
+                    if not line.isspace() and (found := self.document(line, number)) is not None:
+                        yield found
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            raise ValueError(
+                f"{self.path} is damaged behind line {number} ({error}); copy or download it again"
+            ) from error
+
+    def document(self, line: bytes, number: int) -> tuple[str, str] | None:
+        """(text, split) of one line, or None where it holds no text."""
+        where = f"{self.path} line {number}"
+        require(
+            len(line) <= LONGEST_LINE,
+            f"{where} is longer than {LONGEST_LINE:,} bytes; cut the document, or give it as a text file",
+        )
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON ({error}); repair or remove it") from error
+        require(isinstance(record, dict), f"{where} is {type(record).__name__}, no JSON object; repair or remove it")
+        return self.selection.document(record, where)
+
+
+def uncompressed(raw: io.BufferedReader, path: Path) -> io.BufferedIOBase:
+    """`raw` without the compression that the name of `path` says."""
+    match path.suffix:
+        case ".gz":
+            return gzip.open(raw)
+        case ".xz":
+            return lzma.open(raw)
+        case ".zst":  # pyarrow, as it notices a file that ends too early
+            return io.BufferedReader(extra("pyarrow", str(path)).input_stream(raw, compression="zstd"))
+        case _:
+            return raw
+
+
+@dataclass(frozen=True)
+class Parquet:
+    """A Parquet file with a column of text."""
+
+    path: Path
+    name: str
+    size: int
+    selection: Selection
+
+    def read(self, after: Mark | None = None) -> Reading:
+        done = 0
+
+        def documents() -> Iterator[tuple[str, str]]:
+            nonlocal done
+            for row, (share, record) in enumerate(self.records(), 1):
+                done = int(share * self.size)
+                if (found := self.selection.document(record, f"{self.path} row {row}")) is not None:
+                    yield found
+
+        return marked(pieces_of(documents()), after, lambda: done)
+
+    def records(self) -> Iterator[tuple[float, dict[str, Any]]]:
+        """The wanted columns of every row, with the share of the file that was read."""
+        arrow, parquet = extra("pyarrow", str(self.path)), extra("pyarrow.parquet", str(self.path))
+        row, columns = 0, self.selection.columns
+        try:
+            with parquet.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
+                names, rows = file.schema_arrow.names, file.metadata.num_rows
+                for name in columns:
+                    option = "field" if name == self.selection.field else "split-by"
+                    require(
+                        name in names,
+                        f"{self.path} has no column {name!r}; its columns are {', '.join(names)}: "
+                        f"name one with --{option}",
+                    )
+                for batch in file.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
+                    for record in batch.to_pylist():
+                        row += 1
+                        yield row / rows, record
+        except (arrow.ArrowException, OSError) as error:
+            raise ValueError(f"{self.path} is damaged behind row {row} ({error}); copy or download it again") from error
+
+
+def extra(name: str, what: str) -> Any:
+    """The module `name`, which comes with the extra `data`; ValueError saying how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"reading {what} needs the package {name.partition('.')[0]}, which is not installed; install it with: "
+            "pip install 'latent-recurrent-transformer[data]'"
+        ) from error

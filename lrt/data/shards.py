@@ -1,0 +1,156 @@
+"""Write the shards of a split: token ids and where documents start, appended, so that writing can go on after a stop.
+
+A shard is two arrays in numpy's own format, `train.00000.tokens.npy` and `train.00000.documents.npy`. It is closed at
+the end of the document with which it reaches its size, so no document lies in two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.lib import format as npy
+
+from lrt.config import require
+
+OFFSETS = "<i8"
+"""Type of document offsets."""
+
+
+def shard_files(split: str, index: int) -> tuple[str, str]:
+    """Names of the two files of a shard: tokens, documents."""
+    return f"{split}.{index:05}.tokens.npy", f"{split}.{index:05}.documents.npy"
+
+
+class GrowingArray:
+    """A one-dimensional .npy file to append to; its header is right once it is closed with `finish`."""
+
+    def __init__(self, path: Path, dtype: str, length: int) -> None:
+        """Go on behind the first `length` values of `path`; with 0 begin anew."""
+        self.path, self.dtype, self.length = path, np.dtype(dtype), length
+        self.file: BinaryIO = path.open("r+b" if length else "w+b")
+        self._header()
+        end = self.file.tell() + length * self.dtype.itemsize
+        self.file.flush()
+        size = os.fstat(self.file.fileno()).st_size
+        require(size >= end, f"{path} holds {size} bytes of {end}: the disk lost some; prepare the folder again")
+        self.file.truncate(end)
+        self.file.seek(end)
+
+    def append(self, values: np.ndarray) -> None:
+        """Values of the array's own type."""
+        self.file.write(values.astype(self.dtype, copy=False).tobytes())
+        self.length += len(values)
+
+    def sync(self) -> None:
+        """Make sure that what was appended outlasts this process and a loss of power."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def finish(self) -> None:
+        """Complete the header, and close."""
+        self.file.seek(0)
+        self._header()  # as long as the first: numpy leaves room for the number to grow
+        self.sync()
+        self.file.close()
+
+    def _header(self) -> None:
+        about = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
+        npy.write_array_header_1_0(self.file, about)
+
+
+class SplitWriter:
+    """Write the documents of one split, piece by piece."""
+
+    def __init__(
+        self, folder: Path, split: str, dtype: str, shard_tokens: int, state: dict[str, Any] | None = None
+    ) -> None:
+        """`state`: what `sync` returned, to go on from there."""
+        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
+        state = state or {"shards": [], "tokens": 0, "documents": 0, "bytes": 0, "end": 0, "sources": []}
+        self.shards: list[dict[str, Any]] = state["shards"]
+        self.bytes: int = state["bytes"]
+        """UTF-8 bytes of the open shard."""
+        self.end: int = state["end"]
+        """Where in the open shard its last whole document ends."""
+        self.sources: list[int] = state["sources"]
+        """Which sources documents came from, ascending."""
+        self._open(state["tokens"], state["documents"])
+
+    def add(self, ids: np.ndarray, size: int, last: bool, source: int) -> None:
+        """One piece: its ids, its UTF-8 bytes, whether its document ends with it, and the number of its source."""
+        self.tokens.append(ids)
+        self.bytes += size
+        if not last or self.tokens.length == self.end:  # a normaliser may leave nothing of a document
+            return
+        if not self.sources or self.sources[-1] != source:
+            self.sources.append(source)
+        self.end = self.tokens.length
+        self.documents.append(np.array([self.end], OFFSETS))
+        if self.end >= self.shard_tokens:
+            self._close()
+            self._open(0, 0)
+
+    @property
+    def total(self) -> int:
+        """Tokens in all shards."""
+        return sum(shard["tokens"] for shard in self.shards) + self.tokens.length
+
+    def sync(self) -> dict[str, Any]:
+        """Secure what was added; the state from which a new writer goes on."""
+        self.tokens.sync()
+        self.documents.sync()
+        return {
+            "shards": self.shards,
+            "tokens": self.tokens.length,
+            "documents": self.documents.length,
+            "bytes": self.bytes,
+            "end": self.end,
+            "sources": self.sources,
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """Close the last shard; the split's entry in the manifest."""
+        if self.end > 0:
+            self._close()
+        else:  # begun, but nothing came
+            self.abandon()
+            for name in shard_files(self.split, len(self.shards)):
+                (self.folder / name).unlink()
+        sums = {key: sum(shard[key] for shard in self.shards) for key in ("documents", "tokens", "bytes")}
+        return {"files": len(self.sources), **sums, "shards": self.shards}
+
+    def abandon(self) -> None:
+        """Close the files as they are."""
+        self.tokens.file.close()
+        self.documents.file.close()
+
+    def _open(self, tokens: int, documents: int) -> None:
+        names = shard_files(self.split, len(self.shards))
+        self.tokens = GrowingArray(self.folder / names[0], self.dtype, tokens)
+        self.documents = GrowingArray(self.folder / names[1], OFFSETS, documents)
+        if documents == 0:
+            self.documents.append(np.zeros(1, OFFSETS))
+
+    def _close(self) -> None:
+        self.tokens.finish()
+        self.documents.finish()
+        self.shards.append(
+            {
+                "tokens": self.tokens.length,
+                "documents": self.documents.length - 1,
+                "bytes": self.bytes,
+                "tokens_sha256": sha256(self.tokens.path),
+                "documents_sha256": sha256(self.documents.path),
+            }
+        )
+        self.bytes = self.end = 0
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,171 @@
+"""Where text comes from: a source is a stream of pieces of documents. Text files are read here.
+
+A piece is a document, or a part of one that is too long to be held or encoded at once. Which pieces there are follows
+from the content alone, so that "so many pieces taken" is a place to go on from.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from lrt.config import require
+
+PIECE = 1 << 18
+"""Characters of the longest piece."""
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one."""
+
+    text: str
+    size: int
+    """UTF-8 bytes."""
+    split: str
+    last: bool
+    """Whether its document ends with it."""
+
+
+class Mark(NamedTuple):
+    """A place in a source, as plain data for JSON: where a later run goes on."""
+
+    pieces: int
+    """Pieces taken, in all or since `state`."""
+    at: int
+    """How much of the source's `size` that is, for the progress bar."""
+    state: dict[str, Any] | None = None
+    """What the `datasets` library needs to be here without reading what came before."""
+
+
+Reading = Generator[tuple[Piece, Mark], None, None]
+"""Pieces, each with the place behind it; to be closed by who stops early."""
+
+
+class Source(Protocol):
+    """A file or data set of text."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int:
+        """What `Mark.at` reaches at the end; 0 where that is not known."""
+        ...
+
+    def read(self, after: Mark | None = None) -> Reading:
+        """The pieces behind `after` (None: all), each with the place behind itself."""
+        ...
+
+
+# Pieces
+
+
+def pieces(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """A text that comes in chunks, cut where it exceeds `PIECE`, each with whether it is the last.
+
+    Cut after a line, or before a word, in the later half of a piece, where nearly every tokenizer cuts too: a token
+    may differ there from those of the whole text, and all bytes are kept.
+    """
+    rest = ""
+    for chunk in chunks:
+        rest += chunk
+        while len(rest) > PIECE:
+            cut = rest.rfind("\n", PIECE // 2, PIECE) + 1 or max(rest.rfind(" ", PIECE // 2, PIECE), 0) or PIECE
+            yield rest[:cut], False
+            rest = rest[cut:]
+    yield rest, True
+
+
+def pieces_of(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
+    """The pieces of documents (text, split)."""
+    for text, split in documents:
+        for part, last in pieces([text]):
+            yield Piece(part, len(part.encode()), split, last)
+
+
+def marked(found: Iterable[Piece], after: Mark | None, at: Callable[[], int]) -> Reading:
+    """Number the pieces, leaving out those taken before."""
+    taken = 0 if after is None else after.pieces
+    for number, piece in enumerate(found, 1):
+        if number > taken:
+            yield piece, Mark(number, at())
+
+
+# Text files
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A text file, or a range of its bytes: one document."""
+
+    path: Path
+    name: str
+    split: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def read(self, after: Mark | None = None) -> Reading:
+        done = 0
+
+        def found() -> Iterator[Piece]:
+            nonlocal done
+            for text, last in pieces(text_chunks(self.path, self.start, self.stop)):
+                size = len(text.encode())
+                done += size
+                yield Piece(text, size, self.split, last)
+
+        return marked(found(), after, lambda: done)
+
+
+def text_chunks(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
+    """The text of a file or of a range of its bytes, byte for byte: newlines and a byte-order mark stay.
+
+    ValueError naming the file if it is missing, a directory, unreadable, binary (a NUL byte, or not UTF-8) or blank.
+    """
+    require(not path.is_dir(), f"{path} is a directory; give the text files in it, for example {path}/*.txt")
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    place, blank = start, True
+    with readable(path) as file:
+        file.seek(start)
+        while data := file.read(PIECE if stop is None else min(PIECE, stop - place)):
+            nul = data.find(b"\0")
+            require(nul < 0, f"{path} is binary (a NUL byte at offset {place + nul}); give a text file in UTF-8")
+            held = len(decoder.getstate()[0])  # bytes of a character that began in the chunk before
+            try:
+                text = decoder.decode(data)
+            except UnicodeDecodeError as error:
+                raise not_utf8(path, error, place - held) from error
+            place += len(data)
+            blank = blank and (text == "" or text.isspace())
+            yield text
+    try:
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error, place - len(error.object)) from error
+    require(not blank or start > 0 or stop is not None, f"{path} holds no text ({place} bytes); leave it out")
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError, offset: int) -> ValueError:
+    """The error that says where `path` stops being UTF-8."""
+    return ValueError(
+        f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {offset + error.start}); "
+        "convert it, for example with iconv -t UTF-8, or leave it out"
+    )
+
+
+def readable(path: Path) -> io.BufferedReader:
+    """The file, open; ValueError naming it if it cannot be."""
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {path}; check the path") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}); check its permissions") from error
