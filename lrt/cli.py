@@ -127,7 +127,7 @@ class Train:
         _, done = train(dataclasses.replace(self.recipe, model=model), data, self.out, device, keeping=self.keeping)
         print(f"{self.out / 'checkpoint'}: {done.tokens:,} tokens in {done.seconds:.0f} s, loss {done.loss:.4f}")
         packing = checkpoint.about(self.out / "checkpoint")["packing"]
-        share = packing["padded"] / (packing["padded"] + packing["targets"])
+        share = packing["padded"] / max(1, packing["padded"] + packing["targets"])  # 0 rows: resumed at its end
         print(
             f"packed: {packing['cropped']:,} of {packing['targets']:,} tokens cropped, {share:.2%} of positions padded"
         )
