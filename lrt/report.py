@@ -98,7 +98,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
         f"At equal parameters and tokens, the latent recurrent transformer's live bits per byte are "
         f"<b>{100 * (lrt / base - 1):+.1f} %</b> against the transformer's (less is better), and "
         f"<b>{100 * (lrt / shift - 1):+.1f} %</b> against token shift's, the control that reads the previous token's "
-        "embedding and needs no recurrence. One seed: a per cent either way is within the noise of seeds."
+        "embedding and needs no recurrence. One seed: seeds alone differ by two or three per cent."
     )
 
 
