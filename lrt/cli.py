@@ -25,6 +25,7 @@ from lrt.evaluate import evaluate
 from lrt.generate import Sampling
 from lrt.trainer import Keeping, RunConfig, train
 
+ABOUT = "Prepare text, train latent recurrent transformers, score them live, and let them write."
 Paths = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE…")]
 if TYPE_CHECKING:
     Recipe = RunConfig
@@ -230,7 +231,7 @@ Verb = Prepare | Train | Evaluate | Sample | Demo
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake ends with one line on standard error and status 2."""
     try:
-        tyro.cli(Verb, prog="lrt", description=__doc__, args=arguments).run()
+        tyro.cli(Verb, prog="lrt", description=ABOUT, args=arguments).run()
     except (ValueError, OSError, FloatingPointError) as error:
         Console(stderr=True, highlight=False).print(f"lrt: {error}", style="red", soft_wrap=True, markup=False)
         sys.exit(2)
