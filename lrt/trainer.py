@@ -93,7 +93,11 @@ class Keeping:
     last: int = 2
     """How many snapshots stay, the newest ones."""
     resume: bool = True
-    """Go on from the newest whole snapshot in the run's folder, if there is one."""
+    """Go on from the newest whole snapshot in the run's folder, if there is one; else its snapshots are removed."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"every is {self.every}; give a number of steps, or 0 for no snapshot on the way")
+        require(self.last >= 1, f"last is {self.last}; keep at least 1 snapshot")
 
 
 @dataclass(frozen=True)
@@ -259,7 +263,9 @@ def train(
     keeping = keeping or Keeping()
     out.mkdir(parents=True, exist_ok=True)
     session = Session(run, data, device)
-    lines = resume(session, out) if keeping.resume else []
+    if not keeping.resume:  # an old run's later snapshot would pass for this one's newest
+        shutil.rmtree(out / "snapshots", ignore_errors=True)
+    lines = resume(session, out)
 
     def recent() -> float:
         last = lines[-max(1, len(lines) // 20) :]

@@ -82,6 +82,26 @@ def test_a_run_without_resume_starts_again(data: Prepared, whole: Path, tmp_path
     assert_same(weights(tmp_path), weights(whole))
 
 
+def test_a_fresh_start_leaves_no_snapshot_of_the_old_run(
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(Session(replace(run_config(), seed=9), data, "cpu"), 5, tmp_path)
+    monkeypatch.setattr(Session, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config(), data, tmp_path, progress=False, keeping=Keeping(resume=False))
+    assert snapshots(tmp_path) == []
+
+
+def interrupted(self: Session) -> dict[str, object]:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("field", [{"every": -1}, {"last": 0}])
+def test_what_to_keep_is_checked(field: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(field))):
+        Keeping(**field)
+
+
 def test_optimiser_state_matters(data: Prepared, whole: Path, tmp_path: Path) -> None:
     """The guard of the tests above: weights alone do not give the same run."""
     session = Session(run_config(), data, "cpu")
