@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
@@ -23,7 +23,12 @@ from lrt.data.records import Selection
 from lrt.demo import demo, stream
 from lrt.evaluate import evaluate
 from lrt.generate import Sampling
-from lrt.trainer import Keeping, RunConfig, train
+from lrt.keeping import Keeping
+from lrt.matching import Other, compare, match
+from lrt.model.flops import count_parameters
+from lrt.run import RunConfig
+from lrt.trainer import train
+from lrt.watching import Watching
 
 ABOUT = "Prepare text, train latent recurrent transformers, score them live, and let them write."
 Paths = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE…")]
@@ -105,6 +110,9 @@ class Prepare:
             )
 
 
+Matches = tyro.conf.UseAppendAction[tuple[tuple[Literal["parameters", "tokens", "compute", "wall_clock"], Path], ...]]
+
+
 @dataclass(frozen=True)
 class Train:
     """Train a recipe, with whatever fields are overridden: `lrt train d4 --optim.matrix-lr 0.01`."""
@@ -115,8 +123,16 @@ class Train:
     """A folder that `lrt prepare` wrote. None: the standard library, prepared in runs/data/stdlib."""
     out: Path = Path("runs/train")
     """Folder for metrics.jsonl, snapshots and the checkpoint."""
+    match: Matches = ()
+    """Make the run fair beside another: `--match parameters RUN` widens the MLP, `tokens`, `compute` (training FLOPs)
+    and `wall_clock` (paired step times, measured here) set the horizon. May be given several times."""
+    resume: str = "auto"
+    """auto goes on from the newest snapshot in --out; never starts anew; a snapshot's folder goes on from that one,
+    also with other rates, schedule or horizon."""
     keeping: Keeping = dataclasses.field(default_factory=lambda: Keeping(every=200))
-    """Snapshots, and going on from them."""
+    """Snapshots."""
+    watching: Watching = dataclasses.field(default_factory=Watching)
+    """Live scores and the gap while training, and where numbers go."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
@@ -125,13 +141,33 @@ class Train:
         data = prepare(Path("runs/data/stdlib")) if self.data is None else Prepared.open(self.data)
         # The vocabulary is a fact of the data, not a choice of the run.
         model = dataclasses.replace(self.recipe.model, vocab_size=data.vocab_size)
-        _, done = train(dataclasses.replace(self.recipe, model=model), data, self.out, device, keeping=self.keeping)
+        run = self.matched(dataclasses.replace(self.recipe, model=model), data, device)
+        total, dense = count_parameters(run.model)
+        print(
+            f"{total:,} parameters ({dense:,} without tables and head), {run.schedule}, {run.steps:,} steps of "
+            f"{run.batch_tokens:,} tokens: {run.tokens:,} tokens, {run.flops:.3g} training FLOPs"
+        )
+        _, done = train(
+            run, data, self.out, device, keeping=self.keeping, watching=self.watching, resume_from=self.resume
+        )
         print(f"{self.out / 'checkpoint'}: {done.tokens:,} tokens in {done.seconds:.0f} s, loss {done.loss:.4f}")
-        packing = checkpoint.about(self.out / "checkpoint")["packing"]
+        about = checkpoint.about(self.out / "checkpoint")
+        if scores := about.get("scores"):
+            print("live {live_bpb:.4f} bits per byte, parallel {parallel_bpb:.4f}, gap {gap:+.4f}".format(**scores))
+        packing = about["packing"]
         share = packing["padded"] / max(1, packing["padded"] + packing["targets"])  # 0 rows: resumed at its end
         print(
             f"packed: {packing['cropped']:,} of {packing['targets']:,} tokens cropped, {share:.2%} of positions padded"
         )
+
+    def matched(self, run: RunConfig, data: Prepared, device: str) -> RunConfig:
+        """The run after every --match, and on the screen what is equal and what is not."""
+        others = [(kind, Other.read(path)) for kind, path in self.match]
+        for kind, other in others:
+            run = match(run, kind, other, data, device)
+        for other in {other.path: other for _, other in others}.values():
+            print(f"beside {other.path}:", *map(str, compare(run, other, data)), sep="\n")
+        return run
 
 
 @dataclass(frozen=True)
@@ -231,7 +267,7 @@ Verb = Prepare | Train | Evaluate | Sample | Demo
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake ends with one line on standard error and status 2."""
     try:
-        tyro.cli(Verb, prog="lrt", description=ABOUT, args=arguments).run()
+        tyro.cli(Verb, prog="lrt", description=ABOUT, args=arguments, config=(tyro.conf.CascadeSubcommandArgs,)).run()
     except (ValueError, OSError, FloatingPointError) as error:
         Console(stderr=True, highlight=False).print(f"lrt: {error}", style="red", soft_wrap=True, markup=False)
         sys.exit(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,8 @@ from lrt.evaluate import evaluate
 from lrt.generate import Sampling, generate
 from lrt.model.flops import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.trainer import RunConfig, train
+from lrt.run import RunConfig
+from lrt.trainer import train
 
 SAMPLE = 160
 """Tokens of the sample at the end."""
@@ -45,6 +47,7 @@ def demo(
 
     A family that an earlier call finished with the same settings and data is not trained again.
     """
+    require(tokens is None or tokens >= 1, f"tokens is {tokens}; it must be at least 1")
     begun, reused = time.perf_counter(), 0.0
     console = Console(highlight=False)
     source = "the standard library of this Python" if text is None else f"{len(text)} text file(s)"
@@ -101,6 +104,7 @@ def _family(
     if known.get("key") == key:
         console.print(f"{family}: kept from an earlier call (delete {out} to train it again)")
         return known["result"], False
+    shutil.rmtree(out / "checkpoint", ignore_errors=True)  # of other settings; `train` would refuse to replace it
     begun = time.perf_counter()
     total, dense = count_parameters(run.model)
     console.print(

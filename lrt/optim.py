@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lrt.config import require
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -37,6 +39,13 @@ class OptimConfig:
     """Steps over which Muon's momentum rises."""
     reference_batch: int = 524288
     """Tokens per step at which the rates hold; others scale them with the square root."""
+    clip: float | None = None
+    """Largest norm of the whole gradient; a larger one is scaled down to it. None: no limit."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "momentum", tuple(self.momentum))  # JSON has no tuples
+        require(self.clip is None or self.clip > 0, f"clip is {self.clip}; give a norm above 0, or None for no limit")
+        require(0 <= self.warmdown <= 1, f"warmdown is {self.warmdown}; it is a fraction of training, 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -150,10 +159,23 @@ class Optimiser:
         self.muon = Muon(muon)
         self.adamw = torch.optim.AdamW(adamw, eps=1e-10, weight_decay=0.0, fused=True)
         self.rates = [[g["lr"] for g in o.param_groups] for o in self.parts]
+        self.parameters = list(model.parameters())
 
     @property
     def parts(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
         return self.muon, self.adamw
+
+    def clip(self) -> Tensor:
+        """The norm of the whole gradient, as it was; where it exceeds `clip`, the gradient is scaled down to that."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.config.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+        return norm
+
+    def zero_grad(self) -> None:
+        for optimiser in self.parts:
+            optimiser.zero_grad(set_to_none=True)
 
     def fraction(self, step: int) -> float:
         """What the rates are multiplied with at `step`: 1, then a straight line to 0 at the end."""
@@ -173,5 +195,5 @@ class Optimiser:
             group["weight_decay"] = self.config.weight_decay * (1 - step / max(1, self.steps))
         for optimiser in self.parts:
             optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        self.zero_grad()
         return fraction

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 
 from lrt.config import MemoryConfig, ModelConfig, require
 from lrt.model.flops import count_parameters
 from lrt.optim import OptimConfig
-from lrt.trainer import RunConfig
+from lrt.run import RunConfig
 
 CONTEXT = 256
 DEMO_TOKENS = 800_000
@@ -22,12 +23,17 @@ def recommended(layers: int) -> MemoryConfig:
     return MemoryConfig(source=(0, layers), combine="channels", initial="embedding")
 
 
-FAMILIES = {
-    "transformer": (MemoryConfig(injection="none"), "plain()"),
-    "token_shift": (MemoryConfig(source=0), "plain()"),
-    "lrt": (recommended(4), SETTLED),
-}
-"""The demo's models: memory and training schedule of each. docs/log.md says how they were chosen."""
+def families(layers: int) -> dict[str, tuple[MemoryConfig, str]]:
+    """The three that are compared: memory and training schedule of each. docs/log.md says how they were chosen."""
+    return {
+        "transformer": (MemoryConfig(injection="none"), "plain()"),
+        "token_shift": (MemoryConfig(source=0), "plain()"),
+        "lrt": (recommended(layers), SETTLED),
+    }
+
+
+FAMILIES = families(4)
+"""The demo's."""
 
 
 def matched(config: ModelConfig, parameters: int) -> ModelConfig:
@@ -73,21 +79,55 @@ def demo(family: str, vocab_size: int = 2048, tokens: int = DEMO_TOKENS, seed: i
         optim=DEMO_OPTIM,
         schedule=FAMILIES[family][1],
         batch_size=8,
-        tokens=tokens,
+        horizon=f"tokens={tokens}",
         seed=seed,
     )
 
 
-def depth(layers: int) -> RunConfig:
-    """The one dial: an LRT of `layers` blocks, width 64 per block, 20 tokens per block and head parameter."""
-    model = ModelConfig.from_depth(layers, context=512, memory=recommended(layers))
-    weights = 12 * layers * model.width**2 + model.vocab_size * model.width  # blocks and head
-    return RunConfig(model=model, schedule=SETTLED, tokens=20 * weights)
+LADDER = (2, 4, 6, 8, 12, 16, 20, 24)
+"""Depths with a recipe: 2 to 6 for CPUs, 20 and 24 the paper's."""
+PUBLISHED_BATCH = 524288
+"""Tokens per step of the published runs, where their rates hold."""
+
+
+def batch_tokens(layers: int) -> int:
+    """Tokens per step: the published 524288 from 12 layers on; below, with the cube of the depth, as a power of two.
+
+    Tokens at a fixed ratio grow with the cube of the depth too, so that every rung takes a few thousand steps.
+    """
+    wanted = PUBLISHED_BATCH * min(1.0, (layers / 12) ** 3)
+    return max(4096, 2 ** math.floor(math.log2(wanted)))
+
+
+def depth(layers: int, family: str = "lrt") -> RunConfig:
+    """A rung of the ladder: `layers` blocks of width 64 · layers, value embeddings everywhere, the published rates.
+
+    Published (spec, sections 1 and 3; nanochat): Muon 0.02 with momentum 0.85 to 0.95 over 300 steps, embeddings 0.3
+    and head 0.004 times (width / 768)^-0.5, batch 524288 with square-root scaling of the rates, weight decay
+    0.2 · (12 / depth)² falling to zero, no warm-up, a linear warm-down over the last half; 10 tokens per parameter.
+    """
+    memory, schedule = families(layers)[family]
+    context = 512 if layers <= 6 else 2048
+    model = ModelConfig.from_depth(layers, context=context, value_embeddings="all", memory=memory)
+    rows = batch_tokens(layers) // context
+    return RunConfig(
+        model=model,
+        optim=OptimConfig(weight_decay=0.2 * (12 / layers) ** 2),
+        schedule=schedule,
+        batch_size=rows,
+        device_batch=min(rows, 8 if layers >= 20 else 16),
+        precision="float32" if layers <= 6 else "bfloat16",
+        horizon="ratio=10",
+    )
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "demo-transformer": partial(demo, "transformer"),
     "demo-token-shift": partial(demo, "token_shift"),
     "demo-lrt": partial(demo, "lrt"),
-    **{f"d{layers}": partial(depth, layers) for layers in (2, 4, 6, 8, 12)},
+    **{
+        f"d{layers}" + ("" if family == "lrt" else f"-{family.replace('_', '-')}"): partial(depth, layers, family)
+        for layers in LADDER
+        for family in ("lrt", "transformer", "token_shift")
+    },
 }

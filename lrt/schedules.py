@@ -67,6 +67,10 @@ class Schedule(Protocol):
         """(probability, schedule) pairs under which `parallel_bpb` is the weighted mean."""
         ...
 
+    def shares(self) -> tuple[tuple[float, Simple], ...]:
+        """(share of training, schedule) pairs: of a mixture by probability, of stages by fraction."""
+        ...
+
     def cost(self, length: int) -> float:
         """Forwards and backwards over the whole sequence, forward = 1, backward = 2: plain costs 3."""
         ...
@@ -89,6 +93,9 @@ class Simple:
         return self
 
     def scored(self) -> tuple[tuple[float, Schedule], ...]:
+        return ((1.0, self),)
+
+    def shares(self) -> tuple[tuple[float, Simple], ...]:
         return ((1.0, self),)
 
     def cost(self, length: int) -> float:
@@ -211,10 +218,18 @@ def settled(T: int, free: int, groups: int, sweeps: int) -> list[Pass]:
 
 
 class Composed:
-    """What mixture and stages share: passes need a step, or a draw."""
+    """What mixture and stages share: weighted parts, and passes that need a step or a draw."""
+
+    parts: tuple[tuple[float, Schedule], ...]
 
     def passes(self, length: int) -> Passes:
         raise ValueError(f"{self!r} changes over training: take .at(step, steps, seed), or .drawn(), and its passes")
+
+    def shares(self) -> tuple[tuple[float, Simple], ...]:
+        return tuple((p * q, s) for p, part in self.parts for q, s in part.shares())
+
+    def cost(self, length: int) -> float:
+        return sum(p * s.cost(length) for p, s in self.shares())
 
 
 @dataclass(frozen=True, repr=False)
@@ -242,9 +257,6 @@ class Mixture(Composed):
     def scored(self) -> tuple[tuple[float, Schedule], ...]:
         return tuple((p * q, s) for p, part in self.parts for q, s in part.scored())
 
-    def cost(self, length: int) -> float:
-        return sum(p * part.cost(length) for p, part in self.parts)
-
     def __repr__(self) -> str:
         return f"mixture({list(self.parts)!r})"
 
@@ -269,9 +281,6 @@ class Stages(Composed):
 
     def scored(self) -> tuple[tuple[float, Schedule], ...]:
         return self.parts[-1][1].scored()
-
-    def cost(self, length: int) -> float:
-        return sum(f * part.cost(length) for f, part in self.parts)
 
     def __repr__(self) -> str:
         return f"stages({list(self.parts)!r})"

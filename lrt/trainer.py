@@ -6,69 +6,50 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
-import sys
-import threading
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from lrt import checkpoint, schedules
-from lrt.config import ModelConfig, require
+from lrt import checkpoint, schedules, sinks
+from lrt.config import require
 from lrt.data.loader import Batch, Position, Rows, prefetch
 from lrt.data.prepared import Prepared
+from lrt.keeping import (
+    Keeping,
+    drop_snapshots,
+    read_diary,
+    rewrite_diary,
+    snapshot_path,
+    snapshot_step,
+    snapshots,
+    stop_requests,
+)
 from lrt.loss import StepLoss
-from lrt.model.flops import training_flops
+from lrt.model.flops import peak_flops, training_flops
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.optim import OptimConfig, Optimiser
-from lrt.progress import bar
+from lrt.optim import Optimiser
+from lrt.precision import compute
+from lrt.progress import Advance, bar
+from lrt.run import RunConfig
+from lrt.watching import (
+    PATIENCE,
+    Diverged,
+    Watching,
+    exploded,
+    live_scores,
+    memory_weight,
+    report_divergence,
+    warn,
+    widened,
+)
 
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that decides a training run, apart from the data."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """The architecture. `vocab_size` is the prepared data's."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Rates and their schedule."""
-    schedule: str = "interleaved(2)"
-    """The training schedule as Python would write it: plain(), settled(0, 1, 1), mixture([(0.5, …), …])."""
-    batch_size: int = 16
-    """Rows of `context` tokens per optimiser step."""
-    micro_batches: int = 1
-    """Parts in which a step's batch goes through the model; must divide batch_size."""
-    tokens: int = 1_600_000
-    """Training horizon in tokens, rounded up to whole steps."""
-    seed: int = 0
-    """Seed of weights, data order and schedule draws."""
-
-    def __post_init__(self) -> None:
-        schedules.parse(self.schedule)
-        for name in ("batch_size", "micro_batches", "tokens"):
-            value = {"batch_size": self.batch_size, "micro_batches": self.micro_batches, "tokens": self.tokens}[name]
-            require(value >= 1, f"{name} is {value}; it must be at least 1")
-        require(
-            self.batch_size % self.micro_batches == 0,
-            f"micro_batches is {self.micro_batches}; it must divide batch_size ({self.batch_size})",
-        )
-
-    @property
-    def batch_tokens(self) -> int:
-        return self.batch_size * self.model.context
-
-    @property
-    def steps(self) -> int:
-        return math.ceil(self.tokens / self.batch_tokens)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return dataclasses.asdict(self)
+FREE = ("optim", "schedule", "horizon")
+"""What may differ from the snapshot that `resume` names; with `auto` everything must be the same."""
 
 
 @dataclass(frozen=True)
@@ -85,22 +66,6 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Keeping:
-    """What is kept on disk while a run goes on."""
-
-    every: int = 0
-    """Save a snapshot every so many steps; 0 saves none before the end. An interruption always saves one."""
-    last: int = 2
-    """How many snapshots stay, the newest ones."""
-    resume: bool = True
-    """Go on from the newest whole snapshot in the run's folder, if there is one; else its snapshots are removed."""
-
-    def __post_init__(self) -> None:
-        require(self.every >= 0, f"every is {self.every}; give a number of steps, or 0 for no snapshot on the way")
-        require(self.last >= 1, f"last is {self.last}; keep at least 1 snapshot")
-
-
-@dataclass(frozen=True)
 class Progress:
     """Where a run stands; with the weights and the optimisers, all there is to know of it."""
 
@@ -112,6 +77,17 @@ class Progress:
     flops: float = 0.0
 
 
+class Objective(nn.Module):
+    """A micro-batch's share in the loss of its step, as one call of one module: what is cast, or sharded, around it."""
+
+    def __init__(self, model: LatentRecurrentTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, step_loss: StepLoss, batch: Batch) -> Tensor:
+        return step_loss(self.model, batch.tokens, batch.targets, batch.documents)
+
+
 class Session:
     """A run in memory: model, optimiser, data, progress."""
 
@@ -119,32 +95,32 @@ class Session:
         torch.manual_seed(run.seed)
         self.run, self.data, self.device = run, data, device
         self.model = LatentRecurrentTransformer(run.model).to(device).train()
+        self.objective = Objective(self.model)
         self.optimiser = Optimiser(self.model, run.model.width, run.batch_tokens, run.steps, run.optim)
         self.rows = Rows(data.split("train"), run.model.context, run.seed)
         self.schedule = schedules.parse(run.schedule)
+        self.steps = run.steps
         self.progress = Progress()
         self.loader: Generator[tuple[Batch, Position], None, None] | None = None
         """Batches from `progress` on, read in advance; begun by the first step."""
         self.costs: dict[schedules.Schedule, float] = {}
 
     def step(self) -> dict[str, Any]:
-        """One optimiser step; returns its line of the diary."""
+        """One optimiser step; returns its line of the diary. Raises Diverged, weights untouched, if it cannot be."""
         run, done, begun = self.run, self.progress, time.perf_counter()
-        current = self.schedule.at(done.step, run.steps, run.seed)
-        if self.loader is None:
-            self.loader = prefetch(self.rows, done.position, run.batch_size // run.micro_batches)
-        batches, position = [], done.position
-        for _ in range(run.micro_batches):
-            batch, position = next(self.loader)
-            batches.append(batch.to(self.device))
+        current = self.schedule.at(done.step, self.steps, run.seed)
+        batches, position = self._batches()
         step_loss = StepLoss.of(current, [b.targets for b in batches])
-        loss = 0.0
+        shares = []
         for batch in batches:
-            share = step_loss(self.model, batch.tokens, batch.targets, batch.documents)
+            share = compute(self.objective, run.precision, step_loss, batch)
             share.backward()
-            loss += float(share.detach())
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss at step {done.step} is {loss}; lower the rates (--optim.matrix-lr, …)")
+            shares.append(share.detach())
+        loss, norm = float(torch.stack(shares).sum()), float(self.optimiser.clip())
+        for name, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                self.optimiser.zero_grad()
+                raise Diverged(f"the {name} at step {done.step} is {value}")
         rate = self.optimiser.step(done.step)
         if current not in self.costs:
             self.costs[current] = training_flops(run.model, current, run.model.context)
@@ -159,20 +135,39 @@ class Session:
             "tokens": self.progress.step * run.batch_tokens,
             "loss": loss,
             "rate": rate,
+            "gradient_norm": norm,
             "seconds": self.progress.seconds,
             "flops": self.progress.flops,
             "schedule": repr(current),
         }
 
-    def save(self, path: Path, loss: float) -> None:
-        """A checkpoint that can be trained on."""
-        done = Trained(self.progress.step * self.run.batch_tokens, self.progress.seconds, self.progress.flops, loss)
-        about = {
+    def _batches(self) -> tuple[list[Batch], Position]:
+        """The micro-batches of the next step, and the position after them."""
+        parts = self.run.micro_batches(1)
+        if self.loader is None:
+            self.loader = prefetch(self.rows, self.progress.position, self.run.batch_size // parts)
+        batches, position = [], self.progress.position
+        for _ in range(parts):
+            batch, position = next(self.loader)
+            batches.append(batch.to(self.device))
+        return batches, position
+
+    def trained(self, loss: float) -> Trained:
+        done = self.progress
+        return Trained(done.step * self.run.batch_tokens, done.seconds, done.flops, loss)
+
+    def about(self, loss: float) -> dict[str, Any]:
+        """How the weights came to be: what a checkpoint says of itself."""
+        return {
             "run": self.run.to_dict(),
             "schedule": self.run.schedule,
-            "trained": dataclasses.asdict(done),
+            "trained": dataclasses.asdict(self.trained(loss)),
+            "data": self.data.fingerprint,
             "packing": dataclasses.asdict(self.rows.packing),  # of the shards read since the run was last begun
         }
+
+    def save(self, path: Path, about: dict[str, Any]) -> None:
+        """A checkpoint that can be trained on."""
         training = {
             "run": json.dumps(self.run.to_dict(), sort_keys=True),
             "data": self.data.fingerprint,
@@ -181,13 +176,19 @@ class Session:
         }
         checkpoint.save(path, self.model, self.data.tokenizer, about, training)
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path, may_differ: tuple[str, ...] = ()) -> None:
         """Go on from a checkpoint that `save` wrote. Raises ValueError where it is of another run, or of other data."""
         training = checkpoint.load_training(path, self.model)
         mine = json.loads(json.dumps(self.run.to_dict()))
         theirs = json.loads(training["run"])
-        differing = [f"{k}: {theirs.get(k)} there, {mine.get(k)} here" for k in mine if mine.get(k) != theirs.get(k)]
-        require(not differing, f"{path} is of another run ({'; '.join(differing)}); choose another --out")
+        differing = [k for k in mine if mine[k] != theirs.get(k)]
+        spelled = "; ".join(f"{k}: {theirs.get(k)} there, {mine[k]} here" for k in differing)
+        require(
+            set(differing) <= set(may_differ),
+            f"{path} is of another run ({spelled}); choose another --out, or start anew with --resume never",
+        )
+        if differing:
+            warn(f"going on from {path} with other settings ({spelled})")
         require(training["data"] == self.data.fingerprint, f"{path} was trained on other data; choose another --out")
         for part, state in zip(self.optimiser.parts, training["optimisers"], strict=True):
             part.load_state_dict(state)
@@ -196,49 +197,36 @@ class Session:
         self.loader = None
 
 
-def snapshots(out: Path) -> list[Path]:
-    """The snapshots of a run's folder, oldest first."""
-    return sorted((out / "snapshots").glob("step-*"))
+def resume(session: Session, out: Path, source: str) -> list[dict[str, Any]]:
+    """Bring a session to where `source` says (`auto`, `never`, a snapshot's folder); returns the diary up to there.
 
-
-def resume(session: Session, out: Path) -> list[dict[str, Any]]:
-    """Restore the newest snapshot that is whole; returns the diary up to there. Nothing happens where there is none."""
-    for path in reversed(snapshots(out)):
+    `auto` takes the finished checkpoint, else the newest snapshot that is whole, and starts anew where there is none.
+    A named snapshot may have been trained at other rates, under another schedule or for another horizon.
+    """
+    if source == "never":  # an old run's later snapshot would pass for this one's newest
+        shutil.rmtree(out / "snapshots", ignore_errors=True)
+        return []
+    if source != "auto":
+        path = checkpoint.verified(Path(source))
+        session.restore(path, FREE)
+        drop_snapshots([s for s in snapshots(out) if snapshot_step(s) > session.progress.step])
+        origin = path.parent.parent if path.parent.name == "snapshots" else path.parent
+        return read_diary(origin, session.progress.step)
+    for path in [*(out / "checkpoint",) * (out / "checkpoint").exists(), *reversed(snapshots(out))]:
         try:
             checkpoint.verified(path)
         except ValueError as error:
-            print(f"passing over a damaged snapshot: {error}", file=sys.stderr)
+            warn(f"passing over a damaged snapshot: {error}")
             continue
         session.restore(path)
-        lines = (out / "metrics.jsonl").read_text().splitlines()[: session.progress.step]
-        return [json.loads(line) for line in lines]
+        return read_diary(out, session.progress.step)
     return []
 
 
-class Stop:
-    """Whether somebody asked the process to end: Ctrl-C or SIGTERM. A second Ctrl-C ends it at once."""
-
-    requested = False
-
-    def __call__(self, number: int, frame: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-@contextmanager
-def stop_requests() -> Iterator[Stop]:
-    """Within the block a first SIGINT or SIGTERM is noted, not obeyed, so that a step can end and be saved."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield stop
-        return
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def recent(lines: list[dict[str, Any]]) -> float:
+    """Mean of the last 5 % of the losses."""
+    last = lines[-max(1, len(lines) // 20) :]
+    return sum(line["loss"] for line in last) / max(1, len(last))
 
 
 def train(
@@ -249,54 +237,109 @@ def train(
     progress: bool = True,
     title: str = "training",
     keeping: Keeping | None = None,
+    watching: Watching | None = None,
+    resume_from: str = "auto",
 ) -> tuple[LatentRecurrentTransformer, Trained]:
-    """Train into folder `out`: metrics.jsonl (a line per step), snapshots/ on the way, checkpoint/ at the end.
+    """Train into folder `out`: metrics.jsonl (a line per step), snapshots/, best/, and checkpoint/ at the end.
 
     Interrupted (Ctrl-C, SIGTERM), it ends its step, saves a snapshot and raises KeyboardInterrupt; called again, it
-    goes on from the newest snapshot, bit for bit on a CPU. A loss that is not finite raises FloatingPointError, naming
-    the step; the snapshots stay.
+    goes on from the newest snapshot, bit for bit on a CPU; of a finished run nothing is done again. `resume_from` is
+    `auto`, `never` or a snapshot's folder. Without `watching` nothing is scored on the way. A loss or gradient that is
+    not finite, or a loss that explodes, raises Diverged, naming the step and the last good snapshot, which stays.
     """
     require(
         run.model.vocab_size == data.vocab_size,
         f"the model's vocab_size is {run.model.vocab_size}, the data's {data.vocab_size}; make them equal",
     )
-    keeping = keeping or Keeping()
+    keeping, watching = keeping or Keeping(), watching or Watching(every=0)
     out.mkdir(parents=True, exist_ok=True)
     session = Session(run, data, device)
-    if not keeping.resume:  # an old run's later snapshot would pass for this one's newest
-        shutil.rmtree(out / "snapshots", ignore_errors=True)
-    lines = resume(session, out)
+    lines = resume(session, out, resume_from)
+    if session.progress.step < session.steps:
+        rewrite_diary(out, lines)
+        with (
+            (out / "metrics.jsonl").open("a") as diary,
+            bar(title, session.steps, progress) as advance,
+            sinks.opened(watching.log_to, out, run.to_dict(), session.progress.step) as log,
+        ):
 
-    def recent() -> float:
-        last = lines[-max(1, len(lines) // 20) :]
-        return sum(line["loss"] for line in last) / max(1, len(last))
+            def note(line: dict[str, Any]) -> None:
+                lines.append(line)
+                diary.write(json.dumps(line) + "\n")
+                diary.flush()  # never behind a snapshot, and there to be followed
+                log(line["step"], line)
+
+            advance(session.progress.step)
+            loop(session, out, lines, keeping, watching, note, advance)
+        session.save(out / "checkpoint", session.about(recent(lines)) | {"scores": scores(lines)})
+    shutil.rmtree(out / "snapshots", ignore_errors=True)
+    return session.model, session.trained(recent(lines))
+
+
+def scores(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """The newest evaluation in the diary; empty where there was none."""
+    found = next((line for line in reversed(lines) if "live_bpb" in line), {})
+    return {k: found[k] for k in ("live_bpb", "parallel_bpb", "gap") if k in found}
+
+
+def loop(
+    session: Session,
+    out: Path,
+    lines: list[dict[str, Any]],
+    keeping: Keeping,
+    watching: Watching,
+    note: Callable[[dict[str, Any]], None],
+    advance: Advance,
+) -> None:
+    """Steps, evaluations and snapshots, until the horizon, a request to stop, or divergence."""
+    run, peak = session.run, peak_flops(session.device)
+    best = min((line["live_bpb"] for line in lines if "live_bpb" in line), default=math.inf)
 
     def snapshot() -> None:
-        session.save(out / "snapshots" / f"step-{session.progress.step:08d}", recent())
-        for old in snapshots(out)[: -keeping.last]:
-            shutil.rmtree(old)
+        session.save(snapshot_path(out, session.progress.step), session.about(recent(lines)))
+        drop_snapshots(snapshots(out)[: -keeping.last])
 
-    rewritten = out / ".metrics.jsonl"  # the lines behind the snapshot go, and a kill now loses none of the others
-    rewritten.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rewritten.replace(out / "metrics.jsonl")
-    with (
-        (out / "metrics.jsonl").open("a") as diary,
-        bar(title, run.steps, progress) as advance,
-        stop_requests() as stop,
-    ):
-        advance(len(lines))
-        while session.progress.step < run.steps:
-            line = session.step()
-            lines.append(line)
-            diary.write(json.dumps(line) + "\n")
-            advance(1, f"loss {recent():.3f}  {line['tokens'] / line['seconds']:,.0f} tokens/s")
+    with stop_requests() as stop:
+        while (step := session.progress.step) < session.steps:
+            try:
+                if exploded(lines, run.model.vocab_size):
+                    last = lines[-1]["loss"]
+                    raise Diverged(f"the loss at step {step - 1} is {last:.3f}, worse than knowing nothing")
+                line = session.step()
+            except Diverged as error:
+                before = step - PATIENCE if exploded(lines, run.model.vocab_size) else step
+                if before == step and not snapshots(out):  # the update was not made: these weights are the last good
+                    snapshot()
+                good = [s for s in snapshots(out) if snapshot_step(s) <= before]
+                told = report_divergence(out, str(error), lines, good[-1] if good else None, run.to_dict())
+                raise Diverged(told) from error
+            if watching.due(step + 1, session.steps):
+                advance(0, "scoring live")
+                line |= live_scores(session.model, session.data, session.schedule, watching.targets, False)
+                line |= memory_weight(session.model)
+                if keeping.best and line["live_bpb"] < best:
+                    best = line["live_bpb"]
+                    about = session.about(recent([*lines, line])) | {"scores": scores([line])}
+                    checkpoint.save(out / "best", session.model, session.data.tokenizer, about)
+            rate = run.batch_tokens / (line["seconds"] - (lines[-1]["seconds"] if lines else 0.0))
+            if peak is not None:
+                line["mfu"] = rate * run.flops_per_token / peak
+            note(line)
+            if "gap" in line and (warning := widened(lines)):
+                warn(warning)
+            advance(1, describe(lines, rate))
             due = keeping.every and session.progress.step % keeping.every == 0
             if stop.requested or due:
-                diary.flush()  # the diary is never behind a snapshot
                 snapshot()
             if stop.requested:
                 raise KeyboardInterrupt
-    session.save(out / "checkpoint", recent())
-    shutil.rmtree(out / "snapshots", ignore_errors=True)
-    done = session.progress
-    return session.model, Trained(done.step * run.batch_tokens, done.seconds, done.flops, recent())
+
+
+def describe(lines: list[dict[str, Any]], rate: float) -> str:
+    """The text beside the bar."""
+    line, found = lines[-1], scores(lines)
+    text = f"loss {recent(lines):.3f}  |g| {line['gradient_norm']:.2f}"
+    if found:
+        text += f"  live {found['live_bpb']:.4f}  gap {found['gap']:+.4f}"
+    text += f"  {rate:,.0f} tokens/s"
+    return text + (f"  MFU {line['mfu']:.0%}" if "mfu" in line else "")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lrt import cli
 from lrt.checkpoint import about, load
@@ -23,11 +24,11 @@ from lrt.config import MemoryConfig, ModelConfig
 from lrt.data.corpus import stdlib_files
 from lrt.optim import OptimConfig
 from lrt.recipes import RECIPES
-from lrt.trainer import RunConfig
+from lrt.run import RunConfig
 
 TINY = (
     *("--model.width", "16", "--model.heads", "2", "--model.context", "32", "--model.mlp-width", "24"),
-    *("--batch-size", "4", "--tokens", "4000"),
+    *("--batch-size", "4", "--device-batch", "4", "--horizon", "tokens=4000"),
 )
 
 
@@ -166,17 +167,26 @@ def test_train_writes_a_diary_and_a_checkpoint(run: Path):
     assert (model.config.width, model.config.depth, model.config.vocab_size) == (16, 2, tokenizer.vocab_size)
     made = about(run / "checkpoint")
     assert made["schedule"] == RECIPES["d2"]().schedule
-    assert made["run"]["tokens"] == 4000
+    assert made["run"]["horizon"] == "tokens=4000"
     assert made["trained"]["tokens"] == 4096
 
 
 def test_a_recipe_may_come_with_another_schedule_and_memory(data: Path, tmp_path: Path):
     flags = ("--schedule", "mixture([(0.5, plain()), (0.5, interleaved(2))])", "--model.memory.source", "1")
-    main(["train", "--data", str(data), "--out", str(tmp_path), "d2", *TINY, *flags, "--tokens", "500"])
+    main(["train", "--data", str(data), "--out", str(tmp_path), "d2", *TINY, *flags, "--horizon", "tokens=500"])
     assert about(tmp_path / "checkpoint")["schedule"] == flags[1]
     assert load(tmp_path / "checkpoint")[0].config.memory.source == 1
     schedules = {json.loads(line)["schedule"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()}
     assert schedules <= {"plain()", "interleaved(2)"}
+
+
+def test_flags_may_stand_before_or_behind_the_recipe(data: Path, tmp_path: Path):
+    for place in ("before", "behind"):
+        own = ("--data", str(data), "--out", str(tmp_path / place), "--device", "cpu")
+        rest = (*TINY, "--horizon", "steps=2", "--watching.every", "0")
+        main(["train", *own, "d2", *rest] if place == "before" else ["train", "d2", *rest, *own])
+    before, behind = (load(tmp_path / place)[0].state_dict() for place in ("before", "behind"))
+    assert all(torch.equal(before[name], behind[name]) for name in before)
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -247,7 +257,7 @@ def test_sample_continues_the_prompt_and_equal_seeds_give_equal_text(run: Path, 
         (("train", "d2", "--schedule", "interleaved(0)"), "subsets is 0; it must be a whole number of at least 1"),
         (("train", "d2", "--schedule", "3"), "3"),
         (("train", "d2", "--model.heads", "3"), "width 128 is not a multiple of heads 3"),
-        (("train", "d2", "--tokens", "0"), "tokens is 0; it must be at least 1"),
+        (("train", "d2", "--horizon", "tokens=0"), "horizon is 'tokens=0'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -361,12 +371,24 @@ main(sys.argv[1:])
 
 
 def test_ctrl_c_during_training_keeps_a_loadable_checkpoint(data: Path, tmp_path: Path):
-    arguments = ["train", "--data", data, "--out", tmp_path / "run", "--device", "cpu", "d2", *TINY, "--tokens", 10**9]
+    arguments = [
+        "train",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+        "d2",
+        *TINY,
+        "--horizon",
+        f"tokens={10**9}",
+    ]
     command = [sys.executable, "-c", INTERRUPTED, *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.readline() == "five\n", process.stderr.read()
+        assert "five\n" in iter(process.stdout.readline, ""), process.stderr.read()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=300)
     assert process.returncode == 130

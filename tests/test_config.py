@@ -12,7 +12,7 @@ import pytest
 from lrt import MemoryConfig, ModelConfig
 from lrt.model.flops import count_parameters
 from lrt.recipes import FAMILIES, RECIPES, demo, demo_models, matched
-from lrt.trainer import RunConfig
+from lrt.run import RunConfig
 
 # Contract, section 5: how far apart the totals of compared models may lie.
 MATCHED = 0.005
@@ -77,8 +77,10 @@ def test_a_run_checks_its_schedule_and_batch():
     for fields, named in (
         ({"schedule": "interleaved(0)"}, ("subsets is 0", "at least 1")),
         ({"batch_size": 0}, ("batch_size is 0", "at least 1")),
-        ({"tokens": 0}, ("tokens is 0", "at least 1")),
-        ({"batch_size": 6, "micro_batches": 4}, ("micro_batches is 4", "divide batch_size (6)")),
+        ({"horizon": "tokens=0"}, ("horizon is 'tokens=0'", "ratio=10")),
+        ({"horizon": "epochs=1"}, ("horizon is 'epochs=1'", "steps=…")),
+        ({"precision": "float16"}, ("unknown precision 'float16'", "bfloat16")),
+        ({"batch_size": 6, "device_batch": 4}, ("device_batch is 4", "divide the 6 rows")),
     ):
         with pytest.raises(ValueError, match=re.escape(named[0])) as caught:
             RunConfig(**fields)

@@ -240,18 +240,18 @@ def test_a_prompt_that_does_not_fit_is_found_before_training(texts: list[Path], 
 def test_without_a_horizon_a_short_text_is_read_a_few_times(
     texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    asked: list[int] = []
+    asked: list[str] = []
 
     def train(run: Any, *_: Any) -> None:
-        asked.append(run.tokens)
+        asked.append(run.horizon)
         raise Trained
 
     monkeypatch.setattr("lrt.demo.train", train)
     with pytest.raises(Trained):
         run(tmp_path / "demo", texts, tokens=None)
     manifest = json.loads((tmp_path / "demo" / "data" / "manifest.json").read_text())
-    assert asked == [8 * manifest["splits"]["train"]["tokens"]]
-    assert asked[0] < recipes.DEMO_TOKENS
+    assert asked == [f"tokens={8 * manifest['splits']['train']['tokens']}"]
+    assert 8 * manifest["splits"]["train"]["tokens"] < recipes.DEMO_TOKENS
 
 
 # In a browser

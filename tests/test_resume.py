@@ -18,7 +18,9 @@ import torch
 from lrt import MemoryConfig, ModelConfig, checkpoint
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
-from lrt.trainer import Keeping, RunConfig, Session, snapshots, train
+from lrt.keeping import Keeping, snapshot_path, snapshots
+from lrt.run import RunConfig
+from lrt.trainer import Session, train
 
 MIXTURE = "mixture([(0.5, interleaved(2)), (0.5, settled(0, 1, 1))])"
 
@@ -28,7 +30,7 @@ def run_config(tokens: int = 32 * 64) -> RunConfig:
     model = ModelConfig(
         depth=2, width=32, heads=2, vocab_size=300, context=32, memory=MemoryConfig(source=(0, 2), combine="channels")
     )
-    return RunConfig(model=model, schedule=MIXTURE, batch_size=2, micro_batches=2, tokens=tokens, seed=3)
+    return RunConfig(model=model, schedule=MIXTURE, batch_size=2, device_batch=1, horizon=f"tokens={tokens}", seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 def stop_after(session: Session, steps: int, out: Path) -> None:
     """What a kill after `steps` steps leaves: a snapshot of then, and a diary that has gone further."""
     lines = [json.dumps(session.step()) for _ in range(steps)]
-    session.save(out / "snapshots" / f"step-{steps:08d}", 0.0)
+    session.save(snapshot_path(out, steps), {})
     lines.append(json.dumps(session.step()))
     (out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -78,7 +80,7 @@ def test_resuming_anywhere_gives_the_same_weights_and_diary(data: Prepared, whol
 def test_a_run_without_resume_starts_again(data: Prepared, whole: Path, tmp_path: Path) -> None:
     other = replace(run_config(), seed=9)
     stop_after(Session(other, data, "cpu"), 5, tmp_path)
-    train(run_config(), data, tmp_path, progress=False, keeping=Keeping(resume=False))
+    train(run_config(), data, tmp_path, progress=False, resume_from="never")
     assert_same(weights(tmp_path), weights(whole))
 
 
@@ -88,7 +90,7 @@ def test_a_fresh_start_leaves_no_snapshot_of_the_old_run(
     stop_after(Session(replace(run_config(), seed=9), data, "cpu"), 5, tmp_path)
     monkeypatch.setattr(Session, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(run_config(), data, tmp_path, progress=False, keeping=Keeping(resume=False))
+        train(run_config(), data, tmp_path, progress=False, resume_from="never")
     assert snapshots(tmp_path) == []
 
 
@@ -132,7 +134,7 @@ def test_a_damaged_snapshot_is_passed_over(
 ) -> None:
     session = Session(run_config(), data, "cpu")
     stop_after(session, 4, tmp_path)
-    session.save(tmp_path / "snapshots" / "step-00000005", 0.0)
+    session.save(snapshot_path(tmp_path, 5), {})
     damaged = tmp_path / "snapshots" / "step-00000005" / "training.pt"
     damaged.write_bytes(damaged.read_bytes()[:-7])
     train(run_config(), data, tmp_path, progress=False)
@@ -146,8 +148,8 @@ def test_old_snapshots_go_and_none_is_left_at_the_end(
     seen: list[int] = []
     save = Session.save
 
-    def watched(self: Session, path: Path, loss: float) -> None:
-        save(self, path, loss)
+    def watched(self: Session, path: Path, about: dict[str, object]) -> None:
+        save(self, path, about)
         seen.append(len(snapshots(tmp_path)))
 
     monkeypatch.setattr(Session, "save", watched)
@@ -160,7 +162,7 @@ def test_old_snapshots_go_and_none_is_left_at_the_end(
 def command(data: Prepared, out: Path, steps: int) -> list[str]:
     script = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_resume as t;"
-        "from lrt.data.prepared import Prepared; from lrt.trainer import Keeping, train;"
+        "from lrt.data.prepared import Prepared; from lrt.keeping import Keeping; from lrt.trainer import train;"
         "import torch; torch.set_num_threads(1);"
         "train(t.run_config(int(sys.argv[4]) * 64), Prepared.open(sys.argv[2]), Path(sys.argv[3]),"
         " progress=False, keeping=Keeping(every=3))"

@@ -42,10 +42,29 @@ def forward_flops(config: ModelConfig, length: int) -> tuple[float, float]:
 
 
 def training_flops(config: ModelConfig, schedule: Schedule, length: int) -> float:
-    """FLOPs per token of forward and backward under `schedule`, all passes counted; head only where there is a loss."""
+    """FLOPs per token of forward and backward under `schedule`, all passes counted; head only where there is a loss.
+
+    Of a mixture or of stages, the mean over training.
+    """
     stack, head = forward_flops(config, length)
     total = 0.0
-    for p in schedule.passes(length):
-        share = len(p.positions) / length
-        total += share * ((3 if p.grad else 1) * stack + (3 * head if p.loss_weight else 0))
+    for weight, part in schedule.shares():
+        for p in part.passes(length):
+            share = weight * len(p.positions) / length
+            total += share * ((3 if p.grad else 1) * stack + (3 * head if p.loss_weight else 0))
     return total
+
+
+PEAKS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+"""Dense bfloat16 FLOP/s with float32 accumulation, from the vendor's data sheets; matched by a part of the name."""
+
+
+def peak_flops(device: str | torch.device) -> float | None:
+    """FLOP/s that a device could do at most; None where no data sheet is known, on CPUs for example."""
+    if torch.device(device).type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)

@@ -1,0 +1,90 @@
+"""What a run keeps on disk while it goes on, and how it is asked to end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrt.config import require
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What is kept on disk while a run goes on."""
+
+    every: int = 0
+    """Save a snapshot every so many steps; 0 saves none before the end. An interruption always saves one."""
+    last: int = 2
+    """How many snapshots stay, the newest ones."""
+    best: bool = True
+    """Keep the weights of the best live evaluation so far in best/."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"every is {self.every}; give a number of steps, or 0 for no snapshot on the way")
+        require(self.last >= 1, f"last is {self.last}; keep at least 1 snapshot")
+
+
+def snapshots(out: Path) -> list[Path]:
+    """The snapshots of a run's folder, oldest first."""
+    return sorted((out / "snapshots").glob("step-*"))
+
+
+def snapshot_path(out: Path, step: int) -> Path:
+    return out / "snapshots" / f"step-{step:08d}"
+
+
+def snapshot_step(path: Path) -> int:
+    """The step a snapshot was taken after; 0 where the folder is none."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdigit() else 0
+
+
+def drop_snapshots(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path)
+
+
+def read_diary(out: Path, steps: int) -> list[dict[str, Any]]:
+    """The first `steps` lines of a run's metrics.jsonl, one per step; empty where there is none."""
+    file = out / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()[:steps]] if file.exists() else []
+
+
+def rewrite_diary(out: Path, lines: list[dict[str, Any]]) -> None:
+    """Make `lines` all of metrics.jsonl: what stands behind a snapshot goes, and a kill now loses none of the rest."""
+    rewritten = out / ".metrics.jsonl"
+    rewritten.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rewritten.replace(out / "metrics.jsonl")
+
+
+class Stop:
+    """Whether somebody asked the process to end: Ctrl-C or SIGTERM. A second Ctrl-C ends it at once."""
+
+    requested = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@contextmanager
+def stop_requests() -> Iterator[Stop]:
+    """Within the block a first SIGINT or SIGTERM is noted, not obeyed, so that a step can end and be saved."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield stop
+        return
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

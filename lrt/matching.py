@@ -1,0 +1,142 @@
+"""Fair pairs (contract, section 5): set a run's MLP width or horizon so that it matches another run.
+
+A match of one quantity leaves others apart; `compare` lists all of them, so that no mismatch is silent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrt import checkpoint, schedules
+from lrt.config import require
+from lrt.data.prepared import Prepared
+from lrt.model.flops import count_parameters
+from lrt.recipes import matched
+from lrt.run import RunConfig
+from lrt.trainer import Session
+
+KINDS = ("parameters", "tokens", "compute", "wall_clock")
+PAIRS = 12
+"""Alternated pairs of steps that a ratio of step times is measured with, after WARM of each."""
+WARM = 2
+TOLERANCE = 0.005
+"""Relative difference below which two quantities count as equal (contract, section 5)."""
+
+
+@dataclass(frozen=True)
+class Other:
+    """The run that is matched: a finished one, or one on its way, which is taken as planned."""
+
+    path: Path
+    run: RunConfig
+    data: str
+    """Fingerprint of its data."""
+
+    @classmethod
+    def read(cls, path: Path) -> Other:
+        """From a run's folder or a checkpoint. ValueError where that does not say how it was trained."""
+        about = checkpoint.about(path)
+        require(
+            "run" in about, f"{path} does not say how it was trained; give the folder of a run that `lrt train` made"
+        )
+        return cls(path, RunConfig.from_dict(about["run"]), about.get("data", ""))
+
+
+def match(run: RunConfig, kind: str, other: Other, data: Prepared, device: str) -> RunConfig:
+    """`run` with its MLP width (`parameters`) or its horizon (the others) set to match `other`."""
+    require(kind in KINDS, f"cannot match {kind!r}; choose one of {', '.join(KINDS)}")
+    if kind == "parameters":
+        mine, theirs = (count_parameters(r.model)[0] for r in (run, other.run))
+        require(
+            mine <= theirs * (1 + TOLERANCE),
+            f"this model has {mine:,} parameters, more than the {theirs:,} of {other.path}; the smaller one is "
+            "widened: train this one first, and match the other to it",
+        )
+        return dataclasses.replace(run, model=matched(run.model, theirs))
+    if kind == "tokens":
+        return dataclasses.replace(run, horizon=f"tokens={other.run.tokens}")
+    if kind == "compute":
+        return dataclasses.replace(run, horizon=f"flops={other.run.flops!r}")
+    ratio = step_time_ratio(run, other.run, data, device)
+    return dataclasses.replace(run, horizon=f"tokens={max(1, round(other.run.tokens / ratio))}")
+
+
+def step_time_ratio(run: RunConfig, other: RunConfig, data: Prepared, device: str) -> float:
+    """Seconds per token of `run` over those of `other`, optimiser included: the median of alternated pairs of steps."""
+    sessions = [Session(r, data, device) for r in (run, other)]
+    for session in sessions:
+        for _ in range(WARM):
+            seconds_per_token(session)
+    return statistics.median(seconds_per_token(sessions[0]) / seconds_per_token(sessions[1]) for _ in range(PAIRS))
+
+
+def seconds_per_token(session: Session) -> float:
+    """One optimiser step, timed: of a mixture or of stages one of each part, weighted by its share of training."""
+    total = 0.0
+    for share, part in schedules.parse(session.run.schedule).shares():
+        session.schedule = part
+        before = session.progress.seconds
+        session.step()
+        total += share * (session.progress.seconds - before)
+    return total / session.run.batch_tokens
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity of two runs."""
+
+    name: str
+    mine: float | str
+    theirs: float | str
+
+    @property
+    def equal(self) -> bool:
+        """Whether they are the same, numbers within TOLERANCE."""
+        if isinstance(self.mine, str) or isinstance(self.theirs, str):
+            return self.mine == self.theirs
+        return abs(self.mine - self.theirs) <= TOLERANCE * abs(self.theirs)
+
+    def __str__(self) -> str:
+        verdict, sides = (
+            "equal" if self.equal else "MISMATCH",
+            f"{spelled(self.mine)} here, {spelled(self.theirs)} there",
+        )
+        if not self.equal and not isinstance(self.mine, str) and not isinstance(self.theirs, str):
+            sides += f" ({self.mine / self.theirs - 1:+.1%})"
+        return f"  {verdict:9} {self.name:24} {sides}"
+
+
+def spelled(value: float | str) -> str:
+    """A value for people: FLOPs in short, counts in full."""
+    if isinstance(value, str):
+        return value
+    return f"{value:.3e}" if isinstance(value, float) else f"{value:,}"
+
+
+def compare(run: RunConfig, other: Other, data: Prepared) -> list[Comparison]:
+    """What a fair pair has in common, and what it does not: sizes, tokens, FLOPs, seed, order of data, rates."""
+    mine, theirs = (sides(r) for r in (run, other.run))
+    mine["data"], theirs["data"] = data.fingerprint[:12], other.data[:12]
+    return [Comparison(name, mine[name], theirs[name]) for name in mine]
+
+
+def sides(run: RunConfig) -> dict[str, float | str]:
+    """The quantities that are compared."""
+    total, dense = count_parameters(run.model)
+    optim = dataclasses.asdict(run.optim)
+    return {
+        "parameters": total,
+        "without tables and head": dense,
+        "depth and width": f"{run.model.depth} x {run.model.width}",
+        "value embeddings": run.model.value_embeddings,
+        "tokens": run.tokens,
+        "training FLOPs": run.flops,
+        "context": run.model.context,
+        "batch, tokens per step": run.batch_tokens,
+        "seed": run.seed,
+        "precision": run.precision,
+        "rates": ", ".join(f"{k} {v}" for k, v in optim.items()),
+    }

@@ -1,0 +1,108 @@
+"""Where a run's numbers go beside metrics.jsonl: TensorBoard, Weights & Biases, trackio. Each is an extra to install.
+
+To add one, write a class with `log` and `close` and give it a line in `SINKS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from lrt.config import require
+
+
+class Sink(Protocol):
+    """Takes the numbers of a step."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in the run's folder, under tensorboard/: `tensorboard --logdir runs`."""
+
+    def __init__(self, out: Path, settings: dict[str, Any], step: int) -> None:
+        writer = package("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        # A resumed run takes back what an interrupted one wrote behind its snapshot.
+        self.writer = writer(str(out / "tensorboard"), purge_step=step or None)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run of project `lrt`, named after the folder; WANDB_MODE=offline keeps it on this machine."""
+
+    def __init__(self, out: Path, settings: dict[str, Any], step: int) -> None:
+        wandb = package("wandb", "wandb")
+        identity = out / "wandb-id"
+        known = identity.read_text().strip() if identity.exists() and step else None
+        self.run = wandb.init(
+            project="lrt", name=out.name, id=known, resume="allow", dir=str(out), config=settings, reinit="create_new"
+        )
+        identity.write_text(f"{self.run.id}\n")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackio:
+    """A run of project `lrt`, named after the folder, kept on this machine: `trackio show`."""
+
+    def __init__(self, out: Path, settings: dict[str, Any], step: int) -> None:
+        trackio = package("trackio", "trackio")
+        self.run = trackio.init(project="lrt", name=out.name, config=settings, resume="allow" if step else "never")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+SINKS: dict[str, Callable[[Path, dict[str, Any], int], Sink]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "trackio": Trackio,
+}
+
+
+def package(module: str, name: str) -> Any:
+    """An optional module; ValueError that says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"logging to {name} needs it installed: pip install {name} ({error})") from error
+
+
+@contextmanager
+def opened(
+    names: Sequence[str], out: Path, settings: dict[str, Any], step: int
+) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+    """Open the named sinks for a run that stands at `step`; gives a function that hands a step's numbers to all."""
+    unknown = sorted(set(names) - set(SINKS))
+    require(not unknown, f"cannot log to {', '.join(unknown)}; choose among {', '.join(SINKS)}")
+    with ExitStack() as stack:
+        sinks = []
+        for name in names:
+            sink = SINKS[name](out, settings, step)
+            stack.callback(sink.close)
+            sinks.append(sink)
+
+        def log(at: int, values: Mapping[str, Any]) -> None:
+            numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
+            for sink in sinks:
+                sink.log(at, numbers)
+
+        yield log
