@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
@@ -21,6 +21,7 @@ from lrt.data.prepare import SHARD_TOKENS, prepare
 from lrt.data.prepared import Prepared
 from lrt.data.records import Selection
 from lrt.demo import demo, stream
+from lrt.distributed import Alone
 from lrt.evaluate import evaluate
 from lrt.generate import Sampling
 from lrt.trainer import Keeping, RunConfig, train
@@ -119,13 +120,26 @@ class Train:
     """Snapshots, and going on from them."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    parallel: Literal["fsdp", "fsdp-reshard", "ddp"] = "fsdp"
+    """How the processes of torchrun share the model: in shards, gathered once per step or anew for every pass; or each
+    has it whole."""
 
     def run(self) -> None:
-        device = chosen_device(self.device)
-        data = prepare(Path("runs/data/stdlib")) if self.data is None else Prepared.open(self.data)
+        from lrt.parallel import start  # loads much of torch.distributed
+
+        with start(self.parallel, chosen_device(self.device)) as ranks:
+            self.train(ranks)
+
+    def train(self, ranks: Alone) -> None:
+        data = ranks.in_turn(
+            lambda: prepare(Path("runs/data/stdlib")) if self.data is None else Prepared.open(self.data)
+        )
         # The vocabulary is a fact of the data, not a choice of the run.
         model = dataclasses.replace(self.recipe.model, vocab_size=data.vocab_size)
-        _, done = train(dataclasses.replace(self.recipe, model=model), data, self.out, device, keeping=self.keeping)
+        run = dataclasses.replace(self.recipe, model=model)
+        _, done = train(run, data, self.out, ranks.device, keeping=self.keeping, ranks=ranks)
+        if not ranks.first:
+            return
         print(f"{self.out / 'checkpoint'}: {done.tokens:,} tokens in {done.seconds:.0f} s, loss {done.loss:.4f}")
         packing = checkpoint.about(self.out / "checkpoint")["packing"]
         share = packing["padded"] / max(1, packing["padded"] + packing["targets"])  # 0 rows: resumed at its end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -22,6 +23,7 @@ from lrt import checkpoint, schedules
 from lrt.config import ModelConfig, require
 from lrt.data.loader import Batch, Position, Rows, prefetch
 from lrt.data.prepared import Prepared
+from lrt.distributed import ALONE, Alone, load_optimisers
 from lrt.loss import StepLoss
 from lrt.model.flops import training_flops
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -113,14 +115,16 @@ class Progress:
 
 
 class Session:
-    """A run in memory: model, optimiser, data, progress."""
+    """A run in memory: model, optimiser, data, progress. Each of `ranks` has one; their methods are called by all."""
 
-    def __init__(self, run: RunConfig, data: Prepared, device: str | torch.device) -> None:
+    def __init__(self, run: RunConfig, data: Prepared, device: str | torch.device, ranks: Alone = ALONE) -> None:
         torch.manual_seed(run.seed)
-        self.run, self.data, self.device = run, data, device
+        self.run, self.data, self.device, self.ranks = run, data, device, ranks
+        self.batch_size = rows_at_once(run, ranks)
         self.model = LatentRecurrentTransformer(run.model).to(device).train()
-        self.optimiser = Optimiser(self.model, run.model.width, run.batch_tokens, run.steps, run.optim)
-        self.rows = Rows(data.split("train"), run.model.context, run.seed)
+        self.objective = ranks.parallelise(self.model)
+        self.optimiser = Optimiser(self.model, run.model.width, run.batch_tokens, run.steps, run.optim, ranks)
+        self.rows = Rows(data.split("train"), run.model.context, run.seed, ranks.rank, ranks.ranks)
         self.schedule = schedules.parse(run.schedule)
         self.progress = Progress()
         self.loader: Generator[tuple[Batch, Position], None, None] | None = None
@@ -132,17 +136,19 @@ class Session:
         run, done, begun = self.run, self.progress, time.perf_counter()
         current = self.schedule.at(done.step, run.steps, run.seed)
         if self.loader is None:
-            self.loader = prefetch(self.rows, done.position, run.batch_size // run.micro_batches)
+            self.loader = prefetch(self.rows, done.position, self.batch_size)
         batches, position = [], done.position
         for _ in range(run.micro_batches):
             batch, position = next(self.loader)
             batches.append(batch.to(self.device))
-        step_loss = StepLoss.of(current, [b.targets for b in batches])
+        step_loss = StepLoss.of(current, [b.targets for b in batches], self.ranks)
         loss = 0.0
         for batch in batches:
-            share = step_loss(self.model, batch.tokens, batch.targets, batch.documents)
-            share.backward()
+            with self.ranks.accumulating(self.objective, last=batch is batches[-1]):
+                share = self.objective(step_loss, batch.tokens, batch.targets, batch.documents)
+                share.backward()
             loss += float(share.detach())
+        (loss,) = self.ranks.sum([loss])
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss at step {done.step} is {loss}; lower the rates (--optim.matrix-lr, …)")
         rate = self.optimiser.step(done.step)
@@ -177,23 +183,32 @@ class Session:
             "run": json.dumps(self.run.to_dict(), sort_keys=True),
             "data": self.data.fingerprint,
             "progress": dataclasses.asdict(self.progress),
-            "optimisers": [part.state_dict() for part in self.optimiser.parts],
         }
-        checkpoint.save(path, self.model, self.data.tokenizer, about, training)
+        checkpoint.save(path, self.model, self.data.tokenizer, about, training, self.optimiser.parts, self.ranks)
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint that `save` wrote. Raises ValueError where it is of another run, or of other data."""
-        training = checkpoint.load_training(path, self.model)
+        training = checkpoint.load_training(path, self.model, self.ranks)
         mine = json.loads(json.dumps(self.run.to_dict()))
         theirs = json.loads(training["run"])
         differing = [f"{k}: {theirs.get(k)} there, {mine.get(k)} here" for k in mine if mine.get(k) != theirs.get(k)]
         require(not differing, f"{path} is of another run ({'; '.join(differing)}); choose another --out")
         require(training["data"] == self.data.fingerprint, f"{path} was trained on other data; choose another --out")
-        for part, state in zip(self.optimiser.parts, training["optimisers"], strict=True):
-            part.load_state_dict(state)
+        load_optimisers(path, training, self.model, self.optimiser.parts, self.ranks)
         saved = training["progress"]
         self.progress = Progress(**{**saved, "position": Position(**saved["position"])})
         self.loader = None
+
+
+def rows_at_once(run: RunConfig, ranks: Alone) -> int:
+    """Rows of one rank's micro-batch. Raises ValueError where the batch cannot be shared evenly."""
+    parts = run.micro_batches * ranks.ranks
+    require(
+        run.batch_size % parts == 0,
+        f"batch_size is {run.batch_size}; it must be divisible by micro_batches times ranks "
+        f"({run.micro_batches} x {ranks.ranks}), so that all ranks get equal parts",
+    )
+    return run.batch_size // parts
 
 
 def snapshots(out: Path) -> list[Path]:
@@ -203,16 +218,25 @@ def snapshots(out: Path) -> list[Path]:
 
 def resume(session: Session, out: Path) -> list[dict[str, Any]]:
     """Restore the newest snapshot that is whole; returns the diary up to there. Nothing happens where there is none."""
-    for path in reversed(snapshots(out)):
-        try:
-            checkpoint.verified(path)
-        except ValueError as error:
-            print(f"passing over a damaged snapshot: {error}", file=sys.stderr)
-            continue
-        session.restore(path)
+    with session.ranks.together():
+        newest = newest_whole(out) if session.ranks.first else None
+    newest = session.ranks.agreed(newest)
+    if newest is None:
+        return []
+    with session.ranks.together():
+        session.restore(newest)
         lines = (out / "metrics.jsonl").read_text().splitlines()[: session.progress.step]
         return [json.loads(line) for line in lines]
-    return []
+
+
+def newest_whole(out: Path) -> Path | None:
+    """The newest snapshot that its manifest confirms."""
+    for path in reversed(snapshots(out)):
+        try:
+            return checkpoint.verified(path)
+        except ValueError as error:
+            print(f"passing over a damaged snapshot: {error}", file=sys.stderr)
+    return None
 
 
 class Stop:
@@ -249,22 +273,27 @@ def train(
     progress: bool = True,
     title: str = "training",
     keeping: Keeping | None = None,
+    ranks: Alone = ALONE,
 ) -> tuple[LatentRecurrentTransformer, Trained]:
     """Train into folder `out`: metrics.jsonl (a line per step), snapshots/ on the way, checkpoint/ at the end.
 
     Interrupted (Ctrl-C, SIGTERM), it ends its step, saves a snapshot and raises KeyboardInterrupt; called again, it
     goes on from the newest snapshot, bit for bit on a CPU. A loss that is not finite raises FloatingPointError, naming
     the step; the snapshots stay.
+
+    All `ranks` call it, with one folder on a disk they share; the first writes. The model that comes back is this
+    rank's, under FSDP2 its shards.
     """
     require(
         run.model.vocab_size == data.vocab_size,
         f"the model's vocab_size is {run.model.vocab_size}, the data's {data.vocab_size}; make them equal",
     )
     keeping = keeping or Keeping()
-    out.mkdir(parents=True, exist_ok=True)
-    session = Session(run, data, device)
-    if not keeping.resume:  # an old run's later snapshot would pass for this one's newest
-        shutil.rmtree(out / "snapshots", ignore_errors=True)
+    session = Session(run, data, device, ranks)
+    with ranks.together():
+        out.mkdir(parents=True, exist_ok=True)
+        if not keeping.resume and ranks.first:  # an old run's later snapshot would pass for this one's newest
+            shutil.rmtree(out / "snapshots", ignore_errors=True)
     lines = resume(session, out)
 
     def recent() -> float:
@@ -273,15 +302,16 @@ def train(
 
     def snapshot() -> None:
         session.save(out / "snapshots" / f"step-{session.progress.step:08d}", recent())
-        for old in snapshots(out)[: -keeping.last]:
+        for old in snapshots(out)[: -keeping.last] if ranks.first else []:
             shutil.rmtree(old)
 
-    rewritten = out / ".metrics.jsonl"  # the lines behind the snapshot go, and a kill now loses none of the others
-    rewritten.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rewritten.replace(out / "metrics.jsonl")
+    if ranks.first:
+        rewritten = out / ".metrics.jsonl"  # the lines behind the snapshot go; a kill now loses none of the others
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        rewritten.replace(out / "metrics.jsonl")
     with (
-        (out / "metrics.jsonl").open("a") as diary,
-        bar(title, run.steps, progress) as advance,
+        (out / "metrics.jsonl" if ranks.first else Path(os.devnull)).open("a") as diary,
+        bar(title, run.steps, progress and ranks.first) as advance,
         stop_requests() as stop,
     ):
         advance(len(lines))
@@ -291,12 +321,14 @@ def train(
             diary.write(json.dumps(line) + "\n")
             advance(1, f"loss {recent():.3f}  {line['tokens'] / line['seconds']:,.0f} tokens/s")
             due = keeping.every and session.progress.step % keeping.every == 0
-            if stop.requested or due:
+            stopping = ranks.any(stop.requested)
+            if stopping or due:
                 diary.flush()  # the diary is never behind a snapshot
                 snapshot()
-            if stop.requested:
+            if stopping:
                 raise KeyboardInterrupt
     session.save(out / "checkpoint", recent())
-    shutil.rmtree(out / "snapshots", ignore_errors=True)
+    if ranks.first:
+        shutil.rmtree(out / "snapshots", ignore_errors=True)
     done = session.progress
     return session.model, Trained(done.step * run.batch_tokens, done.seconds, done.flops, recent())

@@ -28,8 +28,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         injected = layer in config.memory.injected(config.depth)
-        self.alpha = nn.Parameter(torch.empty(()))
-        self.beta = nn.Parameter(torch.empty(()))
+        self.alpha = nn.Parameter(torch.empty(1))  # of one element, not a scalar: FSDP2 shards no scalars
+        self.beta = nn.Parameter(torch.empty(1))
         self.injection = (INJECTIONS[config.memory.injection] if injected else NoMemory)(config)
         self.attention = Attention(config, layer)
         self.mlp = MLP(config.width, config.mlp_dim)
