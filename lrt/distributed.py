@@ -174,9 +174,9 @@ def load_optimisers(
 
 def _load_shards(folder: Path, model: nn.Module, parts: Sequence[torch.optim.Optimizer]) -> None:
     """Read shards that any number of ranks wrote. This unpickles: a snapshot is the user's own."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     state = {OPTIMISERS: get_optimizer_state_dict(model, list(parts))}  # made, where there is none yet
-    dcp.load(state, checkpoint_id=folder)
+    load(state, checkpoint_id=folder)
     set_optimizer_state_dict(model, list(parts), optim_state_dict=state[OPTIMISERS])

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -93,6 +93,7 @@ class Replicated(Group):
 def summed(state, bucket):  # DDP looks at the annotations and does not understand postponed ones
     """DDP's communication: the sum of a GradBucket's gradients over ranks, as a future. DDP's own is the mean."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
     return work.get_future().then(lambda done: done.value()[0])
 
 
@@ -159,7 +160,7 @@ class Sharded(Group):
         if self.first:
             torch.save(training, folder / "training.pt")
         try:
-            dcp.save({OPTIMISERS: get_optimizer_state_dict(model, list(parts))}, checkpoint_id=folder / OPTIMISERS)
+            save_shards({OPTIMISERS: get_optimizer_state_dict(model, list(parts))}, checkpoint_id=folder / OPTIMISERS)
         except CheckpointException as error:
             raise OSError(f"cannot write {folder / OPTIMISERS}: {error}") from error
 

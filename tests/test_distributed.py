@@ -24,7 +24,7 @@ from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.distributed import ALONE, Alone, clip
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.optim import Muon
+from lrt.optim import Muon, OptimConfig
 from lrt.trainer import RunConfig, Session, snapshots, train
 
 SCHEDULES = {
@@ -46,7 +46,8 @@ def run_config(schedule: str, micro_batches: int = 2) -> RunConfig:
         depth=2, width=32, heads=2, vocab_size=300, context=CONTEXT, memory=memory, value_embeddings="all"
     )
     tokens = STEPS * ROWS * CONTEXT
-    return RunConfig(model, schedule=SCHEDULES[schedule], batch_size=ROWS, micro_batches=micro_batches, tokens=tokens)
+    optim = OptimConfig(reference_batch=1024)  # rates at which 20 steps learn something
+    return RunConfig(model, optim, SCHEDULES[schedule], ROWS, micro_batches, tokens)
 
 
 def losses(session: Session, until: int) -> list[float]:
@@ -59,7 +60,7 @@ def moments(session: Session) -> dict[str, Tensor]:
     for name, parameter in session.model.named_parameters():
         for part in session.optimiser.parts:
             for key, value in part.state.get(parameter, {}).items():
-                found[f"{name} {key}"] = session.ranks.whole(value)
+                found[f"{name} {key}"] = session.ranks.whole(value).clone()  # steps go on in place
     return found
 
 
@@ -82,9 +83,9 @@ def muon_and_clip(ranks: Alone) -> dict[str, Any]:
         for mine, other in zip(*(model.parameters() for model in models), strict=True):
             mine.grad = torch.randn(mine.shape, generator=generator, dtype=torch.float64)
             other.grad = ranks.placed(mine.grad.clone(), other)
+        gradients = torch.cat([p.grad.flatten() for p in models[0].parameters() if p.grad is not None])
         norms = [float(clip(model, 2.0, group)) for model, group in zip(models, (ALONE, ranks), strict=True)]
-        expected = float(torch.cat([p.grad.flatten() for p in models[0].parameters() if p.grad is not None]).norm())
-        worst = max(worst, abs(norms[0] - norms[1]), abs(expected - 2.0))
+        worst = max(worst, *(abs(norm - float(gradients.norm())) for norm in norms))
         for mine, other in zip(*(model.parameters() for model in models), strict=True):
             assert mine.grad is not None
             assert other.grad is not None
@@ -257,7 +258,8 @@ def test_two_ranks_have_the_losses_of_one(
 def test_the_losses_tell_runs_apart(alone: dict[str, list[float]]) -> None:
     """The guard of the test above: another schedule is further away than its tolerance."""
     for name in ("plain", "multi_refinement", "mixture"):
-        assert alone[name] != pytest.approx(alone["interleaved"], abs=1e-4, rel=0), name
+        assert alone[name] != pytest.approx(alone["interleaved"], abs=1e-3, rel=0), name
+    assert alone["plain"][-1] < alone["plain"][0] - 1
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -335,7 +337,7 @@ def test_torchrun_trains_from_the_command_line(folder: Path, tmp_path: Path) -> 
     where = ["--data", str(folder / "prepared"), "--out", str(tmp_path / "run"), "--device", "cpu"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lrt"]
     done = subprocess.run(
-        [*torchrun, "train", "d2", *where, *shape, *size],
+        [*torchrun, "train", *where, "d2", *shape, *size],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
