@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrt import MemoryConfig, ModelConfig, schedules
 from lrt.distributed import Alone
@@ -27,6 +27,20 @@ from lrt.parallel import PARALLEL, start
 
 SCHEDULES = ("plain()", "interleaved(2)", "multi_refinement(3)")
 CONTEXT = 64
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are called, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = str(func.overloadpacket).removeprefix("c10d.").strip("_")
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
 
 
 def held(model: nn.Module, shards: int) -> int:
@@ -51,10 +65,15 @@ def measure(ranks: Alone, config: ModelConfig, spelled: str) -> dict[str, Any]:
     tokens = torch.randint(config.vocab_size, (1, CONTEXT), device=ranks.device)
     loss = StepLoss.of(schedules.parse(spelled), [tokens], ranks)
     step(ranks, objective, loss, tokens)  # FSDP2 sets itself up in the first
-    with CommDebugMode() as seen:
+    with Collectives() as seen:
         step(ranks, objective, loss, tokens)
-    counts = {str(op).removeprefix("c10d.").strip("_"): n for op, n in seen.get_comm_counts().items()}
-    return {"parallel": type(ranks).__name__, "schedule": spelled, "rest": rest, "peak": peak, "collectives": counts}
+    return {
+        "parallel": type(ranks).__name__,
+        "schedule": spelled,
+        "rest": rest,
+        "peak": peak,
+        "collectives": seen.counts,
+    }
 
 
 def step(ranks: Alone, objective: nn.Module, loss: Callable[..., Any], tokens: torch.Tensor) -> None:

@@ -158,7 +158,7 @@ def load_optimisers(
 ) -> None:
     """Put what `write_training` wrote, on any number of ranks, into the optimisers of this run's ranks."""
     if OPTIMISERS not in training:
-        _load_shards(folder / OPTIMISERS, model, parts)
+        _load_shards(folder / OPTIMISERS, model, parts, ranks)
         return
     for part, saved in zip(parts, training[OPTIMISERS], strict=True):
         parameters = [p for group in part.param_groups for p in group["params"]]
@@ -172,11 +172,11 @@ def load_optimisers(
         part.load_state_dict({**saved, "state": state})
 
 
-def _load_shards(folder: Path, model: nn.Module, parts: Sequence[torch.optim.Optimizer]) -> None:
+def _load_shards(folder: Path, model: nn.Module, parts: Sequence[torch.optim.Optimizer], ranks: Alone) -> None:
     """Read shards that any number of ranks wrote. This unpickles: a snapshot is the user's own."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 
     state = {OPTIMISERS: get_optimizer_state_dict(model, list(parts))}  # made, where there is none yet
-    load(state, checkpoint_id=folder)
+    load(state, checkpoint_id=folder, no_dist=ranks.ranks == 1)
     set_optimizer_state_dict(model, list(parts), optim_state_dict=state[OPTIMISERS])
