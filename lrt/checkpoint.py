@@ -1,4 +1,4 @@
-"""Checkpoints: a folder that alone rebuilds a model and its tokenizer. Nothing is unpickled.
+"""Checkpoints: a folder that alone rebuilds a model and its tokenizer. Loading one unpickles nothing.
 
     model.safetensors   weights
     config.json         model configuration, what trained it, and the tokenizer's hash
@@ -141,7 +141,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRe
             f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
         )
     try:
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        weights = _read_weights(folder)
         model.load_state_dict(weights)
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder / 'model.safetensors'} does not hold this model's weights: {error}") from error
@@ -160,6 +160,12 @@ def _config(folder: Path) -> tuple[ModelConfig, str]:
         raise ValueError(f"{file} describes no model of this version ({error!r}); restore it from a copy") from error
 
 
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights as this version shapes them: what was a scalar in earlier ones is a vector of one element."""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    return {name: w.reshape(1) if w.dim() == 0 else w for name, w in weights.items()}
+
+
 def load_training(path: str | Path, model: LatentRecurrentTransformer, ranks: Alone = ALONE) -> dict[str, Any]:
     """Put a checkpoint's weights into `model`, in place, and return the `training` that was saved with them.
 
@@ -171,7 +177,7 @@ def load_training(path: str | Path, model: LatentRecurrentTransformer, ranks: Al
         raise ValueError(f"{folder} holds another architecture: {saved} instead of {model.config}")
     if not (folder / "training.pt").is_file():
         raise ValueError(f"{folder} cannot be trained on: it has no training.pt; take a folder of snapshots/")
-    load_weights(model, safetensors.torch.load_file(folder / "model.safetensors"), ranks)
+    load_weights(model, _read_weights(folder), ranks)
     return torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
 
 

@@ -9,6 +9,7 @@ so gradients are summed over ranks, never averaged.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def load_optimisers(
 ) -> None:
     """Put what `write_training` wrote, on any number of ranks, into the optimisers of this run's ranks."""
     if OPTIMISERS not in training:
-        _load_shards(folder / OPTIMISERS, model, parts, ranks)
+        _load_shards(folder / OPTIMISERS, model, parts)
         return
     for part, saved in zip(parts, training[OPTIMISERS], strict=True):
         parameters = [p for group in part.param_groups for p in group["params"]]
@@ -178,5 +179,7 @@ def _load_shards(folder: Path, model: nn.Module, parts: Sequence[torch.optim.Opt
     from torch.distributed.checkpoint.state_dict_loader import load
 
     state = {OPTIMISERS: get_optimizer_state_dict(model, list(parts))}  # made, where there is none yet
-    load(state, checkpoint_id=folder, no_dist=ranks.ranks == 1)
+    with warnings.catch_warnings():  # that there is one process is no surprise
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        load(state, checkpoint_id=folder)
     set_optimizer_state_dict(model, list(parts), optim_state_dict=state[OPTIMISERS])

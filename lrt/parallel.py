@@ -6,6 +6,7 @@ R ranks, N matrices of a stack. Source of the shape: torchtitan's parallelize.py
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ class Sharded(Group):
 
     A unit (a block; the projections; the rest, which is embeddings and head, needed by every pass at both its ends) is
     gathered once per optimiser step and stays whole through all passes and micro-batches. Freed after each use, it
-    would be gathered twice per pass: that is `Resharded`. docs/training.md has the figures.
+    would be gathered twice per pass: that is `Resharded`. Either way its gradient is reduced once per backward, because
+    autograd adds up a parameter's uses before it hands the gradient over. docs/training.md has the figures.
     """
 
     freed: ClassVar[bool] = False
@@ -198,6 +200,8 @@ def start(parallel: str = "fsdp", device: str = "cpu") -> Iterator[Alone]:
         torch.cuda.set_device(local)
     dist.init_process_group(backend)
     try:
-        yield PARALLEL[parallel](device, dist.get_rank(), dist.get_world_size())
+        with warnings.catch_warnings():  # a warning not to change outputs in place, which no part of the model does
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+            yield PARALLEL[parallel](device, dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()

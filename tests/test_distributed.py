@@ -120,12 +120,13 @@ def resuming(ranks: Alone, data: Prepared, folder: Path, kind: str) -> dict[str,
 
 
 def stopped(ranks: Alone, data: Prepared, out: Path) -> dict[str, Any]:
-    """A SIGTERM to rank 1 alone, in the middle of step 5; then the run goes on to its end."""
+    """SIGTERM, twice, to rank 1 alone before step 5; then the run goes on to its end."""
     step = Session.step
 
     def watched(self: Session) -> dict[str, Any]:
         if self.progress.step == 5 and ranks.rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(2):  # a scheduler's, and torchrun's
+                os.kill(os.getpid(), signal.SIGTERM)
         return step(self)
 
     Session.step = watched
