@@ -173,7 +173,7 @@ def load_optimisers(
         part.load_state_dict({**saved, "state": state})
 
 
-def _load_shards(folder: Path, model: nn.Module, parts: Sequence[torch.optim.Optimizer], ranks: Alone) -> None:
+def _load_shards(folder: Path, model: nn.Module, parts: Sequence[torch.optim.Optimizer]) -> None:
     """Read shards that any number of ranks wrote. This unpickles: a snapshot is the user's own."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
