@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -39,6 +40,27 @@ class Objective(nn.Module):
 
     def forward(self, loss: Callable[..., Tensor], *batch: Any) -> Tensor:
         return loss(self.model, *batch)
+
+
+class Cast(nn.Module):
+    """An objective whose weights are cast, once for all passes; gradients arrive in the weights' own type.
+
+    Scalars (α, β) stay as they are: 1.003 is 1 in bfloat16, and as scalars they do not raise what they multiply.
+    """
+
+    def __init__(self, objective: Objective, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.objective, self.dtype = objective, dtype
+
+    def forward(self, *arguments: Any) -> Tensor:
+        named = self.objective.named_parameters()
+        cast = {name: p.to(self.dtype) if p.numel() > 1 else p for name, p in named}
+        return functional_call(self.objective, cast, arguments)
+
+
+def objective(model: LatentRecurrentTransformer, dtype: torch.dtype) -> nn.Module:
+    """The objective of a model that computes in `dtype`."""
+    return Objective(model) if dtype == torch.float32 else Cast(Objective(model), dtype)
 
 
 @dataclass(frozen=True)
@@ -84,9 +106,9 @@ class Alone:
 
     # --- the model and its gradients ---------------------------------------------------------------------------
 
-    def parallelise(self, model: LatentRecurrentTransformer) -> nn.Module:
-        """The `Objective` of a model, which is changed in place. Optimisers are made afterwards."""
-        return Objective(model)
+    def parallelise(self, model: LatentRecurrentTransformer, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The objective of a model, which is changed in place, computing in `dtype`. Make optimisers afterwards."""
+        return objective(model, dtype)
 
     def accumulating(self, objective: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch; after the `last` one, gradients are sums over ranks."""

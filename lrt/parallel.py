@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,12 +21,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lrt.config import require
-from lrt.distributed import OPTIMISERS, Alone, Objective, T
+from lrt.distributed import OPTIMISERS, Alone, Objective, T, objective
 from lrt.model.transformer import LatentRecurrentTransformer
 
 
@@ -80,11 +81,11 @@ class Group(Alone):
 class Replicated(Group):
     """DDP: every rank holds the whole model and all of the optimisers' state."""
 
-    def parallelise(self, model: LatentRecurrentTransformer) -> nn.Module:
+    def parallelise(self, model: LatentRecurrentTransformer, dtype: torch.dtype = torch.float32) -> nn.Module:
         # Every pass uses every parameter, so DDP need not look for unused ones.
-        objective = DistributedDataParallel(Objective(model))
-        objective.register_comm_hook(None, summed)
-        return objective
+        wrapped = DistributedDataParallel(objective(model, dtype))
+        wrapped.register_comm_hook(None, summed)
+        return wrapped
 
     def accumulating(self, objective: nn.Module, last: bool) -> AbstractContextManager[None]:
         assert isinstance(objective, DistributedDataParallel)
@@ -111,19 +112,26 @@ class Sharded(Group):
     freed: ClassVar[bool] = False
     """Whether a unit's whole parameters are freed after each use."""
 
-    def parallelise(self, model: LatentRecurrentTransformer) -> nn.Module:
+    def parallelise(self, model: LatentRecurrentTransformer, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Units are gathered in `dtype`, scalars too, which `Cast` leaves alone; gradients are reduced in float32."""
         mesh = init_device_mesh(torch.device(self.device).type, (self.ranks,))
-        objective = Objective(model)
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if dtype == torch.float32 else dtype,
+            reduce_dtype=None if dtype == torch.float32 else torch.float32,
+            cast_forward_inputs=False,
+        )
+        shard = partial(fully_shard, mesh=mesh, mp_policy=policy, shard_placement_fn=self._dimension)
+        root = Objective(model)
         for unit in (*model.blocks, model.projection):
             if next(unit.parameters(), None) is not None:
-                fully_shard(unit, mesh=mesh, reshard_after_forward=self.freed, shard_placement_fn=self._dimension)
+                shard(unit, reshard_after_forward=self.freed)
         # The root is never freed after its forward: its backward follows at once.
-        fully_shard(objective, mesh=mesh, reshard_after_forward=False, shard_placement_fn=self._dimension)
-        for unit in units(objective):
+        shard(root, reshard_after_forward=False)
+        for unit in units(root):
             unit.set_reshard_after_backward(self.freed, recurse=False)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # else a factor makes it a scaled sum, which gloo lacks
-        return objective
+        return root
 
     def _dimension(self, parameter: nn.Parameter) -> Shard:
         """The dimension to shard: the first, or of a stack of fewer matrices than ranks the first that divides."""

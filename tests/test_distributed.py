@@ -24,7 +24,7 @@ from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.distributed import ALONE, Alone, clip
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.optim import Muon, OptimConfig
+from lrt.optim import Muon, OptimConfig, Optimiser
 from lrt.trainer import RunConfig, Session, snapshots, train
 
 SCHEDULES = {
@@ -95,6 +95,17 @@ def muon_and_clip(ranks: Alone) -> dict[str, Any]:
     weights = zip(models[0].parameters(), models[1].parameters(), strict=True)
     worst = max(worst, *(float((a - ranks.whole(b)).abs().max()) for a, b in weights))
     return {"worst": worst, "norm": norms[0]}
+
+
+def in_bfloat16(ranks: Alone, data: Prepared, micro_batches: int) -> list[float]:
+    """The losses of float32 weights that compute in bfloat16; equal micro-batches, so that equal sums are rounded."""
+    run = run_config("mixture", micro_batches)
+    session = Session(run, data, "cpu", ranks)
+    torch.manual_seed(run.seed)
+    session.model = LatentRecurrentTransformer(run.model).train()
+    session.objective = ranks.parallelise(session.model, torch.bfloat16)
+    session.optimiser = Optimiser(session.model, run.model.width, run.batch_tokens, run.steps, run.optim, ranks)
+    return losses(session, STEPS)
 
 
 def resuming(ranks: Alone, data: Prepared, folder: Path, kind: str) -> dict[str, Any]:
@@ -182,6 +193,7 @@ def main(folder: Path) -> None:
             f"{parallel} {name}": losses(Session(run_config(name), data, "cpu", kinds[parallel]), STEPS)
             for parallel, name in CASES
         }
+        results["bfloat16"] = {name: in_bfloat16(kinds[name], data, 1) for name in ("ddp", "fsdp")}
         results |= {name: resuming(kinds[name], data, folder, name) for name in ("fsdp", "ddp")}
         results["stopped"] = stopped(fsdp, data, folder / "stopped")
         if fsdp.first:
@@ -261,6 +273,13 @@ def test_the_losses_tell_runs_apart(alone: dict[str, list[float]]) -> None:
     for name in ("plain", "multi_refinement", "mixture"):
         assert alone[name] != pytest.approx(alone["interleaved"], abs=1e-3, rel=0), name
     assert alone["plain"][-1] < alone["plain"][0] - 1
+
+
+def test_bfloat16_on_two_ranks(results: dict[str, Any], data: Prepared, alone: dict[str, list[float]]) -> None:
+    one, found = in_bfloat16(ALONE, data, 2), results["bfloat16"]
+    assert found["ddp"] == pytest.approx(one, abs=1e-5, rel=0)
+    assert found["fsdp"] == pytest.approx(one, abs=5e-3, rel=0)  # it gathers scalars in bfloat16, too
+    assert one != pytest.approx(alone["mixture"], abs=1e-4, rel=0)  # it was bfloat16
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
