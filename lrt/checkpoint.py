@@ -1,9 +1,10 @@
-"""Checkpoints: a folder that alone rebuilds a model and its tokenizer. Nothing is unpickled.
+"""Checkpoints: a folder that alone rebuilds a model and its tokenizer. Loading one unpickles nothing.
 
     model.safetensors   weights
     config.json         model configuration, what trained it, and the tokenizer's hash
     tokenizer.json      the tokenizer
     training.pt         optional: what training needs to go on (optimisers, progress); tensors and plain data only
+    optimisers/         optional: the optimisers' state instead, where ranks hold shards (torch.distributed.checkpoint)
     manifest.json       size and SHA-256 of the others
 
 A save is written beside its target, flushed to the disk, and renamed: whatever fails, one whole checkpoint remains.
@@ -15,15 +16,18 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from lrt.config import ModelConfig
 from lrt.data.tokenizer import Tokenizer
+from lrt.distributed import ALONE, Alone, load_weights
 from lrt.model.transformer import LatentRecurrentTransformer
 
 FORMAT = 1
@@ -36,47 +40,57 @@ def save(
     tokenizer: Tokenizer,
     about: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
+    parts: Sequence[torch.optim.Optimizer] = (),
+    ranks: Alone = ALONE,
 ) -> None:
     """Write a checkpoint folder, replacing an older one only once the new one is whole.
 
     `about` is JSON data that says how the model came to be (schedule, steps, scores); `training` is what
-    `load_training` gives back. Raises OSError where the disk does not take it; the older checkpoint is then untouched.
+    `load_training` gives back, with the state of the optimisers `parts`. All `ranks` call it; rank 0 makes the folder
+    whole. Raises OSError, on every rank, where the disk does not take it; the older checkpoint is then untouched.
     """
     path = Path(path)
     if path.exists() and not (path / "manifest.json").exists() and any(path.iterdir()):
         raise ValueError(f"{path} holds something that is no checkpoint; choose another folder")
-    for stale in path.parent.glob(f".{path.name}.saving-*"):  # of a save that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    fresh = path.with_name(f".{path.name}.saving-{os.getpid()}")
+    fresh = path.with_name(f".{path.name}.saving-{ranks.agreed(os.getpid())}")
     try:
-        fresh.mkdir(parents=True)
-        if training is not None:
-            torch.save(training, fresh / "training.pt")
-        _write(fresh, model, tokenizer, about or {})
-        _swap(fresh, path)
+        with ranks.together():
+            if ranks.rank == 0:
+                for stale in path.parent.glob(f".{path.name}.saving-*"):  # of a save that was killed
+                    shutil.rmtree(stale, ignore_errors=True)
+                fresh.mkdir(parents=True)
+        with ranks.together():
+            if training is not None:
+                ranks.write_training(fresh, training, model, parts)
+            weights = ranks.weights(model)
+            if ranks.rank == 0:
+                _write(fresh, weights, model.config, tokenizer, about or {})
+                _swap(fresh, path)
     except BaseException as error:
-        shutil.rmtree(fresh, ignore_errors=True)
+        if ranks.rank == 0:
+            shutil.rmtree(fresh, ignore_errors=True)
         if isinstance(error, safetensors.SafetensorError | RuntimeError):  # what their writers raise on a full disk
             raise OSError(f"cannot save to {path}: {error}; the previous checkpoint, if any, is untouched") from error
         raise
 
 
-def _write(folder: Path, model: LatentRecurrentTransformer, tokenizer: Tokenizer, about: dict[str, Any]) -> None:
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
+def _write(
+    folder: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, about: dict[str, Any]
+) -> None:
     safetensors.torch.save_file(weights, folder / "model.safetensors")
-    config = {
+    written = {
         "format": FORMAT,
-        "model": model.config.to_dict(),
+        "model": config.to_dict(),
         "tokenizer_sha256": tokenizer.sha256,
         "torch": str(torch.__version__),
         "about": about,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     tokenizer.save(folder / "tokenizer.json")
-    files = sorted(file.name for file in folder.iterdir())
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     manifest = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    for file in [*folder.iterdir(), folder]:
+    for file in [*folder.rglob("*"), folder]:
         _flush(file)
 
 
@@ -127,7 +141,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRe
             f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
         )
     try:
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        weights = _read_weights(folder)
         model.load_state_dict(weights)
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder / 'model.safetensors'} does not hold this model's weights: {error}") from error
@@ -146,7 +160,13 @@ def _config(folder: Path) -> tuple[ModelConfig, str]:
         raise ValueError(f"{file} describes no model of this version ({error!r}); restore it from a copy") from error
 
 
-def load_training(path: str | Path, model: LatentRecurrentTransformer) -> dict[str, Any]:
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights as this version shapes them: what was a scalar in earlier ones is a vector of one element."""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    return {name: w.reshape(1) if w.dim() == 0 else w for name, w in weights.items()}
+
+
+def load_training(path: str | Path, model: LatentRecurrentTransformer, ranks: Alone = ALONE) -> dict[str, Any]:
     """Put a checkpoint's weights into `model`, in place, and return the `training` that was saved with them.
 
     Raises ValueError where the folder is damaged, holds no training state, or another architecture.
@@ -157,7 +177,7 @@ def load_training(path: str | Path, model: LatentRecurrentTransformer) -> dict[s
         raise ValueError(f"{folder} holds another architecture: {saved} instead of {model.config}")
     if not (folder / "training.pt").is_file():
         raise ValueError(f"{folder} cannot be trained on: it has no training.pt; take a folder of snapshots/")
-    model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    load_weights(model, _read_weights(folder), ranks)
     return torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
 
 

@@ -21,6 +21,7 @@ from lrt.data.prepare import SHARD_TOKENS, prepare
 from lrt.data.prepared import Prepared
 from lrt.data.records import Selection
 from lrt.demo import demo, stream
+from lrt.distributed import Alone
 from lrt.evaluate import evaluate
 from lrt.generate import Sampling
 from lrt.keeping import Keeping
@@ -135,21 +136,41 @@ class Train:
     """Live scores and the gap while training, and where numbers go."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    parallel: Literal["fsdp", "fsdp-reshard", "ddp"] = "fsdp"
+    """How the processes of torchrun share the model: in shards, gathered once per step or anew for every pass; or each
+    has it whole."""
 
     def run(self) -> None:
-        device = chosen_device(self.device)
-        data = prepare(Path("runs/data/stdlib")) if self.data is None else Prepared.open(self.data)
+        from lrt.parallel import start  # loads much of torch.distributed
+
+        with start(self.parallel, chosen_device(self.device)) as ranks:
+            self.train(ranks)
+
+    def train(self, ranks: Alone) -> None:
+        data = ranks.in_turn(
+            lambda: prepare(Path("runs/data/stdlib")) if self.data is None else Prepared.open(self.data)
+        )
         # The vocabulary is a fact of the data, not a choice of the run.
         model = dataclasses.replace(self.recipe.model, vocab_size=data.vocab_size)
-        run = self.matched(dataclasses.replace(self.recipe, model=model), data, device)
+        run = self.matched(dataclasses.replace(self.recipe, model=model), data, ranks)
         total, dense = count_parameters(run.model)
-        print(
-            f"{total:,} parameters ({dense:,} without tables and head), {run.schedule}, {run.steps:,} steps of "
-            f"{run.batch_tokens:,} tokens: {run.tokens:,} tokens, {run.flops:.3g} training FLOPs"
-        )
+        if ranks.first:
+            print(
+                f"{total:,} parameters ({dense:,} without tables and head), {run.schedule}, {run.steps:,} steps of "
+                f"{run.batch_tokens:,} tokens: {run.tokens:,} tokens, {run.flops:.3g} training FLOPs"
+            )
         _, done = train(
-            run, data, self.out, device, keeping=self.keeping, watching=self.watching, resume_from=self.resume
+            run,
+            data,
+            self.out,
+            ranks.device,
+            keeping=self.keeping,
+            watching=self.watching,
+            resume_from=self.resume,
+            ranks=ranks,
         )
+        if not ranks.first:
+            return
         print(f"{self.out / 'checkpoint'}: {done.tokens:,} tokens in {done.seconds:.0f} s, loss {done.loss:.4f}")
         about = checkpoint.about(self.out / "checkpoint")
         if scores := about.get("scores"):
@@ -160,12 +181,12 @@ class Train:
             f"packed: {packing['cropped']:,} of {packing['targets']:,} tokens cropped, {share:.2%} of positions padded"
         )
 
-    def matched(self, run: RunConfig, data: Prepared, device: str) -> RunConfig:
+    def matched(self, run: RunConfig, data: Prepared, ranks: Alone) -> RunConfig:
         """The run after every --match, and on the screen what is equal and what is not."""
         others = [(kind, Other.read(path)) for kind, path in self.match]
         for kind, other in others:
-            run = match(run, kind, other, data, device)
-        for other in {other.path: other for _, other in others}.values():
+            run = match(run, kind, other, data, ranks)
+        for other in {other.path: other for _, other in others}.values() if ranks.first else ():
             print(f"beside {other.path}:", *map(str, compare(run, other, data)), sep="\n")
         return run
 

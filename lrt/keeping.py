@@ -65,12 +65,15 @@ def rewrite_diary(out: Path, lines: list[dict[str, Any]]) -> None:
 
 
 class Stop:
-    """Whether somebody asked the process to end: Ctrl-C or SIGTERM. A second Ctrl-C ends it at once."""
+    """Whether somebody asked the process to end: Ctrl-C or SIGTERM. A second Ctrl-C ends it at once.
+
+    A second SIGTERM does not: a cluster's comes twice, from its scheduler and from torchrun.
+    """
 
     requested = False
 
     def __call__(self, number: int, frame: object) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
 

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lrt.config import IGNORED
+from lrt.distributed import ALONE, Alone
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.refine import refine
 from lrt.schedules import Pass, Schedule
@@ -96,10 +97,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class StepLoss:
-    """The loss of one optimiser step: L = Σ_p w_p (N_p / n_p) / Σ_p w_p over its micro-batches.
+    """The loss of one optimiser step: L = Σ_p w_p (N_p / n_p) / Σ_p w_p over its micro-batches and ranks.
 
     N_p are the nats and n_p the valid targets of pass p over the whole step, so that micro-batches of unequal filling
-    count as one batch would. Passes without weight or targets drop out of both sums and never run the head.
+    count as one batch would, on whichever rank they are. Passes without weight or targets drop out of both sums and
+    never run the head.
     """
 
     schedule: Schedule
@@ -108,11 +110,14 @@ class StepLoss:
     """w_p / (n_p Σ w) per pass, 0 for passes that dropped out."""
 
     @classmethod
-    def of(cls, schedule: Schedule, targets: Sequence[Tensor]) -> StepLoss:
-        """From one step's schedule and the targets (B, T) of all its micro-batches. Raises ValueError without any."""
+    def of(cls, schedule: Schedule, targets: Sequence[Tensor], ranks: Alone = ALONE) -> StepLoss:
+        """From one step's schedule and the targets (B, T) of this rank's micro-batches; all ranks' are counted.
+
+        Raises ValueError where there are none.
+        """
         length = targets[0].shape[1]
         passes = schedule.passes(length)
-        counts = [sum(int((t[:, p.slice] != IGNORED).sum()) for t in targets) for p in passes]
+        counts = ranks.sum([sum(int((t[:, p.slice] != IGNORED).sum()) for t in targets) for p in passes])
         weights = [p.loss_weight if n else 0.0 for p, n in zip(passes, counts, strict=True)]
         if sum(weights) <= 0:
             raise ValueError(
@@ -124,7 +129,7 @@ class StepLoss:
     def __call__(
         self, model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor, documents: Tensor | None
     ) -> Tensor:
-        """The share of micro-batch tokens, targets (B, T) in the step's loss; the shares sum to it."""
+        """The share of micro-batch tokens, targets (B, T) in the step's loss; the shares of all ranks sum to it."""
         out = refine(model, tokens, self.schedule, documents)
         losses = [
             scale * summed_nats(model, hidden, targets[:, p.slice])

@@ -13,10 +13,11 @@ from pathlib import Path
 from lrt import checkpoint, schedules
 from lrt.config import require
 from lrt.data.prepared import Prepared
+from lrt.distributed import Alone
 from lrt.model.flops import count_parameters
 from lrt.recipes import matched
 from lrt.run import RunConfig
-from lrt.trainer import Session
+from lrt.session import Session
 
 KINDS = ("parameters", "tokens", "compute", "wall_clock")
 PAIRS = 12
@@ -45,7 +46,7 @@ class Other:
         return cls(path, RunConfig.from_dict(about["run"]), about.get("data", ""))
 
 
-def match(run: RunConfig, kind: str, other: Other, data: Prepared, device: str) -> RunConfig:
+def match(run: RunConfig, kind: str, other: Other, data: Prepared, ranks: Alone) -> RunConfig:
     """`run` with its MLP width (`parameters`) or its horizon (the others) set to match `other`."""
     require(kind in KINDS, f"cannot match {kind!r}; choose one of {', '.join(KINDS)}")
     if kind == "parameters":
@@ -60,17 +61,18 @@ def match(run: RunConfig, kind: str, other: Other, data: Prepared, device: str) 
         return dataclasses.replace(run, horizon=f"tokens={other.run.tokens}")
     if kind == "compute":
         return dataclasses.replace(run, horizon=f"flops={other.run.flops!r}")
-    ratio = step_time_ratio(run, other.run, data, device)
+    ratio = step_time_ratio(run, other.run, data, ranks)
     return dataclasses.replace(run, horizon=f"tokens={max(1, round(other.run.tokens / ratio))}")
 
 
-def step_time_ratio(run: RunConfig, other: RunConfig, data: Prepared, device: str) -> float:
+def step_time_ratio(run: RunConfig, other: RunConfig, data: Prepared, ranks: Alone) -> float:
     """Seconds per token of `run` over those of `other`, optimiser included: the median of alternated pairs of steps."""
-    sessions = [Session(r, data, device) for r in (run, other)]
+    sessions = [Session(r, data, ranks.device, ranks) for r in (run, other)]
     for session in sessions:
         for _ in range(WARM):
             seconds_per_token(session)
-    return statistics.median(seconds_per_token(sessions[0]) / seconds_per_token(sessions[1]) for _ in range(PAIRS))
+    ratios = [seconds_per_token(sessions[0]) / seconds_per_token(sessions[1]) for _ in range(PAIRS)]
+    return ranks.agreed(statistics.median(ratios))
 
 
 def seconds_per_token(session: Session) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lrt.config import require
+from lrt.distributed import ALONE, Alone
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,21 @@ class Muon(torch.optim.Optimizer):
     A parameter of more than two dimensions is a stack of matrices; equal shapes are orthogonalised in one batch. The
     rate of a tall matrix grows with sqrt(rows / columns), as in torch.optim.Muon("original"). Ours because that one
     takes no stacks and has its Newton-Schulz fixed to bfloat16; a test holds the two against each other.
+
+    Sharded matrices are gathered, a portion at a time, and each rank orthogonalises its share of them: the update is
+    that of the whole matrix, however many `ranks` there are.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        ranks: Alone = ALONE,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.ranks = ranks
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -109,14 +121,15 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     update = self._momentum(p, group["momentum"])
-                    stack = update.reshape(-1, *update.shape[-2:])
-                    by_shape.setdefault(stack.shape[1:], []).append((p, stack))
+                    by_shape.setdefault(update.shape[-2:], []).append((p, update))
             for (rows, columns), entries in by_shape.items():
-                updates = newton_schulz(torch.cat([stack for _, stack in entries]))
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for (p, _), update in zip(entries, updates.split([len(s) for _, s in entries]), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.view_as(p), alpha=-rate)
+                for portion in self.ranks.portions(entries):
+                    stacks = [self.ranks.whole(update).reshape(-1, rows, columns) for _, update in portion]
+                    updates = self.ranks.shared(newton_schulz, torch.cat(stacks)).split([len(s) for s in stacks])
+                    for (p, _), update in zip(portion, updates, strict=True):
+                        p.mul_(1 - group["lr"] * group["weight_decay"])
+                        p.add_(self.ranks.placed(update.view(p.shape), p), alpha=-rate)
 
     def _momentum(self, p: Tensor, momentum: float) -> Tensor:
         """Nesterov momentum of the gradient."""
@@ -141,7 +154,9 @@ def place(model: nn.Module) -> list[tuple[Row, list[Tensor]]]:
 class Optimiser:
     """Muon and AdamW over a model, with their rates as a function of the step."""
 
-    def __init__(self, model: nn.Module, width: int, batch_tokens: int, steps: int, config: OptimConfig) -> None:
+    def __init__(
+        self, model: nn.Module, width: int, batch_tokens: int, steps: int, config: OptimConfig, ranks: Alone = ALONE
+    ) -> None:
         self.config, self.steps = config, steps
         batch = (batch_tokens / config.reference_batch) ** 0.5
         breadth = (width / 768) ** -0.5
@@ -156,22 +171,13 @@ class Optimiser:
         for row, parameters in place(model):
             group = {"params": parameters, "lr": rates[row.rate] * row.factor}
             muon.append(group) if row.optimiser == "muon" else adamw.append({**group, "betas": row.betas})
-        self.muon = Muon(muon)
+        self.muon = Muon(muon, ranks=ranks)
         self.adamw = torch.optim.AdamW(adamw, eps=1e-10, weight_decay=0.0, fused=True)
         self.rates = [[g["lr"] for g in o.param_groups] for o in self.parts]
-        self.parameters = list(model.parameters())
 
     @property
     def parts(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
         return self.muon, self.adamw
-
-    def clip(self) -> Tensor:
-        """The norm of the whole gradient, as it was; where it exceeds `clip`, the gradient is scaled down to that."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self.config.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
-        return norm
 
     def zero_grad(self) -> None:
         for optimiser in self.parts:

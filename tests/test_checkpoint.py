@@ -176,6 +176,16 @@ def without_a_tensor(path: Path) -> None:
     safetensors.torch.save_file(weights, path / "model.safetensors")
 
 
+def test_scalars_of_earlier_checkpoints_are_read(saved: Path):
+    file = saved / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    scalars = [name for name in weights if name.endswith((".alpha", ".beta"))]
+    assert scalars
+    safetensors.torch.save_file({name: w.squeeze() if name in scalars else w for name, w in weights.items()}, file)
+    rewrite_manifest(saved)
+    assert_holds(saved, 0)
+
+
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "manifest.json")
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     **{f"no {name}": (lambda p, name=name: (p / name).unlink(), name) for name in FILES},

@@ -12,10 +12,12 @@ from lrt import MemoryConfig, ModelConfig, recipes
 from lrt.cli import main
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
+from lrt.distributed import ALONE
 from lrt.matching import KINDS, PAIRS, WARM, Other, compare, match, seconds_per_token, step_time_ratio
 from lrt.model.flops import count_parameters
 from lrt.run import RunConfig
-from lrt.trainer import Session, train
+from lrt.session import Session
+from lrt.trainer import train
 
 
 def config(memory: MemoryConfig, **fields: Any) -> RunConfig:
@@ -48,7 +50,7 @@ def mismatches(run: RunConfig, other: Other, data: Prepared) -> set[str]:
 
 def test_parameters(data: Prepared, other: Other):
     assert "parameters" in mismatches(TRANSFORMER, other, data)
-    run = match(TRANSFORMER, "parameters", other, data, "cpu")
+    run = match(TRANSFORMER, "parameters", other, data, ALONE)
     mine, theirs = count_parameters(run.model)[0], count_parameters(LRT.model)[0]
     assert abs(mine - theirs) <= 0.005 * theirs
     assert replace(run.model, mlp_width=None) == TRANSFORMER.model  # nothing but the MLP
@@ -58,14 +60,14 @@ def test_parameters(data: Prepared, other: Other):
 def test_the_smaller_model_is_widened_not_the_larger_narrowed(data: Prepared, tmp_path: Path):
     train(TRANSFORMER, data, tmp_path, progress=False)
     with pytest.raises(ValueError, match="the smaller one is widened: train this one first"):
-        match(LRT, "parameters", Other.read(tmp_path), data, "cpu")
+        match(LRT, "parameters", Other.read(tmp_path), data, ALONE)
 
 
 def test_tokens_shut_the_trap_of_equal_ratios(data: Prepared, other: Other):
     """Spec 5.5: at an equal ratio of tokens to parameters the larger LRT gets more tokens."""
     assert LRT.tokens > TRANSFORMER.tokens
     assert "tokens" in mismatches(TRANSFORMER, other, data)
-    run = match(TRANSFORMER, "tokens", other, data, "cpu")
+    run = match(TRANSFORMER, "tokens", other, data, ALONE)
     assert run.tokens == LRT.tokens
     assert "tokens" not in mismatches(run, other, data)
 
@@ -78,7 +80,7 @@ def test_a_baseline_with_fewer_value_embeddings_is_said(data: Prepared, other: O
 
 def test_compute_counts_every_pass(data: Prepared, other: Other):
     """Spec 5.4: of FLOPs that leave the extra passes out, the baseline would get as many tokens as the LRT."""
-    run = match(TRANSFORMER, "compute", other, data, "cpu")
+    run = match(TRANSFORMER, "compute", other, data, ALONE)
     assert run.flops == pytest.approx(LRT.flops, rel=0.5 / run.steps)
     assert run.tokens > 1.3 * LRT.tokens
     assert "training FLOPs" not in mismatches(run, other, data)
@@ -95,7 +97,7 @@ def test_wall_clock_divides_the_tokens_by_the_ratio_of_paired_steps(
         return seconds[session.run.schedule] * (1 + 0.3 * (len(asked) // 2 % 3 == 0))  # a clock that drifts
 
     monkeypatch.setattr("lrt.matching.seconds_per_token", measured)
-    run = match(TRANSFORMER, "wall_clock", other, data, "cpu")
+    run = match(TRANSFORMER, "wall_clock", other, data, ALONE)
     assert run.horizon == f"tokens={round(LRT.tokens * 1.5)}"
     paired = asked[2 * WARM :]
     assert paired == [TRANSFORMER.schedule, LRT.schedule] * PAIRS
@@ -115,7 +117,7 @@ def test_a_step_of_a_mixture_costs_the_mean_of_its_parts(data: Prepared, monkeyp
 
 def test_two_runs_of_one_kind_take_equal_time(data: Prepared):
     """No clock is judged; that the ratio of a run to itself is near 1 shows that both sides are measured alike."""
-    assert 0.2 < step_time_ratio(TRANSFORMER, TRANSFORMER, data, "cpu") < 5
+    assert 0.2 < step_time_ratio(TRANSFORMER, TRANSFORMER, data, ALONE) < 5
 
 
 def test_a_run_of_this_version_is_read_back(other: Other):
@@ -125,7 +127,7 @@ def test_a_run_of_this_version_is_read_back(other: Other):
 
 def test_what_cannot_be_matched_is_said(data: Prepared, other: Other, tmp_path: Path):
     with pytest.raises(ValueError, match=f"choose one of {', '.join(KINDS)}"):
-        match(TRANSFORMER, "karma", other, data, "cpu")
+        match(TRANSFORMER, "karma", other, data, ALONE)
     with pytest.raises(ValueError, match=r"no manifest\.json"):
         Other.read(tmp_path)
 

@@ -20,7 +20,8 @@ from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.keeping import Keeping, snapshot_path, snapshots
 from lrt.run import RunConfig
-from lrt.trainer import Session, train
+from lrt.session import Session
+from lrt.trainer import train
 
 MIXTURE = "mixture([(0.5, interleaved(2)), (0.5, settled(0, 1, 1))])"
 

@@ -19,7 +19,8 @@ from lrt.loss import StepLoss
 from lrt.model.flops import count_parameters, forward_flops, training_flops
 from lrt.optim import OptimConfig, Optimiser
 from lrt.run import Horizon, RunConfig
-from lrt.trainer import Session, resume, train
+from lrt.session import Session
+from lrt.trainer import resume, train
 from lrt.watching import PATIENCE, Diverged, Watching, exploded, memory_weight, widened
 
 MEMORY = MemoryConfig(source=(0, 2), combine="channels", initial="embedding")

@@ -28,8 +28,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         injected = layer in config.memory.injected(config.depth)
-        self.alpha = nn.Parameter(torch.empty(()))
-        self.beta = nn.Parameter(torch.empty(()))
+        self.alpha = nn.Parameter(torch.empty(1))  # one element, as FSDP2 shards no scalars; used as scalars
+        self.beta = nn.Parameter(torch.empty(1))
         self.injection = (INJECTIONS[config.memory.injection] if injected else NoMemory)(config)
         self.attention = Attention(config, layer)
         self.mlp = MLP(config.width, config.mlp_dim)
@@ -48,7 +48,7 @@ class Block(nn.Module):
         write: Writer,
     ) -> tuple[Tensor, Cache]:
         """x, x0 (B, T, D), memory (C, B, T, D) -> the residual stream after the block, and its cache."""
-        x = self.injection.residual(self.alpha * x + self.beta * x0, memory)
+        x = self.injection.residual(self.alpha.squeeze() * x + self.beta.squeeze() * x0, memory)
         y, cache = self.attention(rms(x), tokens, self.injection, projected, angles, visible, cache, slots, write)
         x = x + y
         return x + self.mlp(rms(x)), cache

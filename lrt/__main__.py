@@ -1,0 +1,6 @@
+"""`python -m lrt`, which is also what torchrun starts."""
+
+from lrt.cli import main
+
+if __name__ == "__main__":
+    main()

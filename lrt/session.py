@@ -1,0 +1,163 @@
+"""A run in memory: model, objective, optimiser, data and progress; its steps, what it saves and restores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrt import checkpoint, schedules
+from lrt.config import require
+from lrt.data.loader import Batch, Position, Rows, prefetch
+from lrt.data.prepared import Prepared
+from lrt.distributed import ALONE, Alone, clip, load_optimisers
+from lrt.loss import StepLoss
+from lrt.model.flops import training_flops
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.optim import Optimiser
+from lrt.run import RunConfig
+from lrt.watching import Diverged, warn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to."""
+
+    tokens: int
+    seconds: float
+    """Wall-clock of the training steps, without scoring and saving."""
+    flops: float
+    """Training FLOPs, all passes counted."""
+    loss: float
+    """Mean of the last 5 % of the steps' losses."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; with the weights and the optimisers, all there is to know of it."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    position: Position = field(default_factory=Position)
+    """The next row of data."""
+    seconds: float = 0.0
+    flops: float = 0.0
+
+
+class Session:
+    """A run in memory. Each of `ranks` has one; their methods are called by all."""
+
+    def __init__(self, run: RunConfig, data: Prepared, device: str | torch.device, ranks: Alone = ALONE) -> None:
+        torch.manual_seed(run.seed)
+        self.run, self.data, self.device, self.ranks = run, data, device, ranks
+        self.micro_batches = run.micro_batches(ranks.ranks)
+        self.model = LatentRecurrentTransformer(run.model).to(device).train()
+        self.objective = ranks.parallelise(self.model, DTYPES[run.precision])
+        self.optimiser = Optimiser(self.model, run.model.width, run.batch_tokens, run.steps, run.optim, ranks)
+        self.rows = Rows(data.split("train"), run.model.context, run.seed, ranks.rank, ranks.ranks)
+        self.schedule = schedules.parse(run.schedule)
+        self.steps = run.steps
+        self.progress = Progress()
+        self.loader: Generator[tuple[Batch, Position], None, None] | None = None
+        """Batches from `progress` on, read in advance; begun by the first step."""
+        self.costs: dict[schedules.Schedule, float] = {}
+
+    def step(self) -> dict[str, Any]:
+        """One optimiser step; returns its line of the diary. Raises Diverged, weights untouched, if it cannot be."""
+        run, done, begun = self.run, self.progress, time.perf_counter()
+        current = self.schedule.at(done.step, self.steps, run.seed)
+        batches, position = self._batches()
+        step_loss = StepLoss.of(current, [b.targets for b in batches], self.ranks)
+        shares = []
+        for batch in batches:
+            with self.ranks.accumulating(self.objective, last=batch is batches[-1]):
+                share = self.objective(step_loss, batch.tokens, batch.targets, batch.documents)
+                share.backward()
+            shares.append(share.detach())
+        (loss,) = self.ranks.sum([float(torch.stack(shares).sum())])
+        norm = float(clip(self.model, run.optim.clip, self.ranks))
+        for name, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                self.optimiser.zero_grad()
+                raise Diverged(f"the {name} at step {done.step} is {value}")
+        rate = self.optimiser.step(done.step)
+        if current not in self.costs:
+            self.costs[current] = training_flops(run.model, current, run.model.context)
+        self.progress = Progress(
+            done.step + 1,
+            position,
+            done.seconds + time.perf_counter() - begun,
+            done.flops + self.costs[current] * run.batch_tokens,
+        )
+        return {
+            "step": done.step,
+            "tokens": self.progress.step * run.batch_tokens,
+            "loss": loss,
+            "rate": rate,
+            "gradient_norm": norm,
+            "seconds": self.progress.seconds,
+            "flops": self.progress.flops,
+            "schedule": repr(current),
+        }
+
+    def _batches(self) -> tuple[list[Batch], Position]:
+        """This rank's micro-batches of the next step, and the position after them."""
+        if self.loader is None:
+            rows = self.run.batch_size // (self.ranks.ranks * self.micro_batches)
+            self.loader = prefetch(self.rows, self.progress.position, rows)
+        batches, position = [], self.progress.position
+        for _ in range(self.micro_batches):
+            batch, position = next(self.loader)
+            batches.append(batch.to(self.device))
+        return batches, position
+
+    def trained(self, loss: float) -> Trained:
+        done = self.progress
+        return Trained(done.step * self.run.batch_tokens, done.seconds, done.flops, loss)
+
+    def about(self, loss: float) -> dict[str, Any]:
+        """How the weights came to be: what a checkpoint says of itself."""
+        return {
+            "run": self.run.to_dict(),
+            "schedule": self.run.schedule,
+            "trained": dataclasses.asdict(self.trained(loss)),
+            "data": self.data.fingerprint,
+            "packing": dataclasses.asdict(self.rows.packing),  # of the shards read since the run was last begun
+        }
+
+    def save(self, path: Path, about: dict[str, Any]) -> None:
+        """A checkpoint that can be trained on."""
+        training = {
+            "run": json.dumps(self.run.to_dict(), sort_keys=True),
+            "data": self.data.fingerprint,
+            "progress": dataclasses.asdict(self.progress),
+        }
+        checkpoint.save(path, self.model, self.data.tokenizer, about, training, self.optimiser.parts, self.ranks)
+
+    def restore(self, path: Path, may_differ: tuple[str, ...] = ()) -> None:
+        """Go on from a checkpoint that `save` wrote. Raises ValueError where it is of another run, or of other data."""
+        training = checkpoint.load_training(path, self.model, self.ranks)
+        mine = json.loads(json.dumps(self.run.to_dict()))
+        theirs = json.loads(training["run"])
+        differing = [k for k in mine if mine[k] != theirs.get(k)]
+        spelled = "; ".join(f"{k}: {theirs.get(k)} there, {mine[k]} here" for k in differing)
+        require(
+            set(differing) <= set(may_differ),
+            f"{path} is of another run ({spelled}); choose another --out, or start anew with --resume never",
+        )
+        if differing and self.ranks.first:
+            warn(f"going on from {path} with other settings ({spelled})")
+        require(training["data"] == self.data.fingerprint, f"{path} was trained on other data; choose another --out")
+        load_optimisers(path, training, self.model, self.optimiser.parts, self.ranks)
+        saved = training["progress"]
+        self.progress = Progress(**{**saved, "position": Position(**saved["position"])})
+        self.loader = None
