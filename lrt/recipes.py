@@ -107,12 +107,14 @@ def depth(layers: int, family: str = "lrt") -> RunConfig:
     0.2 · (12 / depth)² falling to zero, no warm-up, a linear warm-down over the last half; 10 tokens per parameter.
     """
     memory, schedule = families(layers)[family]
-    context = 512 if layers <= 6 else 2048
+    context, batch = 512 if layers <= 6 else 2048, batch_tokens(layers)
     model = ModelConfig.from_depth(layers, context=context, value_embeddings="all", memory=memory)
-    rows = batch_tokens(layers) // context
+    rows = batch // context
+    # Square-root scaling over a factor of 128 leaves the rates of d2 far too low, of d4 likely so (docs/log.md).
+    reference = min(PUBLISHED_BATCH, 8 * batch)
     return RunConfig(
         model=model,
-        optim=OptimConfig(weight_decay=0.2 * (12 / layers) ** 2),
+        optim=OptimConfig(weight_decay=0.2 * (12 / layers) ** 2, reference_batch=reference),
         schedule=schedule,
         batch_size=rows,
         device_batch=min(rows, 8 if layers >= 20 else 16),
