@@ -64,7 +64,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         wants_grad = any(ctx.needs_input_grad)
         total = hidden.new_zeros((), dtype=at_least_float32(hidden))
         d_hidden = torch.empty_like(hidden) if wants_grad else None
-        d_head = torch.zeros_like(head) if wants_grad else None
+        d_head = torch.zeros_like(head, dtype=total.dtype) if wants_grad else None
         for start in range(0, len(hidden), ROWS):
             rows = slice(start, start + ROWS)
             h, wanted = hidden[rows], targets[rows]
@@ -82,7 +82,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad *= valid.unsqueeze(1)
             grad = grad.to(hidden.dtype)
             torch.mm(grad, head, out=d_hidden[rows])
-            d_head.addmm_(grad.T, h)
+            if d_head.dtype == h.dtype:
+                d_head.addmm_(grad.T, h)
+            else:
+                d_head += grad.T @ h  # in float32: a sum of many blocks in bfloat16 loses the small ones
         if wants_grad:
             ctx.save_for_backward(d_hidden, d_head)
         return total
@@ -91,7 +94,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         d_hidden, d_head = ctx.saved_tensors
-        scale = grads[0].to(d_hidden.dtype)
+        (scale,) = grads  # a scalar: what it multiplies keeps its type
         return d_hidden * scale, d_head * scale, None, None
 
 

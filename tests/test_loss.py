@@ -92,6 +92,23 @@ def test_shapes_do_not_matter():
     )
 
 
+def test_in_bfloat16_the_heads_gradient_is_summed_in_float32():
+    """Over 16 blocks of rows; a sum kept in bfloat16 would round 16 times what is rounded once here."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(16 * ROWS, 8, generator=generator, dtype=torch.float64).bfloat16()
+    head = torch.randn(19, 8, generator=generator, dtype=torch.float64).bfloat16()
+    wanted = torch.randint(0, 19, (16 * ROWS,), generator=generator)
+    found: list[Tensor] = []
+    for dtype in (torch.bfloat16, torch.float64):
+        weight = head.detach().to(dtype, copy=True).requires_grad_()
+        nats: Tensor = LinearCrossEntropy.apply(hidden.to(dtype), weight, wanted, 15.0)  # type: ignore[assignment]
+        (nats / 12345).backward()
+        assert weight.grad is not None
+        assert weight.grad.dtype == dtype
+        found.append(weight.grad.double())
+    assert difference(found[0], found[1]) < 0.004  # bfloat16 itself: 2^-8
+
+
 def test_without_gradients_the_value_is_the_same():
     model = random_model(CONFIG)
     hidden, targets = rows(50)
