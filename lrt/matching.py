@@ -17,7 +17,7 @@ from lrt.distributed import Alone
 from lrt.model.flops import count_parameters
 from lrt.recipes import matched
 from lrt.run import RunConfig
-from lrt.session import Session
+from lrt.training import Training
 
 KINDS = ("parameters", "tokens", "compute", "wall_clock")
 PAIRS = 12
@@ -67,23 +67,23 @@ def match(run: RunConfig, kind: str, other: Other, data: Prepared, ranks: Alone)
 
 def step_time_ratio(run: RunConfig, other: RunConfig, data: Prepared, ranks: Alone) -> float:
     """Seconds per token of `run` over those of `other`, optimiser included: the median of alternated pairs of steps."""
-    sessions = [Session(r, data, ranks.device, ranks) for r in (run, other)]
-    for session in sessions:
+    trainings = [Training(r, data, ranks.device, ranks) for r in (run, other)]
+    for training in trainings:
         for _ in range(WARM):
-            seconds_per_token(session)
-    ratios = [seconds_per_token(sessions[0]) / seconds_per_token(sessions[1]) for _ in range(PAIRS)]
+            seconds_per_token(training)
+    ratios = [seconds_per_token(trainings[0]) / seconds_per_token(trainings[1]) for _ in range(PAIRS)]
     return ranks.agreed(statistics.median(ratios))
 
 
-def seconds_per_token(session: Session) -> float:
+def seconds_per_token(training: Training) -> float:
     """One optimiser step, timed: of a mixture or of stages one of each part, weighted by its share of training."""
     total = 0.0
-    for share, part in schedules.parse(session.run.schedule).shares():
-        session.schedule = part
-        before = session.progress.seconds
-        session.step()
-        total += share * (session.progress.seconds - before)
-    return total / session.run.batch_tokens
+    for share, part in schedules.parse(training.run.schedule).shares():
+        training.schedule = part
+        before = training.progress.seconds
+        training.step()
+        total += share * (training.progress.seconds - before)
+    return total / training.run.batch_tokens
 
 
 @dataclass(frozen=True)

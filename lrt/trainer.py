@@ -30,7 +30,7 @@ from lrt.model.flops import peak_flops
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.progress import Advance, bar
 from lrt.run import RunConfig
-from lrt.session import Session, Trained
+from lrt.training import Trained, Training
 from lrt.watching import (
     PATIENCE,
     Diverged,
@@ -49,21 +49,21 @@ Diary = list[dict[str, Any]]
 """One line per step, as in metrics.jsonl."""
 
 
-def resume(session: Session, out: Path, source: str) -> Diary:
-    """Bring a session to where `source` says (`auto`, `never`, a snapshot's folder); returns the diary up to there.
+def resume(training: Training, out: Path, source: str) -> Diary:
+    """Bring a run to where `source` says (`auto`, `never`, a snapshot's folder); returns the diary up to there.
 
     `auto` takes the finished checkpoint, else the newest snapshot that is whole, and starts anew where there is none.
     A named snapshot may have been trained at other rates, under another schedule or for another horizon.
     """
-    ranks = session.ranks
+    ranks = training.ranks
     with ranks.together():
         found = chosen_snapshot(out, source) if ranks.first else None
     path = ranks.agreed(found)
     if path is None:
         return []
     with ranks.together():
-        session.restore(path, () if source == "auto" else FREE)
-        step = session.progress.step
+        training.restore(path, () if source == "auto" else FREE)
+        step = training.progress.step
         if source != "auto" and ranks.first:  # later ones are of a path not taken
             drop_snapshots([s for s in snapshots(out) if snapshot_step(s) > step])
         return read_diary(path.parent.parent if path.parent.name == "snapshots" else path.parent, step)
@@ -123,17 +123,17 @@ def train(
         f"the model's vocab_size is {run.model.vocab_size}, the data's {data.vocab_size}; make them equal",
     )
     keeping, watching = keeping or Keeping(), watching or Watching(every=0)
-    session = Session(run, data, device, ranks)
+    training = Training(run, data, device, ranks)
     with ranks.together():
         out.mkdir(parents=True, exist_ok=True)
-    lines = resume(session, out, resume_from)
-    if session.progress.step < session.steps:
+    lines = resume(training, out, resume_from)
+    if training.progress.step < training.steps:
         if ranks.first:
             rewrite_diary(out, lines)
         with (
             (out / "metrics.jsonl" if ranks.first else Path(os.devnull)).open("a") as diary,
-            bar(title, session.steps, progress and ranks.first) as advance,
-            sinks.opened(watching.log_to if ranks.first else (), out, run.to_dict(), session.progress.step) as log,
+            bar(title, training.steps, progress and ranks.first) as advance,
+            sinks.opened(watching.log_to if ranks.first else (), out, run.to_dict(), training.progress.step) as log,
         ):
 
             def note(line: dict[str, Any]) -> None:
@@ -142,16 +142,16 @@ def train(
                 diary.flush()  # never behind a snapshot, and there to be followed
                 log(line["step"], line)
 
-            advance(session.progress.step)
-            loop(session, out, lines, keeping, watching, note, advance)
-        session.save(out / "checkpoint", session.about(recent(lines)) | {"scores": scores(lines)})
+            advance(training.progress.step)
+            loop(training, out, lines, keeping, watching, note, advance)
+        training.save(out / "checkpoint", training.about(recent(lines)) | {"scores": scores(lines)})
     if ranks.first:
         shutil.rmtree(out / "snapshots", ignore_errors=True)
-    return session.model, session.trained(recent(lines))
+    return training.model, training.trained(recent(lines))
 
 
 def loop(
-    session: Session,
+    training: Training,
     out: Path,
     lines: Diary,
     keeping: Keeping,
@@ -160,31 +160,31 @@ def loop(
     advance: Advance,
 ) -> None:
     """Steps, evaluations and snapshots, until the horizon, a request to stop, or divergence."""
-    run, ranks, peak = session.run, session.ranks, peak_flops(session.device)
+    run, ranks, peak = training.run, training.ranks, peak_flops(training.device)
 
     def snapshot() -> None:
-        session.save(snapshot_path(out, session.progress.step), session.about(recent(lines)))
+        training.save(snapshot_path(out, training.progress.step), training.about(recent(lines)))
         if ranks.first:
             drop_snapshots(snapshots(out)[: -keeping.last])
 
     with stop_requests() as stop:
-        while (step := session.progress.step) < session.steps:
+        while (step := training.progress.step) < training.steps:
             try:
                 if exploded(lines, run.model.vocab_size):
                     last = lines[-1]["loss"]
                     raise Diverged(f"the loss at step {step - 1} is {last:.3f}, worse than knowing nothing")
-                line = session.step()
+                line = training.step()
             except Diverged as error:
                 before = step - PATIENCE if exploded(lines, run.model.vocab_size) else step
                 if before == step and not snapshots(out):  # the update was not made: these weights are the last good
                     snapshot()
-                raise Diverged(diagnosed(session, out, str(error), lines, before)) from error
-            if watching.due(step + 1, session.steps):
+                raise Diverged(diagnosed(training, out, str(error), lines, before)) from error
+            if watching.due(step + 1, training.steps):
                 advance(0, "scoring live")
-                line |= watched(session, watching)
+                line |= watched(training, watching)
                 if keeping.best and line["live_bpb"] < best(lines):
-                    about = session.about(recent([*lines, line])) | {"scores": scores([line])}
-                    checkpoint.save(out / "best", session.model, session.data.tokenizer, about, ranks=ranks)
+                    about = training.about(recent([*lines, line])) | {"scores": scores([line])}
+                    checkpoint.save(out / "best", training.model, training.data.tokenizer, about, ranks=ranks)
             rate = run.batch_tokens / (line["seconds"] - (lines[-1]["seconds"] if lines else 0.0))
             if peak is not None:
                 line["mfu"] = rate * run.flops_per_token / (peak * ranks.ranks)
@@ -192,7 +192,7 @@ def loop(
             if "gap" in line and ranks.first and (warning := widened(lines)):
                 warn(warning)
             advance(1, describe(lines, rate))
-            due = keeping.every and session.progress.step % keeping.every == 0
+            due = keeping.every and training.progress.step % keeping.every == 0
             stopping = ranks.any(stop.requested)
             if stopping or due:
                 snapshot()
@@ -200,14 +200,14 @@ def loop(
                 raise KeyboardInterrupt
 
 
-def watched(session: Session, watching: Watching) -> dict[str, float]:
+def watched(training: Training, watching: Watching) -> dict[str, float]:
     """Live scores and the weight of the memory. All ranks call it; the first one's numbers are everybody's."""
-    model = session.ranks.evaluable(session.model)
-    with session.ranks.together():
+    model = training.ranks.evaluable(training.model)
+    with training.ranks.together():
         found: dict[str, float] = {}
-        if session.ranks.first:
-            found = live_scores(model, session.data, session.schedule, watching.targets, False) | memory_weight(model)
-    return session.ranks.agreed(found)
+        if training.ranks.first:
+            found = live_scores(model, training.data, training.schedule, watching.targets, False) | memory_weight(model)
+    return training.ranks.agreed(found)
 
 
 def best(lines: Diary) -> float:
@@ -215,12 +215,12 @@ def best(lines: Diary) -> float:
     return min((line["live_bpb"] for line in lines if "live_bpb" in line), default=math.inf)
 
 
-def diagnosed(session: Session, out: Path, reason: str, lines: Diary, before: int) -> str:
+def diagnosed(training: Training, out: Path, reason: str, lines: Diary, before: int) -> str:
     """Report a divergence that began after step `before`; returns what to tell the user."""
     good = [s for s in snapshots(out) if snapshot_step(s) <= before][-1:]
-    if not session.ranks.first:
+    if not training.ranks.first:
         return reason
-    return report_divergence(out, reason, lines, good[0] if good else None, session.run.to_dict())
+    return report_divergence(out, reason, lines, good[0] if good else None, training.run.to_dict())
 
 
 def describe(lines: Diary, rate: float) -> str:

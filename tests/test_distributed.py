@@ -27,8 +27,8 @@ from lrt.keeping import snapshots
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.optim import Muon, OptimConfig
 from lrt.run import RunConfig
-from lrt.session import Session
 from lrt.trainer import train
+from lrt.training import Training
 
 SCHEDULES = {
     "plain": "plain()",
@@ -52,11 +52,11 @@ def run_config(schedule: str, device_batch: int | None = 1) -> RunConfig:
     return RunConfig(model, optim, SCHEDULES[schedule], ROWS, device_batch, f"steps={STEPS}")
 
 
-def losses(session: Session, until: int) -> list[float]:
+def losses(session: Training, until: int) -> list[float]:
     return [session.step()["loss"] for _ in range(until - session.progress.step)]
 
 
-def moments(session: Session) -> dict[str, Tensor]:
+def moments(session: Training) -> dict[str, Tensor]:
     """All of the optimisers' state, whole, by parameter's name. All ranks call it."""
     found: dict[str, Tensor] = {}
     for name, parameter in session.model.named_parameters():
@@ -102,13 +102,13 @@ def muon_and_clip(ranks: Alone) -> dict[str, Any]:
 def in_bfloat16(ranks: Alone, data: Prepared) -> list[float]:
     """The losses of float32 weights that compute in bfloat16; equal micro-batches, so that equal sums are rounded."""
     run = replace(run_config("mixture", 2), precision="bfloat16")
-    return losses(Session(run, data, "cpu", ranks), STEPS)
+    return losses(Training(run, data, "cpu", ranks), STEPS)
 
 
 def resuming(ranks: Alone, data: Prepared, folder: Path, kind: str) -> dict[str, Any]:
     """Two ranks go on from a snapshot of one rank, save, and go on from that."""
     run = run_config("mixture")
-    session = Session(run, data, "cpu", ranks)
+    session = Training(run, data, "cpu", ranks)
     session.restore(folder / "one")
     if ranks.first:
         torch.save(session.progress.step, folder / f"{kind}-step.pt")
@@ -117,7 +117,7 @@ def resuming(ranks: Alone, data: Prepared, folder: Path, kind: str) -> dict[str,
     session.save(folder / f"two-{kind}", {})
     state = moments(session)
     after = losses(session, 12)
-    again = Session(run, data, "cpu", ranks)
+    again = Training(run, data, "cpu", ranks)
     again.restore(folder / f"two-{kind}")
     identical = losses(again, 12) == after
     pairs = zip(session.model.parameters(), again.model.parameters(), strict=True)
@@ -129,22 +129,22 @@ def resuming(ranks: Alone, data: Prepared, folder: Path, kind: str) -> dict[str,
 
 def stopped(ranks: Alone, data: Prepared, out: Path) -> dict[str, Any]:
     """SIGTERM, twice, to rank 1 alone before step 5; then the run goes on to its end."""
-    step = Session.step
+    step = Training.step
 
-    def watched(self: Session) -> dict[str, Any]:
+    def watched(self: Training) -> dict[str, Any]:
         if self.progress.step == 5 and ranks.rank == 1:
             for _ in range(2):  # a scheduler's, and torchrun's
                 os.kill(os.getpid(), signal.SIGTERM)
         return step(self)
 
-    Session.step = watched
+    Training.step = watched
     try:
         train(run_config("interleaved"), data, out, progress=False, ranks=ranks)
         raise AssertionError("nobody stopped")
     except KeyboardInterrupt:
         found = [path.name for path in snapshots(out)]
     finally:
-        Session.step = step
+        Training.step = step
     model, done = train(run_config("interleaved"), data, out, progress=False, ranks=ranks)
     whole = ranks.weights(model)
     saved, _ = checkpoint.load(out)
@@ -171,7 +171,7 @@ def failing(ranks: Alone) -> str:
 
 def refused(ranks: Alone, data: Prepared) -> str:
     try:
-        Session(replace(run_config("plain"), batch_size=6, device_batch=2), data, "cpu", ranks)
+        Training(replace(run_config("plain"), batch_size=6, device_batch=2), data, "cpu", ranks)
     except ValueError as error:
         return str(error)
     return "nothing"
@@ -187,7 +187,7 @@ def main(folder: Path) -> None:
         results: dict[str, Any] = {"failing": failing(fsdp), "refused": refused(fsdp, data)}
         results |= {f"muon-{name}": muon_and_clip(ranks) for name, ranks in kinds.items() if name != "fsdp-reshard"}
         results["losses"] = {
-            f"{parallel} {name}": losses(Session(run_config(name), data, "cpu", kinds[parallel]), STEPS)
+            f"{parallel} {name}": losses(Training(run_config(name), data, "cpu", kinds[parallel]), STEPS)
             for parallel, name in CASES
         }
         results["bfloat16"] = {name: in_bfloat16(kinds[name], data) for name in ("ddp", "fsdp")}
@@ -217,7 +217,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = folder / "text.txt"
     text.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(400)))
     data = prepare(folder / "prepared", [text], vocab_size=300, progress=False)
-    session = Session(run_config("mixture"), data, "cpu")
+    session = Training(run_config("mixture"), data, "cpu")
     losses(session, HALF)
     session.save(folder / "one", {})
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
@@ -253,7 +253,7 @@ def results(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def alone(data: Prepared) -> dict[str, list[float]]:
     """The losses of one process, which has each rank's rows as micro-batches or at once."""
-    return {name: losses(Session(run_config(name, None), data, "cpu"), STEPS) for name in SCHEDULES}
+    return {name: losses(Training(run_config(name, None), data, "cpu"), STEPS) for name in SCHEDULES}
 
 
 @pytest.mark.parametrize(("parallel", "name"), CASES)
@@ -290,7 +290,7 @@ def test_muon_and_clipping_are_exact_under_sharding(results: dict[str, Any], par
 def test_a_snapshot_goes_from_one_rank_to_two_and_back(
     folder: Path, data: Prepared, results: dict[str, Any], alone: dict[str, list[float]], parallel: str
 ) -> None:
-    one = Session(run_config("mixture"), data, "cpu")
+    one = Training(run_config("mixture"), data, "cpu")
     one.restore(folder / "one")
     begun, later = torch.load(folder / f"moments-{parallel}.pt")
     assert_equal(moments(one), begun)
@@ -298,7 +298,7 @@ def test_a_snapshot_goes_from_one_rank_to_two_and_back(
     assert results[parallel]["losses"] == pytest.approx(alone["mixture"][HALF:12], abs=1e-5, rel=0)
     two = folder / f"two-{parallel}"
     assert (two / "optimisers").is_dir() == (parallel == "fsdp")
-    back = Session(run_config("mixture"), data, "cpu")
+    back = Training(run_config("mixture"), data, "cpu")
     back.restore(two)
     assert back.progress.step == LATER
     assert_equal(moments(back), later)
@@ -345,7 +345,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(results: dict[str, Any]) -> 
 def test_more_ranks_than_rows_are_refused(data: Prepared) -> None:
     run = replace(run_config("plain"), batch_size=5000, device_batch=1)
     with pytest.raises(ValueError, match=r"ranks is 5000, but .* rows .*at most as many ranks as rows"):
-        Session(run, data, "cpu", Alone(rank=0, ranks=5000))
+        Training(run, data, "cpu", Alone(rank=0, ranks=5000))
 
 
 def test_torchrun_trains_from_the_command_line(folder: Path, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from lrt.distributed import ALONE
 from lrt.matching import KINDS, PAIRS, WARM, Other, compare, match, seconds_per_token, step_time_ratio
 from lrt.model.flops import count_parameters
 from lrt.run import RunConfig
-from lrt.session import Session
 from lrt.trainer import train
+from lrt.training import Training
 
 
 def config(memory: MemoryConfig, **fields: Any) -> RunConfig:
@@ -92,7 +92,7 @@ def test_wall_clock_divides_the_tokens_by_the_ratio_of_paired_steps(
     seconds = {LRT.schedule: 3.0, TRANSFORMER.schedule: 2.0}
     asked: list[str] = []
 
-    def measured(session: Session) -> float:
+    def measured(session: Training) -> float:
         asked.append(session.run.schedule)
         return seconds[session.run.schedule] * (1 + 0.3 * (len(asked) // 2 % 3 == 0))  # a clock that drifts
 
@@ -106,13 +106,13 @@ def test_wall_clock_divides_the_tokens_by_the_ratio_of_paired_steps(
 def test_a_step_of_a_mixture_costs_the_mean_of_its_parts(data: Prepared, monkeypatch: pytest.MonkeyPatch):
     cost = {"plain()": 1.0, "interleaved(2)": 2.0}
 
-    def step(self: Session) -> dict[str, Any]:
+    def step(self: Training) -> dict[str, Any]:
         self.progress = replace(self.progress, seconds=self.progress.seconds + cost[repr(self.schedule)])
         return {}
 
-    monkeypatch.setattr(Session, "step", step)
+    monkeypatch.setattr(Training, "step", step)
     mixed = replace(LRT, schedule="stages([(0.5, plain()), (0.5, mixture([(0.75, plain()), (0.25, interleaved(2))]))])")
-    assert seconds_per_token(Session(mixed, data, "cpu")) == pytest.approx((0.875 * 1 + 0.125 * 2) / 64)
+    assert seconds_per_token(Training(mixed, data, "cpu")) == pytest.approx((0.875 * 1 + 0.125 * 2) / 64)
 
 
 def test_two_runs_of_one_kind_take_equal_time(data: Prepared):

@@ -20,8 +20,8 @@ from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.keeping import Keeping, snapshot_path, snapshots
 from lrt.run import RunConfig
-from lrt.session import Session
 from lrt.trainer import train
+from lrt.training import Training
 
 MIXTURE = "mixture([(0.5, interleaved(2)), (0.5, settled(0, 1, 1))])"
 
@@ -52,7 +52,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert torch.equal(one[name], other[name]), name
 
 
-def stop_after(session: Session, steps: int, out: Path) -> None:
+def stop_after(session: Training, steps: int, out: Path) -> None:
     """What a kill after `steps` steps leaves: a snapshot of then, and a diary that has gone further."""
     lines = [json.dumps(session.step()) for _ in range(steps)]
     session.save(snapshot_path(out, steps), {})
@@ -68,7 +68,7 @@ def whole(data: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_resuming_anywhere_gives_the_same_weights_and_diary(data: Prepared, whole: Path, tmp_path: Path) -> None:
-    stop_after(Session(run_config(), data, "cpu"), 11, tmp_path)
+    stop_after(Training(run_config(), data, "cpu"), 11, tmp_path)
     train(run_config(), data, tmp_path, progress=False)
     assert_same(weights(tmp_path), weights(whole))
     kept = ("step", "tokens", "loss", "rate", "flops", "schedule")  # all but the clock
@@ -80,7 +80,7 @@ def test_resuming_anywhere_gives_the_same_weights_and_diary(data: Prepared, whol
 
 def test_a_run_without_resume_starts_again(data: Prepared, whole: Path, tmp_path: Path) -> None:
     other = replace(run_config(), seed=9)
-    stop_after(Session(other, data, "cpu"), 5, tmp_path)
+    stop_after(Training(other, data, "cpu"), 5, tmp_path)
     train(run_config(), data, tmp_path, progress=False, resume_from="never")
     assert_same(weights(tmp_path), weights(whole))
 
@@ -88,14 +88,14 @@ def test_a_run_without_resume_starts_again(data: Prepared, whole: Path, tmp_path
 def test_a_fresh_start_leaves_no_snapshot_of_the_old_run(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop_after(Session(replace(run_config(), seed=9), data, "cpu"), 5, tmp_path)
-    monkeypatch.setattr(Session, "step", interrupted)
+    stop_after(Training(replace(run_config(), seed=9), data, "cpu"), 5, tmp_path)
+    monkeypatch.setattr(Training, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(run_config(), data, tmp_path, progress=False, resume_from="never")
     assert snapshots(tmp_path) == []
 
 
-def interrupted(self: Session) -> dict[str, object]:
+def interrupted(self: Training) -> dict[str, object]:
     raise KeyboardInterrupt
 
 
@@ -107,10 +107,10 @@ def test_what_to_keep_is_checked(field: dict[str, int]) -> None:
 
 def test_optimiser_state_matters(data: Prepared, whole: Path, tmp_path: Path) -> None:
     """The guard of the tests above: weights alone do not give the same run."""
-    session = Session(run_config(), data, "cpu")
+    session = Training(run_config(), data, "cpu")
     for _ in range(11):
         session.step()
-    fresh = Session(run_config(), data, "cpu")
+    fresh = Training(run_config(), data, "cpu")
     fresh.model.load_state_dict(session.model.state_dict())
     fresh.progress = session.progress
     while fresh.progress.step < run_config().steps:
@@ -120,7 +120,7 @@ def test_optimiser_state_matters(data: Prepared, whole: Path, tmp_path: Path) ->
 
 
 def test_another_run_or_other_data_is_refused(data: Prepared, tmp_path: Path) -> None:
-    stop_after(Session(run_config(), data, "cpu"), 2, tmp_path / "a")
+    stop_after(Training(run_config(), data, "cpu"), 2, tmp_path / "a")
     with pytest.raises(ValueError, match=r"seed: 3 there, 4 here.*--out"):
         train(replace(run_config(), seed=4), data, tmp_path / "a", progress=False)
     text = tmp_path / "other.txt"
@@ -133,7 +133,7 @@ def test_another_run_or_other_data_is_refused(data: Prepared, tmp_path: Path) ->
 def test_a_damaged_snapshot_is_passed_over(
     data: Prepared, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    session = Session(run_config(), data, "cpu")
+    session = Training(run_config(), data, "cpu")
     stop_after(session, 4, tmp_path)
     session.save(snapshot_path(tmp_path, 5), {})
     damaged = tmp_path / "snapshots" / "step-00000005" / "training.pt"
@@ -147,13 +147,13 @@ def test_old_snapshots_go_and_none_is_left_at_the_end(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    save = Session.save
+    save = Training.save
 
-    def watched(self: Session, path: Path, about: dict[str, object]) -> None:
+    def watched(self: Training, path: Path, about: dict[str, object]) -> None:
         save(self, path, about)
         seen.append(len(snapshots(tmp_path)))
 
-    monkeypatch.setattr(Session, "save", watched)
+    monkeypatch.setattr(Training, "save", watched)
     train(run_config(), data, tmp_path, progress=False, keeping=Keeping(every=5, last=2))
     assert max(seen) == 3  # two, and the newest before the oldest goes
     assert snapshots(tmp_path) == []

@@ -19,8 +19,8 @@ from lrt.loss import StepLoss
 from lrt.model.flops import count_parameters, forward_flops, training_flops
 from lrt.optim import OptimConfig, Optimiser
 from lrt.run import Horizon, RunConfig
-from lrt.session import Session
 from lrt.trainer import resume, train
+from lrt.training import Training
 from lrt.watching import PATIENCE, Diverged, Watching, exploded, memory_weight, widened
 
 MEMORY = MemoryConfig(source=(0, 2), combine="channels", initial="embedding")
@@ -165,7 +165,7 @@ def test_one_dial_sets_every_rung():
 def test_bfloat16_passes_train_float32_weights(data: Prepared, schedule: str):
     losses = {}
     for precision in ("float32", "bfloat16"):
-        session = Session(run_config(precision=precision, schedule=schedule), data, "cpu")
+        session = Training(run_config(precision=precision, schedule=schedule), data, "cpu")
         losses[precision] = [session.step()["loss"] for _ in range(4)]
         assert {p.dtype for p in session.model.parameters()} == {torch.float32}
         states = [v for part in session.optimiser.parts for s in part.state.values() for v in s.values()]
@@ -179,7 +179,7 @@ def test_bfloat16_passes_train_float32_weights(data: Prepared, schedule: str):
 def test_gradients_of_bfloat16_passes_are_float32s_within_its_rounding(data: Prepared, schedule: str):
     found = {}
     for precision in ("float32", "bfloat16"):
-        session = Session(run_config(precision=precision, schedule=schedule), data, "cpu")
+        session = Training(run_config(precision=precision, schedule=schedule), data, "cpu")
         for _ in range(3):  # zero-initialised outputs hide most gradients at first
             session.step()
         session.optimiser.step = lambda step: 1.0  # type: ignore[method-assign]  # keeps the gradients
@@ -193,7 +193,7 @@ def test_gradients_of_bfloat16_passes_are_float32s_within_its_rounding(data: Pre
 
 def test_clipping_scales_the_whole_gradient_down(data: Prepared):
     free, held = (
-        Session(run_config(optim=replace(run_config().optim, clip=clip)), data, "cpu") for clip in (None, 1e-3)
+        Training(run_config(optim=replace(run_config().optim, clip=clip)), data, "cpu") for clip in (None, 1e-3)
     )
     norms = []
     for session in (free, held):
@@ -274,7 +274,7 @@ def test_what_to_watch_is_checked(field: str, value: int):
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    reference = Session(run_config(), data, "cpu")
+    reference = Training(run_config(), data, "cpu")
     for _ in range(5):
         reference.step()
     poisoned(monkeypatch, at=5)
@@ -298,7 +298,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(data: Prepared, monkeypatch: pytest.MonkeyPatch):
-    session = Session(run_config(), data, "cpu")
+    session = Training(run_config(), data, "cpu")
     session.step()
     before = {k: v.clone() for k, v in session.model.state_dict().items()}
     next(session.model.parameters()).register_hook(lambda grad: grad * math.inf)
@@ -328,7 +328,7 @@ def test_an_exploding_loss_stops_the_run(data: Prepared, tmp_path: Path):
 def test_a_finished_run_is_not_trained_again(data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _, first = train(run_config(), data, tmp_path, progress=False)
     before, lines = weights(tmp_path), diary(tmp_path)
-    monkeypatch.setattr(Session, "step", None)
+    monkeypatch.setattr(Training, "step", None)
     model, again = train(run_config(), data, tmp_path, progress=False)
     assert again == first
     assert same(before, model.state_dict())
@@ -338,13 +338,13 @@ def test_a_finished_run_is_not_trained_again(data: Prepared, tmp_path: Path, mon
 
 
 def test_going_on_from_a_snapshot_with_other_rates(data: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    session = Session(run_config(), data, "cpu")
+    session = Training(run_config(), data, "cpu")
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(session.step()) + "\n" for _ in range(4)))
     session.save(snapshot_path(tmp_path, 4), {})
     session.step()
     session.save(snapshot_path(tmp_path, 5), {})
     gentle = run_config(optim=replace(run_config().optim, matrix_lr=0.001), horizon="steps=12")
-    other = Session(gentle, data, "cpu")
+    other = Training(gentle, data, "cpu")
     lines = resume(other, tmp_path, str(snapshot_path(tmp_path, 4)))
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert other.progress.step == 4
@@ -353,10 +353,10 @@ def test_going_on_from_a_snapshot_with_other_rates(data: Prepared, tmp_path: Pat
     other.step()
     assert other.optimiser.muon.param_groups[0]["lr"] == pytest.approx(0.001)
     with pytest.raises(ValueError, match="another run"):
-        resume(Session(replace(gentle, seed=5), data, "cpu"), tmp_path, str(snapshot_path(tmp_path, 4)))
+        resume(Training(replace(gentle, seed=5), data, "cpu"), tmp_path, str(snapshot_path(tmp_path, 4)))
     narrow = replace(gentle, model=replace(gentle.model, width=16))
     with pytest.raises(ValueError, match="another architecture"):
-        resume(Session(narrow, data, "cpu"), tmp_path, str(snapshot_path(tmp_path, 4)))
+        resume(Training(narrow, data, "cpu"), tmp_path, str(snapshot_path(tmp_path, 4)))
 
 
 # Sinks

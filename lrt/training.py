@@ -53,7 +53,7 @@ class Progress:
     flops: float = 0.0
 
 
-class Session:
+class Training:
     """A run in memory. Each of `ranks` has one; their methods are called by all."""
 
     def __init__(self, run: RunConfig, data: Prepared, device: str | torch.device, ranks: Alone = ALONE) -> None:
