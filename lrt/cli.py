@@ -224,7 +224,12 @@ class Evaluate:
         spelled = self.schedule or checkpoint.about(folder).get("schedule", "plain()")
         found = windows(data.split(self.split), model.config.context, self.at_least)
         metrics = evaluate(
-            model, found, tokenizer.token_bytes(), schedules.parse(spelled), batch_size=self.batch_size
+            model,
+            found,
+            tokenizer.token_bytes(),
+            schedules.parse(spelled),
+            batch_size=self.batch_size,
+            prefix_bytes=tokenizer.prefix_bytes("a"),
         ).to_dict()
         if self.json:
             print(json.dumps(metrics))

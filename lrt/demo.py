@@ -120,6 +120,7 @@ def _family(
         schedules.parse(run.schedule),
         batch_size=len(found),
         progress=progress,
+        prefix_bytes=data.tokenizer.prefix_bytes("a"),
     )
     scores = {k: v for k, v in metrics.to_dict().items() if v is not None}
     result = {

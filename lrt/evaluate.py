@@ -157,11 +157,13 @@ def bits_per_byte(
     batch_size: int = BATCH,
     title: str = "scoring",
     progress: bool = True,
+    prefix_bytes: int = 0,
 ) -> tuple[float, int]:
     """(BPB, bytes) of a model over evaluation windows.
 
     `token_bytes` (V,) gives each token's bytes; None (a tokenizer without a byte alphabet) counts the documents'
-    UTF-8 size, which needs all of their windows.
+    UTF-8 size, which needs all of their windows. `prefix_bytes` are those that the tokenizer puts before every
+    document (sentencepiece's space) and that are no part of it.
     """
     if token_bytes is None and not windows.complete:
         raise ValueError(
@@ -179,7 +181,7 @@ def bits_per_byte(
             nats += float(scored[valid].double().sum())
             if token_bytes is not None:
                 size += int(token_bytes[targets[valid]].sum())
-    size = windows.documents.bytes if token_bytes is None else size
+    size = windows.documents.bytes if token_bytes is None else size - prefix_bytes * windows.openings
     return nats / (math.log(2) * size), size
 
 
@@ -191,13 +193,14 @@ def evaluate(
     ablations: bool = True,
     batch_size: int = BATCH,
     progress: bool = True,
+    prefix_bytes: int = 0,
 ) -> Metrics:
     """Score a model under its training schedule and live, and, where it has a memory, live with that replaced."""
     recurrent = bool(model.config.memory.remembered(model.config.depth))
     schedule = schedule if recurrent else plain()
 
     def bpb(chosen: LatentRecurrentTransformer, scorer: Scorer, title: str) -> tuple[float, int]:
-        return bits_per_byte(chosen, windows, token_bytes, scorer, batch_size, title, progress)
+        return bits_per_byte(chosen, windows, token_bytes, scorer, batch_size, title, progress, prefix_bytes)
 
     was_training = model.training
     model.eval()

@@ -63,7 +63,14 @@ def live_scores(
     # Without a byte alphabet only the whole split has a size in bytes.
     found = windows(data.split("val"), context, None if token_bytes is None else targets)
     metrics = evaluate(
-        model, found, token_bytes, schedule, False, batch_size=max(1, AT_ONCE // context), progress=progress
+        model,
+        found,
+        token_bytes,
+        schedule,
+        ablations=False,
+        batch_size=max(1, AT_ONCE // context),
+        progress=progress,
+        prefix_bytes=data.tokenizer.prefix_bytes("a"),
     )
     return {"live_bpb": metrics.live_bpb, "parallel_bpb": metrics.parallel_bpb, "gap": metrics.gap}
 

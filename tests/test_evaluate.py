@@ -126,6 +126,20 @@ def test_a_sample_of_windows_counts_its_own_bytes():
     assert found == pytest.approx(bpb(model, live, whole), rel=0.2)  # an untrained model: bits per token over bytes
 
 
+def test_a_space_that_the_tokenizer_puts_before_every_document_is_no_byte_of_it():
+    """Sentencepiece-like tokenizers; a document's later windows have none."""
+    documents = text((40, 3, 100))
+    every = windows(documents, CONTEXT, at_least=None)
+    assert every.openings == 3 < len(every)
+    assert windows(documents, CONTEXT, at_least=10).openings < 3
+    model = LatentRecurrentTransformer(LRT)
+    found, size = bits_per_byte(model, every, BYTES, live, progress=False)
+    stripped, smaller = bits_per_byte(model, every, BYTES, live, progress=False, prefix_bytes=2)
+    assert smaller == size - 6
+    assert stripped * smaller == pytest.approx(found * size, rel=1e-9)
+    assert metrics(model, schedules.plain(), every, prefix_bytes=2).bytes == smaller
+
+
 # Parallel and live
 
 

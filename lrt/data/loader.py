@@ -62,6 +62,11 @@ class Windows:
         """Tokens that are predicted, over all windows."""
         return int(self.lengths.sum())
 
+    @property
+    def openings(self) -> int:
+        """How many of the windows begin a document."""
+        return int(np.isin(self.starts, self.documents.offsets[:-1]).sum())
+
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Batches of at most `batch_size` windows of similar length.
 
