@@ -1,0 +1,1 @@
+"""Benchmarks: ratios of alternated runs on one machine, never bare seconds (`lrt bench`)."""
