@@ -5,11 +5,16 @@ Training, exact scoring, prefill and decoding are the same thing: a list of posi
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lrt.execution import EAGER, Execution
+from lrt.model.passes import PassState, common_stride
 from lrt.model.state import State, write_copy
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules import Pass, Schedule
@@ -19,11 +24,24 @@ from lrt.schedules import Pass, Schedule
 class Refined:
     """What a schedule leaves behind."""
 
-    hidden: Tensor
-    """(B, T, D): each position by the last pass that computed it."""
-    state: State
     passes: tuple[tuple[Pass, Tensor, Tensor], ...]
     """(pass, its positions (n,), its hidden states (B, n, D)), in order."""
+    length: int
+    """T."""
+    last: State | PassState
+    """What the last pass left."""
+
+    # Training asks for neither of these: both copy.
+
+    @functools.cached_property
+    def hidden(self) -> Tensor:
+        """(B, T, D): each position by the last pass that computed it."""
+        return last_written(list(self.passes), self.length)
+
+    @functools.cached_property
+    def state(self) -> State:
+        """To continue from."""
+        return self.last if isinstance(self.last, State) else self.last.whole()
 
 
 def refine(
@@ -32,11 +50,13 @@ def refine(
     schedule: Schedule,
     documents: Tensor | None = None,
     state: State | None = None,
+    execution: Execution = EAGER,
 ) -> Refined:
     """Run `schedule` over tokens (B, T).
 
     documents (B, T) int says which packed document each token belongs to. With a `state`, the tokens continue behind
     what it holds; its own documents serve. A mixture or stages without a step are drawn (`schedule.drawn`).
+    `execution` says how it is computed, not what.
     """
     batch, length = tokens.shape
     if length == 0:
@@ -50,16 +70,29 @@ def refine(
             raise ValueError(
                 f"the state's rows have lengths {state.lengths.tolist()}; refine continues rows of one length"
             )
-    current = model.empty_state(batch, length, documents, tokens) if state is None else state
+    passes = schedule.drawn().passes(length)
+    current: State | PassState
+    if state is None:
+        current = beginning(model.empty_state(batch, length, documents, tokens), passes, execution)
+    else:
+        current = dataclasses.replace(state, execution=execution)
     ran: list[tuple[Pass, Tensor, Tensor]] = []
-    for p in schedule.drawn().passes(length):
+    for p in passes:
         positions = range(p.start + offset, p.stop + offset, p.stride)
         with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
-            hidden, current = model(tokens[:, p.slice], positions, current)
+            hidden, current = execution.whole_pass(model, tokens[:, p.slice], positions, current)
         if p.detach_memory:
             current = current.detach_memory()
         ran.append((p, torch.arange(p.start, p.stop, p.stride), hidden))
-    return Refined(last_written(ran, length), current, tuple(ran))
+    return Refined(tuple(ran), length, current)
+
+
+def beginning(empty: State, passes: Sequence[Pass], execution: Execution) -> State | PassState:
+    """The State to run `passes` from: by residue classes where all of them are such, else the general one."""
+    stride = common_stride(passes, empty.slots)
+    if stride is None:
+        return dataclasses.replace(empty, execution=execution)
+    return PassState.of(empty, stride, execution)
 
 
 def last_written(ran: list[tuple[Pass, Tensor, Tensor]], length: int) -> Tensor:

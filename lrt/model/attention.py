@@ -1,9 +1,12 @@
-"""Attention of one block over a State's slots.
+"""Attention of one block: queries, keys, values and gates in one product; what it attends to is the State's.
 
 Shapes: B batch, T positions of this call, S slots, D width, H query heads, G key/value heads, K head size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +15,13 @@ from torch.nn import functional as F
 from lrt.config import ModelConfig
 from lrt.model.injection import NoMemory, Projected
 from lrt.model.layers import rms, rotate
-from lrt.model.state import Slots, Visibility, Writer
 
-Cache = tuple[Tensor, Tensor]
-"""Keys and values of one layer, each (B, G, S, K)."""
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> Tensor:
-    """Softmax attention (B, H, T, K) of q (B, H, T, K) over the slots of k, v (B, G, S, K) that `visible` names."""
-    k, v = k[:, :, visible.view], v[:, :, visible.view]
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible.mask, is_causal=visible.causal, enable_gqa=grouped)
+Cache = tuple[Any, Any]
+"""Keys and values of one layer, as the State holds them."""
+FEW = 32
+"""Rows below which joining weights costs more than it saves: a product then reads its weights and little else."""
+EVEN = 16
+"""A joined product's width is padded to a multiple of this: odd widths are up to a fifth slower on CPUs."""
 
 
 class ValueEmbedding(nn.Module):
@@ -34,16 +33,40 @@ class ValueEmbedding(nn.Module):
         self.table = nn.Embedding(config.vocab_size, config.groups * config.head_dim)
         self.gate = nn.Linear(config.width, config.groups, bias=False)
 
-    def forward(self, v: Tensor, u: Tensor, tokens: Tensor) -> Tensor:
-        gate = 2 * torch.sigmoid(self.gate(u)).unsqueeze(-1)
-        return v + gate * self.table(tokens).unflatten(-1, self.heads)
+    def look_up(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """The tokens' rows (B, T, G, K)."""
+        return (self.table(tokens).unflatten(-1, self.heads),)
+
+    def gate_weights(self) -> list[Tensor]:
+        return [self.gate.weight]
+
+    def add(self, v: Tensor, gates: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
+        """v (B, T, G, K) with what `look_up` found, through gates (B, T, G)."""
+        (logits,), (rows,) = gates, found
+        return v + 2 * torch.sigmoid(logits).unsqueeze(-1) * rows
 
 
 class NoValueEmbedding(nn.Module):
     """Absent value embeddings."""
 
-    def forward(self, v: Tensor, u: Tensor, tokens: Tensor) -> Tensor:
+    def look_up(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+    def gate_weights(self) -> list[Tensor]:
+        return []
+
+    def add(self, v: Tensor, gates: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
         return v
+
+
+def joined(u: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The products (B, T, rows) of u (B, T, D) with each of `weights` (rows, D), as one product."""
+    if u.shape[:-1].numel() < FEW:
+        return [F.linear(u, weight) for weight in weights]
+    rows = [weight.shape[0] for weight in weights]
+    padding = -sum(rows) % EVEN
+    weight = torch.cat([*weights, u.new_zeros(padding, u.shape[-1])])
+    return F.linear(u, weight).split([*rows, padding], dim=-1)[:-1]
 
 
 class Attention(nn.Module):
@@ -58,26 +81,21 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.heads * self.size, config.width, bias=False)
         self.value_embedding = ValueEmbedding(config) if config.has_value_embedding(layer) else NoValueEmbedding()
 
-    def forward(
+    def query_key_value(
         self,
         u: Tensor,
-        tokens: Tensor,
+        found: Sequence[Tensor],
         injection: NoMemory,
         projected: Projected,
         angles: tuple[Tensor, Tensor],
-        visible: Visibility,
-        cache: Cache,
-        slots: Slots,
-        write: Writer,
-    ) -> tuple[Tensor, Cache]:
-        """u (B, T, D), the block's normalised input -> (B, T, D), and the cache with these positions replaced."""
-        q = self.query(u).unflatten(-1, (self.heads, self.size))
-        k = self.key(u).unflatten(-1, (self.groups, self.size))
-        v = self.value(u).unflatten(-1, (self.groups, self.size))
-        k, v = injection.key_value(u, k, v, projected)
-        v = self.value_embedding(v, u, tokens)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, T, K), k and v (B, G, T, K) of u (B, T, D), the block's normalised input."""
+        gates, own = injection.gate_weights(), self.value_embedding.gate_weights()
+        weights = [self.query.weight, self.key.weight, self.value.weight, *gates, *own]
+        q, k, v, *logits = joined(u, weights)
+        q = q.unflatten(-1, (self.heads, self.size))
+        k, v = (x.unflatten(-1, (self.groups, self.size)) for x in (k, v))
+        k, v = injection.key_value(logits[: len(gates)], k, v, projected)
+        v = self.value_embedding.add(v, logits[len(gates) :], found)
         q, k = rms(rotate(q, angles)), rms(rotate(k, angles))
-        keys = write(cache[0], slots, k.transpose(1, 2), 2)
-        values = write(cache[1], slots, v.transpose(1, 2), 2)
-        y = attend(q.transpose(1, 2), keys, values, visible)
-        return self.out(y.transpose(1, 2).flatten(2)), (keys, values)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -10,6 +10,8 @@ before the layer stack because the memory is known before it starts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -99,8 +101,9 @@ class Projection(nn.Module):
         else:
             weight = self.weight.transpose(0, 1).flatten(1, 3)  # (C, layers·2·G·K, D)
             out = torch.bmm(memory.flatten(1, 2), weight.transpose(1, 2))
-        out = out.view(channels, batch, length, layers, 2, *self.heads)
-        return tuple((out[:, :, :, i, 0], out[:, :, :, i, 1]) for i in range(layers))
+        # unbind, not indices: the gradients are stacked once, where each index would make zeros for all.
+        pairs = out.view(channels, batch, length, 2 * layers, *self.heads).unbind(3)
+        return tuple(zip(pairs[::2], pairs[1::2], strict=True))
 
 
 class NoMemory(nn.Module):
@@ -118,8 +121,15 @@ class NoMemory(nn.Module):
         """The residual stream (B, T, D) before the block."""
         return x
 
-    def key_value(self, u: Tensor, k: Tensor, v: Tensor, projected: Projected) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, T, G, K) before rotary positions and normalisation; u (B, T, D) is the block's input."""
+    def gate_weights(self) -> list[Tensor]:
+        """Weights (rows, D) of gates: they join the block's product of queries, keys and values."""
+        return []
+
+    def key_value(self, gates: Sequence[Tensor], k: Tensor, v: Tensor, projected: Projected) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, T, G, K) before rotary positions and normalisation.
+
+        gates (B, T, rows), one per weight of `gate_weights`: its product with the block's normalised input.
+        """
         return k, v
 
 
@@ -155,9 +165,13 @@ class KeyValue(NoMemory):
         super().reset()
         nn.init.zeros_(self.gate.weight)
 
-    def key_value(self, u: Tensor, k: Tensor, v: Tensor, projected: Projected) -> tuple[Tensor, Tensor]:
-        gates = 2 * torch.sigmoid(self.gate(u)).unflatten(-1, (-1, self.groups, 1))  # (B, T, 1 + C, G, 1)
-        local, *others = gates.unbind(2)
+    def gate_weights(self) -> list[Tensor]:
+        return [self.gate.weight]
+
+    def key_value(self, gates: Sequence[Tensor], k: Tensor, v: Tensor, projected: Projected) -> tuple[Tensor, Tensor]:
+        (logits,) = gates
+        opened = 2 * torch.sigmoid(logits).unflatten(-1, (-1, self.groups, 1))  # (B, T, 1 + C, G, 1)
+        local, *others = opened.unbind(2)
         k, v = local * k, local * v
         for gate, key, value in zip(others, *projected, strict=True):
             k, v = k + gate * key, v + gate * value

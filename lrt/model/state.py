@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from lrt.execution import EAGER, Execution
 
 Positions = range | Tensor
 """Positions of one call: a range (known to Python, the fast path) or an int tensor (T,) or (B, T)."""
@@ -33,6 +36,12 @@ class Visibility:
     """Queries and keys are the same positions, so that plain causal attention is right and needs no mask."""
     mask: Tensor | None = None
     """(T, n) or (B, 1, T, n) bool, True where visible; None where everything is."""
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Softmax attention (B, H, T, K) of q (B, H, T, K) over the visible slots of keys and values (B, G, S, K)."""
+        k, v = keys[:, :, self.view], values[:, :, self.view]
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal, enable_gqa=grouped)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ class State:
     pending: tuple[range, ...] = ()
     """Strided classes written since; together they may raise `filled`."""
     write: Writer = dataclasses.field(default_factory=lambda: write_copy)
+    execution: Execution = EAGER
+    """How calls compute; decides no numbers."""
 
     # --- facts -------------------------------------------------------------------------------------------------
 
@@ -86,6 +97,11 @@ class State:
     @property
     def slots(self) -> int:
         return self.tokens.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(layers, G, K, P, D): what the model that made it must have."""
+        return (len(self.keys), *self.keys[0].shape[1::2], *self.memory.shape[2:])
 
     @property
     def lengths(self) -> Tensor:

@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lrt.config import ModelConfig
+from lrt.execution import Execution
 from lrt.model import state as states
 from lrt.model.attention import Attention, Cache, ValueEmbedding
 from lrt.model.injection import INJECTIONS, NoMemory, NoProjection, Projected, Projection, Recall
 from lrt.model.layers import MLP, rms, rotary
-from lrt.model.state import Positions, Slots, State, Visibility, Writer, as_positions
+from lrt.model.passes import PassState, Pieces
+from lrt.model.state import Positions, State, Visibility, Writer, as_positions
+
+AnyState = TypeVar("AnyState", State, PassState)
 
 
 class Block(nn.Module):
@@ -42,16 +47,42 @@ class Block(nn.Module):
         memory: Tensor,
         projected: Projected,
         angles: tuple[Tensor, Tensor],
-        visible: Visibility,
+        visible: Visibility | Pieces,
         cache: Cache,
-        slots: Slots,
+        slots: Any,
         write: Writer,
+        execution: Execution,
     ) -> tuple[Tensor, Cache]:
         """x, x0 (B, T, D), memory (C, B, T, D) -> the residual stream after the block, and its cache."""
-        x = self.injection.residual(self.alpha.squeeze() * x + self.beta.squeeze() * x0, memory)
-        y, cache = self.attention(rms(x), tokens, self.injection, projected, angles, visible, cache, slots, write)
-        x = x + y
-        return x + self.mlp(rms(x)), cache
+        found = self.attention.value_embedding.look_up(tokens)
+        x, q, k, v = execution.function(before_attention)(self, x, x0, memory, found, projected, angles)
+        keys, values = write(cache[0], slots, k, 2), write(cache[1], slots, v, 2)
+        y = visible.attend(q, keys, values)
+        return execution.function(after_attention)(self, x, y), (keys, values)
+
+
+# The two halves of a block, functions so that one compiled form serves all blocks. Lookups in tables stay outside:
+# compiled, their gradients are added up in an order that changes from run to run.
+
+
+def before_attention(
+    block: Block,
+    x: Tensor,
+    x0: Tensor,
+    memory: Tensor,
+    found: tuple[Tensor, ...],
+    projected: Projected,
+    angles: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The residual stream with the memory injected (B, T, D); q (B, H, T, K), k and v (B, G, T, K)."""
+    x = block.injection.residual(block.alpha.squeeze() * x + block.beta.squeeze() * x0, memory)
+    return x, *block.attention.query_key_value(rms(x), found, block.injection, projected, angles)
+
+
+def after_attention(block: Block, x: Tensor, y: Tensor) -> Tensor:
+    """x (B, T, D) after attention's output y (B, H, T, K) and the MLP."""
+    x = x + block.attention.out(y.transpose(1, 2).flatten(2))
+    return x + block.mlp(rms(x))
 
 
 class LatentRecurrentTransformer(nn.Module):
@@ -126,7 +157,7 @@ class LatentRecurrentTransformer(nn.Module):
             dtype=weight.dtype,
         )
 
-    def forward(self, tokens: Tensor, positions: Positions, state: State) -> tuple[Tensor, State]:
+    def forward(self, tokens: Tensor, positions: Positions, state: AnyState) -> tuple[Tensor, AnyState]:
         """Compute these positions from what the state holds, and replace what it holds of them.
 
         tokens (B, T) int; positions: a range, or ints (T,) or (B, T). Returns the final hidden state (B, T, D) of
@@ -146,16 +177,16 @@ class LatentRecurrentTransformer(nn.Module):
         angles = rotary(positions, config.head_dim, config.rope_base, x)
         windows = config.windows()
         visible = {window: state.visible(positions, window) for window in set(windows)}
-        slots = state.where(positions)
+        slots, run = state.where(positions), state.execution
         injected = config.memory.injected(config.depth)
         outputs: dict[int, Tensor] = {}
         caches: list[Cache] = []
         for layer, block in enumerate(self.blocks, start=1):
             index = injected.index(layer) if layer in injected and len(projected) > 1 else 0
             cache = state.keys[layer - 1], state.values[layer - 1]
-            x, cache = block(
-                x, x0, tokens, memory, projected[index], angles, visible[windows[layer - 1]], cache, slots, state.write
-            )
+            seen = visible[windows[layer - 1]]
+            given = (x, x0, tokens, memory, projected[index], angles, seen, cache, slots, state.write, run)
+            x, cache = run.block(block, *given)
             caches.append(cache)
             if layer in remembered or layer == config.depth:
                 outputs[layer] = rms(x)
@@ -176,7 +207,7 @@ class LatentRecurrentTransformer(nn.Module):
         other._modules = {**self._modules, "recall": recall}
         return other
 
-    def _check(self, tokens: Tensor, positions: Positions, state: State) -> None:
+    def _check(self, tokens: Tensor, positions: Positions, state: State | PassState) -> None:
         """Wrong sizes are the caller's mistake and named; what only the device knows is left to it."""
         batch, length = tokens.shape
         count = len(positions) if isinstance(positions, range) else positions.shape[-1]
@@ -186,8 +217,14 @@ class LatentRecurrentTransformer(nn.Module):
                 "give one token per position (at least one) and row"
             )
         config = self.config
-        expected = (config.groups, config.head_dim, len(config.memory.remembered(config.depth)), config.width)
-        if len(state.keys) != config.depth or (*state.keys[0].shape[1::2], *state.memory.shape[2:]) != expected:
+        expected = (
+            config.depth,
+            config.groups,
+            config.head_dim,
+            len(config.memory.remembered(config.depth)),
+            config.width,
+        )
+        if state.shape != expected:
             raise ValueError("this state was made by another model; make one with model.empty_state(batch, slots)")
         if isinstance(positions, range) or positions.device.type == "cpu":
             ends = (positions[0], positions[-1]) if isinstance(positions, range) else positions.aminmax()
@@ -195,7 +232,7 @@ class LatentRecurrentTransformer(nn.Module):
                 raise ValueError(f"position {int(ends[0])} is negative; positions count from 0")
             self._check_room(int(ends[1]), length, state)
 
-    def _check_room(self, last: int, length: int, state: State) -> None:
+    def _check_room(self, last: int, length: int, state: State | PassState) -> None:
         if last < state.slots:
             return
         if not state.reusable:
