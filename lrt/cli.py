@@ -23,6 +23,7 @@ from lrt.data.records import Selection
 from lrt.demo import demo, stream
 from lrt.distributed import Alone
 from lrt.evaluate import evaluate
+from lrt.execution import Execution
 from lrt.generate import Sampling
 from lrt.keeping import Keeping
 from lrt.matching import Other, compare, match
@@ -134,6 +135,8 @@ class Train:
     """Snapshots."""
     watching: Watching = dataclasses.field(default_factory=Watching)
     """Live scores and the gap while training, and where numbers go."""
+    execution: Execution = dataclasses.field(default_factory=Execution)
+    """Compiling, and recomputing instead of keeping."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     parallel: Literal["fsdp", "fsdp-reshard", "ddp"] = "fsdp"
@@ -168,6 +171,7 @@ class Train:
             watching=self.watching,
             resume_from=self.resume,
             ranks=ranks,
+            execution=self.execution,
         )
         if not ranks.first:
             return

@@ -11,10 +11,10 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -58,7 +58,7 @@ class Execution:
 
     def function(self, function: F) -> F:
         """A function of tensors and modules, compiled if that is wanted."""
-        return compiled(function) if self.compile == "always" else function
+        return cast(F, compiled(function)) if self.compile == "always" else function
 
     def block(self, block: nn.Module, *arguments: Any) -> Any:
         """Call a block; keep its arguments only, if blocks are to be recomputed."""
@@ -87,7 +87,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def recomputed(module: nn.Module, *arguments: Any) -> Any:
     """`module(*arguments)`, of which only the arguments are kept."""
     # What `Cast` has put in the place of parameters is gone when the backward comes, so it is kept here.
-    swapped = {name: p for name, p in module.named_parameters() if not p.is_leaf}
+    swapped: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if not p.is_leaf}
 
     def call(*arguments: Any) -> Any:
         return functional_call(module, swapped, arguments) if swapped else module(*arguments)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lrt.config import IGNORED
 from lrt.distributed import ALONE, Alone
+from lrt.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.refine import refine
 from lrt.schedules import Pass, Schedule
@@ -34,10 +35,22 @@ def token_nats(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tenso
     return torch.cat(nats).view_as(targets)
 
 
-def summed_nats(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Summed nats of targets (…) under hidden (…, D), with gradients; logits never exist for more than ROWS rows."""
-    head = model.head.weight
-    result: Tensor = LinearCrossEntropy.apply(hidden.flatten(0, -2), head, targets.flatten(), model.config.softcap)  # type: ignore[assignment]
+def summed_nats(
+    model: LatentRecurrentTransformer,
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    execution: Execution = EAGER,
+) -> Tensor:
+    """Σ weight · nats of targets (…) under hidden (…, D), with gradients; weights (…) count each target once if None.
+
+    Logits never exist for more than ROWS rows.
+    """
+    counted = (targets != IGNORED).to(at_least_float32(hidden))
+    if weights is not None:
+        counted = counted * weights
+    arguments = (hidden.flatten(0, -2), model.head.weight, targets.flatten(), counted.flatten())
+    result: Tensor = LinearCrossEntropy.apply(*arguments, model.config.softcap, execution)  # type: ignore[assignment]
     return result
 
 
@@ -52,50 +65,60 @@ def at_least_float32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def grade(z: Tensor, index: Tensor, weights: Tensor, cap: float) -> Tensor:
+    """Nats (n,) of targets `index` (n, 1) under logits z (n, V) before the cap; z becomes their weighted gradient.
+
+    A few sweeps over z, each in place: the head of a small model is half its work, and most of that is these sweeps.
+    """
+    z.div_(cap).tanh_()
+    # Capped logits are at most `cap`, which therefore serves as their maximum while exp(-2 cap) is no underflow.
+    peak = z.new_full((), cap) if cap <= 40 else cap * z.amax(1, keepdim=True)
+    exps = torch.add(-peak, z, alpha=cap).exp_()
+    total = exps.sum(1, keepdim=True)
+    nats = peak + total.log() - cap * z.gather(1, index)
+    z.mul_(z).sub_(1)  # minus the slope of the cap
+    at_target = z.gather(1, index) * weights.unsqueeze(1)
+    z.mul_(exps).mul_(-weights.unsqueeze(1) / total)
+    z.scatter_add_(1, index, at_target)
+    return nats.squeeze(1)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Head, soft-cap and cross-entropy in one, by row blocks; the gradient is made in the forward.
 
-    The head of a small model is half its work. Going through the logits once (three products per block, the softmax
-    used for loss and gradient alike) is what autograd would do, without keeping five copies of (N, V).
+    Going through the logits once (three products per block, the softmax used for loss and gradient alike) is what
+    autograd would do, without keeping five copies of (N, V).
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, cap: float) -> Tensor:
-        wants_grad = any(ctx.needs_input_grad)
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: float, execution: Execution
+    ) -> Tensor:
+        graded = execution.function(grade)
         total = hidden.new_zeros((), dtype=at_least_float32(hidden))
-        d_hidden = torch.empty_like(hidden) if wants_grad else None
-        d_head = torch.zeros_like(head, dtype=total.dtype) if wants_grad else None
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_head = torch.zeros_like(head, dtype=total.dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), ROWS):
             rows = slice(start, start + ROWS)
-            h, wanted = hidden[rows], targets[rows]
-            capped = (h @ head.T).to(total.dtype).div_(cap).tanh_()
-            valid = wanted != IGNORED
-            index = wanted.clamp(min=0).unsqueeze(1)
-            logits = capped * cap
-            lse = logits.logsumexp(1, keepdim=True)
-            total += ((lse - logits.gather(1, index)).squeeze(1) * valid).sum()
-            if d_hidden is None or d_head is None:
-                continue
-            grad = logits.sub_(lse).exp_()  # softmax
-            grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
-            grad *= capped.square_().neg_().add_(1)  # through the tanh
-            grad *= valid.unsqueeze(1)
-            grad = grad.to(hidden.dtype)
-            torch.mm(grad, head, out=d_hidden[rows])
-            if d_head.dtype == h.dtype:
+            h, index = hidden[rows], targets[rows].clamp(min=0).unsqueeze(1)
+            z = (h @ head.T).to(total.dtype)
+            total += (graded(z, index, weights[rows], cap) * weights[rows]).sum()
+            grad = z.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(grad, head, out=d_hidden[rows])
+            if d_head is not None and d_head.dtype == h.dtype:
                 d_head.addmm_(grad.T, h)
-            else:
+            elif d_head is not None:
                 d_head += grad.T @ h  # in float32: a sum of many blocks in bfloat16 loses the small ones
-        if wants_grad:
-            ctx.save_for_backward(d_hidden, d_head)
+        ctx.save_for_backward(d_hidden, d_head)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        d_hidden, d_head = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (scale,) = grads  # a scalar: what it multiplies keeps its type
-        return d_hidden * scale, d_head * scale, None, None
+        d_hidden, d_head = (None if d is None else d * scale for d in ctx.saved_tensors)
+        return d_hidden, d_head, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -111,9 +134,12 @@ class StepLoss:
     passes: tuple[Pass, ...]
     scales: tuple[float, ...]
     """w_p / (n_p Σ w) per pass, 0 for passes that dropped out."""
+    execution: Execution = EAGER
 
     @classmethod
-    def of(cls, schedule: Schedule, targets: Sequence[Tensor], ranks: Alone = ALONE) -> StepLoss:
+    def of(
+        cls, schedule: Schedule, targets: Sequence[Tensor], ranks: Alone = ALONE, execution: Execution = EAGER
+    ) -> StepLoss:
         """From one step's schedule and the targets (B, T) of this rank's micro-batches; all ranks' are counted.
 
         Raises ValueError where there are none.
@@ -127,16 +153,19 @@ class StepLoss:
                 "no pass with a loss weight has a valid target; check the batch and the schedule's weights"
             )
         scales = [w / (n * sum(weights)) if w else 0.0 for w, n in zip(weights, counts, strict=True)]
-        return cls(schedule, passes, tuple(scales))
+        return cls(schedule, passes, tuple(scales), execution)
 
     def __call__(
         self, model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor, documents: Tensor | None
     ) -> Tensor:
         """The share of micro-batch tokens, targets (B, T) in the step's loss; the shares of all ranks sum to it."""
-        out = refine(model, tokens, self.schedule, documents)
-        losses = [
-            scale * summed_nats(model, hidden, targets[:, p.slice])
-            for (p, _, hidden), scale in zip(out.passes, self.scales, strict=True)
-            if scale
+        out = refine(model, tokens, self.schedule, documents, execution=self.execution)
+        scored = [entry for entry in zip(out.passes, self.scales, strict=True) if entry[1]]
+        # One head for all passes: its gradient is made once, and short passes share a block of rows.
+        hidden = torch.cat([hidden.flatten(0, 1) for (_, _, hidden), _ in scored])
+        wanted = torch.cat([targets[:, p.slice].flatten() for (p, _, _), _ in scored])
+        weights = [
+            torch.full((h.shape[:-1].numel(),), scale, device=h.device, dtype=at_least_float32(h))
+            for (_, _, h), scale in scored
         ]
-        return torch.stack(losses).sum()
+        return summed_nats(model, hidden, wanted, torch.cat(weights), self.execution)

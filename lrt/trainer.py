@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lrt import checkpoint, sinks
 from lrt.config import require
 from lrt.data.prepared import Prepared
 from lrt.distributed import ALONE, Alone
+from lrt.execution import EAGER, Execution
 from lrt.keeping import (
     Keeping,
     drop_snapshots,
@@ -107,12 +109,14 @@ def train(
     watching: Watching | None = None,
     resume_from: str = "auto",
     ranks: Alone = ALONE,
+    execution: Execution = EAGER,
 ) -> tuple[LatentRecurrentTransformer, Trained]:
     """Train into folder `out`: metrics.jsonl (a line per step), snapshots/, best/, and checkpoint/ at the end.
 
     Interrupted (Ctrl-C, SIGTERM), it ends its step, saves a snapshot and raises KeyboardInterrupt; called again, it
     goes on from the newest snapshot, bit for bit on a CPU; of a finished run nothing is done again. `resume_from` is
-    `auto`, `never` or a snapshot's folder. Without `watching` nothing is scored on the way. A loss or gradient that is
+    `auto`, `never` or a snapshot's folder. `execution` says how steps are computed, on which no number depends beyond
+    rounding; which path runs is said on standard error. Without `watching` nothing is scored on the way. A loss or gradient that is
     not finite, or a loss that explodes, raises Diverged, naming the step and the last good snapshot, which stays.
 
     All `ranks` call it, with one folder on a disk they share; the first writes. The model that comes back is this
@@ -123,12 +127,13 @@ def train(
         f"the model's vocab_size is {run.model.vocab_size}, the data's {data.vocab_size}; make them equal",
     )
     keeping, watching = keeping or Keeping(), watching or Watching(every=0)
-    training = Training(run, data, device, ranks)
+    training = Training(run, data, device, ranks, execution)
     with ranks.together():
         out.mkdir(parents=True, exist_ok=True)
     lines = resume(training, out, resume_from)
     if training.progress.step < training.steps:
         if ranks.first:
+            print(f"{title}: {training.path}", file=sys.stderr)
             rewrite_diary(out, lines)
         with (
             (out / "metrics.jsonl" if ranks.first else Path(os.devnull)).open("a") as diary,

@@ -18,6 +18,7 @@ from lrt.config import require
 from lrt.data.loader import Batch, Position, Rows, prefetch
 from lrt.data.prepared import Prepared
 from lrt.distributed import ALONE, Alone, clip, load_optimisers
+from lrt.execution import EAGER, Execution
 from lrt.loss import StepLoss
 from lrt.model.flops import training_flops
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -56,9 +57,17 @@ class Progress:
 class Training:
     """A run in memory. Each of `ranks` has one; their methods are called by all."""
 
-    def __init__(self, run: RunConfig, data: Prepared, device: str | torch.device, ranks: Alone = ALONE) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        data: Prepared,
+        device: str | torch.device,
+        ranks: Alone = ALONE,
+        execution: Execution = EAGER,
+    ) -> None:
         torch.manual_seed(run.seed)
         self.run, self.data, self.device, self.ranks = run, data, device, ranks
+        self.execution, self.path = execution.resolved(run.steps, device)
         self.micro_batches = run.micro_batches(ranks.ranks)
         self.model = LatentRecurrentTransformer(run.model).to(device).train()
         self.objective = ranks.parallelise(self.model, DTYPES[run.precision])
@@ -76,7 +85,7 @@ class Training:
         run, done, begun = self.run, self.progress, time.perf_counter()
         current = self.schedule.at(done.step, self.steps, run.seed)
         batches, position = self._batches()
-        step_loss = StepLoss.of(current, [b.targets for b in batches], self.ranks)
+        step_loss = StepLoss.of(current, [b.targets for b in batches], self.ranks, self.execution)
         shares = []
         for batch in batches:
             with self.ranks.accumulating(self.objective, last=batch is batches[-1]):

@@ -6,7 +6,7 @@ Shapes: B batch, T positions of this call, S slots, D width, H query heads, G ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,16 @@ from lrt.model.layers import rms, rotate
 
 Cache = tuple[Any, Any]
 """Keys and values of one layer, as the State holds them."""
+
+
+class Visible(Protocol):
+    """What a State's `visible` gives: the keys and values that one layer's queries see."""
+
+    def attend(self, q: Tensor, keys: Any, values: Any) -> Tensor:
+        """Softmax attention (B, H, T, K) of q (B, H, T, K) over what is visible of one layer's cache."""
+        ...
+
+
 FEW = 32
 """Rows below which joining weights costs more than it saves: a product then reads its weights and little else."""
 EVEN = 16

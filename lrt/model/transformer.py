@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from lrt.config import ModelConfig
 from lrt.execution import Execution
 from lrt.model import state as states
-from lrt.model.attention import Attention, Cache, ValueEmbedding
+from lrt.model.attention import Attention, Cache, ValueEmbedding, Visible
 from lrt.model.injection import INJECTIONS, NoMemory, NoProjection, Projected, Projection, Recall
 from lrt.model.layers import MLP, rms, rotary
-from lrt.model.passes import PassState, Pieces
-from lrt.model.state import Positions, State, Visibility, Writer, as_positions
+from lrt.model.passes import PassState
+from lrt.model.state import Positions, State, Writer, as_positions
 
 AnyState = TypeVar("AnyState", State, PassState)
 
@@ -47,7 +47,7 @@ class Block(nn.Module):
         memory: Tensor,
         projected: Projected,
         angles: tuple[Tensor, Tensor],
-        visible: Visibility | Pieces,
+        visible: Visible,
         cache: Cache,
         slots: Any,
         write: Writer,
