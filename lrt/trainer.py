@@ -116,8 +116,9 @@ def train(
     Interrupted (Ctrl-C, SIGTERM), it ends its step, saves a snapshot and raises KeyboardInterrupt; called again, it
     goes on from the newest snapshot, bit for bit on a CPU; of a finished run nothing is done again. `resume_from` is
     `auto`, `never` or a snapshot's folder. `execution` says how steps are computed, on which no number depends beyond
-    rounding; which path runs is said on standard error. Without `watching` nothing is scored on the way. A loss or gradient that is
-    not finite, or a loss that explodes, raises Diverged, naming the step and the last good snapshot, which stays.
+    rounding; which path runs is said on standard error. Without `watching` nothing is scored on the way. A loss or
+    gradient that is not finite, or a loss that explodes, raises Diverged, naming the step and the last good snapshot,
+    which stays.
 
     All `ranks` call it, with one folder on a disk they share; the first writes. The model that comes back is this
     rank's, under FSDP2 its shards.
