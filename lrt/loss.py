@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lrt.config import IGNORED
 from lrt.distributed import ALONE, Alone
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.refine import refine
+from lrt.refine import Refined, refine
 from lrt.schedules import Pass, Schedule
 
 ROWS = 1024
@@ -133,7 +133,10 @@ class StepLoss:
         self, model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor, documents: Tensor | None
     ) -> Tensor:
         """The share of micro-batch tokens, targets (B, T) in the step's loss; the shares of all ranks sum to it."""
-        out = refine(model, tokens, self.schedule, documents)
+        return self.over(model, refine(model, tokens, self.schedule, documents), targets)
+
+    def over(self, model: LatentRecurrentTransformer, out: Refined, targets: Tensor) -> Tensor:
+        """The same, of passes that ran already."""
         losses = [
             scale * summed_nats(model, hidden, targets[:, p.slice])
             for (p, _, hidden), scale in zip(out.passes, self.scales, strict=True)
