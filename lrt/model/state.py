@@ -313,8 +313,9 @@ def extend(filled: int, pending: tuple[range, ...], new: range) -> tuple[int, tu
         return new.stop, pending
     alike = [r for r in pending if (r.step, r.stop) == (new.step, new.stop) and r != new]
     pending = (*alike, new)
-    residues = {r.start for r in pending}
-    if residues >= set(range(min(new.step, new.stop))):  # 0 … g-1: all classes are there
+    # A class covers its share of filled … stop - 1 if it starts with the first of them.
+    covered = {r.start % r.step for r in pending if r.start < filled + r.step}
+    if covered >= {p % new.step for p in range(filled, min(filled + new.step, new.stop))}:
         return new.stop, ()
     return filled, pending
 
