@@ -34,16 +34,16 @@ def import_checkpoint(source: Path | str, out: Path | str, tokenizer: Path | str
     """
     require(
         Path(tokenizer).suffix != ".pkl",
-        f"{tokenizer} is a pickle, which could run code; write its tokenizer.json, with transformers' TikTokenConverter "
-        "for example, and give that",
+        f"{tokenizer} is a pickle, which could run code; write its tokenizer.json, for example with transformers' "
+        "TikTokenConverter, and give that",
     )
     weights, meta = read(Path(source))
     config, schedule = describe(weights, meta)
     vocabulary = Tokenizer.load(tokenizer)
     require(
         vocabulary.vocab_size == config.vocab_size,
-        f"{tokenizer} has {vocabulary.vocab_size} tokens, the model {config.vocab_size}; give the tokenizer that it was "
-        "trained with",
+        f"{tokenizer} has {vocabulary.vocab_size} tokens, the model {config.vocab_size}; give the tokenizer that it "
+        "was trained with",
     )
     model = LatentRecurrentTransformer(config)
     model.load_state_dict(convert(weights, config))

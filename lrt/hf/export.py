@@ -114,7 +114,8 @@ def flat(module: str) -> str:
 
 def module_file(module: str) -> str:
     spec = find_spec(module)
-    assert spec is not None and spec.origin is not None, module
+    assert spec is not None, module
+    assert spec.origin is not None, module
     return spec.origin
 
 

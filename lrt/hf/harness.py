@@ -52,7 +52,7 @@ def run_tasks(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     require(
         not unknown,
-        f"lm-eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists its own, --include adds a folder of yours",
+        f"lm-eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists its own, --include adds yours",
     )
     model = adapter(source, prefill, batch_size, device)
     found = simple_evaluate(model, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager)
