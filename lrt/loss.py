@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -35,7 +35,12 @@ def token_nats(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tenso
 
 
 def summed_nats(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Summed nats of targets (…) under hidden (…, D), with gradients; logits never exist for more than ROWS rows."""
+    """Summed nats of targets (…) under hidden (…, D), with gradients; logits never exist for more than ROWS rows.
+
+    A head that is more than its weight (an adapter was put around it) is called, and its logits exist at once.
+    """
+    if type(model.head) is not nn.Linear:
+        return summed_nats_reference(model, hidden, targets)
     head = model.head.weight
     result: Tensor = LinearCrossEntropy.apply(hidden.flatten(0, -2), head, targets.flatten(), model.config.softcap)  # type: ignore[assignment]
     return result

@@ -225,11 +225,22 @@ def test_padding_and_packing_in_training():
     mask = torch.zeros_like(padded)
     mask[0, 3:] = 1
     close(model(padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100)).loss, alone[0])
-    model.config.schedule = "multi_refinement(1)"  # in which no pass depends on where in its row a document begins
     packed = torch.cat((tokens[0], tokens[1, :6])).unsqueeze(0)
     positions = torch.cat((torch.arange(9), torch.arange(6))).unsqueeze(0)
     close(model(packed, position_ids=positions).logits[:, 9:], model(tokens[1:, :6]).logits)
     assert not torch.allclose(model(packed).logits[:, 9:], model(tokens[1:, :6]).logits)
+
+
+def test_adapters_around_any_projection_are_called():
+    """What is fused for speed must not go past an adapter: every LoRA matrix gets a gradient."""
+    peft = pytest.importorskip("peft")
+    names = ["query", "key", "value", "out", "up", "down", "head", "gate"]
+    adapted = peft.get_peft_model(make(value_embeddings="all").train(), peft.LoraConfig(r=2, target_modules=names))
+    tokens = prompts(2, 9)
+    adapted(tokens, labels=tokens).loss.backward()
+    lora = {name: p for name, p in adapted.named_parameters() if "lora_B" in name}
+    assert len(lora) == 2 * 8 + 1  # two gates in a block: injection and value embedding
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in lora.values())
 
 
 def test_trainers_count_of_items_makes_shares_of_a_batch():
@@ -276,6 +287,8 @@ def test_what_does_not_work_is_refused():
         model(tokens[:, :1], attention_mask=mask, cache=cache)
     with refused("a cache holds no gradients"):
         model.train()(tokens, cache=cache)
+    with refused("position_ids do not count"):
+        model(tokens, position_ids=torch.arange(6).unsqueeze(0) + 3)
 
 
 def test_caches_of_other_kinds_are_refused():

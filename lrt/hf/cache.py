@@ -11,6 +11,7 @@ In a State a row's positions lie side by side; padding columns are taken out whe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,14 +71,20 @@ def checked(cache: Cache, depth: int) -> Cache:
             "it with DynamicCache(config=model.config)"
         )
     if len(layers) == depth:  # made from a config, which knows the attention layers only
-        layers.append(StaticLayer(layers[0].max_cache_len) if isinstance(cache, StaticCache) else DynamicLayer())
+        layers.append(StaticLayer(layers[0].get_max_length()) if isinstance(cache, StaticCache) else DynamicLayer())
     return cache
+
+
+def columns_of(cache: Cache, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, G, S, K) of the columns that a layer holds."""
+    held: Any = cache.layers[layer]
+    length = int(cache.get_seq_length())
+    return held.keys[:, :, :length], held.values[:, :, :length]
 
 
 def past(cache: Cache, depth: int) -> Tensor | None:
     """Tokens (B, S) of the columns that the cache holds, -1 for padding; None where it is empty."""
-    length = int(cache.get_seq_length())
-    return cache.layers[depth].values[:, 0, :length, 0].long() if length else None
+    return columns_of(cache, depth)[1][:, 0, :, 0].long() if int(cache.get_seq_length()) else None
 
 
 def read(
@@ -99,14 +106,15 @@ def read(
             buffer.narrow(dim, 0, held).copy_(before.compact(old, dim))
         return buffer
 
+    layers = range(config.depth + 1)
+    old = [(None, None) for _ in layers] if cache is None or known is None else [columns_of(cache, i) for i in layers]
     heads = (batch, config.groups, slots, config.head_dim)
-    layers = [] if cache is None or known is None else cache.layers
-    keys = tuple(room(heads, 2, layers[i].keys[:, :, :held] if layers else None) for i in range(config.depth))
-    values = tuple(room(heads, 2, layers[i].values[:, :, :held] if layers else None) for i in range(config.depth))
-    history = None
-    if layers and sources:
-        history = layers[config.depth].keys[:, 0, :held].unflatten(-1, (sources, config.width))
-    memory = room((batch, slots, sources, config.width), 1, history)
+    keys = tuple(room(heads, 2, k) for k, _ in old[:-1])
+    values = tuple(room(heads, 2, v) for _, v in old[:-1])
+    history = old[-1][0]
+    if history is not None and sources:
+        history = history[:, 0].unflatten(-1, (sources, config.width))
+    memory = room((batch, slots, sources, config.width), 1, history if sources else None)
     index = torch.arange(slots, device=tokens.device)
     positions = torch.where(index < start.unsqueeze(1), index, -1)
     written = torch.full((batch, slots), -1, dtype=torch.long, device=tokens.device)

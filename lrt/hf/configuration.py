@@ -43,9 +43,10 @@ class LRTConfig(PreTrainedConfig):
         self.num_key_value_heads = model.groups
         self.head_dim = model.head_dim
         self.max_position_embeddings = model.context
+        self.final_logit_softcapping = model.softcap
         derived = {
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "max_position_embeddings",
+            "num_key_value_heads", "head_dim", "max_position_embeddings", "final_logit_softcapping",
         }  # fmt: skip
         kwargs = {name: value for name, value in kwargs.items() if name not in derived}
         self.use_cache = kwargs.pop("use_cache", True)

@@ -9,6 +9,7 @@ decoded token. In `train()` it is the training schedule (`config.schedule`), wit
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,10 +27,19 @@ from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.prefill import prefill
 from lrt.refine import refine
 
+COUNT = "position_ids do not count the tokens of each text from 0; leave them out. Packed texts are for train() only"
 HF_IGNORED = -100
 """What transformers writes where a label counts nowhere."""
 CACHE_NAME = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 """What this version of transformers calls the cache of an output."""
+
+
+@dataclass
+class LRTOutput(CausalLMOutputWithPast):
+    """Loss, logits and cache, and what the logits were made of."""
+
+    last_hidden_state: Tensor | None = None
+    """(B, T, D), for those who bring a head and a loss of their own (TRL)."""
 
 
 class LRTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -41,7 +51,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config_class = LRTConfig
-    base_model_prefix = "model"
+    base_model_prefix = ""  # the part without a head is this model too: see `LRTOutput.last_hidden_state`
     main_input_name = "input_ids"
     supports_gradient_checkpointing = False
     _supports_sdpa = True
@@ -90,12 +100,13 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
+    ) -> LRTOutput | tuple[Tensor, ...]:
         """Logits (B, T, V) of input_ids (B, T), and the loss where there are labels (B, T).
 
         attention_mask (B, T), or (B, columns held + T): 0 for padding, at either side. position_ids must count each
-        row's real tokens; without mask and cache they may begin anew, which starts a packed document. labels are those
-        of the inputs themselves, -100 where ignored; `num_items_in_batch` is Trainer's count for accumulated batches.
+        row's real tokens; in `train()` they may begin anew, which starts a packed text, computed as a row of its own.
+        labels are those of the inputs themselves, -100 where ignored; `num_items_in_batch` is Trainer's count for
+        accumulated batches.
         Outside `train()` no gradients are made, so that no wrong ones can be.
         """
         require(
@@ -118,7 +129,8 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             logits = self.model.logits(hidden[:, kept])
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
+        named: dict[str, Any] = {CACHE_NAME: cache}
+        output = LRTOutput(loss=loss, logits=logits, last_hidden_state=hidden, **named)
         return output if return_dict is not False else output.to_tuple()
 
     def _recur(self, ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
@@ -131,10 +143,12 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         check_positions(position_ids, start, columns)
         if bool((columns.lengths == 0).all()):
             raise ValueError("attention_mask leaves no token of this call; give at least one per row (BOS will do)")
-        out = prefill(self.model, tokens, state, self.config.prefill, columns.lengths)
+        # A row that has only padding in this call computes one token, of which nothing is kept.
+        out = prefill(self.model, tokens, state, self.config.prefill, columns.lengths.clamp(min=1))
         if cache is not None:
             append(cache, config, out.state, start, tokens, columns)
-        return columns.spread(out.hidden, 1)
+        hidden = nn.functional.pad(out.hidden, (0, 0, 0, ids.shape[1] - out.hidden.shape[1]))
+        return columns.spread(hidden, 1)
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean nats of the labels (B, T) under live hidden states."""
@@ -154,25 +168,53 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         """Hidden states (B, T, D) by the last pass of the training schedule, and the loss over its passes."""
         if cache is not None and int(cache.get_seq_length()):
             raise ValueError("a cache holds no gradients; train on whole sequences, or call model.eval() to continue")
-        columns = Columns.of(real_columns(ids, mask, None))
-        tokens = columns.compact(ids, 1)
-        targets = None if labels is None else shifted(columns.compact(labels, 1))
-        documents = None
-        if position_ids is not None and columns.order is None:
-            documents = (position_ids == 0).cumsum(1).expand_as(ids)  # packed rows: positions begin anew
-            documents = documents if bool((documents != documents[:, :1]).any()) else None
+        rows = Rows.of(ids, mask, position_ids)
+        tokens = rows.split(ids, 0)
+        targets = None if labels is None else shifted(rows.split(labels, HF_IGNORED))
         schedule = schedules.parse(self.config.schedule).drawn()
-        out = refine(self.model, tokens, schedule, documents)
+        out = refine(self.model, tokens, schedule)
         loss = None
         if targets is not None:
             loss = StepLoss.of(schedule, [targets]).over(self.model, out, targets)
             if items is not None:  # a share of an accumulated batch
                 loss = loss * (targets != IGNORED).sum() / items
-        return columns.spread(out.hidden, 1), loss
+        return rows.join(out.hidden, ids.shape), loss
 
-    def _reorder_cache(self, cache: Cache, beam_idx: Tensor) -> Cache:
-        cache.reorder_cache(beam_idx)
-        return cache
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch taken apart into rows that each hold one text from its beginning, padded on the right."""
+
+    index: Tensor
+    """(rows, length) int: where in the flattened batch each token stands, -1 for padding."""
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Rows:
+        """From a batch (B, T). Positions that begin anew start a packed text; what the mask hides is left out."""
+        real = real_columns(ids, mask, None)
+        begins = torch.zeros_like(real) if position_ids is None else (position_ids == 0).expand_as(ids) & real
+        begins[:, 0] = True  # a row never goes on with the text of the row before
+        text = begins.flatten().cumsum(0) - 1
+        flat = real.flatten().nonzero().squeeze(1)
+        text = torch.unique(text[flat], return_inverse=True)[1]  # those without any token are none
+        lengths = torch.bincount(text)
+        within = torch.arange(len(flat), device=ids.device) - (lengths.cumsum(0) - lengths)[text]
+        index = torch.full((len(lengths), int(lengths.max())), -1, device=ids.device)
+        index[text, within] = flat
+        if position_ids is not None:
+            given = position_ids.expand_as(ids).flatten()[flat]
+            require(bool((given == within).all()), COUNT)
+        return cls(index)
+
+    def split(self, columns: Tensor, filler: int) -> Tensor:
+        """The rows of columns (B, T)."""
+        return columns.flatten()[self.index.clamp(min=0)].masked_fill(self.index < 0, filler)
+
+    def join(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """(B, T, D) of rows (rows, length, D), zeros in padding."""
+        inside = self.index >= 0
+        flat = rows.new_zeros(shape.numel(), rows.shape[-1]).index_put((self.index[inside],), rows[inside])
+        return flat.view(*shape, -1)
 
 
 def real_columns(ids: Tensor, mask: Tensor | None, known: Tensor | None) -> Tensor:
@@ -202,10 +244,7 @@ def check_positions(position_ids: Tensor | None, start: Tensor, columns: Columns
     given = columns.compact(position_ids.expand(len(start), -1), 1)
     index = torch.arange(given.shape[1], device=given.device)
     right = (given == start.unsqueeze(1) + index) | (index >= columns.lengths.unsqueeze(1))
-    require(
-        bool(right.all()),
-        "position_ids do not count the tokens of each row; leave them out. Packed documents are for train() only",
-    )
+    require(bool(right.all()), COUNT)
 
 
 def shifted(labels: Tensor) -> Tensor:
