@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, Sampling, checkpoint, generate, schedules, score
 from lrt.data.tokenizer import Tokenizer
 from lrt.hf import LRTConfig, LRTForCausalLM
+from lrt.hf.cache import decoded, encoded
 from lrt.hf.export import export
 from lrt.loss import StepLoss
 
@@ -289,6 +290,12 @@ def test_what_does_not_work_is_refused():
         model.train()(tokens, cache=cache)
     with refused("position_ids do not count"):
         model(tokens, position_ids=torch.arange(6).unsqueeze(0) + 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_type_holds_every_token(dtype):
+    tokens = torch.tensor([[-1, 0, 1, 255, 256, 257, 50_303, 199_999, 2**31 - 5]])
+    assert torch.equal(decoded(encoded(tokens, dtype)), tokens)
 
 
 def test_caches_of_other_kinds_are_refused():

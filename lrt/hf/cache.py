@@ -3,9 +3,9 @@
 Shapes: B rows, S columns of the cache (padding included), T new columns, C real positions at most, G key/value heads,
 K head size, P remembered sources, D width.
 
-The extra layer keeps, per column, the memory (its keys, (B, 1, S, P·D)) and the token (its values, (B, 1, S, 1); -1 for
-padding). It is an ordinary layer, so crop, beam reordering, selection of rows and offloading work as for the others.
-In a State a row's positions lie side by side; padding columns are taken out when it is read and never written to it.
+The extra layer keeps, per column, the memory (its keys, (B, 1, S, P·D)) and the token (its values, (B, 1, S, DIGITS)).
+It is an ordinary layer, so crop, beam reordering, selection of rows and offloading work as for the others. In a State
+a row's positions lie side by side; padding columns are taken out when it is read and never written to it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,20 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from lrt.config import ModelConfig, require
 from lrt.model.state import State, write_in_place
+
+DIGITS, BASE = 4, 256
+"""A token is stored as its digits, which bfloat16 too holds exactly; all zeros are padding."""
+
+
+def encoded(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tokens (B, S), -1 for padding, as digits (B, S, DIGITS)."""
+    places = BASE ** torch.arange(DIGITS, device=tokens.device)
+    return ((tokens.unsqueeze(-1) + 1) // places % BASE).to(dtype)
+
+
+def decoded(digits: Tensor) -> Tensor:
+    """The inverse of `encoded`."""
+    return (digits.long() * BASE ** torch.arange(DIGITS, device=digits.device)).sum(-1) - 1
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,7 @@ def columns_of(cache: Cache, layer: int) -> tuple[Tensor, Tensor]:
 
 def past(cache: Cache, depth: int) -> Tensor | None:
     """Tokens (B, S) of the columns that the cache holds, -1 for padding; None where it is empty."""
-    return columns_of(cache, depth)[1][:, 0, :, 0].long() if int(cache.get_seq_length()) else None
+    return decoded(columns_of(cache, depth)[1][:, 0]) if int(cache.get_seq_length()) else None
 
 
 def read(
@@ -152,7 +166,7 @@ def append(cache: Cache, config: ModelConfig, state: State, start: Tensor, token
         history = state.memory.new_zeros(batch, 1, new, 1)
     real = columns.spread(torch.ones_like(tokens, dtype=torch.bool) & inside(columns, tokens), 1)
     known = torch.where(real, columns.spread(tokens, 1), -1)
-    cache.update(history, known[:, None, :, None], config.depth)
+    cache.update(history, encoded(known, history.dtype).unsqueeze(1), config.depth)
 
 
 def inside(columns: Columns, tokens: Tensor) -> Tensor:

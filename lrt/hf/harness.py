@@ -19,7 +19,6 @@ from lrt import checkpoint
 from lrt.config import require
 from lrt.hf.export import opening, wrap
 
-
 # Both are behind decorators whose types the checker cannot read.
 HFLM: Any = huggingface.HFLM
 simple_evaluate: Any = lm_eval.simple_evaluate
