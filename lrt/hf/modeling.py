@@ -8,13 +8,14 @@ decoded token. In `train()` it is the training schedule (`config.schedule`), wit
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -28,6 +29,8 @@ from lrt.prefill import prefill
 from lrt.refine import refine
 
 COUNT = "position_ids do not count the tokens of each text from 0; leave them out. Packed texts are for train() only"
+WAYS = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
+CACHES = (None, "dynamic", "offloaded", "static")
 HF_IGNORED = -100
 """What transformers writes where a label counts nowhere."""
 CACHE_NAME = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -62,6 +65,19 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LatentRecurrentTransformer(config.model)
         self.post_init()
+
+    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any):  # type: ignore[override]
+        """transformers' generate(), in the ways whose tokens tests hold against the native model's."""
+        config = copy.deepcopy(generation_config or self.generation_config)
+        config.update(**kwargs)
+        mode = config.get_generation_mode(kwargs.get("assistant_model")).value
+        require(mode in WAYS, f"{mode} is not supported by an LRT; what works: {', '.join(WAYS)}")
+        require(
+            config.cache_implementation in CACHES,
+            f"cache_implementation {config.cache_implementation!r} is not supported by an LRT; choose one of "
+            f"{', '.join(map(str, CACHES))}",
+        )
+        return super().generate(inputs, generation_config, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     @staticmethod
     def create_masks_for_generate(config: LRTConfig, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
