@@ -28,7 +28,6 @@ from lrt.sweeps import Flight, Prompt, among, back, settle
 Mode = Literal["exact", "converged", "fast", "one_sweep"]
 Computed = tuple[Tensor, State, list[Certificate]]
 """Each row's last hidden state (B, 1, D), the state, and how each row was computed."""
-MODES = get_args(Mode)
 TOLERANCES: dict[str, float] = {"converged": 1e-5, "fast": 1e-3}
 
 
@@ -122,13 +121,12 @@ def in_chunks(
         )
     if size >= prompt.length:
         return computed(model, prompt, state, mode, calibration)
-    hidden = state.memory.new_zeros(prompt.rows, prompt.length, model.config.width)
+    hidden = state.memory.new_empty(prompt.rows, 1, model.config.width)
     certificates: list[list[Certificate]] = [[] for _ in prompt.lengths]
     for begin in range(0, prompt.length, size):
         rows = [i for i, n in enumerate(prompt.lengths) if n > begin]
         part = prompt.select(rows).part(begin, begin + size)
-        h, chunk, found = computed(model, part, among(state, rows), mode, calibration)
-        hidden[rows, begin : begin + h.shape[1]] = h
+        hidden[rows], chunk, found = computed(model, part, among(state, rows), mode, calibration)
         state = back(state, rows, chunk)
         for row, certificate in zip(rows, found, strict=True):
             certificates[row].append(certificate)
@@ -150,12 +148,11 @@ def computed(
         ([i for i, n in enumerate(prompt.lengths) if n <= longest], partial(token_by_token, reason=reason)),
         ([i for i, n in enumerate(prompt.lengths) if n > longest], partial(swept, mode=mode, calibration=calibration)),
     )
-    hidden = state.memory.new_zeros(prompt.rows, prompt.length, model.config.width)
+    hidden = state.memory.new_empty(prompt.rows, 1, model.config.width)
     certificates: dict[int, Certificate] = {}
     for rows, path in paths:
         if rows:
-            h, part, found = path(model, prompt.select(rows), among(state, rows))
-            hidden[rows, : h.shape[1]] = h
+            hidden[rows], part, found = path(model, prompt.select(rows), among(state, rows))
             state = back(state, rows, part)
             certificates |= dict(zip(rows, found, strict=True))
     return hidden, state, [certificates[row] for row in range(prompt.rows)]
@@ -164,18 +161,19 @@ def computed(
 def at_once(model: LatentRecurrentTransformer, prompt: Prompt, state: State) -> Computed:
     """One plain forward: exact where nothing recurs."""
     hidden, state = model(prompt.tokens, prompt.positions(range(prompt.length)), state)
-    return hidden, state, [Certificate("exact", "one forward: nothing recurs", n) for n in prompt.lengths]
+    return prompt.last(hidden), state, [Certificate("exact", "one forward: nothing recurs", n) for n in prompt.lengths]
 
 
 def token_by_token(model: LatentRecurrentTransformer, prompt: Prompt, state: State, reason: str) -> Computed:
     """Exact: the reference that every other path is held against. A row leaves after its last token."""
-    hidden = state.memory.new_zeros(prompt.rows, prompt.length, model.config.width)
+    hidden = state.memory.new_empty(prompt.rows, 1, model.config.width)
     rows, whole, part, begin = list(range(prompt.rows)), state, prompt, 0
     for end in sorted(set(prompt.lengths)):
+        last = hidden[rows]
         for column in range(begin, end):
             positions = part.positions(range(column, column + 1))
-            h, state = model(part.tokens[:, column : column + 1], positions, state)
-            hidden[rows, column] = h[:, 0]
+            last, state = model(part.tokens[:, column : column + 1], positions, state)
+        hidden[rows] = last
         whole, begin = back(whole, rows, state), end
         rows = [i for i in rows if prompt.lengths[i] > end]
         if rows:
@@ -197,8 +195,7 @@ def swept(
     if failed:
         again = prompt.select(failed)
         part = among(state, failed).crop(torch.tensor(again.starts, device=prompt.tokens.device))
-        h, part, _ = token_by_token(model, again, part, "")
-        hidden[failed, : h.shape[1]] = h
+        hidden[failed], part, _ = token_by_token(model, again, part, "")
         state = back(state, failed, part)
     return hidden, state, certificates
 
@@ -209,4 +206,4 @@ def single(model: LatentRecurrentTransformer, prompt: Prompt, state: State, grou
     flight.sweep(model, groups, 0)
     reason = "one sweep, not looked at"
     rows = [Certificate("single", reason, n, groups, 1, None, None, forwards=prompt.length / n) for n in prompt.lengths]
-    return flight.values[:, :, 0], flight.state, rows
+    return flight.last(), flight.state, rows

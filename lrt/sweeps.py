@@ -190,7 +190,7 @@ def settle(
     up: it is to be computed exactly, and the other results mean nothing for it.
     """
     flight, whole = Flight.of(model, prompt, state), state
-    hidden = flight.values.new_zeros(prompt.rows, prompt.length, model.config.width)
+    hidden = flight.values.new_empty(prompt.rows, 1, model.config.width)
     certificates: dict[int, Certificate] = {}
     sweeps = 0
     while True:
@@ -200,9 +200,7 @@ def settle(
         certificates |= {flight.rows[place]: certificate for place, certificate in leaving.items()}
         if leaving:
             places = torch.tensor(list(leaving), device=hidden.device)
-            hidden[torch.tensor([flight.rows[i] for i in leaving], device=hidden.device), : flight.prompt.length] = (
-                flight.values[places, :, 0]
-            )
+            hidden[torch.tensor([flight.rows[i] for i in leaving], device=hidden.device)] = flight.last()[places]
             whole = back(whole, flight.rows, flight.state)
             if len(leaving) == len(flight.rows):
                 return hidden, whole, [certificates[row] for row in range(prompt.rows)]
