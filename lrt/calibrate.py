@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -16,13 +17,14 @@ from lrt.prefill import TOLERANCES
 from lrt.progress import bar
 from lrt.sweeps import Flight, Prompt
 
-STRIDES = (4, 8, 16, 32, 64)
+STRIDES = (4, 8, 16, 32)
 LENGTH = 512
 """Tokens of the measured prompt, where the context has room for them."""
 LONGEST = 16
 """A stride that has not converged after so many sweeps is passed over."""
-REPEATS = 5
-STEPS = 8
+PAIRS = 5
+"""Times are ratios of calls made in turn, which a busy machine slows alike; of several, the median."""
+STEPS = 32
 """Tokens decoded one after another to time a call with one position: in a row, as what the caches hold matters."""
 
 
@@ -56,9 +58,9 @@ def calibrate(model: LatentRecurrentTransformer, tokens: Tensor, progress: bool 
         overhead = call_overhead(model, tokens)
         tell(1)
         for groups in strides:
-            taken, seconds = sweeps_taken(model, tokens, groups)
+            taken, ratio = sweeps_taken(model, tokens, groups)
             for mode, sweeps in taken.items():
-                costs[mode][Plan(groups, sweeps)] = sweeps * seconds
+                costs[mode][Plan(groups, sweeps)] = sweeps * ratio
             tell(1, f"stride {groups}")
     # What did not converge takes as many sweeps as make everything exact: token by token is then cheaper.
     never = Plan(16, max(1, length // 16))
@@ -67,49 +69,50 @@ def calibrate(model: LatentRecurrentTransformer, tokens: Tensor, progress: bool 
 
 
 def call_overhead(model: LatentRecurrentTransformer, tokens: Tensor) -> float:
-    """The fixed cost of a call, in positions: from the times of a call with one position and of one with all."""
+    """The fixed cost of a call, in positions: from the times of calls with one position and of one with all."""
     length = tokens.shape[1]
+    steps = min(STEPS, length)
     _, state = model(tokens, range(length), model.empty_state(1, length).in_place())
 
-    def single() -> None:
+    def one_by_one() -> None:
         current = state
-        for t in range(length - STEPS, length):
+        for t in range(length - steps, length):
             _, current = model(tokens[:, t : t + 1], range(t, t + 1), current)
 
-    one = fastest(single, tokens.device) / STEPS
-    whole = fastest(lambda: model(tokens, range(length), state), tokens.device)
-    each = max((whole - one) / (length - 1), 1e-9)
-    return max(0.0, one / each - 1)
+    def at_once() -> None:
+        model(tokens, range(length), state)
+
+    # Per position: single = overhead + 1, whole = overhead / length + 1; their ratio q gives the overhead.
+    q = statistics.median(seconds(one_by_one, tokens) / seconds(at_once, tokens) for _ in range(PAIRS)) * length / steps
+    return max(0.0, length * (q - 1) / max(1.0, length - q))
 
 
 def sweeps_taken(model: LatentRecurrentTransformer, tokens: Tensor, groups: int) -> tuple[dict[str, int], float]:
-    """(sweeps until each mode has converged, those that do; seconds of a sweep)."""
+    """(sweeps until each mode has converged, those that do; the time of a sweep over that of a plain forward)."""
     length = tokens.shape[1]
     state = model.empty_state(1, length, tokens=tokens).in_place()
     flight = Flight.of(model, Prompt(tokens, [length], [0]), state)
+    other = model.empty_state(1, length).in_place()
     taken: dict[str, int] = {}
-    spent: list[float] = []
+    ratios: list[float] = []
     for sweep in range(1, min(LONGEST, length // groups) + 1):
-        spent.append(fastest(lambda: flight.sweep(model, groups, 0), tokens.device, repeats=1))
+        spent = seconds(lambda: flight.sweep(model, groups, 0), tokens)
+        ratios.append(spent / seconds(lambda: model(tokens, range(length), other), tokens))
         ((residual,), _, _) = flight.measure()
         if sweep > 1:
-            taken |= {
-                mode: sweep for mode, tolerance in TOLERANCES.items() if residual <= tolerance and mode not in taken
-            }
+            reached = [mode for mode, tolerance in TOLERANCES.items() if residual <= tolerance]
+            taken = {**dict.fromkeys(reached, sweep), **taken}
         if len(taken) == len(TOLERANCES):
             break
-    return taken, min(spent)
+    return taken, statistics.median(ratios)
 
 
-def fastest(work: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
-    """Seconds of the fastest of some calls: a busy machine only adds."""
-    spent = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        spent.append(time.perf_counter() - begin)
-    return min(spent)
+def seconds(work: Callable[[], object], like: Tensor) -> float:
+    """What a call takes on the device of `like`."""
+    if like.device.type == "cuda":
+        torch.cuda.synchronize(like.device)
+    begin = time.perf_counter()
+    work()
+    if like.device.type == "cuda":
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter() - begin
