@@ -97,10 +97,7 @@ def test_nothing_changes_a_session(model: LatentRecurrentTransformer) -> None:
     buffers = (*start.state.keys, *start.state.values, start.state.memory, start.state.tokens, start.state.held)
     kept = [buffer.clone() for buffer in buffers]
     start.generate(5), start.extend([1, 2]), start.crop(4).generate(4), start.fork(9).generate(2)
-    for now, then in zip(
-        (*start.state.keys, *start.state.values, start.state.memory, start.state.held), kept, strict=True
-    ):
-        assert torch.equal(now, then)
+    assert all(torch.equal(now, then) for now, then in zip(buffers, kept, strict=True))
 
 
 def test_saved_and_read_again(model: LatentRecurrentTransformer, tmp_path: Path) -> None:
