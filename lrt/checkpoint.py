@@ -65,13 +65,38 @@ def save(
             weights = ranks.weights(model)
             if ranks.rank == 0:
                 _write(fresh, weights, model.config, tokenizer, about or {})
-                _swap(fresh, path)
+                swap(fresh, path)
     except BaseException as error:
         if ranks.rank == 0:
             shutil.rmtree(fresh, ignore_errors=True)
-        if isinstance(error, safetensors.SafetensorError | RuntimeError):  # what their writers raise on a full disk
-            raise OSError(f"cannot save to {path}: {error}; the previous checkpoint, if any, is untouched") from error
+        # What the libraries' writers raise on a full disk says little of it.
+        if isinstance(error, safetensors.SafetensorError | RuntimeError | OSError):
+            raise OSError(
+                f"cannot save to {path}: {error} ({free(path.parent):,.0f} MB free on that disk, a save needs about "
+                f"{needed(model, training is not None):,.0f}); the previous checkpoint, if any, is untouched"
+            ) from error
         raise
+
+
+def free(path: Path) -> float:
+    """MB free on the disk of `path`, or of the nearest of its parents that exists."""
+    return shutil.disk_usage(next(p for p in [path, *path.absolute().parents] if p.exists())).free / 1e6
+
+
+def needed(model: LatentRecurrentTransformer, training: bool) -> float:
+    """MB that a save takes: the weights, and for training up to two moments of each."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) * (3 if training else 1) / 1e6
+
+
+def differences(theirs: Any, mine: Any, name: str) -> str:
+    """What differs between two values that JSON can write, field by field."""
+    if not (isinstance(theirs, dict) and isinstance(mine, dict)):
+        return f"{name}: {theirs} there, {mine} here"
+    return "; ".join(
+        differences(theirs.get(k), mine.get(k), f"{name}.{k}")
+        for k in {**theirs, **mine}
+        if theirs.get(k) != mine.get(k)
+    )
 
 
 def _write(
@@ -102,7 +127,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _swap(fresh: Path, path: Path) -> None:
+def swap(fresh: Path, path: Path) -> None:
     """Put `fresh` in the place of `path`. Between the two renames the old one is at `_previous`, where `load` looks."""
     previous = _previous(path)
     if path.exists():
@@ -121,6 +146,15 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(model: LatentRecurrentTransformer) -> str:
+    """SHA-256 of a model's configuration and weights, types included: what a state or a calibration belongs to."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(memoryview(weight.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRecurrentTransformer, Tokenizer]:
@@ -151,7 +185,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRe
 def _config(folder: Path) -> tuple[ModelConfig, str]:
     """The model's configuration and the tokenizer's hash; ValueError naming config.json where it makes no sense."""
     file = folder / "config.json"
-    data = _json(file)
+    data = read_json(file)
     if data.get("format") != FORMAT:
         raise ValueError(f"{file}: format {data.get('format')!r}; this version reads {FORMAT}")
     try:
@@ -174,7 +208,11 @@ def load_training(path: str | Path, model: LatentRecurrentTransformer, ranks: Al
     folder = verified(Path(path))
     saved, _ = _config(folder)
     if saved != model.config:
-        raise ValueError(f"{folder} holds another architecture: {saved} instead of {model.config}")
+        theirs, mine = (json.loads(json.dumps(c.to_dict())) for c in (saved, model.config))
+        found = differences(theirs, mine, "model")
+        raise ValueError(
+            f"{folder} holds another architecture ({found}); choose another --out, or start anew with --resume never"
+        )
     if not (folder / "training.pt").is_file():
         raise ValueError(f"{folder} cannot be trained on: it has no training.pt; take a folder of snapshots/")
     load_weights(model, _read_weights(folder), ranks)
@@ -183,18 +221,20 @@ def load_training(path: str | Path, model: LatentRecurrentTransformer, ranks: Al
 
 def about(path: str | Path) -> dict[str, Any]:
     """How the checkpoint came to be: what `save` was given."""
-    return _json(verified(Path(path)) / "config.json")["about"]
+    return read_json(verified(Path(path)) / "config.json")["about"]
 
 
 def verified(path: Path) -> Path:
     """The checkpoint's folder, after its files were held against the manifest."""
-    _recover(path)
+    recover(path)
     if not (path / "manifest.json").exists():  # a run's folder: its checkpoint, or how far it has come
-        _recover(path / "checkpoint")
+        recover(path / "checkpoint")
         path = next(iter([*path.glob("checkpoint"), *sorted(path.glob("snapshots/step-*"), reverse=True)]), path)
     if not (path / "manifest.json").is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no manifest.json; give the folder that `lrt train` wrote")
-    manifest = _json(path / "manifest.json")
+    manifest = read_json(path / "manifest.json")
+    if "model.safetensors" not in manifest and "splits" in manifest:
+        raise ValueError(f"{path} holds prepared data, not a checkpoint; give the folder that `lrt train` wrote")
     for name in sorted({*FILES, *manifest}):
         file, entry = path / name, manifest.get(name)
         if not file.is_file() or not isinstance(entry, dict):
@@ -209,13 +249,14 @@ def verified(path: Path) -> Path:
     return path
 
 
-def _recover(path: Path) -> None:
+def recover(path: Path) -> None:
     """Where a save was cut off between its two renames, the old checkpoint is whole and goes back to its place."""
     if not path.exists() and _previous(path).exists():
         _previous(path).rename(path)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError naming it where it holds none."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:

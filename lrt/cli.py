@@ -1,10 +1,12 @@
-"""The command line: `lrt prepare`, `train`, `evaluate`, `sample`, `demo`. Each verb is a dataclass that runs itself."""
+"""The command line: one verb per thing to do (`lrt --help`). Each is a dataclass that runs itself."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,11 +28,12 @@ from lrt.evaluate import evaluate
 from lrt.execution import Execution
 from lrt.generate import Sampling
 from lrt.keeping import Keeping
-from lrt.matching import Other, compare, match
+from lrt.matching import Other, compare, matched_all
 from lrt.model.flops import count_parameters
+from lrt.nanochat import import_checkpoint
 from lrt.run import RunConfig
 from lrt.trainer import train
-from lrt.watching import Watching
+from lrt.watching import Watching, warn
 
 ABOUT = "Prepare text, train latent recurrent transformers, score them live, and let them write."
 Paths = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE…")]
@@ -54,6 +57,17 @@ def chosen_device(name: str) -> str:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here: {reason}; try --device auto or cpu") from error
     return name
+
+
+@contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """A block that imports what an optional extra installs; ValueError that names it where it is not there."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{what} needs the package {error.name}; install it with pip install 'latent-recurrent-transformer[{name}]'"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -157,11 +171,15 @@ class Train:
         model = dataclasses.replace(self.recipe.model, vocab_size=data.vocab_size)
         run = self.matched(dataclasses.replace(self.recipe, model=model), data, ranks)
         total, dense = count_parameters(run.model)
+        held = data.manifest["splits"]["train"]["tokens"]
         if ranks.first:
             print(
                 f"{total:,} parameters ({dense:,} without tables and head), {run.schedule}, {run.steps:,} steps of "
-                f"{run.batch_tokens:,} tokens: {run.tokens:,} tokens, {run.flops:.3g} training FLOPs"
+                f"{run.batch_tokens:,} tokens: {run.tokens:,} tokens ({run.tokens / held:.2f} epochs of {held:,}), "
+                f"{run.flops:.3g} training FLOPs"
             )
+            if run.tokens > held:
+                warn(f"{run.tokens:,} tokens go {run.tokens / held:.1f} times through the {held:,} of the data")
         _, done = train(
             run,
             data,
@@ -188,10 +206,9 @@ class Train:
     def matched(self, run: RunConfig, data: Prepared, ranks: Alone) -> RunConfig:
         """The run after every --match, and on the screen what is equal and what is not."""
         others = [(kind, Other.read(path)) for kind, path in self.match]
-        for kind, other in others:
-            run = match(run, kind, other, data, ranks)
+        run = matched_all(run, others, data, ranks, self.out)
         for other in {other.path: other for _, other in others}.values() if ranks.first else ():
-            print(f"beside {other.path}:", *map(str, compare(run, other, data)), sep="\n")
+            print(f"beside {other.path}:", *map(str, compare(run, other, data, self.out)), sep="\n")
         return run
 
 
@@ -211,12 +228,24 @@ class Evaluate:
     """Score windows until this many tokens; None scores the whole split."""
     batch_size: int = 64
     """Windows scored at once; no score depends on it."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval to run instead, with true recurrence (needs the extra `lm-eval`)."""
+    tasks_include: Path | None = None
+    """A folder of tasks of your own, as lm-eval's YAML."""
+    tasks_limit: int | None = None
+    """Only so many items of each task. None: all."""
+    tasks_shots: int | None = None
+    """Few-shot examples. None: what each task says."""
+    tasks_prefill: Literal["exact", "converged", "fast", "one_sweep"] = "converged"
+    """How tasks read their texts."""
     json: bool = False
     """Print one JSON object instead of text."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
+        if self.tasks:
+            return self.run_tasks()
         folder = checkpoint.verified(self.checkpoint)
         model, tokenizer = checkpoint.load(folder, chosen_device(self.device))
         data = Prepared.open(self.data)
@@ -241,6 +270,21 @@ class Evaluate:
         for name, value in metrics.items():
             if value is not None:
                 print(f"{name:26} {value:.4f}" if isinstance(value, float) else f"{name:26} {value}")
+
+    def run_tasks(self) -> None:
+        with extra("lm-eval", "--tasks"):
+            from lrt.hf.harness import run_tasks
+        results = run_tasks(
+            self.checkpoint, self.tasks, self.tasks_prefill, self.batch_size, self.tasks_limit, self.tasks_shots,
+            self.tasks_include, chosen_device(self.device),
+        )  # fmt: skip
+        if self.json:
+            print(json.dumps(results, default=str))
+            return
+        for task, metrics in results.items():
+            for metric, value in metrics.items():
+                if isinstance(value, float):
+                    print(f"{task:26} {metric:22} {value:.4f}")
 
 
 @dataclass(frozen=True)
@@ -271,6 +315,43 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a checkpoint as a Hugging Face folder, which works where lrt is not installed."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint folder, or a run's."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write."""
+    prefill: Literal["exact", "converged", "fast", "one_sweep"] = "converged"
+    """How the exported model reads prompts and texts; `model.config.prefill` changes it later."""
+    remote_code: bool = True
+    """Put the code into the folder, to be loaded with trust_remote_code=True. Without it, the folder needs lrt."""
+
+    def run(self) -> None:
+        with extra("hf", "export"):
+            from lrt.hf.export import export
+        export(self.checkpoint, self.out, self.prefill, self.remote_code)
+        print(f"{self.out}: {', '.join(sorted(file.name for file in self.out.iterdir()))}")
+
+
+@dataclass(frozen=True)
+class Import:
+    """Convert a checkpoint of nanochat, or of the paper's authors' LRT, to a checkpoint of this library."""
+
+    source: tyro.conf.Positional[Path]
+    """A model_*.pt with its meta_*.json beside it, or their folder (the newest is taken). Nothing in it is run."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write."""
+    tokenizer: Path
+    """The tokenizer.json that it was trained with."""
+
+    def run(self) -> None:
+        model = import_checkpoint(self.source, self.out, self.tokenizer)
+        total, _ = count_parameters(model.config)
+        print(f"{self.out}: {total:,} parameters, schedule {checkpoint.about(self.out)['schedule']}")
+
+
+@dataclass(frozen=True)
 class Demo:
     """Train a transformer, token shift and an LRT alike, score them live, and write a report."""
 
@@ -291,7 +372,7 @@ class Demo:
         demo(self.out, list(self.text) or None, self.tokens, self.seed, chosen_device(self.device), self.prompt)
 
 
-Verb = Prepare | Train | Evaluate | Sample | Demo
+Verb = Prepare | Train | Evaluate | Sample | Export | Import | Demo
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -18,7 +18,7 @@ from lrt.config import IGNORED
 from lrt.distributed import ALONE, Alone
 from lrt.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.refine import refine
+from lrt.refine import Refined, refine
 from lrt.schedules import Pass, Schedule
 
 ROWS = 1024
@@ -44,11 +44,17 @@ def summed_nats(
 ) -> Tensor:
     """Σ weight · nats of targets (…) under hidden (…, D), with gradients; weights (…) count each target once if None.
 
-    Logits never exist for more than ROWS rows.
+    Logits never exist for more than ROWS rows. A head that is more than its weight (an adapter was put around it) is
+    called, and its logits exist at once.
     """
     counted = (targets != IGNORED).to(at_least_float32(hidden))
     if weights is not None:
         counted = counted * weights
+    if type(model.head) is not nn.Linear:
+        nats = F.cross_entropy(
+            model.logits(hidden).flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return (nats * counted.flatten()).sum()
     arguments = (hidden.flatten(0, -2), model.head.weight, targets.flatten(), counted.flatten())
     result: Tensor = LinearCrossEntropy.apply(*arguments, model.config.softcap, execution)  # type: ignore[assignment]
     return result
@@ -159,7 +165,10 @@ class StepLoss:
         self, model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor, documents: Tensor | None
     ) -> Tensor:
         """The share of micro-batch tokens, targets (B, T) in the step's loss; the shares of all ranks sum to it."""
-        out = refine(model, tokens, self.schedule, documents, execution=self.execution)
+        return self.over(model, refine(model, tokens, self.schedule, documents, execution=self.execution), targets)
+
+    def over(self, model: LatentRecurrentTransformer, out: Refined, targets: Tensor) -> Tensor:
+        """The same, of passes that ran already."""
         scored = [entry for entry in zip(out.passes, self.scales, strict=True) if entry[1]]
         # One head for all passes: its gradient is made once, and short passes share a block of rows.
         hidden = torch.cat([hidden.flatten(0, 1) for (_, _, hidden), _ in scored])

@@ -47,8 +47,8 @@ class ValueEmbedding(nn.Module):
         """The tokens' rows (B, T, G, K)."""
         return (self.table(tokens).unflatten(-1, self.heads),)
 
-    def gate_weights(self) -> list[Tensor]:
-        return [self.gate.weight]
+    def gates(self) -> list[nn.Linear]:
+        return [self.gate]
 
     def add(self, v: Tensor, gates: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
         """v (B, T, G, K) with what `look_up` found, through gates (B, T, G)."""
@@ -62,20 +62,23 @@ class NoValueEmbedding(nn.Module):
     def look_up(self, tokens: Tensor) -> tuple[Tensor, ...]:
         return ()
 
-    def gate_weights(self) -> list[Tensor]:
+    def gates(self) -> list[nn.Linear]:
         return []
 
     def add(self, v: Tensor, gates: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
         return v
 
 
-def joined(u: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The products (B, T, rows) of u (B, T, D) with each of `weights` (rows, D), as one product."""
-    if u.shape[:-1].numel() < FEW:
-        return [F.linear(u, weight) for weight in weights]
-    rows = [weight.shape[0] for weight in weights]
+def joined(u: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
+    """What `layers` without biases give for u (B, T, D), each (B, T, rows), as one product.
+
+    A layer that is more than its weight (an adapter was put around it) is called instead.
+    """
+    if u.shape[:-1].numel() < FEW or any(type(layer) is not nn.Linear for layer in layers):
+        return [layer(u) for layer in layers]
+    rows = [layer.out_features for layer in layers]
     padding = -sum(rows) % EVEN
-    weight = torch.cat([*weights, u.new_zeros(padding, u.shape[-1])])
+    weight = torch.cat([*(layer.weight for layer in layers), u.new_zeros(padding, u.shape[-1])])
     return F.linear(u, weight).split([*rows, padding], dim=-1)[:-1]
 
 
@@ -100,9 +103,9 @@ class Attention(nn.Module):
         angles: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, K), k and v (B, G, T, K) of u (B, T, D), the block's normalised input."""
-        gates, own = injection.gate_weights(), self.value_embedding.gate_weights()
-        weights = [self.query.weight, self.key.weight, self.value.weight, *gates, *own]
-        q, k, v, *logits = joined(u, weights)
+        gates = injection.gates()
+        layers = [self.query, self.key, self.value, *gates, *self.value_embedding.gates()]
+        q, k, v, *logits = joined(u, layers)
         q = q.unflatten(-1, (self.heads, self.size))
         k, v = (x.unflatten(-1, (self.groups, self.size)) for x in (k, v))
         k, v = injection.key_value(logits[: len(gates)], k, v, projected)

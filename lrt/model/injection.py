@@ -70,7 +70,7 @@ class Recall(nn.Module):
         stacked = torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
         if self.weights is None:
             return stacked
-        return rms(torch.einsum("c,cbtd->btd", self.weights, stacked)).unsqueeze(0)
+        return rms(torch.einsum("c,cbtd->btd", self.weights.to(stacked.dtype), stacked)).unsqueeze(0)
 
 
 class NoProjection(nn.Module):
@@ -121,14 +121,14 @@ class NoMemory(nn.Module):
         """The residual stream (B, T, D) before the block."""
         return x
 
-    def gate_weights(self) -> list[Tensor]:
-        """Weights (rows, D) of gates: they join the block's product of queries, keys and values."""
+    def gates(self) -> list[nn.Linear]:
+        """Linear layers on the block's normalised input: they join its product of queries, keys and values."""
         return []
 
-    def key_value(self, gates: Sequence[Tensor], k: Tensor, v: Tensor, projected: Projected) -> tuple[Tensor, Tensor]:
+    def key_value(self, logits: Sequence[Tensor], k: Tensor, v: Tensor, projected: Projected) -> tuple[Tensor, Tensor]:
         """Keys and values (B, T, G, K) before rotary positions and normalisation.
 
-        gates (B, T, rows), one per weight of `gate_weights`: its product with the block's normalised input.
+        logits (B, T, rows), one per layer of `gates`: what it gives.
         """
         return k, v
 
@@ -165,12 +165,12 @@ class KeyValue(NoMemory):
         super().reset()
         nn.init.zeros_(self.gate.weight)
 
-    def gate_weights(self) -> list[Tensor]:
-        return [self.gate.weight]
+    def gates(self) -> list[nn.Linear]:
+        return [self.gate]
 
-    def key_value(self, gates: Sequence[Tensor], k: Tensor, v: Tensor, projected: Projected) -> tuple[Tensor, Tensor]:
-        (logits,) = gates
-        opened = 2 * torch.sigmoid(logits).unflatten(-1, (-1, self.groups, 1))  # (B, T, 1 + C, G, 1)
+    def key_value(self, logits: Sequence[Tensor], k: Tensor, v: Tensor, projected: Projected) -> tuple[Tensor, Tensor]:
+        (gate,) = logits
+        opened = 2 * torch.sigmoid(gate).unflatten(-1, (-1, self.groups, 1))  # (B, T, 1 + C, G, 1)
         local, *others = opened.unbind(2)
         k, v = local * k, local * v
         for gate, key, value in zip(others, *projected, strict=True):
