@@ -16,6 +16,8 @@ import tyro
 from rich.console import Console
 
 from lrt import checkpoint, recipes, schedules
+from lrt.bench.attention import AttentionBench
+from lrt.bench.train import TrainBench
 from lrt.config import require
 from lrt.data.hub import Dataset
 from lrt.data.loader import windows
@@ -372,7 +374,24 @@ class Demo:
         demo(self.out, list(self.text) or None, self.tokens, self.seed, chosen_device(self.device), self.prompt)
 
 
-Verb = Prepare | Train | Evaluate | Sample | Export | Import | Demo
+Benches = (
+    Annotated[TrainBench, tyro.conf.subcommand("train", prefix_name=False)]
+    | Annotated[AttentionBench, tyro.conf.subcommand("attention", prefix_name=False)]
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Paired timings on this machine: training steps, attention."""
+
+    what: Annotated[Benches, tyro.conf.arg(name="")]
+    """What to time."""
+
+    def run(self) -> None:
+        self.what.run()
+
+
+Verb = Prepare | Train | Evaluate | Sample | Export | Import | Demo | Bench
 
 
 def main(arguments: list[str] | None = None) -> None:
