@@ -1,4 +1,4 @@
-"""The command line: `lrt prepare`, `train`, `evaluate`, `sample`, `demo`. Each verb is a dataclass that runs itself."""
+"""The command line: `lrt prepare`, `train`, `evaluate`, `sample`, `demo`, … Each verb is a dataclass that runs itself."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
 from rich.console import Console
 
 from lrt import checkpoint, recipes, schedules
+from lrt.bench.commands import Bench, Calibrate
 from lrt.config import require
 from lrt.data.hub import Dataset
 from lrt.data.loader import windows
@@ -21,6 +21,7 @@ from lrt.data.prepare import SHARD_TOKENS, prepare
 from lrt.data.prepared import Prepared
 from lrt.data.records import Selection
 from lrt.demo import demo, stream
+from lrt.device import chosen_device
 from lrt.distributed import Alone
 from lrt.evaluate import evaluate
 from lrt.generate import Sampling
@@ -39,20 +40,6 @@ else:  # one subcommand per recipe, whose fields the command line overrides
     Recipe = tyro.extras.subcommand_type_from_defaults(
         {name: make() for name, make in recipes.RECIPES.items()}, prefix_names=False
     )
-
-
-def chosen_device(name: str) -> str:
-    """`auto` is CUDA, then Apple's MPS, then the CPU; anything else is torch's own spelling, checked."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name).item()  # a value, which the meta device cannot give
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here: {reason}; try --device auto or cpu") from error
-    return name
 
 
 @dataclass(frozen=True)
@@ -287,7 +274,7 @@ class Demo:
         demo(self.out, list(self.text) or None, self.tokens, self.seed, chosen_device(self.device), self.prompt)
 
 
-Verb = Prepare | Train | Evaluate | Sample | Demo
+Verb = Prepare | Train | Evaluate | Sample | Calibrate | Bench | Demo
 
 
 def main(arguments: list[str] | None = None) -> None:
