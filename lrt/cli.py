@@ -1,4 +1,4 @@
-"""The command line: `lrt prepare`, `train`, `evaluate`, `sample`, `demo`, … Each verb is a dataclass that runs itself."""
+"""The command line: `lrt prepare`, `train`, `evaluate`, `sample`, `demo`, …: dataclasses that run themselves."""
 
 from __future__ import annotations
 

@@ -108,14 +108,17 @@ class Equality:
         given(equality.rows(model, prompts, self.new_tokens), {"hardware": hardware(device)}, self.json)
 
 
+Suite = (
+    Annotated[Inference, tyro.conf.subcommand("inference", prefix_name=False)]
+    | Annotated[Equality, tyro.conf.subcommand("equality", prefix_name=False)]
+)
+
+
 @dataclass(frozen=True)
 class Bench:
     """Measure this machine, and what the library promises on it."""
 
-    suite: (
-        Annotated[Inference, tyro.conf.subcommand("inference", prefix_name=False)]
-        | Annotated[Equality, tyro.conf.subcommand("equality", prefix_name=False)]
-    )  # fmt: skip
+    suite: Annotated[Suite, tyro.conf.arg(name="")]
     """What to measure."""
 
     def run(self) -> None:
