@@ -27,7 +27,8 @@ from lrt.sweeps import Flight, Prompt, among, back, settle
 
 Mode = Literal["exact", "converged", "fast", "one_sweep"]
 Computed = tuple[Tensor, State, list[Certificate]]
-"""Each row's last hidden state (B, 1, D), the state, and how each row was computed."""
+"""Hidden states (B, T, D) of rows of a common length T, the state, and how each row was computed."""
+MODES = get_args(Mode)
 TOLERANCES: dict[str, float] = {"converged": 1e-5, "fast": 1e-3}
 
 
@@ -43,6 +44,8 @@ class Prefilled:
 
     hidden: Tensor
     """(B, 1, D): the final hidden state of each row's last position, which the head reads."""
+    sequence: Tensor
+    """(B, T, D): that of every position, zeros in padding: what scores a whole text."""
     state: State
     report: Report
 
@@ -63,7 +66,7 @@ def prefill(
     gradients. A state made by `in_place` is used up, any other stays as it was. Raises ValueError, before any work, on
     an empty prompt or one that the state cannot hold.
     """
-    require(mode in get_args(Mode), f"prefill is {mode!r}; choose one of {', '.join(get_args(Mode))}")
+    require(mode in MODES, f"prefill is {mode!r}; choose one of {', '.join(MODES)}")
     prompt = checked(model, tokens, state, lengths)
     chosen = calibration or fallback(tokens.device)
     with torch.no_grad():
@@ -76,7 +79,7 @@ def prefill(
         if work.slots != state.slots:
             work = work.resized(state.slots)
         report = Report(mode, TOLERANCES.get(mode), tuple(rows))
-        return Prefilled(hidden, dataclasses.replace(work, write=state.write), report)
+        return Prefilled(prompt.last(hidden), hidden, dataclasses.replace(work, write=state.write), report)
 
 
 def checked(model: LatentRecurrentTransformer, tokens: Tensor, state: State, lengths: Tensor | None) -> Prompt:
@@ -121,12 +124,13 @@ def in_chunks(
         )
     if size >= prompt.length:
         return computed(model, prompt, state, mode, calibration)
-    hidden = state.memory.new_empty(prompt.rows, 1, model.config.width)
+    hidden = state.memory.new_zeros(prompt.rows, prompt.length, model.config.width)
     certificates: list[list[Certificate]] = [[] for _ in prompt.lengths]
     for begin in range(0, prompt.length, size):
         rows = [i for i, n in enumerate(prompt.lengths) if n > begin]
         part = prompt.select(rows).part(begin, begin + size)
-        hidden[rows], chunk, found = computed(model, part, among(state, rows), mode, calibration)
+        new, chunk, found = computed(model, part, among(state, rows), mode, calibration)
+        hidden[rows, begin : begin + part.length] = new
         state = back(state, rows, chunk)
         for row, certificate in zip(rows, found, strict=True):
             certificates[row].append(certificate)
@@ -148,11 +152,12 @@ def computed(
         ([i for i, n in enumerate(prompt.lengths) if n <= longest], partial(token_by_token, reason=reason)),
         ([i for i, n in enumerate(prompt.lengths) if n > longest], partial(swept, mode=mode, calibration=calibration)),
     )
-    hidden = state.memory.new_empty(prompt.rows, 1, model.config.width)
+    hidden = state.memory.new_zeros(prompt.rows, prompt.length, model.config.width)
     certificates: dict[int, Certificate] = {}
     for rows, path in paths:
         if rows:
-            hidden[rows], part, found = path(model, prompt.select(rows), among(state, rows))
+            some = prompt.select(rows)
+            hidden[rows, : some.length], part, found = path(model, some, among(state, rows))
             state = back(state, rows, part)
             certificates |= dict(zip(rows, found, strict=True))
     return hidden, state, [certificates[row] for row in range(prompt.rows)]
@@ -161,19 +166,22 @@ def computed(
 def at_once(model: LatentRecurrentTransformer, prompt: Prompt, state: State) -> Computed:
     """One plain forward: exact where nothing recurs."""
     hidden, state = model(prompt.tokens, prompt.positions(range(prompt.length)), state)
-    return prompt.last(hidden), state, [Certificate("exact", "one forward: nothing recurs", n) for n in prompt.lengths]
+    return (
+        prompt.inside(hidden),
+        state,
+        [Certificate("exact", "one forward: nothing recurs", n) for n in prompt.lengths],
+    )
 
 
 def token_by_token(model: LatentRecurrentTransformer, prompt: Prompt, state: State, reason: str) -> Computed:
     """Exact: the reference that every other path is held against. A row leaves after its last token."""
-    hidden = state.memory.new_empty(prompt.rows, 1, model.config.width)
+    hidden = state.memory.new_zeros(prompt.rows, prompt.length, model.config.width)
     rows, whole, part, begin = list(range(prompt.rows)), state, prompt, 0
     for end in sorted(set(prompt.lengths)):
-        last = hidden[rows]
         for column in range(begin, end):
             positions = part.positions(range(column, column + 1))
-            last, state = model(part.tokens[:, column : column + 1], positions, state)
-        hidden[rows] = last
+            new, state = model(part.tokens[:, column : column + 1], positions, state)
+            hidden[rows, column] = new[:, 0]
         whole, begin = back(whole, rows, state), end
         rows = [i for i in rows if prompt.lengths[i] > end]
         if rows:
@@ -195,7 +203,7 @@ def swept(
     if failed:
         again = prompt.select(failed)
         part = among(state, failed).crop(torch.tensor(again.starts, device=prompt.tokens.device))
-        hidden[failed], part, _ = token_by_token(model, again, part, "")
+        hidden[failed, : again.length], part, _ = token_by_token(model, again, part, "")
         state = back(state, failed, part)
     return hidden, state, certificates
 
@@ -206,4 +214,4 @@ def single(model: LatentRecurrentTransformer, prompt: Prompt, state: State, grou
     flight.sweep(model, groups, 0)
     reason = "one sweep, not looked at"
     rows = [Certificate("single", reason, n, groups, 1, None, None, forwards=prompt.length / n) for n in prompt.lengths]
-    return flight.last(), flight.state, rows
+    return flight.hidden(), flight.state, rows

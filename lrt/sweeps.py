@@ -64,6 +64,12 @@ class Prompt:
         lengths = [min(n, end) - begin for n in self.lengths]
         return Prompt(self.tokens[:, begin:end], lengths, [s + begin for s in self.starts])
 
+    def inside(self, hidden: Tensor) -> Tensor:
+        """Hidden (B, T, D) with zeros in the padding."""
+        lengths = torch.tensor(self.lengths, device=hidden.device).unsqueeze(1)
+        padding = torch.arange(self.length, device=hidden.device) >= lengths
+        return hidden.masked_fill(padding.unsqueeze(2), 0)
+
     def last(self, hidden: Tensor) -> Tensor:
         """Of hidden (B, T, D) each row's last position, (B, 1, D)."""
         rows = torch.arange(self.rows, device=hidden.device)
@@ -142,9 +148,9 @@ class Flight:
         starts = self.prompt.starts
         return residual.tolist(), worst.tolist(), [s + p for s, p in zip(starts, place.tolist(), strict=True)]
 
-    def last(self) -> Tensor:
-        """(B, 1, D): the final hidden state of each row's last position."""
-        return self.prompt.last(self.values[:, :, 0])
+    def hidden(self) -> Tensor:
+        """(B, T, D): the final hidden states, zeros in padding."""
+        return self.prompt.inside(self.values[:, :, 0])
 
 
 def below_top(model: LatentRecurrentTransformer) -> list[int]:
@@ -186,11 +192,11 @@ def settle(
 ) -> tuple[Tensor, State, list[Certificate]]:
     """Sweep until every row has converged, is exact, or has given up.
 
-    Returns the last hidden states (B, 1, D), the state and the certificates. A row whose path is `fallback` has given
+    Returns the hidden states (B, T, D), the state and the certificates. A row whose path is `fallback` has given
     up: it is to be computed exactly, and the other results mean nothing for it.
     """
     flight, whole = Flight.of(model, prompt, state), state
-    hidden = flight.values.new_empty(prompt.rows, 1, model.config.width)
+    hidden = flight.values.new_zeros(prompt.rows, prompt.length, model.config.width)
     certificates: dict[int, Certificate] = {}
     sweeps = 0
     while True:
@@ -200,7 +206,8 @@ def settle(
         certificates |= {flight.rows[place]: certificate for place, certificate in leaving.items()}
         if leaving:
             places = torch.tensor(list(leaving), device=hidden.device)
-            hidden[torch.tensor([flight.rows[i] for i in leaving], device=hidden.device)] = flight.last()[places]
+            rows = torch.tensor([flight.rows[i] for i in leaving], device=hidden.device)
+            hidden[rows, : flight.prompt.length] = flight.hidden()[places]
             whole = back(whole, flight.rows, flight.state)
             if len(leaving) == len(flight.rows):
                 return hidden, whole, [certificates[row] for row in range(prompt.rows)]
