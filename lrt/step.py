@@ -1,4 +1,4 @@
-"""One decoded token for each of the first n rows of a State, each at a position of its own: the model as a flat function.
+"""One decoded token for each of the first n rows of a State, each at a position of its own: a flat function.
 
 The same numbers as `model(tokens, positions, state)`, with the products of `lrt.products`; the State's buffers are
 overwritten. Every position below a row's own must have been written, as decoding in order does.
