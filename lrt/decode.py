@@ -94,8 +94,9 @@ class Fused(Eager):
 
     def asked(self, tokens: Tensor, positions: Tensor, before: Tensor, inside: Tensor) -> Tensor:
         """The same from a recall module of another kind (an ablation), which reads a State."""
-        state = rows_of(self.state, len(tokens))
-        return self.model.recall(state, positions.unsqueeze(1), self.model.embedding).squeeze(2)
+        state, values = rows_of(self.state, len(tokens)), set(positions.tolist())
+        at = range(min(values), max(values) + 1) if len(values) == 1 else positions.unsqueeze(1)
+        return self.model.recall(state, at, self.model.embedding).squeeze(2)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

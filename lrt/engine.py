@@ -89,7 +89,8 @@ class Engine:
             fitting is None or rows <= fitting,
             f"{rows} rows of {slots} slots exceed the {memory} bytes given, which hold {fitting}; give fewer rows",
         )
-        self.model, self.prefill, self.calibration = model, prefill, calibration
+        self.model, self.calibration = model, calibration
+        self.prefill: Mode = prefill
         self.decoder = decoder(model, model.empty_state(rows, slots), mode)
         self.rows = Rows(self.decoder)
         self.slots = slots

@@ -55,7 +55,8 @@ def _generate(
     with torch.no_grad():
         way = decoder(model, model.empty_state(len(tokens), max(1, slots)))
     rows = len(tokens)
-    for position in range(length):
+    hidden = way(tokens[:, 0], [0] * rows)
+    for position in range(1, length):
         hidden = way(tokens[:, position], [position] * rows)
     position = length
     while True:
