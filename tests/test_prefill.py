@@ -324,6 +324,20 @@ def test_float32_converges_too(model: LatentRecurrentTransformer) -> None:
     assert distance(done.hidden[0, 0].double(), exact(single.double(), prompts(1)[0])[-1]) < 1e-4
 
 
+@pytest.mark.parametrize("mode", SWEPT)
+def test_bfloat16_converges_to_its_rounding(mode: Mode) -> None:
+    """Never nearer: the sweeps go on to differ by rounding. What is reported is the tolerance that was used."""
+    model, tokens = model_of(MEMORIES["channels"]), prompts(2)
+    expected = torch.stack([exact(model, row) for row in tokens])
+    half = model.bfloat16()
+    done, plainly = (prefill(half, tokens, half.empty_state(2, 100), m, calibration=PARALLEL) for m in (mode, "exact"))
+    assert done.report.tolerance == 2**-7
+    assert [row.path for row in done.report.rows] == ["sweeps", "sweeps"]
+    assert done.report.converged
+    rounding = distance(plainly.sequence.double(), expected)
+    assert distance(done.sequence.double(), expected) < 1.5 * rounding
+
+
 def test_a_report_is_plain_data(model: LatentRecurrentTransformer) -> None:
     report = run(model, prompts(2), "converged", torch.tensor([70, 9])).report
     assert json.loads(json.dumps(report.to_dict()))["rows"][1]["path"] == "exact"
