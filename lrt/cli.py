@@ -22,16 +22,16 @@ from lrt.data.loader import windows
 from lrt.data.prepare import SHARD_TOKENS, prepare
 from lrt.data.prepared import Prepared
 from lrt.data.records import Selection
-from lrt.demo import demo, stream
+from lrt.demo import demo
 from lrt.device import chosen_device
 from lrt.distributed import Alone
 from lrt.evaluate import evaluate
-from lrt.generate import Sampling
 from lrt.keeping import Keeping
 from lrt.matching import Other, compare, match
 from lrt.model.flops import count_parameters
 from lrt.nanochat import import_checkpoint
 from lrt.run import RunConfig
+from lrt.terminal import Chat, Sample
 from lrt.trainer import train
 from lrt.watching import Watching
 
@@ -268,33 +268,6 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Continue a prompt, token by token, with true recurrence."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, or a run's."""
-    prompt: str = ""
-    """What to continue; empty starts a document."""
-    max_new_tokens: int | None = None
-    """How many tokens; None goes on to the end of the context (without end where every layer slides)."""
-    temperature: float = 0.8
-    """0 takes the most likely token."""
-    top_k: int | None = None
-    """Draw among the k most likely tokens."""
-    top_p: float | None = 0.95
-    """Draw among the fewest tokens whose probability reaches p."""
-    seed: int = 0
-    """Equal seeds give equal text."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-
-    def run(self) -> None:
-        model, tokenizer = checkpoint.load(self.checkpoint, chosen_device(self.device))
-        sampling = Sampling(self.temperature, self.top_k, self.top_p)
-        stream(model, tokenizer, self.prompt, self.max_new_tokens, sampling, self.seed)
-
-
-@dataclass(frozen=True)
 class Export:
     """Write a checkpoint as a Hugging Face folder, which works where lrt is not installed."""
 
@@ -352,7 +325,7 @@ class Demo:
         demo(self.out, list(self.text) or None, self.tokens, self.seed, chosen_device(self.device), self.prompt)
 
 
-Verb = Prepare | Train | Evaluate | Sample | Calibrate | Bench | Export | Import | Demo
+Verb = Prepare | Train | Evaluate | Sample | Chat | Calibrate | Bench | Export | Import | Demo
 
 
 def main(arguments: list[str] | None = None) -> None:

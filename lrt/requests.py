@@ -51,7 +51,7 @@ class Request:
         new = 1 if self.max_new_tokens is None else self.max_new_tokens
         require(
             config.unbounded or len(self.tokens) + max(new, 1) - 1 <= slots,
-            f"a prompt of {len(self.tokens)} tokens and {new} new ones exceed the {slots} slots of a row (context "
+            f"a prompt of {len(self.tokens)} tokens and {new} new ones exceed the {slots} slots of a row (context of "
             f"{config.context}); shorten one of them, or use a model in which every layer has a sliding window",
         )
 
