@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 
 from lrt.bench.rows import Row
-from lrt.generate import Sampling
+from lrt.engine import Engine
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.prefill import prefill
 from lrt.progress import bar
+from lrt.requests import Request
+from lrt.sampling import Sampling
 from lrt.session import Session
 
 MARGIN = 1e-4
@@ -100,7 +102,7 @@ def split(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: i
 
 
 def ragged(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
-    """All at once, as rows of one batch."""
+    """Prefilled at once, padded, and decoded by the model itself."""
     device = model.embedding.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long, device=device)
@@ -117,8 +119,27 @@ def ragged(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: 
     return [(*prompt, *more) for prompt, more in zip(prompts, following, strict=True)]
 
 
+def served(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int, rows: int) -> list[Tokens]:
+    """By the engine, with so many rows."""
+    requests = [Request(prompt, count, GREEDY) for prompt in prompts]
+    answers = Engine(model, rows, slots=max(map(len, prompts)) + count).complete(requests)
+    return [(*prompt, *answer.tokens) for prompt, (answer,) in zip(prompts, answers, strict=True)]
+
+
+def together(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
+    """All in the engine at once."""
+    return served(model, prompts, count, len(prompts))
+
+
+def replaced(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
+    """In the engine with two rows, which are taken by those waiting as soon as they are free."""
+    return served(model, prompts, count, 2)
+
+
 WAYS: dict[str, Way] = {
-    "rows of a ragged batch": ragged,
+    "rows of a ragged batch": together,
+    "rows that replace others": replaced,
+    "rows of a ragged prefill": ragged,
     "forked": forked,
     "cropped": cropped,
     "rewound": rewound,
