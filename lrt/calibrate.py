@@ -13,7 +13,7 @@ from lrt.calibration import Calibration, Plan, device_name
 from lrt.checkpoint import fingerprint
 from lrt.config import require
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.prefill import TOLERANCES
+from lrt.prefill import TOLERANCES, tolerance
 from lrt.progress import bar
 from lrt.sweeps import Flight, Prompt
 
@@ -93,6 +93,7 @@ def sweeps_taken(model: LatentRecurrentTransformer, tokens: Tensor, groups: int)
     state = model.empty_state(1, length, tokens=tokens).in_place()
     flight = Flight.of(model, Prompt(tokens, [length], [0]), state)
     other = model.empty_state(1, length).in_place()
+    limits = {mode: tolerance(mode, model) for mode in TOLERANCES}
     taken: dict[str, int] = {}
     ratios: list[float] = []
     for sweep in range(1, min(LONGEST, length // groups) + 1):
@@ -100,7 +101,7 @@ def sweeps_taken(model: LatentRecurrentTransformer, tokens: Tensor, groups: int)
         ratios.append(spent / seconds(lambda: model(tokens, range(length), other), tokens))
         ((residual,), _, _) = flight.measure()
         if sweep > 1:
-            reached = [mode for mode, tolerance in TOLERANCES.items() if residual <= tolerance]
+            reached = [mode for mode, limit in limits.items() if limit is not None and residual <= limit]
             taken = {**dict.fromkeys(reached, sweep), **taken}
         if len(taken) == len(TOLERANCES):
             break

@@ -47,6 +47,10 @@ class Calibration:
     model: str = ""
     """Fingerprint of the model that it was measured with."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
     def exact(self, length: int, rows: int) -> float:
         """The cost of `length` positions of `rows` rows token by token, in positions."""
         return length * (self.overhead + rows)
@@ -94,7 +98,7 @@ def write(folder: str | Path, calibration: Calibration) -> None:
     """Keep a calibration beside a checkpoint, in the place of an older one for its device."""
     file = Path(folder) / FILE
     entries = {**_entries(file), calibration.device: calibration}
-    data = {"format": FORMAT, "entries": [dataclasses.asdict(entry) for entry in entries.values()]}
+    data = {"format": FORMAT, "entries": [entry.to_dict() for entry in entries.values()]}
     fresh = file.with_name(f".{FILE}.saving")
     fresh.write_text(json.dumps(data, indent=2) + "\n")
     fresh.replace(file)

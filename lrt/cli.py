@@ -11,29 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
 from rich.console import Console
 
 from lrt import checkpoint, recipes, schedules
-from lrt.bench.attention import AttentionBench
-from lrt.bench.train import TrainBench
+from lrt.bench.commands import Bench, Calibrate
 from lrt.config import require
 from lrt.data.hub import Dataset
 from lrt.data.loader import windows
 from lrt.data.prepare import SHARD_TOKENS, prepare
 from lrt.data.prepared import Prepared
 from lrt.data.records import Selection
-from lrt.demo import demo, stream
+from lrt.demo import demo
+from lrt.device import chosen_device
 from lrt.distributed import Alone
 from lrt.evaluate import evaluate
 from lrt.execution import Execution
-from lrt.generate import Sampling
 from lrt.keeping import Keeping
 from lrt.matching import Other, compare, matched_all
 from lrt.model.flops import count_parameters
 from lrt.nanochat import import_checkpoint
 from lrt.run import RunConfig
+from lrt.terminal import Chat, Sample
 from lrt.trainer import train
 from lrt.watching import Watching, warn
 
@@ -45,20 +44,6 @@ else:  # one subcommand per recipe, whose fields the command line overrides
     Recipe = tyro.extras.subcommand_type_from_defaults(
         {name: make() for name, make in recipes.RECIPES.items()}, prefix_names=False
     )
-
-
-def chosen_device(name: str) -> str:
-    """`auto` is CUDA, then Apple's MPS, then the CPU; anything else is torch's own spelling, checked."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name).item()  # a value, which the meta device cannot give
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here: {reason}; try --device auto or cpu") from error
-    return name
 
 
 @contextmanager
@@ -290,33 +275,6 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Continue a prompt, token by token, with true recurrence."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, or a run's."""
-    prompt: str = ""
-    """What to continue; empty starts a document."""
-    max_new_tokens: int | None = None
-    """How many tokens; None goes on to the end of the context (without end where every layer slides)."""
-    temperature: float = 0.8
-    """0 takes the most likely token."""
-    top_k: int | None = None
-    """Draw among the k most likely tokens."""
-    top_p: float | None = 0.95
-    """Draw among the fewest tokens whose probability reaches p."""
-    seed: int = 0
-    """Equal seeds give equal text."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-
-    def run(self) -> None:
-        model, tokenizer = checkpoint.load(self.checkpoint, chosen_device(self.device))
-        sampling = Sampling(self.temperature, self.top_k, self.top_p)
-        stream(model, tokenizer, self.prompt, self.max_new_tokens, sampling, self.seed)
-
-
-@dataclass(frozen=True)
 class Export:
     """Write a checkpoint as a Hugging Face folder, which works where lrt is not installed."""
 
@@ -374,24 +332,7 @@ class Demo:
         demo(self.out, list(self.text) or None, self.tokens, self.seed, chosen_device(self.device), self.prompt)
 
 
-Benches = (
-    Annotated[TrainBench, tyro.conf.subcommand("train", prefix_name=False)]
-    | Annotated[AttentionBench, tyro.conf.subcommand("attention", prefix_name=False)]
-)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Paired timings on this machine: training steps, attention."""
-
-    what: Annotated[Benches, tyro.conf.arg(name="")]
-    """What to time."""
-
-    def run(self) -> None:
-        self.what.run()
-
-
-Verb = Prepare | Train | Evaluate | Sample | Export | Import | Demo | Bench
+Verb = Prepare | Train | Evaluate | Sample | Chat | Calibrate | Bench | Export | Import | Demo
 
 
 def main(arguments: list[str] | None = None) -> None:

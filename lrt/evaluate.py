@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lrt.config import IGNORED
 from lrt.data.loader import Windows
+from lrt.decode import decoder
 from lrt.loss import token_nats
 from lrt.model.injection import Recall
 from lrt.model.state import Positions, State
@@ -47,13 +48,14 @@ def score(
     known = None if documents is None else documents[:, :-1]
     hidden: list[Tensor] = []
     with torch.no_grad():
-        state = model.empty_state(batch, length - 1, known, inputs).in_place()
-        for t in range(length - 1):
-            h, state = model(inputs[:, t : t + 1], range(t, t + 1), state)
-            hidden.append(h)
-            if advance is not None:
-                advance(batch)
-        return token_nats(model, torch.cat(hidden, dim=1), tokens[:, 1:])
+        way = decoder(model, model.empty_state(batch, length - 1, known))
+    for t in range(length - 1):
+        hidden.append(way(inputs[:, t], [t] * batch))
+        if advance is not None:
+            advance(batch)
+    with torch.inference_mode():
+        nats = token_nats(model, torch.stack(hidden, dim=1), tokens[:, 1:])
+    return nats.clone()  # outside inference mode: an ordinary tensor
 
 
 def score_parallel(

@@ -1,4 +1,6 @@
-"""Generation with true recurrence: exact prefill, then one forward per token with keys, values and memory in a State.
+"""Generation with true recurrence: exact prefill, then one step per token with keys, values and memory in a State.
+
+For prompts of one length; `lrt.engine` serves many of any lengths.
 
 Shapes: B batch, T prompt positions, V vocabulary.
 """
@@ -6,54 +8,13 @@ Shapes: B batch, T prompt positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lrt.decode import decoder
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.refine import refine
-from lrt.schedules import sequential
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn."""
-
-    temperature: float = 1.0
-    """Logits are divided by it; 0 takes the most likely token."""
-    top_k: int | None = None
-    """Draw among the k most likely tokens."""
-    top_p: float | None = None
-    """Draw among the fewest most likely tokens whose probability reaches p."""
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be at least 0 (0 takes the likeliest token)")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-
-    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """The next tokens (B,) from logits (B, V)."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(1)
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """The distribution (B, V) that `draw` draws from; temperature above 0."""
-        logits = logits.float() / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        probabilities = logits.softmax(-1)
-        if self.top_p is not None and self.top_p < 1:
-            ordered, order = probabilities.sort(descending=True, stable=True)
-            before = ordered.cumsum(-1) - ordered  # a token stays if those before it have not reached p yet
-            dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= self.top_p)
-            probabilities = probabilities.masked_fill(dropped, 0)
-        return probabilities / probabilities.sum(-1, keepdim=True)
+from lrt.sampling import Sampling
 
 
 def generate(
@@ -92,14 +53,18 @@ def _generate(
         slots = min(slots, model.config.reach + 1) if wanted is not None else model.config.reach + 1
     generator = torch.Generator(tokens.device).manual_seed(seed)
     with torch.no_grad():
-        state = model.empty_state(len(tokens), max(1, slots)).in_place()
-        out = refine(model, tokens, sequential(), state=state)
-        hidden, state = out.hidden[:, -1:], out.state
-        position = length
-        while wanted is None or position < length + wanted:
-            following = sampling.draw(model.logits(hidden[:, -1]), generator)
-            yield following
-            position += 1
-            if wanted is not None and position >= length + wanted:
-                return
-            hidden, state = model(following.unsqueeze(1), range(position - 1, position), state)
+        way = decoder(model, model.empty_state(len(tokens), max(1, slots)))
+    rows = len(tokens)
+    hidden = way(tokens[:, 0], [0] * rows)
+    for position in range(1, length):
+        hidden = way(tokens[:, position], [position] * rows)
+    position = length
+    while True:
+        with torch.inference_mode():
+            following = sampling.draw(way.logits(hidden), generator)
+        following = following.clone()  # outside inference mode: an ordinary tensor, which training may use
+        yield following
+        position += 1
+        if wanted is not None and position >= length + wanted:
+            return
+        hidden = way(following, [position - 1] * rows)

@@ -29,7 +29,8 @@ Mode = Literal["exact", "converged", "fast", "one_sweep"]
 Computed = tuple[Tensor, State, list[Certificate]]
 """Hidden states (B, T, D) of rows of a common length T, the state, and how each row was computed."""
 MODES = get_args(Mode)
-TOLERANCES: dict[str, float] = {"converged": 1e-5, "fast": 1e-3}
+TOLERANCES: dict[Mode, float] = {"converged": 1e-5, "fast": 1e-3}
+"""Of the modes that sweep until converged (contract, section 4)."""
 
 
 class Path(Protocol):
@@ -78,8 +79,17 @@ def prefill(
         work = work.crop(prompt.ends)
         if work.slots != state.slots:
             work = work.resized(state.slots)
-        report = Report(mode, TOLERANCES.get(mode), tuple(rows))
+        report = Report(mode, tolerance(mode, model), tuple(rows))
         return Prefilled(prompt.last(hidden), hidden, dataclasses.replace(work, write=state.write), report)
+
+
+def tolerance(mode: Mode, model: LatentRecurrentTransformer) -> float | None:
+    """The residual below which a row has converged; None where the mode asks for none.
+
+    Never less than the spacing of the weights' type at 1: sweeps of a bfloat16 model go on to differ by rounding.
+    """
+    asked = TOLERANCES.get(mode)
+    return None if asked is None else max(asked, torch.finfo(model.embedding.weight.dtype).eps)
 
 
 def checked(model: LatentRecurrentTransformer, tokens: Tensor, state: State, lengths: Tensor | None) -> Prompt:
@@ -196,9 +206,10 @@ def swept(
     # Source 0 of a position is its predecessor's token, whichever of the two is computed first.
     state = state.write_tokens(prompt.positions(range(prompt.length)), prompt.tokens)
     groups = calibration.plan(mode).groups
-    if mode == "one_sweep":
+    limit = tolerance(mode, model)
+    if limit is None:
         return single(model, prompt, state, groups)
-    hidden, state, certificates = settle(model, prompt, state, groups, TOLERANCES[mode], calibration)
+    hidden, state, certificates = settle(model, prompt, state, groups, limit, calibration)
     failed = [i for i, certificate in enumerate(certificates) if certificate.path == "fallback"]
     if failed:
         again = prompt.select(failed)

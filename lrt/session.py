@@ -12,7 +12,6 @@ On the disk a session is a folder, and reading one unpickles nothing:
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -30,10 +29,10 @@ from lrt.calibration import Calibration
 from lrt.certificate import Report
 from lrt.checkpoint import fingerprint, read_json, recover, sha256, swap
 from lrt.config import require
-from lrt.generate import Sampling
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.prefill import Mode, Prefilled, prefill
+from lrt.sampling import Sampling, draw_rows
 
 FORMAT = 1
 CHUNK = 256
@@ -124,8 +123,7 @@ class Session:
         with torch.no_grad():
             for _ in range(max_new_tokens):
                 position = len(tokens)
-                logits = self.model.logits(hidden[:, -1]).cpu()
-                token = int(sampling.draw(logits, generator_at(self.seed, position)))
+                token = int(draw_rows(self.model.logits(hidden[:, -1]), [sampling], [(self.seed, position)]))
                 tokens.append(token)
                 if tell is not None:
                     tell(token)
@@ -206,12 +204,6 @@ def _extended(session: Session, tokens: Sequence[int], mode: Mode, calibration: 
         hidden=done.hidden,
         report=done.report,
     )
-
-
-def generator_at(seed: int, position: int) -> torch.Generator:
-    """What the token at a position is drawn with: a function of (seed, position), so that going back is exact."""
-    digest = hashlib.sha256(f"{seed} {position}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _tensors(session: Session) -> dict[str, Tensor]:

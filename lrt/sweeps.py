@@ -101,7 +101,7 @@ class Flight:
         rows, length = prompt.tokens.shape
         compared = 1 + len(below_top(model))
         values = state.memory.new_zeros(rows, length, compared, model.config.width)
-        zeros = values.new_zeros(rows, length, compared)
+        zeros = values.new_zeros(rows, length, compared, dtype=torch.promote_types(values.dtype, torch.float32))
         return cls(
             list(range(rows)), prompt, state, values, zeros, zeros.clone(), [[] for _ in range(rows)], [0] * rows
         )
@@ -132,8 +132,8 @@ class Flight:
             hidden, self.state = model(self.prompt.tokens[:, where], positions, self.state)
             memory = gather(self.state.memory, self.state.where(positions), 1)[:, :, others]
             new = torch.cat([hidden.unsqueeze(2), memory], 2)
-            self.moved[:, where] = (new - self.values[:, where]).square().sum(-1)
-            self.size[:, where] = new.square().sum(-1)
+            self.moved[:, where] = (new - self.values[:, where]).to(self.moved).square().sum(-1)
+            self.size[:, where] = new.to(self.size).square().sum(-1)
             self.values[:, where] = new
             self.computed += len(columns)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import itertools
 import json
 import re
@@ -18,10 +19,11 @@ import pytest
 import torch
 
 from lrt import cli
-from lrt.checkpoint import about, load
+from lrt.checkpoint import about, load, save
 from lrt.cli import main
 from lrt.config import MemoryConfig, ModelConfig
 from lrt.data.corpus import stdlib_files
+from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.optim import OptimConfig
 from lrt.recipes import RECIPES
 from lrt.run import RunConfig
@@ -110,7 +112,7 @@ def field_docs(kind: type) -> dict[str, str]:
 def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = helped(capsys)
-    for verb in (cli.Prepare, cli.Train, cli.Evaluate, cli.Sample, cli.Demo):
+    for verb in (cli.Prepare, cli.Train, cli.Evaluate, cli.Sample, cli.Chat, cli.Demo):
         assert verb.__name__.lower() in text
         assert bare(verb.__doc__ or "?") in text
 
@@ -121,11 +123,12 @@ def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str], monkeypatch: p
         (("prepare",), (cli.Prepare,)),
         (("evaluate",), (cli.Evaluate,)),
         (("sample",), (cli.Sample,)),
+        (("chat",), (cli.Chat,)),
         (("demo",), (cli.Demo,)),
         (("train",), (cli.Train,)),
         (("train", "d2"), (RunConfig, ModelConfig, MemoryConfig, OptimConfig)),
     ],
-    ids=["prepare", "evaluate", "sample", "demo", "train", "train d2"],
+    ids=["prepare", "evaluate", "sample", "chat", "demo", "train", "train d2"],
 )
 def test_help_of_a_verb_has_every_fields_docstring(
     arguments: tuple[str, ...],
@@ -238,6 +241,55 @@ def test_sample_continues_the_prompt_and_equal_seeds_give_equal_text(run: Path, 
     assert sampled(capsys, *arguments, "--temperature", "0", "--seed", "1") == greedy
     assert sampled(capsys, str(run), "--prompt", "def f(", "--max-new-tokens", "0") == "def f(\n"
     assert sampled(capsys, str(run), "--max-new-tokens", "3") != ""  # an empty prompt starts a document
+
+
+def test_several_prompts_and_samples_are_continued_at_once(run: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = (str(run), "--max-new-tokens", "8", "--prefill", "exact")
+    alone = [
+        sampled(capsys, *arguments, "--prompt", prompt, "--seed", seed)
+        for prompt in ("def f(", "import os\nfrom")
+        for seed in ("3", "4")
+    ]
+    together = sampled(capsys, *arguments, "--prompt", "def f(", "import os\nfrom", "--n", "2", "--seed", "3")
+    titles = [f"--- prompt {p}, sample {s}\n" for p in (1, 2) for s in (1, 2)]
+    assert together == "".join(title + text for title, text in zip(titles, alone, strict=True))
+    assert len(set(alone)) == 4
+
+
+def chatted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str, *arguments: str) -> Any:
+    """What `lrt chat` prints for lines on standard input."""
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    main(["chat", *arguments, "--max-new-tokens", "5", "--prefill", "exact"])
+    return capsys.readouterr()
+
+
+def test_chat_through_a_pipe(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    _, tokenizer = load(run / "checkpoint")
+    config = ModelConfig(depth=2, width=16, heads=2, vocab_size=tokenizer.vocab_size, context=200)
+    torch.manual_seed(0)
+    save(tmp_path / "talker", LatentRecurrentTransformer(config), tokenizer)
+    run = tmp_path / "talker"
+    once = chatted(capsys, monkeypatch, "a b\n/exit\nnot read\n", str(run)).out
+    assert once.count("\n") == 1
+    # A turn that is taken back leaves no trace; a saved conversation goes on as this one does.
+    folder = tmp_path / "talk"
+    lines = f"a b\nx\n/undo\n/save {folder}\nc\n/undo\n/undo\n/undo\n"
+    first = chatted(capsys, monkeypatch, lines, str(run))
+    answers = first.out.splitlines()
+    assert answers[0] == once.strip("\n")
+    assert answers[2:4] == ["1 turns left", f"{folder}: 1 turns"]
+    assert answers[5:] == ["1 turns left", "0 turns left"]
+    assert first.err == "lrt: there is no turn to take back\n"
+    second = chatted(capsys, monkeypatch, f"/load {folder}\nc\n/nonsense\n/save\n", str(run))
+    assert second.out.splitlines() == [f"{folder}: 1 turns", answers[4]]
+    assert "unknown command /nonsense" in second.err
+    assert "/save needs a folder" in second.err
+    long = chatted(capsys, monkeypatch, "x" * 300 + "\na b\n", str(run))
+    assert "the context is 200; take turns back" in long.err
+    assert long.out == once  # as it was before
 
 
 # Mistakes

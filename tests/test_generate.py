@@ -15,6 +15,7 @@ from test_exactness import TOLERANCE, VISIBLE, assert_same, documents_of, random
 from torch import Tensor
 
 from lrt import MemoryConfig, ModelConfig, Sampling, generate, refine, schedules, score
+from lrt.decode import Fused
 from lrt.model.transformer import LatentRecurrentTransformer
 
 V, CONTEXT = 31, 16
@@ -289,13 +290,13 @@ def test_a_prompt_without_a_batch_is_an_error():
 
 def test_generation_is_lazy(monkeypatch: pytest.MonkeyPatch):
     model, calls = random_model(CONFIGS["both"]), []
-    forward = LatentRecurrentTransformer.forward
+    step = Fused.__call__
 
-    def counted(self: Any, tokens: Tensor, positions: Any, state: Any) -> Any:
-        calls.extend(positions)
-        return forward(self, tokens, positions, state)
+    def counted(self: Any, tokens: Tensor, positions: Any) -> Any:
+        calls.extend(set(positions))
+        return step(self, tokens, positions)
 
-    monkeypatch.setattr(LatentRecurrentTransformer, "forward", counted)
+    monkeypatch.setattr(Fused, "__call__", counted)
     tokens = generate(model, prompt(length=4), 10)
     assert calls == []  # nothing before it is asked for
     next(tokens)

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig
-from lrt.generate import Sampling
+from lrt.engine import Engine
+from lrt.requests import Request
+from lrt.sampling import Sampling
 from lrt.session import CHUNK, Session
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
@@ -80,6 +82,13 @@ def test_rewound_and_continued_otherwise(model: LatentRecurrentTransformer) -> N
 def test_rewound_draws_the_same_again(model: LatentRecurrentTransformer) -> None:
     drawn = Session.start(model, PROMPT, "exact", seed=5).generate(6)
     assert drawn.rewind(4).generate(4).tokens == drawn.tokens
+
+
+def test_the_engine_draws_the_same(model: LatentRecurrentTransformer) -> None:
+    sampling = Sampling(temperature=0.9, top_k=20)
+    session = Session.start(model, PROMPT, "exact", seed=5).generate(8, sampling)
+    ((served,),) = Engine(model, rows=1).complete([Request(tuple(PROMPT), 8, sampling, seed=5)])
+    assert (*PROMPT, *served.tokens) == session.tokens
 
 
 def test_forks_are_independent(model: LatentRecurrentTransformer) -> None:

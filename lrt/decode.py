@@ -1,0 +1,210 @@
+"""Ways to decode one token for each of several rows, at positions of their own. All give the numbers of `eager`.
+
+    eager      the model itself: the reference
+    fused      `lrt.step` over `lrt.products`: fewer, larger matrix products, in place
+    compiled   the same through torch.compile; on a GPU with static shapes, as CUDA graphs
+
+A decoder owns a State of B rows. A call computes its first n rows; which rows those are is the caller's business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence
+from types import FunctionType
+
+import torch
+from torch import Tensor
+
+from lrt.config import require
+from lrt.model.injection import Recall
+from lrt.model.state import State
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.products import Products, products
+from lrt.step import Buffers, buffers, locate, logits, recall, step
+
+BUCKET = 128
+"""Where shapes are static (CUDA graphs), the slots in view are a power of two times this."""
+
+
+class Eager:
+    """The model itself, position by position."""
+
+    name = "eager"
+
+    def __init__(self, model: LatentRecurrentTransformer, state: State) -> None:
+        """`state` holds B rows; its buffers are copied, and overwritten by calls."""
+        self.model = model
+        with torch.no_grad():  # buffers are ordinary tensors, whoever reads them later
+            self.state = state.in_place()
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
+        """The final hidden state (n, D) of tokens (n,) int, row b at positions[b], behind all that the row holds."""
+        count, first = len(positions), positions[0]
+        state = rows_of(self.state, count)
+        if all(p == first for p in positions):
+            hidden, after = self.model(tokens.unsqueeze(1), range(first, first + 1), state)
+            if count == self.state.batch:
+                self.state = after
+            return hidden.squeeze(1)
+        at = torch.tensor(positions, device=tokens.device).unsqueeze(1)
+        hidden, _ = self.model(tokens.unsqueeze(1), at, state)
+        return hidden.squeeze(1)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (n, V) of hidden states (n, D)."""
+        return self.model.logits(hidden)
+
+
+class Fused(Eager):
+    """The flat step over fused products."""
+
+    name = "fused"
+
+    def __init__(self, model: LatentRecurrentTransformer, state: State) -> None:
+        super().__init__(model, state)
+        self.products = products(model)
+        self.buffers = buffers(self.state)
+        self.memory = self.recalled if type(model.recall) is Recall else self.asked
+        self.slides = any(w is not None for w in model.config.windows())
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
+        first, last = min(positions), max(positions)
+        slots = self.state.slots
+        if last >= slots and not self.state.reusable:
+            raise ValueError(f"position {last} exceeds the {slots} slots of this state; make a longer one")
+        at = torch.tensor(positions, device=tokens.device)
+        everything = first == last < slots and not self.slides and self.state.documents is None
+        return self.run(tokens, at, min(last + 1, slots), everything)
+
+    def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool) -> Tensor:
+        view = torch.arange(width, device=tokens.device)
+        place = locate(self.products, self.buffers, positions, view, everything)
+        memory = self.memory(tokens, positions, place.before, place.inside)
+        return step(self.products, self.buffers, memory, tokens, positions, place, width)
+
+    def recalled(self, tokens: Tensor, positions: Tensor, before: Tensor, inside: Tensor) -> Tensor:
+        """The memory (C, n, D), read from the buffers."""
+        return recall(self.products, self.buffers, before, inside)
+
+    def asked(self, tokens: Tensor, positions: Tensor, before: Tensor, inside: Tensor) -> Tensor:
+        """The same from a recall module of another kind (an ablation), which reads a State."""
+        state, values = rows_of(self.state, len(tokens)), set(positions.tolist())
+        at = range(min(values), max(values) + 1) if len(values) == 1 else positions.unsqueeze(1)
+        return self.model.recall(state, at, self.model.embedding).squeeze(2)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        return logits(self.products, hidden)
+
+
+class Compiled(Fused):
+    """The flat step as one compiled graph. The first calls compile, which takes a minute on a CPU."""
+
+    name = "compiled"
+
+    def __init__(self, model: LatentRecurrentTransformer, state: State) -> None:
+        super().__init__(model, state)
+        require(
+            type(model.recall) is Recall,
+            "a model whose recall is replaced (an ablation) is not compiled; decode it with mode='fused'",
+        )
+        self.static = model.embedding.weight.device.type == "cuda"
+        self.graph = torch.compile(fresh(whole), fullgraph=True, mode="reduce-overhead" if self.static else None)
+        if self.static:  # CUDA graphs read and write these where they are, without copies
+            for tensor in tensors_of(self.products, self.buffers):
+                torch._dynamo.mark_static_address(tensor)
+
+    def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool) -> Tensor:
+        if self.static:  # few shapes: a graph for each
+            width = min(bucket(width), self.state.slots)
+            everything = False
+            torch.compiler.cudagraph_mark_step_begin()
+        view = torch.arange(width, device=tokens.device)
+        if not self.static and width > 1:
+            torch._dynamo.mark_dynamic(view, 0)
+        hidden = self.graph(self.products, self.buffers, tokens, positions, view, everything)
+        return hidden.clone() if self.static else hidden  # the next run overwrites the graph's own memory
+
+
+def whole(p: Products, b: Buffers, tokens: Tensor, positions: Tensor, view: Tensor, everything: bool) -> Tensor:
+    """A step from tokens to hidden states: what is compiled."""
+    place = locate(p, b, positions, view, everything)
+    memory = recall(p, b, place.before, place.inside)
+    return step(p, b, memory, tokens, positions, place, view.shape[0])
+
+
+def fresh(function: FunctionType) -> FunctionType:
+    """A copy with a code object of its own: torch counts recompilations per code object, over all models."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(COUNTER)}")
+    return FunctionType(code, function.__globals__)
+
+
+COUNTER = itertools.count()
+MODES: dict[str, type[Eager]] = {kind.name: kind for kind in (Eager, Fused, Compiled)}
+
+
+def decoder(
+    model: LatentRecurrentTransformer, state: State, mode: str = "fused", candidates: Sequence[str] = ()
+) -> Eager:
+    """A decoder for a State, whose buffers it copies.
+
+    mode: a name in MODES; or `best`, which times `candidates` (all by default) here, on copies, and takes the fastest.
+    """
+    require(mode in MODES or mode == "best", f"unknown mode {mode!r}; choose one of {', '.join(MODES)} or best")
+    if mode == "best":
+        mode = fastest(model, state, candidates or tuple(MODES))
+    return MODES[mode](model, state)
+
+
+def fastest(model: LatentRecurrentTransformer, state: State, candidates: Sequence[str], steps: int = 8) -> str:
+    """The name of the mode that decodes all rows of such a State fastest, each by its best of `steps` steps."""
+    taken: dict[str, float] = {}
+    for name in candidates:
+        if name == "compiled" and type(model.recall) is not Recall:
+            continue
+        trial = MODES[name](model, model.empty_state(state.batch, state.slots))
+        tokens = torch.zeros(state.batch, dtype=torch.long, device=state.tokens.device)
+        spent = []
+        for position in range(min(state.slots, steps + 4)):
+            begin = time.perf_counter()
+            trial.logits(trial(tokens, [position] * state.batch)).sum().item()  # a number, so that a GPU is waited for
+            spent.append(time.perf_counter() - begin)
+        taken[name] = min(spent)
+    return min(taken, key=lambda name: taken[name])
+
+
+def rows_of(state: State, count: int) -> State:
+    """The first rows of a State, sharing its buffers."""
+    if count == state.batch:
+        return state
+    return dataclasses.replace(
+        state,
+        keys=tuple(k[:count] for k in state.keys),
+        values=tuple(v[:count] for v in state.values),
+        memory=state.memory[:count],
+        tokens=state.tokens[:count],
+        held=state.held[:count],
+        documents=None if state.documents is None else state.documents[:count],
+    )
+
+
+def bucket(width: int) -> int:
+    """The next power of two times BUCKET."""
+    return BUCKET * 2 ** max(0, (width - 1) // BUCKET).bit_length()
+
+
+def tensors_of(*parts: object) -> list[Tensor]:
+    """All tensors in nested tuples."""
+    found: list[Tensor] = []
+    for part in parts:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, tuple):
+            found.extend(tensors_of(*part))
+    return found

@@ -1,0 +1,114 @@
+"""A model's weights, arranged for decoding: what one token needs is a few large matrix products.
+
+Made once per model, for inference: the products are copies (a second set of weights in memory), so weights that are
+changed afterwards need new ones.
+
+Shapes: D width, V vocabulary, L layers, C memory channels, H query heads, G key/value heads, K head size, N columns.
+Matrices are (in, out) and contiguous: with one row, that is the faster layout (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrt.config import ModelConfig
+from lrt.model.attention import Attention, ValueEmbedding
+from lrt.model.injection import KeyValue, NoMemory, Projection, Recall, Residual
+from lrt.model.layers import rms
+from lrt.model.transformer import Block, LatentRecurrentTransformer
+
+
+class LayerProducts(NamedTuple):
+    """One block's."""
+
+    inputs: Tensor
+    """(D, N): W_q, W_k, W_v, then the gates: local, one per channel, the value embedding's (those that exist)."""
+    out: Tensor
+    """(H·K, D)."""
+    up: Tensor
+    """(D, M)."""
+    down: Tensor
+    """(M, D)."""
+    alpha: Tensor
+    """(1,): the residual stream's scale."""
+    table: Tensor | None
+    """(V, G·K): the value embedding."""
+    projection: int | None
+    """Which set of U_k m, U_v m the block adds; None where it adds none."""
+
+
+class Products(NamedTuple):
+    """A whole model's."""
+
+    config: ModelConfig
+    embedding: Tensor
+    """(V, D): x_0 of every token, normalised."""
+    mix: Tensor
+    """(L, 1 + C): what every block adds of x_0 (β) and of each memory channel (γ): one product for all blocks."""
+    projection: Tensor | None
+    """(C, D, sets·2·G·K): U_k and U_v of all layers; doubled, as the gates' factor 2 is taken into them."""
+    recall: Tensor | None
+    """Learned weights of a summed source."""
+    layers: tuple[LayerProducts, ...]
+    head: Tensor
+    """(D, V)."""
+
+
+@torch.no_grad()
+def products(model: LatentRecurrentTransformer) -> Products:
+    """The products of a model's present weights."""
+    config = model.config
+    channels = config.memory.channels(config.depth)
+    injected = config.memory.injected(config.depth)
+    layered = isinstance(model.projection, Projection) and len(model.projection.weight) > 1
+    layers, mix = [], []
+    for layer, block in enumerate(model.blocks, start=1):
+        assert isinstance(block, Block)
+        gamma = block.injection.gamma if isinstance(block.injection, Residual) else block.beta.new_zeros(channels)
+        mix.append(torch.cat([block.beta, gamma]))
+        layers.append(_layer(block, injected.index(layer) if layered and layer in injected else 0))
+    weights = model.recall.weights if isinstance(model.recall, Recall) else None
+    return Products(
+        config=config,
+        embedding=rms(model.embedding.weight),
+        mix=torch.stack(mix),
+        projection=_projection(model.projection) if isinstance(model.projection, Projection) else None,
+        recall=None if weights is None else weights.clone(),
+        layers=tuple(layers),
+        head=_transposed(model.head.weight),
+    )
+
+
+def _layer(block: Block, projection: int) -> LayerProducts:
+    attention, injection = block.attention, block.injection
+    assert isinstance(attention, Attention)
+    assert isinstance(injection, NoMemory)
+    embedded = attention.value_embedding if isinstance(attention.value_embedding, ValueEmbedding) else None
+    gated = isinstance(injection, KeyValue)
+    scale = 2 if gated else 1  # 2σ(G u) · W u = σ(G u) · 2W u, exactly
+    parts = [attention.query.weight, scale * attention.key.weight, scale * attention.value.weight]
+    if isinstance(injection, KeyValue):
+        parts.append(injection.gate.weight)
+    if embedded is not None:
+        parts.append(embedded.gate.weight)
+    return LayerProducts(
+        inputs=_transposed(torch.cat(parts)),
+        out=_transposed(attention.out.weight),
+        up=_transposed(block.mlp.up.weight),
+        down=_transposed(block.mlp.down.weight),
+        alpha=block.alpha.clone(),
+        table=None if embedded is None else embedded.table.weight,
+        projection=projection if gated else None,
+    )
+
+
+def _projection(projection: Projection) -> Tensor:
+    """(sets, C, 2, G·K, D) -> (C, D, sets·2·G·K), doubled."""
+    return _transposed(2 * projection.weight.transpose(0, 1).flatten(1, 3))
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    return weight.transpose(-1, -2).contiguous()

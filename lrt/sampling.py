@@ -1,0 +1,96 @@
+"""How the next token is drawn, row by row: what one row gets depends on its own logits, seed and position alone.
+
+Shapes: n rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the most likely token."""
+    top_k: int | None = None
+    """Draw among the k most likely tokens."""
+    top_p: float | None = None
+    """Draw among the fewest most likely tokens whose probability reaches p."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be at least 0 (0 takes the likeliest token)")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """The next tokens (n,) from logits (n, V)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        drawn = torch.rand(len(logits), generator=generator, device=generator.device, dtype=widest(generator.device))
+        return self.pick(logits, drawn.to(logits.device))
+
+    def pick(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """The tokens (n,) at which the cumulated distributions of logits (n, V) pass `uniform` (n,) in [0, 1)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        passed = self.probabilities(logits).to(uniform.dtype).cumsum(-1)
+        total = passed[:, -1]
+        # Below the total whatever the rounding, so that a token of probability 0 is never taken.
+        sought = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+        return torch.searchsorted(passed, sought.unsqueeze(1), right=True).squeeze(1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The distribution (n, V) that is drawn from; temperature above 0."""
+        logits = logits.float() / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        probabilities = logits.softmax(-1)
+        if self.top_p is not None and self.top_p < 1:
+            ordered, order = probabilities.sort(descending=True, stable=True)
+            before = ordered.cumsum(-1) - ordered  # a token stays if those before it have not reached p yet
+            dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= self.top_p)
+            probabilities = probabilities.masked_fill(dropped, 0)
+        return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def draw_rows(logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[tuple[int, int]]) -> Tensor:
+    """The next tokens (n,) from logits (n, V), each row by its own sampling and its own (seed, position)."""
+    groups: dict[Sampling, list[int]] = {}
+    for row, sampling in enumerate(samplings):
+        groups.setdefault(sampling, []).append(row)
+    tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    for sampling, rows in groups.items():
+        part = logits if len(rows) == len(logits) else logits[rows]
+        if sampling.temperature == 0:
+            tokens[rows] = part.argmax(-1)
+            continue
+        drawn = torch.cat([uniform(*seeds[row]) for row in rows])
+        tokens[rows] = sampling.pick(part, drawn.to(logits.device, widest(logits.device)))
+    return tokens
+
+
+def uniform(seed: int, position: int) -> Tensor:
+    """(1,) in [0, 1): what decides the token at a position, however it was reached."""
+    return torch.rand(1, generator=generator_at(seed, position), dtype=torch.float64)
+
+
+def generator_at(seed: int, position: int) -> torch.Generator:
+    """What the token at a position is drawn with: a function of (seed, position), so that going back is exact."""
+    digest = hashlib.sha256(f"{seed} {position}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
