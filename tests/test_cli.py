@@ -448,6 +448,7 @@ def test_ctrl_c_during_training_keeps_a_loadable_checkpoint(data: Path, tmp_path
     assert process.returncode == 130
     assert errors.splitlines() == [
         "warning: 1,000,000,000 tokens go 47648.5 times through the 20,987 of the data",
+        "training: uncompiled passes (compile is never)",
         "lrt: interrupted; what was done is kept, and the same command goes on from there",
     ]
     tokens = about(tmp_path / "run")["trained"]["tokens"]

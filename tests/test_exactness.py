@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -326,6 +327,13 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
 
 def gradient_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return difference(torch.cat([g.flatten() for g in a.values()]), torch.cat([g.flatten() for g in b.values()]))
+
+
+@pytest.fixture(autouse=True, params=["by classes", "by masks"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every promise holds on both paths of `refine`: by residue classes, where a schedule allows, and by the State."""
+    if request.param == "by masks":
+        monkeypatch.setattr(sys.modules["lrt.refine"], "common_stride", lambda *_: None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

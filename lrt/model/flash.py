@@ -190,7 +190,8 @@ def attend_reference(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
             seen[:, :, rows.unsqueeze(1), at] = add.expand(*s.shape[:2], -1, -1)
         parts.append(s + seen)
     whole = torch.cat(parts, -1)
-    p = torch.where((whole == -math.inf).all(-1, keepdim=True), 0.0, whole.softmax(-1))
+    blind = (whole == -math.inf).all(-1, keepdim=True)
+    p = whole.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     return p @ torch.cat([v.repeat_interleave(repeat, 1) for v in values], 2)
 
 
