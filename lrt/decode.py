@@ -116,6 +116,8 @@ class Compiled(Fused):
         )
         self.static = model.embedding.weight.device.type == "cuda"
         self.graph = torch.compile(fresh(whole), fullgraph=True, mode="reduce-overhead" if self.static else None)
+        self.compiled: set[tuple[int, bool, bool, bool, int]] = set()
+        """Kinds of steps that were run."""
         if self.static:  # CUDA graphs read and write these where they are, without copies
             for tensor in tensors_of(self.products, self.buffers):
                 torch._dynamo.mark_static_address(tensor)
@@ -126,9 +128,16 @@ class Compiled(Fused):
             everything = False
             torch.compiler.cudagraph_mark_step_begin()
         view = torch.arange(width, device=tokens.device)
-        if not self.static and width > 1:
-            torch._dynamo.mark_dynamic(view, 0)
-        hidden = self.graph(self.products, self.buffers, tokens, positions, view, everything)
+        if not self.static:
+            torch._dynamo.maybe_mark_dynamic(view, 0)
+        given = (self.products, self.buffers, tokens, positions, view, everything)
+        kind = (len(tokens), everything, width == 1, width == self.state.slots, width if self.static else 0)
+        if kind in self.compiled:
+            hidden = self.graph(*given)
+        else:  # may compile: each kind of step has a graph of its own
+            with torch._dynamo.config.patch(recompile_limit=len(self.compiled) + 8):
+                hidden = self.graph(*given)
+            self.compiled.add(kind)
         return hidden.clone() if self.static else hidden  # the next run overwrites the graph's own memory
 
 

@@ -363,6 +363,49 @@ def test_distance_is_unknown_or_infinite_where_it_is() -> None:
     assert Certificate("sweeps", "", 5, 4, 3, 1e-3, 1e-3, 0, 0.5).distance == pytest.approx(1e-3)
 
 
+# ------------------------------------------------------------------------------------------------------ a state's rows
+
+
+def test_rows_are_chosen_and_put_back(model: LatentRecurrentTransformer) -> None:
+    """Rows leave, go on by themselves, and return; a row named twice is forked."""
+    tokens, further = prompts(3, 12), prompts(3, 4, seed=2)
+    state = run(model, tokens, "exact").state
+    chosen = state.select(torch.tensor([2, 0, 2]))
+    after = decode(model, chosen, further)
+    for place, row in enumerate((2, 0, 2)):
+        expected = exact(model, torch.cat([tokens[row], further[place]]))[12:]
+        torch.testing.assert_close(after[place], expected, rtol=0, atol=1e-10)
+    other = run(model, prompts(1, 7, seed=3), "exact").state
+    mixed = state.put(torch.tensor([1]), other)
+    assert mixed.lengths.tolist() == [12, 7, 12]
+    assert mixed.filled == 7
+    assert state.lengths.tolist() == [12, 12, 12], "a state that is not in place stays as it was"
+    after = decode(model, mixed, further)
+    expected = exact(model, torch.cat([prompts(1, 7, seed=3)[0], further[1]]))[7:]
+    torch.testing.assert_close(after[1], expected, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="of as many slots"):
+        state.put(torch.tensor([1]), other.resized(30))
+
+
+def test_cropped_tokens_are_unknown(model: LatentRecurrentTransformer) -> None:
+    """Also to sweeps, which would else read them ahead of their own."""
+    state = run(model, prompts(1, 90, seed=3), "exact").state.crop(20)
+    fresh = run(model, prompts(1, 90, seed=3)[:, :20], "exact").state
+    tokens = prompts(1, 60, seed=4)
+    cropped, whole = (refine(model, tokens, schedules.strided(GROUPS, 1), state=s) for s in (state, fresh))
+    torch.testing.assert_close(cropped.hidden, whole.hidden, rtol=0, atol=1e-10)
+
+
+def test_resized_holds_what_was_there(model: LatentRecurrentTransformer) -> None:
+    tokens, further = prompts(2, 12), prompts(2, 3, seed=2)
+    state = run(model, tokens, "exact").state
+    for slots in (15, 100, 120):
+        after = decode(model, state.resized(slots), further)
+        torch.testing.assert_close(after, decode(model, state, further), rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="holds 12 positions cannot have 11"):
+        state.resized(11)
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
 
 

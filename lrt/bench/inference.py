@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lrt import calibration, checkpoint
-from lrt.bench import equality, prefill
+from lrt.bench import decode, equality, prefill
 from lrt.bench.rows import Row
 from lrt.calibrate import LENGTH, calibrate, own_text
 from lrt.calibration import Calibration
@@ -79,6 +79,17 @@ def read_pair(folder: Path, data: Path, device: str, rounds: int, progress: bool
     return Pair(lrt, transformer, tokenizer, found, batch.tokens.to(device), rounds, progress)
 
 
+def decode_rows(pair: Pair) -> list[Row]:
+    """How fast single tokens follow each other."""
+    return decode.decode_rows(pair.lrt, pair.transformer, pair.rounds, progress=pair.progress)
+
+
+def ragged_rows(pair: Pair) -> list[Row]:
+    """What serving many prompts at once gains."""
+    text = pair.prompts.flatten().tolist()
+    return decode.ragged_rows(pair.lrt, text, max(1, pair.rounds // 3), pair.calibration, pair.progress)
+
+
 def prefill_rows(pair: Pair) -> list[Row]:
     """What a prefill costs."""
     token_bytes = pair.tokenizer.token_bytes()
@@ -94,7 +105,12 @@ def equality_rows(pair: Pair) -> list[Row]:
 
 
 Section = Callable[[Pair], list[Row]]
-SECTIONS: dict[str, Section] = {"prefill": prefill_rows, "equality": equality_rows}
+SECTIONS: dict[str, Section] = {
+    "decode": decode_rows,
+    "ragged": ragged_rows,
+    "prefill": prefill_rows,
+    "equality": equality_rows,
+}
 
 
 def chosen(names: Sequence[str]) -> list[Section]:

@@ -1,0 +1,108 @@
+"""A conversation is its tokens: templates as they are written, turns taken back without a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import AddedToken
+
+from lrt import LatentRecurrentTransformer, ModelConfig, Sampling
+from lrt.chat import TEMPLATES, Chat, specials, template_of
+from lrt.data.tokenizer import Tokenizer
+
+GREEDY = Sampling(temperature=0)
+
+
+def tokenizer(*special: str) -> Tokenizer:
+    made = Tokenizer.train(["User: hello there\nAssistant: hello"] * 3, 280)
+    inner = tokenizers.Tokenizer.from_str(made.to_json())
+    inner.add_special_tokens([AddedToken(name, special=True) for name in special])
+    return Tokenizer(inner)
+
+
+def talking(words: Tokenizer, **fields: Any) -> Chat:
+    torch.manual_seed(0)
+    model = LatentRecurrentTransformer(
+        ModelConfig(depth=2, width=16, heads=2, vocab_size=words.vocab_size, context=256)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    return Chat(model, words, GREEDY, prefill="exact", **fields)
+
+
+NAMES = {name: sorted(template.special) for name, template in TEMPLATES.items()}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_tokenizer_names_its_template(name: str):
+    words = tokenizer(*NAMES[name])
+    assert template_of(words) == name
+    chat = talking(words)
+    ids = chat.turn("hello <|im_start|>")  # what the user writes is text, whatever it spells
+    names = {i: n for n, i in specials(words).items()}
+    template = TEMPLATES[name]
+    assert ids[0] == words.bos
+    assert [names[i] for i in ids[1:] if i in names] == [
+        p for p in (*template.user, *template.assistant) if p in template.special
+    ]
+    assert "hello <|im_start|>" in words.decode(ids)
+
+
+def test_turns_continue_one_text_and_are_taken_back_exactly():
+    chat, told = talking(tokenizer()), []
+    first = chat.say("hello", 6, told.append)
+    assert "".join(told).strip() == first
+    kept = chat.session
+    second = chat.say("there", 6, told.append)
+    chat.undo()
+    assert chat.session is not None
+    assert kept is not None
+    assert chat.session.tokens == kept.tokens
+    assert chat.say("there", 6, told.append) == second
+    chat.undo()
+    chat.undo()
+    assert chat.session is None
+    assert chat.say("hello", 6, told.append) == first
+    with pytest.raises(ValueError, match="no turn to take back"):
+        talking(tokenizer()).undo()
+
+
+def test_an_answer_ends_with_the_templates_token_or_a_line():
+    words = tokenizer(*NAMES["chatml"])
+    chat = talking(words)
+    assert specials(words)["<|im_end|>"] in chat.stop
+    plain = talking(tokenizer())
+    lines = [i for i in plain.stop if i != plain.tokenizer.bos]
+    assert lines
+    assert all("\n" in plain.tokenizer.decode([i]) for i in lines)
+
+
+def test_a_conversation_goes_on_after_it_was_saved(tmp_path: Path):
+    chat = talking(tokenizer())
+    with pytest.raises(ValueError, match="nothing to save yet"):
+        chat.save(tmp_path / "talk")
+    chat.say("hello", 6, str)
+    chat.save(tmp_path / "talk")
+    again = talking(tokenizer())
+    again.load(tmp_path / "talk")
+    assert again.say("there", 6, str) == chat.say("there", 6, str)
+    again.undo()
+    again.undo()
+    assert again.session is None
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="unknown template 'alpaca'; choose one of nanochat, chatml, plain"):
+        talking(tokenizer(), template="alpaca")
+    with pytest.raises(ValueError, match=r"'chatml' needs the special tokens <\|im_end\|>, <\|im_start\|>"):
+        talking(tokenizer(), template="chatml")
+    chat = talking(tokenizer())
+    with pytest.raises(ValueError, match="the context is 256; take turns back"):
+        chat.say("x" * 300, 6, str)
+    assert chat.session is None
