@@ -45,8 +45,14 @@ def import_checkpoint(source: Path | str, out: Path | str, tokenizer: Path | str
         "was trained with",
     )
     model = LatentRecurrentTransformer(config)
-    model.load_state_dict(convert(weights, config))
-    about = {"schedule": schedule, "imported": {"file": Path(source).name, "step": meta.get("step")}}
+    try:
+        model.load_state_dict(convert(weights, config))
+    except RuntimeError as error:  # names every tensor whose shape is another
+        raise ValueError(f"{source} does not fit its own metadata: {error}") from error
+    # KV refresh is how the authors may have trained, and no schedule here.
+    refreshed = bool(meta["model_config"].get("interleaved_kv_refresh"))
+    origin = {"from": Path(source).name, "step": meta.get("step"), "kv_refresh": refreshed}
+    about = {"schedule": schedule, "imported": origin}
     checkpoint.save(out, model, vocabulary, about)
     return model
 
@@ -54,7 +60,7 @@ def import_checkpoint(source: Path | str, out: Path | str, tokenizer: Path | str
 def read(source: Path) -> tuple[Weights, dict[str, Any]]:
     """The state dict, in float32, and the metadata beside it. ValueError that names what is missing or damaged."""
     if source.is_dir():
-        found = sorted(source.glob("model_*.pt"))
+        found = sorted(source.glob("model_*.pt"), key=lambda file: (len(file.name), file.name))
         require(len(found) > 0, f"{source} holds no model_*.pt; give a folder that nanochat wrote, or the file")
         source = found[-1]
     require(source.is_file(), f"there is no file {source}; give a model_*.pt, or the folder that holds it")
@@ -78,9 +84,12 @@ def read(source: Path) -> tuple[Weights, dict[str, Any]]:
 def describe(weights: Weights, meta: dict[str, Any]) -> tuple[ModelConfig, str]:
     """The model's configuration and the schedule that it was trained with."""
     given = meta["model_config"]
+    lacking = [name for name in ("n_layer", "n_head", "vocab_size", "sequence_len") if name not in given]
+    require(not lacking, f"the metadata's model_config lacks {', '.join(lacking)}; copy it again")
     depth = 1 + max((int(m[1]) for m in (re.match(r"transformer\.h\.(\d+)\.", n) for n in weights) if m), default=-1)
     require(
-        depth > 0 and "transformer.wte.weight" in weights, "these weights have no transformer.h and transformer.wte"
+        depth == given["n_layer"] and "transformer.wte.weight" in weights,
+        f"these weights have {depth} blocks transformer.h.N, their metadata says {given['n_layer']}; copy both again",
     )
     width = weights["transformer.wte.weight"].shape[1]
     head_size = width // given["n_head"]
@@ -103,9 +112,26 @@ def describe(weights: Weights, meta: dict[str, Any]) -> tuple[ModelConfig, str]:
         mlp_width=weights["transformer.h.0.mlp.c_fc.weight"].shape[0],
         memory=MemoryConfig(injection="both", projection="layerwise") if recurrent else MemoryConfig(injection="none"),
     )
+    check_gates(weights, given, recurrent, width)
     expected = {layer - 1 for layer in range(1, depth + 1) if config.has_value_embedding(layer)}
     require(set(tables) == expected, f"value embeddings on layers {sorted(tables)}; known are none, every other, all")
     return config, trained_with(given) if recurrent else "plain()"
+
+
+def check_gates(weights: Weights, given: dict[str, Any], recurrent: bool, width: int) -> None:
+    """Tell versions apart by how many channels their gates read.
+
+    A later nanochat reads 12, and with the same names of tensors has other gates (3σ), keys and queries times 1.15,
+    another rotary base and other windows: it would load, and score wrongly.
+    """
+    known = {given.get("ve_gate_channels") or width} if recurrent else {32, width}
+    for name, weight in weights.items():
+        if name.endswith(("ve_gate.weight", "triple_gate.weight")):
+            require(
+                weight.shape[1] in known,
+                f"{name} reads {weight.shape[1]} channels; known are {', '.join(map(str, sorted(known)))}: this was "
+                "trained by a version of nanochat that computes otherwise",
+            )
 
 
 def trained_with(given: dict[str, Any]) -> str:

@@ -1,25 +1,39 @@
 """transformers: every way to call or to generate gives the native model's numbers, and what cannot is refused."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 pytest.importorskip("transformers")
+from test_prefill import PARALLEL
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    EncoderDecoderCache,
     GenerationConfig,
     StaticCache,
     pipeline,
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, Sampling, checkpoint, generate, schedules, score
+from lrt import (
+    LatentRecurrentTransformer,
+    MemoryConfig,
+    ModelConfig,
+    Sampling,
+    checkpoint,
+    generate,
+    refine,
+    schedules,
+    score,
+)
 from lrt.data.tokenizer import Tokenizer
 from lrt.hf import LRTConfig, LRTForCausalLM
 from lrt.hf.cache import decoded, encoded
@@ -191,11 +205,42 @@ def test_logits_to_keep_and_labels():
     assert not loss.requires_grad
 
 
+@pytest.fixture
+def sweeping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps, however short the prompt: as on a device where calls cost much and positions little."""
+    monkeypatch.setattr("lrt.prefill.fallback", lambda _: PARALLEL)
+
+
+@pytest.mark.usefixtures("sweeping")
 @pytest.mark.parametrize("prefill", ["converged", "fast", "one_sweep"])
-def test_prefill_modes(prefill):
+def test_sweeps_give_every_position_within_their_tolerance(prefill):
     model, tokens = make(prefill=prefill), prompts(2, 40)
-    error = (model(tokens).logits - logits_of(model, tokens)).abs().max()
-    assert error < {"converged": 1e-3, "fast": 1e-1, "one_sweep": 30}[prefill]
+    for p in model.parameters():
+        p.data.mul_(0.5)  # so that it contracts
+    expected = logits_of(model, tokens)
+    found = model(tokens).logits
+    if prefill == "one_sweep":
+        sweep = schedules.strided(PARALLEL.plan("one_sweep").groups, 1)
+        close(found, model.model.logits(refine(model.model, tokens, sweep).hidden))
+        assert (found - expected).norm() > 0.1 * expected.norm()  # which is not yet the recurrence
+        return
+    error = float((found - expected).norm() / expected.norm())
+    low, high = {"converged": (1e-12, 1e-4), "fast": (1e-7, 1e-2)}[prefill]
+    assert low < error < high  # swept, not exact; and near
+
+
+@pytest.mark.usefixtures("sweeping")
+def test_a_ragged_batch_is_swept_as_each_row_alone():
+    model = make(prefill="converged")
+    for p in model.parameters():
+        p.data.mul_(0.5)
+    batch, mask = prompts(3, 40), torch.ones(3, 40, dtype=torch.long)
+    for row, pads in enumerate((0, 7, 30)):
+        mask[row, :pads] = 0
+    found = model(batch, attention_mask=mask).logits
+    for row, pads in enumerate((0, 7, 30)):
+        expected = logits_of(model, batch[row : row + 1, pads:])[0]
+        torch.testing.assert_close(found[row, pads:], expected, rtol=0, atol=1e-3)
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -245,9 +290,48 @@ def test_adapters_around_any_projection_are_called():
 
 def test_trainers_count_of_items_makes_shares_of_a_batch():
     model, tokens = make().train(), prompts(4, 9)
-    whole = model(tokens, labels=tokens).loss
-    halves = [model(t, labels=t, num_items_in_batch=torch.tensor(4 * 8)).loss for t in tokens.split(2)]
-    close(sum(halves), whole)
+    model.config.schedule = "settled(1, 1, 1)"
+    labels = tokens.clone()
+    labels[0, 3:] = -100
+    labels[3] = -100
+    counted = (labels[:, 1:] != -100).sum()
+    whole = model(tokens, labels=labels).loss
+    parts = [
+        model(t, labels=n, num_items_in_batch=counted).loss
+        for t, n in zip(tokens.split([1, 2, 1]), labels.split([1, 2, 1]), strict=True)
+    ]
+    close(sum(parts), whole)
+    assert parts[0] < parts[1]
+    assert parts[2] == 0
+    sum(parts).backward()
+
+
+def test_the_loss_of_padded_and_packed_rows_is_that_of_their_texts():
+    model, tokens = make(), prompts(2, 9)
+    texts = (tokens[0], tokens[1, :6])
+    alone = [model(t.unsqueeze(0), labels=t.unsqueeze(0)).loss for t in texts]
+    mean = (8 * alone[0] + 5 * alone[1]) / 13
+    batch, mask = torch.full((2, 12), 17), torch.zeros(2, 12, dtype=torch.long)
+    for row, text in enumerate(texts):
+        batch[row, 12 - len(text) :], mask[row, 12 - len(text) :] = text, 1
+    close(model(batch, attention_mask=mask, labels=batch.masked_fill(mask == 0, -100)).loss, mean)
+    close(model(batch, attention_mask=mask, labels=batch.masked_fill(mask == 0, -100), use_cache=False).loss, mean)
+    joined = torch.cat(texts).unsqueeze(0)
+    positions = torch.cat((torch.arange(9), torch.arange(6))).unsqueeze(0)
+    out = model(joined, position_ids=positions, labels=joined)
+    close(out.loss, mean)
+    close(out.logits[0, 9:], logits_of(model, tokens[1:, :6])[0])
+
+
+def test_missing_weights_are_no_random_memory(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.blocks.0.attention.key.weight"]
+    save_file(weights, file, {"format": "pt"})
+    with refused(r"lacks model\.blocks\.0\.attention\.key\.weight"):
+        LRTForCausalLM.from_pretrained(tmp_path)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
@@ -269,6 +353,11 @@ def test_what_does_not_work_is_refused():
         model.resize_token_embeddings(99)
     with refused("makes its own causal mask"):
         model(tokens, attention_mask=torch.ones(2, 1, 6, 6))
+    with refused("makes its own causal mask"):
+        model(tokens, attention_mask=torch.zeros(2, 6) - torch.inf)
+    with refused("60 tokens and 20 new ones exceed the context of 64"):
+        model.generate(prompts(1, 60), max_new_tokens=20)
+    assert model.generate(prompts(1, 60), max_new_tokens=5, do_sample=False).shape == (1, 65)  # the last is never read
     with refused("position_ids do not count"):
         model(tokens, position_ids=torch.arange(6).flip(0).unsqueeze(0))
     with refused("leaves no token"):
@@ -285,8 +374,12 @@ def test_what_does_not_work_is_refused():
         mask = torch.ones(2, 7)
         mask[0, 0] = 0
         model(tokens[:, :1], attention_mask=mask, cache=cache)
+    with refused("the cache holds 2 rows, the call has 1"):
+        model(tokens[:1, :1], cache=cache)
     with refused("a cache holds no gradients"):
         model.train()(tokens, cache=cache)
+    with refused("generation is live"):
+        model.generate(tokens, max_new_tokens=2)
     with refused("position_ids do not count"):
         model(tokens, position_ids=torch.arange(6).unsqueeze(0) + 3)
 
@@ -301,13 +394,23 @@ def test_caches_of_other_kinds_are_refused():
     model, tokens = make(), prompts(2, 6)
     other = DynamicCache()
     other.layers = [DynamicSlidingWindowLayer(4) for _ in range(2)]
-    with refused("keeps its state in a DynamicCache or StaticCache"):
+    with refused("with one plain layer each"):
         model(tokens, cache=other)
     deeper = DynamicCache(config=make(depth=4).config)
     with refused("in this DynamicCache of 4 layers"):
         model(tokens, cache=deeper)
-    with refused("choose one of None, dynamic, offloaded, static"):
-        model.generate(tokens, max_new_tokens=2, cache_implementation="quantized")
+    for name in ("quantized", "offloaded"):
+        with refused("choose one of None, dynamic, static"):
+            model.generate(tokens, max_new_tokens=2, cache_implementation=name)
+    with refused("not in a EncoderDecoderCache"):
+        model(tokens, cache=EncoderDecoderCache(DynamicCache(), DynamicCache()))
+    foreign = DynamicCache()
+    for layer in range(2):
+        foreign.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), layer)
+    with refused("filled by what keeps no memory"):
+        model(tokens, cache=foreign)
+    with refused("6 tokens exceed the 4 of this static cache"):
+        model(tokens, cache=StaticCache(config=model.config, max_cache_len=4))
     static = StaticCache(config=model.config, max_cache_len=20)
     close(model(tokens, cache=static).logits, logits_of(model, tokens))
 
@@ -418,9 +521,17 @@ def test_the_card_says_how_it_was_scored(exported):
 
 def test_export_leaves_other_folders_alone(exported, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with refused("no exported model"):
-        export(exported.parent / "checkpoint", tmp_path)
-    export(exported.parent / "checkpoint", tmp_path / "plain", remote_code=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
+    shutil.copytree(exported.parent / "checkpoint", tmp_path / "ours")
+    for taken in (tmp_path, tmp_path / "other", tmp_path / "ours"):
+        before = sorted(taken.rglob("*"))
+        with refused("no exported LRT"):
+            export(exported.parent / "checkpoint", taken)
+        assert sorted(taken.rglob("*")) == before
+    export(exported.parent / "checkpoint", tmp_path / "plain")
+    assert list((tmp_path / "plain").glob("*.py"))
+    export(exported.parent / "checkpoint", tmp_path / "plain", remote_code=False)  # an earlier export is replaced
     assert not list((tmp_path / "plain").glob("*.py"))
     assert "import lrt.hf" in (tmp_path / "plain" / "README.md").read_text()
 

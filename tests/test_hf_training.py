@@ -19,6 +19,8 @@ from lrt.hf import LRTForCausalLM
 from lrt.hf.export import opening, wrap
 
 TEXTS = [f"the state of token {i} is what token {i + 1} remembers" for i in range(40)]
+NEW = [f"token {i + 1} remembers what the state of token {i} is" for i in range(40, 50)]
+"""Texts that nothing is trained on."""
 TOKENIZER = Tokenizer.train(TEXTS, 300)
 
 
@@ -37,7 +39,7 @@ def make() -> tuple[LRTForCausalLM, PreTrainedTokenizerFast]:
 
 def live_bpb(model: LatentRecurrentTransformer) -> float:
     nats = size = 0.0
-    for text in TEXTS[::4]:
+    for text in NEW:
         nats += float(score(model, torch.tensor([[TOKENIZER.bos, *TOKENIZER.encode(text)]])).sum())
         size += len(text.encode())
     return nats / (math.log(2) * size)
@@ -62,7 +64,7 @@ def test_trainer(tmp_path):
         data_collator=DataCollatorForLanguageModeling(fast, mlm=False),
     )
     trainer.train()
-    assert live_bpb(model.model) < 0.9 * before
+    assert live_bpb(model.model) < 0.95 * before
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
@@ -97,14 +99,47 @@ def test_lora_lowers_live_bpb_and_leaves_the_base_alone(tmp_path):
     assert live_bpb(merged.model) == pytest.approx(after, abs=1e-4)
 
 
+def test_label_smoothing_is_of_the_next_token(tmp_path):
+    """transformers shifts labels only for the causal models that it knows."""
+    model, fast = make()
+    ids = torch.tensor([fast(TEXTS[0])["input_ids"]])
+    smoothed = arguments(TrainingArguments, tmp_path, label_smoothing_factor=1e-9)
+    loss = Trainer(model=model.train(), args=smoothed).compute_loss(model, {"input_ids": ids, "labels": ids})
+    assert float(loss) == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-4)
+
+
+def test_metrics_get_logits_alone(tmp_path):
+    model, fast = make()
+    rows = Rows.from_dict({"text": TEXTS[:4]}).map(lambda row: fast(row["text"]), remove_columns=["text"])
+    seen = []
+
+    def metrics(found):
+        seen.append(found.predictions.shape)
+        return {}
+
+    Trainer(
+        model=model,
+        args=arguments(TrainingArguments, tmp_path),
+        eval_dataset=rows,
+        compute_metrics=metrics,
+        data_collator=DataCollatorForLanguageModeling(fast, mlm=False),
+    ).evaluate()
+    assert seen[0][0] == 4
+    assert seen[0][2] == TOKENIZER.vocab_size
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_trl_fine_tunes(tmp_path, packing):
     model, fast = make()
     before = live_bpb(model.model)
-    SFTTrainer(
+    options = {"packing": packing, "max_length": 64, "gradient_checkpointing": False, "bf16": False}
+    trainer = SFTTrainer(
         model=model,
-        args=arguments(SFTConfig, tmp_path, packing=packing, max_length=64, gradient_checkpointing=False, bf16=False),
+        args=arguments(SFTConfig, tmp_path, **options),
         train_dataset=Rows.from_dict({"text": TEXTS}),
+        eval_dataset=Rows.from_dict({"text": NEW}),
         processing_class=fast,
-    ).train()
-    assert live_bpb(model.model) < 0.9 * before
+    )
+    trainer.train()
+    assert live_bpb(model.model) < 0.95 * before
+    assert math.isfinite(trainer.evaluate()["eval_loss"])

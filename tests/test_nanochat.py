@@ -12,7 +12,7 @@ from lrt import checkpoint, schedules, score
 from lrt.data.tokenizer import Tokenizer
 from lrt.nanochat import import_checkpoint
 
-DEPTH, HEADS, GROUPS, SIZE, CONTEXT = 3, 4, 2, 8, 12
+DEPTH, HEADS, GROUPS, SIZE, CONTEXT = 3, 4, 2, 12, 12
 WIDTH = HEADS * SIZE
 
 
@@ -133,11 +133,17 @@ REFINED = {
 }  # fmt: skip
 CASES = [
     ("first", {}, WIDTH, (), "plain()"),
-    ("embeddings", {"window_pattern": "SSSL"}, 6, (0, 2), "plain()"),
+    ("embeddings", {"window_pattern": "SSSL"}, 32, (0, 2), "plain()"),
     ("embeddings", {"window_pattern": "L"}, WIDTH, (0, 1, 2), "plain()"),
     ("embeddings", {"window_pattern": "L"}, WIDTH, (), "plain()"),
     ("recurrent", RECURRENT, WIDTH, (), "interleaved(3)"),
-    ("recurrent", REFINED, 5, (), repr(schedules.multi_refinement(2, (0.1, 0.3, 0.6), True))),
+    (
+        "recurrent",
+        {**REFINED, "ve_gate_channels": 5},
+        5,
+        (),
+        repr(schedules.multi_refinement(2, (0.1, 0.3, 0.6), True)),
+    ),
 ]
 
 
@@ -190,6 +196,12 @@ def test_refusals_name_the_file_and_the_fix(tmp_path, tokenizer, capsys):
     less = {name: w for name, w in good.items() if "key_projections.1" not in name}
     refused(
         r"interleaved_key_projections\.1\.W_v\.weight is missing", write(tmp_path / "less", less, vocab, **RECURRENT)
+    )
+    later = write(tmp_path / "later", published("embeddings", vocab, 12, (0, 2)), vocab)
+    refused(r"ve_gate\.weight reads 12 channels; known are 32, 48: .* computes otherwise", later)
+    refused(
+        "do not fit|does not fit",
+        write(tmp_path / "wide", {**good, "lm_head.weight": torch.ones(320, 7)}, vocab, **RECURRENT),
     )
     refused("has 258 tokens, the model 300", write(tmp_path / "vocab", published("first", 300), 300))
     refused("is a pickle", write(tmp_path / "fine", good, vocab, **RECURRENT), Path("tokenizer.pkl"))

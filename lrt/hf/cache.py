@@ -75,15 +75,24 @@ class Columns:
 
 def checked(cache: Cache, depth: int) -> Cache:
     """The cache, with its layer for the memory. ValueError where it is of a kind that could not be exact."""
+    require(
+        isinstance(cache, DynamicCache | StaticCache),
+        f"an LRT keeps its state in a DynamicCache or StaticCache, not in a {type(cache).__name__}; leave the cache to "
+        "generate(), or make it with DynamicCache(config=model.config)",
+    )
     layers = cache.layers
     plain = all(type(layer) in (DynamicLayer, StaticLayer) for layer in layers)
-    if not isinstance(cache, DynamicCache | StaticCache) or not plain or len(layers) not in (0, depth, depth + 1):
+    if not plain or len(layers) not in (0, depth, depth + 1):
         kinds = sorted({type(layer).__name__ for layer in layers})
         raise ValueError(
             f"an LRT of {depth} layers keeps its state in a DynamicCache or StaticCache with one plain layer each, not "
             f"in this {type(cache).__name__} of {len(layers)} layers {kinds}; leave the cache to generate(), or make "
             "it with DynamicCache(config=model.config)"
         )
+    require(
+        len(layers) != depth or int(cache.get_seq_length()) == 0,
+        "this cache was filled by what keeps no memory (another model, or prefix tuning); start from an empty one",
+    )
     if len(layers) == depth:  # made from a config, which knows the attention layers only
         layers.append(StaticLayer(layers[0].get_max_length()) if isinstance(cache, StaticCache) else DynamicLayer())
     return cache
@@ -112,6 +121,11 @@ def read(
     start = before.lengths.to(tokens.device)
     held = 0 if known is None else known.shape[1]
     slots = held + new
+    if cache is not None:
+        rows = batch if known is None else known.shape[0]
+        require(rows == batch, f"the cache holds {rows} rows, the call has {batch}; start from an empty cache")
+        limit = int(cache.get_max_length()) if isinstance(cache, StaticCache) else slots
+        require(slots <= limit, f"{slots} tokens exceed the {limit} of this static cache; make a longer one")
 
     def room(shape: tuple[int, ...], dim: int, old: Tensor | None) -> Tensor:
         """A buffer of `slots` slots along `dim` that begins with the real columns of `old`."""

@@ -15,6 +15,7 @@ class LRTConfig(PreTrainedConfig):
     """Configuration of an `LRTForCausalLM`."""
 
     model_type = "lrt"
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "last_hidden_state"]  # noqa: RUF012 (their convention)
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,9 +38,28 @@ def export(source: Path | str, out: Path | str, prefill: str = "converged", remo
     """
     out = Path(out)
     require(
-        not out.exists() or not any(out.iterdir()) or (out / "config.json").is_file(),
-        f"{out} holds something that is no exported model; choose another folder",
+        not out.exists() or not any(out.iterdir()) or is_export(out),
+        f"{out} holds something that is no exported LRT; choose another folder",
     )
+    fresh = out.with_name(f".{out.name}.saving-{os.getpid()}")
+    try:
+        model = write(source, fresh, prefill, remote_code)
+        checkpoint.swap(fresh, out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return model
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is what `export` writes: neither a checkpoint of ours nor a model of another kind."""
+    file = folder / "config.json"
+    if not file.is_file() or (folder / "manifest.json").exists():
+        return False
+    return checkpoint.read_json(file).get("model_type") == LRTConfig.model_type
+
+
+def write(source: Path | str, out: Path, prefill: str, remote_code: bool) -> LRTForCausalLM:
+    """Write a checkpoint as a folder that does not exist yet."""
     native, tokenizer = checkpoint.load(source)
     about = checkpoint.about(source)
     model = wrap(native, tokenizer, about.get("schedule", "plain()"), prefill)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lrt import schedules
 from lrt.config import IGNORED, require
@@ -28,9 +29,9 @@ from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.prefill import prefill
 from lrt.refine import refine
 
-COUNT = "position_ids do not count the tokens of each text from 0; leave them out. Packed texts are for train() only"
+COUNT = "position_ids do not count the tokens of each text from 0; leave them out. Packed texts have no cache"
 WAYS = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
-CACHES = (None, "dynamic", "offloaded", "static")
+CACHES = (None, "dynamic", "static")
 HF_IGNORED = -100
 """What transformers writes where a label counts nowhere."""
 CACHE_NAME = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -68,6 +69,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any):  # type: ignore[override]
         """transformers' generate(), in the ways whose tokens tests hold against the native model's."""
+        require(not self.training, "generation is live, and train() is the training schedule; call model.eval() first")
         config = copy.deepcopy(generation_config or self.generation_config)
         config.update(**kwargs)
         mode = config.get_generation_mode(kwargs.get("assistant_model")).value
@@ -77,6 +79,9 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
             f"cache_implementation {config.cache_implementation!r} is not supported by an LRT; choose one of "
             f"{', '.join(map(str, CACHES))}",
         )
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        if prompt is not None and not self.config.model.unbounded:
+            check_room(self.config.model.context, prompt, kwargs.get("attention_mask"), config)
         return super().generate(inputs, generation_config, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     @staticmethod
@@ -85,7 +90,15 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         return attention_mask
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the model initialises itself when it is made."""
+        """Nothing: the model initialises itself when made, and a checkpoint has all weights (`from_pretrained`)."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """transformers' own; ValueError where weights are missing, which it would leave at whatever memory held."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        require(not missing, f"the checkpoint lacks {', '.join(missing[:5])}; export or copy it again")
+        return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
@@ -120,7 +133,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits (B, T, V) of input_ids (B, T), and the loss where there are labels (B, T).
 
         attention_mask (B, T), or (B, columns held + T): 0 for padding, at either side. position_ids must count each
-        row's real tokens; in `train()` they may begin anew, which starts a packed text, computed as a row of its own.
+        row's real tokens; without a cache they may begin anew, which starts a packed text, computed as its own row.
         labels are those of the inputs themselves, -100 where ignored; `num_items_in_batch` is Trainer's count for
         accumulated batches.
         Outside `train()` no gradients are made, so that no wrong ones can be.
@@ -138,10 +151,10 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             with torch.no_grad():
                 wants = self.config.use_cache if use_cache is None else use_cache
-                if cache is None and wants:
+                if cache is None and wants and not packed(input_ids, attention_mask, position_ids):
                     cache = DynamicCache(config=self.config)
                 hidden = self._recur(input_ids, attention_mask, position_ids, cache)
-                loss = None if labels is None else self._loss(hidden, labels)
+                loss = None if labels is None else self._loss(hidden, input_ids, labels, attention_mask, position_ids)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             logits = self.model.logits(hidden[:, kept])
@@ -152,7 +165,16 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
     def _recur(self, ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
         """Hidden states (B, T, D) of new columns behind those of the cache, with true recurrence; zeros in padding."""
         config = self.config.model
-        known = None if cache is None else past(checked(cache, config.depth), config.depth)
+        if cache is None:
+            rows = Rows.of(ids, mask, position_ids)
+            tokens, lengths = rows.split(ids, 0), (rows.index >= 0).sum(1)
+            require(
+                config.unbounded or tokens.shape[1] <= config.context,
+                f"{tokens.shape[1]} positions exceed the context of {config.context}; shorten the text",
+            )
+            state = self.model.empty_state(*tokens.shape).in_place()
+            return rows.join(prefill(self.model, tokens, state, self.config.prefill, lengths).sequence, ids.shape)
+        known = past(checked(cache, config.depth), config.depth)
         columns = Columns.of(real_columns(ids, mask, known))
         tokens = columns.compact(ids, 1)
         state, start = read(cache, config, tokens, columns, self.model.embedding.weight)
@@ -161,15 +183,19 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("attention_mask leaves no token of this call; give at least one per row (BOS will do)")
         # A row that has only padding in this call computes one token, of which nothing is kept.
         out = prefill(self.model, tokens, state, self.config.prefill, columns.lengths.clamp(min=1))
-        if cache is not None:
-            append(cache, config, out.state, start, tokens, columns)
+        append(cache, config, out.state, start, tokens, columns)
         hidden = nn.functional.pad(out.sequence, (0, 0, 0, ids.shape[1] - out.sequence.shape[1]))
         return columns.spread(hidden, 1)
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean nats of the labels (B, T) under live hidden states."""
-        targets = shifted(labels)
-        nats = token_nats(self.model, hidden, targets)
+    def _loss(
+        self, hidden: Tensor, ids: Tensor, labels: Tensor, mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        """Mean nats of the labels (B, T) under live hidden states (B, T, D); nothing foretells a text's first token."""
+        new = None if mask is None else mask[:, -ids.shape[1] :]
+        begun = position_ids if packed(ids, new, position_ids) else None
+        rows = Rows.of(ids, new, begun)
+        targets = shifted(rows.split(labels, HF_IGNORED))
+        nats = token_nats(self.model, hidden.flatten(0, 1)[rows.index.clamp(min=0)], targets)
         return nats.sum() / (targets != IGNORED).sum()
 
     def _train(
@@ -182,7 +208,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         items: Tensor | int | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states (B, T, D) by the last pass of the training schedule, and the loss over its passes."""
-        if cache is not None and int(cache.get_seq_length()):
+        if cache is not None:
             raise ValueError("a cache holds no gradients; train on whole sequences, or call model.eval() to continue")
         rows = Rows.of(ids, mask, position_ids)
         tokens = rows.split(ids, 0)
@@ -190,7 +216,9 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         schedule = schedules.parse(self.config.schedule).drawn()
         out = refine(self.model, tokens, schedule)
         loss = None
-        if targets is not None:
+        if targets is not None and items is not None and bool((targets == IGNORED).all()):
+            loss = 0 * out.hidden.sum()  # nothing of an accumulated batch is here
+        elif targets is not None:
             loss = StepLoss.of(schedule, [targets]).over(self.model, out, targets)
             if items is not None:  # a share of an accumulated batch
                 loss = loss * (targets != IGNORED).sum() / items
@@ -240,7 +268,11 @@ def real_columns(ids: Tensor, mask: Tensor | None, known: Tensor | None) -> Tens
     held = 0 if known is None else known.shape[1]
     new = ids.shape[1]
     require(
-        mask.dim() == 2 and mask.shape[0] == ids.shape[0] and mask.shape[1] in (new, held + new),
+        isinstance(mask, Tensor) and mask.dim() == 2 and bool(((mask == 0) | (mask == 1)).all()),
+        "attention_mask must be (batch, tokens) of 0 for padding and 1: an LRT makes its own causal mask",
+    )
+    require(
+        mask.shape[0] == ids.shape[0] and mask.shape[1] in (new, held + new),
         f"attention_mask has shape {tuple(mask.shape)}; give (batch, tokens) = ({ids.shape[0]}, {held + new}), 0 for "
         "padding: an LRT makes its own causal mask",
     )
@@ -251,6 +283,26 @@ def real_columns(ids: Tensor, mask: Tensor | None, known: Tensor | None) -> Tens
             "be changed later: start from an empty cache",
         )
     return mask[:, -new:].bool()
+
+
+def packed(ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> bool:
+    """Whether positions begin anew within a row, so that it holds several texts."""
+    if position_ids is None or ids.shape[1] < 2:
+        return False
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :].bool()
+    return bool((((position_ids == 0).expand_as(ids) & real).sum(1) > 1).any())
+
+
+def check_room(context: int, prompt: Tensor, mask: Tensor | None, config: GenerationConfig) -> None:
+    """ValueError before any work where prompt and new tokens exceed the context."""
+    width = prompt.shape[1]
+    longest = width if mask is None else int(mask.sum(1).max())
+    new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or width) - width
+    require(
+        longest + new - 1 <= context,  # the last token that is drawn is never read
+        f"a prompt of {longest} tokens and {new} new ones exceed the context of {context}; shorten one of them, or use "
+        "a model in which every layer has a sliding window",
+    )
 
 
 def check_positions(position_ids: Tensor | None, start: Tensor, columns: Columns) -> None:
@@ -267,3 +319,7 @@ def shifted(labels: Tensor) -> Tensor:
     """Targets (B, T) from labels (B, T): the next one, IGNORED at the end and where transformers ignores."""
     targets = torch.cat((labels[:, 1:], labels.new_full((len(labels), 1), HF_IGNORED)), dim=1)
     return targets.masked_fill(targets == HF_IGNORED, IGNORED)
+
+
+# transformers shifts the labels (for label smoothing) only for the models that this table names.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(LRTConfig.model_type, LRTForCausalLM.__name__)
