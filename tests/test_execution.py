@@ -62,6 +62,8 @@ def test_auto_is_for_long_runs():
         assert words == "compiled passes (1,000 steps are at least 1,000), recomputing passes"
     assert Execution("never").resolved(10**6, "cpu")[1] == "uncompiled passes (compile is never)"
     assert Execution().resolved(10**6, "mps")[0].compile == "never"
+    assert Execution().resolved(10**6, "cpu", "bfloat16")[1] == "uncompiled passes (compiling bfloat16 is not tested)"
+    assert Execution("always").resolved(10**6, "cpu", "bfloat16")[0].compile == "always"
     for wrong in ({"compile": "sometimes"}, {"recompute": "all"}):
         with pytest.raises(ValueError, match="choose one of"):
             Execution(**wrong)  # type: ignore[arg-type]
