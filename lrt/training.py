@@ -67,7 +67,8 @@ class Training:
     ) -> None:
         torch.manual_seed(run.seed)
         self.run, self.data, self.device, self.ranks = run, data, device, ranks
-        self.execution, self.path = execution.resolved(run.steps, device)
+        unproved = "bfloat16" if run.precision != "float32" else "several processes" if ranks.ranks > 1 else None
+        self.execution, self.path = execution.resolved(run.steps, device, unproved)
         self.micro_batches = run.micro_batches(ranks.ranks)
         self.model = LatentRecurrentTransformer(run.model).to(device).train()
         self.objective = ranks.parallelise(self.model, DTYPES[run.precision])
