@@ -57,7 +57,7 @@ def decode_rows(
     lrt: LatentRecurrentTransformer,
     transformer: LatentRecurrentTransformer,
     rounds: int,
-    candidates: Sequence[str] = ("fused", "compiled"),
+    candidates: Sequence[str] = ("fused", "packed", "compiled"),
     progress: bool = True,
 ) -> list[Row]:
     """Tokens per second, as ratios of one run: LRT over Transformer, Transformer over transformers' generate."""
