@@ -2,7 +2,8 @@
 
     eager      the model itself: the reference
     fused      `lrt.step` over `lrt.products`: fewer, larger matrix products, in place
-    compiled   the same through torch.compile; on a GPU with static shapes, as CUDA graphs
+    packed     the same over weights in oneDNN's layout: on a CPU, in float32
+    compiled   fused, through torch.compile; on a GPU with static shapes, as CUDA graphs
 
 A decoder owns a State of B rows. A call computes its first n rows; which rows those are is the caller's business.
 """
@@ -22,7 +23,7 @@ from lrt.config import require
 from lrt.model.injection import Recall
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.products import Products, products
+from lrt.products import Products, packed, products
 from lrt.step import Buffers, buffers, locate, logits, recall, step
 
 BUCKET = 128
@@ -39,6 +40,11 @@ class Eager:
         self.model = model
         with torch.no_grad():  # buffers are ordinary tensors, whoever reads them later
             self.state = state.in_place()
+
+    @classmethod
+    def covers(cls, model: LatentRecurrentTransformer) -> bool:
+        """Whether this way takes such a model; one that does not says so when it is made."""
+        return True
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
@@ -103,6 +109,22 @@ class Fused(Eager):
         return logits(self.products, hidden)
 
 
+class Packed(Fused):
+    """The flat step over weights in oneDNN's layout: on a CPU, in float32, the faster way for many rows."""
+
+    name = "packed"
+
+    def __init__(self, model: LatentRecurrentTransformer, state: State) -> None:
+        super().__init__(model, state)
+        require(self.covers(model), f"mode='packed' needs float32 on a CPU; this is {model.embedding.weight.dtype}")
+        self.products = packed(self.products, self.state.batch)
+
+    @classmethod
+    def covers(cls, model: LatentRecurrentTransformer) -> bool:
+        weight = model.embedding.weight
+        return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
 class Compiled(Fused):
     """The flat step as one compiled graph. The first calls compile, which takes a minute on a CPU."""
 
@@ -111,7 +133,7 @@ class Compiled(Fused):
     def __init__(self, model: LatentRecurrentTransformer, state: State) -> None:
         super().__init__(model, state)
         require(
-            type(model.recall) is Recall,
+            self.covers(model),
             "a model whose recall is replaced (an ablation) is not compiled; decode it with mode='fused'",
         )
         self.static = model.embedding.weight.device.type == "cuda"
@@ -121,6 +143,10 @@ class Compiled(Fused):
         if self.static:  # CUDA graphs read and write these where they are, without copies
             for tensor in tensors_of(self.products, self.buffers):
                 torch._dynamo.mark_static_address(tensor)
+
+    @classmethod
+    def covers(cls, model: LatentRecurrentTransformer) -> bool:
+        return type(model.recall) is Recall
 
     def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool) -> Tensor:
         if self.static:  # few shapes: a graph for each
@@ -155,7 +181,7 @@ def fresh(function: FunctionType) -> FunctionType:
 
 
 COUNTER = itertools.count()
-MODES: dict[str, type[Eager]] = {kind.name: kind for kind in (Eager, Fused, Compiled)}
+MODES: dict[str, type[Eager]] = {kind.name: kind for kind in (Eager, Fused, Packed, Compiled)}
 
 
 def decoder(
@@ -175,7 +201,7 @@ def fastest(model: LatentRecurrentTransformer, state: State, candidates: Sequenc
     """The name of the mode that decodes all rows of such a State fastest, each by its best of `steps` steps."""
     taken: dict[str, float] = {}
     for name in candidates:
-        if name == "compiled" and type(model.recall) is not Recall:
+        if not MODES[name].covers(model):
             continue
         trial = MODES[name](model, model.empty_state(state.batch, state.slots))
         tokens = torch.zeros(state.batch, dtype=torch.long, device=state.tokens.device)

@@ -112,3 +112,16 @@ def _projection(projection: Projection) -> Tensor:
 
 def _transposed(weight: Tensor) -> Tensor:
     return weight.transpose(-1, -2).contiguous()
+
+
+def packed(p: Products, rows: int) -> Products:
+    """The same with the blocks' and the head's matrices in oneDNN's own layout, for steps of about so many rows."""
+
+    def pack(weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(_transposed(weight), rows)
+
+    layers = tuple(
+        layer._replace(inputs=pack(layer.inputs), out=pack(layer.out), up=pack(layer.up), down=pack(layer.down))
+        for layer in p.layers
+    )
+    return p._replace(layers=layers, head=pack(p.head))

@@ -29,6 +29,7 @@ from lrt.calibration import Calibration
 from lrt.certificate import Report
 from lrt.checkpoint import fingerprint, read_json, recover, sha256, swap
 from lrt.config import require
+from lrt.decode import decoder
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.prefill import Mode, Prefilled, prefill
@@ -119,18 +120,20 @@ class Session:
         """
         require(max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}; it must be at least 0")
         sampling = sampling or Sampling()
-        tokens, hidden, state = list(self.tokens), self.hidden, self._room(max_new_tokens).in_place()
-        with torch.no_grad():
-            for _ in range(max_new_tokens):
-                position = len(tokens)
-                token = int(draw_rows(self.model.logits(hidden[:, -1]), [sampling], [(self.seed, position)]))
-                tokens.append(token)
-                if tell is not None:
-                    tell(token)
-                hidden, state = self.model(self._row([token]), range(position, position + 1), state)
-                if token in stop:
-                    break
-        state = dataclasses.replace(state, write=self.state.write)
+        tokens, hidden = list(self.tokens), self.hidden.squeeze(1)
+        way = decoder(self.model, self._room(max_new_tokens))
+        for _ in range(max_new_tokens):
+            position = len(tokens)
+            token = int(draw_rows(way.logits(hidden), [sampling], [(self.seed, position)]))
+            tokens.append(token)
+            if tell is not None:
+                tell(token)
+            hidden = way(self._row([token])[0], [position])
+            if token in stop:
+                break
+        known = len(tokens) if self.state.filled == len(self.tokens) else self.state.filled
+        state = dataclasses.replace(way.state, write=self.state.write, filled=known)
+        hidden = hidden.unsqueeze(1).clone()  # outside inference mode: an ordinary tensor
         return dataclasses.replace(self, tokens=tuple(tokens), state=state, hidden=hidden, report=None)
 
     def save(self, path: str | Path) -> None:

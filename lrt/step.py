@@ -147,8 +147,8 @@ def step(
         y = F.scaled_dot_product_attention(
             q, keys, values, attn_mask=place.masks[i], enable_gqa=config.groups != config.heads
         )
-        x = torch.addmm(x, y.flatten(1), layer.out)
-        x = torch.addmm(x, F.relu(rms(x) @ layer.up).square(), layer.down)
+        x = added_product(x, y.flatten(1), layer.out)
+        x = added_product(x, F.relu(product(rms(x), layer.up)).square(), layer.down)
         if i + 1 in remembered or i + 1 == config.depth:
             outputs[i + 1] = rms(x)
     if remembered:
@@ -168,7 +168,7 @@ def write(
 ) -> Tensor:
     """Keys and values of one layer into its cache; the queries (n, H, 1, K). u (n, D) is the block's input."""
     heads, groups, size = config.heads, config.groups, config.head_dim
-    out = u @ layer.inputs
+    out = product(u, layer.inputs)
     split = (heads + 2 * groups) * size
     gates = torch.sigmoid(out[:, split:]).unflatten(1, (-1, 1, groups, 1)) if out.shape[1] > split else None
     kv = out[:, heads * size : split].unflatten(1, (2, groups, size))
@@ -188,6 +188,18 @@ def write(
     return qk[:, :heads].unsqueeze(2)
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (n, in) times a weight (in, out), or one packed for the CPU."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")
+    return x @ weight
+
+
+def added_product(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """x + y · weight."""
+    return x + product(y, weight) if weight.is_mkldnn else torch.addmm(x, y, weight)
+
+
 def seen(cache: Tensor, count: int, groups: int, slots: int, width: int) -> Tensor:
     """(n, G, W, K): the first rows and slots of a layer's cache."""
     return cache.view(-1, groups, slots, cache.shape[-1])[:count, :, :width]
@@ -196,4 +208,4 @@ def seen(cache: Tensor, count: int, groups: int, slots: int, width: int) -> Tens
 def logits(p: Products, hidden: Tensor) -> Tensor:
     """Next-token logits (n, V) of hidden states (n, D), soft-capped."""
     cap = p.config.softcap
-    return cap * torch.tanh((hidden @ p.head) / cap)
+    return cap * torch.tanh(product(hidden, p.head) / cap)

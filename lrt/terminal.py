@@ -21,7 +21,7 @@ from lrt.sampling import Sampling
 ROWS = 32
 """Continuations that are decoded at once."""
 Prefill = Literal["exact", "converged", "fast", "one_sweep"]
-Ways = Literal["eager", "fused", "compiled", "best"]
+Ways = Literal["eager", "fused", "packed", "compiled", "best"]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from test_exactness import (
 from torch import Tensor
 
 from lrt import ModelConfig
-from lrt.decode import MODES, Eager, bucket, decoder, fastest
+from lrt.decode import MODES, Eager, Packed, bucket, decoder, fastest
 
 EVERY = {**PAIRWISE, **PRODUCT, "none": NONE}
 
@@ -80,6 +80,20 @@ def test_slots_are_reused_where_every_layer_slides(mode: str):
         assert_same(raggedly(way, tokens, [0, 2]), oracle_rows(model, tokens))
 
 
+@over(PAIRWISE)
+def test_packed_weights_give_the_same_in_float32(config: ModelConfig):
+    model, tokens = random_model(config, torch.float32), random_tokens()
+    if not Packed.covers(model):
+        pytest.skip("oneDNN is not there")
+    found, expected = (
+        raggedly(decoder(model, model.empty_state(BATCH, LENGTH + 3), mode), tokens, [0, 3])
+        for mode in ("packed", "eager")
+    )
+    assert_same(found, expected)
+    with pytest.raises(ValueError, match=r"needs float32 on a CPU; this is torch\.float64"):
+        decoder(random_model(config), model.empty_state(BATCH, LENGTH).in_place(), "packed")
+
+
 FIRST, *OTHERS = list(PAIRWISE.items())[::7]
 
 
@@ -126,7 +140,7 @@ def test_the_fastest_mode_is_found_by_measuring(monkeypatch: pytest.MonkeyPatch)
     state: Any = model.empty_state(BATCH, LENGTH)
     assert fastest(model, state, ["eager", "fused"]) in MODES
     assert decoder(model, state, "best", ["fused"]).name == "fused"
-    with pytest.raises(ValueError, match="unknown mode 'warp'; choose one of eager, fused, compiled or best"):
+    with pytest.raises(ValueError, match="unknown mode 'warp'; choose one of eager, fused, packed, compiled or best"):
         decoder(model, state, "warp")
 
 

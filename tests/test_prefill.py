@@ -17,7 +17,7 @@ from reference import oracle
 from torch import Tensor
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, refine, schedules
-from lrt.calibrate import calibrate, own_text
+from lrt.calibrate import STRIDES, calibrate, own_text, sweeps_taken
 from lrt.calibration import FILE, Calibration, Plan, fallback, read, write
 from lrt.certificate import Certificate, merged
 from lrt.model.state import State
@@ -437,16 +437,24 @@ def test_a_user_is_told() -> None:
 # ---------------------------------------------------------------------------------------------------------- calibration
 
 
-def test_a_calibration_foretells_the_prefill(tmp_path: Path) -> None:
+@pytest.mark.parametrize("groups", [4, 8])
+def test_a_calibration_foretells_the_prefill(model: LatentRecurrentTransformer, groups: int) -> None:
+    text = own_text(model, 3, 128)
+    taken, ratio = sweeps_taken(model, text, groups)
+    assert ratio > 0
+    plans = {mode: Plan(groups, sweeps) for mode, sweeps in taken.items()}
+    for mode in SWEPT:
+        (row,) = prefill(model, text, model.empty_state(1, 128), mode, calibration=Calibration(1e4, plans)).report.rows
+        assert (row.path, row.groups, row.sweeps) == ("sweeps", groups, taken[mode])
+
+
+def test_a_calibration_is_kept(tmp_path: Path) -> None:
     model = model_of(MEMORIES["final"])
     text = own_text(model, 3, 64)
     assert text.shape == (1, 64)
     assert text[0, 0] == 3
     measured = calibrate(model, text, progress=False)
-    eager = dataclasses.replace(measured, overhead=1e4)  # whatever this machine's overhead: sweep
-    for mode in SWEPT:
-        (row,) = prefill(model, text, model.empty_state(1, 64), mode, calibration=eager).report.rows
-        assert (row.groups, row.sweeps) == (measured.plans[mode].groups, measured.plans[mode].sweeps)
+    assert {plan.groups for plan in measured.plans.values()} <= set(STRIDES)
     write(tmp_path, measured)
     assert read(tmp_path, model) == measured
     assert read(tmp_path, model_of(MEMORIES["channels"])) == fallback(torch.device("cpu"))
