@@ -95,7 +95,8 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """transformers' own; ValueError where weights are missing, which it would leave at whatever memory held."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         missing = sorted(info["missing_keys"])
         require(not missing, f"the checkpoint lacks {', '.join(missing[:5])}; export or copy it again")
         return (model, info) if output_loading_info else model
@@ -172,7 +173,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
                 config.unbounded or tokens.shape[1] <= config.context,
                 f"{tokens.shape[1]} positions exceed the context of {config.context}; shorten the text",
             )
-            state = self.model.empty_state(*tokens.shape).in_place()
+            state = self.model.empty_state(tokens.shape[0], tokens.shape[1]).in_place()
             return rows.join(prefill(self.model, tokens, state, self.config.prefill, lengths).sequence, ids.shape)
         known = past(checked(cache, config.depth), config.depth)
         columns = Columns.of(real_columns(ids, mask, known))
