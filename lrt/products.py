@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrt.config import ModelConfig
 from lrt.model.attention import Attention, ValueEmbedding
@@ -73,12 +73,12 @@ def products(model: LatentRecurrentTransformer) -> Products:
     weights = model.recall.weights if isinstance(model.recall, Recall) else None
     return Products(
         config=config,
-        embedding=rms(model.embedding.weight),
+        embedding=rms(rows(model.embedding)),
         mix=torch.stack(mix),
         projection=_projection(model.projection) if isinstance(model.projection, Projection) else None,
         recall=None if weights is None else weights.clone(),
         layers=tuple(layers),
-        head=_transposed(model.head.weight),
+        head=_transposed(matrix(model.head)),
     )
 
 
@@ -89,20 +89,35 @@ def _layer(block: Block, projection: int) -> LayerProducts:
     embedded = attention.value_embedding if isinstance(attention.value_embedding, ValueEmbedding) else None
     gated = isinstance(injection, KeyValue)
     scale = 2 if gated else 1  # 2σ(G u) · W u = σ(G u) · 2W u, exactly
-    parts = [attention.query.weight, scale * attention.key.weight, scale * attention.value.weight]
+    parts = [matrix(attention.query), scale * matrix(attention.key), scale * matrix(attention.value)]
     if isinstance(injection, KeyValue):
-        parts.append(injection.gate.weight)
+        parts.append(matrix(injection.gate))
     if embedded is not None:
-        parts.append(embedded.gate.weight)
+        parts.append(matrix(embedded.gate))
     return LayerProducts(
         inputs=_transposed(torch.cat(parts)),
-        out=_transposed(attention.out.weight),
-        up=_transposed(block.mlp.up.weight),
-        down=_transposed(block.mlp.down.weight),
+        out=_transposed(matrix(attention.out)),
+        up=_transposed(matrix(block.mlp.up)),
+        down=_transposed(matrix(block.mlp.down)),
         alpha=block.alpha.clone(),
-        table=None if embedded is None else embedded.table.weight,
+        table=None if embedded is None else rows(embedded.table),
         projection=projection if gated else None,
     )
+
+
+def matrix(layer: nn.Linear) -> Tensor:
+    """(out, in): what a layer without bias does; of one that is more than its weight (an adapter), to the identity."""
+    if type(layer) is nn.Linear:
+        return layer.weight
+    weight = layer.weight
+    return layer(torch.eye(layer.in_features, device=weight.device, dtype=weight.dtype)).T
+
+
+def rows(table: nn.Embedding) -> Tensor:
+    """(V, D): the rows of a table, with what an adapter adds to them."""
+    if type(table) is nn.Embedding:
+        return table.weight
+    return table(torch.arange(table.num_embeddings, device=table.weight.device))
 
 
 def _projection(projection: Projection) -> Tensor:

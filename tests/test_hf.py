@@ -286,6 +286,12 @@ def test_adapters_around_any_projection_are_called():
     lora = {name: p for name, p in adapted.named_parameters() if "lora_B" in name}
     assert len(lora) == 2 * 8 + 1  # two gates in a block: injection and value embedding
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in lora.values())
+    with torch.no_grad():
+        for p in lora.values():
+            p.normal_(std=0.1)
+    native_model = adapted.eval().get_base_model().model
+    nats = torch.nn.functional.cross_entropy(adapted(tokens).logits[:, :-1].mT, tokens[:, 1:], reduction="none")
+    close(score(native_model, tokens), nats)  # live scores decode on fused products
 
 
 def test_trainers_count_of_items_makes_shares_of_a_batch():
