@@ -1,4 +1,4 @@
-"""The command line: `lrt prepare`, `train`, `evaluate`, `sample`, `demo`. Each verb is a dataclass that runs itself."""
+"""The command line: `lrt prepare`, `train`, `evaluate`, …. Each verb is a dataclass that runs itself."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from lrt.data.prepare import SHARD_TOKENS, prepare
 from lrt.data.prepared import Prepared
 from lrt.data.records import Selection
 from lrt.demo import demo, stream
+from lrt.diagnose import diagnose, lines, subject
 from lrt.distributed import Alone
 from lrt.evaluate import evaluate
 from lrt.generate import Sampling
@@ -287,7 +288,38 @@ class Demo:
         demo(self.out, list(self.text) or None, self.tokens, self.seed, chosen_device(self.device), self.prompt)
 
 
-Verb = Prepare | Train | Evaluate | Sample | Demo
+@dataclass(frozen=True)
+class Diagnose:
+    """Measure what a checkpoint's memory does, and whether training and decoding agree. Results stay beside it."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint folder, or a run's."""
+    only: tuple[Literal["sweeps", "ablations"], ...] = ("sweeps", "ablations")
+    """What to measure. sweeps: the score after 1 to 64 refinements, and a verdict; ablations: live, with the memory
+    replaced in every way."""
+    data: Path = Path("runs/data/stdlib")
+    """A folder that `lrt prepare` wrote with the checkpoint's tokenizer."""
+    split: str = "val"
+    """train, val or test."""
+    at_least: int | None = 10_000
+    """Measure on windows with so many tokens; None takes the whole split."""
+    batch_size: int = 16
+    """Windows at once."""
+    out: Path | None = None
+    """Folder for the results. None: evaluation/ in the folder of the checkpoint."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def run(self) -> None:
+        data, out = Prepared.open(self.data), self.out or self.checkpoint / "evaluation"
+        device = chosen_device(self.device)
+        measured = subject(self.checkpoint, data, self.split, self.at_least, self.batch_size, device)
+        for result in diagnose(measured, f"{self.data.name}-{self.split}", out, self.only):
+            print("\n".join(lines(result)))
+        print(f"results in {out}")
+
+
+Verb = Prepare | Train | Evaluate | Diagnose | Sample | Demo
 
 
 def main(arguments: list[str] | None = None) -> None:

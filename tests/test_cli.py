@@ -24,6 +24,7 @@ from lrt.config import MemoryConfig, ModelConfig
 from lrt.data.corpus import stdlib_files
 from lrt.optim import OptimConfig
 from lrt.recipes import RECIPES
+from lrt.results import read
 from lrt.run import RunConfig
 
 TINY = (
@@ -110,7 +111,7 @@ def field_docs(kind: type) -> dict[str, str]:
 def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = helped(capsys)
-    for verb in (cli.Prepare, cli.Train, cli.Evaluate, cli.Sample, cli.Demo):
+    for verb in (cli.Prepare, cli.Train, cli.Evaluate, cli.Diagnose, cli.Sample, cli.Demo):
         assert verb.__name__.lower() in text
         assert bare(verb.__doc__ or "?") in text
 
@@ -398,3 +399,19 @@ def test_ctrl_c_during_training_keeps_a_loadable_checkpoint(data: Path, tmp_path
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["tokens"] == tokens
     assert load(tmp_path / "run")[0].config.width == 16
+
+
+def test_diagnose_prints_and_keeps_its_results(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "found"
+    main(["diagnose", str(run), "--data", str(data), "--at-least", "200", "--out", str(out)])
+    text = capsys.readouterr().out
+    results = {result.kind: result for result in read(out)}
+    assert {"sweeps", "ablations"} <= set(results)
+    assert f"verdict: {results['sweeps'].values['verdict']}" in text
+    assert f"live                   {results['ablations'].values['live_bpb']:.4f}" in text
+    assert "two forwards" in text
+    weights = json.loads((run / "checkpoint" / "manifest.json").read_text())["model.safetensors"]["sha256"]
+    assert {result.checkpoint for result in results.values()} == {weights}
+    assert {result.subject for result in results.values()} == {f"{data.name}-val"}
