@@ -65,7 +65,7 @@ def save(
             weights = ranks.weights(model)
             if ranks.rank == 0:
                 _write(fresh, weights, model.config, tokenizer, about or {})
-                _swap(fresh, path)
+                swap(fresh, path)
     except BaseException as error:
         if ranks.rank == 0:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -102,7 +102,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _swap(fresh: Path, path: Path) -> None:
+def swap(fresh: Path, path: Path) -> None:
     """Put `fresh` in the place of `path`. Between the two renames the old one is at `_previous`, where `load` looks."""
     previous = _previous(path)
     if path.exists():
@@ -121,6 +121,15 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(model: LatentRecurrentTransformer) -> str:
+    """SHA-256 of a model's configuration and weights, types included: what a state or a calibration belongs to."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(memoryview(weight.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRecurrentTransformer, Tokenizer]:
@@ -151,7 +160,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRe
 def _config(folder: Path) -> tuple[ModelConfig, str]:
     """The model's configuration and the tokenizer's hash; ValueError naming config.json where it makes no sense."""
     file = folder / "config.json"
-    data = _json(file)
+    data = read_json(file)
     if data.get("format") != FORMAT:
         raise ValueError(f"{file}: format {data.get('format')!r}; this version reads {FORMAT}")
     try:
@@ -183,18 +192,18 @@ def load_training(path: str | Path, model: LatentRecurrentTransformer, ranks: Al
 
 def about(path: str | Path) -> dict[str, Any]:
     """How the checkpoint came to be: what `save` was given."""
-    return _json(verified(Path(path)) / "config.json")["about"]
+    return read_json(verified(Path(path)) / "config.json")["about"]
 
 
 def verified(path: Path) -> Path:
     """The checkpoint's folder, after its files were held against the manifest."""
-    _recover(path)
+    recover(path)
     if not (path / "manifest.json").exists():  # a run's folder: its checkpoint, or how far it has come
-        _recover(path / "checkpoint")
+        recover(path / "checkpoint")
         path = next(iter([*path.glob("checkpoint"), *sorted(path.glob("snapshots/step-*"), reverse=True)]), path)
     if not (path / "manifest.json").is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no manifest.json; give the folder that `lrt train` wrote")
-    manifest = _json(path / "manifest.json")
+    manifest = read_json(path / "manifest.json")
     for name in sorted({*FILES, *manifest}):
         file, entry = path / name, manifest.get(name)
         if not file.is_file() or not isinstance(entry, dict):
@@ -209,13 +218,14 @@ def verified(path: Path) -> Path:
     return path
 
 
-def _recover(path: Path) -> None:
+def recover(path: Path) -> None:
     """Where a save was cut off between its two renames, the old checkpoint is whole and goes back to its place."""
     if not path.exists() and _previous(path).exists():
         _previous(path).rename(path)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError naming it where it holds none."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -1,10 +1,12 @@
-"""The command line: `lrt prepare`, `train`, `evaluate`, …. Each verb is a dataclass that runs itself."""
+"""The command line: one verb per thing to do (`lrt --help`). Each is a dataclass that runs itself."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -28,6 +30,7 @@ from lrt.generate import Sampling
 from lrt.keeping import Keeping
 from lrt.matching import Other, compare, match
 from lrt.model.flops import count_parameters
+from lrt.nanochat import import_checkpoint
 from lrt.run import RunConfig
 from lrt.trainer import train
 from lrt.watching import Watching
@@ -54,6 +57,17 @@ def chosen_device(name: str) -> str:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here: {reason}; try --device auto or cpu") from error
     return name
+
+
+@contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """A block that imports what an optional extra installs; ValueError that names it where it is not there."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{what} needs the package {error.name}; install it with pip install 'latent-recurrent-transformer[{name}]'"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -208,12 +222,24 @@ class Evaluate:
     """Score windows until this many tokens; None scores the whole split."""
     batch_size: int = 64
     """Windows scored at once; no score depends on it."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval to run instead, with true recurrence (needs the extra `lm-eval`)."""
+    tasks_include: Path | None = None
+    """A folder of tasks of your own, as lm-eval's YAML."""
+    tasks_limit: int | None = None
+    """Only so many items of each task. None: all."""
+    tasks_shots: int | None = None
+    """Few-shot examples. None: what each task says."""
+    tasks_prefill: Literal["exact", "converged", "fast", "one_sweep"] = "converged"
+    """How tasks read their texts."""
     json: bool = False
     """Print one JSON object instead of text."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
+        if self.tasks:
+            return self.run_tasks()
         folder = checkpoint.verified(self.checkpoint)
         model, tokenizer = checkpoint.load(folder, chosen_device(self.device))
         data = Prepared.open(self.data)
@@ -238,6 +264,21 @@ class Evaluate:
         for name, value in metrics.items():
             if value is not None:
                 print(f"{name:26} {value:.4f}" if isinstance(value, float) else f"{name:26} {value}")
+
+    def run_tasks(self) -> None:
+        with extra("lm-eval", "--tasks"):
+            from lrt.hf.harness import run_tasks
+        results = run_tasks(
+            self.checkpoint, self.tasks, self.tasks_prefill, self.batch_size, self.tasks_limit, self.tasks_shots,
+            self.tasks_include, chosen_device(self.device),
+        )  # fmt: skip
+        if self.json:
+            print(json.dumps(results, default=str))
+            return
+        for task, metrics in results.items():
+            for metric, value in metrics.items():
+                if isinstance(value, float):
+                    print(f"{task:26} {metric:22} {value:.4f}")
 
 
 @dataclass(frozen=True)
@@ -265,6 +306,43 @@ class Sample:
         model, tokenizer = checkpoint.load(self.checkpoint, chosen_device(self.device))
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         stream(model, tokenizer, self.prompt, self.max_new_tokens, sampling, self.seed)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a checkpoint as a Hugging Face folder, which works where lrt is not installed."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint folder, or a run's."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write."""
+    prefill: Literal["exact", "converged", "fast", "one_sweep"] = "converged"
+    """How the exported model reads prompts and texts; `model.config.prefill` changes it later."""
+    remote_code: bool = True
+    """Put the code into the folder, to be loaded with trust_remote_code=True. Without it, the folder needs lrt."""
+
+    def run(self) -> None:
+        with extra("hf", "export"):
+            from lrt.hf.export import export
+        export(self.checkpoint, self.out, self.prefill, self.remote_code)
+        print(f"{self.out}: {', '.join(sorted(file.name for file in self.out.iterdir()))}")
+
+
+@dataclass(frozen=True)
+class Import:
+    """Convert a checkpoint of nanochat, or of the paper's authors' LRT, to a checkpoint of this library."""
+
+    source: tyro.conf.Positional[Path]
+    """A model_*.pt with its meta_*.json beside it, or their folder (the newest is taken). Nothing in it is run."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write."""
+    tokenizer: Path
+    """The tokenizer.json that it was trained with."""
+
+    def run(self) -> None:
+        model = import_checkpoint(self.source, self.out, self.tokenizer)
+        total, _ = count_parameters(model.config)
+        print(f"{self.out}: {total:,} parameters, schedule {checkpoint.about(self.out)['schedule']}")
 
 
 @dataclass(frozen=True)
@@ -319,7 +397,7 @@ class Diagnose:
         print(f"results in {out}")
 
 
-Verb = Prepare | Train | Evaluate | Diagnose | Sample | Demo
+Verb = Prepare | Train | Evaluate | Diagnose | Sample | Export | Import | Demo
 
 
 def main(arguments: list[str] | None = None) -> None:

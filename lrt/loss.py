@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lrt.config import IGNORED
 from lrt.distributed import ALONE, Alone
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.refine import refine
+from lrt.refine import Refined, refine
 from lrt.schedules import Pass, Schedule
 
 ROWS = 1024
@@ -35,7 +35,12 @@ def token_nats(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tenso
 
 
 def summed_nats(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Summed nats of targets (…) under hidden (…, D), with gradients; logits never exist for more than ROWS rows."""
+    """Summed nats of targets (…) under hidden (…, D), with gradients; logits never exist for more than ROWS rows.
+
+    A head that is more than its weight (an adapter was put around it) is called, and its logits exist at once.
+    """
+    if type(model.head) is not nn.Linear:
+        return summed_nats_reference(model, hidden, targets)
     head = model.head.weight
     result: Tensor = LinearCrossEntropy.apply(hidden.flatten(0, -2), head, targets.flatten(), model.config.softcap)  # type: ignore[assignment]
     return result
@@ -133,7 +138,10 @@ class StepLoss:
         self, model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor, documents: Tensor | None
     ) -> Tensor:
         """The share of micro-batch tokens, targets (B, T) in the step's loss; the shares of all ranks sum to it."""
-        out = refine(model, tokens, self.schedule, documents)
+        return self.over(model, refine(model, tokens, self.schedule, documents), targets)
+
+    def over(self, model: LatentRecurrentTransformer, out: Refined, targets: Tensor) -> Tensor:
+        """The same, of passes that ran already."""
         losses = [
             scale * summed_nats(model, hidden, targets[:, p.slice])
             for (p, _, hidden), scale in zip(out.passes, self.scales, strict=True)

@@ -121,6 +121,83 @@ class State:
             held=change(self.held),
         )
 
+    # --- rows and lengths --------------------------------------------------------------------------------------
+
+    def select(self, rows: Tensor) -> State:
+        """A State of these rows (n,) int in this order, independent of this one; a row named twice is forked."""
+        chosen = self._map(lambda buffer: buffer.index_select(0, rows))
+        documents = None if self.documents is None else self.documents.index_select(0, rows)
+        return dataclasses.replace(chosen, documents=documents)
+
+    def put(self, rows: Tensor, other: State) -> State:
+        """This State with its rows `rows` (n,) int replaced by those of `other`, which has as many slots."""
+        if other.slots != self.slots or other.batch != len(rows) or other.documents is not None:
+            raise ValueError(
+                f"{other.batch} rows of {other.slots} slots cannot replace {len(rows)} rows of {self.slots}; give one "
+                "row for each, of as many slots (resized), without documents"
+            )
+
+        def replaced(buffer: Tensor, new: Tensor) -> Tensor:
+            return self.write(buffer, rows, new.to(buffer), 0)
+
+        return dataclasses.replace(
+            self,
+            keys=tuple(map(replaced, self.keys, other.keys)),
+            values=tuple(map(replaced, self.values, other.values)),
+            memory=replaced(self.memory, other.memory),
+            tokens=replaced(self.tokens, other.tokens),
+            held=replaced(self.held, other.held),
+            filled=min(self.filled, other.filled),
+            pending=(),
+        )
+
+    def crop(self, lengths: int | Tensor) -> State:
+        """Forget every position from `lengths` on, an int or one per row (B,): as if it had never been computed.
+
+        Where slots are reused, ask `intact` first: what a forgotten position replaced does not come back.
+        """
+        ends = torch.as_tensor(lengths, device=self.held.device).expand(self.batch).unsqueeze(1)
+        held = self.held.masked_fill(self.held >= ends, -1)
+        everything = slice(0, self.slots, 1)
+        return dataclasses.replace(
+            self,
+            held=self.write(self.held, everything, held, 1),
+            tokens=self.write(self.tokens, everything, self.tokens.masked_fill(held < 0, -1), 1),
+            filled=min(self.filled, lengths if isinstance(lengths, int) else int(lengths.min())),
+            pending=(),
+        )
+
+    def intact(self, lengths: Tensor, reach: int) -> Tensor:
+        """(B,) bool: whether the last `reach` positions before `lengths` (B,) are all still held."""
+        needed = lengths.unsqueeze(1) - 1 - torch.arange(min(reach, self.slots), device=self.held.device)
+        found = gather(self.held, needed % self.slots, 1) == needed
+        return (found | (needed < 0)).all(1)
+
+    def resized(self, slots: int) -> State:
+        """A copy with another number of slots. ValueError where they cannot hold every position written so far."""
+        if self.length > min(slots, self.slots) or self.documents is not None:
+            raise ValueError(
+                f"a state of {self.slots} slots that holds {self.length} positions cannot have {slots}: it needs one "
+                "for each position, none reused, and no documents"
+            )
+
+        def fitted(buffer: Tensor, dim: int, fill: int = 0) -> Tensor:
+            shape = list(buffer.shape)
+            shape[dim] = slots
+            kept = min(slots, buffer.shape[dim])
+            fresh = buffer.new_full(shape, fill)
+            fresh.narrow(dim, 0, kept).copy_(buffer.narrow(dim, 0, kept))
+            return fresh
+
+        return dataclasses.replace(
+            self,
+            keys=tuple(fitted(k, 2) for k in self.keys),
+            values=tuple(fitted(v, 2) for v in self.values),
+            memory=fitted(self.memory, 1),
+            tokens=fitted(self.tokens, 1, -1),
+            held=fitted(self.held, 1, -1),
+        )
+
     # --- where -------------------------------------------------------------------------------------------------
 
     def where(self, positions: Positions) -> Slots:
@@ -236,8 +313,9 @@ def extend(filled: int, pending: tuple[range, ...], new: range) -> tuple[int, tu
         return new.stop, pending
     alike = [r for r in pending if (r.step, r.stop) == (new.step, new.stop) and r != new]
     pending = (*alike, new)
-    residues = {r.start for r in pending}
-    if residues >= set(range(min(new.step, new.stop))):  # 0 … g-1: all classes are there
+    # A class covers its share of filled … stop - 1 if it starts with the first of them.
+    covered = {r.start % r.step for r in pending if r.start < filled + r.step}
+    if covered >= {p % new.step for p in range(filled, min(filled + new.step, new.stop))}:
         return new.stop, ()
     return filled, pending
 

@@ -1,0 +1,248 @@
+"""A session: one sequence, all that a model knows about it, and where its sampling stands, as a value.
+
+Nothing changes a session: to extend, rewind or continue it gives another one, and both stay good. The memory history
+in the State is what makes going back exact: a recurrent state alone could not.
+
+On the disk a session is a folder, and reading one unpickles nothing:
+
+    state.safetensors   keys, values, memory, tokens
+    session.json        the fingerprint of the model, the seed, size and SHA-256 of the other
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lrt.calibration import Calibration
+from lrt.certificate import Report
+from lrt.checkpoint import fingerprint, read_json, recover, sha256, swap
+from lrt.config import require
+from lrt.generate import Sampling
+from lrt.model.state import State
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.prefill import Mode, Prefilled, prefill
+
+FORMAT = 1
+CHUNK = 256
+"""Positions that are computed at once where slots are reused."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One sequence with one model. Shapes: T tokens, S slots, D width."""
+
+    model: LatentRecurrentTransformer
+    tokens: tuple[int, ...]
+    """All tokens so far, given and drawn, at least one."""
+    state: State
+    """One row that holds every one of them, or the last ones where slots are reused."""
+    hidden: Tensor
+    """(1, 1, D): the final hidden state of the last token, from which the next is drawn."""
+    seed: int = 0
+    """What is drawn at a position depends on the seed and the position alone, not on how it was reached."""
+    report: Report | None = None
+    """Of the last prefill; None after a token was drawn."""
+
+    @classmethod
+    def start(
+        cls,
+        model: LatentRecurrentTransformer,
+        tokens: Sequence[int],
+        mode: Mode = "converged",
+        seed: int = 0,
+        calibration: Calibration | None = None,
+    ) -> Session:
+        """A session that begins with these tokens. ValueError where there are none, or more than the context holds."""
+        slots = model.config.reach + CHUNK if model.config.unbounded else 1
+        empty = model.empty_state(1, slots)
+        return _extended(cls(model, (), empty, empty.memory.new_zeros(1, 1, 1), seed), tokens, mode, calibration)
+
+    def extend(
+        self, tokens: Sequence[int], mode: Mode = "converged", calibration: Calibration | None = None
+    ) -> Session:
+        """This session and more given tokens, prefilled behind what it holds."""
+        return _extended(self, tokens, mode, calibration)
+
+    def fork(self, seed: int) -> Session:
+        """The same session with another seed: one of several continuations."""
+        return dataclasses.replace(self, state=self.state.clone(), hidden=self.hidden.clone(), seed=seed)
+
+    def crop(self, length: int) -> Session:
+        """The session as it was when it had `length` tokens.
+
+        Raises ValueError where slots are reused and what was then known is overwritten: no more than the State's
+        slots less the reach (longest window, delay) can be taken back.
+        """
+        require(
+            1 <= length <= len(self.tokens),
+            f"cannot crop a session of {len(self.tokens)} tokens to {length}; give 1 to {len(self.tokens)}",
+        )
+        if length == len(self.tokens):
+            return self
+        before, last = length - 1, self._row(self.tokens[length - 1 : length])
+        require(
+            bool(self.state.intact(last.new_tensor([before]), self.model.config.reach).all()) or before == 0,
+            f"{len(self.tokens)} tokens cannot be cropped to {length}: the {self.state.slots} slots were reused, so "
+            f"that at most {self.state.slots - self.model.config.reach - 1} can be taken back",
+        )
+        with torch.no_grad():  # the last token anew: its hidden state is not part of the State for every source
+            hidden, state = self.model(last, range(before, length), self.state.crop(before))
+        return dataclasses.replace(self, tokens=self.tokens[:length], state=state, hidden=hidden, report=None)
+
+    def rewind(self, count: int) -> Session:
+        """The session without its last `count` tokens, of which one must stay."""
+        require(count >= 0, f"cannot rewind by {count} tokens; give 0 or more")
+        return self.crop(len(self.tokens) - count)
+
+    def generate(
+        self,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop: frozenset[int] = frozenset(),
+        tell: Callable[[int], None] | None = None,
+    ) -> Session:
+        """The session continued by up to `max_new_tokens` drawn tokens; it ends with the first one in `stop`.
+
+        `tell` is told each token as soon as it is drawn. ValueError where the context has no room for them.
+        """
+        require(max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}; it must be at least 0")
+        sampling = sampling or Sampling()
+        tokens, hidden, state = list(self.tokens), self.hidden, self._room(max_new_tokens).in_place()
+        with torch.no_grad():
+            for _ in range(max_new_tokens):
+                position = len(tokens)
+                logits = self.model.logits(hidden[:, -1]).cpu()
+                token = int(sampling.draw(logits, generator_at(self.seed, position)))
+                tokens.append(token)
+                if tell is not None:
+                    tell(token)
+                hidden, state = self.model(self._row([token]), range(position, position + 1), state)
+                if token in stop:
+                    break
+        state = dataclasses.replace(state, write=self.state.write)
+        return dataclasses.replace(self, tokens=tuple(tokens), state=state, hidden=hidden, report=None)
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to a folder, in the place of an older session there."""
+        path = Path(path)
+        if path.exists() and not (path / "session.json").exists() and any(path.iterdir()):
+            raise ValueError(f"{path} holds something that is no session; choose another folder")
+        fresh = path.with_name(f".{path.name}.saving-{os.getpid()}")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        try:
+            safetensors.torch.save_file(_tensors(self), fresh / "state.safetensors")
+            (fresh / "session.json").write_text(json.dumps(_about(self, fresh), indent=2) + "\n")
+            swap(fresh, path)
+        except BaseException as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if isinstance(error, safetensors.SafetensorError | RuntimeError):  # what its writer raises on a full disk
+                raise OSError(f"cannot save to {path}: {error}; an older session there is untouched") from error
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path, model: LatentRecurrentTransformer) -> Session:
+        """The session of a folder, for the model that it was made with.
+
+        Raises ValueError where it belongs to another model, or where a file is missing, truncated or changed.
+        """
+        path = Path(path)
+        recover(path)
+        require((path / "session.json").is_file(), f"{path} is no session: it has no session.json")
+        about, file = read_json(path / "session.json"), path / "state.safetensors"
+        require(about.get("format") == FORMAT, f"{path}: format {about.get('format')!r}; this version reads {FORMAT}")
+        require(
+            about.get("model") == fingerprint(model),
+            f"{path} was made by another model (other weights, shape or number type); load the one that made it",
+        )
+        intact = file.is_file() and file.stat().st_size == about.get("bytes") and sha256(file) == about.get("sha256")
+        require(intact, f"{file} is missing, truncated or changed; restore it from a copy, or prefill the text anew")
+        place = str(model.embedding.weight.device)
+        try:
+            return _rebuilt(model, safetensors.torch.load_file(file, device=place), about)
+        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{path} describes no session of this version ({error!r})") from error
+
+    def _row(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor([list(tokens)], device=self.state.tokens.device)
+
+    def _room(self, count: int) -> State:
+        """The state with slots for `count` more tokens. ValueError where the context has no room for them."""
+        if self.model.config.unbounded:
+            return self.state
+        length, context = len(self.tokens) + count, self.model.config.context
+        require(
+            length <= context,
+            f"{len(self.tokens)} tokens and {count} more exceed the context of {context}; shorten one of them, or "
+            "use a model in which every layer has a sliding window",
+        )
+        return self.state.resized(max(1, length))
+
+
+def _extended(session: Session, tokens: Sequence[int], mode: Mode, calibration: Calibration | None) -> Session:
+    require(len(tokens) > 0, "the prompt is empty; give at least one token (BOS will do)")
+    vocabulary = session.model.config.vocab_size
+    wrong = [t for t in tokens if not 0 <= t < vocabulary]
+    require(not wrong, f"token {wrong[:1]} is none of the model's {vocabulary}; was it made by another tokenizer?")
+    state = session._room(len(tokens))
+    done: Prefilled = prefill(session.model, session._row(tokens), state, mode, calibration=calibration)
+    return dataclasses.replace(
+        session,
+        tokens=(*session.tokens, *map(int, tokens)),
+        state=done.state,
+        hidden=done.hidden,
+        report=done.report,
+    )
+
+
+def generator_at(seed: int, position: int) -> torch.Generator:
+    """What the token at a position is drawn with: a function of (seed, position), so that going back is exact."""
+    digest = hashlib.sha256(f"{seed} {position}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _tensors(session: Session) -> dict[str, Tensor]:
+    state = session.state if session.model.config.unbounded else session.state.resized(len(session.tokens))
+    layers = range(len(state.keys))
+    named = {f"keys.{i}": state.keys[i] for i in layers} | {f"values.{i}": state.values[i] for i in layers}
+    named |= {"memory": state.memory, "known": state.tokens, "held": state.held, "hidden": session.hidden}
+    named["tokens"] = torch.tensor(session.tokens)
+    return {name: tensor.contiguous() for name, tensor in named.items()}
+
+
+def _about(session: Session, folder: Path) -> dict[str, Any]:
+    file = folder / "state.safetensors"
+    return {
+        "format": FORMAT,
+        "model": fingerprint(session.model),
+        "seed": session.seed,
+        "bytes": file.stat().st_size,
+        "sha256": sha256(file),
+    }
+
+
+def _rebuilt(model: LatentRecurrentTransformer, read: dict[str, Tensor], about: dict[str, Any]) -> Session:
+    depth, slots = model.config.depth, read["held"].shape[1]
+    state = dataclasses.replace(
+        model.empty_state(1, slots),
+        keys=tuple(read[f"keys.{i}"] for i in range(depth)),
+        values=tuple(read[f"values.{i}"] for i in range(depth)),
+        memory=read["memory"],
+        tokens=read["known"],
+        held=read["held"],
+        filled=read["tokens"].shape[0],
+    )
+    return Session(model, tuple(read["tokens"].tolist()), state, read["hidden"], int(about["seed"]))
