@@ -9,6 +9,7 @@ Shapes: B batch, T positions of this call, C memory channels, D width. Memory is
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -79,6 +80,14 @@ class FrozenMemory(Ablation):
             own = state.documents[:, state.where(index)] if index.dim() == 1 else state.documents.gather(1, index)
             first = (state.documents.unsqueeze(1) == own.unsqueeze(2)).int().argmax(2)  # (B, T)
         return self.recall.read(state.read_memory(positions, (index - first).clamp(min=self.recall.delay)), embedding)
+
+
+class UnwrittenMemory(Ablation):
+    """Every position reads what it would if no pass had written anything: what a first pass reads, also further on."""
+
+    def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
+        found = state.read_memory(positions, self.recall.delay)
+        return self.recall.read(replace(found, written=torch.zeros_like(found.written)), embedding)
 
 
 class OwnMemory(Ablation):

@@ -17,6 +17,9 @@ from rich.console import Console
 
 from lrt import checkpoint, recipes, schedules
 from lrt.config import require
+from lrt.core.bundle import Bundle, download
+from lrt.core.run import Settings as CoreSettings
+from lrt.core.run import core_lines, run_core
 from lrt.data.hub import Dataset
 from lrt.data.loader import windows
 from lrt.data.prepare import SHARD_TOKENS, prepare
@@ -232,6 +235,11 @@ class Evaluate:
     """Few-shot examples. None: what each task says."""
     tasks_prefill: Literal["exact", "converged", "fast", "one_sweep"] = "converged"
     """How tasks read their texts."""
+    core: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="[FOLDER]")] = None
+    """Run CORE instead: 22 tasks, with recurrence on, off and one sweep, from this folder; none: from runs/data/core,
+    downloaded first. Stopped, it goes on. (--tasks-limit and --tasks-prefill count here too.)"""
+    out: Path | None = None
+    """Folder for CORE's results. None: evaluation/ in the folder of the checkpoint."""
     json: bool = False
     """Print one JSON object instead of text."""
     device: str = "auto"
@@ -240,6 +248,8 @@ class Evaluate:
     def run(self) -> None:
         if self.tasks:
             return self.run_tasks()
+        if self.core is not None:
+            return self.run_core(self.core)
         folder = checkpoint.verified(self.checkpoint)
         model, tokenizer = checkpoint.load(folder, chosen_device(self.device))
         data = Prepared.open(self.data)
@@ -264,6 +274,22 @@ class Evaluate:
         for name, value in metrics.items():
             if value is not None:
                 print(f"{name:26} {value:.4f}" if isinstance(value, float) else f"{name:26} {value}")
+
+    def run_core(self, folders: tuple[Path, ...]) -> None:
+        from lrt.parallel import start  # loads much of torch.distributed
+
+        require(len(folders) <= 1, f"--core is {' '.join(map(str, folders))}; give one folder, or none")
+        settings = CoreSettings(self.tasks_limit, self.tasks_prefill, self.batch_size)
+        with start("ddp", chosen_device(self.device)) as ranks:
+            folder = checkpoint.verified(self.checkpoint)
+            model, tokenizer = checkpoint.load(folder, ranks.device)
+            place = folders[0] if folders else ranks.in_turn(lambda: download(Path("runs/data/core")))
+            weights = checkpoint.sha256(folder / "model.safetensors")
+            out = self.out or self.checkpoint / "evaluation"
+            result, problems = run_core(model, tokenizer, Bundle.open(place), weights, out, settings, ranks)
+            if ranks.first:
+                print(json.dumps(result.to_dict()) if self.json else "\n".join(core_lines(result.values)))
+        require(not problems, "some tasks could not be run: " + "; ".join(problems))
 
     def run_tasks(self) -> None:
         with extra("lm-eval", "--tasks"):

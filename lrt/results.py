@@ -40,18 +40,22 @@ class Result:
     hardware: dict[str, Any] = dataclasses.field(default_factory=dict)
     format: int = FORMAT
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
     def write(self, folder: Path) -> Path:
         """Write the result's file, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{self.kind}-{slug(self.subject)}.json"
         fresh = file.with_name(f".{file.name}")
-        fresh.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        fresh.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         return fresh.replace(file)
 
 
 def slug(text: str) -> str:
     """A subject as part of a file name."""
-    return "".join(c if c.isalnum() else "-" for c in text).strip("-")
+    return "".join(c if c.isalnum() or c == "_" else "-" for c in text).strip("-")
 
 
 def read(folder: Path) -> list[Result]:
@@ -82,7 +86,9 @@ class Ledger:
         self.file = folder / f"{self.stem}.rank{ranks.rank}.jsonl"
         with ranks.together():
             self._mend()
-        self.done = self._read()
+        self.done = self.everybody()
+        with ranks.together():  # nobody adds before all have read: they share what is left to do
+            pass
 
     def add(self, found: Mapping[str, Any]) -> None:
         """Note some items as done. Once this returns, they survive a kill."""

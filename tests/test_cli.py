@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_core import make_bundle
 
 from lrt import cli
 from lrt.checkpoint import about, load
@@ -415,3 +416,24 @@ def test_diagnose_prints_and_keeps_its_results(
     weights = json.loads((run / "checkpoint" / "manifest.json").read_text())["model.safetensors"]["sha256"]
     assert {result.checkpoint for result in results.values()} == {weights}
     assert {result.subject for result in results.values()} == {f"{data.name}-val"}
+
+
+def test_evaluate_runs_core_from_a_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    bundle, out = make_bundle(tmp_path), tmp_path / "found"
+    main(["evaluate", str(run), "--core", str(bundle), "--out", str(out), "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "partial CORE (3/22)" in text
+    assert "one sweep" in text
+    (result,) = read(out)
+    file = bundle / "eval_data" / "some" / "winograd.jsonl"
+    file.write_text("{")
+    arguments = ["evaluate", str(run), "--core", str(bundle), "--out", str(out), "--device", "cpu", "--json"]
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert f"some tasks could not be run: {file}" in printed.err
+    kept = json.loads(printed.out)["values"]["tasks"]
+    assert kept == {label: result.values["tasks"][label] for label in ("arc_easy", "lambada_openai")}
+    message = one_line(capsys, "evaluate", str(run), "--core", str(tmp_path / "nowhere"), "--device", "cpu")
+    assert "there is no CORE bundle in" in message
