@@ -2,8 +2,8 @@
 
     python benchmarks/core.py BUNDLE TOKENIZER.json --questions 12 --rounds 3
 
-Alone is the plain reference, `score_alone`: each option whole, token by token. Shared is the same with each question by
-itself; batched is what `lrt evaluate --core` does. The choices of all have to be the same; ratios are of alternated runs.
+Alone is the plain reference, `score_alone`: each option whole, token by token. Shared computes each question by itself;
+batched is what `lrt evaluate --core` does. Ratios are of alternated runs, and say how many choices are equal.
 """
 
 from __future__ import annotations

@@ -174,7 +174,8 @@ def score_alone(model: LatentRecurrentTransformer, question: Question, mode: Mod
     with torch.no_grad():
         for row, start in zip(question.rows, question.starts, strict=True):
             tokens = torch.tensor([row], device=model.embedding.weight.device)
-            hidden = refine(model, tokens[:, :-1], mode.schedule).hidden[0]
+            state = model.empty_state(1, len(row) - 1, tokens=tokens[:, :-1]).in_place()
+            hidden = refine(model, tokens[:, :-1], mode.schedule, state=state).hidden[0]
             found.append(scored(model, hidden[start - 1 :], row[start:]))
     return found
 
