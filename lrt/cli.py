@@ -398,11 +398,18 @@ class Diagnose:
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint folder, or a run's."""
-    only: tuple[Literal["sweeps", "ablations"], ...] = ("sweeps", "ablations")
-    """What to measure. sweeps: the score after 1 to 64 refinements, and a verdict; ablations: live, with the memory
-    replaced in every way."""
-    data: Path = Path("runs/data/stdlib")
-    """A folder that `lrt prepare` wrote with the checkpoint's tokenizer."""
+    only: tuple[Literal["bpb", "sweeps", "ablations", "memory", "text", "bfloat16"], ...] = (
+        "bpb",
+        "sweeps",
+        "ablations",
+        "memory",
+        "text",
+    )
+    """What to measure. bpb: by pass, position and document, with intervals; sweeps: the score after 1 to 64
+    refinements, and a verdict; ablations: live, with the memory replaced in every way; memory: gates, scales, reach;
+    text: what recurrence gains token by token; bfloat16: live, and with the exact memory as a control."""
+    data: Paths = (Path("runs/data/stdlib"),)
+    """Folders that `lrt prepare` wrote with the checkpoint's tokenizer: one or several corpora."""
     split: str = "val"
     """train, val or test."""
     at_least: int | None = 10_000
@@ -415,12 +422,18 @@ class Diagnose:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
-        data, out = Prepared.open(self.data), self.out or self.checkpoint / "evaluation"
-        device = chosen_device(self.device)
-        measured = subject(self.checkpoint, data, self.split, self.at_least, self.batch_size, device)
-        for result in diagnose(measured, f"{self.data.name}-{self.split}", out, self.only):
-            print("\n".join(lines(result)))
-        print(f"results in {out}")
+        from lrt.parallel import start  # loads much of torch.distributed
+
+        out = self.out or self.checkpoint / "evaluation"
+        with start("ddp", chosen_device(self.device)) as ranks:
+            for folder in self.data:
+                data = Prepared.open(folder)
+                measured = subject(self.checkpoint, data, self.split, self.at_least, self.batch_size, out, ranks)
+                for result in diagnose(measured, self.only):
+                    if ranks.first:
+                        print("\n".join([f"{result.kind}, {result.subject}", *lines(result), ""]))
+            if ranks.first:
+                print(f"results in {out}")
 
 
 Verb = Prepare | Train | Evaluate | Diagnose | Sample | Export | Import | Demo

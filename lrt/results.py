@@ -20,7 +20,6 @@ from lrt.config import require
 from lrt.distributed import ALONE, Alone
 
 FORMAT = 1
-KINDS = ("bpb", "sweeps", "ablations", "core", "memory", "text")
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Result:
     """One measurement of one checkpoint."""
 
     kind: str
-    """bpb, sweeps, ablations, core, memory or text."""
+    """bpb, bfloat16, sweeps, ablations, memory, text or core."""
     subject: str
     """What it was measured on: a corpus and its split, a bundle."""
     checkpoint: str
