@@ -69,9 +69,34 @@ def save(
     except BaseException as error:
         if ranks.rank == 0:
             shutil.rmtree(fresh, ignore_errors=True)
-        if isinstance(error, safetensors.SafetensorError | RuntimeError):  # what their writers raise on a full disk
-            raise OSError(f"cannot save to {path}: {error}; the previous checkpoint, if any, is untouched") from error
+        # What the libraries' writers raise on a full disk says little of it.
+        if isinstance(error, safetensors.SafetensorError | RuntimeError | OSError):
+            raise OSError(
+                f"cannot save to {path}: {error} ({free(path.parent):,.0f} MB free on that disk, a save needs about "
+                f"{needed(model, training is not None):,.0f}); the previous checkpoint, if any, is untouched"
+            ) from error
         raise
+
+
+def free(path: Path) -> float:
+    """MB free on the disk of `path`, or of the nearest of its parents that exists."""
+    return shutil.disk_usage(next(p for p in [path, *path.absolute().parents] if p.exists())).free / 1e6
+
+
+def needed(model: LatentRecurrentTransformer, training: bool) -> float:
+    """MB that a save takes: the weights, and for training up to two moments of each."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) * (3 if training else 1) / 1e6
+
+
+def differences(theirs: Any, mine: Any, name: str) -> str:
+    """What differs between two values that JSON can write, field by field."""
+    if not (isinstance(theirs, dict) and isinstance(mine, dict)):
+        return f"{name}: {theirs} there, {mine} here"
+    return "; ".join(
+        differences(theirs.get(k), mine.get(k), f"{name}.{k}")
+        for k in {**theirs, **mine}
+        if theirs.get(k) != mine.get(k)
+    )
 
 
 def _write(
@@ -183,7 +208,11 @@ def load_training(path: str | Path, model: LatentRecurrentTransformer, ranks: Al
     folder = verified(Path(path))
     saved, _ = _config(folder)
     if saved != model.config:
-        raise ValueError(f"{folder} holds another architecture: {saved} instead of {model.config}")
+        theirs, mine = (json.loads(json.dumps(c.to_dict())) for c in (saved, model.config))
+        found = differences(theirs, mine, "model")
+        raise ValueError(
+            f"{folder} holds another architecture ({found}); choose another --out, or start anew with --resume never"
+        )
     if not (folder / "training.pt").is_file():
         raise ValueError(f"{folder} cannot be trained on: it has no training.pt; take a folder of snapshots/")
     load_weights(model, _read_weights(folder), ranks)
@@ -204,6 +233,8 @@ def verified(path: Path) -> Path:
     if not (path / "manifest.json").is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no manifest.json; give the folder that `lrt train` wrote")
     manifest = read_json(path / "manifest.json")
+    if "model.safetensors" not in manifest and "splits" in manifest:
+        raise ValueError(f"{path} holds prepared data, not a checkpoint; give the folder that `lrt train` wrote")
     for name in sorted({*FILES, *manifest}):
         file, entry = path / name, manifest.get(name)
         if not file.is_file() or not isinstance(entry, dict):

@@ -31,12 +31,12 @@ from lrt.distributed import Alone
 from lrt.evaluate import evaluate
 from lrt.generate import Sampling
 from lrt.keeping import Keeping
-from lrt.matching import Other, compare, match
+from lrt.matching import Other, compare, matched_all
 from lrt.model.flops import count_parameters
 from lrt.nanochat import import_checkpoint
 from lrt.run import RunConfig
 from lrt.trainer import train
-from lrt.watching import Watching
+from lrt.watching import Watching, warn
 
 ABOUT = "Prepare text, train latent recurrent transformers, score them live, and let them write."
 Paths = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE…")]
@@ -172,11 +172,15 @@ class Train:
         model = dataclasses.replace(self.recipe.model, vocab_size=data.vocab_size)
         run = self.matched(dataclasses.replace(self.recipe, model=model), data, ranks)
         total, dense = count_parameters(run.model)
+        held = data.manifest["splits"]["train"]["tokens"]
         if ranks.first:
             print(
                 f"{total:,} parameters ({dense:,} without tables and head), {run.schedule}, {run.steps:,} steps of "
-                f"{run.batch_tokens:,} tokens: {run.tokens:,} tokens, {run.flops:.3g} training FLOPs"
+                f"{run.batch_tokens:,} tokens: {run.tokens:,} tokens ({run.tokens / held:.2f} epochs of {held:,}), "
+                f"{run.flops:.3g} training FLOPs"
             )
+            if run.tokens > held:
+                warn(f"{run.tokens:,} tokens go {run.tokens / held:.1f} times through the {held:,} of the data")
         _, done = train(
             run,
             data,
@@ -202,10 +206,9 @@ class Train:
     def matched(self, run: RunConfig, data: Prepared, ranks: Alone) -> RunConfig:
         """The run after every --match, and on the screen what is equal and what is not."""
         others = [(kind, Other.read(path)) for kind, path in self.match]
-        for kind, other in others:
-            run = match(run, kind, other, data, ranks)
+        run = matched_all(run, others, data, ranks, self.out)
         for other in {other.path: other for _, other in others}.values() if ranks.first else ():
-            print(f"beside {other.path}:", *map(str, compare(run, other, data)), sep="\n")
+            print(f"beside {other.path}:", *map(str, compare(run, other, data, self.out)), sep="\n")
         return run
 
 

@@ -45,7 +45,8 @@ class Objective(nn.Module):
 class Cast(nn.Module):
     """An objective whose weights are cast, once for all passes; gradients arrive in the weights' own type.
 
-    Scalars (α, β) stay as they are: 1.003 is 1 in bfloat16, and as scalars they do not raise what they multiply.
+    α, β, γ and source weights stay as they are: 1.003 is 1 in bfloat16, and used as scalars they do not raise what they
+    multiply.
     """
 
     def __init__(self, objective: Objective, dtype: torch.dtype) -> None:
@@ -54,7 +55,7 @@ class Cast(nn.Module):
 
     def forward(self, *arguments: Any) -> Tensor:
         named = self.objective.named_parameters()
-        cast = {name: p.to(self.dtype) if p.numel() > 1 else p for name, p in named}
+        cast = {name: p.to(self.dtype) if p.dim() > 1 else p for name, p in named}
         return functional_call(self.objective, cast, arguments)
 
 
@@ -160,10 +161,13 @@ ALONE = Alone()
 
 def clip(model: nn.Module, max_norm: float | None, ranks: Alone = ALONE) -> Tensor:
     """The norm of the gradient over all parameters and shards, as it was; above `max_norm`, it is scaled to that."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = ranks.whole(nn.utils.get_total_norm(gradients))
+    trained = [p for p in model.parameters() if p.grad is not None]
+    kinds = [[p for p in trained if (p.dim() == 1) == flat] for flat in (True, False)]  # whole on every rank, or shards
+    norms = [ranks.whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds]
+    norm = torch.stack(norms).norm()
     if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+        for kind in kinds:
+            nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
     return norm
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,10 +52,36 @@ def drop_snapshots(paths: list[Path]) -> None:
         shutil.rmtree(path)
 
 
+def clear_unfinished(out: Path) -> None:
+    """Remove what saves that were killed left behind: each may be a whole checkpoint in size."""
+    for place in (out, out / "snapshots"):
+        for stale in place.glob(".*.saving-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def set_aside(out: Path) -> None:
+    """Before a fresh start: an old run's results get the ending .old, its snapshots and its report go.
+
+    Nothing of it may pass for this run's when it is interrupted and goes on.
+    """
+    shutil.rmtree(out / "snapshots", ignore_errors=True)
+    (out / "diverged.json").unlink(missing_ok=True)
+    for name in ("checkpoint", "best"):
+        if (out / name).exists():
+            shutil.rmtree(out / f"{name}.old", ignore_errors=True)
+            (out / name).rename(out / f"{name}.old")
+
+
 def read_diary(out: Path, steps: int) -> list[dict[str, Any]]:
     """The first `steps` lines of a run's metrics.jsonl, one per step; empty where there is none."""
     file = out / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()[:steps]] if file.exists() else []
+    lines: list[dict[str, Any]] = []
+    for number, line in enumerate(file.read_text().splitlines()[:steps] if file.exists() else [], start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # numbers are lost, no weights
+            print(f"warning: {file}: line {number} is damaged and left out", file=sys.stderr)
+    return lines
 
 
 def rewrite_diary(out: Path, lines: list[dict[str, Any]]) -> None:

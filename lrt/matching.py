@@ -6,7 +6,9 @@ A match of one quantity leaves others apart; `compare` lists all of them, so tha
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ KINDS = ("parameters", "tokens", "compute", "wall_clock")
 PAIRS = 12
 """Alternated pairs of steps that a ratio of step times is measured with, after WARM of each."""
 WARM = 2
+UNMEASURED = "not measured; --match wall_clock does"
 TOLERANCE = 0.005
 """Relative difference below which two quantities count as equal (contract, section 5)."""
 
@@ -46,8 +49,20 @@ class Other:
         return cls(path, RunConfig.from_dict(about["run"]), about.get("data", ""))
 
 
-def match(run: RunConfig, kind: str, other: Other, data: Prepared, ranks: Alone) -> RunConfig:
-    """`run` with its MLP width (`parameters`) or its horizon (the others) set to match `other`."""
+def matched_all(
+    run: RunConfig, others: Sequence[tuple[str, Other]], data: Prepared, ranks: Alone, out: Path
+) -> RunConfig:
+    """`run` after every match, whatever their order: width first, as step times and FLOPs follow from it."""
+    for kind, other in sorted(others, key=lambda pair: KINDS.index(pair[0])):
+        run = match(run, kind, other, data, ranks, out)
+    return run
+
+
+def match(run: RunConfig, kind: str, other: Other, data: Prepared, ranks: Alone, out: Path) -> RunConfig:
+    """`run` with its MLP width (`parameters`) or its horizon (the others) set to match `other`.
+
+    A ratio of step times is measured once and kept in `out`, so that a run that goes on has the same horizon.
+    """
     require(kind in KINDS, f"cannot match {kind!r}; choose one of {', '.join(KINDS)}")
     if kind == "parameters":
         mine, theirs = (count_parameters(r.model)[0] for r in (run, other.run))
@@ -61,17 +76,37 @@ def match(run: RunConfig, kind: str, other: Other, data: Prepared, ranks: Alone)
         return dataclasses.replace(run, horizon=f"tokens={other.run.tokens}")
     if kind == "compute":
         return dataclasses.replace(run, horizon=f"flops={other.run.flops!r}")
-    ratio = step_time_ratio(run, other.run, data, ranks)
+    ratio = kept_ratio(run, other, data, ranks, out / "wall_clock.json")
     return dataclasses.replace(run, horizon=f"tokens={max(1, round(other.run.tokens / ratio))}")
+
+
+def kept_ratio(run: RunConfig, other: Other, data: Prepared, ranks: Alone, file: Path) -> float:
+    """The ratio of step times that `file` has of these two runs; measured, and written there, if it has none."""
+    asked = json.loads(json.dumps({"run": {**run.to_dict(), "horizon": ""}, "beside": other.run.to_dict()}))
+    with ranks.together():
+        known = json.loads(file.read_text()) if ranks.first and file.is_file() else {}
+    known = ranks.agreed(known)
+    if known.get("of") == asked:
+        return known["ratio"]
+    ratio = step_time_ratio(run, other.run, data, ranks)
+    with ranks.together():
+        if ranks.first:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"ratio": ratio, "pairs": PAIRS, "of": asked}, indent=2) + "\n")
+    return ratio
 
 
 def step_time_ratio(run: RunConfig, other: RunConfig, data: Prepared, ranks: Alone) -> float:
     """Seconds per token of `run` over those of `other`, optimiser included: the median of alternated pairs of steps."""
+    # The vocabulary is a fact of the data, here as in training.
+    other = dataclasses.replace(other, model=dataclasses.replace(other.model, vocab_size=data.vocab_size))
     trainings = [Training(r, data, ranks.device, ranks) for r in (run, other)]
     for training in trainings:
         for _ in range(WARM):
             seconds_per_token(training)
     ratios = [seconds_per_token(trainings[0]) / seconds_per_token(trainings[1]) for _ in range(PAIRS)]
+    for training in trainings:
+        training.close()
     return ranks.agreed(statistics.median(ratios))
 
 
@@ -102,6 +137,8 @@ class Comparison:
         return abs(self.mine - self.theirs) <= TOLERANCE * abs(self.theirs)
 
     def __str__(self) -> str:
+        if self.mine == UNMEASURED:
+            return f"  {'unknown':9} {self.name:24} {UNMEASURED}"
         verdict, sides = (
             "equal" if self.equal else "MISMATCH",
             f"{spelled(self.mine)} here, {spelled(self.theirs)} there",
@@ -118,10 +155,16 @@ def spelled(value: float | str) -> str:
     return f"{value:.3e}" if isinstance(value, float) else f"{value:,}"
 
 
-def compare(run: RunConfig, other: Other, data: Prepared) -> list[Comparison]:
-    """What a fair pair has in common, and what it does not: sizes, tokens, FLOPs, seed, order of data, rates."""
+def compare(run: RunConfig, other: Other, data: Prepared, out: Path) -> list[Comparison]:
+    """What a fair pair has in common, and what it does not: sizes, tokens, FLOPs, time, seed, order of data, rates."""
     mine, theirs = (sides(r) for r in (run, other.run))
     mine["data"], theirs["data"] = data.fingerprint[:12], other.data[:12]
+    file = out / "wall_clock.json"
+    if file.is_file():  # in units of the other run's step time
+        mine["tokens x step time"] = round(run.tokens * json.loads(file.read_text())["ratio"])
+        theirs["tokens x step time"] = other.run.tokens
+    else:
+        mine["tokens x step time"] = theirs["tokens x step time"] = UNMEASURED
     return [Comparison(name, mine[name], theirs[name]) for name in mine]
 
 

@@ -6,6 +6,7 @@ below is the whole placement: every parameter matches exactly one row, or constr
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,6 +47,14 @@ class OptimConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "momentum", tuple(self.momentum))  # JSON has no tuples
         require(self.clip is None or self.clip > 0, f"clip is {self.clip}; give a norm above 0, or None for no limit")
+        for name in ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "weight_decay", "momentum_steps"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} is {value}; it must be a finite number of at least 0")
+        require(self.reference_batch >= 1, f"reference_batch is {self.reference_batch}; give tokens, at least 1")
+        require(
+            len(self.momentum) == 2 and all(0 <= m < 1 for m in self.momentum),
+            f"momentum is {self.momentum}; give two numbers from 0 to below 1: at the start, and after momentum_steps",
+        )
         require(0 <= self.warmdown <= 1, f"warmdown is {self.warmdown}; it is a fraction of training, 0 to 1")
 
 

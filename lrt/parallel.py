@@ -73,7 +73,7 @@ class Group(Alone):
         if len(mine):  # the last ranks may have fewer than a share, or nothing
             done[: len(mine)] = function(mine)
         gathered = stack.new_empty(self.ranks * share, *stack.shape[1:])
-        dist.all_gather_into_tensor(gathered, done)
+        gather(gathered, done)
         return gathered[: len(stack)]
 
 
@@ -113,14 +113,23 @@ class Sharded(Group):
     """Whether a unit's whole parameters are freed after each use."""
 
     def parallelise(self, model: LatentRecurrentTransformer, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Units are gathered in `dtype`, scalars too, which `Cast` leaves alone; gradients are reduced in float32."""
+        """Units are gathered in `dtype`, gradients reduced in float32. α, β and γ stay whole on every rank, in float32.
+
+        They are a few numbers per block, and 1.003 is 1 in bfloat16: `Cast` leaves them alone for the same reason.
+        """
         mesh = init_device_mesh(torch.device(self.device).type, (self.ranks,))
         policy = MixedPrecisionPolicy(
             param_dtype=None if dtype == torch.float32 else dtype,
             reduce_dtype=None if dtype == torch.float32 else torch.float32,
             cast_forward_inputs=False,
         )
-        shard = partial(fully_shard, mesh=mesh, mp_policy=policy, shard_placement_fn=self._dimension)
+        shard = partial(
+            fully_shard,
+            mesh=mesh,
+            mp_policy=policy,
+            shard_placement_fn=self._dimension,
+            ignored_params={p for p in model.parameters() if p.dim() == 1},
+        )
         root = Objective(model)
         for unit in (*model.blocks, model.projection):
             if next(unit.parameters(), None) is not None:
@@ -145,6 +154,9 @@ class Sharded(Group):
         if last:
             for unit in units(objective):
                 unit.reshard()  # the optimiser is about to change the shards
+            for p in objective.parameters():
+                if not isinstance(p, DTensor) and p.grad is not None:
+                    dist.all_reduce(p.grad)
 
     def evaluable(self, model: LatentRecurrentTransformer) -> LatentRecurrentTransformer:
         with torch.device("meta"):
@@ -157,7 +169,8 @@ class Sharded(Group):
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def placed(self, tensor: Tensor, like: Tensor) -> Tensor:
-        assert isinstance(like, DTensor)
+        if not isinstance(like, DTensor):  # α, β, γ
+            return tensor.to(like.device)
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
     def write_training(
@@ -181,6 +194,9 @@ class Resharded(Sharded):
 
     freed: ClassVar[bool] = True
 
+
+# The name since torch 2.13; the old one still works there, with a warning.
+gather: Callable[[Tensor, Tensor], Any] = vars(dist).get("all_gather_single", dist.all_gather_into_tensor)
 
 PARALLEL: dict[str, type[Group]] = {"ddp": Replicated, "fsdp": Sharded, "fsdp-reshard": Resharded}
 

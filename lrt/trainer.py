@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from lrt.data.prepared import Prepared
 from lrt.distributed import ALONE, Alone
 from lrt.keeping import (
     Keeping,
+    Stop,
+    clear_unfinished,
     drop_snapshots,
     read_diary,
     rewrite_diary,
+    set_aside,
     snapshot_path,
     snapshot_step,
     snapshots,
@@ -32,6 +35,7 @@ from lrt.progress import Advance, bar
 from lrt.run import RunConfig
 from lrt.training import Trained, Training
 from lrt.watching import (
+    FINAL,
     PATIENCE,
     Diverged,
     Watching,
@@ -47,17 +51,19 @@ FREE = ("optim", "schedule", "horizon")
 """What may differ from the snapshot that `resume` names; with `auto` everything must be the same."""
 Diary = list[dict[str, Any]]
 """One line per step, as in metrics.jsonl."""
+Note = Callable[[dict[str, Any]], None]
 
 
 def resume(training: Training, out: Path, source: str) -> Diary:
     """Bring a run to where `source` says (`auto`, `never`, a snapshot's folder); returns the diary up to there.
 
-    `auto` takes the finished checkpoint, else the newest snapshot that is whole, and starts anew where there is none.
-    A named snapshot may have been trained at other rates, under another schedule or for another horizon.
+    `auto` takes what this very run left that is whole and furthest, and starts anew where there is nothing. A named
+    snapshot may have been trained at other rates, under another schedule or for another horizon; once that run has
+    snapshots of its own in `out`, the newest of them is taken, so that the same command always goes on.
     """
     ranks = training.ranks
     with ranks.together():
-        found = chosen_snapshot(out, source) if ranks.first else None
+        found = chosen_snapshot(out, source, training.run) if ranks.first else None
     path = ranks.agreed(found)
     if path is None:
         return []
@@ -69,19 +75,32 @@ def resume(training: Training, out: Path, source: str) -> Diary:
         return read_diary(path.parent.parent if path.parent.name == "snapshots" else path.parent, step)
 
 
-def chosen_snapshot(out: Path, source: str) -> Path | None:
+def chosen_snapshot(out: Path, source: str, run: RunConfig) -> Path | None:
     """The checkpoint to go on from; None to start anew."""
-    if source == "never":  # an old run's later snapshot would pass for this one's newest
-        shutil.rmtree(out / "snapshots", ignore_errors=True)
+    clear_unfinished(out)
+    if source == "never":
+        set_aside(out)
         return None
-    if source != "auto":
-        return checkpoint.verified(Path(source))
+    named = None if source == "auto" else checkpoint.verified(Path(source))
+    settings = json.loads(json.dumps(run.to_dict()))
+    whole = []
+    checkpoint.recover(out / "checkpoint")
     for path in [*(out / "checkpoint",) * (out / "checkpoint").exists(), *reversed(snapshots(out))]:
         try:
-            return checkpoint.verified(path)
+            about = checkpoint.about(path)
         except ValueError as error:
             warn(f"passing over a damaged snapshot: {error}")
-    return None
+            continue
+        if about.get("run") == settings and (named is None or tokens_of(about) > tokens_of(checkpoint.about(named))):
+            return path
+        whole.append(path)
+    # Nothing of this run: the snapshot that was named, or what `restore` will refuse, saying what differs.
+    return named or next(iter(whole), None)
+
+
+def tokens_of(about: dict[str, Any]) -> int:
+    """Tokens that a checkpoint was trained on, as it says itself."""
+    return about.get("trained", {}).get("tokens", 0)
 
 
 def recent(lines: Diary) -> float:
@@ -126,28 +145,48 @@ def train(
     training = Training(run, data, device, ranks)
     with ranks.together():
         out.mkdir(parents=True, exist_ok=True)
+        if watching.every != 0:
+            data.split("val")  # a damaged one is an error now, not at the first evaluation
     lines = resume(training, out, resume_from)
     if training.progress.step < training.steps:
-        if ranks.first:
-            rewrite_diary(out, lines)
-        with (
-            (out / "metrics.jsonl" if ranks.first else Path(os.devnull)).open("a") as diary,
-            bar(title, training.steps, progress and ranks.first) as advance,
-            sinks.opened(watching.log_to if ranks.first else (), out, run.to_dict(), training.progress.step) as log,
-        ):
-
-            def note(line: dict[str, Any]) -> None:
-                lines.append(line)
-                diary.write(json.dumps(line) + "\n")
-                diary.flush()  # never behind a snapshot, and there to be followed
-                log(line["step"], line)
-
-            advance(training.progress.step)
-            loop(training, out, lines, keeping, watching, note, advance)
-        training.save(out / "checkpoint", training.about(recent(lines)) | {"scores": scores(lines)})
+        with bar(title, training.steps, progress and ranks.first) as advance, stop_requests() as stop:
+            with noted(training, out, lines, watching) as note:
+                advance(training.progress.step)
+                loop(training, out, lines, keeping, watching, note, advance, stop)
+            if watching.every != 0:
+                advance(0, "scoring live")
+            final = watched(training, max(watching.targets, FINAL)) if watching.every != 0 else {}
+            training.save(out / "checkpoint", training.about(recent(lines)) | {"scores": scores([final])})
+    training.close()
     if ranks.first:
         shutil.rmtree(out / "snapshots", ignore_errors=True)
     return training.model, training.trained(recent(lines))
+
+
+@contextmanager
+def noted(training: Training, out: Path, lines: Diary, watching: Watching) -> Iterator[Note]:
+    """The diary and the sinks of the first rank, open for the block; elsewhere a step is only remembered.
+
+    What fails in opening them fails on all ranks.
+    """
+    ranks, stack = training.ranks, ExitStack()
+    with stack:
+        write: list[Callable[[int, dict[str, Any]], object]] = []
+        with ranks.together():
+            if ranks.first:
+                rewrite_diary(out, lines)
+                diary = stack.enter_context((out / "metrics.jsonl").open("a"))
+                settings, step = training.run.to_dict(), training.progress.step
+                write.append(lambda _, line: diary.write(json.dumps(line) + "\n"))
+                write.append(lambda *_: diary.flush())  # never behind a snapshot, and there to be followed
+                write.append(stack.enter_context(sinks.opened(watching.log_to, out, settings, step)))
+
+        def note(line: dict[str, Any]) -> None:
+            lines.append(line)
+            for each in write:
+                each(line["step"], line)
+
+        yield note
 
 
 def loop(
@@ -156,57 +195,75 @@ def loop(
     lines: Diary,
     keeping: Keeping,
     watching: Watching,
-    note: Callable[[dict[str, Any]], None],
+    note: Note,
     advance: Advance,
+    stop: Stop,
 ) -> None:
     """Steps, evaluations and snapshots, until the horizon, a request to stop, or divergence."""
-    run, ranks, peak = training.run, training.ranks, peak_flops(training.device)
-
-    def snapshot() -> None:
-        training.save(snapshot_path(out, training.progress.step), training.about(recent(lines)))
-        if ranks.first:
+    run, ranks = training.run, training.ranks
+    failure: OSError | None = None
+    while (step := training.progress.step) < training.steps:
+        try:
+            if exploded(lines, run.model.vocab_size):
+                reason = f"the loss at step {step - 1} is {lines[-1]['loss']:.3f}, worse than knowing nothing"
+                raise Diverged(reason, step - PATIENCE - 1)  # the first of them was computed with spoilt weights
+            line = training.step()
+        except Diverged as error:
+            if error.good == step and not snapshots(out):  # the update was not made: these weights are the last good
+                snapshot(training, out, lines)
+            raise Diverged(diagnosed(training, out, lines, error), error.good) from error
+        if ranks.first:  # only now, when the newest one has shown that its loss is finite
             drop_snapshots(snapshots(out)[: -keeping.last])
-
-    with stop_requests() as stop:
-        while (step := training.progress.step) < training.steps:
-            try:
-                if exploded(lines, run.model.vocab_size):
-                    last = lines[-1]["loss"]
-                    raise Diverged(f"the loss at step {step - 1} is {last:.3f}, worse than knowing nothing")
-                line = training.step()
-            except Diverged as error:
-                before = step - PATIENCE if exploded(lines, run.model.vocab_size) else step
-                if before == step and not snapshots(out):  # the update was not made: these weights are the last good
-                    snapshot()
-                raise Diverged(diagnosed(training, out, str(error), lines, before)) from error
-            if watching.due(step + 1, training.steps):
-                advance(0, "scoring live")
-                line |= watched(training, watching)
-                if keeping.best and line["live_bpb"] < best(lines):
-                    about = training.about(recent([*lines, line])) | {"scores": scores([line])}
-                    checkpoint.save(out / "best", training.model, training.data.tokenizer, about, ranks=ranks)
-            rate = run.batch_tokens / (line["seconds"] - (lines[-1]["seconds"] if lines else 0.0))
-            if peak is not None:
-                line["mfu"] = rate * run.flops_per_token / (peak * ranks.ranks)
+        if watching.due(step + 1, training.steps):
+            advance(0, "scoring live")
+            line |= watched(training, watching.targets)
+            if keeping.best and line["live_bpb"] < best(lines):
+                about = training.about(recent([*lines, line])) | {"scores": scores([line])}
+                checkpoint.save(out / "best", training.model, training.data.tokenizer, about, ranks=ranks)
+        measure(training, lines, line)
+        try:
             note(line)
-            if "gap" in line and ranks.first and (warning := widened(lines)):
-                warn(warning)
-            advance(1, describe(lines, rate))
-            due = keeping.every and training.progress.step % keeping.every == 0
-            stopping = ranks.any(stop.requested)
-            if stopping or due:
-                snapshot()
-            if stopping:
-                raise KeyboardInterrupt
+        except OSError as error:  # a full disk: the other ranks are told, and all stop together
+            failure = error
+        if "gap" in line and ranks.first and (warning := widened(lines)):
+            warn(warning)
+        advance(1, describe(lines))
+        stopping = ranks.any(stop.requested or failure is not None)
+        if stopping or (keeping.every and training.progress.step % keeping.every == 0):
+            try:
+                snapshot(training, out, lines)
+            except OSError as error:  # on all ranks alike
+                if stopping:
+                    raise
+                warn(f"{error}. Going on; the next try is {keeping.every} steps from here")
+        if failure is not None:
+            raise failure
+        if stopping:
+            raise KeyboardInterrupt
 
 
-def watched(training: Training, watching: Watching) -> dict[str, float]:
+def snapshot(training: Training, out: Path, lines: Diary) -> None:
+    """Save where the run stands. Older snapshots stay until the next step has shown that this one is sound."""
+    training.save(snapshot_path(out, training.progress.step), training.about(recent(lines)))
+
+
+def measure(training: Training, lines: Diary, line: dict[str, Any]) -> None:
+    """Add what a step's line says beside the one before: tokens per second and, on a known GPU, MFU."""
+    run, before = training.run, lines[-1] if lines else {"seconds": 0.0, "flops": 0.0}
+    seconds = line["seconds"] - before["seconds"]
+    line["tokens_per_second"] = run.batch_tokens / seconds
+    peak = peak_flops(training.device)
+    if peak is not None:
+        line["mfu"] = (line["flops"] - before["flops"]) / seconds / (peak * training.ranks.ranks)
+
+
+def watched(training: Training, targets: int) -> dict[str, float]:
     """Live scores and the weight of the memory. All ranks call it; the first one's numbers are everybody's."""
     model = training.ranks.evaluable(training.model)
     with training.ranks.together():
         found: dict[str, float] = {}
         if training.ranks.first:
-            found = live_scores(model, training.data, training.schedule, watching.targets, False) | memory_weight(model)
+            found = live_scores(model, training.data, training.schedule, targets, False) | memory_weight(model)
     return training.ranks.agreed(found)
 
 
@@ -215,19 +272,23 @@ def best(lines: Diary) -> float:
     return min((line["live_bpb"] for line in lines if "live_bpb" in line), default=math.inf)
 
 
-def diagnosed(training: Training, out: Path, reason: str, lines: Diary, before: int) -> str:
-    """Report a divergence that began after step `before`; returns what to tell the user."""
-    good = [s for s in snapshots(out) if snapshot_step(s) <= before][-1:]
+def diagnosed(training: Training, out: Path, lines: Diary, error: Diverged) -> str:
+    """Report a divergence; returns what to tell the user. Snapshots of spoilt weights go: no run can use them."""
     if not training.ranks.first:
-        return reason
-    return report_divergence(out, reason, lines, good[0] if good else None, training.run.to_dict())
+        return str(error)
+    drop_snapshots([s for s in snapshots(out) if snapshot_step(s) > error.good])
+    good = snapshots(out)[-1:]
+    return report_divergence(out, str(error), lines, good[0] if good else None, training.run.to_dict())
 
 
-def describe(lines: Diary, rate: float) -> str:
+def describe(lines: Diary) -> str:
     """The text beside the bar."""
     line, found = lines[-1], scores(lines)
-    text = f"loss {recent(lines):.3f}  |g| {line['gradient_norm']:.2f}"
+    text = f"loss {recent(lines):.3f} |g| {line['gradient_norm']:.2f}"
+    gamma = next((each["memory_gamma"] for each in reversed(lines) if "memory_gamma" in each), None)
     if found:
-        text += f"  live {found['live_bpb']:.4f}  gap {found['gap']:+.4f}"
-    text += f"  {rate:,.0f} tokens/s"
-    return text + (f"  MFU {line['mfu']:.0%}" if "mfu" in line else "")
+        text += f" live {found['live_bpb']:.4f} gap {found['gap']:+.4f}"
+    if gamma is not None:
+        text += f" γ {gamma:.2f}"
+    text += f" {line['tokens_per_second']:,.0f} tok/s"
+    return text + (f" MFU {line['mfu']:.0%}" if "mfu" in line else "")

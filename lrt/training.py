@@ -85,10 +85,11 @@ class Training:
             shares.append(share.detach())
         (loss,) = self.ranks.sum([float(torch.stack(shares).sum())])
         norm = float(clip(self.model, run.optim.clip, self.ranks))
-        for name, value in (("loss", loss), ("norm of the gradient", norm)):
+        # A loss that is not finite says that the weights are spoilt already; a gradient only, that they must be kept.
+        for name, value, good in (("loss", loss, done.step - 1), ("norm of the gradient", norm, done.step)):
             if not math.isfinite(value):
                 self.optimiser.zero_grad()
-                raise Diverged(f"the {name} at step {done.step} is {value}")
+                raise Diverged(f"the {name} at step {done.step} is {value}", good)
         rate = self.optimiser.step(done.step)
         if current not in self.costs:
             self.costs[current] = training_flops(run.model, current, run.model.context)
@@ -120,6 +121,12 @@ class Training:
             batches.append(batch.to(self.device))
         return batches, position
 
+    def close(self) -> None:
+        """End the thread that reads ahead. The run can go on afterwards."""
+        if self.loader is not None:
+            self.loader.close()
+            self.loader = None
+
     def trained(self, loss: float) -> Trained:
         done = self.progress
         return Trained(done.step * self.run.batch_tokens, done.seconds, done.flops, loss)
@@ -149,7 +156,7 @@ class Training:
         mine = json.loads(json.dumps(self.run.to_dict()))
         theirs = json.loads(training["run"])
         differing = [k for k in mine if mine[k] != theirs.get(k)]
-        spelled = "; ".join(f"{k}: {theirs.get(k)} there, {mine[k]} here" for k in differing)
+        spelled = "; ".join(checkpoint.differences(theirs.get(k), mine[k], k) for k in differing)
         require(
             set(differing) <= set(may_differ),
             f"{path} is of another run ({spelled}); choose another --out, or start anew with --resume never",
@@ -159,5 +166,5 @@ class Training:
         require(training["data"] == self.data.fingerprint, f"{path} was trained on other data; choose another --out")
         load_optimisers(path, training, self.model, self.optimiser.parts, self.ranks)
         saved = training["progress"]
+        self.close()
         self.progress = Progress(**{**saved, "position": Position(**saved["position"])})
-        self.loader = None

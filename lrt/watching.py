@@ -19,6 +19,7 @@ from lrt.evaluate import evaluate
 from lrt.model.injection import Projection, Residual
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules import Schedule
+from lrt.sinks import SINKS
 
 WIDENED = 0.01
 """A gap that has grown by this many bits per byte above the smallest seen is warned of (contract, section 6)."""
@@ -26,6 +27,8 @@ EXPLODED = 1.0
 """Nats above the loss of knowing nothing (or the first loss, if larger) at which a run has exploded …"""
 PATIENCE = 5
 """… when so many steps in a row are there."""
+FINAL = 50_000
+"""Tokens that a result is scored on, at least (contract, section 4)."""
 AT_ONCE = 16384
 """Tokens scored at once, at most."""
 
@@ -37,7 +40,7 @@ class Watching:
     every: int | None = None
     """Score live every so many steps, and at the end. None: about ten times a run; 0: never."""
     targets: int = 10_000
-    """Score so many tokens of the validation split each time."""
+    """Score so many tokens of the validation split each time; at the end at least 50,000, or all of it."""
     log_to: tuple[str, ...] = ()
     """Where numbers go beside metrics.jsonl: tensorboard, wandb, trackio (each to be installed)."""
 
@@ -47,6 +50,8 @@ class Watching:
             f"every is {self.every}; give a number of steps, or 0 for no evaluation",
         )
         require(self.targets >= 1, f"targets is {self.targets}; score at least 1 token")
+        unknown = sorted(set(self.log_to) - set(SINKS))
+        require(not unknown, f"cannot log to {', '.join(unknown)}; choose among {', '.join(SINKS)}")
 
     def due(self, step: int, steps: int) -> bool:
         """Whether to score after `step` of `steps`."""
@@ -105,6 +110,11 @@ def widened(lines: Sequence[dict[str, Any]]) -> str | None:
 class Diverged(FloatingPointError):
     """A run that cannot go on: its loss or gradient is not finite, or has exploded."""
 
+    def __init__(self, reason: str, good: int) -> None:
+        super().__init__(reason)
+        self.good = good
+        """Steps after which the weights still gave a finite, sensible loss; later ones may be spoilt."""
+
 
 def exploded(lines: Sequence[dict[str, Any]], vocab_size: int) -> bool:
     """Whether the last steps of a diary are all worse than knowing nothing, by EXPLODED nats."""
@@ -118,7 +128,11 @@ def report_divergence(
     """Write diverged.json (reason, last steps, last good snapshot, settings); returns what to tell the user."""
     about = {"reason": reason, "snapshot": None if good is None else str(good), "last": list(lines[-50:]), "run": run}
     (out / "diverged.json").write_text(json.dumps(about, indent=2) + "\n")
-    again = f"go on from the last good snapshot with --resume {good}" if good else "start again with another --out"
+    again = (
+        f"go on from the last good snapshot with --resume {good}"
+        if good
+        else "start again with another --out (there is no snapshot from before; --keeping.every N makes them)"
+    )
     return (
         f"{reason}; {out / 'diverged.json'} has the last steps. Lower the rates (--optim.matrix-lr, …) or limit the "
         f"gradient (--optim.clip 1), and {again}"

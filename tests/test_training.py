@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +15,23 @@ import pytest
 import torch
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, checkpoint, recipes, schedules, sinks
+from lrt.data.loader import windows
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
+from lrt.evaluate import evaluate
 from lrt.keeping import Keeping, snapshot_path, snapshots
 from lrt.loss import StepLoss
-from lrt.model.flops import count_parameters, forward_flops, training_flops
+from lrt.model.flops import count_parameters, forward_flops, known_peak, training_flops
 from lrt.optim import OptimConfig, Optimiser
 from lrt.run import Horizon, RunConfig
-from lrt.trainer import resume, train
+from lrt.trainer import measure, resume, train
 from lrt.training import Training
 from lrt.watching import PATIENCE, Diverged, Watching, exploded, memory_weight, widened
 
 MEMORY = MemoryConfig(source=(0, 2), combine="channels", initial="embedding")
+
+
+SETTLED = schedules.settled(0, 1, 1)
 
 
 def run_config(**fields: Any) -> RunConfig:
@@ -224,14 +232,17 @@ def test_live_scores_on_the_way_change_nothing_that_is_trained(data: Prepared, t
     assert last["gap"] == last["live_bpb"] - last["parallel_bpb"]
     assert last["memory_gamma"] > 0
     assert last["memory_projection"] > 0
-    assert checkpoint.about(tmp_path / "watched")["scores"] == {k: last[k] for k in ("live_bpb", "parallel_bpb", "gap")}
+    result = checkpoint.about(tmp_path / "watched")["scores"]  # of the whole split, which has fewer than 50,000 tokens
+    model, tokenizer = checkpoint.load(tmp_path / "watched")
+    whole = windows(data.split("val"), 32, None)
+    assert result["live_bpb"] == pytest.approx(evaluate(model, whole, tokenizer.token_bytes(), SETTLED).live_bpb)
     best = min(line["live_bpb"] for line in lines if "live_bpb" in line)
     assert checkpoint.about(tmp_path / "watched" / "best")["scores"]["live_bpb"] == best
     assert not (tmp_path / "plain" / "best").exists()
 
 
 def test_best_is_the_best_not_the_last(data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    scripted = iter([3.0, 2.0, 2.5, 2.6])
+    scripted = iter([3.0, 2.0, 2.5, 2.6, 2.7])  # the last for the result
 
     def scores(*_: Any) -> dict[str, float]:
         value = next(scripted)
@@ -271,19 +282,50 @@ def test_what_to_watch_is_checked(field: str, value: int):
 # Divergence
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(
+@pytest.mark.parametrize("last", [1, 2])
+def test_spoilt_weights_stop_the_run_with_a_snapshot_from_before(
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+):
+    """The update of step 5 spoils the weights, the snapshot after it keeps them, and step 6 finds out."""
+    update = Optimiser.step
+
+    def spoilt(self: Optimiser, step: int) -> float:
+        fraction = update(self, step)
+        if step == 5:
+            self.muon.param_groups[0]["params"][0].data.fill_(math.inf)
+        return fraction
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimiser, "step", spoilt)
+        with pytest.raises(Diverged, match=r"loss at step 6 is nan.*optim\.clip.*--resume .*step-00000005"):
+            train(run_config(), data, tmp_path, progress=False, keeping=Keeping(every=1, last=last))
+    report = json.loads((tmp_path / "diverged.json").read_text())
+    assert report["snapshot"] == str(snapshot_path(tmp_path, 5))
+    assert [line["step"] for line in report["last"]] == [0, 1, 2, 3, 4, 5]
+    again = Training(run_config(), data, "cpu")
+    resume(again, tmp_path, report["snapshot"])
+    assert math.isfinite(again.step()["loss"])
+
+
+def test_without_a_snapshot_from_before_the_report_says_so(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    poisoned(monkeypatch, at=5)
+    with pytest.raises(Diverged, match="there is no snapshot from before"):
+        train(run_config(), data, tmp_path, progress=False)
+    assert json.loads((tmp_path / "diverged.json").read_text())["snapshot"] is None
+    assert snapshots(tmp_path) == []  # the weights gave a loss that is none
+
+
+def test_a_gradient_that_is_not_finite_leaves_a_snapshot(data: Prepared, tmp_path: Path, monkeypatch):
     reference = Training(run_config(), data, "cpu")
     for _ in range(5):
         reference.step()
-    poisoned(monkeypatch, at=5)
-    with pytest.raises(Diverged, match=r"loss at step 5 is nan.*optim\.clip.*--resume .*step-00000005"):
+    calls = iter(range(10**6))
+    monkeypatch.setattr("lrt.training.clip", lambda *_: math.inf if next(calls) == 5 else 1.0)
+    with pytest.raises(Diverged, match=r"gradient at step 5 is inf.*step-00000005"):
         train(run_config(), data, tmp_path, progress=False)
     assert same(weights(snapshots(tmp_path)[-1]), reference.model.state_dict())
-    report = json.loads((tmp_path / "diverged.json").read_text())
-    assert report["snapshot"] == str(snapshot_path(tmp_path, 5))
-    assert [line["step"] for line in report["last"]] == [0, 1, 2, 3, 4]
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
@@ -308,18 +350,29 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(data: Prepared,
     assert session.progress.step == 1
 
 
-def test_an_exploding_loss_stops_the_run(data: Prepared, tmp_path: Path):
+def test_an_exploding_loss_stops_the_run(data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lines = [{"loss": 5.0}] * 3
     assert not exploded([*lines, *[{"loss": 6.5}] * PATIENCE], vocab_size=300)  # ln 300 = 5.70
     assert exploded([*lines, *[{"loss": 6.8}] * PATIENCE], vocab_size=300)
     assert not exploded([*lines, *[{"loss": 6.8}] * (PATIENCE - 1)], vocab_size=300)
     assert not exploded([], vocab_size=300)
-    wild = run_config(optim=replace(run_config().optim, matrix_lr=30.0, head_lr=30.0), horizon="steps=200")
-    with pytest.raises(Diverged, match=r"worse than knowing nothing|is (nan|inf)") as caught:
-        train(wild, data, tmp_path, progress=False, keeping=Keeping(every=1, last=50))
-    assert "diverged.json" in str(caught.value)
+    step = Training.step
+
+    def worse(self: Training) -> dict[str, Any]:
+        line = step(self)
+        return {**line, "loss": line["loss"] + 9.0 * (line["step"] >= 8)}
+
+    run = run_config(horizon="steps=30")
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "step", worse)
+        with pytest.raises(Diverged, match=r"loss at step 12 is .*worse than knowing nothing"):
+            train(run, data, tmp_path, progress=False, keeping=Keeping(every=1, last=50))
     good = json.loads((tmp_path / "diverged.json").read_text())["snapshot"]
-    assert good is None or Path(good).is_dir()
+    assert good == str(snapshot_path(tmp_path, 7))  # what step 8 computed with was spoilt: the weights after 8 updates
+    assert snapshots(tmp_path)[-1] == snapshot_path(tmp_path, 7)
+    again = Training(run, data, "cpu")
+    resume(again, tmp_path, good)
+    assert again.step()["loss"] < math.log(300)
 
 
 # Going on
@@ -359,6 +412,146 @@ def test_going_on_from_a_snapshot_with_other_rates(data: Prepared, tmp_path: Pat
         resume(Training(narrow, data, "cpu"), tmp_path, str(snapshot_path(tmp_path, 4)))
 
 
+def stopped(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """A SIGTERM during step `at`."""
+    step = Training.step
+
+    def told(self: Training) -> dict[str, Any]:
+        if self.progress.step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    monkeypatch.setattr(Training, "step", told)
+
+
+def test_a_fresh_start_that_is_interrupted_goes_on_itself(data: Prepared, tmp_path: Path, monkeypatch):
+    """Not with the old run's result, although that has the same settings."""
+    train(run_config(), data, tmp_path, progress=False)
+    old = weights(tmp_path)
+    (tmp_path / "diverged.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        stopped(patch, at=3)
+        with pytest.raises(KeyboardInterrupt):
+            train(run_config(), data, tmp_path, progress=False, resume_from="never")
+    assert [p.name for p in snapshots(tmp_path)] == ["step-00000004"]
+    assert not (tmp_path / "checkpoint").exists()
+    assert not (tmp_path / "diverged.json").exists()
+    assert same(weights(tmp_path / "checkpoint.old"), old)
+    _, trained = train(run_config(), data, tmp_path, progress=False)
+    assert same(weights(tmp_path), old)
+    assert trained.tokens == 8 * 64
+
+
+def test_a_longer_horizon_from_a_finished_run_goes_on_after_an_interruption(
+    data: Prepared, tmp_path: Path, monkeypatch
+):
+    train(run_config(), data, tmp_path, progress=False)
+    longer = run_config(horizon="steps=14")
+    with monkeypatch.context() as patch:
+        stopped(patch, at=10)
+        with pytest.raises(KeyboardInterrupt):
+            train(longer, data, tmp_path, progress=False, resume_from=str(tmp_path / "checkpoint"))
+    for source in ("auto", str(tmp_path / "checkpoint")):
+        training = Training(longer, data, "cpu")
+        resume(training, tmp_path, source)
+        assert training.progress.step == 11
+    train(longer, data, tmp_path, progress=False)
+    assert checkpoint.about(tmp_path)["trained"]["tokens"] == 14 * 64
+    monkeypatch.setattr(Training, "step", None)
+    train(longer, data, tmp_path, progress=False)  # finished: nothing is done again
+
+
+def test_a_request_to_stop_during_the_last_save_loses_nothing(data: Prepared, tmp_path: Path, monkeypatch):
+    save = Training.save
+
+    def interrupted(self: Training, path: Path, about: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(self, path, about)
+
+    monkeypatch.setattr(Training, "save", interrupted)
+    train(run_config(), data, tmp_path, progress=False)
+    assert checkpoint.about(tmp_path)["trained"]["tokens"] == 8 * 64
+
+
+def test_a_snapshot_that_cannot_be_saved_is_warned_of_and_tried_again(
+    data: Prepared, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+):
+    save, calls = checkpoint.save, iter(range(100))
+
+    def full(*arguments: Any) -> None:
+        if next(calls) == 1:
+            raise OSError("cannot save: no space left")
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    train(run_config(), data, tmp_path, progress=False, keeping=Keeping(every=2))
+    assert "no space left. Going on; the next try is 2 steps from here" in capsys.readouterr().err
+    assert len(diary(tmp_path)) == 8
+
+
+def test_what_killed_saves_left_is_cleared_and_a_damaged_line_is_left_out(
+    data: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    session = Training(run_config(), data, "cpu")
+    lines = [json.dumps(session.step()) for _ in range(3)]
+    session.save(snapshot_path(tmp_path, 3), session.about(1.0))
+    lines[1] = lines[1][:20]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "snapshots" / ".step-00000002.saving-99").mkdir()
+    train(run_config(), data, tmp_path, progress=False)
+    assert not list(tmp_path.rglob("*.saving-*"))
+    assert "line 2 is damaged" in capsys.readouterr().err
+    assert [line["step"] for line in diary(tmp_path)] == [0, 2, 3, 4, 5, 6, 7]
+
+
+def test_another_architecture_is_said_field_by_field(data: Prepared, tmp_path: Path):
+    train(run_config(), data, tmp_path, progress=False)
+    other = run_config(model=replace(run_config().model, mlp_ratio=3.0))
+    with pytest.raises(ValueError, match=r"another architecture \(model\.mlp_ratio: 4\.0 there, 3\.0 here\); choose"):
+        train(other, data, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="holds prepared data, not a checkpoint"):
+        checkpoint.verified(data.path)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"reference_batch": 0}, {"matrix_lr": -1.0}, {"head_lr": math.nan}, {"weight_decay": -1.0}, {"momentum": (0.9,)},
+     {"momentum": (0.5, 3.0)}, {"momentum_steps": -5}],
+)  # fmt: skip
+def test_rates_are_checked(field: dict[str, Any]):
+    (name,) = field
+    with pytest.raises(ValueError, match=f"{name} is"):
+        OptimConfig(**field)
+
+
+def test_peaks_are_of_whole_names():
+    assert known_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert known_peak("NVIDIA H100 NVL") == 835e12
+    assert known_peak("NVIDIA L40") == 181e12
+    assert known_peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert known_peak("NVIDIA RTX A1000") is None
+
+
+def test_mfu_is_of_the_steps_own_passes_over_all_ranks(data: Prepared, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("lrt.trainer.peak_flops", lambda _: 1e12)
+    training = Training(run_config(), data, "cpu")
+    training.ranks = replace(training.ranks, ranks=4)
+    line = {"seconds": 5.0, "flops": 9e12}
+    measure(training, [{"seconds": 3.0, "flops": 1e12}], line)
+    assert line["mfu"] == pytest.approx(8e12 / 2.0 / 4e12)
+    assert line["tokens_per_second"] == 32
+
+
+def test_a_damaged_validation_split_is_found_before_the_first_step(data: Prepared, tmp_path: Path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(data.path, copy)
+    shard = copy / "val.00000.tokens.npy"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    monkeypatch.setattr(Training, "step", None)
+    with pytest.raises(ValueError, match=shard.name):
+        train(run_config(), Prepared.open(copy), tmp_path / "out", progress=False, watching=Watching())
+
+
 # Sinks
 
 
@@ -378,6 +571,8 @@ def test_tensorboard_gets_every_number(data: Prepared, tmp_path: Path):
 
 
 def test_sinks_are_named_or_missing_packages_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match="cannot log to mlflow"):
+        Watching(log_to=("mlflow",))
     with (
         pytest.raises(ValueError, match="cannot log to mlflow; choose among tensorboard, wandb, trackio"),
         sinks.opened(["mlflow"], tmp_path, {}, 0),

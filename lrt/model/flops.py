@@ -7,6 +7,7 @@ over the keys that are visible on average, and the head where a pass has a loss.
 from __future__ import annotations
 
 import functools
+import re
 
 import torch
 
@@ -56,15 +57,19 @@ def training_flops(config: ModelConfig, schedule: Schedule, length: int) -> floa
 
 
 PEAKS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
+    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
-"""Dense bfloat16 FLOP/s with float32 accumulation, from the vendor's data sheets; matched by a part of the name."""
+"""Dense bfloat16 FLOP/s with float32 accumulation, from the vendor's data sheets, by whole words of a device's name."""
 
 
 def peak_flops(device: str | torch.device) -> float | None:
     """FLOP/s that a device could do at most; None where no data sheet is known, on CPUs for example."""
     if torch.device(device).type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return known_peak(torch.cuda.get_device_name(device))
+
+
+def known_peak(name: str) -> float | None:
+    """The peak of the first entry of PEAKS that stands in a device's name."""
+    return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)

@@ -71,7 +71,7 @@ class Recall(nn.Module):
         stacked = torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
         if self.weights is None:
             return stacked
-        return rms(torch.einsum("c,cbtd->btd", self.weights, stacked)).unsqueeze(0)
+        return rms(torch.einsum("c,cbtd->btd", self.weights.to(stacked.dtype), stacked)).unsqueeze(0)
 
 
 class NoProjection(nn.Module):
