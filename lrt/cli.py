@@ -439,7 +439,23 @@ class Diagnose:
                 print(f"results in {out}")
 
 
-Verb = Prepare | Train | Evaluate | Diagnose | Sample | Export | Import | Demo
+@dataclass(frozen=True)
+class Report:
+    """One HTML file of some runs: curves, scores, sweep curves, gates, a text with what recurrence gains, settings."""
+
+    runs: tyro.conf.Positional[Paths]
+    """Folders of runs. What `lrt diagnose` and `lrt evaluate --core` found there is shown."""
+    out: Path = Path("report.html")
+    """File to write."""
+
+    def run(self) -> None:
+        from lrt.runreport import report  # loads matplotlib
+
+        report(self.out, self.runs)
+        print(f"{self.out}: {self.out.stat().st_size / 1e6:.2f} MB")
+
+
+Verb = Prepare | Train | Evaluate | Diagnose | Report | Sample | Export | Import | Demo
 
 
 def main(arguments: list[str] | None = None) -> None:

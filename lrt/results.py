@@ -9,8 +9,11 @@ A result of the same kind and subject replaces the older one; those of other kin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import json
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +40,8 @@ class Result:
     """What was found: plain data, by kind (docs/evaluation.md)."""
     seconds: float = 0.0
     hardware: dict[str, Any] = dataclasses.field(default_factory=dict)
+    code: str = dataclasses.field(default_factory=lambda: code_version())
+    """Version of the library, and the commit where it runs from a repository."""
     format: int = FORMAT
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,6 +55,24 @@ class Result:
         fresh = file.with_name(f".{file.name}")
         fresh.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         return fresh.replace(file)
+
+
+@functools.cache
+def code_version() -> str:
+    """The version of the library, and the commit where it runs from a repository."""
+    try:
+        version = importlib.metadata.version("latent-recurrent-transformer")
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown version"
+    here = Path(__file__).parent
+    if not (here.parent / ".git").exists():
+        return version
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return version
+    return f"{version}, commit {done.stdout.strip()}"
 
 
 def slug(text: str) -> str:

@@ -112,7 +112,7 @@ def field_docs(kind: type) -> dict[str, str]:
 def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = helped(capsys)
-    for verb in (cli.Prepare, cli.Train, cli.Evaluate, cli.Diagnose, cli.Sample, cli.Demo):
+    for verb in (cli.Prepare, cli.Train, cli.Evaluate, cli.Diagnose, cli.Report, cli.Sample, cli.Demo):
         assert verb.__name__.lower() in text
         assert bare(verb.__doc__ or "?") in text
 
