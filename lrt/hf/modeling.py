@@ -163,7 +163,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         out = prefill(self.model, tokens, state, self.config.prefill, columns.lengths.clamp(min=1))
         if cache is not None:
             append(cache, config, out.state, start, tokens, columns)
-        hidden = nn.functional.pad(out.hidden, (0, 0, 0, ids.shape[1] - out.hidden.shape[1]))
+        hidden = nn.functional.pad(out.sequence, (0, 0, 0, ids.shape[1] - out.sequence.shape[1]))
         return columns.spread(hidden, 1)
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
