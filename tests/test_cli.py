@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -440,3 +441,27 @@ def test_evaluate_runs_core_from_a_folder(run: Path, tmp_path: Path, capsys: pyt
     assert kept == {label: result.values["tasks"][label] for label in ("arc_easy", "lambada_openai")}
     message = one_line(capsys, "evaluate", str(run), "--core", str(tmp_path / "nowhere"), "--device", "cpu")
     assert "there is no CORE bundle in" in message
+
+
+def test_two_ranks_diagnose_and_answer_as_one_does(run: Path, data: Path, tmp_path: Path):
+    """Two gloo processes share the windows and the questions; scores agree to what float32's batches leave."""
+    bundle = make_bundle(tmp_path)
+    verbs = (
+        ("diagnose", str(run), "--data", str(data), "--at-least", "300", "--only", "bpb", "text"),
+        ("evaluate", str(run), "--core", str(bundle)),
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    for verb in verbs:
+        main([*verb, "--device", "cpu", "--out", str(tmp_path / "one")])
+        command = [*torchrun, "-m", "lrt", *verb, "--device", "cpu", "--out", str(tmp_path / "two")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    one, two = ({r.kind: r.values for r in read(tmp_path / name)} for name in ("one", "two"))
+    assert set(one) == set(two) == {"bpb", "text", "core"}
+    for name, column in one["bpb"]["columns"].items():
+        assert two["bpb"]["columns"][name]["bpb"] == pytest.approx(column["bpb"], abs=1e-4)
+    assert two["core"] == one["core"]
+    assert len(list((tmp_path / "two" / "partial").glob("bpb-*.rank1.jsonl"))) == 1
