@@ -17,7 +17,8 @@ from test_demo import QUIET, Page, pixels
 from lrt.cli import main
 from lrt.data.corpus import stdlib_files
 from lrt.results import Result, read
-from lrt.runreport import report, span
+from lrt.runreport import report
+from lrt.runsections import span
 
 TINY = (
     *("--model.width", "16", "--model.heads", "2", "--model.context", "32", "--model.mlp-width", "24"),
