@@ -65,6 +65,7 @@ def refinements(ax: Axes, values: Mapping[str, Any]) -> None:
     ticks = [n for n in counts if n + 1 not in counts or n < 4]  # 63 and 64 would overlap
     ax.set_xscale("symlog", linthresh=4)
     ax.set_xticks(ticks, map(str, ticks))
+    ax.set_xlim(-0.3, 1.2 * counts[-1])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("refinements")
 
