@@ -17,6 +17,9 @@ from rich.console import Console
 from lrt import checkpoint, recipes, schedules
 from lrt.bench.commands import Bench, Calibrate
 from lrt.config import require
+from lrt.core.bundle import Bundle, download
+from lrt.core.run import Settings as CoreSettings
+from lrt.core.run import core_lines, run_core
 from lrt.data.hub import Dataset
 from lrt.data.loader import windows
 from lrt.data.prepare import SHARD_TOKENS, prepare
@@ -24,6 +27,7 @@ from lrt.data.prepared import Prepared
 from lrt.data.records import Selection
 from lrt.demo import demo
 from lrt.device import chosen_device
+from lrt.diagnose import diagnose, lines, subject
 from lrt.distributed import Alone
 from lrt.evaluate import evaluate
 from lrt.execution import Execution
@@ -225,6 +229,11 @@ class Evaluate:
     """Few-shot examples. None: what each task says."""
     tasks_prefill: Literal["exact", "converged", "fast", "one_sweep"] = "converged"
     """How tasks read their texts."""
+    core: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="[FOLDER]")] = None
+    """Run CORE instead: 22 tasks, with recurrence on, off and one sweep, from this folder; none: from runs/data/core,
+    downloaded first. Stopped, it goes on. (--tasks-limit and --tasks-prefill count here too.)"""
+    out: Path | None = None
+    """Folder for CORE's results. None: evaluation/ in the folder of the checkpoint."""
     json: bool = False
     """Print one JSON object instead of text."""
     device: str = "auto"
@@ -233,6 +242,8 @@ class Evaluate:
     def run(self) -> None:
         if self.tasks:
             return self.run_tasks()
+        if self.core is not None:
+            return self.run_core(self.core)
         folder = checkpoint.verified(self.checkpoint)
         model, tokenizer = checkpoint.load(folder, chosen_device(self.device))
         data = Prepared.open(self.data)
@@ -257,6 +268,22 @@ class Evaluate:
         for name, value in metrics.items():
             if value is not None:
                 print(f"{name:26} {value:.4f}" if isinstance(value, float) else f"{name:26} {value}")
+
+    def run_core(self, folders: tuple[Path, ...]) -> None:
+        from lrt.parallel import start  # loads much of torch.distributed
+
+        require(len(folders) <= 1, f"--core is {' '.join(map(str, folders))}; give one folder, or none")
+        settings = CoreSettings(self.tasks_limit, self.tasks_prefill, self.batch_size)
+        with start("ddp", chosen_device(self.device)) as ranks:
+            folder = checkpoint.verified(self.checkpoint)
+            model, tokenizer = checkpoint.load(folder, ranks.device)
+            place = folders[0] if folders else ranks.in_turn(lambda: download(Path("runs/data/core")))
+            weights = checkpoint.sha256(folder / "model.safetensors")
+            out = self.out or self.checkpoint / "evaluation"
+            result, problems = run_core(model, tokenizer, Bundle.open(place), weights, out, settings, ranks)
+            if ranks.first:
+                print(json.dumps(result.to_dict()) if self.json else "\n".join(core_lines(result.values)))
+        require(not problems, "some tasks could not be run: " + "; ".join(problems))
 
     def run_tasks(self) -> None:
         with extra("lm-eval", "--tasks"):
@@ -332,7 +359,67 @@ class Demo:
         demo(self.out, list(self.text) or None, self.tokens, self.seed, chosen_device(self.device), self.prompt)
 
 
-Verb = Prepare | Train | Evaluate | Sample | Chat | Calibrate | Bench | Export | Import | Demo
+@dataclass(frozen=True)
+class Diagnose:
+    """Measure what a checkpoint's memory does, and whether training and decoding agree. Results stay beside it."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint folder, or a run's."""
+    only: tuple[Literal["bpb", "sweeps", "ablations", "memory", "text", "bfloat16"], ...] = (
+        "bpb",
+        "sweeps",
+        "ablations",
+        "memory",
+        "text",
+    )
+    """What to measure. bpb: by pass, position and document, with intervals; sweeps: the score after 1 to 64
+    refinements, and a verdict; ablations: live, with the memory replaced in every way; memory: gates, scales, reach;
+    text: what recurrence gains token by token; bfloat16: live, and with the exact memory as a control."""
+    data: Paths = (Path("runs/data/stdlib"),)
+    """Folders that `lrt prepare` wrote with the checkpoint's tokenizer: one or several corpora."""
+    split: str = "val"
+    """train, val or test."""
+    at_least: int | None = 10_000
+    """Measure on windows with so many tokens; None takes the whole split."""
+    batch_size: int = 16
+    """Windows at once."""
+    out: Path | None = None
+    """Folder for the results. None: evaluation/ in the folder of the checkpoint."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def run(self) -> None:
+        from lrt.parallel import start  # loads much of torch.distributed
+
+        out = self.out or self.checkpoint / "evaluation"
+        with start("ddp", chosen_device(self.device)) as ranks:
+            for folder in self.data:
+                data = Prepared.open(folder)
+                measured = subject(self.checkpoint, data, self.split, self.at_least, self.batch_size, out, ranks)
+                for result in diagnose(measured, self.only):
+                    if ranks.first:
+                        print("\n".join([f"{result.kind}, {result.subject}", *lines(result), ""]))
+            if ranks.first:
+                print(f"results in {out}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """One HTML file of some runs: curves, scores, sweep curves, gates, a text with what recurrence gains, settings."""
+
+    runs: tyro.conf.Positional[Paths]
+    """Folders of runs. What `lrt diagnose` and `lrt evaluate --core` found there is shown."""
+    out: Path = Path("report.html")
+    """File to write."""
+
+    def run(self) -> None:
+        from lrt.runreport import report  # loads matplotlib
+
+        report(self.out, self.runs)
+        print(f"{self.out}: {self.out.stat().st_size / 1e6:.2f} MB")
+
+
+Verb = Prepare | Train | Evaluate | Diagnose | Report | Sample | Chat | Calibrate | Bench | Export | Import | Demo
 
 
 def main(arguments: list[str] | None = None) -> None:

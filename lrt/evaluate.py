@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lrt.config import IGNORED
+from lrt.ablations import ABLATIONS, OwnMemory, ablated, reading
+from lrt.config import IGNORED, require
 from lrt.data.loader import Windows
 from lrt.decode import decoder
 from lrt.loss import token_nats
-from lrt.model.injection import Recall
-from lrt.model.state import Positions, State
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.progress import Advance, bar
 from lrt.refine import refine
@@ -26,6 +25,11 @@ from lrt.schedules import Schedule, plain
 
 BATCH = 64
 """Windows scored at once."""
+TWO_FORWARDS = "two_forwards"
+EVERY = (*ABLATIONS, TWO_FORWARDS)
+"""What `evaluate` can replace the memory with."""
+HEADLINE = ("zero", "embedding")
+"""What a comparison always contains (contract, section 5)."""
 
 
 def score(
@@ -68,41 +72,6 @@ def score_parallel(
         return token_nats(model, hidden, tokens[:, 1:])
 
 
-class ZeroMemory(nn.Module):
-    """Ablation: every position reads zeros."""
-
-    def __init__(self, recall: Recall) -> None:
-        super().__init__()
-        self.recall = recall
-
-    def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
-        return torch.zeros_like(self.recall(state, positions, embedding))
-
-
-class EmbeddingMemory(nn.Module):
-    """Ablation: every position reads the embedding of the token `delay` back, whatever the source."""
-
-    def __init__(self, recall: Recall) -> None:
-        super().__init__()
-        self.recall = recall
-
-    def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
-        found = state.read_memory(positions, self.recall.delay)
-        embedded = self.recall.embed(found, embedding)
-        return self.recall.combine([embedded for _ in self.recall.sources], found.memory)
-
-
-ABLATIONS: dict[str, Callable[[Recall], nn.Module]] = {"zero": ZeroMemory, "embedding": EmbeddingMemory}
-
-
-def ablated(model: LatentRecurrentTransformer, name: str) -> LatentRecurrentTransformer:
-    """The model, parameters shared, with its memory replaced at test time: `zero` or `embedding`."""
-    if name not in ABLATIONS:
-        raise ValueError(f"unknown ablation {name!r}; choose one of {', '.join(ABLATIONS)}")
-    assert isinstance(model.recall, Recall), "an ablation of an ablation"
-    return model.with_recall(ABLATIONS[name](model.recall))
-
-
 @dataclass(frozen=True)
 class Metrics:
     """Scores of one model on one split."""
@@ -125,10 +94,20 @@ class Metrics:
     """Live, with the memory zeroed at test time."""
     live_bpb_memory_embedding: float | None = None
     """Live, with the memory replaced by the previous token's embedding."""
+    live_bpb_memory_shuffled: float | None = None
+    """Live, each row reading another row's memory; which one depends on the batch."""
+    live_bpb_memory_delayed_1: float | None = None
+    """Live, the memory read one token further back."""
+    live_bpb_memory_delayed_8: float | None = None
+    """Live, the memory read eight tokens further back."""
+    live_bpb_memory_frozen: float | None = None
+    """Live, every position reading the memory of its window's first one."""
+    live_bpb_two_forwards: float | None = None
+    """Live, every token refined once more, with its own memory: depth instead of recurrence."""
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data for JSON."""
-        return dataclasses.asdict(self)
+        """Plain data for JSON; what was not measured is left out."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 Scorer = Callable[[LatentRecurrentTransformer, Tensor, Advance], Tensor]
@@ -138,6 +117,22 @@ Scorer = Callable[[LatentRecurrentTransformer, Tensor, Advance], Tensor]
 def live(model: LatentRecurrentTransformer, tokens: Tensor, advance: Advance) -> Tensor:
     """The live scorer."""
     return score(model, tokens, advance=advance)
+
+
+def two_forwards(model: LatentRecurrentTransformer, tokens: Tensor, advance: Advance) -> Tensor:
+    """Live, each token computed twice: the second forward reads the memory that the first one wrote, and replaces it.
+
+    What this gains over live is depth; what live gains over zeroed memory is recurrence (PonderLM-2's comparison).
+    """
+    again, inputs, hidden = reading(model, OwnMemory), tokens[:, :-1], []
+    with torch.no_grad():
+        state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
+        for t in range(inputs.shape[1]):
+            _, state = model(inputs[:, t : t + 1], range(t, t + 1), state)
+            h, state = again(inputs[:, t : t + 1], range(t, t + 1), state)
+            hidden.append(h)
+            advance(len(inputs))
+        return token_nats(model, torch.cat(hidden, dim=1), tokens[:, 1:])
 
 
 def under(schedule: Schedule) -> Scorer:
@@ -192,14 +187,23 @@ def evaluate(
     windows: Windows,
     token_bytes: Tensor | None,
     schedule: Schedule,
-    ablations: bool = True,
+    ablations: Sequence[str] = HEADLINE,
     batch_size: int = BATCH,
     progress: bool = True,
     prefix_bytes: int = 0,
 ) -> Metrics:
-    """Score a model under its training schedule and live, and, where it has a memory, live with that replaced."""
+    """Score a model under its training schedule and live, and, where it has a memory, live with that replaced.
+
+    `ablations` are names of `ABLATIONS`, and `two_forwards`.
+    """
+    unknown = sorted(set(ablations) - set(EVERY))
+    require(not unknown, f"unknown ablations {', '.join(unknown)}; choose among {', '.join(EVERY)}")
     recurrent = bool(model.config.memory.remembered(model.config.depth))
     schedule = schedule if recurrent else plain()
+
+    if "shuffled" in ablations and len(windows) > 1:  # no window may be alone in its batch
+        sizes = [*range(batch_size, 1, -1), *range(batch_size, len(windows) + 1)]
+        batch_size = next(size for size in sizes if size > 1 and len(windows) % size != 1)
 
     def bpb(chosen: LatentRecurrentTransformer, scorer: Scorer, title: str) -> tuple[float, int]:
         return bits_per_byte(chosen, windows, token_bytes, scorer, batch_size, title, progress, prefix_bytes)
@@ -209,8 +213,10 @@ def evaluate(
     parallel, size = bpb(model, under(schedule), "parallel")
     alive, _ = bpb(model, live, "live")
     replaced: dict[str, float] = {}
-    if recurrent and ablations:
-        for name in ABLATIONS:
+    for name in ablations if recurrent else ():
+        if name == TWO_FORWARDS:
+            replaced["live_bpb_two_forwards"], _ = bpb(model, two_forwards, "two forwards")
+        else:
             replaced[f"live_bpb_memory_{name}"], _ = bpb(ablated(model, name), live, f"memory {name}")
     model.train(was_training)
     return Metrics(

@@ -72,7 +72,7 @@ def live_scores(
         found,
         token_bytes,
         schedule,
-        ablations=False,
+        ablations=(),
         batch_size=max(1, AT_ONCE // context),
         progress=progress,
         prefix_bytes=data.tokenizer.prefix_bytes("a"),

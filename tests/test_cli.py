@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_core import make_bundle
 
 from lrt import cli
 from lrt.checkpoint import about, load, save
@@ -26,6 +28,7 @@ from lrt.data.corpus import stdlib_files
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.optim import OptimConfig
 from lrt.recipes import RECIPES
+from lrt.results import read
 from lrt.run import RunConfig
 
 TINY = (
@@ -112,7 +115,7 @@ def field_docs(kind: type) -> dict[str, str]:
 def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = helped(capsys)
-    for verb in (cli.Prepare, cli.Train, cli.Evaluate, cli.Sample, cli.Chat, cli.Demo):
+    for verb in (cli.Prepare, cli.Train, cli.Evaluate, cli.Diagnose, cli.Report, cli.Sample, cli.Chat, cli.Demo):
         assert verb.__name__.lower() in text
         assert bare(verb.__doc__ or "?") in text
 
@@ -456,3 +459,64 @@ def test_ctrl_c_during_training_keeps_a_loadable_checkpoint(data: Path, tmp_path
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["tokens"] == tokens
     assert load(tmp_path / "run")[0].config.width == 16
+
+
+def test_diagnose_prints_and_keeps_its_results(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "found"
+    main(["diagnose", str(run), "--data", str(data), "--at-least", "200", "--out", str(out)])
+    text = capsys.readouterr().out
+    results = {result.kind: result for result in read(out)}
+    assert {"sweeps", "ablations"} <= set(results)
+    assert f"verdict: {results['sweeps'].values['verdict']}" in text
+    assert f"live                   {results['ablations'].values['live_bpb']:.4f}" in text
+    assert "two forwards" in text
+    weights = json.loads((run / "checkpoint" / "manifest.json").read_text())["model.safetensors"]["sha256"]
+    assert {result.checkpoint for result in results.values()} == {weights}
+    assert {result.subject for result in results.values()} == {f"{data.name}-val"}
+
+
+def test_evaluate_runs_core_from_a_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    bundle, out = make_bundle(tmp_path), tmp_path / "found"
+    main(["evaluate", str(run), "--core", str(bundle), "--out", str(out), "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "partial CORE (3/22)" in text
+    assert "one sweep" in text
+    (result,) = read(out)
+    file = bundle / "eval_data" / "some" / "winograd.jsonl"
+    file.write_text("{")
+    arguments = ["evaluate", str(run), "--core", str(bundle), "--out", str(out), "--device", "cpu", "--json"]
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert f"some tasks could not be run: {file}" in printed.err
+    kept = json.loads(printed.out)["values"]["tasks"]
+    assert kept == {label: result.values["tasks"][label] for label in ("arc_easy", "lambada_openai")}
+    message = one_line(capsys, "evaluate", str(run), "--core", str(tmp_path / "nowhere"), "--device", "cpu")
+    assert "there is no CORE bundle in" in message
+
+
+def test_two_ranks_diagnose_and_answer_as_one_does(run: Path, data: Path, tmp_path: Path):
+    """Two gloo processes share the windows and the questions; scores agree to what float32's batches leave."""
+    bundle = make_bundle(tmp_path)
+    verbs = (
+        ("diagnose", str(run), "--data", str(data), "--at-least", "300", "--only", "bpb", "text"),
+        ("evaluate", str(run), "--core", str(bundle)),
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    for verb in verbs:
+        main([*verb, "--device", "cpu", "--out", str(tmp_path / "one")])
+        command = [*torchrun, "-m", "lrt", *verb, "--device", "cpu", "--out", str(tmp_path / "two")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    one, two = ({r.kind: r.values for r in read(tmp_path / name)} for name in ("one", "two"))
+    assert set(one) == set(two) == {"bpb", "text", "core"}
+    for name, column in one["bpb"]["columns"].items():
+        assert two["bpb"]["columns"][name]["bpb"] == pytest.approx(column["bpb"], abs=1e-4)
+    assert two["core"] == one["core"]
+    assert len(list((tmp_path / "two" / "partial").glob("bpb-*.rank1.jsonl"))) == 1

@@ -19,10 +19,11 @@ from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor
 
 from lrt import MemoryConfig, ModelConfig, refine, schedules, score
+from lrt.ablations import ABLATIONS, ablated
 from lrt.data.loader import Windows, windows
 from lrt.data.prepared import Documents
 from lrt.data.tokenizer import Tokenizer
-from lrt.evaluate import ABLATIONS, Metrics, ablated, bits_per_byte, evaluate, live, score_parallel, under
+from lrt.evaluate import EVERY, Metrics, bits_per_byte, evaluate, live, score_parallel, two_forwards, under
 from lrt.loss import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -162,7 +163,7 @@ def test_a_mixture_is_the_probability_weighted_mean():
     assert bpb(model, under(MIXED)) == pytest.approx(expected, rel=TOLERANCE[torch.float64])
     late = schedules.stages([(0.9, schedules.plain()), (0.1, MIXED)])  # stages: their last
     assert bpb(model, under(late)) == pytest.approx(expected, rel=TOLERANCE[torch.float64])
-    found = metrics(model, MIXED, ablations=False)
+    found = metrics(model, MIXED, ablations=())
     assert found.parallel_bpb == pytest.approx(expected, rel=TOLERANCE[torch.float64])
     assert found.schedule == repr(MIXED)
 
@@ -189,6 +190,7 @@ def test_metrics_are_consistent_and_plain_data():
     assert found.live_bpb_memory_zero == bpb(ablated(model, "zero"), live)
     assert found.live_bpb_memory_embedding == bpb(ablated(model, "embedding"), live)
     assert Metrics(**json.loads(json.dumps(found.to_dict()))) == found
+    assert "live_bpb_memory_frozen" not in found.to_dict()  # only when asked for
     assert len({found.live_bpb, found.live_bpb_memory_zero, found.live_bpb_memory_embedding}) == 3
 
 
@@ -314,6 +316,91 @@ def test_an_ablation_shares_the_parameters_and_leaves_the_original_alone(name: s
     shared = dict(other.named_parameters())
     assert set(shared) == set(dict(model.named_parameters()))
     assert all(shared[n] is p for n, p in model.named_parameters())
+
+
+def reads(memory: dict[str, Any], name: str, read: Any) -> None:
+    """An ablation of a model is the same model with its reading replaced by `read(recall, state, position)`."""
+    model = random_model(configuration(**memory))
+    by_hand = copied(model, model.config)
+    by_hand.recall = ByHand(by_hand.recall, read)
+    assert_scores_like(ablated(model, name), by_hand)
+
+
+class ByHand(torch.nn.Module):
+    """Memory looked up one position at a time: `read` names (row, position) or None for zeros."""
+
+    def __init__(self, recall: Any, read: Any) -> None:
+        super().__init__()
+        self.recall, self.read = recall, read
+
+    def forward(self, state: Any, positions: Any, embedding: torch.nn.Embedding) -> Tensor:
+        out = torch.zeros(1, state.batch, len(positions), embedding.embedding_dim, dtype=embedding.weight.dtype)
+        numbers = torch.zeros_like(state.tokens) if state.documents is None else state.documents
+        for b in range(state.batch):
+            for i, p in enumerate(positions):
+                found = self.read(numbers, b, p)
+                if found is not None:
+                    out[0, b, i] = state.memory[found[0], found[1], 0]
+        return out
+
+
+def test_delayed_memory_is_read_further_back():
+    def read(more: int) -> Any:
+        def find(numbers: Tensor, b: int, p: int) -> Any:
+            before = p - 1 - more
+            return (b, before) if before >= 0 and numbers[b, before] == numbers[b, p] else None
+
+        return find
+
+    reads({}, "delayed_1", read(1))
+    model, tokens = random_model(LRT), torch.randint(1, V, (2, CONTEXT), generator=torch.Generator().manual_seed(3))
+    assert_same(score(ablated(model, "delayed_8"), tokens), score(ablated(model, "zero"), tokens))  # 8 positions only
+
+
+def test_frozen_memory_is_the_first_of_the_document():
+    def read(numbers: Tensor, b: int, p: int) -> Any:
+        first = next(q for q in range(p + 1) if numbers[b, q] == numbers[b, p])
+        return (b, first) if p > first else None
+
+    reads({}, "frozen", read)
+
+
+def test_shuffled_memory_is_another_row_s():
+    def read(numbers: Tensor, b: int, p: int) -> Any:
+        other = (b - 1) % len(numbers)
+        return (other, p - 1) if p > 0 and numbers[other, p - 1] == numbers[other, p] else None
+
+    reads({}, "shuffled", read)
+    model = random_model(LRT)
+    with pytest.raises(ValueError, match="score at least 2 windows at once"):
+        score(ablated(model, "shuffled"), example()[0][:1])
+
+
+def test_every_ablation_can_be_asked_for():
+    """Seven windows in batches of three: none may be alone in its batch, or it had no other's memory to read."""
+    model = random_model(LRT)
+    found = metrics(model, schedules.interleaved(2), ablations=EVERY, batch_size=3)
+    values = found.to_dict()
+    assert len({v for k, v in values.items() if k.startswith("live_bpb")}) == len(EVERY)
+    assert found.live_bpb_memory_delayed_8 == found.live_bpb_memory_zero  # windows of 8
+    assert all(values[k] is not None for k in values)
+    with pytest.raises(ValueError, match="unknown ablations noise; choose among zero"):
+        metrics(model, schedules.plain(), ablations=("noise",))
+
+
+def test_two_forwards_read_what_the_first_one_wrote():
+    model, tokens = random_model(LRT), example()[0]
+    again = copied(model, model.config)
+    again.recall = ByHand(again.recall, lambda numbers, b, p: (b, p))
+    state, hidden = model.empty_state(2, CONTEXT - 1), []
+    with torch.no_grad():
+        for t in range(CONTEXT - 1):
+            _, state = model(tokens[:, t : t + 1], range(t, t + 1), state)
+            h, state = again(tokens[:, t : t + 1], range(t, t + 1), state)
+            hidden.append(h)
+        expected = token_nats(model, torch.cat(hidden, 1), tokens[:, 1:])
+    assert_same(two_forwards(model, tokens, lambda *_: None), expected)
+    assert_differs(expected, score(model, tokens))
 
 
 def test_an_unknown_ablation_is_told_the_known_ones():

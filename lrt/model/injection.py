@@ -41,7 +41,10 @@ class Recall(nn.Module):
 
     def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
         """The memory (C, B, T, D) that `positions` read from `state`."""
-        found = state.read_memory(positions, self.delay)
+        return self.read(state.read_memory(positions, self.delay), embedding)
+
+    def read(self, found: Recollection, embedding: nn.Embedding) -> Tensor:
+        """The memory (C, B, T, D) assembled from what was found."""
         embedded = zero = found.memory.new_zeros(())
         if 0 in self.sources or self.stand_in:
             embedded = self.embed(found, embedding)

@@ -237,8 +237,8 @@ class State:
         tokens = tokens.to(self.tokens, copy=True)  # the caller's tensor may change later
         return dataclasses.replace(self, tokens=self.write(self.tokens, self.where(positions), tokens, 1))
 
-    def read_memory(self, positions: Positions, delay: int) -> Recollection:
-        """What stands `delay` positions before each of `positions`."""
+    def read_memory(self, positions: Positions, delay: int | Tensor) -> Recollection:
+        """What stands `delay` positions before each of `positions`; a tensor, (T,) or (B, T), gives each its own."""
         index = self.index(positions)
         before = index - delay
         slots = before % self.slots if self.reusable else before.clamp(min=0)

@@ -1,0 +1,87 @@
+"""How much faster CORE is when a shared context is computed once: against every option by itself, with equal choices.
+
+    python benchmarks/core.py BUNDLE TOKENIZER.json --questions 12 --rounds 3
+
+Alone is the plain reference, `score_alone`: each option whole, token by token. Shared computes each question by itself;
+batched is what `lrt evaluate --core` does. Ratios are of alternated runs, and say how many choices are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from lrt.bench.measure import alternate, hardware
+from lrt.config import ModelConfig
+from lrt.core.answers import On, answer, score_alone, score_questions
+from lrt.core.bundle import Bundle
+from lrt.core.questions import question
+from lrt.core.run import ROWS
+from lrt.data.tokenizer import Tokenizer
+from lrt.model.transformer import LatentRecurrentTransformer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("--task", default="arc_easy")
+    parser.add_argument("--questions", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--context", type=int, default=2048)
+    chosen = parser.parse_args()
+
+    tokenizer = Tokenizer.load(chosen.tokenizer)
+    torch.manual_seed(0)
+    model = LatentRecurrentTransformer(
+        ModelConfig(chosen.depth, chosen.width, 2, vocab_size=tokenizer.vocab_size, context=chosen.context)
+    ).eval()
+    with torch.no_grad():  # an untrained head gives every option the same; here they differ
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    task = next(t for t in Bundle.open(chosen.bundle).tasks if t.label == chosen.task)
+    items = task.questions()
+    step = len(items) // chosen.questions
+    asked = [question(task, items, i * step, tokenizer, chosen.context) for i in range(chosen.questions)]
+
+    choices: dict[str, list[int]] = {}
+
+    def alone() -> None:
+        choices["alone"] = [answer(q, score_alone(model, q, On("exact"))).chosen for q in asked]
+
+    def shared() -> None:
+        choices["shared"] = [answer(q, score_questions(model, [q], On("exact"))[0]).chosen for q in asked]
+
+    def batched(mode: On) -> list[int]:
+        most, found = max(1, ROWS // len(asked[0].rows)), []
+        for first in range(0, len(asked), most):
+            part = asked[first : first + most]
+            found += [answer(q, r).chosen for q, r in zip(part, score_questions(model, part, mode), strict=True)]
+        return found
+
+    def exact() -> None:
+        choices["batched, exact"] = batched(On("exact"))
+
+    def converged() -> None:
+        choices["batched, converged"] = batched(On("converged"))
+
+    work = {"alone": alone, "shared": shared, "batched, exact": exact, "batched, converged": converged}
+    timings = alternate(work, chosen.rounds, warmup=0)
+    tokens = sum(len(row) for q in asked for row in q.rows)
+    rows = []
+    for name, timing in timings.items():
+        ratio, spread = timings["alone"].ratio(timing)
+        equal = sum(a == b for a, b in zip(choices[name], choices["alone"], strict=True))
+        rows.append({"how": name, "seconds": timing.median, "times_faster": ratio, "spread": spread, "equal": equal})
+        print(f"{name:20} {timing.median:8.2f} s  {ratio:6.2f} ± {spread:.2f} times faster, {equal}/{len(asked)} equal")
+    about = {"task": chosen.task, "questions": len(asked), "tokens": tokens, "cropped": sum(q.cropped for q in asked)}
+    print(json.dumps({"rows": rows, **about, "hardware": hardware()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""The bundle of CORE's tasks: a folder of questions, downloaded or given, held against its checksums.
+
+    core.yaml                  the tasks: label, file, few-shot examples, type, delimiter
+    eval_meta_data.csv         their random baselines
+    eval_data/**/*.jsonl       their questions
+    SHA256SUMS                 optional: checksums of these files
+    openai-community-*.csv, extra/…    optional: results of other models, shown beside
+
+A task whose file is not there is left out: the score is then a partial CORE.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+import urllib.request
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lrt.checkpoint import sha256
+from lrt.config import require
+from lrt.core.sums import OFFICIAL
+from lrt.progress import bar
+
+URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+"""nanochat's bundle."""
+TASKS = 22
+"""As many make a CORE."""
+TYPES = ("multiple_choice", "schema", "language_modeling")
+FIELDS = {
+    "multiple_choice": ("query", "choices", "gold"),
+    "schema": ("context_options", "continuation", "gold"),
+    "language_modeling": ("context", "continuation"),
+}
+SUMS = "SHA256SUMS"
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the bundle."""
+
+    label: str
+    file: Path
+    """JSON lines: one question each."""
+    type: str
+    """multiple_choice, schema or language_modeling."""
+    shots: int
+    """Examples before each question."""
+    delimiter: str
+    """Between question and answer."""
+    random: float
+    """Accuracy of guessing, 0 to 1."""
+    sha256: str | None
+    """What the file's checksum must be; None where it is not known."""
+
+    def centred(self, accuracy: float) -> float:
+        """(accuracy - random) / (1 - random): 0 is guessing, 1 perfect."""
+        return (accuracy - self.random) / (1 - self.random)
+
+    def questions(self) -> list[dict[str, Any]]:
+        """The task's questions. ValueError, naming the file and the fix, where it is damaged."""
+        fix = "copy or download the bundle again"
+        found = []
+        for number, line in enumerate(self.file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            try:
+                found.append(json.loads(line))
+                missing = [field for field in FIELDS[self.type] if field not in found[-1]]
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{self.file}, line {number} is cut off or damaged ({error}); {fix}") from error
+            require(not missing, f"{self.file}, line {number} has no {', '.join(missing)}; {fix}")
+        require(
+            len(found) > self.shots, f"{self.file} has {len(found)} questions, too few for {self.shots} shots; {fix}"
+        )
+        actual = sha256(self.file)
+        require(
+            self.sha256 in (None, actual),
+            f"{self.file} is not the bundle's file: its SHA-256 is {actual} instead of {self.sha256}; {fix}",
+        )
+        return found
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The tasks of a folder."""
+
+    folder: Path
+    tasks: tuple[Task, ...]
+    """Those whose file is there, in the bundle's order."""
+    missing: tuple[str, ...]
+    """Labels of those whose file is not."""
+    references: dict[str, dict[str, float]]
+    """Other models' centred accuracy by task, and `CORE`."""
+
+    @classmethod
+    def open(cls, folder: Path) -> Bundle:
+        """Open a bundle's folder, or one that holds it. ValueError naming what is missing or damaged."""
+        inner = [f for f in (folder, folder / "core_eval", folder / "eval_bundle") if (f / "core.yaml").is_file()]
+        require(
+            len(inner) > 0,
+            f"there is no CORE bundle in {folder}: {folder / 'core.yaml'} is missing; give the folder that holds it, "
+            "or call `--core` without a folder to download it",
+        )
+        folder = inner[0]
+        sums = read_sums(folder / SUMS)
+        for name in ("core.yaml", "eval_meta_data.csv"):
+            file = folder / name
+            require(file.is_file(), f"{file} is missing; copy or download the bundle again")
+            require(
+                sums.get(name) in (None, sha256(file)),
+                f"{file} is not the bundle's file: its SHA-256 differs; copy or download the bundle again",
+            )
+        tasks = read_tasks(folder, sums)
+        present = tuple(task for task in tasks if task.file.is_file())
+        require(len(present) > 0, f"{folder / 'eval_data'} holds no task's file; copy or download the bundle again")
+        missing = tuple(task.label for task in tasks if not task.file.is_file())
+        return cls(folder, present, missing, read_references(folder))
+
+
+def read_tasks(folder: Path, sums: Mapping[str, str]) -> list[Task]:
+    """All tasks that core.yaml names."""
+    with (folder / "eval_meta_data.csv").open(encoding="utf-8", newline="") as file:
+        random = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+    try:
+        described = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+        found = []
+        for entry in described:
+            require(
+                entry["icl_task_type"] in TYPES, f"its type {entry['icl_task_type']!r} is none of {', '.join(TYPES)}"
+            )
+            name = f"eval_data/{entry['dataset_uri']}"
+            found.append(
+                Task(
+                    entry["label"],
+                    folder / name,
+                    entry["icl_task_type"],
+                    entry["num_fewshot"][0],
+                    entry.get("continuation_delimiter", " "),
+                    random[entry["label"]],
+                    sums.get(name),
+                )
+            )
+    except (yaml.YAMLError, KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(f"{folder / 'core.yaml'} is damaged ({error!r}); copy or download the bundle again") from error
+    return found
+
+
+def read_sums(file: Path) -> dict[str, str]:
+    """File name -> SHA-256, as `sha256sum` writes them; nothing where there is no such file."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return {name.strip().removeprefix("./"): digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def read_references(folder: Path) -> dict[str, dict[str, float]]:
+    """Results of other models: CSV files of task, accuracy, centred accuracy."""
+    found: dict[str, dict[str, float]] = {}
+    for file in sorted([*folder.glob("openai-community-*.csv"), *folder.glob("extra/openai-community-*.csv")]):
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
+        found[file.stem.removeprefix("openai-community-")] = {row[0]: float(row[2]) for row in rows[1:] if len(row) > 2}
+    return found
+
+
+def download(folder: Path, url: str = URL, sums: Mapping[str, str] = OFFICIAL, progress: bool = True) -> Path:
+    """Download a bundle's .zip into `folder`, unless it is there; returns the folder.
+
+    Every file of `sums` has to have its checksum; those of all files are then noted in SHA256SUMS. Nothing is left
+    behind by a download that fails. ValueError for a file that differs, OSError where the network fails.
+    """
+    if (folder / SUMS).is_file():
+        return folder
+    fresh = folder.with_name(f".{folder.name}.download")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        archive = fresh / "bundle.zip"
+        fetch(url, archive, progress)
+        unpack(archive, fresh, url)
+        archive.unlink()
+        names = sorted(str(file.relative_to(fresh)) for file in fresh.rglob("*") if file.is_file())
+        actual = {name: sha256(fresh / name) for name in names}
+        for name, digest in sums.items():
+            require(
+                actual.get(name) == digest,
+                f"{name} of {url} has the SHA-256 {actual.get(name)} instead of {digest}: damaged, or another bundle; "
+                "download it again, or give a folder: --core FOLDER",
+            )
+        (fresh / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in actual.items()), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def fetch(url: str, file: Path, progress: bool) -> None:
+    """Download one file. OSError where it cannot be had, or ends early."""
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer, file.open("wb") as out:
+            size = int(answer.headers.get("Content-Length") or 0)
+            with bar(f"downloading {url.rsplit('/', 1)[-1]}", size or None, progress) as tell:
+                while part := answer.read(CHUNK):
+                    out.write(part)
+                    tell(len(part))
+    except (OSError, ValueError) as error:
+        raise OSError(f"cannot download {url}: {error}; try again, or give a folder: --core FOLDER") from error
+    got = file.stat().st_size
+    if got < size:
+        raise OSError(f"{url} ended after {got:,} of {size:,} bytes; try again, or give a folder: --core FOLDER")
+
+
+def unpack(archive: Path, folder: Path, url: str) -> None:
+    """Take the bundle's files out of a .zip: those, and no others."""
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            for name in packed.namelist():
+                short = name.split("/", 1)[-1] if name.split("/")[0] in ("eval_bundle", "core_eval") else name
+                parts = Path(short).parts
+                wanted = short in ("core.yaml", "eval_meta_data.csv") or short.startswith("openai-community-")
+                if ".." in parts or name.endswith("/") or not (wanted or parts[:1] == ("eval_data",)):
+                    continue
+                target = folder / short
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(packed.read(name))
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{url} is no whole .zip ({error}); download it again, or give a folder") from error
+
+
+def digest_of(bundle: Bundle) -> str:
+    """One hash for what decides the questions: core.yaml and the baselines. Files are hashed when they are read."""
+    text = b"".join((bundle.folder / name).read_bytes() for name in ("core.yaml", "eval_meta_data.csv"))
+    return hashlib.sha256(text).hexdigest()

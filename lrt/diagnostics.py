@@ -1,0 +1,172 @@
+"""What the memory does inside: gates and scales by layer, how far back it reaches, and what it gains token by token.
+
+Shapes: B windows, T positions, C memory channels, G key/value heads, K head size, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lrt.data.loader import Windows
+from lrt.data.tokenizer import Tokenizer
+from lrt.model.injection import KeyValue, Projection, Residual
+from lrt.model.state import State
+from lrt.model.transformer import Block, LatentRecurrentTransformer
+from lrt.refine import refine
+from lrt.schedules import sequential
+
+BACK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Tokens ago that a memory is perturbed."""
+NOISE = 0.1
+"""The perturbation's norm over the memory's."""
+
+
+@contextmanager
+def listening(heard: dict[str, list[Tensor]], modules: dict[str, nn.Module]) -> Iterator[None]:
+    """Within the block, the outputs of these modules are noted; torch's own hooks, removed afterwards."""
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: heard[name].append(output.detach())
+
+    handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def blocks_of(model: LatentRecurrentTransformer) -> list[Block]:
+    return [block for block in model.blocks if isinstance(block, Block)]
+
+
+def settled_state(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tensor, State]:
+    """Hidden states (B, T, D) and the State after live decoding of inputs (B, T)."""
+    state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
+    out = refine(model, inputs, sequential(), state=state)
+    return out.hidden, out.state
+
+
+@torch.no_grad()
+def layers(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[str, Any]]:
+    """Per block, over inputs (B, T) with their exact memory: γ, mean gates, and how large the injections are.
+
+    Ratios are of root mean squares, gates included: U_k m over W_k u, and U_v m over W_v u, per channel.
+    """
+    _, state = settled_state(model, inputs)
+    heard: dict[str, list[Tensor]] = defaultdict(list)
+    modules: dict[str, nn.Module] = {}
+    for number, block in enumerate(blocks_of(model), 1):
+        modules |= {f"key {number}": block.attention.key, f"value {number}": block.attention.value}
+        if isinstance(block.injection, KeyValue):
+            modules[f"gate {number}"] = block.injection.gate
+    length = inputs.shape[1]
+    memory = model.recall(state, range(length), model.embedding)
+    projected = model.projection(memory)
+    with listening(heard, modules):
+        model(inputs, range(length), dataclasses.replace(state.clone(), write=state.write))
+    injected = model.config.memory.injected(model.config.depth)
+    found = []
+    for number, block in enumerate(blocks_of(model), 1):
+        row: dict[str, Any] = {"layer": number, "injected": number in injected}
+        if isinstance(block.injection, Residual):
+            row["gamma"] = block.injection.gamma.tolist()
+        if isinstance(block.injection, KeyValue) and isinstance(model.projection, Projection):
+            (raw,) = heard[f"gate {number}"]
+            gates = 2 * torch.sigmoid(raw).unflatten(-1, (-1, block.injection.groups))  # (B, T, 1 + C, G)
+            row["gates"] = gates.mean((0, 1)).tolist()
+            row["gate_spread"] = gates.std((0, 1)).tolist()
+            which = injected.index(number) if len(projected) > 1 else 0
+            for name, part in zip(("key", "value"), projected[which], strict=True):
+                (local,) = heard[f"{name} {number}"]
+                local = local.unflatten(-1, (block.injection.groups, -1))
+                ours = gates[:, :, 1:].permute(2, 0, 1, 3).unsqueeze(-1) * part  # (C, B, T, G, K)
+                row[f"{name}_ratio"] = [
+                    rms_of(channel) / rms_of(gates[:, :, 0].unsqueeze(-1) * local) for channel in ours
+                ]
+        found.append(row)
+    return found
+
+
+def rms_of(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+@torch.no_grad()
+def scales(model: LatentRecurrentTransformer) -> dict[str, Any]:
+    """What can be read off the weights alone, for comparing snapshots: γ by layer, the size of U_k and U_v."""
+    found: dict[str, Any] = {
+        "gamma": [b.injection.gamma.tolist() if isinstance(b.injection, Residual) else None for b in blocks_of(model)],
+        "gate": [
+            rms_of(b.injection.gate.weight) if isinstance(b.injection, KeyValue) else None for b in blocks_of(model)
+        ],
+    }
+    if isinstance(model.projection, Projection):
+        found["projection"] = [[rms_of(u) for u in layer.flatten(0, 1)] for layer in model.projection.weight]
+    return found
+
+
+@torch.no_grad()
+def reach(
+    model: LatentRecurrentTransformer, inputs: Tensor, back: Sequence[int] = BACK, seed: int = 0
+) -> list[dict[str, float]]:
+    """How far back the memory reaches: inputs (B, T), decoded live with one memory perturbed k tokens before a place.
+
+    The place is two thirds of the way. The memory written k tokens before it gets noise of a tenth of its norm, and
+    what follows is decoded anew; k = 1 is the memory that the place itself reads. Reported per k: the mean divergence
+    KL(p ‖ p_perturbed) of the next-token distribution there, in nats, and the relative change of the hidden state.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hidden, state = settled_state(model, inputs)
+    if state.memory.shape[2] == 0:
+        return []
+    place = 2 * inputs.shape[1] // 3
+    expected = model.logits(hidden[:, place]).double().log_softmax(-1)
+    found = []
+    for k in back:
+        start = place - k  # whose memory is changed; start + 1 is the first to read it
+        if start < 0:
+            break
+        before = state.clone().crop(start + 1)
+        noise = torch.randn(before.memory[:, start].shape, generator=generator).to(before.memory)
+        noise = noise * (NOISE * before.memory[:, start].norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
+        memory = before.memory.clone()
+        memory[:, start] += noise
+        current, h = dataclasses.replace(before, memory=memory), hidden[:, :1]
+        for t in range(start + 1, place + 1):
+            h, current = model(inputs[:, t : t + 1], range(t, t + 1), current)
+        changed = model.logits(h[:, 0]).double().log_softmax(-1)
+        kl = F.kl_div(changed, expected, reduction="none", log_target=True).sum(-1).mean()
+        moved = (h[:, 0] - hidden[:, place]).norm(dim=-1) / hidden[:, place].norm(dim=-1)
+        found.append({"back": k, "kl": float(kl), "moved": float(moved.mean())})
+    return found
+
+
+def sample(windows: Windows, count: int, device: torch.device) -> Tensor:
+    """Inputs (B, T) of the longest windows: whole ones, so that nothing is padding."""
+    batch = next(iter(windows.batches(count)))
+    shortest = int((batch.targets >= 0).sum(1).min())
+    return batch.tokens[:, : max(1, shortest)].to(device)
+
+
+def coloured(
+    tokenizer: Tokenizer, tokens: Sequence[int], live: Sequence[float], off: Sequence[float]
+) -> dict[str, Any]:
+    """A text in pieces, each with its surprisal in bits, live and with nothing recurrent read."""
+    decoder = tokenizer.decoder()
+    pieces = [decoder.push(int(token)) for token in tokens]
+    bits = 1 / math.log(2)
+    return {
+        "pieces": pieces,
+        "live": [round(v * bits, 4) for v in live],
+        "off": [round(v * bits, 4) for v in off],
+    }

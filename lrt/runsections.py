@@ -1,0 +1,219 @@
+"""The sections of `lrt report`: each turns what is known of some runs into HTML, or into nothing."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lrt import results, runfigures
+from lrt.config import require
+from lrt.report import figure
+from lrt.results import Result
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of one run."""
+
+    name: str
+    diary: list[dict[str, Any]]
+    about: dict[str, Any]
+    """The checkpoint's config.json; empty where there is none."""
+    results: list[Result]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Read a run's folder. ValueError where it holds neither diary nor checkpoint nor results."""
+        diary = folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in diary.read_text().splitlines()] if diary.is_file() else []
+        configs = [f for f in (folder / "checkpoint" / "config.json", folder / "config.json") if f.is_file()]
+        about = json.loads(configs[0].read_text()) if configs else {}
+        found = results.read(folder / "evaluation")
+        require(
+            bool(lines or about or found),
+            f"{folder} is no run: it has no metrics.jsonl, checkpoint or evaluation; give a folder of `lrt train`",
+        )
+        return cls(folder.name, lines, about, found)
+
+    def of(self, kind: str) -> list[Result]:
+        """The results of a kind."""
+        return [result for result in self.results if result.kind == kind]
+
+    def values(self, kind: str) -> dict[str, Any]:
+        """The first result of a kind, empty where there is none."""
+        return next((result.values for result in self.of(kind)), {})
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """An HTML table of text cells."""
+    titles = "".join(f"<th>{html.escape(t)}</th>" for t in head)
+    lines = ["".join(f"<td>{html.escape(c)}</td>" for c in row) for row in body]
+    rows = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def drawn(*figures: tuple[Callable[..., None], str], caption: str) -> str:
+    """Figures side by side, with one caption."""
+    inside = "".join(f"<div>{figure(draw, title)}</div>" for draw, title in figures)
+    return f'<figure><div class="pair">{inside}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def scores(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
+    """Bits per byte with intervals, and where recurrence helps."""
+    body, gains = [], {}
+    for run in runs:
+        for result in (*run.of("bpb"), *run.of("bfloat16")):
+            both = {**result.values["columns"], **result.values["differences"]}
+            for name, row in both.items():
+                body.append(
+                    [run.name, result.subject, name, f"{row['bpb']:.4f}", f"{row['low']:.4f}", f"{row['high']:.4f}"]
+                )
+        if run.values("bpb"):
+            gains[run.name] = run.values("bpb")
+    if not body:
+        return []
+    cuts = (
+        ("by_place_in_window", "tokens of context"),
+        ("by_position_in_document", "position in the document"),
+        ("by_document_length", "length of the document, tokens"),
+    )
+    pictures = [
+        (partial(lambda by, label, ax: runfigures.gains(ax, gains, colours, by, label), by, label), f"Gain by {label}")
+        for by, label in cuts
+    ]
+    return [
+        "<section><h2>Bits per byte</h2>",
+        table(["run", "corpus", "scored", "BPB", "low", "high"], body),
+        "<p>Intervals of 95 % over documents drawn anew. <i>off</i>: nothing recurrent is read, one forward.</p>",
+        drawn(*pictures, caption="What recurrence gains: bits per byte with nothing recurrent read, less live.")
+        if gains
+        else "",
+        "</section>",
+    ]
+
+
+def sweep_curves(runs: Sequence[Run]) -> list[str]:
+    """Two figures and a verdict per run."""
+    parts = []
+    for run in runs:
+        for result in run.of("sweeps"):
+            values = result.values
+            factors = ", ".join(f"{g}: {value:.2f}" for g, value in values["contraction"].items())
+            parts += [
+                f"<h3>{html.escape(run.name)}: {html.escape(values['verdict'])}</h3>",
+                drawn(
+                    (partial(lambda v, ax: runfigures.sweeps(ax, v), values), f"Sweep curve of {run.name}"),
+                    (partial(lambda v, ax: runfigures.distances(ax, v), values), f"Distances of {run.name}"),
+                    caption=f"{result.subject}. 64 against 63 full refinements: {values['even_odd']:+.4f} bits per "
+                    f"byte. Contraction by stride: {factors}.",
+                ),
+            ]
+    return ["<section><h2>Sweep curves</h2>", *parts, "</section>"] if parts else []
+
+
+def ablation_table(runs: Sequence[Run]) -> list[str]:
+    """Live bits per byte with the memory replaced, a column per run."""
+    having = {run.name: run.values("ablations") for run in runs if run.values("ablations")}
+    names = list(dict.fromkeys(n for v in having.values() for n in v if n.startswith("live_bpb")))
+    if not having:
+        return []
+
+    def cell(values: Mapping[str, float], name: str) -> str:
+        return f"{values[name]:.4f} ({100 * (values[name] / values['live_bpb'] - 1):+.1f} %)" if name in values else ""
+
+    rows = [
+        [
+            name.removeprefix("live_bpb").strip("_").replace("_", " ") or "live",
+            *(cell(v, name) for v in having.values()),
+        ]
+        for name in names
+    ]
+    return [
+        "<section><h2>The memory replaced at test time</h2>",
+        table(["live bits per byte", *having], rows),
+        "<p>Two forwards: every token is refined once more with its own memory: depth, not recurrence.</p></section>",
+    ]
+
+
+def memories(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
+    """Gate heat maps, scales and reach."""
+    having = {run.name: run.values("memory") for run in runs if run.values("memory").get("layers")}
+    reaching = {name: values for name, values in having.items() if values["reach"]}
+    parts = []
+    for name, values in having.items():
+        gated = [row for row in values["layers"] if "gates" in row]
+        if gated:
+            draw = partial(lambda v, ax: runfigures.gates(ax, v), values)
+            parts += [
+                f"<h3>{html.escape(name)}</h3>",
+                drawn((draw, f"Gates of {name}"), caption="Mean gates over text."),
+            ]
+        rows = [
+            [
+                str(row["layer"]),
+                *(" ".join(f"{v:.3f}" for v in row.get(k, [])) for k in ("gamma", "key_ratio", "value_ratio")),
+            ]
+            for row in values["layers"]
+            if "gamma" in row or "gates" in row
+        ]
+        if rows:
+            parts.append(table(["block", "γ by channel", "memory over local, keys", "memory over local, values"], rows))
+    if reaching:
+        pictures = (partial(lambda v, ax: runfigures.reach(ax, v, colours), reaching), "Reach of the memory")
+        caption = (
+            "How far back the memory reaches: one memory gets noise of a tenth of its norm, live decoding goes on."
+        )
+        parts.append(drawn(pictures, caption=caption))
+    return ["<section><h2>Inside the memory</h2>", *parts, "</section>"] if parts else []
+
+
+def texts(runs: Sequence[Run]) -> list[str]:
+    """A text, each token on the colour of what recurrence gains on it."""
+    parts = []
+    for run in runs:
+        values = run.values("text")
+        if values and any(a != b for a, b in zip(values["live"], values["off"], strict=True)):
+            spans = map(span, values["pieces"], values["live"], values["off"])
+            parts.append(f'<h3>{html.escape(run.name)}</h3><div class="text">{"".join(spans)}</div>')
+    note = "<p>Green: recurrence makes the token likelier; red: less likely. The strongest colour is 2 bits.</p>"
+    return ["<section><h2>What recurrence gains, token by token</h2>", note, *parts, "</section>"] if parts else []
+
+
+def span(piece: str, live: float, off: float) -> str:
+    """One token; a tooltip gives the numbers."""
+    gain = off - live
+    colour, strength = ("46,160,67" if gain > 0 else "218,54,51"), min(1.0, abs(gain) / 2)
+    back = f' style="background:rgba({colour},{0.7 * strength:.2f})"' if strength > 0.03 else ""
+    return f'<span{back} title="{live:.2f} bits, {gain:+.2f}">{html.escape(piece)}</span>'
+
+
+def core(runs: Sequence[Run]) -> list[str]:
+    """CORE: accuracy by task and mode, other models' centred beside."""
+    parts = []
+    for run in runs:
+        values = run.values("core")
+        if not values:
+            continue
+        modes, references = values["modes"], values["references"]
+        head = ["task", "shots", "items", "chance"]
+        head += [f"{m.replace('_', ' ')}{what}" for m in modes for what in ("", ", centred")] + list(references)
+        body = [
+            [label, str(t["shots"]), f"{t['items']:,}", f"{t['random']:.3f}"]
+            + [
+                cell
+                for m in modes
+                for cell in (f"{t['accuracy'][m]:.3f} ± {t['error'][m]:.3f}", f"{t['centred'][m]:+.3f}")
+            ]
+            + [f"{s[label]:+.3f}" for s in references.values()]
+            for label, t in values["tasks"].items()
+        ]
+        total = [values["name"], "", "", ""] + [c for m in modes for c in ("", f"{values['score'][m]:+.4f}")]
+        body.append(total + [f"{s['same tasks']:+.4f}" for s in references.values()])
+        missing = f"<p>Not in the bundle: {', '.join(values['missing'])}.</p>" if values["missing"] else ""
+        parts.append(f"<h3>{html.escape(run.name)}</h3>{table(head, body)}{missing}")
+    return ["<section><h2>CORE</h2>", *parts, "</section>"] if parts else []

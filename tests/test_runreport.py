@@ -1,0 +1,138 @@
+"""The report of some runs: self-contained, complete, and without an error in a browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_core import ITEMS, NAMES, make_bundle
+from test_demo import QUIET, Page, pixels
+
+from lrt.cli import main
+from lrt.data.corpus import stdlib_files
+from lrt.results import Result, read
+from lrt.runreport import report
+from lrt.runsections import span
+
+TINY = (
+    *("--model.width", "16", "--model.heads", "2", "--model.context", "32", "--model.mlp-width", "24"),
+    *("--batch-size", "4", "--device-batch", "4", "--horizon", "tokens=4000"),
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """An LRT with everything measured, and a Transformer with nothing but its training."""
+    root = tmp_path_factory.mktemp("runs")
+    files = [path for path in stdlib_files() if path.stat().st_size > 20_000][:3]
+    for path in files:
+        (root / path.name).write_bytes(path.read_text(encoding="utf-8")[:8000].encode())
+    texts = [str(root / path.name) for path in files]
+    data = root / "data"
+    main(["prepare", str(data), "--text", *texts, "--vocab-size", "300"])
+    for name, recipe in (("lrt", "d2"), ("plain", "d2-transformer")):
+        main(["train", "--data", str(data), "--out", str(root / name), "--device", "cpu", recipe, *TINY])
+    main(["diagnose", str(root / "lrt"), "--data", str(data), "--at-least", "150", "--device", "cpu"])
+    bundle = root / "bundle"
+    bundle.mkdir()
+    main(["evaluate", str(root / "lrt"), "--core", str(make_bundle(bundle)), "--device", "cpu"])
+    return [root / "lrt", root / "plain"]
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "deep" / "report.html"
+    main(["report", *map(str, runs), "--out", str(out)])
+    return out
+
+
+def test_the_report_is_whole_and_alone(page: Path, runs: list[Path]):
+    text = page.read_text(encoding="utf-8")
+    assert len(text) < 5e6
+    parsed = Page(text)
+    assert {"table", "svg", "section", "details"} <= parsed.tags
+    assert not {"script", "iframe", "object", "embed", "base"} & parsed.tags
+    assert [place for place in parsed.loaded if not place.startswith(("#", "data:"))] == []
+    for title in ("Training", "Bits per byte", "Sweep curves", "The memory replaced", "Inside the memory", "CORE"):
+        assert f"<h2>{title}" in text, title
+    assert "token by token</h2>" in text
+    found = {result.kind: result for result in read(runs[0] / "evaluation")}
+    assert set(found) == {"bpb", "sweeps", "ablations", "memory", "text", "core"}
+    assert found["sweeps"].values["verdict"] in parsed.cells
+    for name, row in found["bpb"].values["columns"].items():
+        assert {name, f"{row['bpb']:.4f}", f"{row['low']:.4f}"} <= set(parsed.cells)
+    assert any(cell.startswith(f"{found['ablations'].values['live_bpb_two_forwards']:.4f} (") for cell in parsed.cells)
+    assert set(NAMES) <= set(parsed.cells)
+    assert "partial CORE (3/22)" in parsed.cells
+    assert len(ITEMS) == 3
+    assert "Rendered by lrt" in text
+    config = json.loads((runs[1] / "checkpoint" / "config.json").read_text())
+    assert config["tokenizer_sha256"] in text
+
+
+def test_what_is_not_there_is_left_out(runs: list[Path], tmp_path: Path):
+    report(tmp_path / "plain.html", [runs[1]])
+    text = (tmp_path / "plain.html").read_text(encoding="utf-8")
+    assert "<h2>Training" in text
+    assert not any(f"<h2>{title}" in text for title in ("Sweep", "CORE", "Inside", "The memory", "Bits"))
+    for run in ("a/run", "b/run"):  # two of one name, with results alone
+        Result("bpb", "x-val", "ab", {}, values()).write(tmp_path / run / "evaluation")
+    report(tmp_path / "two.html", [tmp_path / "a" / "run", tmp_path / "b" / "run"])
+    assert str(tmp_path / "a" / "run") in (tmp_path / "two.html").read_text()
+    with pytest.raises(ValueError, match=r"nowhere is no run: it has no metrics\.jsonl"):
+        report(tmp_path / "x.html", [tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="no run is given"):
+        report(tmp_path / "x.html", [])
+
+
+def values() -> dict[str, Any]:
+    row = {"bpb": 1.5, "low": 1.25, "high": 1.75}
+    cut = [{"from": 0, "to": None, "targets": 3, "bpb": {"live": 1.5, "off": 1.75}}]
+    cuts = dict.fromkeys(("by_place_in_window", "by_position_in_document", "by_document_length"), cut)
+    return {"columns": {"live": row, "off": row}, "differences": {"off - live": row}, **cuts}
+
+
+def test_tokens_are_escaped_and_coloured_by_their_gain():
+    assert (
+        span("<b>", 1.0, 3.0)
+        == '<span style="background:rgba(46,160,67,0.70)" title="1.00 bits, +2.00">&lt;b&gt;</span>'
+    )
+    assert "218,54,51" in span("x", 2.0, 1.0)
+    assert "style" not in span("x", 1.0, 1.0)
+
+
+def test_a_result_says_what_code_made_it(tmp_path: Path):
+    made = Result("bpb", "x-val", "ab", {}, values())
+    assert made.code == replace(made, kind="core").code != ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1000), ("dark", 1000), ("light", 500)])
+def test_the_report_renders_without_an_error(page: Path, tmp_path: Path, scheme: str, width: int):
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not on the PATH")
+    picture = tmp_path / "report.png"
+    command = [
+        chromium,
+        *("--headless", "--no-sandbox", "--disable-gpu", *QUIET),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        *("--enable-logging=stderr", "--v=0", f"--window-size={width},3000"),
+        *(["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []),
+        f"--screenshot={picture}",
+        page.as_uri(),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "HOME": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    size = pixels(picture)
+    assert size[:2] == (width, 3000)
+    assert sum(byte != 0 for byte in size[2]) > 0.01 * len(size[2])
