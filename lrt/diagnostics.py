@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lrt.data.loader import Windows
 from lrt.data.tokenizer import Tokenizer
 from lrt.model.injection import KeyValue, Projection, Residual
+from lrt.model.layers import rms
 from lrt.model.state import State
 from lrt.model.transformer import Block, LatentRecurrentTransformer
 from lrt.refine import refine
@@ -31,13 +31,21 @@ NOISE = 0.1
 
 
 @contextmanager
-def listening(heard: dict[str, list[Tensor]], modules: dict[str, nn.Module]) -> Iterator[None]:
-    """Within the block, the outputs of these modules are noted; torch's own hooks, removed afterwards."""
+def listening(heard: dict[int, Tensor], model: LatentRecurrentTransformer) -> Iterator[None]:
+    """Within the block, what each block's projections and gates read is noted; torch's own hooks, removed afterwards.
 
-    def note(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: heard[name].append(output.detach())
+    Not what they give: their products may be joined, so that the modules are not called one by one.
+    """
 
-    handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
+    def note(number: int) -> Callable[..., None]:
+        def before(block: Block, inputs: tuple[Any, ...]) -> None:
+            x, x0, _, memory = inputs[:4]
+            stream = block.alpha.squeeze() * x + block.beta.squeeze() * x0
+            heard[number] = rms(block.injection.residual(stream, memory)).detach()
+
+        return before
+
+    handles = [block.register_forward_pre_hook(note(n)) for n, block in enumerate(blocks_of(model), 1)]
     try:
         yield
     finally:
@@ -63,16 +71,11 @@ def layers(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[str, 
     Ratios are of root mean squares, gates included: U_k m over W_k u, and U_v m over W_v u, per channel.
     """
     _, state = settled_state(model, inputs)
-    heard: dict[str, list[Tensor]] = defaultdict(list)
-    modules: dict[str, nn.Module] = {}
-    for number, block in enumerate(blocks_of(model), 1):
-        modules |= {f"key {number}": block.attention.key, f"value {number}": block.attention.value}
-        if isinstance(block.injection, KeyValue):
-            modules[f"gate {number}"] = block.injection.gate
+    heard: dict[int, Tensor] = {}
     length = inputs.shape[1]
     memory = model.recall(state, range(length), model.embedding)
     projected = model.projection(memory)
-    with listening(heard, modules):
+    with listening(heard, model):
         model(inputs, range(length), dataclasses.replace(state.clone(), write=state.write))
     injected = model.config.memory.injected(model.config.depth)
     found = []
@@ -81,14 +84,16 @@ def layers(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[str, 
         if isinstance(block.injection, Residual):
             row["gamma"] = block.injection.gamma.tolist()
         if isinstance(block.injection, KeyValue) and isinstance(model.projection, Projection):
-            (raw,) = heard[f"gate {number}"]
-            gates = 2 * torch.sigmoid(raw).unflatten(-1, (-1, block.injection.groups))  # (B, T, 1 + C, G)
+            u = heard[number]
+            gates = 2 * torch.sigmoid(block.injection.gate(u)).unflatten(
+                -1, (-1, block.injection.groups)
+            )  # (B, T, 1 + C, G)
             row["gates"] = gates.mean((0, 1)).tolist()
             row["gate_spread"] = gates.std((0, 1)).tolist()
             which = injected.index(number) if len(projected) > 1 else 0
-            for name, part in zip(("key", "value"), projected[which], strict=True):
-                (local,) = heard[f"{name} {number}"]
-                local = local.unflatten(-1, (block.injection.groups, -1))
+            own = {"key": block.attention.key, "value": block.attention.value}
+            for (name, local), part in zip(own.items(), projected[which], strict=True):
+                local = local(u).unflatten(-1, (block.injection.groups, -1))
                 ours = gates[:, :, 1:].permute(2, 0, 1, 3).unsqueeze(-1) * part  # (C, B, T, G, K)
                 row[f"{name}_ratio"] = [
                     rms_of(channel) / rms_of(gates[:, :, 0].unsqueeze(-1) * local) for channel in ours
