@@ -4,7 +4,7 @@ Shapes: B rows, S columns of the cache (padding included), T new columns, C real
 K head size, P remembered sources, D width.
 
 The extra layer keeps, per column, the memory (its keys, (B, 1, S, P·D)) and the token (its values, (B, 1, S, DIGITS)).
-It is an ordinary layer, so crop, beam reordering, selection of rows and offloading work as for the others. In a State
+It is an ordinary layer, so crop, beam reordering and selection of rows work as for the others. In a State
 a row's positions lie side by side; padding columns are taken out when it is read and never written to it.
 """
 
