@@ -23,8 +23,8 @@ from lrt.config import require
 from lrt.model.injection import Recall
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.products import Products, packed, products
-from lrt.step import Buffers, buffers, locate, logits, recall, step
+from lrt.products import Layout, Products, packed, packs, products, transposed
+from lrt.step import Before, Buffers, buffers, locate, logits, recall, step
 
 BUCKET = 128
 """Where shapes are static (CUDA graphs), the slots in view are a power of two times this."""
@@ -73,10 +73,14 @@ class Fused(Eager):
 
     def __init__(self, model: LatentRecurrentTransformer, state: State) -> None:
         super().__init__(model, state)
-        self.products = products(model)
+        self.products = products(model, self.layout(self.state.batch))
         self.buffers = buffers(self.state)
         self.memory = self.recalled if type(model.recall) is Recall else self.asked
         self.slides = any(w is not None for w in model.config.windows())
+
+    def layout(self, rows: int) -> Layout:
+        """How the weights are kept for steps of so many rows."""
+        return transposed
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
@@ -90,15 +94,16 @@ class Fused(Eager):
 
     def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool) -> Tensor:
         view = torch.arange(width, device=tokens.device)
-        place = locate(self.products, self.buffers, positions, view, everything)
-        memory = self.memory(tokens, positions, place.before, place.inside)
-        return step(self.products, self.buffers, memory, tokens, positions, place, width)
+        place, before = locate(self.products, self.buffers, positions, view, everything)
+        memory = self.memory(tokens, positions, before)
+        self.buffers.held.index_copy_(0, place.here, positions)
+        return step(self.products, self.buffers, memory, tokens, place)
 
-    def recalled(self, tokens: Tensor, positions: Tensor, before: Tensor, inside: Tensor) -> Tensor:
+    def recalled(self, tokens: Tensor, positions: Tensor, before: Before) -> Tensor:
         """The memory (C, n, D), read from the buffers."""
-        return recall(self.products, self.buffers, before, inside)
+        return recall(self.products, self.buffers, before)
 
-    def asked(self, tokens: Tensor, positions: Tensor, before: Tensor, inside: Tensor) -> Tensor:
+    def asked(self, tokens: Tensor, positions: Tensor, before: Before) -> Tensor:
         """The same from a recall module of another kind (an ablation), which reads a State."""
         state, values = rows_of(self.state, len(tokens)), set(positions.tolist())
         at = range(min(values), max(values) + 1) if len(values) == 1 else positions.unsqueeze(1)
@@ -115,14 +120,15 @@ class Packed(Fused):
     name = "packed"
 
     def __init__(self, model: LatentRecurrentTransformer, state: State) -> None:
-        super().__init__(model, state)
         require(self.covers(model), f"mode='packed' needs float32 on a CPU; this is {model.embedding.weight.dtype}")
-        self.products = packed(self.products, self.state.batch)
+        super().__init__(model, state)
+
+    def layout(self, rows: int) -> Layout:
+        return packed(rows)
 
     @classmethod
     def covers(cls, model: LatentRecurrentTransformer) -> bool:
-        weight = model.embedding.weight
-        return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        return packs(model)
 
 
 class Compiled(Fused):
@@ -169,9 +175,10 @@ class Compiled(Fused):
 
 def whole(p: Products, b: Buffers, tokens: Tensor, positions: Tensor, view: Tensor, everything: bool) -> Tensor:
     """A step from tokens to hidden states: what is compiled."""
-    place = locate(p, b, positions, view, everything)
-    memory = recall(p, b, place.before, place.inside)
-    return step(p, b, memory, tokens, positions, place, view.shape[0])
+    place, before = locate(p, b, positions, view, everything)
+    memory = recall(p, b, before)
+    b.held.index_copy_(0, place.here, positions)
+    return step(p, b, memory, tokens, place)
 
 
 def fresh(function: FunctionType) -> FunctionType:

@@ -4,11 +4,12 @@ Made once per model, for inference: the products are copies (a second set of wei
 changed afterwards need new ones.
 
 Shapes: D width, V vocabulary, L layers, C memory channels, H query heads, G key/value heads, K head size, N columns.
-Matrices are (in, out) and contiguous: with one row, that is the faster layout (docs/log.md).
+Matrices are (in, out) and contiguous (with one row, the faster layout), or packed for a CPU (docs/log.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,9 +58,33 @@ class Products(NamedTuple):
     """(D, V)."""
 
 
+Layout = Callable[[Tensor], Tensor]
+"""How a weight (out, in) is kept."""
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """(…, in, out), contiguous."""
+    return weight.transpose(-1, -2).contiguous()
+
+
+def packed(rows: int) -> Layout:
+    """oneDNN's own layout, for steps of about so many rows; only where `packs` says so."""
+
+    def pack(weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+
+    return pack
+
+
+def packs(model: LatentRecurrentTransformer) -> bool:
+    """Whether this model's weights can be packed: float32 on a CPU."""
+    weight = model.embedding.weight
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
 @torch.no_grad()
-def products(model: LatentRecurrentTransformer) -> Products:
-    """The products of a model's present weights."""
+def products(model: LatentRecurrentTransformer, layout: Layout = transposed) -> Products:
+    """The products of a model's present weights; `layout` is that of the blocks' and the head's matrices."""
     config = model.config
     channels = config.memory.channels(config.depth)
     injected = config.memory.injected(config.depth)
@@ -69,7 +94,7 @@ def products(model: LatentRecurrentTransformer) -> Products:
         assert isinstance(block, Block)
         gamma = block.injection.gamma if isinstance(block.injection, Residual) else block.beta.new_zeros(channels)
         mix.append(torch.cat([block.beta, gamma]))
-        layers.append(_layer(block, injected.index(layer) if layered and layer in injected else 0))
+        layers.append(_layer(block, injected.index(layer) if layered and layer in injected else 0, layout))
     weights = model.recall.weights if isinstance(model.recall, Recall) else None
     return Products(
         config=config,
@@ -78,11 +103,11 @@ def products(model: LatentRecurrentTransformer) -> Products:
         projection=_projection(model.projection) if isinstance(model.projection, Projection) else None,
         recall=None if weights is None else weights.clone(),
         layers=tuple(layers),
-        head=_transposed(matrix(model.head)),
+        head=layout(matrix(model.head)),
     )
 
 
-def _layer(block: Block, projection: int) -> LayerProducts:
+def _layer(block: Block, projection: int, layout: Layout) -> LayerProducts:
     attention, injection = block.attention, block.injection
     assert isinstance(attention, Attention)
     assert isinstance(injection, NoMemory)
@@ -95,10 +120,10 @@ def _layer(block: Block, projection: int) -> LayerProducts:
     if embedded is not None:
         parts.append(matrix(embedded.gate))
     return LayerProducts(
-        inputs=_transposed(torch.cat(parts)),
-        out=_transposed(matrix(attention.out)),
-        up=_transposed(matrix(block.mlp.up)),
-        down=_transposed(matrix(block.mlp.down)),
+        inputs=layout(torch.cat(parts)),
+        out=layout(matrix(attention.out)),
+        up=layout(matrix(block.mlp.up)),
+        down=layout(matrix(block.mlp.down)),
         alpha=block.alpha.clone(),
         table=None if embedded is None else rows(embedded.table),
         projection=projection if gated else None,
@@ -122,21 +147,4 @@ def rows(table: nn.Embedding) -> Tensor:
 
 def _projection(projection: Projection) -> Tensor:
     """(sets, C, 2, G·K, D) -> (C, D, sets·2·G·K), doubled."""
-    return _transposed(2 * projection.weight.transpose(0, 1).flatten(1, 3))
-
-
-def _transposed(weight: Tensor) -> Tensor:
-    return weight.transpose(-1, -2).contiguous()
-
-
-def packed(p: Products, rows: int) -> Products:
-    """The same with the blocks' and the head's matrices in oneDNN's own layout, for steps of about so many rows."""
-
-    def pack(weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(_transposed(weight), rows)
-
-    layers = tuple(
-        layer._replace(inputs=pack(layer.inputs), out=pack(layer.out), up=pack(layer.up), down=pack(layer.down))
-        for layer in p.layers
-    )
-    return p._replace(layers=layers, head=pack(p.head))
+    return transposed(2 * projection.weight.transpose(0, 1).flatten(1, 3))

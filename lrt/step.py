@@ -1,14 +1,16 @@
-"""One decoded token for each of the first n rows of a State, each at a position of its own: a flat function.
+"""Some positions of each of the first rows of a State, as a flat function: a decoded token, or a class of a sweep.
 
 The same numbers as `model(tokens, positions, state)`, with the products of `lrt.products`; the State's buffers are
-overwritten. Every position below a row's own must have been written, as decoding in order does.
+overwritten. `locate` says where tokens stand that are decoded in order, one for each row, and `locate_class` where
+the positions of a strided class do.
 
-Shapes: n rows of this step, B rows, S slots, D width, C channels, P remembered sources, H query heads, G key/value
-heads, K head size, W slots in view.
+Shapes: R rows of this step, q positions of each, n = R·q (q = 1 when decoding), B rows, S slots, D width, C channels,
+P remembered sources, H query heads, G key/value heads, K head size, W slots in view.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,8 +19,11 @@ from torch.nn import functional as F
 
 from lrt.config import ModelConfig
 from lrt.model.layers import rms, rotary
-from lrt.model.state import State
+from lrt.model.state import Positions, State
 from lrt.products import LayerProducts, Products
+
+RUNS, SHORTEST = 4, 16
+"""A class's queries are taken in so many runs, none shorter than this."""
 
 
 class Buffers(NamedTuple):
@@ -53,45 +58,115 @@ def buffers(state: State) -> Buffers:
     )
 
 
-class Place(NamedTuple):
-    """Where the rows of a step stand."""
+class Part(NamedTuple):
+    """A run of each row's queries, which look at the same slots."""
 
+    first: int
+    last: int
+    """One past the last of them."""
+    width: int
+    """W: the slots looked at, 0 … W-1."""
+    mask: Tensor | None
+    """(R, 1, last - first, W), bool or added to scores; None where they see everything in view."""
+
+
+class Place(NamedTuple):
+    """Where the positions of a step stand."""
+
+    rows: int
+    """R."""
     here: Tensor
-    """(n,): each row's slot, counted over all rows."""
+    """(n,): each position's slot, counted over all rows."""
     cache: Tensor
     """(n·G,): the same among the slots of keys and values."""
-    before: Tensor
-    """(n,): the slot that the row's memory is read from."""
-    inside: Tensor
-    """(n, 1): whether that is a position of the same document."""
     angles: tuple[Tensor, Tensor]
     """Cosine, and sine with the first half's sign turned: (n, 1, K) each."""
-    masks: tuple[Tensor | None, ...]
-    """(n, 1, 1, W) bool for each layer; None where a row sees everything in view."""
+    parts: tuple[tuple[Part, ...], ...]
+    """What is visible in each layer."""
 
 
-def locate(p: Products, b: Buffers, positions: Tensor, view: Tensor, everything: bool) -> Place:
-    """The place of rows at `positions` (n,); `view` (W,) are the slots looked at, 0 … W-1.
+class Before(NamedTuple):
+    """Where the memory of decoded rows is read from."""
+
+    slots: Tensor
+    """(n,): counted over all rows."""
+    inside: Tensor
+    """(n, 1): whether that is a position of the same document."""
+
+
+def locate(p: Products, b: Buffers, positions: Tensor, view: Tensor, everything: bool) -> tuple[Place, Before]:
+    """The place of rows decoded in order, at `positions` (n,); `view` (W,) are the slots looked at, 0 … W-1.
 
     everything: all of them are visible to every row, in every layer (one position for all, nothing slides).
     """
     config = p.config
-    rows = torch.arange(positions.shape[0], device=positions.device) * b.slots
+    rows = torch.arange(positions.shape[0], device=positions.device)
     earlier = positions - config.memory.delay
-    here, before = rows + positions % b.slots, rows + earlier.clamp(min=0) % b.slots
-    heads = torch.arange(config.groups, device=positions.device) * b.slots
-    cache = (rows * config.groups + positions % b.slots).unsqueeze(1) + heads
+    here, before = rows * b.slots + positions % b.slots, rows * b.slots + earlier.clamp(min=0) % b.slots
     inside = earlier >= 0
     if b.documents is not None:
         inside = inside & (b.documents[here] == b.documents[before])
-    cos, sin = rotary(positions, config.head_dim, config.rope_base, p.embedding)
-    angles = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
     windows = config.windows()
-    found = dict.fromkeys(windows)
+    masks = dict.fromkeys(windows)
     if not everything:
-        found = {window: visible(b, here, positions, view, window) for window in set(windows)}
-    masks = tuple(found[window] for window in windows)
-    return Place(here, cache.flatten(), before, inside.unsqueeze(1), angles, masks)
+        masks = {window: visible(b, here, positions, view, window) for window in set(windows)}
+    parts = tuple((Part(0, 1, view.shape[0], masks[window]),) for window in windows)
+    place = Place(positions.shape[0], here, cache_slots(p, b, rows, positions), turns(p, positions), parts)
+    return place, Before(before, inside.unsqueeze(1))
+
+
+def locate_class(p: Products, state: State, positions: Positions) -> Place:
+    """The place of `positions`, a range or (R, q) int, which an `in_place` State of R rows holds since just now.
+
+    On a CPU the queries are taken in runs, each of which looks at no slot behind its own last one: with a mask, its
+    attention kernel computes what is masked as well.
+    """
+    config, b = p.config, buffers(state)
+    index = state.index(positions).expand(state.batch, -1)
+    rows = torch.arange(state.batch, device=index.device).unsqueeze(1)
+    windows, runs = config.windows(), [(0, index.shape[1], state.slots)]
+    if index.device.type == "cpu":
+        count = index.shape[1]
+        cuts = range(0, count, max(SHORTEST, -(-count // RUNS)))
+        ends = [min(cut + cuts.step, count) for cut in cuts]
+        wide = [int(index[:, first:last].max()) + 1 for first, last in zip(cuts, ends, strict=True)]
+        # A position beyond the slots stands anywhere among them.
+        runs = [(first, last, w if w <= b.slots else b.slots) for first, last, w in zip(cuts, ends, wide, strict=True)]
+    parts = {
+        window: tuple(
+            Part(first, last, width, held_before(state, index[:, first:last], width, window, p.embedding))
+            for first, last, width in runs
+        )
+        for window in set(windows)
+    }
+    return Place(
+        state.batch,
+        (rows * b.slots + index % b.slots).flatten(),
+        cache_slots(p, b, rows, index),
+        turns(p, index.flatten()),
+        tuple(parts[window] for window in windows),
+    )
+
+
+def held_before(state: State, positions: Tensor, width: int, window: int | None, like: Tensor) -> Tensor:
+    """(R, 1, q, W), 0 or -inf: position p (R, q) sees held slots <= p within the window, of the first W."""
+    held, here = state.held[:, None, :width], positions.unsqueeze(2)
+    hidden = (held < 0) | (held > here)
+    if window is not None:
+        hidden = hidden | (held <= here - window)
+    return torch.zeros(hidden.shape, device=like.device, dtype=like.dtype).masked_fill_(hidden, -math.inf).unsqueeze(1)
+
+
+def cache_slots(p: Products, b: Buffers, rows: Tensor, positions: Tensor) -> Tensor:
+    """(n·G,): the slots of `positions` in a layer's keys and values; rows and positions (n,), or (R, 1) and (R, q)."""
+    heads = torch.arange(p.config.groups, device=positions.device)
+    return ((rows.unsqueeze(-1) * p.config.groups + heads) * b.slots + (positions % b.slots).unsqueeze(-1)).flatten()
+
+
+def turns(p: Products, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine, and sine with the first half's sign turned, of positions (n,): (n, 1, K) each."""
+    cos, sin = rotary(positions, p.config.head_dim, p.config.rope_base, p.embedding)
+    return torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
 
 
 def visible(b: Buffers, here: Tensor, positions: Tensor, view: Tensor, window: int | None) -> Tensor:
@@ -109,31 +184,28 @@ def visible(b: Buffers, here: Tensor, positions: Tensor, view: Tensor, window: i
     return ((mask & ~own) | own).unsqueeze(1).unsqueeze(1)
 
 
-def recall(p: Products, b: Buffers, before: Tensor, inside: Tensor) -> Tensor:
-    """The memory (C, n, D) that the rows read: of the slots `before` (n,), zeros where not `inside` (n, 1)."""
+def recall(p: Products, b: Buffers, before: Before) -> Tensor:
+    """The memory (C, n, D) that rows decoded in order read: all that lies before them is written."""
     memory = p.config.memory
     sources, stored = memory.sources(p.config.depth), memory.remembered(p.config.depth)
     if not sources:
-        return p.embedding.new_zeros(0, before.shape[0], p.config.width)
+        return p.embedding.new_zeros(0, before.slots.shape[0], p.config.width)
     parts: list[Tensor] = []
     if stored:
-        held = b.memory.index_select(0, before)
+        held = b.memory.index_select(0, before.slots)
         parts = [held[:, stored.index(s)] for s in sources if s > 0]
     if 0 in sources:
-        parts.insert(sources.index(0), p.embedding[b.tokens.index_select(0, before).clamp(min=0)])
-    inside = inside.to(p.embedding)
+        parts.insert(sources.index(0), p.embedding[b.tokens.index_select(0, before.slots).clamp(min=0)])
+    inside = before.inside.to(p.embedding)
     if p.recall is None:
         return torch.stack([part * inside for part in parts])
     return rms(sum(w * part for w, part in zip(p.recall, parts, strict=True)) * inside).unsqueeze(0)
 
 
-def step(
-    p: Products, b: Buffers, memory: Tensor, tokens: Tensor, positions: Tensor, place: Place, width: int
-) -> Tensor:
-    """The final hidden state (n, D) of tokens (n,) at `positions` (n,), whose memory is (C, n, D). Writes the State."""
+def step(p: Products, b: Buffers, memory: Tensor, tokens: Tensor, place: Place) -> Tensor:
+    """The final hidden state (n, D) of tokens (n,), whose memory is (C, n, D), at a place. Writes the State."""
     config = p.config
     b.tokens.index_copy_(0, place.here, tokens)
-    b.held.index_copy_(0, place.here, positions)
     x = x0 = p.embedding[tokens]
     count = tokens.shape[0]
     added = p.mix @ torch.cat((x0.unsqueeze(0), memory)).flatten(1)  # (L, n·D)
@@ -143,11 +215,8 @@ def step(
     for i, layer in enumerate(p.layers):
         x = torch.addcmul(added[i].view(count, -1), x, layer.alpha)
         q = write(config, b, layer, i, rms(x), tokens, projected, place)
-        keys, values = (seen(cache, count, config.groups, b.slots, width) for cache in (b.keys[i], b.values[i]))
-        y = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=place.masks[i], enable_gqa=config.groups != config.heads
-        )
-        x = added_product(x, y.flatten(1), layer.out)
+        y = attended(config, b, i, q.unflatten(0, (place.rows, -1)).transpose(1, 2), place)
+        x = added_product(x, y.transpose(1, 2).reshape(count, -1), layer.out)
         x = added_product(x, F.relu(product(rms(x), layer.up)).square(), layer.down)
         if i + 1 in remembered or i + 1 == config.depth:
             outputs[i + 1] = rms(x)
@@ -166,7 +235,7 @@ def write(
     projected: Tensor | None,
     place: Place,
 ) -> Tensor:
-    """Keys and values of one layer into its cache; the queries (n, H, 1, K). u (n, D) is the block's input."""
+    """Keys and values of one layer into its cache; the queries (n, H, K). u (n, D) is the block's input."""
     heads, groups, size = config.heads, config.groups, config.head_dim
     out = product(u, layer.inputs)
     split = (heads + 2 * groups) * size
@@ -185,7 +254,23 @@ def write(
     qk = rms(torch.addcmul(qk * cos, qk.roll(size // 2, -1), sin))
     b.keys[index].index_copy_(0, place.cache, qk[:, heads:].reshape(-1, size))
     b.values[index].index_copy_(0, place.cache, v.reshape(-1, size))
-    return qk[:, :heads].unsqueeze(2)
+    return qk[:, :heads]
+
+
+def attended(config: ModelConfig, b: Buffers, index: int, q: Tensor, place: Place) -> Tensor:
+    """Softmax attention (R, H, q, K) of one layer's queries (R, H, q, K)."""
+    outputs = []
+    for part in place.parts[index]:
+        keys, values = (
+            seen(c, place.rows, config.groups, b.slots, part.width) for c in (b.keys[index], b.values[index])
+        )
+        own = q if len(place.parts[index]) == 1 else q[:, :, part.first : part.last]
+        outputs.append(
+            F.scaled_dot_product_attention(
+                own, keys, values, attn_mask=part.mask, enable_gqa=config.groups != config.heads
+            )
+        )
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

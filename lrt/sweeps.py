@@ -16,7 +16,11 @@ from lrt.calibration import Calibration
 from lrt.certificate import Certificate
 from lrt.model.state import Positions, State, gather
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.products import Products, packed, packs, products, transposed
+from lrt.step import buffers, locate_class, step
 
+PACKED_FOR = 128
+"""Positions of a class that the weights are packed for; others may be given."""
 STRIKES = 2
 """A row is computed exactly after so many sweeps in a row that say that this is cheaper than to go on."""
 
@@ -84,6 +88,8 @@ class Flight:
     """Which rows of the prompt these are."""
     prompt: Prompt
     state: State
+    products: Products
+    """The model's weights as `lrt.step` takes them."""
     values: Tensor
     """(B, T, Q, D): the newest compared states."""
     moved: Tensor
@@ -98,12 +104,22 @@ class Flight:
 
     @classmethod
     def of(cls, model: LatentRecurrentTransformer, prompt: Prompt, state: State) -> Flight:
+        """`state` is made by `in_place`, and used up."""
         rows, length = prompt.tokens.shape
         compared = 1 + len(below_top(model))
         values = state.memory.new_zeros(rows, length, compared, model.config.width)
         zeros = values.new_zeros(rows, length, compared, dtype=torch.promote_types(values.dtype, torch.float32))
+        weights = products(model, packed(rows * PACKED_FOR) if packs(model) else transposed)
         return cls(
-            list(range(rows)), prompt, state, values, zeros, zeros.clone(), [[] for _ in range(rows)], [0] * rows
+            list(range(rows)),
+            prompt,
+            state,
+            weights,
+            values,
+            zeros,
+            zeros.clone(),
+            [[] for _ in range(rows)],
+            [0] * rows,
         )
 
     def select(self, places: list[int]) -> Flight:
@@ -114,6 +130,7 @@ class Flight:
             [self.rows[i] for i in places],
             prompt,
             self.state.select(index),
+            self.products,
             self.values[index, :length],
             self.moved[index, :length],
             self.size[index, :length],
@@ -129,11 +146,11 @@ class Flight:
         for first in range(begin, min(begin + groups, length)):
             columns, where = range(first, length, groups), slice(first, length, groups)
             positions = self.prompt.positions(columns)
-            hidden, self.state = model(self.prompt.tokens[:, where], positions, self.state)
+            hidden, self.state = computed(model, self.products, self.prompt.tokens[:, where], positions, self.state)
             memory = gather(self.state.memory, self.state.where(positions), 1)[:, :, others]
             new = torch.cat([hidden.unsqueeze(2), memory], 2)
-            self.moved[:, where] = (new - self.values[:, where]).to(self.moved).square().sum(-1)
-            self.size[:, where] = new.to(self.size).square().sum(-1)
+            self.moved[:, where] = squared(new - self.values[:, where])
+            self.size[:, where] = squared(new)
             self.values[:, where] = new
             self.computed += len(columns)
 
@@ -151,6 +168,22 @@ class Flight:
     def hidden(self) -> Tensor:
         """(B, T, D): the final hidden states, zeros in padding."""
         return self.prompt.inside(self.values[:, :, 0])
+
+
+def computed(
+    model: LatentRecurrentTransformer, weights: Products, tokens: Tensor, positions: Positions, state: State
+) -> tuple[Tensor, State]:
+    """What `model(tokens, positions, state)` gives, on the path of decoding: large products, written in place."""
+    memory = model.recall(state, positions, model.embedding).flatten(1, 2)
+    state = state.hold(positions)
+    place = locate_class(weights, state, positions)
+    hidden = step(weights, buffers(state), memory, tokens.flatten(), place)
+    return hidden.view(*tokens.shape, -1), state
+
+
+def squared(x: Tensor) -> Tensor:
+    """The squared norm over the last dimension, in float32 at least."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).square()
 
 
 def below_top(model: LatentRecurrentTransformer) -> list[int]:
