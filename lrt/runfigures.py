@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
@@ -46,6 +47,23 @@ def watched(
     ax.set_xlabel(label)
     ax.set_ylabel(name)
     ax.legend()
+
+
+def by_block(ax: Axes, points: Sequence[tuple[int, Sequence[Mapping[str, Any]]]], key: str, name: str) -> None:
+    """A quantity of the memory by training step, a line per block, the lower ones darker; channels' mean."""
+    blocks = [row["layer"] for row in points[0][1] if key in row]
+    shades = colormaps["viridis"](np.linspace(0.1, 0.85, len(blocks)))
+    for block, shade in zip(blocks, shades, strict=True):
+        line = [(step, averaged(rows[block - 1], key)) for step, rows in points]
+        ax.plot(*zip(*line, strict=True), color=shade, marker="o", markersize=3, linewidth=1.4, label=f"block {block}")
+    ax.set_xlabel("training step")
+    ax.set_ylabel(name)
+    ax.legend(ncols=2 if len(blocks) <= 8 else 4, fontsize=7)
+
+
+def averaged(row: Mapping[str, Any], key: str) -> float:
+    """Of one block: γ, a ratio, or the memory's gates (the first of `gates` is the local one)."""
+    return float(np.mean(row[key][1:] if key == "gates" else row[key]))
 
 
 def sweeps(ax: Axes, values: Mapping[str, Any]) -> None:

@@ -70,7 +70,7 @@ def overview(runs: Sequence[Run]) -> str:
         config = run.about.get("model")
         total = f"{count_parameters(ModelConfig.from_dict(config))[0]:,}" if config else ""
         trained = run.about.get("about", {}).get("trained", {})
-        found = {**run.about.get("about", {}).get("scores", {}), **run.values("ablations")}
+        found = {**run.about.get("about", {}).get("scores", {}), **run.values("scores"), **run.values("ablations")}
         columns = run.values("bpb").get("columns", {})
         live = f"{found['live_bpb']:.4f}" if "live_bpb" in found else ""
         if "live" in columns:

@@ -27,7 +27,7 @@ from lrt.loss import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.progress import bar
 from lrt.refine import refine
-from lrt.results import Ledger
+from lrt.results import Unkept
 from lrt.schedules import Schedule, plain, sequential
 
 Columns = Callable[[LatentRecurrentTransformer, Tensor], dict[str, Tensor]]
@@ -123,7 +123,7 @@ def token_scores(
     windows: Windows,
     token_bytes: Tensor | None,
     columns: Columns,
-    ledger: Ledger,
+    ledger: Unkept,
     batch_size: int = BATCH,
     prefix_bytes: int = 0,
     progress: bool = True,
@@ -136,10 +136,10 @@ def token_scores(
         token_bytes is not None, "this tokenizer has no byte alphabet: only whole splits have scores (lrt evaluate)"
     )
     assert token_bytes is not None
-    device, ranks = model.embedding.weight.device, ledger.ranks
-    todo = np.array([i for i, s in enumerate(windows.starts) if str(s) not in ledger.done], dtype=np.int64)
-    mine = todo[ranks.rank :: ranks.ranks]
-    part = dataclasses.replace(windows, starts=windows.starts[mine], lengths=windows.lengths[mine], complete=False)
+    device = model.embedding.weight.device
+    wanted = {str(start): i for i, start in enumerate(windows.starts)}
+    mine = np.array([wanted[key] for key in ledger.todo(list(wanted))], dtype=np.int64)
+    part = windows.part(mine)
     was_training = model.training
     model.eval()
     with bar("scoring tokens", len(mine), progress) as tell:
