@@ -213,8 +213,9 @@ def evaluate(
 ) -> Metrics:
     """Score a model under its training schedule and live, and, where it has a memory, live with that replaced.
 
-    `ablations` are names of `ABLATIONS`, and `two_forwards`. `keep` gives each score's ledger by its name: a stopped
-    evaluation goes on from there, and its ranks, which all call this, share the batches.
+    `ablations` are names of `ABLATIONS`, and `two_forwards`; a single window cannot be `shuffled`. `keep` gives each
+    score's ledger by its name: a stopped evaluation goes on from there, and its ranks, which all call this, share the
+    batches.
     """
     unknown = sorted(set(ablations) - set(EVERY))
     require(not unknown, f"unknown ablations {', '.join(unknown)}; choose among {', '.join(EVERY)}")
@@ -222,7 +223,9 @@ def evaluate(
     schedule = schedule if recurrent else plain()
 
     batch_size = shared_batch(batch_size, len(windows), keep("live").ranks.ranks)
-    if "shuffled" in ablations and len(windows) > 1:  # no window may be alone in its batch
+    if len(windows) == 1:  # it has no other's memory to read
+        ablations = [name for name in ablations if name != "shuffled"]
+    if "shuffled" in ablations:  # no window may be alone in its batch
         sizes = [*range(batch_size, 1, -1), *range(batch_size, len(windows) + 1)]
         batch_size = next(size for size in sizes if size > 1 and len(windows) % size != 1)
 
