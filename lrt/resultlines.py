@@ -7,6 +7,9 @@ from typing import Any
 
 from lrt.results import Result
 
+ROUNDING = 0.01
+"""Bits by which scores of a token differ at most where nothing recurs."""
+
 
 def lines(result: Result) -> list[str]:
     """A result as text for the terminal."""
@@ -69,8 +72,13 @@ def bpb_lines(values: Mapping[str, Any]) -> list[str]:
     rows = {**values["columns"], **values["differences"]}
     return [
         f"bits per byte with 95 % intervals over documents ({about})",
-        *(f"{name:34} {row['bpb']:+8.4f}  [{row['low']:+.4f}, {row['high']:+.4f}]" for name, row in rows.items()),
+        *(f"{name:34} {row['bpb']:+8.4f}  {span(row)}" for name, row in rows.items()),
     ]
+
+
+def span(row: Mapping[str, Any]) -> str:
+    """An interval."""
+    return "one document has none" if row["low"] is None else f"[{row['low']:+.4f}, {row['high']:+.4f}]"
 
 
 def memory_lines(values: Mapping[str, Any]) -> list[str]:
@@ -97,6 +105,8 @@ def text_lines(values: Mapping[str, Any]) -> list[str]:
     """How many tokens recurrence helps."""
     gains = [off - live for off, live in zip(values["off"], values["live"], strict=True)]
     better = sum(gain > 0 for gain in gains)
+    if max(map(abs, gains)) < ROUNDING:
+        return ["nothing recurs: live and off are one"]
     return [
         f"recurrence helps {better} of {len(gains)} tokens of the text, by {sum(gains) / len(gains):+.3f} bits each"
     ]

@@ -110,7 +110,8 @@ def gates(ax: Axes, values: Mapping[str, Any]) -> None:
     ax.set_xticks(range(kinds * heads), [f"{name}\nhead {h + 1}" for name in names for h in range(heads)], fontsize=7)
     ax.set_yticks(range(len(rows)), [f"block {row['layer']}" for row in rows])
     for (y, x), value in np.ndenumerate(grid):
-        ax.text(x, y, f"{value:.2f}", ha="center", va="center", color="#222222", fontsize=8)
+        shade = "#ffffff" if abs(value - 1) > 0.6 else "#222222"  # the map is dark at both ends
+        ax.text(x, y, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=8)
     ax.figure.colorbar(image, ax=ax, label="mean gate (starts at 1)")
 
 
@@ -140,4 +141,5 @@ def gains(ax: Axes, values: Mapping[str, Mapping[str, Any]], colours: Mapping[st
     ax.axhline(0, color="#8c8c8c", linewidth=0.8)
     ax.set_xlabel(label)
     ax.set_ylabel("bits per byte gained")
+    ax.margins(y=0.3)  # room for the legend
     ax.legend()

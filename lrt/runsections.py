@@ -13,6 +13,7 @@ from typing import Any
 from lrt import results, runfigures
 from lrt.config import require
 from lrt.report import figure
+from lrt.resultlines import ROUNDING
 from lrt.results import Result
 
 
@@ -57,6 +58,11 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
+def number(value: float | None) -> str:
+    """Four places; nothing is less than nothing, and what is not known is a dash."""
+    return "–" if value is None else f"{value:.4f}".replace("-0.0000", "0.0000")
+
+
 def drawn(*figures: tuple[Callable[..., None], str], caption: str) -> str:
     """Figures side by side, with one caption."""
     inside = "".join(f"<div>{figure(draw, title)}</div>" for draw, title in figures)
@@ -70,10 +76,8 @@ def scores(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
         for result in (*run.of("bpb"), *run.of("bfloat16")):
             both = {**result.values["columns"], **result.values["differences"]}
             for name, row in both.items():
-                body.append(
-                    [run.name, result.subject, name, f"{row['bpb']:.4f}", f"{row['low']:.4f}", f"{row['high']:.4f}"]
-                )
-        if run.values("bpb"):
+                body.append([run.name, result.subject, name] + [number(row[k]) for k in ("bpb", "low", "high")])
+        if run.values("bpb") and abs(run.values("bpb")["differences"]["off - live"]["bpb"]) > NEGLIGIBLE:
             gains[run.name] = run.values("bpb")
     plain = plain_scores(runs)
     if not body:
@@ -99,6 +103,10 @@ def scores(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
     ]
 
 
+NEGLIGIBLE = 1e-6
+"""Bits per byte: a figure of smaller differences would show rounding."""
+
+
 def plain_scores(runs: Sequence[Run]) -> list[str]:
     """What `lrt evaluate` found, a row per run and corpus."""
     shown = ("parallel_bpb", "live_bpb", "gap", "live_bpb_memory_zero", "live_bpb_memory_embedding")
@@ -118,6 +126,15 @@ def sweep_curves(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         for result in run.of("sweeps"):
             values = result.values
+            bpb = [point["bpb"] for points in values["curves"].values() for point in points]
+            if max(bpb) - min(bpb) < NEGLIGIBLE:
+                told = (
+                    f"{result.subject}. Nothing recurs: every refinement gives {values['live_bpb']:.4f} bits per byte."
+                )
+                parts.append(
+                    f"<h3>{html.escape(run.name)}: {html.escape(values['verdict'])}</h3><p>{html.escape(told)}</p>"
+                )
+                continue
             factors = ", ".join(f"{g}: {value:.2f}" for g, value in values["contraction"].items())
             parts += [
                 f"<h3>{html.escape(run.name)}: {html.escape(values['verdict'])}</h3>",
@@ -222,7 +239,7 @@ def texts(runs: Sequence[Run]) -> list[str]:
     parts = []
     for run in runs:
         values = run.values("text")
-        if values and any(a != b for a, b in zip(values["live"], values["off"], strict=True)):
+        if values and any(abs(a - b) > ROUNDING for a, b in zip(values["live"], values["off"], strict=True)):
             spans = map(span, values["pieces"], values["live"], values["off"])
             parts.append(f'<h3>{html.escape(run.name)}</h3><div class="text">{"".join(spans)}</div>')
     note = "<p>Green: recurrence makes the token likelier; red: less likely. The strongest colour is 2 bits.</p>"

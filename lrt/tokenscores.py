@@ -197,13 +197,15 @@ def bpb(scores: TokenScores, column: str, chosen: np.ndarray | None = None) -> f
     return float(nats[counted].sum() / (math.log(2) * size)) if size > 0 else math.nan
 
 
-def interval(scores: TokenScores, column: str, minus: str | None = None, seed: int = 0) -> Span:
+def interval(scores: TokenScores, column: str, minus: str | None = None, seed: int = 0) -> Span | tuple[None, None]:
     """The 95 % interval of a column's BPB, or of its difference to another's, over documents drawn anew.
 
-    The documents are what varies: tokens of one document are no independent samples.
+    The documents are what varies: tokens of one document are no independent samples, and a single one has no interval.
     """
     _, index = np.unique(scores.document, return_inverse=True)
     count = int(index.max()) + 1
+    if count == 1:
+        return None, None
     present = ~np.isnan(scores.nats[column])
     nats = np.where(present, scores.nats[column] - (0 if minus is None else scores.nats[minus]), 0.0)
     sums = np.bincount(index, np.where(np.isnan(nats), 0, nats), count)
