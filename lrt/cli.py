@@ -14,27 +14,26 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from rich.console import Console
 
-from lrt import checkpoint, recipes, schedules
+from lrt import checkpoint, recipes
 from lrt.bench.commands import Bench, Calibrate
 from lrt.config import require
 from lrt.core.bundle import Bundle, download
 from lrt.core.run import Settings as CoreSettings
 from lrt.core.run import core_lines, run_core
 from lrt.data.hub import Dataset
-from lrt.data.loader import windows
 from lrt.data.prepare import SHARD_TOKENS, prepare
 from lrt.data.prepared import Prepared
 from lrt.data.records import Selection
 from lrt.demo import demo
 from lrt.device import chosen_device
-from lrt.diagnose import diagnose, lines, subject
+from lrt.diagnose import corpus_names, diagnose, score_corpora, subject
 from lrt.distributed import Alone
-from lrt.evaluate import evaluate
 from lrt.execution import Execution
 from lrt.keeping import Keeping
 from lrt.matching import Other, compare, matched_all
 from lrt.model.flops import count_parameters
 from lrt.nanochat import import_checkpoint
+from lrt.resultlines import lines
 from lrt.run import RunConfig
 from lrt.terminal import Chat, Sample
 from lrt.trainer import train
@@ -205,18 +204,21 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Bits per byte of a checkpoint: under its schedule, live, the gap, and live with its memory replaced."""
+    """Bits per byte of a checkpoint: under its schedule, live, the gap, and live with its memory replaced.
+
+    Stopped, it goes on; torchrun's processes share the windows.
+    """
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint folder, or a run's."""
-    data: Path = Path("runs/data/stdlib")
-    """A folder that `lrt prepare` wrote with the checkpoint's tokenizer."""
+    data: Paths = (Path("runs/data/stdlib"),)
+    """Folders that `lrt prepare` wrote with the checkpoint's tokenizer: one or several corpora."""
     split: str = "val"
     """train, val or test. Choose on val; report test, once."""
     schedule: str | None = None
     """Schedule of the parallel score. None: the one trained with."""
     at_least: int | None = 50_000
-    """Score windows until this many tokens; None scores the whole split."""
+    """Score windows of each corpus until this many tokens; None scores the whole split."""
     batch_size: int = 64
     """Windows scored at once; no score depends on it."""
     tasks: tuple[str, ...] = ()
@@ -233,7 +235,7 @@ class Evaluate:
     """Run CORE instead: 22 tasks, with recurrence on, off and one sweep, from this folder; none: from runs/data/core,
     downloaded first. Stopped, it goes on. (--tasks-limit and --tasks-prefill count here too.)"""
     out: Path | None = None
-    """Folder for CORE's results. None: evaluation/ in the folder of the checkpoint."""
+    """Folder for the results. None: evaluation/ in the folder of the checkpoint."""
     json: bool = False
     """Print one JSON object instead of text."""
     device: str = "auto"
@@ -244,30 +246,23 @@ class Evaluate:
             return self.run_tasks()
         if self.core is not None:
             return self.run_core(self.core)
-        folder = checkpoint.verified(self.checkpoint)
-        model, tokenizer = checkpoint.load(folder, chosen_device(self.device))
-        data = Prepared.open(self.data)
-        require(
-            data.tokenizer.sha256 == tokenizer.sha256,
-            f"{self.data} was prepared with another tokenizer than {folder}'s; "
-            f"prepare it with --tokenizer {folder / 'tokenizer.json'}",
-        )
-        spelled = self.schedule or checkpoint.about(folder).get("schedule", "plain()")
-        found = windows(data.split(self.split), model.config.context, self.at_least)
-        metrics = evaluate(
-            model,
-            found,
-            tokenizer.token_bytes(),
-            schedules.parse(spelled),
-            batch_size=self.batch_size,
-            prefix_bytes=tokenizer.prefix_bytes("a"),
-        ).to_dict()
-        if self.json:
-            print(json.dumps(metrics))
-            return
-        for name, value in metrics.items():
-            if value is not None:
-                print(f"{name:26} {value:.4f}" if isinstance(value, float) else f"{name:26} {value}")
+        from lrt.parallel import start  # loads much of torch.distributed
+
+        checkpoint.verified(self.checkpoint)  # before the corpora: the first thing named is the first looked for
+        require(len(self.data) > 0, "--data names no corpus; give at least one folder that `lrt prepare` wrote")
+        out = self.out or self.checkpoint / "evaluation"
+        with start("ddp", chosen_device(self.device)) as ranks:
+            subjects = [
+                subject(
+                    self.checkpoint, Prepared.open(folder), self.split, self.at_least, self.batch_size, out, ranks,
+                    schedule=self.schedule, name=name,
+                )
+                for folder, name in zip(self.data, corpus_names(self.data), strict=True)
+            ]  # fmt: skip
+            result = score_corpora(subjects)
+            if ranks.first:
+                result.write(out)
+                print(json.dumps(result.values) if self.json else "\n".join(lines(result)))
 
     def run_core(self, folders: tuple[Path, ...]) -> None:
         from lrt.parallel import start  # loads much of torch.distributed
@@ -393,9 +388,11 @@ class Diagnose:
 
         out = self.out or self.checkpoint / "evaluation"
         with start("ddp", chosen_device(self.device)) as ranks:
-            for folder in self.data:
+            for folder, name in zip(self.data, corpus_names(self.data), strict=True):
                 data = Prepared.open(folder)
-                measured = subject(self.checkpoint, data, self.split, self.at_least, self.batch_size, out, ranks)
+                measured = subject(
+                    self.checkpoint, data, self.split, self.at_least, self.batch_size, out, ranks, name=name
+                )
                 for result in diagnose(measured, self.only):
                     if ranks.first:
                         print("\n".join([f"{result.kind}, {result.subject}", *lines(result), ""]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +19,15 @@ from lrt.data.prepared import Prepared
 from lrt.data.tokenizer import Tokenizer
 from lrt.diagnostics import NOISE, coloured, layers, reach, sample, scales
 from lrt.distributed import ALONE, Alone
-from lrt.evaluate import EVERY, evaluate
+from lrt.evaluate import EVERY, HEADLINE, Metrics, evaluate
 from lrt.keeping import snapshot_step, snapshots
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.results import Ledger, Result
 from lrt.sweepcurve import sweep_curve
 from lrt.tokenscores import Columns, TokenScores, bfloat16, standard, summary, token_scores
 
-SHARED = ("bpb", "bfloat16")
-"""Measures whose windows are shared among ranks."""
+ALONE_BY_FIRST = ("memory",)
+"""Measures that rank 0 makes by itself: they take seconds. Of the others all ranks share the windows."""
 TEXT = 1500
 """Tokens of the coloured text."""
 
@@ -61,6 +62,24 @@ class Subject:
         return self.schedule if recurs else schedules.plain()
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What decides a score, beside the code: what is kept of a stopped measurement belongs to it."""
+        return {
+            "checkpoint": self.weights,
+            "data": self.data,
+            "schedule": repr(self.schedule),
+            "targets": self.windows.targets,
+        }
+
+    def ledger(self, name: str, settings: Mapping[str, Any]) -> Ledger:
+        """What is done of a measurement."""
+        return Ledger(self.out / "partial", f"{name}-{self.name}", settings, self.ranks)
+
+    def keep(self, name: str) -> Ledger:
+        """The ledger of a score, by batches of windows."""
+        return self.ledger(name, self.settings)
+
+    @property
     def token_bytes(self) -> Any:
         return self.tokenizer.token_bytes()
 
@@ -87,8 +106,13 @@ def subject(
     out: Path | None = None,
     ranks: Alone = ALONE,
     progress: bool = True,
+    schedule: str | None = None,
+    name: str | None = None,
 ) -> Subject:
-    """Load a checkpoint, or a run's, and the windows it is measured on."""
+    """Load a checkpoint, or a run's, and the windows it is measured on.
+
+    None: the schedule it was trained with; the corpus's folder as its name.
+    """
     folder = checkpoint.verified(path)
     model, tokenizer = checkpoint.load(folder, ranks.device)
     same_tokenizer(data, tokenizer, folder)
@@ -96,16 +120,22 @@ def subject(
         model,
         tokenizer,
         checkpoint.sha256(folder / "model.safetensors"),
-        schedules.parse(checkpoint.about(folder).get("schedule", "plain()")),
+        schedules.parse(schedule or checkpoint.about(folder).get("schedule", "plain()")),
         windows(data.split(split), model.config.context, at_least),
         batch_size,
-        progress,
+        progress and ranks.first,
         path,
-        f"{data.path.name}-{split}",
+        f"{name or data.path.name}-{split}",
         data.fingerprint,
         out or path / "evaluation",
         ranks,
     )
+
+
+def corpus_names(folders: Sequence[Path]) -> list[str]:
+    """What corpora are called: their folder, by its whole path where two have one name, as results replace others'."""
+    short = [folder.resolve().name for folder in folders]
+    return [name if short.count(name) == 1 else str(f) for name, f in zip(short, folders, strict=True)]
 
 
 def sweeps(s: Subject) -> dict[str, Any]:
@@ -118,21 +148,57 @@ def sweeps(s: Subject) -> dict[str, Any]:
         batch_size=s.batch_size,
         progress=s.progress,
         prefix_bytes=s.prefix_bytes,
+        keep=s.keep,
     )
     return found.to_dict()
 
 
 def ablations(s: Subject) -> dict[str, Any]:
     """Live, and live with the memory replaced in every way."""
+    return scores(s, EVERY).to_dict()
+
+
+def scores(s: Subject, replaced: Sequence[str] = HEADLINE) -> Metrics:
+    """Parallel and live, and live with the memory replaced: what `lrt evaluate` prints."""
     return evaluate(
-        s.model, s.windows, s.token_bytes, s.schedule, EVERY, s.batch_size, s.progress, s.prefix_bytes
-    ).to_dict()
+        s.model, s.windows, s.token_bytes, s.schedule, replaced, s.batch_size, s.progress, s.prefix_bytes, s.keep
+    )
+
+
+def score_corpora(subjects: Sequence[Subject]) -> Result:
+    """Parallel and live scores of one checkpoint on several corpora, each by itself and all as one text.
+
+    All ranks call it; nothing is written but what a stopped call goes on from.
+    """
+    begun = time.perf_counter()
+    corpora = {s.name: scores(s).to_dict() for s in subjects}
+    first = subjects[0]
+    settings = {"complete": all(c["complete"] for c in corpora.values()), "schedule": repr(first.schedule)}
+    values = together(list(corpora.values())) | {"corpora": corpora}
+    spent = time.perf_counter() - begun
+    name = " and ".join(corpora)
+    return Result("scores", name, first.weights, settings, values, spent, hardware(first.ranks.device))
+
+
+def together(corpora: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Scores of several corpora as of one text: nats and bytes added up."""
+    size = sum(c["bytes"] for c in corpora)
+    found = dict(corpora[0])
+    for name in found:
+        if "bpb" in name:
+            found[name] = math.fsum(c[name] * c["bytes"] for c in corpora) / size if len(corpora) > 1 else found[name]
+    return found | {
+        "targets": sum(c["targets"] for c in corpora),
+        "bytes": size,
+        "complete": all(c["complete"] for c in corpora),
+        "gap": found["live_bpb"] - found["parallel_bpb"],
+    }
 
 
 def scored(s: Subject, kind: str, columns: Columns) -> TokenScores:
     """The windows' scores token by token; stopped, they go on."""
     settings = {"checkpoint": s.weights, "data": s.data, "schedule": repr(s.schedule)}
-    ledger = Ledger(s.out / "partial", f"{kind}-{s.name}", settings, s.ranks)
+    ledger = s.ledger(kind, settings)
     return token_scores(s.model, s.windows, s.token_bytes, columns, ledger, s.batch_size, s.prefix_bytes, s.progress)
 
 
@@ -154,8 +220,8 @@ def memory(s: Subject) -> dict[str, Any]:
     inputs = sample(s.windows, min(8, s.batch_size), s.model.embedding.weight.device)
     history = []
     for folder in snapshots(s.run):
-        model, _ = checkpoint.load(folder)
-        history.append({"step": snapshot_step(folder), **scales(model)})
+        model, _ = checkpoint.load(folder, inputs.device)
+        history.append({"step": snapshot_step(folder), "layers": layers(model, inputs), **scales(model)})
     found = {"layers": layers(s.model, inputs), "reach": reach(s.model, inputs), "noise": NOISE}
     return found | {"snapshots": history, "scales": scales(s.model), "inputs": list(inputs.shape)}
 
@@ -184,12 +250,12 @@ MEASURES: dict[str, Callable[[Subject], dict[str, Any]]] = {
 def diagnose(s: Subject, measures: Sequence[str] = ("bpb", "sweeps", "ablations", "memory", "text")) -> list[Result]:
     """Measure a subject; each result is written as soon as it is there. All ranks call it.
 
-    bpb and bfloat16 share their windows among ranks; the others are measured by the first.
+    What they take long for is shared among ranks, and goes on where it was stopped.
     """
     found = []
     for kind in measures:
         begun = time.perf_counter()
-        if kind in SHARED:
+        if kind not in ALONE_BY_FIRST:
             values = MEASURES[kind](s)
         else:
             with s.ranks.together():
@@ -200,93 +266,3 @@ def diagnose(s: Subject, measures: Sequence[str] = ("bpb", "sweeps", "ablations"
         if s.ranks.first:
             found[-1].write(s.out)
     return found
-
-
-def lines(result: Result) -> list[str]:
-    """A result as text for the terminal."""
-    return LINES[result.kind](result.values)
-
-
-def sweep_lines(values: Mapping[str, Any]) -> list[str]:
-    """Bits per byte by refinements and stride, and the verdict."""
-    curves = {int(g): points for g, points in values["curves"].items()}
-    counts = [point["refinements"] for point in curves[1]]
-    return [
-        f"bits per byte after n refinements ({values['targets']:,} tokens); parallel {values['parallel_bpb']:.4f} "
-        f"under {values['schedule']}, live {values['live_bpb']:.4f}",
-        "n      " + "".join(f"{n:>8}" for n in counts) + "  contraction",
-        *(
-            ("full   " if g == 1 else f"g = {g:<3}")
-            + "".join(f"{point['bpb']:8.4f}" for point in points)
-            + f"{_by_stride(values['contraction'], g):13.3f}"
-            for g, points in curves.items()
-        ),
-        "away   " + "".join(f"{point['distance']:8.1e}" for point in curves[1]) + "  full, from the live memory",
-        f"64 against 63 refinements: {values['even_odd']:+.4f} bits per byte",
-        f"verdict: {values['verdict']}",
-    ]
-
-
-def _by_stride(values: Mapping[Any, float], groups: int) -> float:
-    """A value by stride; JSON spells keys as text."""
-    return values[groups] if groups in values else values[str(groups)]
-
-
-def ablation_lines(values: Mapping[str, Any]) -> list[str]:
-    """Live scores with the memory replaced, each against live."""
-    live = values["live_bpb"]
-    found = {name: value for name, value in values.items() if name.startswith("live_bpb")}
-    named = {name: name.removeprefix("live_bpb").strip("_").replace("_", " ") or "live" for name in found}
-    return [
-        f"live bits per byte ({values['targets']:,} tokens)",
-        *(f"{named[name]:22} {value:.4f} {100 * (value / live - 1):+7.1f} %" for name, value in found.items()),
-    ]
-
-
-def bpb_lines(values: Mapping[str, Any]) -> list[str]:
-    """Columns and differences with their intervals."""
-    about = f"{values['targets']:,} tokens of {values['documents']:,} documents, schedule {values['schedule']}"
-    rows = {**values["columns"], **values["differences"]}
-    return [
-        f"bits per byte with 95 % intervals over documents ({about})",
-        *(f"{name:34} {row['bpb']:+8.4f}  [{row['low']:+.4f}, {row['high']:+.4f}]" for name, row in rows.items()),
-    ]
-
-
-def memory_lines(values: Mapping[str, Any]) -> list[str]:
-    """Gates and ratios by layer, and the reach."""
-
-    def shown(row: Mapping[str, Any], key: str) -> str:
-        return " ".join(f"{value:.3f}" for value in row.get(key, [])) or "-"
-
-    gates = [[f"{sum(g) / len(g):.3f}" for g in row.get("gates", [])] for row in values["layers"]]
-    return [
-        "layer   γ                gates: local, memory   memory over local: keys   values",
-        *(
-            f"{row['layer']:>5}   {shown(row, 'gamma'):16} {' '.join(g) or '-':22} {shown(row, 'key_ratio'):25} "
-            f"{shown(row, 'value_ratio')}"
-            for row, g in zip(values["layers"], gates, strict=True)
-        ),
-        "reach   "
-        + "  ".join(f"{point['back']}: {point['kl']:.1e}" for point in values["reach"])
-        + "  (tokens ago: nats of divergence)",
-    ]
-
-
-def text_lines(values: Mapping[str, Any]) -> list[str]:
-    """How many tokens recurrence helps."""
-    gains = [off - live for off, live in zip(values["off"], values["live"], strict=True)]
-    better = sum(gain > 0 for gain in gains)
-    return [
-        f"recurrence helps {better} of {len(gains)} tokens of the text, by {sum(gains) / len(gains):+.3f} bits each"
-    ]
-
-
-LINES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
-    "sweeps": sweep_lines,
-    "ablations": ablation_lines,
-    "bpb": bpb_lines,
-    "bfloat16": bpb_lines,
-    "memory": memory_lines,
-    "text": text_lines,
-}

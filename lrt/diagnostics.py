@@ -31,8 +31,9 @@ NOISE = 0.1
 
 
 @contextmanager
-def listening(heard: dict[int, Tensor], model: LatentRecurrentTransformer) -> Iterator[None]:
-    """Within the block, what each block's projections and gates read is noted; torch's own hooks, removed afterwards.
+def listening(heard: dict[int, tuple[Tensor, Tensor]], model: LatentRecurrentTransformer) -> Iterator[None]:
+    """Within the block, each block's residual stream before the memory is added, and what its projections and gates
+    read, are noted; torch's own hooks, removed afterwards.
 
     Not what they give: their products may be joined, so that the modules are not called one by one.
     """
@@ -41,7 +42,7 @@ def listening(heard: dict[int, Tensor], model: LatentRecurrentTransformer) -> It
         def before(block: Block, inputs: tuple[Any, ...]) -> None:
             x, x0, _, memory = inputs[:4]
             stream = block.alpha.squeeze() * x + block.beta.squeeze() * x0
-            heard[number] = rms(block.injection.residual(stream, memory)).detach()
+            heard[number] = stream.detach(), rms(block.injection.residual(stream, memory)).detach()
 
         return before
 
@@ -68,10 +69,11 @@ def settled_state(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Te
 def layers(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[str, Any]]:
     """Per block, over inputs (B, T) with their exact memory: γ, mean gates, and how large the injections are.
 
-    Ratios are of root mean squares, gates included: U_k m over W_k u, and U_v m over W_v u, per channel.
+    Ratios are of root mean squares, gates included: γ m over the residual stream it is added to, U_k m over W_k u, and
+    U_v m over W_v u, per channel.
     """
     _, state = settled_state(model, inputs)
-    heard: dict[int, Tensor] = {}
+    heard: dict[int, tuple[Tensor, Tensor]] = {}
     length = inputs.shape[1]
     memory = model.recall(state, range(length), model.embedding)
     projected = model.projection(memory)
@@ -81,10 +83,13 @@ def layers(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[str, 
     found = []
     for number, block in enumerate(blocks_of(model), 1):
         row: dict[str, Any] = {"layer": number, "injected": number in injected}
+        stream, u = heard[number]
         if isinstance(block.injection, Residual):
             row["gamma"] = block.injection.gamma.tolist()
+            row["residual_ratio"] = [
+                abs(gamma) * rms_of(m) / rms_of(stream) for gamma, m in zip(row["gamma"], memory, strict=True)
+            ]
         if isinstance(block.injection, KeyValue) and isinstance(model.projection, Projection):
-            u = heard[number]
             gates = 2 * torch.sigmoid(block.injection.gate(u)).unflatten(
                 -1, (-1, block.injection.groups)
             )  # (B, T, 1 + C, G)

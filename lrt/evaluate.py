@@ -21,6 +21,7 @@ from lrt.loss import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.progress import Advance, bar
 from lrt.refine import refine
+from lrt.results import Keep, Unkept, unkept
 from lrt.schedules import Schedule, plain
 
 BATCH = 64
@@ -155,8 +156,9 @@ def bits_per_byte(
     title: str = "scoring",
     progress: bool = True,
     prefix_bytes: int = 0,
+    ledger: Unkept | None = None,
 ) -> tuple[float, int]:
-    """(BPB, bytes) of a model over evaluation windows.
+    """(BPB, bytes) of a model over evaluation windows. All ranks of the ledger call it, and share the batches.
 
     `token_bytes` (V,) gives each token's bytes; None (a tokenizer without a byte alphabet) counts the documents'
     UTF-8 size, which needs all of their windows. `prefix_bytes` are those that the tokenizer puts before every
@@ -166,20 +168,36 @@ def bits_per_byte(
         raise ValueError(
             "this tokenizer has no byte alphabet: score the whole split (at_least=None), so that its size counts"
         )
-    device = model.embedding.weight.device
-    nats, size = 0.0, 0
-    with bar(
-        title, sum(b.tokens.shape[0] * (b.tokens.shape[1] - 1) for b in windows.batches(batch_size)), progress
-    ) as tell:
-        for batch in windows.batches(batch_size):
+    device, ledger = model.embedding.weight.device, Unkept() if ledger is None else ledger
+    every = portions(windows, batch_size)
+    mine = ledger.todo(list(every))
+    with bar(title, sum(every[key].positions for key in mine), progress) as tell:
+        for key in mine:
+            batch = next(every[key].batches(batch_size))
             tokens, targets = batch.tokens.to(device), batch.targets[:, :-1]
             valid = targets != IGNORED
             scored = scorer(model, tokens, tell).cpu()
-            nats += float(scored[valid].double().sum())
-            if token_bytes is not None:
-                size += int(token_bytes[targets[valid]].sum())
+            counted = 0 if token_bytes is None else int(token_bytes[targets[valid]].sum())
+            ledger.add({key: [float(scored[valid].double().sum()), counted]})
+    done = ledger.everybody()
+    nats, size = (sum(done[key][i] for key in every) for i in range(2))
     size = windows.documents.bytes if token_bytes is None else size - prefix_bytes * windows.openings
     return nats / (math.log(2) * size), size
+
+
+def portions(windows: Windows, batch_size: int) -> dict[str, Windows]:
+    """The windows of each batch, by a key that names them.
+
+    A ledger's items are whole batches: what a shuffled memory finds depends on which windows are scored together.
+    """
+    require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
+    firsts = range(0, len(windows), batch_size)
+    return {f"{first}+{batch_size}": windows.part(slice(first, first + batch_size)) for first in firsts}
+
+
+def shared_batch(batch_size: int, count: int, ranks: int) -> int:
+    """Windows scored at once, so that no rank goes without any of `count`, where there are enough."""
+    return min(batch_size, -(-count // ranks))
 
 
 def evaluate(
@@ -191,22 +209,30 @@ def evaluate(
     batch_size: int = BATCH,
     progress: bool = True,
     prefix_bytes: int = 0,
+    keep: Keep = unkept,
 ) -> Metrics:
     """Score a model under its training schedule and live, and, where it has a memory, live with that replaced.
 
-    `ablations` are names of `ABLATIONS`, and `two_forwards`.
+    `ablations` are names of `ABLATIONS`, and `two_forwards`; a single window cannot be `shuffled`. `keep` gives each
+    score's ledger by its name: a stopped evaluation goes on from there, and its ranks, which all call this, share the
+    batches.
     """
     unknown = sorted(set(ablations) - set(EVERY))
     require(not unknown, f"unknown ablations {', '.join(unknown)}; choose among {', '.join(EVERY)}")
     recurrent = bool(model.config.memory.remembered(model.config.depth))
     schedule = schedule if recurrent else plain()
 
-    if "shuffled" in ablations and len(windows) > 1:  # no window may be alone in its batch
+    batch_size = shared_batch(batch_size, len(windows), keep("live").ranks.ranks)
+    if len(windows) == 1:  # it has no other's memory to read
+        ablations = [name for name in ablations if name != "shuffled"]
+    if "shuffled" in ablations:  # no window may be alone in its batch
         sizes = [*range(batch_size, 1, -1), *range(batch_size, len(windows) + 1)]
         batch_size = next(size for size in sizes if size > 1 and len(windows) % size != 1)
 
     def bpb(chosen: LatentRecurrentTransformer, scorer: Scorer, title: str) -> tuple[float, int]:
-        return bits_per_byte(chosen, windows, token_bytes, scorer, batch_size, title, progress, prefix_bytes)
+        return bits_per_byte(
+            chosen, windows, token_bytes, scorer, batch_size, title, progress, prefix_bytes, keep(title)
+        )
 
     was_training = model.training
     model.eval()

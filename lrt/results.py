@@ -14,7 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Result:
     """One measurement of one checkpoint."""
 
     kind: str
-    """bpb, bfloat16, sweeps, ablations, memory, text or core."""
+    """scores, bpb, bfloat16, sweeps, ablations, memory, text or core."""
     subject: str
     """What it was measured on: a corpus and its split, a bundle."""
     checkpoint: str
@@ -39,6 +39,7 @@ class Result:
     values: dict[str, Any]
     """What was found: plain data, by kind (docs/evaluation.md)."""
     seconds: float = 0.0
+    """Of the call that finished it; what an earlier, stopped one did is not in it."""
     hardware: dict[str, Any] = dataclasses.field(default_factory=dict)
     code: str = dataclasses.field(default_factory=lambda: code_version())
     """Version of the library, and the commit where it runs from a repository."""
@@ -93,17 +94,49 @@ def read(folder: Path) -> list[Result]:
     return found
 
 
-class Ledger:
+class Unkept:
+    """Items that are done, in memory alone: the neutral object, and the interface of `Ledger`."""
+
+    def __init__(self, ranks: Alone = ALONE) -> None:
+        self.ranks = ranks
+        self.done: dict[str, Any] = {}
+        """Key -> what was found, by any rank before this call, by this one in it."""
+
+    def todo(self, keys: Sequence[str]) -> list[str]:
+        """This rank's share of the keys that are not done."""
+        return [key for key in keys if key not in self.done][self.ranks.rank :: self.ranks.ranks]
+
+    def add(self, found: Mapping[str, Any]) -> None:
+        """Note some items as done."""
+        self.done.update(found)
+
+    def everybody(self) -> dict[str, Any]:
+        """The items of all ranks. All of them call it, when their own are done."""
+        return self.done
+
+
+Keep = Callable[[str], Unkept]
+"""What is measured -> where its items are noted."""
+
+
+def unkept(name: str) -> Unkept:
+    """Notes nothing on the disk."""
+    return Unkept()
+
+
+class Ledger(Unkept):
     """Items of a long evaluation that are done: key -> what was found, one JSON line each.
 
     Every rank appends to a file of its own and reads those of all, so that any number of ranks goes on from what any
-    other number did. What was made with other settings is in other files.
+    other number did. What was made with other settings, or by another version of the code, is in other files.
     """
 
     def __init__(self, folder: Path, name: str, settings: Mapping[str, Any], ranks: Alone = ALONE) -> None:
-        self.settings = json.dumps(dict(settings), sort_keys=True)
+        super().__init__(ranks)
+        # The code too: a result names the version that measured it, all of it.
+        self.settings = json.dumps({**settings, "code": code_version()}, sort_keys=True)
         digest = hashlib.sha256(self.settings.encode()).hexdigest()[:12]
-        self.folder, self.stem, self.ranks = folder, f"{slug(name)}-{digest}", ranks
+        self.folder, self.stem = folder, f"{slug(name)}-{digest}"
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / f"{self.stem}.rank{ranks.rank}.jsonl"
         with ranks.together():
@@ -114,7 +147,7 @@ class Ledger:
 
     def add(self, found: Mapping[str, Any]) -> None:
         """Note some items as done. Once this returns, they survive a kill."""
-        self.done.update(found)
+        super().add(found)
         with self.file.open("a", encoding="utf-8") as out:
             out.write("".join(json.dumps([key, value]) + "\n" for key, value in found.items()))
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
@@ -46,6 +47,23 @@ def watched(
     ax.set_xlabel(label)
     ax.set_ylabel(name)
     ax.legend()
+
+
+def by_block(ax: Axes, points: Sequence[tuple[int, Sequence[Mapping[str, Any]]]], key: str, name: str) -> None:
+    """A quantity of the memory by training step, a line per block, the lower ones darker; channels' mean."""
+    blocks = [row["layer"] for row in points[0][1] if key in row]
+    shades = colormaps["viridis"](np.linspace(0.1, 0.85, len(blocks)))
+    for block, shade in zip(blocks, shades, strict=True):
+        line = [(step, averaged(rows[block - 1], key)) for step, rows in points]
+        ax.plot(*zip(*line, strict=True), color=shade, marker="o", markersize=3, linewidth=1.4, label=f"block {block}")
+    ax.set_xlabel("training step")
+    ax.set_ylabel(name)
+    ax.legend(ncols=2 if len(blocks) <= 8 else 4, fontsize=7)
+
+
+def averaged(row: Mapping[str, Any], key: str) -> float:
+    """Of one block: γ, a ratio, or the memory's gates (the first of `gates` is the local one)."""
+    return float(np.mean(row[key][1:] if key == "gates" else row[key]))
 
 
 def sweeps(ax: Axes, values: Mapping[str, Any]) -> None:
@@ -92,7 +110,8 @@ def gates(ax: Axes, values: Mapping[str, Any]) -> None:
     ax.set_xticks(range(kinds * heads), [f"{name}\nhead {h + 1}" for name in names for h in range(heads)], fontsize=7)
     ax.set_yticks(range(len(rows)), [f"block {row['layer']}" for row in rows])
     for (y, x), value in np.ndenumerate(grid):
-        ax.text(x, y, f"{value:.2f}", ha="center", va="center", color="#222222", fontsize=8)
+        shade = "#ffffff" if abs(value - 1) > 0.6 else "#222222"  # the map is dark at both ends
+        ax.text(x, y, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=8)
     ax.figure.colorbar(image, ax=ax, label="mean gate (starts at 1)")
 
 
@@ -122,4 +141,5 @@ def gains(ax: Axes, values: Mapping[str, Mapping[str, Any]], colours: Mapping[st
     ax.axhline(0, color="#8c8c8c", linewidth=0.8)
     ax.set_xlabel(label)
     ax.set_ylabel("bits per byte gained")
+    ax.margins(y=0.3)  # room for the legend
     ax.legend()

@@ -26,7 +26,17 @@ STYLE = """<style>
 section { border-top: 1px solid var(--line); margin-top: 2rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
 h3 { margin-bottom: .3rem; }
-@media print { section { break-inside: auto; } figure { break-inside: avoid; } }
+body { max-width: 76rem; } p, figcaption, .text { max-width: 60rem; }
+.scroll { margin: 1rem 0; }
+@media print {
+  :root { --back: #fff; --ink: #000; color-scheme: light; }
+  body { font-size: 12px; } section { break-inside: auto; }
+  h2, h3 { break-after: avoid; } tr, .pair > div { break-inside: avoid; }
+  .scroll { overflow: visible; } table { font-size: .72rem; }
+  th, td { white-space: normal; overflow-wrap: break-word; padding: .1rem .3rem; }
+  .pair { grid-template-columns: 1fr 1fr; }
+  .text span { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+}
 </style>"""
 DIARY = 2000
 """Points of a curve, at most: a figure does not show more."""
@@ -70,11 +80,13 @@ def overview(runs: Sequence[Run]) -> str:
         config = run.about.get("model")
         total = f"{count_parameters(ModelConfig.from_dict(config))[0]:,}" if config else ""
         trained = run.about.get("about", {}).get("trained", {})
-        found = {**run.about.get("about", {}).get("scores", {}), **run.values("ablations")}
+        found = {**run.about.get("about", {}).get("scores", {}), **run.values("scores"), **run.values("ablations")}
         columns = run.values("bpb").get("columns", {})
         live = f"{found['live_bpb']:.4f}" if "live_bpb" in found else ""
         if "live" in columns:
-            live = "{bpb:.4f} [{low:.3f}, {high:.3f}]".format(**columns["live"])
+            live = "{bpb:.4f}".format(**columns["live"])
+            if columns["live"]["low"] is not None:
+                live += " [{low:.3f}, {high:.3f}]".format(**columns["live"])
         core = run.values("core")
         body.append(
             [

@@ -13,6 +13,7 @@ from typing import Any
 from lrt import results, runfigures
 from lrt.config import require
 from lrt.report import figure
+from lrt.resultlines import ROUNDING
 from lrt.results import Result
 
 
@@ -57,6 +58,11 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
+def number(value: float | None) -> str:
+    """Four places; nothing is less than nothing, and what is not known is a dash."""
+    return "–" if value is None else f"{value:.4f}".replace("-0.0000", "0.0000")
+
+
 def drawn(*figures: tuple[Callable[..., None], str], caption: str) -> str:
     """Figures side by side, with one caption."""
     inside = "".join(f"<div>{figure(draw, title)}</div>" for draw, title in figures)
@@ -70,13 +76,12 @@ def scores(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
         for result in (*run.of("bpb"), *run.of("bfloat16")):
             both = {**result.values["columns"], **result.values["differences"]}
             for name, row in both.items():
-                body.append(
-                    [run.name, result.subject, name, f"{row['bpb']:.4f}", f"{row['low']:.4f}", f"{row['high']:.4f}"]
-                )
-        if run.values("bpb"):
+                body.append([run.name, result.subject, name] + [number(row[k]) for k in ("bpb", "low", "high")])
+        if run.values("bpb") and abs(run.values("bpb")["differences"]["off - live"]["bpb"]) > NEGLIGIBLE:
             gains[run.name] = run.values("bpb")
+    plain = plain_scores(runs)
     if not body:
-        return []
+        return ["<section><h2>Bits per byte</h2>", *plain, "</section>"] if plain else []
     cuts = (
         ("by_place_in_window", "tokens of context"),
         ("by_position_in_document", "position in the document"),
@@ -88,6 +93,7 @@ def scores(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
     ]
     return [
         "<section><h2>Bits per byte</h2>",
+        *plain,
         table(["run", "corpus", "scored", "BPB", "low", "high"], body),
         "<p>Intervals of 95 % over documents drawn anew. <i>off</i>: nothing recurrent is read, one forward.</p>",
         drawn(*pictures, caption="What recurrence gains: bits per byte with nothing recurrent read, less live.")
@@ -97,12 +103,38 @@ def scores(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
     ]
 
 
+NEGLIGIBLE = 1e-6
+"""Bits per byte: a figure of smaller differences would show rounding."""
+
+
+def plain_scores(runs: Sequence[Run]) -> list[str]:
+    """What `lrt evaluate` found, a row per run and corpus."""
+    shown = ("parallel_bpb", "live_bpb", "gap", "live_bpb_memory_zero", "live_bpb_memory_embedding")
+    rows = [
+        [run.name, name, f"{found['targets']:,}", *(f"{found[k]:.4f}" if k in found else "" for k in shown)]
+        for run in runs
+        for result in run.of("scores")
+        for name, found in result.values["corpora"].items()
+    ]
+    head = ["run", "corpus", "tokens", "parallel", "live", "gap", "memory zeroed", "previous embedding"]
+    return [table(head, rows)] if rows else []
+
+
 def sweep_curves(runs: Sequence[Run]) -> list[str]:
     """Two figures and a verdict per run."""
     parts = []
     for run in runs:
         for result in run.of("sweeps"):
             values = result.values
+            bpb = [point["bpb"] for points in values["curves"].values() for point in points]
+            if max(bpb) - min(bpb) < NEGLIGIBLE:
+                told = (
+                    f"{result.subject}. Nothing recurs: every refinement gives {values['live_bpb']:.4f} bits per byte."
+                )
+                parts.append(
+                    f"<h3>{html.escape(run.name)}: {html.escape(values['verdict'])}</h3><p>{html.escape(told)}</p>"
+                )
+                continue
             factors = ", ".join(f"{g}: {value:.2f}" for g, value in values["contraction"].items())
             parts += [
                 f"<h3>{html.escape(run.name)}: {html.escape(values['verdict'])}</h3>",
@@ -140,29 +172,59 @@ def ablation_table(runs: Sequence[Run]) -> list[str]:
     ]
 
 
+INSIDE = (
+    ("gamma", "γ"),
+    ("gates", "mean memory gate"),
+    ("residual_ratio", "γ m over the residual stream, RMS"),
+    ("key_ratio", "memory over local keys, RMS"),
+    ("value_ratio", "memory over local values, RMS"),
+)
+"""What is shown by block over training."""
+SHARES = ("gamma", "residual_ratio", "key_ratio", "value_ratio")
+
+
+def over_training(run: Run) -> list[str]:
+    """γ, gates and the memory's share by block over training: from the diary, and from snapshots that were there."""
+    known = {line["step"] + 1: line["memory_layers"] for line in run.diary if "memory_layers" in line}
+    known |= {s["step"]: s["layers"] for s in run.values("memory").get("snapshots", []) if "layers" in s}
+    points = sorted(known.items())
+    if len(points) < 2:
+        return []
+    pictures = [
+        (partial(lambda key, name, ax: runfigures.by_block(ax, points, key, name), key, name), f"{name} of {run.name}")
+        for key, name in INSIDE
+        if any(key in row for row in points[0][1])
+    ]
+    return [drawn(*pictures, caption="Over training, by block, on validation text.")] if pictures else []
+
+
 def memories(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
     """Gate heat maps, scales and reach."""
     having = {run.name: run.values("memory") for run in runs if run.values("memory").get("layers")}
     reaching = {name: values for name, values in having.items() if values["reach"]}
+    histories = {run.name: over_training(run) for run in runs}
     parts = []
-    for name, values in having.items():
-        gated = [row for row in values["layers"] if "gates" in row]
-        if gated:
+    for name in (run.name for run in runs):
+        rows_known = [row for row in having.get(name, {}).get("layers", []) if row["injected"]]
+        if rows_known or histories[name]:
+            parts += [f"<h3>{html.escape(name)}</h3>", *histories[name]]
+        if not rows_known:
+            continue
+        values = having[name]
+        if any("gates" in row for row in rows_known):
             draw = partial(lambda v, ax: runfigures.gates(ax, v), values)
-            parts += [
-                f"<h3>{html.escape(name)}</h3>",
-                drawn((draw, f"Gates of {name}"), caption="Mean gates over text."),
-            ]
+            parts.append(drawn((draw, f"Gates of {name}"), caption="Mean gates over text."))
         rows = [
             [
                 str(row["layer"]),
-                *(" ".join(f"{v:.3f}" for v in row.get(k, [])) for k in ("gamma", "key_ratio", "value_ratio")),
+                *(" ".join(f"{v:.3f}" for v in row.get(k, [])) for k in SHARES),
             ]
             for row in values["layers"]
             if "gamma" in row or "gates" in row
         ]
         if rows:
-            parts.append(table(["block", "γ by channel", "memory over local, keys", "memory over local, values"], rows))
+            head = ["block", "γ by channel", "memory over residual stream", "over local keys", "over local values"]
+            parts.append(table(head, rows))
     if reaching:
         pictures = (partial(lambda v, ax: runfigures.reach(ax, v, colours), reaching), "Reach of the memory")
         caption = (
@@ -177,7 +239,7 @@ def texts(runs: Sequence[Run]) -> list[str]:
     parts = []
     for run in runs:
         values = run.values("text")
-        if values and any(a != b for a, b in zip(values["live"], values["off"], strict=True)):
+        if values and any(abs(a - b) > ROUNDING for a, b in zip(values["live"], values["off"], strict=True)):
             spans = map(span, values["pieces"], values["live"], values["off"])
             parts.append(f'<h3>{html.escape(run.name)}</h3><div class="text">{"".join(spans)}</div>')
     note = "<p>Green: recurrence makes the token likelier; red: less likely. The strongest colour is 2 bits.</p>"

@@ -13,19 +13,20 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrt.config import IGNORED, require
 from lrt.data.loader import Windows
-from lrt.evaluate import BATCH, bits_per_byte, under
+from lrt.evaluate import BATCH, bits_per_byte, portions, shared_batch, under
 from lrt.loss import token_nats
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.progress import Advance, bar
 from lrt.refine import refine
+from lrt.results import Keep, unkept
 from lrt.schedules import Schedule, plain, sequential, sweep
 
 COUNTS = (0, 1, 2, 3, 4, 8, 16, 32, 63, 64)
@@ -103,18 +104,24 @@ def contraction(changes: Sequence[float]) -> float:
     return (changes[above - 1] / changes[0]) ** (1 / (above - 1))
 
 
-@dataclass
-class Sums:
+class Sums(NamedTuple):
     """What is added up over batches for one refinement count."""
 
-    nats: float = 0.0
-    gap: float = 0.0
+    nats: float
+    gap: float
     """‖m − m_live‖²."""
-    moved: float = 0.0
+    moved: float
     """‖h_n − h_{n−1}‖²."""
-    size: float = 0.0
+    size: float
     """‖h_n‖²."""
-    largest: float = 0.0
+    largest: float
+    """Of all positions, ‖m − m_live‖ / ‖m_live‖."""
+
+    @classmethod
+    def over(cls, batches: Sequence[Sequence[float]]) -> Sums:
+        """All batches together."""
+        nats, gap, moved, size, largest = zip(*batches, strict=True)
+        return cls(sum(nats), sum(gap), sum(moved), sum(size), max(largest))
 
 
 def sweep_curve(
@@ -127,10 +134,12 @@ def sweep_curve(
     batch_size: int = BATCH,
     progress: bool = True,
     prefix_bytes: int = 0,
+    keep: Keep = unkept,
 ) -> SweepCurve:
     """Score a model after every refinement, up to the largest of `counts`, for each stride of `groups` (1 first).
 
-    ValueError where full refinements (1) or two consecutive last counts are missing, without which there is no verdict.
+    `keep` gives the ledgers of `parallel` and `sweeps`; their ranks share the batches. ValueError where full
+    refinements (1) or two consecutive last counts are missing, without which there is no verdict.
     """
     last = max(counts)
     require(
@@ -138,19 +147,25 @@ def sweep_curve(
         f"groups {tuple(groups)} and counts {tuple(counts)} give no verdict; start with 1, and end with n - 1 and n",
     )
     schedule = schedule if model.config.memory.remembered(model.config.depth) else plain()
+    ledger = keep("sweeps")
+    batch_size = shared_batch(batch_size, len(windows), ledger.ranks.ranks)
     parallel, size = bits_per_byte(
-        model, windows, token_bytes, under(schedule), batch_size, "parallel", progress, prefix_bytes
+        model, windows, token_bytes, under(schedule), batch_size, "parallel", progress, prefix_bytes, keep("parallel")
     )
     unit = math.log(2) * size
-    sums = {g: [Sums() for _ in range(last + 1)] for g in groups}
-    live = [0.0, 0.0]  # nats, ‖m_live‖²
-    total = (1 + len(groups) * (last + 1)) * sum(len(b.tokens) for b in windows.batches(batch_size))
+    keys = portions(windows, batch_size)
+    mine = ledger.todo(list(keys))
     was_training = model.training
     model.eval()
+    total = (1 + len(groups) * (last + 1)) * sum(len(keys[key]) for key in mine)
     with torch.no_grad(), bar("sweeps", total, progress) as tell:
-        for batch in windows.batches(batch_size):
-            _batch(model, batch.tokens, batch.targets, sums, live, tell)
+        for key in mine:
+            batch = next(keys[key].batches(batch_size))
+            ledger.add({key: _batch(model, batch.tokens, batch.targets, groups, last, tell)})
     model.train(was_training)
+    done = ledger.everybody()
+    live = [sum(done[key]["live"][i] for key in keys) for i in range(2)]
+    sums = {g: [Sums.over([done[key][str(g)][n] for key in keys]) for n in range(last + 1)] for g in groups}
     every = {g: [s.nats / unit for s in sums[g]] for g in groups}
     changes = {g: [math.sqrt(s.moved / max(s.size, 1e-30)) for s in sums[g]] for g in groups}
     curves = {
@@ -176,11 +191,11 @@ def _batch(
     model: LatentRecurrentTransformer,
     tokens: Tensor,
     targets: Tensor,
-    sums: dict[int, list[Sums]],
-    live: list[float],
+    groups: Sequence[int],
+    last: int,
     tell: Advance,
-) -> None:
-    """Add one batch of windows (B, T) to the sums."""
+) -> dict[str, list[Any]]:
+    """One batch of windows (B, T): its `Sums` by stride and refinements; live: nats and ‖m_live‖². Plain data."""
     device = model.embedding.weight.device
     inputs, targets = tokens[:, :-1].to(device), targets[:, :-1].to(device)
     valid = (targets != IGNORED).unsqueeze(-1)
@@ -191,26 +206,24 @@ def _batch(
     state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
     out = refine(model, inputs, sequential(), state=state)
     exact = watched(out.state, out.hidden)
-    live[0] += nats(out.hidden)
-    live[1] += square(exact * valid)
+    found: dict[str, list[Any]] = {"live": [nats(out.hidden), square(exact * valid)]}
     tell(len(inputs), "live")
-    for g, points in sums.items():
+    for g in groups:
+        points = found[str(g)] = []
         empty = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs)
         hidden, state = model(inputs, range(inputs.shape[1]), empty)
         moved, scored = hidden, nats(hidden)
-        for n, point in enumerate(points):
+        for n in range(last + 1):
             if n > 0 and bool(moved.any()):  # at a fixed point another refinement is the same computation
                 before = hidden
                 hidden, state = refinement(model, inputs, state, g)
                 moved, scored = (hidden - before) * valid, nats(hidden)
             apart = (watched(state, hidden) - exact) * valid
-            point.nats += scored
-            point.gap += square(apart)
-            point.moved += square(moved) if n > 0 else 0.0
-            point.size += square(hidden * valid)
             far = apart.norm(dim=-1) / exact.norm(dim=-1)
-            point.largest = max(point.largest, float(far.max()))
+            changed = square(moved) if n > 0 else 0.0
+            points.append([*Sums(scored, square(apart), changed, square(hidden * valid), float(far.max()))])
             tell(len(inputs), f"stride {g}, {n} refinements")
+    return found
 
 
 def refinement(model: LatentRecurrentTransformer, tokens: Tensor, state: State, groups: int) -> tuple[Tensor, State]:

@@ -27,7 +27,7 @@ from lrt.loss import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.progress import bar
 from lrt.refine import refine
-from lrt.results import Ledger
+from lrt.results import Unkept
 from lrt.schedules import Schedule, plain, sequential
 
 Columns = Callable[[LatentRecurrentTransformer, Tensor], dict[str, Tensor]]
@@ -123,7 +123,7 @@ def token_scores(
     windows: Windows,
     token_bytes: Tensor | None,
     columns: Columns,
-    ledger: Ledger,
+    ledger: Unkept,
     batch_size: int = BATCH,
     prefix_bytes: int = 0,
     progress: bool = True,
@@ -136,10 +136,10 @@ def token_scores(
         token_bytes is not None, "this tokenizer has no byte alphabet: only whole splits have scores (lrt evaluate)"
     )
     assert token_bytes is not None
-    device, ranks = model.embedding.weight.device, ledger.ranks
-    todo = np.array([i for i, s in enumerate(windows.starts) if str(s) not in ledger.done], dtype=np.int64)
-    mine = todo[ranks.rank :: ranks.ranks]
-    part = dataclasses.replace(windows, starts=windows.starts[mine], lengths=windows.lengths[mine], complete=False)
+    device = model.embedding.weight.device
+    wanted = {str(start): i for i, start in enumerate(windows.starts)}
+    mine = np.array([wanted[key] for key in ledger.todo(list(wanted))], dtype=np.int64)
+    part = windows.part(mine)
     was_training = model.training
     model.eval()
     with bar("scoring tokens", len(mine), progress) as tell:
@@ -197,13 +197,15 @@ def bpb(scores: TokenScores, column: str, chosen: np.ndarray | None = None) -> f
     return float(nats[counted].sum() / (math.log(2) * size)) if size > 0 else math.nan
 
 
-def interval(scores: TokenScores, column: str, minus: str | None = None, seed: int = 0) -> Span:
+def interval(scores: TokenScores, column: str, minus: str | None = None, seed: int = 0) -> Span | tuple[None, None]:
     """The 95 % interval of a column's BPB, or of its difference to another's, over documents drawn anew.
 
-    The documents are what varies: tokens of one document are no independent samples.
+    The documents are what varies: tokens of one document are no independent samples, and a single one has no interval.
     """
     _, index = np.unique(scores.document, return_inverse=True)
     count = int(index.max()) + 1
+    if count == 1:
+        return None, None
     present = ~np.isnan(scores.nats[column])
     nats = np.where(present, scores.nats[column] - (0 if minus is None else scores.nats[minus]), 0.0)
     sums = np.bincount(index, np.where(np.isnan(nats), 0, nats), count)

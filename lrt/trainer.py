@@ -42,6 +42,7 @@ from lrt.watching import (
     Diverged,
     Watching,
     exploded,
+    inside,
     live_scores,
     memory_weight,
     report_divergence,
@@ -264,13 +265,14 @@ def measure(training: Training, lines: Diary, line: dict[str, Any]) -> None:
         line["mfu"] = (line["flops"] - before["flops"]) / seconds / (peak * training.ranks.ranks)
 
 
-def watched(training: Training, targets: int) -> dict[str, float]:
-    """Live scores and the weight of the memory. All ranks call it; the first one's numbers are everybody's."""
+def watched(training: Training, targets: int) -> dict[str, Any]:
+    """Live scores, the memory's weight and its inside. All ranks call it; the first's numbers are everybody's."""
     model = training.ranks.evaluable(training.model)
     with training.ranks.together():
-        found: dict[str, float] = {}
+        found: dict[str, Any] = {}
         if training.ranks.first:
-            found = live_scores(model, training.data, training.schedule, targets, False) | memory_weight(model)
+            found = live_scores(model, training.data, training.schedule, targets, False)
+            found |= memory_weight(model) | inside(model, training.data)
     return training.ranks.agreed(found)
 
 

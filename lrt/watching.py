@@ -15,6 +15,7 @@ import torch
 from lrt.config import require
 from lrt.data.loader import windows
 from lrt.data.prepared import Prepared
+from lrt.diagnostics import layers, sample
 from lrt.evaluate import evaluate
 from lrt.model.injection import Projection, Residual
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -29,6 +30,8 @@ PATIENCE = 5
 """… when so many steps in a row are there."""
 FINAL = 50_000
 """Tokens that a result is scored on, at least (contract, section 4)."""
+LOOKED_AT = (2, 256)
+"""Windows and tokens of each, at most, over which gates are averaged while training."""
 AT_ONCE = 16384
 """Tokens scored at once, at most."""
 
@@ -78,6 +81,15 @@ def live_scores(
         prefix_bytes=data.tokenizer.prefix_bytes("a"),
     )
     return {"live_bpb": metrics.live_bpb, "parallel_bpb": metrics.parallel_bpb, "gap": metrics.gap}
+
+
+def inside(model: LatentRecurrentTransformer, data: Prepared) -> dict[str, Any]:
+    """γ, gates and the memory's share by block, over a little validation text: the same at every call."""
+    if model.config.memory.injection == "none":
+        return {}
+    rows, length = LOOKED_AT
+    found = windows(data.split("val"), model.config.context, rows * model.config.context)
+    return {"memory_layers": layers(model, sample(found, rows, model.embedding.weight.device)[:, :length])}
 
 
 @torch.no_grad()

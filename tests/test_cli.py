@@ -227,6 +227,34 @@ def test_evaluate_prints_text(run: Path, data: Path, capsys: pytest.CaptureFixtu
     assert lines["live_bpb"] == f"{found['live_bpb']:.4f}"
 
 
+def test_several_corpora_are_scored_in_one_call(
+    run: Path, data: Path, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Each by itself, and all as one text; folders of one name stay apart."""
+    other = tmp_path / data.name
+    main(["prepare", str(other), "--text", str(texts[0]), "--tokenizer", str(data / "tokenizer.json")])
+    out = tmp_path / "found"
+    found = evaluated(capsys, str(run), "--data", str(data), str(other), "--out", str(out), "--split", "train")
+    assert list(found["corpora"]) == [f"{data}-train", f"{other}-train"]
+    alone = [
+        evaluated(capsys, str(run), "--data", str(folder), "--out", str(tmp_path / "alone"), "--split", "train")
+        for folder in (data, other)
+    ]
+    for one, each in zip(alone, found["corpora"].values(), strict=True):
+        assert each == {name: value for name, value in one.items() if name != "corpora"}
+    size = sum(one["bytes"] for one in alone)
+    assert found["bytes"] == size
+    assert found["live_bpb"] == pytest.approx(sum(one["live_bpb"] * one["bytes"] for one in alone) / size)
+    (result,) = read(out)
+    assert (result.kind, result.values) == ("scores", found)
+    main(
+        ["diagnose", str(run), "--data", str(data), str(other), "--out", str(out), "--only", "bpb", "--split", "train"]
+    )
+    assert len([r for r in read(out) if r.kind == "bpb"]) == 2
+    main(["evaluate", str(run), "--data", str(data), str(other), "--out", str(out), "--split", "train"])
+    assert "\ntogether\n" in capsys.readouterr().out
+
+
 def sampled(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     capsys.readouterr()
     main(["sample", *arguments])
@@ -504,6 +532,7 @@ def test_two_ranks_diagnose_and_answer_as_one_does(run: Path, data: Path, tmp_pa
     verbs = (
         ("diagnose", str(run), "--data", str(data), "--at-least", "300", "--only", "bpb", "text"),
         ("evaluate", str(run), "--core", str(bundle)),
+        ("evaluate", str(run), "--data", str(data), "--batch-size", "4"),
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -515,7 +544,9 @@ def test_two_ranks_diagnose_and_answer_as_one_does(run: Path, data: Path, tmp_pa
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
     one, two = ({r.kind: r.values for r in read(tmp_path / name)} for name in ("one", "two"))
-    assert set(one) == set(two) == {"bpb", "text", "core"}
+    assert set(one) == set(two) == {"bpb", "text", "core", "scores"}
+    for name in ("live_bpb", "parallel_bpb", "live_bpb_memory_zero"):
+        assert two["scores"][name] == pytest.approx(one["scores"][name], abs=1e-4)
     for name, column in one["bpb"]["columns"].items():
         assert two["bpb"]["columns"][name]["bpb"] == pytest.approx(column["bpb"], abs=1e-4)
     assert two["core"] == one["core"]

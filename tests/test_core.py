@@ -272,7 +272,9 @@ def test_a_run_is_every_question_asked_alone(bundle: Path, tmp_path: Path, token
     model = model_of()
     for t in Bundle.open(bundle).tasks:
         for name, mode in (("on", On("exact")), ("off", MODES["off"]()), ("one_sweep", MODES["one_sweep"]())):
-            asked = [question(t, t.questions(), i, tokenizer, CONTEXT) for i in range(len(t.questions()))]
+            items = t.questions()
+            random.Random(1337).shuffle(items)  # as nanochat does before it draws examples
+            asked = [question(t, items, i, tokenizer, CONTEXT) for i in range(len(items))]
             correct = [answer(q, score_alone(model, q, mode)).correct for q in asked]
             assert values["tasks"][t.label]["accuracy"][name] == sum(correct) / len(correct)
     assert values["references"]["gpt2"]["same tasks"] == 0.25
@@ -363,6 +365,53 @@ def test_a_changed_file_is_named(bundle: Path, tmp_path: Path):
     write(file, [{"continuation": "x", "gold": 0}])
     with pytest.raises(ValueError, match=r"line 1 has no context_options; copy or download"):
         t.questions()
+
+
+def test_a_folder_without_checksums_is_held_against_the_published_ones(bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file cut at a line's end is sound JSON: only its checksum tells."""
+    (bundle / "SHA256SUMS").unlink()
+    file = bundle / "eval_data" / "some" / "winograd.jsonl"
+    sums = {"core.yaml": sha256(bundle / "core.yaml"), "eval_data/some/winograd.jsonl": sha256(file)}
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:-2]))
+
+    def winograd() -> Task:
+        return next(t for t in Bundle.open(bundle).tasks if t.label == "winograd")
+
+    assert len(winograd().questions()) == 6  # a bundle of somebody's own
+    monkeypatch.setattr("lrt.core.bundle.OFFICIAL_OF", {sums["core.yaml"]: sums})
+    with pytest.raises(ValueError, match=r"winograd\.jsonl is not the bundle's file"):
+        winograd().questions()
+
+
+@pytest.mark.parametrize("gold", [3, -1, "1", None])
+def test_a_question_without_its_answer_is_named(tmp_path: Path, gold: Any):
+    t = task("multiple_choice", file=write(tmp_path / "x.jsonl", [MC[0], {**MC[1], "gold": gold}]))
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: gold is .*, none of its choices; copy or download"):
+        t.questions()
+
+
+def test_a_text_may_hold_a_line_separator(tmp_path: Path):
+    line = json.dumps({"context": "one\u2028two", "continuation": "three\x85"}, ensure_ascii=False)
+    (tmp_path / "x.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    assert [q["context"] for q in task("language_modeling", file=tmp_path / "x.jsonl").questions()] == [
+        "one\u2028two"
+    ] * 2
+
+
+def test_no_task_is_no_score(bundle: Path, tmp_path: Path, tokenizer: Tokenizer):
+    for label in NAMES:
+        (bundle / "eval_data" / "some" / f"{label}.jsonl").write_text("{")
+    with pytest.raises(ValueError, match=r"arc_easy\.jsonl, line 1 is cut off.*lambada_openai\.jsonl, line 1"):
+        run(bundle, tmp_path / "out", tokenizer)
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+@pytest.mark.parametrize("content", ["", "Eval Task\narc_easy\n", "Eval Task,Random baseline\narc_easy,x\n"])
+def test_damaged_baselines_are_named(bundle: Path, content: str):
+    (bundle / "SHA256SUMS").unlink()
+    (bundle / "eval_meta_data.csv").write_text(content)
+    with pytest.raises(ValueError, match=r"eval_meta_data\.csv.* copy or download"):
+        Bundle.open(bundle)
 
 
 @pytest.mark.parametrize(

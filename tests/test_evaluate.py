@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
+from reference import oracle
 from test_exactness import TOLERANCE, VISIBLE, assert_differs, assert_same, random_model
 from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor
@@ -23,9 +29,11 @@ from lrt.ablations import ABLATIONS, ablated
 from lrt.data.loader import Windows, windows
 from lrt.data.prepared import Documents
 from lrt.data.tokenizer import Tokenizer
+from lrt.distributed import Alone
 from lrt.evaluate import EVERY, Metrics, bits_per_byte, evaluate, live, score_parallel, two_forwards, under
 from lrt.loss import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.results import Ledger
 
 V, CONTEXT = 31, 8
 BYTES = torch.arange(V) % 4  # token t stands for t mod 4 bytes; BOS, 0, for none
@@ -114,6 +122,101 @@ def test_no_score_depends_on_the_batch_size(batch_size: int):
     for scorer in (live, under(MIXED)):
         expected = bpb(model, scorer, batch_size=64)
         assert bpb(model, scorer, batch_size=batch_size) == pytest.approx(expected, rel=TOLERANCE[torch.float64])
+
+
+SAME = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""Bits per byte within which a checkpoint scores itself, however it is cut into batches and ranks."""
+
+
+def by_oracle(model: Any) -> float:
+    """Live bits per byte of `text()` from the reference alone: document by document, one token at a time."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    nats, size = 0.0, 0
+    for document in text():
+        for start in range(0, len(document), CONTEXT - 1):
+            piece = document[start : start + CONTEXT - 1].astype(np.int64)
+            hidden = oracle(weights, model.config, torch.tensor([0, *piece[:-1]]))
+            logits = model.config.softcap * torch.tanh(hidden @ weights["head.weight"].T / model.config.softcap)
+            nats -= float(logits.double().log_softmax(-1).gather(1, torch.from_numpy(piece).unsqueeze(1)).sum())
+            size += int((piece % 4).sum())
+    return nats / (math.log(2) * size)
+
+
+def shuffled(found: Windows, seed: int) -> Windows:
+    order = np.random.default_rng(seed).permutation(len(found))
+    return replace(found, starts=found.starts[order], lengths=found.lengths[order])
+
+
+@pytest.mark.parametrize("dtype", SAME, ids=str)
+def test_live_is_the_oracle_s_for_every_batch_size_row_order_and_number_of_ranks(dtype: torch.dtype, tmp_path: Path):
+    model = random_model(LRT, dtype)
+    expected = by_oracle(model)
+    assert abs(expected - bpb(model, under(schedules.plain()))) > VISIBLE
+    for batch_size in (1, 2, 3, 7, 64):
+        for found in (cut(), shuffled(cut(), 0), shuffled(cut(), 1)):
+            assert bpb(model, live, found, batch_size=batch_size) == pytest.approx(expected, abs=SAME[dtype])
+    for count in (1, 2, 3):
+        folder = tmp_path / str(count)
+        found = on_ranks(count, lambda r, at=folder: bpb(model, live, batch_size=2, ledger=Ledger(at, "live", {}, r)))
+        assert found == pytest.approx([expected] * count, abs=SAME[dtype])
+        assert len(list(folder.glob("*.jsonl"))) == count  # each had its share
+
+
+@dataclass(frozen=True)
+class Thread(Alone):
+    """A rank that is a thread of this process."""
+
+    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        yield
+        self.barrier.wait(60)
+
+
+def on_ranks(count: int, work: Callable[[Alone], Any]) -> list[Any]:
+    """What `work` gives on each of several ranks at once."""
+    barrier = threading.Barrier(count)
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, [Thread(rank=r, ranks=count, barrier=barrier) for r in range(count)]))
+
+
+def test_a_stopped_score_goes_on(tmp_path: Path):
+    model, asked = random_model(LRT), []
+
+    def stopping(model: Any, tokens: Tensor, advance: Any) -> Tensor:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(tokens))
+        return live(model, tokens, advance)
+
+    with pytest.raises(KeyboardInterrupt):
+        bpb(model, stopping, batch_size=2, ledger=Ledger(tmp_path, "live", {}))
+    asked[:] = [0, 0, 0]  # never two again
+    assert bpb(model, stopping, batch_size=2, ledger=Ledger(tmp_path, "live", {})) == bpb(model, live, batch_size=2)
+    assert asked[3:] == [2, 1]  # three of seven windows were left
+
+
+def test_a_shuffled_memory_is_the_same_shared_and_resumed(tmp_path: Path):
+    """What it finds depends on which windows are scored together: those of a batch, whoever scores it."""
+    model = random_model(LRT)
+
+    fields: dict[str, Any] = {"ablations": ("shuffled",), "batch_size": 2}
+    alone = metrics(model, schedules.plain(), **fields)
+
+    def of_rank(ranks: Alone) -> Metrics:
+        return metrics(model, schedules.plain(), keep=lambda name: Ledger(tmp_path, name, {}, ranks), **fields)
+
+    assert on_ranks(2, of_rank) == [alone, alone]
+    (halved,) = tmp_path.glob("memory-shuffled-*.rank1.jsonl")
+    halved.unlink()
+    assert on_ranks(1, of_rank) == [alone]  # what is left
+
+
+def test_a_single_window_has_no_shuffled_memory():
+    found = metrics(random_model(LRT), schedules.plain(), windows(text((3,)), CONTEXT), ablations=EVERY)
+    assert found.live_bpb_memory_shuffled is None
+    assert found.live_bpb_memory_frozen is not None
 
 
 def test_a_sample_of_windows_counts_its_own_bytes():

@@ -43,6 +43,14 @@ def test_a_ledger_goes_on_where_it_was_cut(tmp_path: Path):
     assert Ledger(tmp_path, "core boolq", {"seed": 1}).done == {}
 
 
+def test_what_another_version_measured_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A result names the code that measured it, all of it."""
+    Ledger(tmp_path, "bpb", {}).add({"0": 1.5})
+    assert Ledger(tmp_path, "bpb", {}).done == {"0": 1.5}
+    monkeypatch.setattr("lrt.results.code_version", lambda: "another")
+    assert Ledger(tmp_path, "bpb", {}).done == {}
+
+
 def test_ranks_share_a_ledger(tmp_path: Path):
     ranks = [Ledger(tmp_path, "bpb", {}, Alone(rank=r, ranks=2)) for r in range(2)]
     ranks[0].add({"0": 0.5})

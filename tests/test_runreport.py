@@ -54,7 +54,7 @@ def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_report_is_whole_and_alone(page: Path, runs: list[Path]):
     text = page.read_text(encoding="utf-8")
-    assert len(text) < 5e6
+    assert page.stat().st_size < 5e6
     parsed = Page(text)
     assert {"table", "svg", "section", "details"} <= parsed.tags
     assert not {"script", "iframe", "object", "embed", "base"} & parsed.tags
@@ -96,6 +96,48 @@ def values() -> dict[str, Any]:
     cut = [{"from": 0, "to": None, "targets": 3, "bpb": {"live": 1.5, "off": 1.75}}]
     cuts = dict.fromkeys(("by_place_in_window", "by_position_in_document", "by_document_length"), cut)
     return {"columns": {"live": row, "off": row}, "differences": {"off - live": row}, **cuts}
+
+
+def test_a_single_document_and_rounding_are_shown_as_what_they_are(tmp_path: Path):
+    known = values()
+    known["columns"]["live"] = {"bpb": 1.5, "low": None, "high": None}
+    Result("bpb", "x-val", "ab", {}, known).write(tmp_path / "run" / "evaluation")
+    alike = {"pieces": ["a", "b"], "live": [1.0, 2.0], "off": [1.0, 2.0001]}
+    Result("text", "x-val", "ab", {}, alike).write(tmp_path / "run" / "evaluation")
+    report(tmp_path / "report.html", [tmp_path / "run"])
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td>1.5000</td><td>–</td><td>–</td>" in text
+    assert "token by token</h2>" not in text  # nothing recurs there
+
+
+def test_what_does_not_recur_is_told_instead_of_drawn(tmp_path: Path):
+    """A figure of rounding errors, on an axis of 1e-9, looks like a finding."""
+    point = {"refinements": 0, "bpb": 1.5, "distance": 0.0, "largest": 0.0, "change": 0.0}
+    after = {**point, "refinements": 1, "bpb": 1.5 + 1e-9}
+    known = {"curves": {"1": [point, after]}, "contraction": {"1": 0.0}, "live_bpb": 1.5, "even_odd": 1e-9}
+    Result("sweeps", "x-val", "ab", {}, known | {"verdict": "stable"}).write(tmp_path / "run" / "evaluation")
+    alike = values()
+    alike["differences"]["off - live"] = {"bpb": -1e-9, "low": -1e-9, "high": 0.0}
+    Result("bpb", "x-val", "ab", {}, alike).write(tmp_path / "run" / "evaluation")
+    report(tmp_path / "report.html", [tmp_path / "run"])
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "every refinement gives 1.5000 bits per byte" in text
+    assert "<svg" not in text
+    assert "-0.0000" not in text
+
+
+def test_blocks_are_shown_over_training(runs: list[Path], page: Path):
+    """A run's diary has γ, gates and shares by block from each of its live evaluations; snapshots add theirs."""
+    lines = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    known = [line["memory_layers"] for line in lines if "memory_layers" in line]
+    assert len(known) >= 5
+    assert {"gamma", "gates", "residual_ratio", "key_ratio", "value_ratio"} <= set(known[0][0])
+    text = page.read_text(encoding="utf-8")
+    for name in ("γ of lrt", "mean memory gate of lrt", "memory over local values, RMS of lrt"):
+        assert f'aria-label="{name}"' in text
+    assert "of plain" not in text  # it has no memory
+    plain = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    assert not any("memory_layers" in line for line in plain)
 
 
 def test_tokens_are_escaped_and_coloured_by_their_gain():

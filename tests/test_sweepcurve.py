@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_evaluate import BYTES, LRT, NONE, SHIFT, V, bpb, text
+from test_evaluate import BYTES, LRT, NONE, SHIFT, V, bpb, on_ranks, text
 from test_exactness import random_model
 
 from lrt import MemoryConfig, ModelConfig, schedules
 from lrt.data.loader import windows
+from lrt.distributed import Alone
 from lrt.evaluate import live, under
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.results import Ledger
 from lrt.sweepcurve import SweepCurve, contraction, judge, sweep_curve
 
 LONG = 80
@@ -84,6 +87,20 @@ def test_the_points_are_the_schedules_scores():
     whole = curve(model, schedules.interleaved(2), groups=(1, 2, 4), counts=(0, 1, 2, 3, 7, 8), batch_size=64)
     assert whole.curves[2][2].bpb == pytest.approx(found.curves[2][2].bpb, abs=1e-12)  # of no batch size's making
     assert whole.curves[2][2].distance == pytest.approx(found.curves[2][2].distance, abs=1e-12)
+
+
+def test_ranks_share_a_curve_and_a_stopped_one_goes_on(tmp_path: Path):
+    model, fields = random_model(LRT), {"groups": (1, 2), "counts": (0, 1, 2, 3), "batch_size": 2}
+    whole = curve(model, schedules.interleaved(2), **fields)
+
+    def of_rank(ranks: Alone) -> Any:
+        return curve(model, schedules.interleaved(2), keep=lambda name: Ledger(tmp_path, name, {}, ranks), **fields)
+
+    assert on_ranks(2, of_rank) == [whole, whole]
+    (others,) = tmp_path.glob("sweeps-*.rank1.jsonl")
+    assert len(others.read_text().splitlines()) == 1  # of three batches
+    others.unlink()
+    assert on_ranks(1, of_rank) == [whole]
 
 
 def test_verdicts_of_hand_made_scores():

@@ -16,6 +16,7 @@ from lrt import schedules
 from lrt.data.loader import windows
 from lrt.distributed import Alone
 from lrt.evaluate import live, under
+from lrt.resultlines import bpb_lines
 from lrt.results import Ledger
 from lrt.tokenscores import TokenScores, bfloat16, buckets, interval, pass_nats, standard, summary, token_scores
 from lrt.tokenscores import bpb as column_bpb
@@ -109,6 +110,14 @@ def test_an_interval_covers_the_truth_and_knows_documents():
     assert width == pytest.approx(4 / math.sqrt(40) / (2 * math.log(2)), rel=0.35)
     # A paired difference that is the same everywhere has no width.
     assert interval(made(nats, document), "off", "live") == pytest.approx([0.05 / math.log(2)] * 2)
+
+
+def test_one_document_has_no_interval(tmp_path: Path):
+    """Drawn anew, it is always the same: a width of nothing would pass for certainty."""
+    values = summary(scored(tmp_path, found=windows(text((30,)), CONTEXT)), (("live", "parallel"),))
+    row = values["columns"]["live"]
+    assert (row["low"], row["high"]) == (None, None)
+    assert bpb_lines({**values, "schedule": "plain()"})[1].endswith("  one document has none")
 
 
 def test_bfloat16_stands_beside_its_control(tmp_path: Path):

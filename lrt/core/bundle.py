@@ -39,8 +39,12 @@ FIELDS = {
     "schema": ("context_options", "continuation", "gold"),
     "language_modeling": ("context", "continuation"),
 }
+OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
+"""Where a type's options are; gold counts them from 0."""
 SUMS = "SHA256SUMS"
 CHUNK = 1 << 20
+OFFICIAL_OF = {OFFICIAL["core.yaml"]: OFFICIAL}
+"""core.yaml's SHA-256 -> the sums of its bundle: what a folder without SHA256SUMS is held against."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,21 @@ class Task:
         """The task's questions. ValueError, naming the file and the fix, where it is damaged."""
         fix = "copy or download the bundle again"
         found = []
-        for number, line in enumerate(self.file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        # Not splitlines(), which also breaks at U+2028 and the like, inside of a text.
+        lines = self.file.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+        for number, line in enumerate(lines, 1):
             try:
                 found.append(json.loads(line))
                 missing = [field for field in FIELDS[self.type] if field not in found[-1]]
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{self.file}, line {number} is cut off or damaged ({error}); {fix}") from error
             require(not missing, f"{self.file}, line {number} has no {', '.join(missing)}; {fix}")
+            if self.type in OPTIONS:
+                options, gold = found[-1][OPTIONS[self.type]], found[-1]["gold"]
+                require(
+                    isinstance(options, list) and isinstance(gold, int) and 0 <= gold < len(options),
+                    f"{self.file}, line {number}: gold is {gold!r}, none of its {OPTIONS[self.type]}; {fix}",
+                )
         require(
             len(found) > self.shots, f"{self.file} has {len(found)} questions, too few for {self.shots} shots; {fix}"
         )
@@ -109,7 +121,7 @@ class Bundle:
             "or call `--core` without a folder to download it",
         )
         folder = inner[0]
-        sums = read_sums(folder / SUMS)
+        sums = read_sums(folder / SUMS) or OFFICIAL_OF.get(sha256(folder / "core.yaml"), {})
         for name in ("core.yaml", "eval_meta_data.csv"):
             file = folder / name
             require(file.is_file(), f"{file} is missing; copy or download the bundle again")
@@ -126,8 +138,7 @@ class Bundle:
 
 def read_tasks(folder: Path, sums: Mapping[str, str]) -> list[Task]:
     """All tasks that core.yaml names."""
-    with (folder / "eval_meta_data.csv").open(encoding="utf-8", newline="") as file:
-        random = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+    random = read_baselines(folder / "eval_meta_data.csv")
     try:
         described = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
         found = []
@@ -148,8 +159,20 @@ def read_tasks(folder: Path, sums: Mapping[str, str]) -> list[Task]:
                 )
             )
     except (yaml.YAMLError, KeyError, TypeError, IndexError, ValueError) as error:
-        raise ValueError(f"{folder / 'core.yaml'} is damaged ({error!r}); copy or download the bundle again") from error
+        raise ValueError(
+            f"{folder / 'core.yaml'} is damaged, or eval_meta_data.csv beside it lacks one of its tasks ({error!r}); "
+            "copy or download the bundle again"
+        ) from error
     return found
+
+
+def read_baselines(file: Path) -> dict[str, float]:
+    """Task -> accuracy of guessing, 0 to 1."""
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(lines)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); copy or download the bundle again") from error
 
 
 def read_sums(file: Path) -> dict[str, str]:

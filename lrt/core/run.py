@@ -23,7 +23,7 @@ from lrt.progress import bar
 from lrt.results import Ledger, Result
 
 ORDER = 1337
-"""Seed of the order in which a limited number of a task's questions is taken (nanochat's)."""
+"""Seed of the order of a task's questions (nanochat's): by it they are numbered, and a limit takes the first."""
 AHEAD = 256
 """Questions whose prompts exist at one time, so that memory does not grow with the task."""
 ROWS = 64
@@ -70,7 +70,10 @@ def run_core(
         except ValueError as error:
             problems.append(str(error))
             continue
+        random.Random(ORDER).shuffle(items)  # before examples are drawn: nanochat's question i is that of this order
         found[task.label] = run_task(model, tokenizer, task, items, modes, weights, out, settings, ranks, progress)
+    if not found:  # a mean of nothing is no score
+        raise ValueError("; ".join(problems))
     about = {"bundle": digest_of(bundle), "limit": settings.limit, "prefill": settings.prefill}
     values = summary(found, modes, bundle, settings.limit)
     spent = time.perf_counter() - begun
@@ -92,18 +95,22 @@ def run_task(
     ranks: Alone,
     progress: bool,
 ) -> dict[str, Any]:
-    """Accuracy of one task by mode."""
-    chosen = list(range(len(items)))
-    random.Random(ORDER).shuffle(chosen)
-    chosen = sorted(chosen[: settings.limit])
-    about = {"checkpoint": weights, "file": sha256(task.file), "shots": task.shots, "delimiter": task.delimiter}
+    """Accuracy of one task by mode, of `items` in the order in which they are numbered."""
+    chosen = range(len(items))[: settings.limit]
+    about = {
+        "checkpoint": weights,
+        "file": sha256(task.file),
+        "shots": task.shots,
+        "delimiter": task.delimiter,
+        "order": ORDER,
+    }
     accuracy: dict[str, float] = {}
     cropped = 0
     for name in modes:
         how = {"prefill": settings.prefill} if name == "on" else {}
         ledger = Ledger(out / "partial", f"core-{task.label}-{name}", about | how, ranks)
-        todo = [i for i in chosen if str(i) not in ledger.done][ranks.rank :: ranks.ranks]
-        with bar(f"{task.label}, {name}", len(todo), progress) as tell:
+        todo = [int(key) for key in ledger.todo([str(i) for i in chosen])]
+        with bar(f"{task.label}, {name}", len(todo), progress and ranks.first) as tell:
             for batch in batches(task, items, todo, tokenizer, model.config.context, settings.rows):
                 scored = score_questions(model, batch, settings.mode(name))
                 answers = [answer(q, rows) for q, rows in zip(batch, scored, strict=True)]

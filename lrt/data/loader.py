@@ -9,6 +9,7 @@ target lies in another document than the tokens before it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections import deque
@@ -66,6 +67,15 @@ class Windows:
     def openings(self) -> int:
         """How many of the windows begin a document."""
         return int(np.isin(self.starts, self.documents.offsets[:-1]).sum())
+
+    @property
+    def positions(self) -> int:
+        """Positions computed where all windows are one batch: padding too."""
+        return len(self) * int(self.lengths.max(initial=0))
+
+    def part(self, chosen: slice | np.ndarray) -> Windows:
+        """Some of the windows."""
+        return dataclasses.replace(self, starts=self.starts[chosen], lengths=self.lengths[chosen], complete=False)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Batches of at most `batch_size` windows of similar length.
