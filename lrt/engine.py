@@ -253,6 +253,7 @@ class Engine:
         for i, (job, token) in enumerate(zip(jobs, drawn, strict=True)):
             if job.sample == 0 and not job.new:
                 self._fork(job)
+            certificate = None if job.new else job.certificate
             job.tokens.append(token)
             logprob = None
             if job.request.logprobs is not None:
@@ -262,7 +263,7 @@ class Engine:
             if finish is not None:
                 self._leave(job)
                 self._finish(job, finish)
-            events.append(Event(job.number, job.sample, token, finish, logprob))
+            events.append(Event(job.number, job.sample, token, finish, logprob, certificate))
         return events
 
     def _steered(self, jobs: Sequence[Job], logits: Tensor) -> Tensor:

@@ -94,6 +94,8 @@ class Event:
     """None where it ended without another token."""
     finish: Finish | None = None
     logprob: Logprob | None = None
+    certificate: Certificate | None = None
+    """With the first token: how the prompt was computed, where by parallel prefill."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Steering:
-    """What is added to the logits before a token is drawn, in the terms of OpenAI's API; log-probabilities are without."""
+    """Added to the logits before a token is drawn, in the terms of OpenAI's API; log-probabilities ignore it."""
 
     frequency: float = 0.0
     """Taken from a token's logit for every time that it was drawn."""
