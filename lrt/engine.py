@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lrt.calibration import Calibration
+from lrt.calibration import Calibration, fallback
 from lrt.certificate import Certificate
 from lrt.config import require
 from lrt.decode import decoder
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.prefill import Mode, prefill
+from lrt.prefill import Mode, by_tokens, prefill
 from lrt.prefixes import Prefixes
 from lrt.requests import Completion, Event, Finish, Logprob, Request
 from lrt.rows import Rows, rows_that_fit
@@ -92,7 +92,8 @@ class Engine:
             f"{rows} rows of {slots} slots exceed the {memory} bytes given, which hold {fitting}; give fewer rows",
         )
         require(prompts is None or prompts >= 1, f"prompts is {prompts}; give at least 1 per step, or None: no limit")
-        self.model, self.calibration, self.prompts = model, calibration, prompts
+        self.model, self.prompts = model, prompts
+        self.calibration = calibration or fallback(model.embedding.weight.device)
         self.prefill: Mode = prefill
         self.decoder = decoder(model, model.empty_state(rows, slots), mode)
         self.rows = Rows(self.decoder)
@@ -220,8 +221,14 @@ class Engine:
         return job.request.prefill or self.prefill
 
     def _sweeps(self, job: Job) -> bool:
-        """Whether a new row's prompt is computed in parallel, not among the others' tokens."""
-        return self._mode(job) != "exact" and len(job.tokens) - job.fed > 1
+        """Whether a new row's prompt is computed in parallel: else it is fed among the others' tokens."""
+        mode, left = self._mode(job), len(job.tokens) - job.fed
+        if mode == "exact" or left <= 1:
+            return False
+        reason = by_tokens(self.model, mode, left, 1, self.calibration)
+        if reason is not None:
+            job.certificate = Certificate("exact", reason, left)
+        return reason is None
 
     def _prefilled(self, fresh: Sequence[Job]) -> list[tuple[list[Job], Tensor]]:
         """Compute the prompts of new rows in parallel, mode by mode: jobs and their last hidden states (n, D)."""

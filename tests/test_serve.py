@@ -283,8 +283,9 @@ def test_what_is_not_supported_is_refused_by_name(up: Live, name: str):
 def test_what_asks_for_nothing_is_accepted(up: Live):
     assert set(ASKING) | {"suffix"} == set(UNSUPPORTED)
     given: dict[str, Any] = {
-        "store": False, "service_tier": "auto", "response_format": {"type": "text"}, "modalities": ["text"], "user": "me",
-        "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "k", "prompt_cache_retention": "in_memory",
+        "store": False, "service_tier": "auto", "response_format": {"type": "text"}, "modalities": ["text"],
+        "user": "me", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "k",
+        "prompt_cache_retention": "in_memory",
         "parallel_tool_calls": True, "tools": [], "tool_choice": "none", "function_call": "none",
     }  # fmt: skip
     turns: Any = [{"role": "user", "content": "x"}]
