@@ -90,6 +90,8 @@ def invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
     """What validation found, about the first parameter that it found wrong."""
     first = found[0]
     place = [p for p in first["loc"] if p != "body"]
+    if first["type"] == "value_error":
+        return ApiError(400, str(first["msg"]).removeprefix("Value error, "))
     if not place or first["type"] == "json_invalid":
         return ApiError(400, "the body is no JSON object; send one, with Content-Type: application/json")
     param = str(place[0])

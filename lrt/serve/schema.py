@@ -6,9 +6,10 @@ Parameters of OpenAI's that mean nothing here are accepted where they ask for no
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -41,6 +42,22 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+class Body(Strict):
+    """A whole body."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def readable(cls, data: Any) -> Any:
+        """JSON can spell halves of characters (lone surrogates), which no text has."""
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError):
+            raise ValueError("the body holds half a character (a lone surrogate), or is nested too deeply") from None
+        except TypeError:  # not JSON at all: what follows says so
+            return data
+        return data
+
+
 class StreamOptions(Strict):
     include_usage: bool = False
     """Send one more event, with the counts of tokens."""
@@ -48,7 +65,7 @@ class StreamOptions(Strict):
     """Accepted; streams are not padded."""
 
 
-class Asked(Strict):
+class Asked(Body):
     """What both routes take."""
 
     model: str = Field(min_length=1, max_length=200, description="A name of /v1/models.")
@@ -130,7 +147,7 @@ class ChatBody(Asked):
     web_search_options: None = None
 
 
-class GenerateBody(Strict):
+class GenerateBody(Body):
     """POST /playground/generate."""
 
     model: str = Field(min_length=1, max_length=200)
