@@ -1,4 +1,4 @@
-"""One promise: under many clients, some of them rude, tokens stay right and rows free (benchmarks/ has the long run)."""
+"""One promise: under many clients, some of them rude, tokens stay right and rows free."""
 
 from __future__ import annotations
 

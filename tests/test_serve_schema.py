@@ -31,7 +31,7 @@ def run(up: Live, examples: int, folder: Path) -> None:
     command = [
         str(Path(sysconfig.get_path("scripts")) / "schemathesis"), "run", f"{up.url}/openapi.json",
         "--max-examples", str(examples), "--checks", "all", "--exclude-checks", "positive_data_acceptance",
-        "--generation-deterministic", "--request-timeout", "60", "--no-color", "--generation-database", "none",
+        "--generation-deterministic", "--request-timeout", "60", "--no-color",
     ]  # fmt: skip
     hooks = {"SCHEMATHESIS_HOOKS": "serving_hooks", "PYTHONPATH": str(HERE)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, **hooks}, timeout=900)

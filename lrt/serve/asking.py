@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from lrt.chat import Message, written
 from lrt.requests import Request
@@ -138,7 +139,7 @@ async def chat(body: ChatBody, served: Served, limits: Limits) -> Ask:
     return counted(ask, limits)
 
 
-def role_of(turn: ChatTurn) -> str:
+def role_of(turn: ChatTurn) -> Literal["system", "user", "assistant"]:
     return "system" if turn.role == "developer" else turn.role
 
 

@@ -145,7 +145,7 @@ def inspected(served: Served, tokens: list[int], gone: threading.Event) -> dict[
     one entry per predicted token: entry i belongs to token i + 1, and to the position before it, which predicts it.
     """
 
-    def advance(_: int) -> None:
+    def advance(amount: float, text: str = "") -> None:
         if gone.is_set():
             raise Cancelled
 

@@ -86,7 +86,9 @@ class Served:
         }
 
 
-def served(path: Path, name: str, settings: Settings, limits: Limits, metrics: Metrics, device: torch.device) -> Served:
+def served(
+    path: Path, name: str, settings: Settings, limits: Limits, metrics: Metrics, device: str | torch.device
+) -> Served:
     """Load a checkpoint to be served. ValueError where it is damaged, or settings do not fit."""
     folder = checkpoint.verified(path)
     model, tokenizer = checkpoint.load(folder, device)
