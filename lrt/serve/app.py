@@ -32,7 +32,8 @@ from lrt.serve.schema import (
 )
 from lrt.serve.served import Library, Served
 
-EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+EVENTS = {"text/event-stream": {"schema": EVENT}}
 SAID = {
     400: "The request is wrong: the message says what, its limit and the fix.",
     401: "The token is missing or wrong.",
@@ -86,7 +87,7 @@ def create_app(library: Library, token: str | None = None, hosts: Collection[str
 def about_server(app: FastAPI, library: Library) -> None:
     """The page, health, metrics."""
 
-    @app.get("/", response_class=HTMLResponse)
+    @app.get("/", response_class=Response, responses={200: {"content": {"text/html": {}}}})
     async def page() -> HTMLResponse:
         """The playground."""
         return HTMLResponse(PAGE.read_text(encoding="utf-8"))
