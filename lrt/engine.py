@@ -232,9 +232,11 @@ class Engine:
 
     def _prefilled(self, fresh: Sequence[Job]) -> list[tuple[list[Job], Tensor]]:
         """Compute the prompts of new rows in parallel, mode by mode: jobs and their last hidden states (n, D)."""
-        swept = [job for job in fresh if self._sweeps(job)]
-        modes: dict[Mode, None] = dict.fromkeys(map(self._mode, swept))
-        return [self._prefill([job for job in swept if self._mode(job) == mode], mode) for mode in modes]
+        groups: dict[Mode, list[Job]] = {}
+        for job in fresh:
+            if self._sweeps(job):
+                groups.setdefault(self._mode(job), []).append(job)
+        return [self._prefill(jobs, mode) for mode, jobs in groups.items()]
 
     def _prefill(self, jobs: list[Job], mode: Mode) -> tuple[list[Job], Tensor]:
         rows = [self.running.index(job) for job in jobs]
