@@ -20,7 +20,7 @@ class Kind(Protocol):
     """What the cells of a study run, and how their results are shown."""
 
     def run(self, fields: Fields, advance: Advance) -> dict[str, Any]:
-        """One cell's result, plain data: no weights, no text. `advance(fraction, text)` tells how far it is."""
+        """One cell's result, plain data: no weights, no text. `advance(amount, text)` counts to 1."""
         ...
 
     def table(self, lines: Sequence[Line]) -> str:
@@ -69,8 +69,8 @@ def run(study: Study, kind: Kind, file: Path, only: Sequence[str] = (), progress
     with bar(study.name, max(1e-9, sum(c.minutes for c in waiting)), progress) as advance:
         for cell in waiting:
 
-            def told(fraction: float, text: str = "", cell: Cell = cell) -> None:
-                advance(fraction * cell.minutes, f"{cell.name} {text}")
+            def told(amount: float, text: str = "", cell: Cell = cell) -> None:
+                advance(amount * cell.minutes, f"{cell.name} {text}")
 
             line = finish(study, cell, kind, told)
             with file.open("a") as out:

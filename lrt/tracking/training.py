@@ -111,13 +111,8 @@ def objective(
     model: LatentRecurrentTransformer, tokens: Tensor, asked: Tensor, schedule: Schedule, execution: Execution = EAGER
 ) -> Tensor:
     """The loss of a step over tokens, asked (B, T): `StepLoss`, or the fast way for sequential passes."""
-    if is_sequential(schedule) and exact.uncovered(model.config) is None:
-        hidden = exact.over(
-            model, tokens, backprop=schedule.arguments[0] if schedule.arguments else None, execution=execution
-        )
+    if isinstance(schedule, Simple) and schedule.name == "sequential" and exact.uncovered(model.config) is None:
+        (backprop,) = schedule.arguments or (None,)
+        hidden = exact.over(model, tokens, backprop, execution)
         return summed_nats(model, hidden, asked, execution=execution) / max(1, int((asked != IGNORED).sum()))
     return StepLoss.of(schedule, [asked], execution=execution)(model, tokens, asked, None)
-
-
-def is_sequential(schedule: Schedule) -> bool:
-    return isinstance(schedule, Simple) and schedule.name == "sequential"
