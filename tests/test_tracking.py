@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, refine, schedules
 from lrt.config import IGNORED
 from lrt.execution import Execution
+from lrt.model.layers import rotary
 from lrt.optim import OptimConfig
 from lrt.tracking import exact, measure
 from lrt.tracking.groups import alternating, symmetric
@@ -251,17 +254,19 @@ def test_parity_is_learned_and_carried_on():
     model = ModelConfig(
         depth=1, width=32, heads=1, vocab_size=2, context=64, window_pattern="S", window=4, mlp_ratio=2.0
     )
-    run = TrackingRun("parity", model, OPTIM, steps=150, rows=64, longest=16)
+    run = TrackingRun("parity", model, OPTIM, steps=120, rows=64, longest=16)
     done = train(run)
-    assert done.tokens == 64 * sum(run.length(step) for step in range(150))
+    assert list(done.grown) == run.lengths() == [2, 4, 6, 8, 10, 12, 14, 16]
+    starts = [*done.grown.values(), 120]
+    assert done.tokens == 64 * sum(n * (b - a) for n, a, b in zip(done.grown, starts, starts[1:], strict=True))
     assert measure.final_state(done.model, TASKS["parity"], 100, rows=200).accuracy > 0.99
-    again = train(dataclasses.replace(run, steps=3))
-    assert again.losses == train(dataclasses.replace(run, steps=3)).losses
+    # A run's first steps do not depend on how many follow; not so the rates.
+    assert train(dataclasses.replace(run, steps=3)).losses[0] == done.losses[0]
 
 
 def test_lengths_grow():
-    run = TrackingRun("mod5", dataclasses.replace(small(), vocab_size=8), OPTIM, steps=100, longest=40)
-    assert [run.length(s) for s in (0, 10, 25, 49, 50, 99)] == [7, 15, 23, 39, 39, 39]
+    run = TrackingRun("mod5", dataclasses.replace(small(), vocab_size=8), OPTIM, shortest=1, longest=40, by=13)
+    assert run.lengths() == [1, 13, 27, 39]
     with pytest.raises(ValueError, match="unknown task"):
         dataclasses.replace(run, task="mod7")
     with pytest.raises(ValueError, match="lengths must not fall"):
@@ -274,6 +279,59 @@ def test_scores_count():
     assert measure.last(answers, classes) == measure.Answers(2, 1)  # row 1 is asked last at position 1
     assert measure.every(answers, classes) == measure.Answers(5, 3)
     assert measure.every(answers, classes).errors == 2
+
+
+# --- streams -------------------------------------------------------------------------------------------------------
+
+FAR = 1_000_000
+
+
+def test_a_million_positions_on_nothing_has_changed():
+    """Attention sees distances only, so that rows at a million positions give what they give at 0, also in float32."""
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
+        model = awake(small()).to(dtype)
+        tokens = torch.randint(7, (2, 30), generator=seeded())
+        near, _ = exact.run(model, tokens, exact.beginning(model, 2))
+        far, _ = exact.run(model, tokens, dataclasses.replace(exact.beginning(model, 2), position=FAR))
+        assert (near - far).abs().max() < tolerance
+
+
+def test_rotary_angles_are_exact_at_a_million_positions():
+    """Against angles of 50 decimal digits; float32 angles would be wrong by up to 0.03 there."""
+    places = [FAR, FAR + 1, 3 * FAR + 7]
+    cos, sin = rotary(torch.tensor(places), 8, 10000.0, torch.zeros((), dtype=torch.float64))
+    with localcontext() as context:
+        context.prec = 50
+        turn = 2 * Decimal("3.14159265358979323846264338327950288419716939937510")
+        for n, place in enumerate(places):
+            for i in range(4):
+                angle = float(Decimal(place) * Decimal(10000) ** (-Decimal(2 * i) / 8) % turn)
+                assert cos[n, 0, i].item() == pytest.approx(math.cos(angle), abs=1e-9)
+                assert sin[n, 0, i].item() == pytest.approx(math.sin(angle), abs=1e-9)
+
+
+def test_reused_slots_give_what_a_carry_gives():
+    """Contract 7: where every layer slides, a State of a few slots serves an endless stream."""
+    model = awake(small())
+    tokens = torch.randint(7, (2, 25), generator=seeded())
+    state, hidden = model.empty_state(2, model.config.reach + 1).in_place(), []
+    with torch.no_grad():
+        for t in range(25):
+            out, state = model(tokens[:, t : t + 1], range(FAR + t, FAR + t + 1), state)
+            hidden.append(out)
+        carry = dataclasses.replace(exact.beginning(model, 2), position=FAR)
+        assert (torch.cat(hidden, 1) - exact.run(model, tokens, carry)[0]).abs().max() < 1e-9
+    assert state.slots == 5
+
+
+def test_streams_are_counted_in_parts():
+    model = awake(dataclasses.replace(small(), vocab_size=2))
+    tokens, classes = TASKS["parity"].sample(2, 50, seeded())
+    found = measure.stream(model, tokens, classes, parts=4)
+    assert [part.asked for part in found.parts] == [26, 26, 26, 22]
+    assert found.carried == 16 + 2 * 2 * 4 * 16  # the memory; keys and values of 4 positions in 2 layers
+    expected = measure.every(measure.live(model, tokens), classes)
+    assert sum(part.right for part in found.parts) == expected.right
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ class StateTracking:
             "tokens": done.tokens,
             "training_flops": done.tokens * training_flops(run.model, schedules.parse(run.schedule), run.longest),
             "train_seconds": round(done.seconds, 1),
+            "grown": {str(length): step for length, step in done.grown.items()},
             "loss": statistics.fmean(done.losses[-max(1, run.steps // 20) :]),
             "chance": task.chance,
             "last_state": {},

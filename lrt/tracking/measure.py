@@ -5,6 +5,8 @@ Shapes: B rows, T positions.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from lrt import schedules
 from lrt.config import IGNORED
+from lrt.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.refine import refine
 from lrt.tracking import exact
@@ -21,6 +24,10 @@ SEQUENCES = 1000
 """Fresh rows per length."""
 HELD_OUT = 2**40
 """Added to seeds of tests, so that no row of training is drawn again."""
+
+
+BLOCK = 4096
+"""Positions of a stream whose hidden states exist at one time."""
 
 
 @dataclass(frozen=True)
@@ -89,3 +96,46 @@ def reads(
         found = every(live(model, tokens), classes)
         asked, right = asked + found.asked, right + found.right
     return Answers(asked, right)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """How a stream went."""
+
+    parts: tuple[Answers, ...]
+    """Its parts in order, of equal length: drift would show as a fall."""
+    carried: int
+    """Numbers that were carried from one position to the next, per row, when the stream ended."""
+
+    @property
+    def accuracy(self) -> float:
+        return sum(part.right for part in self.parts) / sum(part.asked for part in self.parts)
+
+
+@torch.no_grad()
+def stream(
+    model: LatentRecurrentTransformer,
+    tokens: Tensor,
+    classes: Tensor,
+    parts: int = 10,
+    execution: Execution = EAGER,
+    advance: Callable[[float, str], object] = lambda *_: None,
+    first: int = 0,
+) -> Streamed:
+    """Answers along tokens, classes (B, T) with one carried state of constant size; the first position is `first`.
+
+    Only models that `exact` covers; the rows may be as long as one likes.
+    """
+    carry = dataclasses.replace(exact.beginning(model, tokens.shape[0]), position=first)
+    found = []
+    size = -(-tokens.shape[1] // parts)
+    for part, asked in zip(tokens.split(size, 1), classes.split(size, 1), strict=True):
+        right = counted = 0
+        for some, wanted in zip(part.split(BLOCK, 1), asked.split(BLOCK, 1), strict=True):
+            hidden, carry = exact.run(model, some, carry, execution)
+            answers = every(model.logits(hidden).argmax(-1), wanted)
+            right, counted = right + answers.right, counted + answers.asked
+            advance(some.shape[1] / tokens.shape[1], f"position {carry.position:,}")
+        found.append(Answers(counted, right))
+    tensors = (carry.memory, *carry.keys, *carry.values)
+    return Streamed(tuple(found), sum(x.numel() for x in tensors) // tokens.shape[0])

@@ -1,7 +1,8 @@
-"""Train a small model to track a state: fresh rows every step, longer ones as training goes on.
+"""Train a small model to track a state: fresh rows every step, longer ones once it has mastered the shorter.
 
 The trainer of `lrt train` reads prepared text in rows of one length; here rows are drawn, and they grow. Model,
-schedules, losses and optimisers are the same. All of a step follows from (seed, step).
+schedules, losses and optimisers are the same. The next
+length is earned, not scheduled: a model that has not learned to carry a state two positions learns nothing from forty.
 
 Shapes: B rows, T positions, D width.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +31,11 @@ from lrt.schedules import Schedule, Simple
 from lrt.tracking import exact
 from lrt.tracking.tasks import TASKS
 
+PATIENCE = 10
+"""Steps at one length, at least."""
+STRIDE = 10_000_000
+"""Between the seeds of two runs' rows: more than any run has steps."""
+
 
 @dataclass(frozen=True)
 class TrackingRun:
@@ -43,28 +50,30 @@ class TrackingRun:
     steps: int = 1000
     rows: int = 64
     """Fresh sequences per step."""
-    shortest: int = 8
+    shortest: int = 2
     """Length of the rows at first."""
     longest: int = 40
-    """Length of the rows from `growth` of the steps on."""
-    growth: float = 0.5
-    """The fraction of the steps over which rows grow from the shortest to the longest; 0: they are long at once."""
+    """Length that the rows grow to."""
+    by: int = 2
+    """How much they grow at a time."""
+    mastered: float = 0.3
+    """Rows grow when the mean loss of the last `PATIENCE` steps at this length is below so many nats."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         require(self.task in TASKS, f"unknown task {self.task!r}; choose one of {', '.join(TASKS)}")
         require(
-            1 <= self.shortest <= self.longest and 0 <= self.growth <= 1 and self.steps >= 1 and self.rows >= 1,
-            f"lengths {self.shortest} to {self.longest}, growth {self.growth}, {self.steps} steps of {self.rows} rows: "
-            "lengths must not fall, growth lies in 0 … 1, the others are at least 1",
+            1 <= self.shortest <= self.longest and min(self.by, self.steps, self.rows) >= 1 and self.mastered > 0,
+            f"lengths {self.shortest} to {self.longest} by {self.by}, {self.steps} steps of {self.rows} rows, mastered "
+            f"below {self.mastered}: lengths must not fall, and the others are at least 1 or above 0",
         )
         schedules.parse(self.schedule)
 
-    def length(self, step: int) -> int:
-        """Tokens of a row at `step`: a multiple of 8 on the way, so that few sizes are compiled."""
-        grown = 1.0 if self.growth == 0 else min(1.0, step / (self.growth * self.steps))
-        wanted = self.shortest + grown * (self.longest - self.shortest)
-        return TASKS[self.task].length(min(self.longest, 8 * math.ceil(wanted / 8)))
+    def lengths(self) -> list[int]:
+        """The lengths of the rows, in order; those of the task's format."""
+        task = TASKS[self.task]
+        steps = [*range(self.shortest, self.longest, self.by), self.longest]
+        return list(dict.fromkeys(task.length(max(task.shortest, wanted)) for wanted in steps))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -77,6 +86,8 @@ class TrainedTracker:
     model: LatentRecurrentTransformer
     losses: list[float] = field(repr=False)
     """One per step, in nats per asked position."""
+    grown: dict[int, int]
+    """The step at which rows of each length were first drawn."""
     tokens: int
     seconds: float
 
@@ -91,10 +102,11 @@ def train(
     # The rates are the run's own: at the reference batch nothing is scaled.
     optimiser = Optimiser(model, run.model.width, run.optim.reference_batch, run.steps, run.optim)
     schedule = schedules.parse(run.schedule)
+    lengths, reached = run.lengths(), [0]
     losses, tokens, begun = [], 0, time.perf_counter()
     for step in range(run.steps):
-        generator = torch.Generator().manual_seed(1_000_003 * (run.seed + 1) + step)
-        drawn, asked = task.sample(run.rows, run.length(step), generator)
+        generator = torch.Generator().manual_seed(STRIDE * run.seed + step)
+        drawn, asked = task.sample(run.rows, lengths[len(reached) - 1], generator)
         loss = objective(model, drawn, asked, schedule.at(step, run.steps, run.seed), execution)
         loss.backward()
         norm, nats = float(clip(model, run.optim.clip)), float(loss.detach())
@@ -103,8 +115,12 @@ def train(
         optimiser.step(step)
         losses.append(nats)
         tokens += drawn.numel()
-        advance(1, f"length {drawn.shape[1]} loss {sum(losses[-20:]) / len(losses[-20:]):.3f}")
-    return TrainedTracker(model.eval(), losses, tokens, time.perf_counter() - begun)
+        recent = losses[reached[-1] :][-PATIENCE:]
+        if len(reached) < len(lengths) and len(recent) == PATIENCE and statistics.fmean(recent) < run.mastered:
+            reached.append(step + 1)
+        advance(1, f"length {drawn.shape[1]} loss {statistics.fmean(losses[-20:]):.3f}")
+    grown = dict(zip(lengths, reached, strict=False))
+    return TrainedTracker(model.eval(), losses, grown, tokens, time.perf_counter() - begun)
 
 
 def objective(
