@@ -136,7 +136,7 @@ editions:
       longest: 8
       sequences: 20
       tests: [8, 12]
-      reads: {flip_flop_dense: 50}
+      reads: {flip_flop_dense: {length: 16, reads: 50}}
     axes:
       task: {flip-flop: {task: flip_flop}}
       model: {lrt: {}, token shift: {schedule: plain(), model: {memory: {source: 0}}}}
