@@ -69,21 +69,25 @@ class StateTracking:
     def table(self, lines: Sequence[Line]) -> str:
         """One row per task, length and model: mean and standard deviation over seeds, in per cent."""
         rows = ["| task | length | chance | model | seeds | last state, % |", "|---|---|---|---|---|---|"]
+        mastered = ["", "| task | model | rows grew to, by seed | of | training FLOPs |", "|---|---|---|---|---|"]
         for (task, length, model), found in accuracies(lines).items():
             chance = TASKS[found[0][0]["fields"]["task"]].chance
             rows.append(
                 f"| {task} | {length} | {chance:.1%} | {model} | {len(found)} | {spread([a for _, a in found])} |"
             )
-        counted: dict[tuple[str, str, str], list[Line]] = defaultdict(list)
-        for line in lines:
-            for test in line["result"]["reads"]:
-                counted[line["choices"]["task"], test, line["choices"]["model"]].append(line)
+        for (task, model), found in grouped(lines, "task", "model").items():
+            grown = ", ".join(max(line["result"]["grown"], key=int) for line in found)
+            flops = statistics.fmean(line["result"]["training_flops"] for line in found)
+            mastered.append(f"| {task} | {model} | {grown} | {found[0]['fields']['longest']} | {flops:.1e} |")
+        rows += mastered
+        counted = grouped([line for line in lines if line["result"]["reads"]], "task", "model")
         if counted:
-            rows += ["", "| trained on | test | model | errors / reads, by seed |", "|---|---|---|---|"]
-        for (task, test, model), found in counted.items():
-            reads = [line["result"]["reads"][test] for line in found]
-            errors = ", ".join(f"{read['errors']:,} / {read['reads']:,}" for read in reads)
-            rows.append(f"| {task} | {test} | {model} | {errors} |")
+            rows += ["", "| trained on | model | test | errors / reads, by seed |", "|---|---|---|---|"]
+        for (task, model), found in counted.items():
+            for test in found[0]["result"]["reads"]:
+                reads = [line["result"]["reads"][test] for line in found]
+                errors = ", ".join(f"{read['errors']:,} / {read['reads']:,}" for read in reads)
+                rows.append(f"| {task} | {model} | {test} | {errors} |")
         streams = [line for line in lines if "stream" in line["result"]]
         if streams:
             rows += ["", "| stream | model | seed | symbols | right, % | worst tenth, % |", "|---|---|---|---|---|---|"]
@@ -156,6 +160,14 @@ def accuracies(lines: Sequence[Line]) -> dict[tuple[str, int, str], list[tuple[L
         for length, score in line["result"]["last_state"].items():
             key = line["choices"]["task"], int(length), line["choices"]["model"]
             found[key].append((line, score["accuracy"]))
+    return found
+
+
+def grouped(lines: Sequence[Line], *axes: str) -> dict[tuple[str, ...], list[Line]]:
+    """Lines by their choices on these axes, in order."""
+    found: dict[tuple[str, ...], list[Line]] = defaultdict(list)
+    for line in lines:
+        found[tuple(line["choices"][axis] for axis in axes)].append(line)
     return found
 
 
