@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, refine, schedules
+from lrt.ablations import ablated
 from lrt.config import IGNORED
 from lrt.execution import Execution
 from lrt.model.layers import rotary
@@ -256,6 +257,8 @@ def test_models_that_chunks_do_not_cover_say_why():
     ):
         with pytest.raises(ValueError, match=words):
             exact.over(LatentRecurrentTransformer(config), torch.zeros(1, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="recall is replaced"):
+        exact.over(ablated(awake(small()), "zero"), torch.zeros(1, 2, dtype=torch.long))
 
 
 # --- training and scores -------------------------------------------------------------------------------------------

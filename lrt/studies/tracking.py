@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lrt import schedules
+from lrt.ablations import ablated
 from lrt.config import ModelConfig
 from lrt.execution import Execution
 from lrt.model.flops import count_parameters, training_flops
@@ -27,6 +28,12 @@ from lrt.tracking.training import TrackingRun, train
 
 TRAINING = 0.8
 """The part of a cell's time that training takes, for the bar."""
+
+
+ABLATED = ("zero", "embedding")
+"""Contract 5: what the memory is replaced with, live, at the shortest test."""
+FEW = 250
+"""Rows for that."""
 
 
 class StateTracking:
@@ -50,6 +57,7 @@ class StateTracking:
             "chance": task.chance,
             "last_state": {},
             "reads": {},
+            "ablated": {},
         }
         extra = fields.get("reads", {})
         share = (1 - TRAINING) / max(1, len(tests) + len(extra))
@@ -62,6 +70,10 @@ class StateTracking:
             found = measure.reads(done.model, TASKS[name], wanted["length"], wanted["reads"], run.seed)
             result["reads"][name] = {"length": wanted["length"], "reads": found.asked, "errors": found.errors}
             advance(share, f"{name}: {found.errors} errors")
+        if run.model.memory.remembered(run.model.depth):
+            for name in ABLATED:
+                found = measure.final_state(ablated(done.model, name), task, task.length(tests[0]), FEW, run.seed)
+                result["ablated"][name] = {"sequences": FEW, "accuracy": found.accuracy}
         if "stream" in fields:
             result["stream"] = streamed(done.model, task, fields["stream"], run.seed)
         return result
@@ -88,6 +100,16 @@ class StateTracking:
                 reads = [line["result"]["reads"][test] for line in found]
                 errors = ", ".join(f"{read['errors']:,} / {read['reads']:,}" for read in reads)
                 rows.append(f"| {task} | {model} | {test} | {errors} |")
+        replaced = [line for line in lines if line["result"].get("ablated")]  # the first lines had none
+        if replaced:
+            rows += [
+                "",
+                f"| memory replaced, shortest test | model | {' | '.join(ABLATED)} |",
+                "|---|---|" + "---|" * len(ABLATED),
+            ]
+        for (task, model), found in grouped(replaced, "task", "model").items():
+            scores = [spread([line["result"]["ablated"][name]["accuracy"] for line in found]) for name in ABLATED]
+            rows.append(f"| {task} | {model} | {' | '.join(scores)} |")
         streams = [line for line in lines if "stream" in line["result"]]
         if streams:
             rows += ["", "| stream | model | seed | symbols | right, % | worst tenth, % |", "|---|---|---|---|---|---|"]
