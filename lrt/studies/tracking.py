@@ -79,45 +79,9 @@ class StateTracking:
         return result
 
     def table(self, lines: Sequence[Line]) -> str:
-        """One row per task, length and model: mean and standard deviation over seeds, in per cent."""
-        rows = ["| task | length | chance | model | seeds | last state, % |", "|---|---|---|---|---|---|"]
-        mastered = ["", "| task | model | rows grew to, by seed | of | training FLOPs |", "|---|---|---|---|---|"]
-        for (task, length, model), found in accuracies(lines).items():
-            chance = TASKS[found[0][0]["fields"]["task"]].chance
-            rows.append(
-                f"| {task} | {length} | {chance:.1%} | {model} | {len(found)} | {spread([a for _, a in found])} |"
-            )
-        for (task, model), found in grouped(lines, "task", "model").items():
-            grown = ", ".join(max(line["result"]["grown"], key=int) for line in found)
-            flops = statistics.fmean(line["result"]["training_flops"] for line in found)
-            mastered.append(f"| {task} | {model} | {grown} | {found[0]['fields']['longest']} | {flops:.1e} |")
-        rows += mastered
-        counted = grouped([line for line in lines if line["result"]["reads"]], "task", "model")
-        if counted:
-            rows += ["", "| trained on | model | test | errors / reads, by seed |", "|---|---|---|---|"]
-        for (task, model), found in counted.items():
-            for test in found[0]["result"]["reads"]:
-                reads = [line["result"]["reads"][test] for line in found]
-                errors = ", ".join(f"{read['errors']:,} / {read['reads']:,}" for read in reads)
-                rows.append(f"| {task} | {model} | {test} | {errors} |")
-        replaced = [line for line in lines if line["result"].get("ablated")]  # the first lines had none
-        if replaced:
-            rows += [
-                "",
-                f"| memory replaced, shortest test | model | {' | '.join(ABLATED)} |",
-                "|---|---|" + "---|" * len(ABLATED),
-            ]
-        for (task, model), found in grouped(replaced, "task", "model").items():
-            scores = [spread([line["result"]["ablated"][name]["accuracy"] for line in found]) for name in ABLATED]
-            rows.append(f"| {task} | {model} | {' | '.join(scores)} |")
-        streams = [line for line in lines if "stream" in line["result"]]
-        if streams:
-            rows += ["", "| stream | model | seed | symbols | right, % | worst tenth, % |", "|---|---|---|---|---|---|"]
-        for line in streams:
-            found, (task, model) = line["result"]["stream"], line["choices"].values()
-            scores = f"{100 * found['accuracy']:.4f} | {100 * min(found['tenths']):.4f}"
-            rows.append(f"| {task} | {model} | {line['seed']} | {found['symbols']:,} | {scores} |")
-        return "\n".join(rows)
+        """Accuracies, mean and standard deviation over seeds; lengths mastered; reads; the memory replaced; streams."""
+        parts = (accuracy_rows, growth_rows, reads_rows, ablation_rows, stream_rows)
+        return "\n\n".join("\n".join(rows) for part in parts if len(rows := part(lines)) > 2)
 
     def figure(self, lines: Sequence[Line], path: Path) -> None:
         """Accuracy of the last state against length, a panel per task, a line per model: mean and deviation."""
@@ -183,6 +147,57 @@ def accuracies(lines: Sequence[Line]) -> dict[tuple[str, int, str], list[tuple[L
             key = line["choices"]["task"], int(length), line["choices"]["model"]
             found[key].append((line, score["accuracy"]))
     return found
+
+
+def accuracy_rows(lines: Sequence[Line]) -> list[str]:
+    """One row per task, length and model."""
+    rows = ["| task | length | chance | model | seeds | last state, % |", "|---|---|---|---|---|---|"]
+    for (task, length, model), found in accuracies(lines).items():
+        chance = found[0][0]["result"]["chance"]
+        rows.append(f"| {task} | {length} | {chance:.1%} | {model} | {len(found)} | {spread([a for _, a in found])} |")
+    return rows
+
+
+def growth_rows(lines: Sequence[Line]) -> list[str]:
+    """How far the rows grew in training, which is how far a schedule can carry a state."""
+    rows = ["| task | model | rows grew to, by seed | of | training FLOPs |", "|---|---|---|---|---|"]
+    for (task, model), found in grouped(lines, "task", "model").items():
+        grown = ", ".join(max(line["result"]["grown"], key=int) for line in found)
+        flops = statistics.fmean(line["result"]["training_flops"] for line in found)
+        rows.append(f"| {task} | {model} | {grown} | {found[0]['fields']['longest']} | {flops:.1e} |")
+    return rows
+
+
+def reads_rows(lines: Sequence[Line]) -> list[str]:
+    """Errors among all answers of longer or other sequences."""
+    rows = ["| trained on | model | test | errors / reads, by seed |", "|---|---|---|---|"]
+    for (task, model), found in grouped(lines, "task", "model").items():
+        for test in found[0]["result"]["reads"]:
+            reads = [line["result"]["reads"][test] for line in found]
+            errors = ", ".join(f"{read['errors']:,} / {read['reads']:,}" for read in reads)
+            rows.append(f"| {task} | {model} | {test} | {errors} |")
+    return rows
+
+
+def ablation_rows(lines: Sequence[Line]) -> list[str]:
+    """Accuracy at the shortest test with the memory replaced."""
+    rows = [f"| memory replaced, shortest test | model | {' | '.join(ABLATED)} |", "|---|---|" + "---|" * len(ABLATED)]
+    measured = [line for line in lines if line["result"].get("ablated")]  # the first lines that were run have none
+    for (task, model), found in grouped(measured, "task", "model").items():
+        scores = [spread([line["result"]["ablated"][name]["accuracy"] for line in found]) for name in ABLATED]
+        rows.append(f"| {task} | {model} | {' | '.join(scores)} |")
+    return rows
+
+
+def stream_rows(lines: Sequence[Line]) -> list[str]:
+    """One row per stream."""
+    rows = ["| stream | model | seed | symbols | right, % | worst tenth, % |", "|---|---|---|---|---|---|"]
+    for line in lines:
+        if "stream" in line["result"]:
+            found, (task, model) = line["result"]["stream"], line["choices"].values()
+            scores = f"{100 * found['accuracy']:.4f} | {100 * min(found['tenths']):.4f}"
+            rows.append(f"| {task} | {model} | {line['seed']} | {found['symbols']:,} | {scores} |")
+    return rows
 
 
 def grouped(lines: Sequence[Line], *axes: str) -> dict[tuple[str, ...], list[Line]]:
