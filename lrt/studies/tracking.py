@@ -85,6 +85,7 @@ class StateTracking:
 
     def figure(self, lines: Sequence[Line], path: Path) -> None:
         """Accuracy of the last state against length, a panel per task, a line per model: mean and deviation."""
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
 
         curves: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(dict))
@@ -100,19 +101,18 @@ class StateTracking:
                 draw(panel, models.index(model), model, points)
             first = next(line for line in lines if line["choices"]["task"] == task)
             panel.axhline(100 * TASKS[first["fields"]["task"]].chance, color="grey", linewidth=0.8, linestyle=":")
-            panel.axvspan(0, first["fields"]["longest"], color="grey", alpha=0.12, linewidth=0)
-            panel.set(
-                title=task,
-                xscale="log",
-                xlabel="length (grey: trained on)",
-                ylabel="last state right, %",
-                ylim=(0, 103),
-            )
+            panel.axvspan(1, first["fields"]["longest"], color="grey", alpha=0.12, linewidth=0)
+            panel.set(title=task, xlabel="length (grey: trained on)", ylabel="last state right, %", ylim=(0, 104))
+            lengths = sorted({length for points in by_model.values() for length in points})
+            panel.set(xscale="log", xlim=(0.75 * lengths[0], 1.33 * lengths[-1]))
+            panel.set_xticks(lengths, [str(n) for n in lengths])
+            panel.minorticks_off()
         handles = {h.get_label(): h for p in panels for h in p.get_lines() if not str(h.get_label()).startswith("_")}
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize="small", frameon=False
         )
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lrt"}):  # small, and the same from the same lines
+            figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def streamed(model: LatentRecurrentTransformer, task: Task, stream: Fields, seed: int) -> dict[str, Any]:
@@ -219,5 +219,6 @@ def draw(panel: Any, index: int, model: str, points: dict[int, list[float]]) -> 
     lengths = sorted(points)
     means = [100 * statistics.fmean(points[n]) for n in lengths]
     bars = [100 * statistics.stdev(points[n]) if len(points[n]) > 1 else 0.0 for n in lengths]
-    panel.plot(lengths, means, marker="o", markersize=3.5, color=f"C{index}", label=model)
-    panel.errorbar(lengths, means, yerr=bars, fmt="none", ecolor=f"C{index}", capsize=2)
+    places = [n * 1.02**index for n in lengths]  # side by side, where many are at 100 %
+    panel.plot(places, means, marker="o", markersize=3.5, color=f"C{index}", label=model)
+    panel.errorbar(places, means, yerr=bars, fmt="none", ecolor=f"C{index}", capsize=2)
