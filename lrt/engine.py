@@ -102,6 +102,8 @@ class Engine:
         self.done: dict[int, list[Completion]] = {}
         """What `step` completed, by request, until it is fetched with `finished`."""
         self.ended: list[Event] = []
+        self.streams: dict[int, deque[Event]] = {}
+        """What each open stream has still to give, whoever makes the steps."""
         self.count = 0
 
     @property
@@ -149,6 +151,9 @@ class Engine:
             hidden = hidden if len(ready) == len(self.running) else hidden[ready]
         if ready and hidden is not None:
             events += self._draw([self.running[i] for i in ready], hidden)
+        for event in events:
+            if event.request in self.streams:
+                self.streams[event.request].append(event)
         return events
 
     def stream(self, request: Request) -> Iterator[Event]:
@@ -156,16 +161,20 @@ class Engine:
 
         ValueError, at the call, where it cannot be served.
         """
-        return self._stream(self.submit(request), request.samples)
+        number = self.submit(request)
+        self.streams[number] = deque()
+        return self._stream(number, request.samples)
 
     def _stream(self, number: int, left: int) -> Iterator[Event]:
         try:
             while left:
-                for event in self.step():
-                    if event.request == number:
-                        left -= event.finish is not None
-                        yield event
+                while not self.streams[number]:
+                    self.step()
+                event = self.streams[number].popleft()
+                left -= event.finish is not None
+                yield event
         finally:
+            del self.streams[number]
             self.cancel(number)
 
     def complete(self, requests: Iterable[Request]) -> list[list[Completion]]:

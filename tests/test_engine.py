@@ -244,3 +244,20 @@ def test_what_is_drawn_depends_on_seed_and_position_alone():
     for i, (sampling, seed) in enumerate([(WARM, (0, 4)), (Sampling(0.5), (1, 4)), (WARM, (0, 5))]):
         assert draw_rows(logits[i : i + 1], [sampling], [seed]) == together[i]
     assert len({float(uniform(seed, position)) for seed in range(9) for position in range(9)}) == 81
+
+
+def test_streams_that_take_turns_each_get_their_own_tokens():
+    model = random_model(CONFIGS["both"])
+    asked = [Request((3, 1, 4), 3, WARM, seed=1), Request((1, 5), 6, WARM, seed=2)]
+    engine = Engine(model, rows=2)
+    told = itertools.zip_longest(*[engine.stream(request) for request in asked])
+    events = list(zip(*itertools.islice(told, 20), strict=True))
+    assert [[e.token for e in some if e is not None] for some in events] == [alone(model, r) for r in asked]
+
+
+def test_any_temperature_draws_a_token_of_the_vocabulary():
+    logits = torch.tensor([[1.0, 14.0, -14.0]])
+    for temperature in (1e-39, 1e-3, 1e30, float("inf")):
+        assert 0 <= int(draw_rows(logits, [Sampling(temperature)], [(0, 0)])) < 3
+    with pytest.raises(ValueError, match="temperature is nan"):
+        Sampling(float("nan"))
