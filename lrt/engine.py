@@ -193,12 +193,13 @@ class Engine:
     def _admit(self) -> list[Job]:
         """Waiting jobs into free rows, in order, each with the beginning that is known already."""
         fresh = []
-        while self.waiting and self.rows.free:
-            job = self.waiting[0]
-            first = job.sample > 0 and job.fork is None and self._prompted(job.number)
-            if first:  # its prompt is being computed for the first sample; it waits for that
+        for job in list(self.waiting):
+            if not self.rows.free:
                 break
-            self.waiting.popleft()
+            first = job.sample > 0 and job.fork is None and self._prompted(job.number)
+            if first:  # its prompt is being computed for the first sample; it waits for that, the next do not
+                continue
+            self.waiting.remove(job)
             row = self.rows.take()
             if job.fork is not None:
                 known: tuple[int, State] | None = (len(job.request.tokens) - 1, job.fork)

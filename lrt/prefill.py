@@ -119,7 +119,7 @@ def checked(model: LatentRecurrentTransformer, tokens: Tensor, state: State, len
         tokens = tokens.where(inside, 0)
     low, high = (int(t) for t in tokens.aminmax())
     require(
-        0 <= low and high < model.config.vocab_size,
+        low >= 0 and high < model.config.vocab_size,
         f"token {low if low < 0 else high} is not in the vocabulary of {model.config.vocab_size}; use its tokenizer",
     )
     return Prompt(tokens, counted, starts)

@@ -261,3 +261,14 @@ def test_any_temperature_draws_a_token_of_the_vocabulary():
         assert 0 <= int(draw_rows(logits, [Sampling(temperature)], [(0, 0)])) < 3
     with pytest.raises(ValueError, match="temperature is nan"):
         Sampling(float("nan"))
+
+
+def test_prompts_with_several_samples_do_not_wait_for_each_other():
+    model, steps = random_model(NONE), 0
+    engine = Engine(model, rows=16)
+    for seed in range(8):
+        engine.submit(Request(tuple(range(1, 11)), 3, seed=seed, samples=2))
+    while not engine.idle:
+        engine.step()
+        steps += 1
+    assert steps <= 10 + 3 + 1
