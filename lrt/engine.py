@@ -106,6 +106,8 @@ class Engine:
         self.done: dict[int, list[Completion]] = {}
         """What `step` completed, by request, until it is fetched with `finished`."""
         self.ended: list[Event] = []
+        self.streams: dict[int, deque[Event]] = {}
+        """What each open stream has still to give, whoever makes the steps."""
         self.count = 0
 
     @property
@@ -157,6 +159,9 @@ class Engine:
             hidden = hidden if len(ready) == len(self.running) else hidden[ready]
             if ready:
                 events += self._draw([self.running[i] for i in ready], hidden)
+        for event in events:
+            if event.request in self.streams:
+                self.streams[event.request].append(event)
         return events
 
     def stream(self, request: Request) -> Iterator[Event]:
@@ -164,16 +169,20 @@ class Engine:
 
         ValueError, at the call, where it cannot be served.
         """
-        return self._stream(self.submit(request), request.samples)
+        number = self.submit(request)
+        self.streams[number] = deque()
+        return self._stream(number, request.samples)
 
     def _stream(self, number: int, left: int) -> Iterator[Event]:
         try:
             while left:
-                for event in self.step():
-                    if event.request == number:
-                        left -= event.finish is not None
-                        yield event
+                while not self.streams[number]:
+                    self.step()
+                event = self.streams[number].popleft()
+                left -= event.finish is not None
+                yield event
         finally:
+            del self.streams[number]
             self.cancel(number)
 
     def complete(self, requests: Iterable[Request]) -> list[list[Completion]]:
@@ -192,14 +201,13 @@ class Engine:
     def _admit(self) -> list[Job]:
         """Waiting jobs into free rows, in order, each with the beginning that is known already."""
         fresh: list[Job] = []
-        while (
-            self.waiting and self.rows.free and (self.prompts is None or sum(map(self._sweeps, fresh)) < self.prompts)
-        ):
-            job = self.waiting[0]
-            first = job.sample > 0 and job.fork is None and self._prompted(job.number)
-            if first:  # its prompt is being computed for the first sample; it waits for that
+        for job in list(self.waiting):
+            if not self.rows.free or (self.prompts is not None and sum(map(self._sweeps, fresh)) >= self.prompts):
                 break
-            self.waiting.popleft()
+            first = job.sample > 0 and job.fork is None and self._prompted(job.number)
+            if first:  # its prompt is being computed for the first sample; it waits for that, the next do not
+                continue
+            self.waiting.remove(job)
             row = self.rows.take()
             if job.fork is not None:
                 known: tuple[int, State] | None = (len(job.request.tokens) - 1, job.fork)

@@ -34,6 +34,9 @@ def generate(
     if max_new_tokens is not None and max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
     config, length = model.config, tokens.shape[1]
+    wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+    if len(wrong):
+        raise ValueError(f"token {int(wrong[0])} is not in the vocabulary of {config.vocab_size}; use its tokenizer")
     room = None if config.unbounded else config.context + 1 - length  # the last token drawn is never fed back
     if room is not None and room < max(1, max_new_tokens or 1):
         raise ValueError(

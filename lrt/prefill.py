@@ -117,6 +117,11 @@ def checked(model: LatentRecurrentTransformer, tokens: Tensor, state: State, len
     if min(counted) < max(counted):  # padding may be any number
         inside = torch.arange(max(counted), device=tokens.device) < torch.tensor(counted).to(tokens).unsqueeze(1)
         tokens = tokens.where(inside, 0)
+    low, high = (int(t) for t in tokens.aminmax())
+    require(
+        low >= 0 and high < model.config.vocab_size,
+        f"token {low if low < 0 else high} is not in the vocabulary of {model.config.vocab_size}; use its tokenizer",
+    )
     return Prompt(tokens, counted, starts)
 
 
@@ -125,7 +130,7 @@ def in_chunks(
 ) -> Computed:
     """All of a prompt; where slots are reused, as much at a time as leaves what the next position reads in place."""
     size = prompt.length
-    if state.reusable and int(prompt.ends.max()) > state.slots:
+    if state.reusable and max(prompt.starts) + prompt.length > state.slots:  # padding is written as well
         size = state.slots - model.config.reach
         require(
             size >= 1,

@@ -25,7 +25,7 @@ class Sampling:
     """Draw among the fewest most likely tokens whose probability reaches p."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # nan included
             raise ValueError(f"temperature is {self.temperature}; it must be at least 0 (0 takes the likeliest token)")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
@@ -51,7 +51,9 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distribution (n, V) that is drawn from; temperature above 0."""
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        # The largest becomes 0, so that no temperature, however small, makes it infinite.
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)

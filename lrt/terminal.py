@@ -53,6 +53,7 @@ class Sample:
 
     def run(self) -> None:
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        require(len(self.prompt) > 0, "--prompt names no text; give at least one, or leave it out")
         folder = checkpoint.verified(self.checkpoint)
         model, tokenizer = checkpoint.load(folder, chosen_device(self.device))
         prompts = [(tokenizer.bos, *tokenizer.encode(text)) for text in self.prompt]
@@ -74,7 +75,7 @@ class Sample:
             prefill=self.prefill,
             calibration=calibration.read(folder, model),
         )
-        written = Writing(tokenizer, dict(zip(self.prompt, prompts, strict=True)), self.n)
+        written = Writing(tokenizer, list(zip(self.prompt, prompts, strict=True)), self.n)
         for request in asked:
             engine.submit(request)
         while not engine.idle:
@@ -85,13 +86,10 @@ class Sample:
 class Writing:
     """Several texts that grow at once, written one after another: the first unfinished one as it comes."""
 
-    def __init__(self, tokenizer: Tokenizer, prompts: dict[str, tuple[int, ...]], samples: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompts: list[tuple[str, tuple[int, ...]]], samples: int) -> None:
         self.order = [(text, i) for text in range(len(prompts)) for i in range(samples)]
-        self.texts = list(prompts)
-        self.streams: dict[tuple[int, int], Stream] = {
-            key: tokenizer.decoder(list(prompts.values())[key[0]]) for key in self.order
-        }
-        self.held: dict[tuple[int, int], list[str]] = {key: [self.texts[key[0]]] for key in self.order}
+        self.streams: dict[tuple[int, int], Stream] = {key: tokenizer.decoder(prompts[key[0]][1]) for key in self.order}
+        self.held: dict[tuple[int, int], list[str]] = {key: [prompts[key[0]][0]] for key in self.order}
         self.ended: set[tuple[int, int]] = set()
         self.current = 0
         self._open()

@@ -311,3 +311,31 @@ def test_penalties_and_biases_are_a_rows_own():
 
 def engine_of(model: Any) -> Engine:
     return Engine(model, rows=6)
+
+
+def test_streams_that_take_turns_each_get_their_own_tokens():
+    model = random_model(CONFIGS["both"])
+    asked = [Request((3, 1, 4), 3, WARM, seed=1), Request((1, 5), 6, WARM, seed=2)]
+    engine = Engine(model, rows=2)
+    told = itertools.zip_longest(*[engine.stream(request) for request in asked])
+    events = list(zip(*itertools.islice(told, 20), strict=True))
+    assert [[e.token for e in some if e is not None] for some in events] == [alone(model, r) for r in asked]
+
+
+def test_any_temperature_draws_a_token_of_the_vocabulary():
+    logits = torch.tensor([[1.0, 14.0, -14.0]])
+    for temperature in (1e-39, 1e-3, 1e30, float("inf")):
+        assert 0 <= int(draw_rows(logits, [Sampling(temperature)], [(0, 0)])) < 3
+    with pytest.raises(ValueError, match="temperature is nan"):
+        Sampling(float("nan"))
+
+
+def test_prompts_with_several_samples_do_not_wait_for_each_other():
+    model, steps = random_model(NONE), 0
+    engine = Engine(model, rows=16)
+    for seed in range(8):
+        engine.submit(Request(tuple(range(1, 11)), 3, seed=seed, samples=2))
+    while not engine.idle:
+        engine.step()
+        steps += 1
+    assert steps <= 10 + 3 + 1

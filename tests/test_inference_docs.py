@@ -115,3 +115,12 @@ def test_the_pair_is_matched() -> None:
     assert runs["lrt"].model.memory == MemoryConfig()
     assert runs["transformer"].model.memory.injection == "none"
     assert {run.model.context for run in runs.values()} == {1280}
+
+
+def test_prompts_that_are_alike_or_missing(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["sample", "runs/mine", "--prompt", "It", "It", "--max-new-tokens", "3"])
+    _, first, second = capsys.readouterr().out.split("--- prompt ")
+    assert first.partition("\n")[2] == second.partition("\n")[2]
+    with pytest.raises(SystemExit):
+        main(["sample", "runs/mine", "--prompt"])
+    assert "names no text" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, refine, s
 from lrt.calibrate import STRIDES, calibrate, own_text, sweeps_taken
 from lrt.calibration import FILE, Calibration, Plan, fallback, read, write
 from lrt.certificate import Certificate, merged
+from lrt.generate import generate
 from lrt.model.state import State
 from lrt.prefill import TOLERANCES, Mode, Prefilled, prefill
 
@@ -479,3 +480,27 @@ def test_damaged_or_useless_calibrations(tmp_path: Path) -> None:
         calibrate(model, prompts(1, 7), progress=False)
     with pytest.raises(ValueError, match="nothing recurs"):
         calibrate(model_of(MemoryConfig(source=0)), prompts(1, 20), progress=False)
+
+
+@pytest.mark.parametrize("mode", SWEPT)
+def test_padding_does_not_overwrite_what_is_still_read(mode: Mode) -> None:
+    """Where slots are reused: one row nearly fills them, beside a short one that goes on far behind."""
+    model = model_of(MemoryConfig(), strength=30.0, window_pattern="S", window=6)
+    eager = Calibration(1e6, {"converged": Plan(2, 1), "fast": Plan(2, 1)})  # sweeps, whatever they give
+    slots, behind, more = model.config.reach + 57, 35, 20
+    known, tokens = prompts(2, behind), prompts(2, slots - 1, seed=5)
+    state = prefill(model, known, model.empty_state(2, slots), "exact").state.crop(torch.tensor([1, behind]))
+    done = prefill(model, tokens, state, mode, torch.tensor([slots - 1, more]), eager)
+    assert done.report.rows[1].path == "fallback"
+    expected = exact(model, torch.cat([known[1], tokens[1, :more]]))[-1]
+    torch.testing.assert_close(done.hidden[1, 0], expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("wrong", [-1, 31])
+def test_a_token_that_is_none(model: LatentRecurrentTransformer, wrong: int) -> None:
+    assert model.config.vocab_size == 31
+    tokens = torch.tensor([[1, wrong, 2]])
+    with pytest.raises(ValueError, match=f"token {wrong} is not in the vocabulary of 31"):
+        prefill(model, tokens, model.empty_state(1, 8))
+    with pytest.raises(ValueError, match=f"token {wrong} is not in the vocabulary of 31"):
+        generate(model, tokens, 2)
