@@ -118,4 +118,9 @@ def _entries(file: Path) -> dict[str, Calibration]:
 
 def _calibration(entry: dict[str, Any]) -> Calibration:
     plans = {mode: Plan(**plan) for mode, plan in entry.pop("plans").items()}
-    return Calibration(plans=plans, **entry)
+    found = Calibration(plans=plans, **entry)
+    if {"converged", "fast"} - plans.keys() or min(min(p.groups, p.sweeps) for p in plans.values()) < 1:
+        raise ValueError(f"plans {plans}, of which each needs at least one group and one sweep")
+    if not (math.isfinite(found.overhead) and found.overhead >= 0):
+        raise ValueError(f"an overhead of {found.overhead}")
+    return found

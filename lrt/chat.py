@@ -40,6 +40,8 @@ class Template:
     """What comes between the user's text and the answer."""
     end: str | None
     """The special token that ends an answer. None: a line's end does."""
+    between: str = ""
+    """What stands between the end of an answer and the next turn."""
     system: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     """What stands before and after a system message. None: such a message opens the first user's turn."""
 
@@ -70,8 +72,12 @@ class Template:
             if role == "user":
                 pieces += [(p, False) for p in self.user] + [(text, True)] + [(p, False) for p in self.assistant]
             else:
-                pieces += [(text, True), (self.end or "\n", False)]
+                pieces += [(text, True), *self.closing()]
         return pieces
+
+    def closing(self, ended: bool = False) -> list[tuple[str, bool]]:
+        """Pieces between an answer and the next turn; `ended`: the end itself is there already."""
+        return [(p, False) for p in ("" if ended else self.end or "\n", self.between) if p]
 
 
 TEMPLATES = {
@@ -80,6 +86,7 @@ TEMPLATES = {
         ("<|im_start|>", "user\n"),
         ("<|im_end|>", "\n", "<|im_start|>", "assistant\n"),
         "<|im_end|>",
+        "\n",
         (("<|im_start|>", "system\n"), ("<|im_end|>", "\n")),
     ),
     "plain": Template(("User: ",), ("\nAssistant:",), None),
@@ -167,8 +174,11 @@ class Chat:
 
     def turn(self, text: str) -> list[int]:
         """The tokens of a turn, up to where the answer begins."""
-        opening = [] if self.session is not None else [self.tokenizer.bos]
-        return opening + written(self.tokenizer, self.template, self.template.parts([Message("user", text)]))
+        parts = self.template.parts([Message("user", text)])
+        if self.session is None:
+            return [self.tokenizer.bos, *written(self.tokenizer, self.template, parts)]
+        ended = self.session.tokens[-1] in self.stop  # not where the answer was cut by its limit
+        return written(self.tokenizer, self.template, [*self.template.closing(ended), *parts])
 
     def undo(self) -> None:
         """Take the last turn back, exactly."""
@@ -181,17 +191,20 @@ class Chat:
         """Write the conversation to a folder."""
         require(self.session is not None, "there is nothing to save yet; say something first")
         assert self.session is not None
+        (path / TURNS).unlink(missing_ok=True)  # never the turns of another conversation beside this session
         self.session.save(path)
         (path / TURNS).write_text(json.dumps(self.turns) + "\n")
 
     def load(self, path: Path) -> None:
         """Go on with the conversation of a folder."""
-        self.session = dataclasses.replace(Session.load(path, self.model), seed=self.seed)
+        session = dataclasses.replace(Session.load(path, self.model), seed=self.seed)
         try:
-            turns = json.loads((path / TURNS).read_text())
-        except (OSError, ValueError):
+            turns = [int(n) for n in json.loads((path / TURNS).read_text())]
+        except (OSError, ValueError, TypeError):
             turns = []  # a session that is no conversation: nothing to take back
-        self.turns = [int(n) for n in turns]
+        fits = turns == sorted(set(turns)) and all(0 <= n < len(session.tokens) for n in turns)
+        require(fits, f"{path / TURNS} does not belong to this session; delete it, and no turn can be taken back")
+        self.session, self.turns = session, turns
 
     def _stop(self) -> frozenset[int]:
         """The tokens that end an answer: the template's, a new document, or, in plain text, a line's end."""

@@ -440,6 +440,10 @@ Verb = (
 )  # fmt: skip
 
 
+RESUMED = {"prepare", "train", "evaluate", "diagnose", "study", "demo"}
+"""Verbs whose work is kept when they are stopped."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake ends with one line on standard error and status 2."""
     try:
@@ -448,5 +452,7 @@ def main(arguments: list[str] | None = None) -> None:
         Console(stderr=True, highlight=False).print(f"lrt: {error}", style="red", soft_wrap=True, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("lrt: interrupted; what was done is kept, and the same command goes on from there", file=sys.stderr)
+        verb = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+        kept = "; what was done is kept, and the same command goes on from there" if verb in RESUMED else ""
+        print(f"lrt: interrupted{kept}", file=sys.stderr)
         sys.exit(130)

@@ -6,6 +6,7 @@ Shapes: n rows, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,6 +77,11 @@ class Steering:
     """Taken from it once it was drawn."""
     bias: tuple[tuple[int, float], ...] = ()
     """(token, what is added to its logit)."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("frequency", self.frequency), ("presence", self.presence), *self.bias):
+            if not math.isfinite(value):
+                raise ValueError(f"{name} is steered by {value}; give finite numbers")
 
     @property
     def neutral(self) -> bool:

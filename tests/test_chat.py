@@ -126,3 +126,34 @@ def test_a_conversation_is_written_as_its_turns_were():
     for wrong in ([], [turns[1]], turns[:2], [Message("system", "x")], [turns[0], Message("system", "x"), turns[0]]):
         with pytest.raises(ValueError, match="give at most one of the system"):
             TEMPLATES["plain"].parts(wrong)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_that_was_cut_is_closed_before_the_next_turn(name: str):
+    words = tokenizer(*NAMES[name])
+    chat, template = talking(words), TEMPLATES[name]
+    chat.say("hello", 2, str)
+    assert chat.session is not None
+    assert chat.session.tokens[-1] not in chat.stop  # cut by its limit
+    closed = written(words, template, [(template.end or "\n", False), (template.between, False)])
+    assert chat.turn("there")[: len(closed)] == closed
+    ended = chat.session.extend(written(words, template, [(template.end or "\n", False)]), "exact")
+    chat.session = ended
+    after = written(words, template, [(template.between, False), *template.parts([Message("user", "there")])])
+    assert chat.turn("there") == after
+
+
+def test_turns_that_belong_to_another_session_are_refused(tmp_path: Path):
+    chat = talking(tokenizer())
+    chat.say("hello", 6, str)
+    chat.save(tmp_path / "talk")
+    (tmp_path / "talk" / "turns.json").write_text("[0, 4000]")
+    kept = chat.session
+    with pytest.raises(ValueError, match=r"turns\.json does not belong to this session"):
+        chat.load(tmp_path / "talk")
+    assert chat.session is kept
+
+
+def test_text_that_is_not_unicode_is_named():
+    with pytest.raises(ValueError, match="not valid Unicode; give UTF-8 text"):
+        tokenizer().encode("half \udcff")

@@ -305,6 +305,8 @@ def test_penalties_and_biases_are_a_rows_own():
     assert len(set(found[4])) == 8  # none twice
     assert found[5][:3] == [5, 5, 5]
     assert found[5].count(5) in (3, 4)
+    with pytest.raises(ValueError, match="presence is steered by nan"):
+        Steering(presence=float("nan"))
     with pytest.raises(ValueError, match="of the bias is not in the vocabulary"):
         engine_of(model).submit(Request((3,), steering=Steering(bias=((V, 1.0),))))
 
@@ -320,6 +322,7 @@ def test_streams_that_take_turns_each_get_their_own_tokens():
     told = itertools.zip_longest(*[engine.stream(request) for request in asked])
     events = list(zip(*itertools.islice(told, 20), strict=True))
     assert [[e.token for e in some if e is not None] for some in events] == [alone(model, r) for r in asked]
+    assert not engine.streams
 
 
 def test_any_temperature_draws_a_token_of_the_vocabulary():

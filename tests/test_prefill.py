@@ -472,7 +472,14 @@ def test_a_model_that_does_not_contract_is_calibrated_to_token_by_token() -> Non
 def test_damaged_or_useless_calibrations(tmp_path: Path) -> None:
     model = model_of(MEMORIES["final"])
     assert read(tmp_path, model) == fallback(torch.device("cpu"))
-    for text in ("{", "[]", '{"format": 9, "entries": []}', '{"format": 1, "entries": [{"device": "x"}]}'):
+    good = Calibration(3.0, {"converged": Plan(4, 2), "fast": Plan(4, 1)}, "x").to_dict()
+    useless = [
+        {**good, "plans": {**good["plans"], "fast": {"groups": 0, "sweeps": 1}}},
+        {**good, "plans": {"fast": good["plans"]["fast"]}},
+        {**good, "overhead": -1.0},
+    ]
+    texts = [json.dumps({"format": 1, "entries": [entry]}) for entry in useless]
+    for text in ("{", "[]", '{"format": 9, "entries": []}', '{"format": 1, "entries": [{"device": "x"}]}', *texts):
         (tmp_path / FILE).write_text(text)
         with pytest.raises(ValueError, match=FILE):
             read(tmp_path, model)

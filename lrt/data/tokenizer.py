@@ -107,7 +107,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; no BOS or other special token is ever among them."""
-        return self.inner.encode(text, add_special_tokens=False).ids
+        try:
+            return self.inner.encode(text, add_special_tokens=False).ids
+        except TypeError:  # half a surrogate pair, which is what Python makes of bytes that are not UTF-8
+            raise ValueError(f"{text[:80]!r} is not valid Unicode; give UTF-8 text") from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
