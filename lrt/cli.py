@@ -416,7 +416,37 @@ class Report:
         print(f"{self.out}: {self.out.stat().st_size / 1e6:.2f} MB")
 
 
-Verb = Prepare | Train | Evaluate | Diagnose | Report | Sample | Chat | Calibrate | Bench | Export | Import | Demo
+@dataclass(frozen=True)
+class RunStudy:
+    """Run a study's grid, cell by cell, and show its table and figure. What is done is skipped; stopped, it goes on."""
+
+    study: tyro.conf.Positional[str]
+    """A study that comes with the library (state-tracking), or a .yaml file of one's own."""
+    edition: str = "tiny"
+    """Which of its sizes: tiny is for two CPU cores."""
+    only: tuple[str, ...] = ()
+    """Run only the cells that have all of these choices, for example parity sequential."""
+    results: Path = Path("runs/studies")
+    """Folder of the results, STUDY.EDITION.jsonl and .svg."""
+    show: bool = False
+    """Run nothing: only the table and the figure of what is there."""
+
+    def run(self) -> None:
+        from lrt.studies import grid, runner
+        from lrt.studies.kinds import kind
+
+        study = grid.read(self.study, self.edition)
+        file, runs = self.results / study.results, kind(study.kind)
+        lines = runner.of(study, runner.finished(file)) if self.show else runner.run(study, runs, file, self.only)
+        print(runs.table(lines))
+        if lines:
+            runs.figure(lines, file.with_suffix(".svg"))
+
+
+Verb = (
+    Prepare | Train | Evaluate | Diagnose | Report | Sample | Chat | Calibrate | Bench | Export | Import | Demo
+    | Annotated[RunStudy, tyro.conf.subcommand("study")]
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,119 @@
+"""A study as data: a YAML file that names what a cell runs and, per edition, the axes whose product the cells are.
+
+    kind: tracking                      # what a cell runs: a name in lrt.studies.kinds.KINDS
+    editions:
+      tiny:
+        seeds: [0, 1, 2]
+        base: {steps: 500, model: {depth: 2, width: 64}}
+        axes:
+          task: {parity: {task: parity}, mod5: {task: mod5, steps: 2000}}
+          model: {lrt: {}, transformer: {model: {memory: {injection: none}}}}
+
+A cell's fields are the base with those of its choice on every axis laid over it, axis by axis, and its seed. `minutes`
+says how long a cell takes about; it decides nothing. `without` lists choices that are left out: [mod5, transformer].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lrt.config import require
+
+Fields = dict[str, Any]
+HERE = Path(__file__).parent
+KEYS = {"seeds", "base", "axes", "without"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    choices: tuple[str, ...]
+    """Its choice on every axis, in order."""
+    seed: int
+    fields: Fields
+    """All that decides it, as plain data."""
+    minutes: float
+    """How long it takes, about, on the edition's hardware."""
+
+    @property
+    def name(self) -> str:
+        return "/".join((*self.choices, str(self.seed)))
+
+    @property
+    def key(self) -> str:
+        """A hash of the fields: a result of other fields is another cell's."""
+        return hashlib.sha256(json.dumps(self.fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Study:
+    """The cells of one edition of a study."""
+
+    name: str
+    edition: str
+    kind: str
+    axes: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+    @property
+    def results(self) -> str:
+        """The name of its file of results."""
+        return f"{self.name}.{self.edition}.jsonl"
+
+
+def known() -> tuple[str, ...]:
+    """The studies that come with the library."""
+    return tuple(sorted(path.stem for path in HERE.glob("*.yaml")))
+
+
+def read(study: str, edition: str) -> Study:
+    """A study by its name, or from a file of one's own. ValueError that names what is wrong."""
+    path = HERE / f"{study}.yaml" if study in known() else Path(study)
+    require(
+        path.suffix == ".yaml", f"unknown study {study!r}; choose one of {', '.join(known())}, or give a .yaml file"
+    )
+    data = yaml.safe_load(path.read_text())
+    require(
+        isinstance(data, dict) and set(data) == {"kind", "editions"} and edition in data["editions"],
+        f"{path} has no edition {edition!r}; a study has `kind` and `editions`, here "
+        f"{', '.join(data.get('editions', ())) if isinstance(data, dict) else 'neither'}",
+    )
+    found = data["editions"][edition]
+    require(
+        set(found) <= KEYS and {"seeds", "axes"} <= set(found),
+        f"{path}: edition {edition} has {', '.join(found)}; it needs seeds and axes, and may have base and without",
+    )
+    return Study(path.stem, edition, data["kind"], tuple(found["axes"]), tuple(cells(found)))
+
+
+def cells(edition: dict[str, Any]) -> list[Cell]:
+    """The product of the axes and the seeds; seeds are the outermost, so that a study that is stopped has one whole."""
+    left_out = [set(choices) for choices in edition.get("without", ())]
+    found = []
+    for seed, *chosen in itertools.product(edition["seeds"], *(axis.items() for axis in edition["axes"].values())):
+        names = tuple(name for name, _ in chosen)
+        if any(choices <= set(names) for choices in left_out):
+            continue
+        fields: Fields = {"seed": seed}
+        for over in (edition.get("base", {}), *(fields or {} for _, fields in chosen)):
+            fields = laid_over(fields, over)
+        minutes = float(fields.pop("minutes", 0))
+        found.append(Cell(names, seed, fields, minutes))
+    return found
+
+
+def laid_over(under: Fields, over: Fields) -> Fields:
+    """Fields with those of `over` in the place of, or beside, those of `under`; nested ones likewise."""
+    merged = dict(under)
+    for name, value in over.items():
+        old = merged.get(name)
+        merged[name] = laid_over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,15 @@
+"""What the cells of a study can run. To add one, write the class of `runner.Kind` and give it a line here."""
+
+from __future__ import annotations
+
+from lrt.config import require
+from lrt.studies.runner import Kind
+from lrt.studies.tracking import StateTracking
+
+KINDS: dict[str, Kind] = {"tracking": StateTracking()}
+
+
+def kind(name: str) -> Kind:
+    """By its name. ValueError with the known ones."""
+    require(name in KINDS, f"unknown kind of study {name!r}; choose one of {', '.join(KINDS)}")
+    return KINDS[name]

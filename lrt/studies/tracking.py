@@ -1,0 +1,143 @@
+"""State-tracking cells: train on short sequences, score the tracked state live on long ones."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lrt import schedules
+from lrt.config import ModelConfig
+from lrt.model.flops import count_parameters, training_flops
+from lrt.optim import OptimConfig
+from lrt.progress import Advance
+from lrt.studies.grid import Fields
+from lrt.studies.runner import Line
+from lrt.tracking import measure
+from lrt.tracking.tasks import TASKS
+from lrt.tracking.training import TrackingRun, train
+
+TRAINING = 0.8
+"""The part of a cell's time that training takes, for the bar."""
+
+
+class StateTracking:
+    """Fields: those of TrackingRun (`model` without vocab_size), `tests` (lengths), `sequences`, `reads`.
+
+    `reads`: {task: how many} of further tests in which every answer is counted, at the training length.
+    """
+
+    def run(self, fields: Fields, advance: Advance) -> dict[str, Any]:
+        run, tests = tracking_run(fields), fields.get("tests", [])
+        task, sequences = TASKS[run.task], fields.get("sequences", measure.SEQUENCES)
+        done = train(run, lambda steps, text: advance(TRAINING * steps / run.steps, text))
+        result: dict[str, Any] = {
+            "parameters": count_parameters(run.model)[0],
+            "tokens": done.tokens,
+            "training_flops": done.tokens * training_flops(run.model, schedules.parse(run.schedule), run.longest),
+            "train_seconds": round(done.seconds, 1),
+            "grown": {str(length): step for length, step in done.grown.items()},
+            "loss": statistics.fmean(done.losses[-max(1, run.steps // 20) :]),
+            "chance": task.chance,
+            "last_state": {},
+            "reads": {},
+        }
+        extra = fields.get("reads", {})
+        share = (1 - TRAINING) / max(1, len(tests) + len(extra))
+        for wanted in tests:
+            length = task.length(wanted)
+            found = measure.final_state(done.model, task, length, sequences, run.seed)
+            result["last_state"][str(length)] = {"sequences": found.asked, "accuracy": found.accuracy}
+            advance(share, f"length {length}: {found.accuracy:.1%}")
+        for name, wanted in extra.items():
+            found = measure.reads(done.model, TASKS[name], run.longest, wanted, run.seed)
+            result["reads"][name] = {"reads": found.asked, "errors": found.errors}
+            advance(share, f"{name}: {found.errors} errors")
+        return result
+
+    def table(self, lines: Sequence[Line]) -> str:
+        """One row per task, length and model: mean and standard deviation over seeds, in per cent."""
+        rows = ["| task | length | chance | model | seeds | last state, % |", "|---|---|---|---|---|---|"]
+        for (task, length, model), found in accuracies(lines).items():
+            chance = TASKS[found[0][0]["fields"]["task"]].chance
+            rows.append(
+                f"| {task} | {length} | {chance:.1%} | {model} | {len(found)} | {spread([a for _, a in found])} |"
+            )
+        counted: dict[tuple[str, str, str], list[Line]] = defaultdict(list)
+        for line in lines:
+            for test in line["result"]["reads"]:
+                counted[line["choices"]["task"], test, line["choices"]["model"]].append(line)
+        if counted:
+            rows += ["", "| trained on | test | model | errors / reads, by seed |", "|---|---|---|---|"]
+        for (task, test, model), found in counted.items():
+            reads = [line["result"]["reads"][test] for line in found]
+            errors = ", ".join(f"{read['errors']:,} / {read['reads']:,}" for read in reads)
+            rows.append(f"| {task} | {test} | {model} | {errors} |")
+        return "\n".join(rows)
+
+    def figure(self, lines: Sequence[Line], path: Path) -> None:
+        """Accuracy of the last state against length, a panel per task, a line per model: mean and deviation."""
+        from matplotlib.figure import Figure
+
+        curves: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(dict))
+        for (task, length, model), found in accuracies(lines).items():
+            curves[task][model][length] = [a for _, a in found]
+        columns = min(2, len(curves))
+        height = math.ceil(len(curves) / columns)
+        figure = Figure(figsize=(4.6 * columns, 3.1 * height + 0.6), layout="constrained")
+        panels = figure.subplots(height, columns, squeeze=False).flatten()
+        models = list(dict.fromkeys(model for task in curves.values() for model in task))
+        for panel, (task, by_model) in zip(panels, curves.items(), strict=False):
+            for model, points in by_model.items():
+                draw(panel, models.index(model), model, points)
+            first = next(line for line in lines if line["choices"]["task"] == task)
+            panel.axhline(100 * TASKS[first["fields"]["task"]].chance, color="grey", linewidth=0.8, linestyle=":")
+            panel.axvspan(0, first["fields"]["longest"], color="grey", alpha=0.12, linewidth=0)
+            panel.set(
+                title=task,
+                xscale="log",
+                xlabel="length (grey: trained on)",
+                ylabel="last state right, %",
+                ylim=(0, 103),
+            )
+        handles = {h.get_label(): h for p in panels for h in p.get_lines() if not str(h.get_label()).startswith("_")}
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize="small", frameon=False
+        )
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def tracking_run(fields: Fields) -> TrackingRun:
+    """The run that a cell's fields describe."""
+    task = TASKS[fields["task"]]
+    model = ModelConfig.from_dict({**fields["model"], "vocab_size": task.vocabulary})
+    rest = {k: v for k, v in fields.items() if k not in ("model", "optim", "tests", "sequences", "reads")}
+    return TrackingRun(model=model, optim=OptimConfig(**fields["optim"]), **rest)
+
+
+def accuracies(lines: Sequence[Line]) -> dict[tuple[str, int, str], list[tuple[Line, float]]]:
+    """(task, length, model) -> each seed's line and accuracy."""
+    found: dict[tuple[str, int, str], list[tuple[Line, float]]] = defaultdict(list)
+    for line in lines:
+        for length, score in line["result"]["last_state"].items():
+            key = line["choices"]["task"], int(length), line["choices"]["model"]
+            found[key].append((line, score["accuracy"]))
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, in per cent."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.fmean(values):.1f} ± {100 * deviation:.1f}"
+
+
+def draw(panel: Any, index: int, model: str, points: dict[int, list[float]]) -> None:
+    """A model's curve, its mean with a bar of one standard deviation either side."""
+    lengths = sorted(points)
+    means = [100 * statistics.fmean(points[n]) for n in lengths]
+    bars = [100 * statistics.stdev(points[n]) if len(points[n]) > 1 else 0.0 for n in lengths]
+    panel.plot(lengths, means, marker="o", markersize=3.5, color=f"C{index}", label=model)
+    panel.errorbar(lengths, means, yerr=bars, fmt="none", ecolor=f"C{index}", capsize=2)

@@ -1,0 +1,141 @@
+"""How well a model tracks, live: token by token with true recurrence.
+
+Shapes: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrt import schedules
+from lrt.config import IGNORED
+from lrt.execution import EAGER, Execution
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.refine import refine
+from lrt.tracking import exact
+from lrt.tracking.tasks import Task
+
+SEQUENCES = 1000
+"""Fresh rows per length."""
+HELD_OUT = 2**40
+"""Added to seeds of tests, so that no row of training is drawn again."""
+
+
+BLOCK = 4096
+"""Positions of a stream whose hidden states exist at one time."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered."""
+
+    asked: int
+    right: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.asked
+
+    @property
+    def errors(self) -> int:
+        return self.asked - self.right
+
+
+@torch.no_grad()
+def live(model: LatentRecurrentTransformer, tokens: Tensor) -> Tensor:
+    """Answers (B, T): the likeliest class at each position, decoded token by token.
+
+    A model without a stored memory needs no recurrence: one plain pass gives the same.
+    """
+    if exact.uncovered(model.config) is None:
+        return model.logits(exact.over(model, tokens)).argmax(-1)
+    remembered = model.config.memory.remembered(model.config.depth)
+    schedule = schedules.sequential() if remembered else schedules.plain()
+    return model.logits(refine(model, tokens, schedule).hidden).argmax(-1)
+
+
+def last(answers: Tensor, classes: Tensor) -> Answers:
+    """The last answer that each row asks for."""
+    positions = torch.arange(classes.shape[1], device=classes.device)
+    where = torch.where(classes != IGNORED, positions, -1).amax(1, keepdim=True)
+    right = answers.gather(1, where) == classes.gather(1, where)
+    return Answers(len(classes), int(right.sum()))
+
+
+def every(answers: Tensor, classes: Tensor) -> Answers:
+    """All answers that are asked for."""
+    asked = classes != IGNORED
+    return Answers(int(asked.sum()), int((answers[asked] == classes[asked]).sum()))
+
+
+def final_state(
+    model: LatentRecurrentTransformer, task: Task, length: int, rows: int = SEQUENCES, seed: int = 0, batch: int = 250
+) -> Answers:
+    """The last position's state over `rows` fresh sequences."""
+    generator = torch.Generator().manual_seed(HELD_OUT + seed)
+    found = []
+    for start in range(0, rows, batch):
+        tokens, classes = task.sample(min(batch, rows - start), length, generator)
+        found.append(last(live(model, tokens), classes))
+    return Answers(sum(f.asked for f in found), sum(f.right for f in found))
+
+
+def reads(
+    model: LatentRecurrentTransformer, task: Task, length: int, wanted: int, seed: int = 0, batch: int = 250
+) -> Answers:
+    """All answers in fresh sequences, until at least `wanted` were asked for: errors are what counts."""
+    generator = torch.Generator().manual_seed(HELD_OUT + seed)
+    asked = right = 0
+    while asked < wanted:
+        tokens, classes = task.sample(batch, length, generator)
+        found = every(live(model, tokens), classes)
+        asked, right = asked + found.asked, right + found.right
+    return Answers(asked, right)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """How a stream went."""
+
+    parts: tuple[Answers, ...]
+    """Its parts in order, of equal length: drift would show as a fall."""
+    carried: int
+    """Numbers that were carried from one position to the next, per row, when the stream ended."""
+
+    @property
+    def accuracy(self) -> float:
+        return sum(part.right for part in self.parts) / sum(part.asked for part in self.parts)
+
+
+@torch.no_grad()
+def stream(
+    model: LatentRecurrentTransformer,
+    tokens: Tensor,
+    classes: Tensor,
+    parts: int = 10,
+    execution: Execution = EAGER,
+    advance: Callable[[float, str], object] = lambda *_: None,
+    first: int = 0,
+) -> Streamed:
+    """Answers along tokens, classes (B, T) with one carried state of constant size; the first position is `first`.
+
+    Only models that `exact` covers; the rows may be as long as one likes.
+    """
+    carry = dataclasses.replace(exact.beginning(model, tokens.shape[0]), position=first)
+    found = []
+    size = -(-tokens.shape[1] // parts)
+    for part, asked in zip(tokens.split(size, 1), classes.split(size, 1), strict=True):
+        right = counted = 0
+        for some, wanted in zip(part.split(BLOCK, 1), asked.split(BLOCK, 1), strict=True):
+            hidden, carry = exact.run(model, some, carry, execution)
+            answers = every(model.logits(hidden).argmax(-1), wanted)
+            right, counted = right + answers.right, counted + answers.asked
+            advance(some.shape[1] / tokens.shape[1], f"position {carry.position:,}")
+        found.append(Answers(counted, right))
+    tensors = (carry.memory, *carry.keys, *carry.values)
+    return Streamed(tuple(found), sum(x.numel() for x in tensors) // tokens.shape[0])

@@ -1,0 +1,134 @@
+"""Train a small model to track a state: fresh rows every step, longer ones once it has mastered the shorter.
+
+The trainer of `lrt train` reads prepared text in rows of one length; here rows are drawn, and they grow. Model,
+schedules, losses and optimisers are the same. The next
+length is earned, not scheduled: a model that has not learned to carry a state two positions learns nothing from forty.
+
+Shapes: B rows, T positions, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrt import schedules
+from lrt.config import IGNORED, ModelConfig, require
+from lrt.distributed import clip
+from lrt.execution import EAGER, Execution
+from lrt.loss import StepLoss, summed_nats
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.optim import OptimConfig, Optimiser
+from lrt.schedules import Schedule, Simple
+from lrt.tracking import exact
+from lrt.tracking.tasks import TASKS
+
+PATIENCE = 10
+"""Steps at one length, at least."""
+STRIDE = 10_000_000
+"""Between the seeds of two runs' rows: more than any run has steps."""
+
+
+@dataclass(frozen=True)
+class TrackingRun:
+    """Everything that decides such a run."""
+
+    task: str
+    """A name in `tasks.TASKS`."""
+    model: ModelConfig
+    optim: OptimConfig
+    """Rates as they are: no scaling with the batch, but with the width as everywhere."""
+    schedule: str = "sequential()"
+    steps: int = 1000
+    rows: int = 64
+    """Fresh sequences per step."""
+    shortest: int = 2
+    """Length of the rows at first."""
+    longest: int = 40
+    """Length that the rows grow to."""
+    by: int = 2
+    """How much they grow at a time."""
+    mastered: float = 0.3
+    """Rows grow when the mean loss of the last `PATIENCE` steps at this length is below so many nats."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.task in TASKS, f"unknown task {self.task!r}; choose one of {', '.join(TASKS)}")
+        require(
+            1 <= self.shortest <= self.longest and min(self.by, self.steps, self.rows) >= 1 and self.mastered > 0,
+            f"lengths {self.shortest} to {self.longest} by {self.by}, {self.steps} steps of {self.rows} rows, mastered "
+            f"below {self.mastered}: lengths must not fall, and the others are at least 1 or above 0",
+        )
+        schedules.parse(self.schedule)
+
+    def lengths(self) -> list[int]:
+        """The lengths of the rows, in order; those of the task's format."""
+        task = TASKS[self.task]
+        steps = [*range(self.shortest, self.longest, self.by), self.longest]
+        return list(dict.fromkeys(task.length(max(task.shortest, wanted)) for wanted in steps))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainedTracker:
+    """What training came to."""
+
+    model: LatentRecurrentTransformer
+    losses: list[float] = field(repr=False)
+    """One per step, in nats per asked position."""
+    grown: dict[int, int]
+    """The step at which rows of each length were first drawn."""
+    tokens: int
+    seconds: float
+
+
+def train(
+    run: TrackingRun, advance: Callable[[float, str], object] = lambda *_: None, execution: Execution = EAGER
+) -> TrainedTracker:
+    """Train from nothing. Raises FloatingPointError where a loss or gradient is not finite."""
+    task = TASKS[run.task]
+    torch.manual_seed(run.seed)
+    model = LatentRecurrentTransformer(run.model).train()
+    # The rates are the run's own: at the reference batch nothing is scaled.
+    optimiser = Optimiser(model, run.model.width, run.optim.reference_batch, run.steps, run.optim)
+    schedule = schedules.parse(run.schedule)
+    lengths, reached = run.lengths(), [0]
+    losses, tokens, begun = [], 0, time.perf_counter()
+    for step in range(run.steps):
+        generator = torch.Generator().manual_seed(STRIDE * run.seed + step)
+        drawn, asked = task.sample(run.rows, lengths[len(reached) - 1], generator)
+        loss = objective(model, drawn, asked, schedule.at(step, run.steps, run.seed), execution)
+        loss.backward()
+        norm, nats = float(clip(model, run.optim.clip)), float(loss.detach())
+        if not math.isfinite(norm + nats):
+            raise FloatingPointError(f"at step {step} the loss is {nats}, the gradient's norm {norm}")
+        optimiser.step(step)
+        losses.append(nats)
+        tokens += drawn.numel()
+        recent = losses[reached[-1] :][-PATIENCE:]
+        if len(reached) < len(lengths) and len(recent) == PATIENCE and statistics.fmean(recent) < run.mastered:
+            reached.append(step + 1)
+        advance(1, f"length {drawn.shape[1]} loss {statistics.fmean(losses[-20:]):.3f}")
+    grown = dict(zip(lengths, reached, strict=False))
+    return TrainedTracker(model.eval(), losses, grown, tokens, time.perf_counter() - begun)
+
+
+def objective(
+    model: LatentRecurrentTransformer, tokens: Tensor, asked: Tensor, schedule: Schedule, execution: Execution = EAGER
+) -> Tensor:
+    """The loss of a step over tokens, asked (B, T): `StepLoss`, or the fast way for sequential passes."""
+    if isinstance(schedule, Simple) and schedule.name == "sequential" and exact.uncovered(model.config) is None:
+        (backprop,) = schedule.arguments or (None,)
+        hidden = exact.over(model, tokens, backprop, execution)
+        return summed_nats(model, hidden, asked, execution=execution) / max(1, int((asked != IGNORED).sum()))
+    return StepLoss.of(schedule, [asked], execution=execution)(model, tokens, asked, None)
