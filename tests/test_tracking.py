@@ -211,12 +211,26 @@ def test_the_fast_loss_is_the_loss_of_the_step():
     tokens, classes = TASKS["mod5"].sample(4, 21, seeded())
     config = dataclasses.replace(small(), vocab_size=8)
     model = awake(config)
-    fast = objective(model, tokens, classes, schedules.sequential())
+    fast, final = objective(model, tokens, classes, schedules.sequential())
     hidden = refine(model, tokens, schedules.sequential()).hidden
     plain = torch.nn.functional.cross_entropy(
         model.logits(hidden).flatten(0, 1), classes.flatten(), ignore_index=IGNORED
     )
     assert fast.item() == pytest.approx(plain.item(), abs=1e-10)
+    assert final == fast.item()
+
+
+def test_mastery_is_that_of_the_last_pass():
+    model = awake(dataclasses.replace(small(), vocab_size=8))
+    tokens, classes = TASKS["mod5"].sample(4, 21, seeded())
+    schedule = schedules.multi_refinement(2)
+    loss, final = objective(model, tokens, classes, schedule)
+    nats = [
+        torch.nn.functional.cross_entropy(model.logits(h).flatten(0, 1), classes.flatten(), ignore_index=IGNORED)
+        for _, _, h in refine(model, tokens, schedule).passes
+    ]
+    assert final == pytest.approx(nats[-1].item(), abs=1e-10)
+    assert loss.item() == pytest.approx(sum(n.item() for n in nats) / 3, abs=1e-10)
 
 
 def test_a_carry_is_constant_in_size_and_can_be_carried_on():

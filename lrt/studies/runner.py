@@ -73,9 +73,15 @@ def run(study: Study, kind: Kind, file: Path, only: Sequence[str] = (), progress
                 advance(amount * cell.minutes, f"{cell.name} {text}")
 
             line = finish(study, cell, kind, told)
-            with file.open("a") as out:
-                out.write(json.dumps(line) + "\n")
+            append(file, line)
     return of(study, finished(file))
+
+
+def append(file: Path, line: Line) -> None:
+    """Add a line, on its own also where the last one was cut short."""
+    whole = not file.exists() or file.read_text()[-1:] in ("", "\n")
+    with file.open("a") as out:
+        out.write(("" if whole else "\n") + json.dumps(line) + "\n")
 
 
 def finish(study: Study, cell: Cell, kind: Kind, advance: Advance) -> Line:

@@ -27,7 +27,7 @@ TRAINING = 0.8
 class StateTracking:
     """Fields: those of TrackingRun (`model` without vocab_size), `tests` (lengths), `sequences`, `reads`.
 
-    `reads`: {task: how many} of further tests in which every answer is counted, at the training length.
+    `reads`: {task: {length, reads}}, further tests in which every answer is counted, not the last one's only.
     """
 
     def run(self, fields: Fields, advance: Advance) -> dict[str, Any]:
@@ -53,8 +53,8 @@ class StateTracking:
             result["last_state"][str(length)] = {"sequences": found.asked, "accuracy": found.accuracy}
             advance(share, f"length {length}: {found.accuracy:.1%}")
         for name, wanted in extra.items():
-            found = measure.reads(done.model, TASKS[name], run.longest, wanted, run.seed)
-            result["reads"][name] = {"reads": found.asked, "errors": found.errors}
+            found = measure.reads(done.model, TASKS[name], wanted["length"], wanted["reads"], run.seed)
+            result["reads"][name] = {"length": wanted["length"], "reads": found.asked, "errors": found.errors}
             advance(share, f"{name}: {found.errors} errors")
         return result
 

@@ -74,7 +74,7 @@ def every(answers: Tensor, classes: Tensor) -> Answers:
 
 
 def final_state(
-    model: LatentRecurrentTransformer, task: Task, length: int, rows: int = SEQUENCES, seed: int = 0, batch: int = 250
+    model: LatentRecurrentTransformer, task: Task, length: int, rows: int = SEQUENCES, seed: int = 0, batch: int = 1000
 ) -> Answers:
     """The last position's state over `rows` fresh sequences."""
     generator = torch.Generator().manual_seed(HELD_OUT + seed)
@@ -86,7 +86,7 @@ def final_state(
 
 
 def reads(
-    model: LatentRecurrentTransformer, task: Task, length: int, wanted: int, seed: int = 0, batch: int = 250
+    model: LatentRecurrentTransformer, task: Task, length: int, wanted: int, seed: int = 0, batch: int = 1000
 ) -> Answers:
     """All answers in fresh sequences, until at least `wanted` were asked for: errors are what counts."""
     generator = torch.Generator().manual_seed(HELD_OUT + seed)

@@ -24,9 +24,10 @@ from lrt import schedules
 from lrt.config import IGNORED, ModelConfig, require
 from lrt.distributed import clip
 from lrt.execution import EAGER, Execution
-from lrt.loss import StepLoss, summed_nats
+from lrt.loss import StepLoss, summed_nats, token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.optim import OptimConfig, Optimiser
+from lrt.refine import refine
 from lrt.schedules import Schedule, Simple
 from lrt.tracking import exact
 from lrt.tracking.tasks import TASKS
@@ -85,7 +86,7 @@ class TrainedTracker:
 
     model: LatentRecurrentTransformer
     losses: list[float] = field(repr=False)
-    """One per step, in nats per asked position."""
+    """One per step, in nats per asked position, under what the schedule leaves in the end."""
     grown: dict[int, int]
     """The step at which rows of each length were first drawn."""
     tokens: int
@@ -107,13 +108,13 @@ def train(
     for step in range(run.steps):
         generator = torch.Generator().manual_seed(STRIDE * run.seed + step)
         drawn, asked = task.sample(run.rows, lengths[len(reached) - 1], generator)
-        loss = objective(model, drawn, asked, schedule.at(step, run.steps, run.seed), execution)
+        loss, final = objective(model, drawn, asked, schedule.at(step, run.steps, run.seed), execution)
         loss.backward()
-        norm, nats = float(clip(model, run.optim.clip)), float(loss.detach())
-        if not math.isfinite(norm + nats):
-            raise FloatingPointError(f"at step {step} the loss is {nats}, the gradient's norm {norm}")
+        norm = float(clip(model, run.optim.clip))
+        if not math.isfinite(norm + final + float(loss.detach())):
+            raise FloatingPointError(f"at step {step} the loss is {float(loss.detach())}, the gradient's norm {norm}")
         optimiser.step(step)
-        losses.append(nats)
+        losses.append(final)
         tokens += drawn.numel()
         recent = losses[reached[-1] :][-PATIENCE:]
         if len(reached) < len(lengths) and len(recent) == PATIENCE and statistics.fmean(recent) < run.mastered:
@@ -125,10 +126,19 @@ def train(
 
 def objective(
     model: LatentRecurrentTransformer, tokens: Tensor, asked: Tensor, schedule: Schedule, execution: Execution = EAGER
-) -> Tensor:
-    """The loss of a step over tokens, asked (B, T): `StepLoss`, or the fast way for sequential passes."""
+) -> tuple[Tensor, float]:
+    """The loss of a step over tokens, asked (B, T), by the fast way for sequential passes; and what shows mastery.
+
+    That is the mean nats under what the schedule leaves in the end: its earlier passes need not be good.
+    """
+    count = max(1, int((asked != IGNORED).sum()))
     if isinstance(schedule, Simple) and schedule.name == "sequential" and exact.uncovered(model.config) is None:
         (backprop,) = schedule.arguments or (None,)
         hidden = exact.over(model, tokens, backprop, execution)
-        return summed_nats(model, hidden, asked, execution=execution) / max(1, int((asked != IGNORED).sum()))
-    return StepLoss.of(schedule, [asked], execution=execution)(model, tokens, asked, None)
+        loss = summed_nats(model, hidden, asked, execution=execution) / count
+        return loss, float(loss.detach())
+    step = StepLoss.of(schedule, [asked], execution=execution)
+    out = refine(model, tokens, schedule, execution=execution)
+    with torch.no_grad():
+        final = float(token_nats(model, out.hidden, asked).sum()) / count
+    return step.over(model, out, asked), final

@@ -1,0 +1,167 @@
+"""Studies: grids from YAML, cells run once, results in lines, tables and figures from lines alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrt.cli import main
+from lrt.progress import Advance
+from lrt.studies import grid, runner
+from lrt.studies.kinds import KINDS, kind
+from lrt.studies.tracking import StateTracking, spread, tracking_run
+
+GRID = """
+kind: tracking
+editions:
+  tiny:
+    seeds: [0, 1]
+    base: {steps: 5, model: {depth: 2, width: 8}, minutes: 2}
+    axes:
+      task: {easy: {task: parity}, hard: {task: mod5, steps: 9, minutes: 7.5}}
+      model: {lrt: , deep: {model: {depth: 4}}, none: {model: {memory: {injection: none}}}}
+    without: [[hard, none]]
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> grid.Study:
+    (tmp_path / "mine.yaml").write_text(GRID)
+    return grid.read(str(tmp_path / "mine.yaml"), "tiny")
+
+
+class Counting:
+    """A kind whose cells say how often any was run."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.ran: list[dict[str, Any]] = []
+        self.fail_at = fail_at
+
+    def run(self, fields: grid.Fields, advance: Advance) -> dict[str, Any]:
+        if len(self.ran) == self.fail_at:
+            raise KeyboardInterrupt
+        self.ran.append(fields)
+        advance(1, "done")
+        return {"steps": fields["steps"]}
+
+    def table(self, lines: Sequence[runner.Line]) -> str:
+        return ""
+
+    def figure(self, lines: Sequence[runner.Line], path: Path) -> None:
+        raise AssertionError
+
+
+def test_cells_are_the_product_of_the_axes(study: grid.Study):
+    assert study.name == "mine"
+    assert study.results == "mine.tiny.jsonl"
+    assert [cell.name for cell in study.cells[:5]] == [
+        "easy/lrt/0",
+        "easy/deep/0",
+        "easy/none/0",
+        "hard/lrt/0",
+        "hard/deep/0",
+    ]
+    assert len(study.cells) == 2 * 5
+    deep = study.cells[4]
+    assert deep.fields == {"seed": 0, "steps": 9, "task": "mod5", "model": {"depth": 4, "width": 8}}
+    assert (deep.minutes, study.cells[0].minutes) == (7.5, 2.0)
+    assert len({cell.key for cell in study.cells}) == 10
+
+
+def test_a_stopped_study_goes_on(study: grid.Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "results" / study.results
+    stopped = Counting(fail_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(study, stopped, file, progress=False)
+    assert "10 cells to run, about 42 minutes in all; 0 are done already" in capsys.readouterr().out
+    with file.open("a") as cut:
+        cut.write('{"cell": "hard/l')  # the machine went down while writing
+    goes_on = Counting()
+    lines = runner.run(study, goes_on, file, progress=False)
+    assert "7 cells to run" in capsys.readouterr().out
+    assert [line["cell"] for line in lines] == [cell.name for cell in study.cells]
+    assert stopped.ran + goes_on.ran == [cell.fields for cell in study.cells]
+    assert runner.run(study, Counting(fail_at=0), file, progress=False) == lines
+
+
+def test_only_some_cells_and_changed_ones_again(study: grid.Study, tmp_path: Path):
+    file = tmp_path / study.results
+    runner.run(study, Counting(), file, only=("hard", "deep"), progress=False)
+    assert [line["cell"] for line in runner.finished(file)] == ["hard/deep/0", "hard/deep/1"]
+    first = study.cells[4]
+    changed = dataclasses.replace(first, fields={**first.fields, "steps": 10})
+    other = dataclasses.replace(study, cells=(*study.cells[:4], changed, *study.cells[5:]))
+    assert changed.name in [cell.name for cell in runner.left(other, runner.finished(file))]
+
+
+def test_a_users_mistakes(tmp_path: Path):
+    with pytest.raises(ValueError, match="unknown study 'nothing'; choose one of state-tracking"):
+        grid.read("nothing", "tiny")
+    with pytest.raises(ValueError, match="has no edition 'huge'"):
+        grid.read("state-tracking", "huge")
+    (tmp_path / "bad.yaml").write_text("kind: tracking\neditions: {tiny: {seeds: [0], axis: {}}}")
+    with pytest.raises(ValueError, match="it needs seeds and axes"):
+        grid.read(str(tmp_path / "bad.yaml"), "tiny")
+    with pytest.raises(ValueError, match="unknown kind of study 'dance'"):
+        kind("dance")
+
+
+@pytest.mark.parametrize("name", grid.known())
+def test_the_studies_that_come_with_the_library_can_be_run(name: str):
+    study = grid.read(name, "tiny")
+    assert study.kind in KINDS
+    assert len({cell.name for cell in study.cells}) == len(study.cells)
+    assert all(0 < cell.minutes <= 30 for cell in study.cells)
+    if study.kind == "tracking":
+        for cell in study.cells:
+            tracking_run(cell.fields)
+
+
+def test_a_tracking_cell_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "mine.yaml").write_text("""
+kind: tracking
+editions:
+  tiny:
+    seeds: [0, 1]
+    base:
+      model: {depth: 1, width: 16, heads: 1, context: 32, window_pattern: S, window: 4}
+      optim: {matrix_lr: 0.02}
+      rows: 4
+      steps: 3
+      longest: 8
+      sequences: 20
+      tests: [8, 12]
+      reads: {flip_flop_dense: {length: 16, reads: 50}}
+    axes:
+      task: {flip-flop: {task: flip_flop}}
+      model: {lrt: {}, token shift: {schedule: plain(), model: {memory: {source: 0}}}}
+""")
+    arguments = ["study", str(tmp_path / "mine.yaml"), "--results", str(tmp_path)]
+    main(arguments)
+    main([*arguments, "--show"])
+    out = capsys.readouterr().out
+    assert "4 cells to run" in out
+    assert "| flip-flop | 12 | 50.0% | token shift | 2 |" in out
+    lines = [json.loads(text) for text in (tmp_path / "mine.tiny.jsonl").read_text().splitlines()]
+    assert [line["cell"] for line in lines] == [f"flip-flop/{m}/{s}" for s in (0, 1) for m in ("lrt", "token shift")]
+    assert lines[0]["result"]["last_state"]["12"]["sequences"] == 20
+    assert lines[0]["result"]["reads"]["flip_flop_dense"]["reads"] >= 50
+    assert (tmp_path / "mine.tiny.svg").read_text().startswith("<?xml")
+
+
+def test_tables_from_lines_alone():
+    lines = [
+        {
+            "choices": {"task": "parity", "model": "lrt"},
+            "fields": {"task": "parity", "longest": 40},
+            "result": {"last_state": {"256": {"sequences": 1000, "accuracy": a}}, "reads": {}},
+        }
+        for a in (0.9, 1.0)
+    ]
+    assert spread([0.9, 1.0]) == "95.0 ± 7.1"
+    assert "| parity | 256 | 50.0% | lrt | 2 | 95.0 ± 7.1 |" in StateTracking().table(lines)
