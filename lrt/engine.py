@@ -22,7 +22,7 @@ from lrt.config import require
 from lrt.decode import decoder
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.prefill import Mode, prefill
+from lrt.prefill import Mode, prefill, without_thoughts
 from lrt.prefixes import Prefixes
 from lrt.requests import Completion, Event, Finish, Logprob, Request
 from lrt.rows import Rows, rows_that_fit
@@ -80,6 +80,7 @@ class Engine:
         the others, the rest as in `lrt.prefill`. prefixes: bytes for rows of earlier requests, whose beginnings later
         prompts reuse."""
         config = model.config
+        without_thoughts(config)
         if slots is None:
             slots = config.reach + (1 if prefill == "exact" else CHUNK) if config.unbounded else config.context
         fitting = None if memory is None else rows_that_fit(model, memory, slots)
