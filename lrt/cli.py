@@ -427,7 +427,9 @@ class RunStudy:
     only: tuple[str, ...] = ()
     """Run only the cells that have all of these choices, for example parity sequential."""
     results: Path = Path("runs/studies")
-    """Folder of the results, STUDY.EDITION.jsonl and .svg."""
+    """Folder of the results, STUDY.EDITION.jsonl."""
+    figure: Path | None = None
+    """File of the figure, an SVG. None: beside the results."""
     show: bool = False
     """Run nothing: only the table and the figure of what is there."""
 
@@ -440,7 +442,7 @@ class RunStudy:
         lines = runner.of(study, runner.finished(file)) if self.show else runner.run(study, runs, file, self.only)
         print(runs.table(lines))
         if lines:
-            runs.figure(lines, file.with_suffix(".svg"))
+            runs.figure(lines, self.figure or file.with_suffix(".svg"))
 
 
 Verb = (

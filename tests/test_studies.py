@@ -111,9 +111,9 @@ def test_a_users_mistakes(tmp_path: Path):
         kind("dance")
 
 
-@pytest.mark.parametrize("name", grid.known())
-def test_the_studies_that_come_with_the_library_can_be_run(name: str):
-    study = grid.read(name, "tiny")
+@pytest.mark.parametrize(("name", "edition"), [(n, e) for n in grid.known() for e in grid.editions(n)])
+def test_the_studies_that_come_with_the_library_can_be_run(name: str, edition: str):
+    study = grid.read(name, edition)
     assert study.kind in KINDS
     assert len({cell.name for cell in study.cells}) == len(study.cells)
     assert all(0 < cell.minutes <= 30 for cell in study.cells)

@@ -350,7 +350,8 @@ def test_streams_are_counted_in_parts():
 
 @pytest.mark.slow
 def test_compiled_chunks_are_chunks():
-    model = awake(small())
+    model = awake(small(depth=1, window=3))
     tokens = torch.randint(7, (3, 24), generator=seeded())
-    found = exact.over(model, tokens, execution=Execution("always"))
-    assert (found - exact.over(model, tokens)).abs().max() < 1e-10
+    with torch.no_grad():
+        found = exact.over(model, tokens, execution=Execution("always"))
+        assert (found - exact.over(model, tokens)).abs().max() < 1e-10

@@ -74,6 +74,11 @@ def known() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in HERE.glob("*.yaml")))
 
 
+def editions(study: str) -> tuple[str, ...]:
+    """The editions of a study that comes with the library."""
+    return tuple(yaml.safe_load((HERE / f"{study}.yaml").read_text())["editions"])
+
+
 def read(study: str, edition: str) -> Study:
     """A study by its name, or from a file of one's own. ValueError that names what is wrong."""
     path = HERE / f"{study}.yaml" if study in known() else Path(study)

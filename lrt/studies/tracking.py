@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lrt import schedules
 from lrt.config import ModelConfig
+from lrt.execution import Execution
 from lrt.model.flops import count_parameters, training_flops
+from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.optim import OptimConfig
 from lrt.progress import Advance
 from lrt.studies.grid import Fields
 from lrt.studies.runner import Line
 from lrt.tracking import measure
-from lrt.tracking.tasks import TASKS
+from lrt.tracking.tasks import TASKS, Task
 from lrt.tracking.training import TrackingRun, train
 
 TRAINING = 0.8
@@ -27,6 +32,7 @@ TRAINING = 0.8
 class StateTracking:
     """Fields: those of TrackingRun (`model` without vocab_size), `tests` (lengths), `sequences`, `reads`.
 
+    `stream`: {symbols, rows, compile}, a stream with one carried state per row, together so many symbols.
     `reads`: {task: {length, reads}}, further tests in which every answer is counted, not the last one's only.
     """
 
@@ -56,6 +62,8 @@ class StateTracking:
             found = measure.reads(done.model, TASKS[name], wanted["length"], wanted["reads"], run.seed)
             result["reads"][name] = {"length": wanted["length"], "reads": found.asked, "errors": found.errors}
             advance(share, f"{name}: {found.errors} errors")
+        if "stream" in fields:
+            result["stream"] = streamed(done.model, task, fields["stream"], run.seed)
         return result
 
     def table(self, lines: Sequence[Line]) -> str:
@@ -76,6 +84,13 @@ class StateTracking:
             reads = [line["result"]["reads"][test] for line in found]
             errors = ", ".join(f"{read['errors']:,} / {read['reads']:,}" for read in reads)
             rows.append(f"| {task} | {test} | {model} | {errors} |")
+        streams = [line for line in lines if "stream" in line["result"]]
+        if streams:
+            rows += ["", "| stream | model | seed | symbols | right, % | worst tenth, % |", "|---|---|---|---|---|---|"]
+        for line in streams:
+            found, (task, model) = line["result"]["stream"], line["choices"].values()
+            scores = f"{100 * found['accuracy']:.4f} | {100 * min(found['tenths']):.4f}"
+            rows.append(f"| {task} | {model} | {line['seed']} | {found['symbols']:,} | {scores} |")
         return "\n".join(rows)
 
     def figure(self, lines: Sequence[Line], path: Path) -> None:
@@ -110,11 +125,27 @@ class StateTracking:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
+def streamed(model: LatentRecurrentTransformer, task: Task, stream: Fields, seed: int) -> dict[str, Any]:
+    """The accuracy of a stream, whole and in tenths, and how it was run."""
+    generator = torch.Generator().manual_seed(measure.HELD_OUT + seed)
+    tokens, classes = task.sample(stream["rows"], stream["symbols"] // stream["rows"], generator)
+    begun = time.perf_counter()
+    found = measure.stream(model, tokens, classes, execution=Execution(stream["compile"]))
+    return {
+        "symbols": tokens.numel(),
+        "rows": stream["rows"],
+        "accuracy": found.accuracy,
+        "tenths": [part.accuracy for part in found.parts],
+        "carried_numbers": found.carried,
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+
+
 def tracking_run(fields: Fields) -> TrackingRun:
     """The run that a cell's fields describe."""
     task = TASKS[fields["task"]]
     model = ModelConfig.from_dict({**fields["model"], "vocab_size": task.vocabulary})
-    rest = {k: v for k, v in fields.items() if k not in ("model", "optim", "tests", "sequences", "reads")}
+    rest = {k: v for k, v in fields.items() if k not in ("model", "optim", "tests", "sequences", "reads", "stream")}
     return TrackingRun(model=model, optim=OptimConfig(**fields["optim"]), **rest)
 
 
