@@ -432,6 +432,8 @@ class RunStudy:
     """File of the figure, an SVG. None: beside the results."""
     show: bool = False
     """Run nothing: only the table and the figure of what is there."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Where cells run: one process for each, side by side. cpu; or for example cuda:0 cuda:1."""
 
     def run(self) -> None:
         from lrt.studies import grid, runner
@@ -439,7 +441,12 @@ class RunStudy:
 
         study = grid.read(self.study, self.edition)
         file, runs = self.results / study.results, kind(study.kind)
-        lines = runner.of(study, runner.finished(file)) if self.show else runner.run(study, runs, file, self.only)
+        if len(self.devices) > 1 and not self.show:
+            same = ["study", self.study, "--edition", self.edition, "--results", str(self.results)]
+            runner.on_devices([*same, *(["--only", *self.only] if self.only else [])], self.devices)
+        elif not self.show:
+            runner.run(study, runs, file, self.only, device=self.devices[0])
+        lines = runner.of(study, runner.finished(file))
         print(runs.table(lines))
         if lines:
             runs.figure(lines, self.figure or file.with_suffix(".svg"))

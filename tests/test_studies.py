@@ -42,7 +42,10 @@ class Counting:
         self.ran: list[dict[str, Any]] = []
         self.fail_at = fail_at
 
-    def run(self, fields: grid.Fields, advance: Advance) -> dict[str, Any]:
+    def minutes(self, cell: grid.Cell, device: str) -> float:
+        return cell.minutes
+
+    def run(self, fields: grid.Fields, advance: Advance, device: str) -> dict[str, Any]:
         if len(self.ran) == self.fail_at:
             raise KeyboardInterrupt
         self.ran.append(fields)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from lrt.data.loader import Windows, windows
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.decode import decoder
-from lrt.distributed import ALONE
+from lrt.distributed import Alone
 from lrt.evaluate import BATCH, bits_per_byte, evaluate, live
 from lrt.matching import step_time_ratio
 from lrt.model.flops import count_parameters, forward_flops
@@ -132,22 +133,20 @@ class Language:
     def __init__(self, figure: comparisons.Draw = comparisons.frontier) -> None:
         self.draw = figure
 
-    def minutes(self, cell: Cell) -> float:
-        """From a few timed steps and decoded tokens."""
-        fields = cell.fields
-        alike = {k: v for k, v in fields.items() if k not in ("seed", "rate")}
-        return estimated(_Frozen(alike))
+    def minutes(self, cell: Cell, device: str) -> float:
+        """From a few timed steps and decoded tokens; seeds and rates take as long as each other."""
+        return estimated(json.dumps({**cell.fields, "seed": 0, "rate": 1}, sort_keys=True), device)
 
-    def run(self, fields: Fields, advance: Advance) -> dict[str, Any]:
+    def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
         data = text(fields.get("text", STDLIB))
         run = run_of(fields, data.vocab_size)
         other = baseline(run, fields)
-        ratio = 1.0 if run.model == other.model else step_time_ratio(run, other, data, ALONE)
+        ratio = 1.0 if run.model == other.model else step_time_ratio(run, other, data, Alone(device))
         run = equalled(run, other, fields.get("equal", "tokens"), ratio)
         result = {"run": run.to_dict(), "data": data.fingerprint, **sizes(run), "step_ratio": ratio}
         begun = time.perf_counter()
         try:
-            model, trained = train(run, data, advance)
+            model, trained = train(run, data, device, advance)
         except Diverged as error:
             return {**result, "diverged": str(error)}
         result |= {
@@ -155,7 +154,7 @@ class Language:
             "tokens": trained.tokens,
             "training_flops": trained.flops,
             "train_seconds": round(time.perf_counter() - begun, 1),
-            "decode_ratio": decode_ratio(model, LatentRecurrentTransformer(other.model)),
+            "decode_ratio": decode_ratio(model, LatentRecurrentTransformer(other.model).to(device)),
         }
         result |= scored(model, data, run, fields)
         advance(1 - TRAINING, f"live {result['test']['live_bpb']:.4f}")
@@ -186,9 +185,9 @@ def sizes(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def train(run: RunConfig, data: Prepared, advance: Advance) -> tuple[LatentRecurrentTransformer, Any]:
+def train(run: RunConfig, data: Prepared, device: str, advance: Advance) -> tuple[LatentRecurrentTransformer, Any]:
     """A run from its start to its end, in memory."""
-    training = Training(run, data, "cpu")
+    training = Training(run, data, device)
     losses = []
     try:
         for step in range(run.steps):
@@ -222,35 +221,29 @@ def scored(model: LatentRecurrentTransformer, data: Prepared, run: RunConfig, fi
 
 def decode_ratio(model: LatentRecurrentTransformer, other: LatentRecurrentTransformer, rounds: int = 5) -> float:
     """Time of a decoded token over that of the other model, one row, in turn: the median of the pairs."""
-    work = {}
+    work, device = {}, model.embedding.weight.device
     for name, each in (("this", model), ("other", other)):
         way = decoder(each.eval(), each.empty_state(1, DECODED))
 
         def decode(way: Any = way) -> None:
             for position in range(DECODED):
-                way.logits(way(torch.zeros(1, dtype=torch.long), [position]))
+                way.logits(way(torch.zeros(1, dtype=torch.long, device=device), [position]))
 
         work[name] = decode
-    times = alternate(work, rounds, progress=False)
+    times = alternate(work, rounds, device=device, progress=False)
     model.train()
     return times["this"].ratio(times["other"])[0]
 
 
-class _Frozen(dict[str, Any]):
-    """Fields that a cache can tell apart."""
-
-    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return hash(repr(sorted(self.items())))
-
-
 @functools.cache
-def estimated(fields: _Frozen) -> float:
-    """Minutes of a cell, from timed steps and decoded tokens; its ratio of step times is taken as that of the FLOPs."""
+def estimated(spelled: str, device: str) -> float:
+    """Minutes of a cell, by its fields in JSON; its ratio of step times is taken as that of the FLOPs."""
+    fields: Fields = json.loads(spelled)
     data = text(fields.get("text", STDLIB))
-    run = run_of({**fields, "seed": 0}, data.vocab_size)
-    other = baseline(run, {**fields, "seed": 0})
+    run = run_of(fields, data.vocab_size)
+    other = baseline(run, fields)
     run = equalled(run, other, fields.get("equal", "tokens"), run.flops_per_token / other.flops_per_token)
-    training = Training(run, data, "cpu")
+    training = Training(run, data, device)
     training.step()
     begun = time.perf_counter()
     for _ in range(STEPS):
@@ -260,7 +253,7 @@ def estimated(fields: _Frozen) -> float:
     way = decoder(training.model.eval(), training.model.empty_state(BATCH, DECODED))
     begun = time.perf_counter()
     for position in range(DECODED):
-        way.logits(way(torch.zeros(BATCH, dtype=torch.long), [position] * BATCH))
+        way.logits(way(torch.zeros(BATCH, dtype=torch.long, device=device), [position] * BATCH))
     each = (time.perf_counter() - begun) / (DECODED * BATCH)
     scores = 4 if training.model.config.memory.remembered(training.model.config.depth) else 2  # with two ablations
     return (spent + scores * fields.get("targets", 50_000) * each) / 60
