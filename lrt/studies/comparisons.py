@@ -259,7 +259,8 @@ def scaling_table(lines: Sequence[Line]) -> str:
             continue
         compute, loss = zip(*points, strict=True)
         law, drawn = scaling.fit(compute, loss), scaling.bootstrap(compute, loss)
-        there, laws_there = scaling.fit(*zip(*base, strict=True)), scaling.bootstrap(*zip(*base, strict=True))
+        base_compute, base_loss = zip(*base, strict=True)
+        there, laws_there = scaling.fit(base_compute, base_loss), scaling.bootstrap(base_compute, base_loss)
         floor, exponent = (scaling.estimate(law, drawn, q) for q in (lambda p: p.floor, lambda p: p.exponent))
         gain = scaling.multiplier(there, laws_there, compute[-1], loss[-1])
         rows.append(f"| {name} | {len(points)} | {floor} | {exponent} | {gain} |")

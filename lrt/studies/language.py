@@ -7,7 +7,7 @@ A cell's fields are plain data:
     widened_to  a family whose number of parameters every MLP is widened to (contract, section 5); none: as it is
     text        a prepared folder's name under TEXTS; stdlib is prepared where it is missing
     horizon     of the Transformer, as in RunConfig; equal: tokens | compute | wall_clock says what others share with it
-    rate        a factor on all learning rates; optim and batch_size as in RunConfig
+    rate        a factor on all learning rates; optim, batch_size, device_batch and precision as in RunConfig
     targets     tokens scored on val and on test; settling: tokens on which 64 refinements are run, 0 for none
 """
 
@@ -54,7 +54,7 @@ BASELINE = "transformer"
 EQUAL = ("tokens", "compute", "wall_clock")
 FIELDS = {
     "seed", "family", "model", "schedule", "size", "widened_to", "text", "horizon", "equal", "rate", "optim",
-    "batch_size", "targets", "settling",
+    "batch_size", "device_batch", "precision", "targets", "settling",
 }  # fmt: skip
 TRAINING = 0.8
 """The part of a cell's time that training takes, for the bar."""
@@ -101,6 +101,8 @@ def run_of(fields: Fields, vocab_size: int) -> RunConfig:
         optim=dataclasses.replace(optim, **rates),
         schedule=fields.get("schedule", recipes.rivals(model.depth)[fields["family"]].schedule),
         batch_size=fields["batch_size"],
+        device_batch=fields.get("device_batch"),
+        precision=fields.get("precision", "float32"),
         horizon=fields["horizon"],
         seed=fields["seed"],
     )
