@@ -421,7 +421,8 @@ class RunStudy:
     """Run a study's grid, cell by cell, and show its table and figure. What is done is skipped; stopped, it goes on."""
 
     study: tyro.conf.Positional[str]
-    """A study that comes with the library (state-tracking), or a .yaml file of one's own."""
+    """A study that comes with the library (rivals, schedule, source, injection, scaling, state-tracking), or a .yaml
+    file of one's own."""
     edition: str = "tiny"
     """Which of its sizes: tiny is for two CPU cores."""
     only: tuple[str, ...] = ()
