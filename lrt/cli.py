@@ -442,11 +442,13 @@ class RunStudy:
 
         study = grid.read(self.study, self.edition)
         file, runs = self.results / study.results, kind(study.kind)
-        if len(self.devices) > 1 and not self.show:
+        require(len(self.devices) > 0, "no device is given; name at least one, such as cpu")
+        first, *others = self.devices
+        if others and not self.show:
             same = ["study", self.study, "--edition", self.edition, "--results", str(self.results)]
             runner.on_devices([*same, *(["--only", *self.only] if self.only else [])], self.devices)
         elif not self.show:
-            runner.run(study, runs, file, self.only, device=self.devices[0])
+            runner.run(study, runs, file, self.only, device=first)
         lines = runner.of(study, runner.finished(file))
         print(runs.table(lines))
         if lines:

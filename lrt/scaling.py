@@ -42,8 +42,11 @@ class PowerLaw:
         return self.unit * ((loss - self.floor) / self.scale) ** (-1 / self.exponent)
 
 
-def fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
-    """The law nearest to the points, by least squares of the logarithm of the loss. ValueError below 4 points."""
+def fit(compute: Sequence[float], loss: Sequence[float], near: PowerLaw | None = None) -> PowerLaw:
+    """The law nearest to the points, by least squares of the logarithm of the loss. ValueError below 4 points.
+
+    Begun from three shares of the floor, or at a law of the same compute that is `near` already.
+    """
     from scipy.optimize import least_squares
 
     require(
@@ -52,9 +55,18 @@ def fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
     x, y = np.log(np.asarray(compute, dtype=float)), np.log(np.asarray(loss, dtype=float))
     middle = float(x.mean())
 
-    def residuals(p: np.ndarray) -> np.ndarray:
+    def terms(p: np.ndarray) -> tuple[float, np.ndarray, float]:
         floor, scale, exponent = np.exp(p)
-        return np.log(floor + scale * np.exp(-exponent * (x - middle))) - y
+        return floor, scale * np.exp(-exponent * (x - middle)), exponent
+
+    def residuals(p: np.ndarray) -> np.ndarray:
+        floor, power, _ = terms(p)
+        return np.log(floor + power) - y
+
+    def slopes(p: np.ndarray) -> np.ndarray:
+        floor, power, exponent = terms(p)
+        columns = [np.full_like(x, floor), power, -exponent * (x - middle) * power]
+        return np.stack(columns, 1) / (floor + power)[:, None]
 
     lowest = math.exp(float(y.min()))
     slope = max(1e-3, -float(np.polyfit(x, y, 1)[0]))
@@ -62,7 +74,10 @@ def fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
     starts = [
         np.log([share * lowest, (1 - share) * lowest, min(2.0, slope / (1 - share))]) for share in (0.1, 0.5, 0.8)
     ]
-    found = min((least_squares(residuals, start, bounds=bounds) for start in starts), key=lambda r: r.cost)
+    if near is not None:
+        starts = [np.log([near.floor, near.scale, near.exponent])]
+    begun = [np.clip(start, np.add(bounds[0], 1e-6), np.subtract(bounds[1], 1e-6)) for start in starts]
+    found = min((least_squares(residuals, start, slopes, bounds=bounds) for start in begun), key=lambda r: r.cost)
     floor, scale, exponent = (float(v) for v in np.exp(found.x))
     return PowerLaw(floor, scale, exponent, math.exp(middle))
 
@@ -81,7 +96,9 @@ def bootstrap(
     residuals -= residuals.mean()
     residuals *= math.sqrt(len(residuals) / (len(residuals) - 3))  # three parameters were fitted to them
     generator = np.random.default_rng(seed)
-    return [fit(compute, list(fitted * np.exp(generator.choice(residuals, len(residuals))))) for _ in range(resamples)]
+    return [
+        fit(compute, list(fitted * np.exp(generator.choice(residuals, len(residuals)))), law) for _ in range(resamples)
+    ]
 
 
 @dataclass(frozen=True)

@@ -299,7 +299,8 @@ def test_every_rival_trains(name: str):
     rival = recipes.rivals(2)[name]
     model = random_model(rival.model(replace(NONE, mlp_width=20)))
     tokens = random_tokens()
-    passes = schedules.parse(rival.schedule).drawn()
+    # A chunk as long as the text would leave the memory unread.
+    passes = schedules.parse(rival.schedule.replace("chunked(64)", "chunked(4)")).drawn()
     loss = StepLoss.of(passes, [tokens])(model, tokens, tokens, None)
     found = torch.autograd.grad(loss, list(model.parameters()))
     assert all(float(g.abs().max()) > 0 for g in found)
