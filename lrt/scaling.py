@@ -77,7 +77,11 @@ def fit(compute: Sequence[float], loss: Sequence[float], near: PowerLaw | None =
     if near is not None:
         starts = [np.log([near.floor, near.scale, near.exponent])]
     begun = [np.clip(start, np.add(bounds[0], 1e-6), np.subtract(bounds[1], 1e-6)) for start in starts]
-    found = min((least_squares(residuals, start, slopes, bounds=bounds) for start in begun), key=lambda r: r.cost)
+    ways = [
+        least_squares(residuals, start, slopes, bounds=bounds)  # pyright: ignore[reportArgumentType]  # a name, it says
+        for start in begun
+    ]
+    found = min(ways, key=lambda way: way.cost)
     floor, scale, exponent = (float(v) for v in np.exp(found.x))
     return PowerLaw(floor, scale, exponent, math.exp(middle))
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +148,21 @@ def test_what_another_process_runs_is_left_to_it(swept: grid.Study, tmp_path: Pa
         os.utime(mine, (old, old))
         runner.run(swept, kind, file, progress=False)
     assert len(kind.ran) == 6
+
+
+def test_the_claim_of_a_dead_process_of_this_machine_is_nobodys(swept: grid.Study, tmp_path: Path):
+    file = tmp_path / swept.results
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    path = runner.claim_file(file, swept.cells[0])
+    path.parent.mkdir()
+    for owner, held in (
+        (f"{platform.node()} {dead.stdout.strip()}", False),
+        (f"elsewhere {dead.stdout.strip()}", True),
+    ):
+        path.write_text(owner)
+        assert runner.claimed(path) is held
+    path.write_text(f"{platform.node()} {os.getpid()}")
+    assert runner.claimed(path)
 
 
 def test_a_swept_axis_must_be_there(tmp_path: Path):

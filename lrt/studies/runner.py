@@ -1,8 +1,8 @@
 """Run a study: cell by cell, each finished one a JSON line. What is done is skipped, so a stopped study goes on.
 
 Several processes, on one machine or on several that share the folder, may run one study: each claims a cell before it
-runs it (`claims`). A claim is a file that its process touches as it goes on; one that was not touched for an hour is
-nobody's.
+runs it. A claim is a file that its process touches as it goes on; one whose process has died (on this machine), or that
+was not touched for an hour (on another), is nobody's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -151,9 +152,24 @@ def claim_file(file: Path, cell: Cell) -> Path:
 def claimed(path: Path) -> bool:
     """Whether a process works on a cell."""
     try:
-        return time.time() - path.stat().st_mtime < ABANDONED
+        host, _, process = path.read_text().partition(" ")
+        fresh = time.time() - path.stat().st_mtime < ABANDONED
     except FileNotFoundError:
         return False
+    if host == platform.node() and process.isdigit():  # of this machine it is known at once
+        return fresh and alive(int(process))
+    return fresh
+
+
+def alive(process: int) -> bool:
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 @contextmanager
@@ -164,7 +180,8 @@ def claim(file: Path, cell: Cell) -> Iterator[Path | None]:
     if path.exists() and not claimed(path):
         path.unlink(missing_ok=True)
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        with path.open("x") as made:
+            made.write(f"{platform.node()} {os.getpid()}")
     except FileExistsError:
         yield None
         return
