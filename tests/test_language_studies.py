@@ -155,10 +155,8 @@ def test_the_claim_of_a_dead_process_of_this_machine_is_nobodys(swept: grid.Stud
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     path = runner.claim_file(file, swept.cells[0])
     path.parent.mkdir()
-    for owner, held in (
-        (f"{platform.node()} {dead.stdout.strip()}", False),
-        (f"elsewhere {dead.stdout.strip()}", True),
-    ):
+    gone = dead.stdout.strip()
+    for owner, held in ((f"{platform.node()} {gone}", False), (f"elsewhere {gone}", True)):
         path.write_text(owner)
         assert runner.claimed(path) is held
     path.write_text(f"{platform.node()} {os.getpid()}")
