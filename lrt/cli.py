@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -29,17 +27,19 @@ from lrt.device import chosen_device
 from lrt.diagnose import corpus_names, diagnose, score_corpora, subject
 from lrt.distributed import Alone
 from lrt.execution import Execution
+from lrt.extras import extra
 from lrt.keeping import Keeping
 from lrt.matching import Other, compare, matched_all
 from lrt.model.flops import count_parameters
 from lrt.nanochat import import_checkpoint
 from lrt.resultlines import lines
 from lrt.run import RunConfig
+from lrt.serve.command import Serve
 from lrt.terminal import Chat, Sample
 from lrt.trainer import train
 from lrt.watching import Watching, warn
 
-ABOUT = "Prepare text, train latent recurrent transformers, score them live, and let them write."
+ABOUT = "Prepare text, train latent recurrent transformers, score them live, let them write, and serve them."
 Paths = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE…")]
 if TYPE_CHECKING:
     Recipe = RunConfig
@@ -47,17 +47,6 @@ else:  # one subcommand per recipe, whose fields the command line overrides
     Recipe = tyro.extras.subcommand_type_from_defaults(
         {name: make() for name, make in recipes.RECIPES.items()}, prefix_names=False
     )
-
-
-@contextmanager
-def extra(name: str, what: str) -> Iterator[None]:
-    """A block that imports what an optional extra installs; ValueError that names it where it is not there."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{what} needs the package {error.name}; install it with pip install 'latent-recurrent-transformer[{name}]'"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -456,7 +445,7 @@ class RunStudy:
 
 
 Verb = (
-    Prepare | Train | Evaluate | Diagnose | Report | Sample | Chat | Calibrate | Bench | Export | Import | Demo
+    Prepare | Train | Evaluate | Diagnose | Report | Sample | Chat | Serve | Calibrate | Bench | Export | Import | Demo
     | Annotated[RunStudy, tyro.conf.subcommand("study")]
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,13 +66,27 @@ def settled_state(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Te
     return out.hidden, out.state
 
 
-@torch.no_grad()
-def layers(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[str, Any]]:
-    """Per block, over inputs (B, T) with their exact memory: γ, mean gates, and how large the injections are.
+@dataclass(frozen=True)
+class BlockInside:
+    """What one block adds of the memory, at every position."""
 
-    Ratios are of root mean squares, gates included: γ m over the residual stream it is added to, U_k m over W_k u, and
-    U_v m over W_v u, per channel.
-    """
+    layer: int
+    injected: bool
+    stream: Tensor
+    """(B, T, D): the residual stream that the memory is added to."""
+    gamma: list[float] | None
+    """By channel."""
+    gates: Tensor | None
+    """(B, T, 1 + C, G): local, then one per channel. None where keys and values get no memory."""
+    local: dict[str, Tensor]
+    """`key` and `value`: g_loc · W u (B, T, G, K)."""
+    added: dict[str, Tensor]
+    """`key` and `value`: g_mem · U m (C, B, T, G, K)."""
+
+
+@torch.no_grad()
+def inside(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tensor, list[BlockInside]]:
+    """The memory (C, B, T, D) that each position of inputs (B, T) reads when decoding live, and what blocks add."""
     _, state = settled_state(model, inputs)
     heard: dict[int, tuple[Tensor, Tensor]] = {}
     length = inputs.shape[1]
@@ -82,28 +97,69 @@ def layers(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[str, 
     injected = model.config.memory.injected(model.config.depth)
     found = []
     for number, block in enumerate(blocks_of(model), 1):
-        row: dict[str, Any] = {"layer": number, "injected": number in injected}
         stream, u = heard[number]
-        if isinstance(block.injection, Residual):
-            row["gamma"] = block.injection.gamma.tolist()
-            row["residual_ratio"] = [
-                abs(gamma) * rms_of(m) / rms_of(stream) for gamma, m in zip(row["gamma"], memory, strict=True)
-            ]
+        gamma = block.injection.gamma.tolist() if isinstance(block.injection, Residual) else None
+        gates, local, added = None, {}, {}
         if isinstance(block.injection, KeyValue) and isinstance(model.projection, Projection):
-            gates = 2 * torch.sigmoid(block.injection.gate(u)).unflatten(
-                -1, (-1, block.injection.groups)
-            )  # (B, T, 1 + C, G)
-            row["gates"] = gates.mean((0, 1)).tolist()
-            row["gate_spread"] = gates.std((0, 1)).tolist()
+            groups = block.injection.groups
+            gates = 2 * torch.sigmoid(block.injection.gate(u)).unflatten(-1, (-1, groups))
             which = injected.index(number) if len(projected) > 1 else 0
             own = {"key": block.attention.key, "value": block.attention.value}
-            for (name, local), part in zip(own.items(), projected[which], strict=True):
-                local = local(u).unflatten(-1, (block.injection.groups, -1))
-                ours = gates[:, :, 1:].permute(2, 0, 1, 3).unsqueeze(-1) * part  # (C, B, T, G, K)
-                row[f"{name}_ratio"] = [
-                    rms_of(channel) / rms_of(gates[:, :, 0].unsqueeze(-1) * local) for channel in ours
-                ]
+            for (name, product), part in zip(own.items(), projected[which], strict=True):
+                local[name] = gates[:, :, 0].unsqueeze(-1) * product(u).unflatten(-1, (groups, -1))
+                added[name] = gates[:, :, 1:].permute(2, 0, 1, 3).unsqueeze(-1) * part
+        found.append(BlockInside(number, number in injected, stream, gamma, gates, local, added))
+    return memory, found
+
+
+def layers(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[str, Any]]:
+    """Per block, over inputs (B, T) with their exact memory: γ, mean gates, and how large the injections are.
+
+    Ratios are of root mean squares, gates included: γ m over the residual stream it is added to, U_k m over W_k u, and
+    U_v m over W_v u, per channel.
+    """
+    memory, blocks = inside(model, inputs)
+    found = []
+    for block in blocks:
+        row: dict[str, Any] = {"layer": block.layer, "injected": block.injected}
+        if block.gamma is not None:
+            row["gamma"] = block.gamma
+            row["residual_ratio"] = [
+                abs(gamma) * rms_of(m) / rms_of(block.stream) for gamma, m in zip(block.gamma, memory, strict=True)
+            ]
+        if block.gates is not None:
+            row["gates"] = block.gates.mean((0, 1)).tolist()
+            row["gate_spread"] = block.gates.std((0, 1)).tolist()
+            for name, local in block.local.items():
+                row[f"{name}_ratio"] = [rms_of(channel) / rms_of(local) for channel in block.added[name]]
         found.append(row)
+    return found
+
+
+def by_token(model: LatentRecurrentTransformer, inputs: Tensor) -> dict[str, Any]:
+    """The same at every position of inputs (1, T): plain data, a list over T for each quantity.
+
+    norm: ‖m‖ / √D of the memory read, by channel (RMS-normalised, a single source has 1; 0 where
+    nothing is read); change: ‖m − m before‖ / √D; blocks: mean gates over heads, and the ratios of `layers`.
+    """
+    memory, blocks = inside(model, inputs)
+    memory = memory[:, 0].float()  # (C, T, D)
+    root = memory.shape[-1] ** 0.5
+    moved = torch.diff(memory, dim=1, prepend=torch.zeros_like(memory[:, :1]))
+    found: dict[str, Any] = {
+        "norm": (memory.norm(dim=-1) / root).tolist(),
+        "change": (moved.norm(dim=-1) / root).tolist(),
+        "blocks": [],
+    }
+    for block in blocks:
+        if block.gates is None:
+            continue
+        gates = block.gates[0].mean(-1)  # (T, 1 + C)
+        row: dict[str, Any] = {"layer": block.layer, "local": gates[:, 0].tolist(), "memory": gates[:, 1:].T.tolist()}
+        for name, local in block.local.items():
+            sizes = block.added[name][:, 0].flatten(2).norm(dim=-1)  # (C, T)
+            row[f"{name}_ratio"] = (sizes / local[0].flatten(1).norm(dim=-1)).tolist()
+        found["blocks"].append(row)
     return found
 
 

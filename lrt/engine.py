@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lrt.calibration import Calibration
+from lrt.calibration import Calibration, fallback
 from lrt.certificate import Certificate
 from lrt.config import require
 from lrt.decode import decoder
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.prefill import Mode, prefill, without_thoughts
+from lrt.prefill import Mode, by_tokens, prefill, without_thoughts
 from lrt.prefixes import Prefixes
 from lrt.requests import Completion, Event, Finish, Logprob, Request
 from lrt.rows import Rows, rows_that_fit
@@ -74,11 +74,13 @@ class Engine:
         memory: int | None = None,
         prefixes: int = 0,
         calibration: Calibration | None = None,
+        prompts: int | None = None,
     ) -> None:
         """rows: sequences decoded at once (8; as many as fit where `memory`, in bytes, is given, which is their limit).
         slots: the longest a sequence may become (the context). prefill: `exact` feeds prompts token by token among
         the others, the rest as in `lrt.prefill`. prefixes: bytes for rows of earlier requests, whose beginnings later
-        prompts reuse."""
+        prompts reuse. prompts: how many are prefilled in parallel in one step at most, so that the others' tokens do
+        not wait for long; with 1 a prompt is computed as it would be alone, whatever arrives beside it."""
         config = model.config
         without_thoughts(config)
         if slots is None:
@@ -90,7 +92,9 @@ class Engine:
             fitting is None or rows <= fitting,
             f"{rows} rows of {slots} slots exceed the {memory} bytes given, which hold {fitting}; give fewer rows",
         )
-        self.model, self.calibration = model, calibration
+        require(prompts is None or prompts >= 1, f"prompts is {prompts}; give at least 1 per step, or None: no limit")
+        self.model, self.prompts = model, prompts
+        self.calibration = calibration or fallback(model.embedding.weight.device)
         self.prefill: Mode = prefill
         self.decoder = decoder(model, model.empty_state(rows, slots), mode)
         self.rows = Rows(self.decoder)
@@ -126,30 +130,34 @@ class Engine:
             self.waiting.extend(jobs)
         return number
 
-    def cancel(self, number: int) -> None:
-        """End a request; its rows are free at once. One that is done, or unknown, stays as it is."""
-        for job in [job for job in self.waiting if job.number == number]:
+    def cancel(self, number: int, sample: int | None = None) -> None:
+        """End a request, or one sample of it; rows are free at once. What is done, or unknown, stays as it is."""
+
+        def meant(jobs: Iterable[Job]) -> list[Job]:
+            return [job for job in jobs if job.number == number and sample in (None, job.sample)]
+
+        for job in meant(self.waiting):
             self.waiting.remove(job)
             self.ended.append(self._finish(job, "cancelled"))
-        for job in [job for job in self.running if job.number == number]:
+        for job in meant(self.running):
             self._leave(job)
             self.ended.append(self._finish(job, "cancelled"))
 
     def step(self) -> list[Event]:
-        """One token for every row in use; returns what was drawn, and which samples ended."""
+        """One token for every row in use (two where its prompt was just prefilled); returns what was drawn, and which
+        samples ended."""
         events, self.ended = self.ended, []
-        fresh = self._admit()
-        ready, hidden = self._prefilled(fresh) if self.prefill != "exact" else ([], None)
-        # Without parallel prefill every row in use is fed; with it those just prefilled already stand at their end.
-        if hidden is None and self.running:
+        for jobs, hidden in self._prefilled(self._admit()):  # they already stand at their prompt's end
+            events += self._draw(jobs, hidden)
+        if self.running:
             tokens = torch.tensor([job.tokens[job.fed] for job in self.running], device=self.rows.state.tokens.device)
             hidden = self.decoder(tokens, [job.fed for job in self.running])
             for job in self.running:
                 job.fed += 1
             ready = [i for i, job in enumerate(self.running) if job.fed == len(job.tokens)]
             hidden = hidden if len(ready) == len(self.running) else hidden[ready]
-        if ready and hidden is not None:
-            events += self._draw([self.running[i] for i in ready], hidden)
+            if ready:
+                events += self._draw([self.running[i] for i in ready], hidden)
         return events
 
     def stream(self, request: Request) -> Iterator[Event]:
@@ -184,8 +192,10 @@ class Engine:
 
     def _admit(self) -> list[Job]:
         """Waiting jobs into free rows, in order, each with the beginning that is known already."""
-        fresh = []
-        while self.waiting and self.rows.free:
+        fresh: list[Job] = []
+        while (
+            self.waiting and self.rows.free and (self.prompts is None or sum(map(self._sweeps, fresh)) < self.prompts)
+        ):
             job = self.waiting[0]
             first = job.sample > 0 and job.fork is None and self._prompted(job.number)
             if first:  # its prompt is being computed for the first sample; it waits for that
@@ -208,33 +218,52 @@ class Engine:
         """Whether the first sample of a request is still busy with the prompt."""
         return any(job.number == number and not job.new for job in self.running)
 
-    def _prefilled(self, fresh: Sequence[Job]) -> tuple[list[int], Tensor | None]:
-        """Compute the prompts of new rows in parallel: their row numbers and last hidden states (n, D)."""
-        rows = [i for i, job in enumerate(self.running) if job in fresh and len(job.tokens) - job.fed > 1]
-        if not rows:
-            return [], None
-        jobs = [self.running[i] for i in rows]
+    def _mode(self, job: Job) -> Mode:
+        return job.request.prefill or self.prefill
+
+    def _sweeps(self, job: Job) -> bool:
+        """Whether a new row's prompt is computed in parallel: else it is fed among the others' tokens."""
+        mode, left = self._mode(job), len(job.tokens) - job.fed
+        if mode == "exact" or left <= 1:
+            return False
+        reason = by_tokens(self.model, mode, left, 1, self.calibration)
+        if reason is not None:
+            job.certificate = Certificate("exact", reason, left)
+        return reason is None
+
+    def _prefilled(self, fresh: Sequence[Job]) -> list[tuple[list[Job], Tensor]]:
+        """Compute the prompts of new rows in parallel, mode by mode: jobs and their last hidden states (n, D)."""
+        groups: dict[Mode, list[Job]] = {}
+        for job in fresh:
+            if self._sweeps(job):
+                groups.setdefault(self._mode(job), []).append(job)
+        return [self._prefill(jobs, mode) for mode, jobs in groups.items()]
+
+    def _prefill(self, jobs: list[Job], mode: Mode) -> tuple[list[Job], Tensor]:
+        rows = [self.running.index(job) for job in jobs]
         parts = [torch.tensor(job.tokens[job.fed :]) for job in jobs]
         device = self.rows.state.tokens.device
         tokens = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
         state = self.rows.state.select(torch.tensor(rows, device=device))
         lengths = torch.tensor([len(part) for part in parts], device=device)
-        out = prefill(self.model, tokens, state, self.prefill, lengths, self.calibration)
+        out = prefill(self.model, tokens, state, mode, lengths, self.calibration)
         for i, (row, job) in enumerate(zip(rows, jobs, strict=True)):
             job.fed = len(job.tokens)
             job.certificate = out.report.rows[i]
             self.rows.copy(row, out.state, i, job.fed)
-        return rows, out.hidden.squeeze(1)
+        return jobs, out.hidden.squeeze(1)
 
     def _draw(self, jobs: Sequence[Job], hidden: Tensor) -> list[Event]:
         """The next token of jobs whose tokens are all fed, from hidden (n, D)."""
         logits = self.decoder.logits(hidden)
         seeds = [(job.seed, len(job.tokens)) for job in jobs]
-        drawn = draw_rows(logits, [job.request.sampling for job in jobs], seeds).tolist()
+        steered = self._steered(jobs, logits)
+        drawn = draw_rows(steered, [job.request.sampling for job in jobs], seeds).tolist()
         events = []
         for i, (job, token) in enumerate(zip(jobs, drawn, strict=True)):
             if job.sample == 0 and not job.new:
                 self._fork(job)
+            certificate = None if job.new else job.certificate
             job.tokens.append(token)
             logprob = None
             if job.request.logprobs is not None:
@@ -244,8 +273,17 @@ class Engine:
             if finish is not None:
                 self._leave(job)
                 self._finish(job, finish)
-            events.append(Event(job.number, job.sample, token, finish, logprob))
+            events.append(Event(job.number, job.sample, token, finish, logprob, certificate))
         return events
+
+    def _steered(self, jobs: Sequence[Job], logits: Tensor) -> Tensor:
+        """Logits (n, V) with the penalties and biases of their requests."""
+        if all(job.request.steering.neutral for job in jobs):
+            return logits
+        pairs = zip(jobs, logits, strict=True)
+        return torch.stack(
+            [row if (s := job.request.steering).neutral else s.applied(row, job.new) for job, row in pairs]
+        )
 
     def _fork(self, job: Job) -> None:
         """The prompt's row for the other samples, which wait for it."""

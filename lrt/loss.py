@@ -18,7 +18,7 @@ from lrt.config import IGNORED
 from lrt.distributed import ALONE, Alone
 from lrt.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.refine import Refined, refine
+from lrt.refine import walk
 from lrt.schedules import Pass, Schedule
 
 ROWS = 1024
@@ -165,16 +165,22 @@ class StepLoss:
         self, model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor, documents: Tensor | None
     ) -> Tensor:
         """The share of micro-batch tokens, targets (B, T) in the step's loss; the shares of all ranks sum to it."""
-        return self.over(model, refine(model, tokens, self.schedule, documents, execution=self.execution), targets)
+        ran = walk(model, tokens, self.schedule, documents, execution=self.execution)
+        kept: list[Tensor | None] = []
+        for scale in self.scales:
+            _, hidden, state = next(ran)
+            kept.append(hidden if scale else None)
+            del hidden, state  # the next pass runs without them
+        return self.over(model, kept, targets)
 
-    def over(self, model: LatentRecurrentTransformer, out: Refined, targets: Tensor) -> Tensor:
-        """The same, of passes that ran already."""
-        scored = [entry for entry in zip(out.passes, self.scales, strict=True) if entry[1]]
-        # One head for all passes: its gradient is made once, and short passes share a block of rows.
-        hidden = torch.cat([hidden.flatten(0, 1) for (_, _, hidden), _ in scored])
-        wanted = torch.cat([targets[:, p.slice].flatten() for (p, _, _), _ in scored])
-        weights = [
-            torch.full((h.shape[:-1].numel(),), scale, device=h.device, dtype=at_least_float32(h))
-            for (_, _, h), scale in scored
+    def over(self, model: LatentRecurrentTransformer, hidden: Sequence[Tensor | None], targets: Tensor) -> Tensor:
+        """The same, from the hidden states (B, n, D) of every pass; None will do where the loss has no weight."""
+        scored = [
+            (h.flatten(0, 1), targets[:, p.slice].flatten(), scale)
+            for p, h, scale in zip(self.passes, hidden, self.scales, strict=True)
+            if scale and h is not None
         ]
-        return summed_nats(model, hidden, wanted, torch.cat(weights), self.execution)
+        # One head for all passes: its gradient is made once, and short passes share a block of rows.
+        rows, wanted = torch.cat([h for h, _, _ in scored]), torch.cat([t for _, t, _ in scored])
+        weights = [torch.full((len(h),), scale, device=h.device, dtype=at_least_float32(h)) for h, _, scale in scored]
+        return summed_nats(model, rows, wanted, torch.cat(weights), self.execution)

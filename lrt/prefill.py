@@ -156,20 +156,29 @@ def in_chunks(
     return hidden, state, [merged(found) for found in certificates]
 
 
+def by_tokens(
+    model: LatentRecurrentTransformer, mode: Mode, length: int, rows: int, calibration: Calibration
+) -> str | None:
+    """Why a prompt of `length` is computed token by token, among so many rows; None where it is not."""
+    if not model.config.memory.remembered(model.config.depth):
+        return None  # one forward
+    if mode == "exact":
+        return "asked for"
+    longest = calibration.break_even(calibration.plan(mode), rows)
+    return f"token by token is cheaper than sweeps up to {longest:.0f} tokens" if length <= longest else None
+
+
 def computed(
     model: LatentRecurrentTransformer, prompt: Prompt, state: State, mode: Mode, calibration: Calibration
 ) -> Computed:
     """A prompt that the state's slots hold at once: each row on the path that `mode` and the costs choose."""
     if not model.config.memory.remembered(model.config.depth):
         return at_once(model, prompt, state)
-    if mode == "exact":
-        return token_by_token(model, prompt, state, "asked for")
-    plan = calibration.plan(mode)
-    longest = calibration.break_even(plan, prompt.rows)
-    reason = f"token by token is cheaper than sweeps up to {longest:.0f} tokens"
+    reasons = [by_tokens(model, mode, n, prompt.rows, calibration) for n in prompt.lengths]
+    single = [i for i, reason in enumerate(reasons) if reason is not None]
     paths: tuple[tuple[list[int], Path], ...] = (
-        ([i for i, n in enumerate(prompt.lengths) if n <= longest], partial(token_by_token, reason=reason)),
-        ([i for i, n in enumerate(prompt.lengths) if n > longest], partial(swept, mode=mode, calibration=calibration)),
+        (single, partial(token_by_token, reason=reasons[single[0]] or "" if single else "")),
+        ([i for i, r in enumerate(reasons) if r is None], partial(swept, mode=mode, calibration=calibration)),
     )
     hidden = state.memory.new_zeros(prompt.rows, prompt.length, model.config.width)
     certificates: dict[int, Certificate] = {}

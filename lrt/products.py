@@ -49,8 +49,8 @@ class Products(NamedTuple):
     """(V, D): x_0 of every token, normalised."""
     mix: Tensor
     """(L·loops, 1 + C): what every block adds of x_0 (β) and of each memory channel (γ): one product for all blocks."""
-    projection: Tensor | None
-    """(C, D, sets·2·G·K): U_k and U_v of all layers; doubled, as the gates' factor 2 is taken into them."""
+    projection: tuple[Tensor, ...]
+    """Per channel (D, sets·2·G·K): U_k and U_v of all layers; doubled, as the gates' factor 2 is taken into them."""
     recall: Tensor | None
     """Learned weights of a summed source."""
     layers: tuple[LayerProducts, ...]
@@ -100,7 +100,7 @@ def products(model: LatentRecurrentTransformer, layout: Layout = transposed) -> 
         config=config,
         embedding=rms(rows(model.embedding)),
         mix=torch.stack(mix).repeat(config.loops, 1),
-        projection=_projection(model.projection) if isinstance(model.projection, Projection) else None,
+        projection=_projection(model.projection, layout) if isinstance(model.projection, Projection) else (),
         recall=None if weights is None else weights.clone(),
         layers=tuple(layers) * config.loops,
         head=layout(matrix(model.head)),
@@ -145,6 +145,6 @@ def rows(table: nn.Embedding) -> Tensor:
     return table(torch.arange(table.num_embeddings, device=table.weight.device))
 
 
-def _projection(projection: Projection) -> Tensor:
-    """(sets, C, 2, G·K, D) -> (C, D, sets·2·G·K), doubled."""
-    return transposed(2 * projection.weight.transpose(0, 1).flatten(1, 3))
+def _projection(projection: Projection, layout: Layout) -> tuple[Tensor, ...]:
+    """(sets, C, 2, G·K, D), doubled, as one matrix per channel."""
+    return tuple(layout(weight) for weight in 2 * projection.weight.transpose(0, 1).flatten(1, 3))

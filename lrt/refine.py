@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +19,16 @@ from lrt.model.state import State, write_copy
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules import Pass, Schedule
 
+Ran = tuple[Pass, Tensor, Tensor]
+"""(pass, its positions (n,), its hidden states (B, n, D))."""
+
 
 @dataclass(frozen=True)
 class Refined:
     """What a schedule leaves behind."""
 
-    passes: tuple[tuple[Pass, Tensor, Tensor], ...]
-    """(pass, its positions (n,), its hidden states (B, n, D)), in order."""
+    passes: tuple[Ran, ...]
+    """In order."""
     length: int
     """T."""
     last: State | PassState
@@ -58,6 +61,27 @@ def refine(
     what it holds; its own documents serve. A mixture or stages without a step are drawn (`schedule.drawn`).
     `execution` says how it is computed, not what.
     """
+    ran: list[Ran] = []
+    last: State | PassState | None = None
+    for p, hidden, current in walk(model, tokens, schedule, documents, state, execution):
+        ran.append((p, torch.arange(p.start, p.stop, p.stride), hidden))
+        last = current
+    assert last is not None
+    return Refined(tuple(ran), tokens.shape[1], last)
+
+
+def walk(
+    model: LatentRecurrentTransformer,
+    tokens: Tensor,
+    schedule: Schedule,
+    documents: Tensor | None = None,
+    state: State | None = None,
+    execution: Execution = EAGER,
+) -> Iterator[tuple[Pass, Tensor, State | PassState]]:
+    """The passes of `refine`, one after another: (pass, its hidden states (B, n, D), what it left).
+
+    For who does not want all of them at once: of a pass that was let go of, only what later passes read stays.
+    """
     batch, length = tokens.shape
     if length == 0:
         raise ValueError("there are no tokens; give at least one position (a BOS token will do)")
@@ -76,15 +100,14 @@ def refine(
         current = beginning(model.empty_state(batch, length, documents, tokens), passes, execution, places)
     else:
         current = dataclasses.replace(state, execution=execution)
-    ran: list[tuple[Pass, Tensor, Tensor]] = []
     for p in passes:
         positions = range(p.start + offset, p.stop + offset, p.stride)
         with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
             hidden, current = execution.whole_pass(model, tokens[:, p.slice], positions, current)
         if p.detach_memory:
             current = current.detach_memory()
-        ran.append((p, torch.arange(p.start, p.stop, p.stride), hidden))
-    return Refined(tuple(ran), length, current)
+        yield p, hidden, current
+        del hidden  # the next pass runs without it
 
 
 def beginning(empty: State, passes: Sequence[Pass], execution: Execution, places: int = 1) -> State | PassState:

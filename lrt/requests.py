@@ -7,7 +7,8 @@ from typing import Literal
 
 from lrt.certificate import Certificate
 from lrt.config import ModelConfig, require
-from lrt.sampling import Sampling
+from lrt.prefill import MODES, Mode
+from lrt.sampling import Sampling, Steering
 
 Finish = Literal["stop", "length", "cancelled"]
 """A stop token or sequence was drawn; `max_new_tokens` or the slots ended; it was cancelled."""
@@ -32,6 +33,10 @@ class Request:
     """Sequences of tokens that end it likewise."""
     logprobs: int | None = None
     """Give each token's log-probability (of the model, before temperature and cuts) and this many alternatives'."""
+    steering: Steering = field(default_factory=Steering)
+    """Penalties and biases."""
+    prefill: Mode | None = None
+    """How its prompt is computed; None: as the engine's others."""
 
     def check(self, config: ModelConfig, slots: int) -> None:
         """ValueError, which names value, limit and fix, where a model with so many slots cannot serve it."""
@@ -46,6 +51,12 @@ class Request:
         require(
             self.logprobs is None or 0 <= self.logprobs <= config.vocab_size,
             f"logprobs is {self.logprobs}; it must be 0 to {config.vocab_size} alternatives, or None",
+        )
+        biased = [t for t, _ in self.steering.bias if not 0 <= t < config.vocab_size]
+        require(not biased, f"token {biased[:1]} of the bias is not in the vocabulary of {config.vocab_size}")
+        require(
+            self.prefill is None or self.prefill in MODES,
+            f"prefill is {self.prefill!r}; choose one of {', '.join(MODES)}",
         )
         require(all(self.stop_sequences), "a stop sequence is empty; give at least one token in each")
         new = 1 if self.max_new_tokens is None else self.max_new_tokens
@@ -83,6 +94,8 @@ class Event:
     """None where it ended without another token."""
     finish: Finish | None = None
     logprob: Logprob | None = None
+    certificate: Certificate | None = None
+    """With the first token: how the prompt was computed, where by parallel prefill."""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,32 @@ class Sampling:
         return probabilities / probabilities.sum(-1, keepdim=True)
 
 
+@dataclass(frozen=True)
+class Steering:
+    """Added to the logits before a token is drawn, in the terms of OpenAI's API; log-probabilities ignore it."""
+
+    frequency: float = 0.0
+    """Taken from a token's logit for every time that it was drawn."""
+    presence: float = 0.0
+    """Taken from it once it was drawn."""
+    bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit)."""
+
+    @property
+    def neutral(self) -> bool:
+        """Whether it changes nothing."""
+        return self.frequency == 0 and self.presence == 0 and not self.bias
+
+    def applied(self, logits: Tensor, drawn: Sequence[int]) -> Tensor:
+        """Logits (V,) after the tokens drawn so far (the prompt is not counted)."""
+        counts = torch.bincount(torch.tensor(drawn, dtype=torch.long), minlength=len(logits)).to(logits)
+        logits = logits - self.frequency * counts - self.presence * (counts > 0).to(logits)
+        if self.bias:
+            tokens, values = zip(*self.bias, strict=True)
+            logits.index_add_(0, torch.tensor(tokens, device=logits.device), logits.new_tensor(values))
+        return logits
+
+
 def draw_rows(logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[tuple[int, int]]) -> Tensor:
     """The next tokens (n,) from logits (n, V), each row by its own sampling and its own (seed, position)."""
     groups: dict[Sampling, list[int]] = {}

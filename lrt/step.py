@@ -11,6 +11,7 @@ P remembered sources, H query heads, G key/value heads, K head size, W slots in 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -214,12 +215,19 @@ def step(
     x = x0 = p.embedding[tokens] if thought is None else thought
     count = tokens.shape[0]
     added = p.mix @ torch.cat((x0.unsqueeze(0), memory)).flatten(1)  # (L, n·D)
-    projected = None if p.projection is None else torch.matmul(memory, p.projection)  # (C, n, sets·2·G·K)
+    # Per set and channel (n, 2, G, K): U_k m and U_v m.
+    projected = [
+        product(channel, weight).view(count, -1, 2, config.groups, config.head_dim).unbind(1)
+        for channel, weight in zip(
+            memory, p.projection, strict=False
+        )  # none where the memory enters the residual stream only
+    ]
     remembered = config.memory.remembered(config.depth)
     outputs: dict[int, Tensor] = {}
     for i, layer in enumerate(p.layers):
         x = torch.addcmul(added[i].view(count, -1), x, layer.alpha)
-        q = write(config, b, layer, i, rms(x), tokens, projected, place)
+        own = [] if layer.projection is None else [sets[layer.projection] for sets in projected]
+        q = write(config, b, layer, i, rms(x), tokens, own, place)
         y = attended(config, b, i, q.unflatten(0, (place.rows, -1)).transpose(1, 2), place)
         x = added_product(x, y.transpose(1, 2).reshape(count, -1), layer.out)
         x = added_product(x, F.relu(product(rms(x), layer.up)).square(), layer.down)
@@ -238,20 +246,22 @@ def write(
     index: int,
     u: Tensor,
     tokens: Tensor,
-    projected: Tensor | None,
+    projected: Sequence[Tensor],
     place: Place,
 ) -> Tensor:
-    """Keys and values of one layer into its cache; the queries (n, H, K). u (n, D) is the block's input."""
+    """Keys and values of one layer into its cache; the queries (n, H, K).
+
+    u (n, D) is the block's input, projected what U gives, (n, 2, G, K) per channel that the block adds.
+    """
     heads, groups, size = config.heads, config.groups, config.head_dim
     out = product(u, layer.inputs)
     split = (heads + 2 * groups) * size
     gates = torch.sigmoid(out[:, split:]).unflatten(1, (-1, 1, groups, 1)) if out.shape[1] > split else None
     kv = out[:, heads * size : split].unflatten(1, (2, groups, size))
-    if layer.projection is not None and projected is not None and gates is not None:
+    if layer.projection is not None and gates is not None:
         kv = kv * gates[:, 0]
-        sets = projected.view(len(projected), len(u), -1, 2, groups, size)[:, :, layer.projection]
-        for channel, added in enumerate(sets):
-            kv = torch.addcmul(kv, gates[:, 1 + channel], added)
+        for channel, added in enumerate(projected, start=1):
+            kv = torch.addcmul(kv, gates[:, channel], added)
     k, v = kv.unbind(1)
     if layer.table is not None and gates is not None:
         v = torch.addcmul(v, gates[:, -1, 0], F.embedding(tokens, layer.table).unflatten(1, (groups, size)), value=2)

@@ -11,7 +11,7 @@ import torch
 from tokenizers import AddedToken
 
 from lrt import LatentRecurrentTransformer, ModelConfig, Sampling
-from lrt.chat import TEMPLATES, Chat, specials, template_of
+from lrt.chat import TEMPLATES, Chat, Message, specials, template_of, written
 from lrt.data.tokenizer import Tokenizer
 
 GREEDY = Sampling(temperature=0)
@@ -106,3 +106,23 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="the context is 256; take turns back"):
         chat.say("x" * 300, 6, str)
     assert chat.session is None
+
+
+def test_a_conversation_is_written_as_its_turns_were():
+    for name, template in TEMPLATES.items():
+        words = tokenizer(*NAMES[name])
+        turns = [Message("user", "hello"), Message("assistant", "there"), Message("user", "<|bos|>")]
+        ids = written(words, template, template.parts(turns))
+        end = template.end or "\n"
+        expected = [*template.user, "hello", *template.assistant, "there", end, *template.user, "", *template.assistant]
+        names = specials(words)
+        assert [i for i in ids if i in names.values()] == [names[p] for p in expected if p in template.special]
+        assert "<|bos|>" in words.decode(ids)
+        system = template.parts([Message("system", "be kind"), turns[0]])
+        said = [part for part, by_somebody in system if by_somebody]
+        assert said == (["be kind\n\nhello"] if template.system is None else ["be kind", "hello"])
+        both = template.parts([turns[0], turns[0]])
+        assert [part for part, by_somebody in both if by_somebody] == ["hello\n\nhello"]
+    for wrong in ([], [turns[1]], turns[:2], [Message("system", "x")], [turns[0], Message("system", "x"), turns[0]]):
+        with pytest.raises(ValueError, match="give at most one of the system"):
+            TEMPLATES["plain"].parts(wrong)

@@ -15,10 +15,11 @@ from test_exactness import NONE, PAIRWISE, over, random_model
 from test_generate import CONFIGS, CONTEXT, V, every_model
 
 from lrt import ModelConfig, Sampling, refine, schedules
+from lrt.calibration import Calibration, Plan
 from lrt.engine import Engine
 from lrt.requests import Completion, Request
 from lrt.rows import row_bytes, rows_that_fit
-from lrt.sampling import draw_rows, uniform
+from lrt.sampling import Steering, draw_rows, uniform
 
 WARM = Sampling(temperature=3.0)
 
@@ -244,3 +245,69 @@ def test_what_is_drawn_depends_on_seed_and_position_alone():
     for i, (sampling, seed) in enumerate([(WARM, (0, 4)), (Sampling(0.5), (1, 4)), (WARM, (0, 5))]):
         assert draw_rows(logits[i : i + 1], [sampling], [seed]) == together[i]
     assert len({float(uniform(seed, position)) for seed in range(9) for position in range(9)}) == 81
+
+
+def test_one_sample_is_cancelled_alone():
+    model = random_model(CONFIGS["both"])
+    request = Request((3, 1, 4), 6, WARM, samples=3)
+    for cancelled in range(3):
+        engine = Engine(model, rows=2)
+        number = engine.submit(request)
+        engine.step()
+        engine.cancel(number, cancelled)
+        while not engine.idle:
+            engine.step()
+        done = engine.finished(number)
+        assert [c.finish == "cancelled" for c in done] == [i == cancelled for i in range(3)]
+        assert all(list(c.tokens) == alone(model, request, c.sample) for c in done if c.sample != cancelled)
+
+
+def test_requests_choose_how_their_prompt_is_computed():
+    model = random_model(CONFIGS["both"])
+    prompt = (3, 1, 4, 1, 5, 9, 2, 6)
+    modes: tuple[Any, ...] = ("converged", None, "one_sweep", "exact")
+    quick = Calibration(1.0, {"converged": Plan(2, 1), "fast": Plan(2, 1)})
+    engine = Engine(model, rows=4, calibration=quick)
+    completions = engine.complete([Request(prompt, 4, WARM, prefill=mode) for mode in modes])
+    told = [done.certificate for (done,) in completions]
+    assert [None if c is None else c.path for c in told][1:] == [None, "single", None]
+    assert told[0] is not None
+    assert told[0].path in ("sweeps", "fallback")
+    assert answers(completions)[1] == answers(completions)[3] == alone(model, Request(prompt, 4, WARM))
+    with pytest.raises(ValueError, match="prefill is 'quick'; choose one of exact"):
+        engine.submit(Request(prompt, prefill="quick"))  # pyright: ignore[reportArgumentType]
+
+
+def test_prompts_that_are_prefilled_one_by_one_do_not_see_each_other():
+    model, asked = random_model(CONFIGS["both"]), requests(7)
+    expected = answers([Engine(model, rows=1, prefill="converged").complete([request])[0] for request in asked])
+    engine = Engine(model, rows=5, prefill="converged", prompts=1)
+    assert answers(engine.complete(asked)) == expected
+    for request in asked:
+        engine.submit(request)
+    first = engine.step()
+    assert len({event.request for event in first}) < 5  # one was swept; only prompts of one token need no sweep
+    with pytest.raises(ValueError, match="prompts is 0"):
+        Engine(model, prompts=0)
+
+
+def test_penalties_and_biases_are_a_rows_own():
+    model, plain = random_model(CONFIGS["both"]), requests(3)
+    steered = [
+        Request((3, 1), 8, Sampling(temperature=0), steering=Steering(bias=((5, 100.0),))),
+        Request((3, 1), 8, Sampling(temperature=0), steering=Steering(bias=((5, 100.0),), presence=1e3)),
+        Request((3, 1), 8, Sampling(temperature=0), steering=Steering(bias=((5, 100.0),), frequency=30.0), logprobs=0),
+    ]
+    found = answers(engine_of(model).complete([*plain, *steered]))
+    assert found[:3] == [alone(model, request) for request in plain]
+    assert found[3] == [5] * 8
+    assert found[4][0] == 5
+    assert len(set(found[4])) == 8  # none twice
+    assert found[5][:3] == [5, 5, 5]
+    assert found[5].count(5) in (3, 4)
+    with pytest.raises(ValueError, match="of the bias is not in the vocabulary"):
+        engine_of(model).submit(Request((3,), steering=Steering(bias=((V, 1.0),))))
+
+
+def engine_of(model: Any) -> Engine:
+    return Engine(model, rows=6)

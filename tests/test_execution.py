@@ -163,11 +163,9 @@ def test_peak_memory_is_what_the_passes_keep():
 
 
 def test_passes_without_gradients_keep_nothing():
-    """Of a gradient-free pass only what it leaves to the next stays, and the hidden state that `refine` hands out."""
-    none, many = (peak(schedules.settled(free, 1, 1)) for free in (0, 6))
-    handed_out = 6 * 2 * 256 * MEMORY.width * 4
-    assert many - none <= handed_out
-    assert handed_out < 0.1 * none
+    """Of a gradient-free pass stays what it leaves to the next pass, which replaces it: many cost what one does."""
+    one, many = (peak(schedules.settled(free, 1, 1)) for free in (1, 6))
+    assert many == one
 
 
 def test_weights_of_the_model_are_leaves_again():

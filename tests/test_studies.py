@@ -166,9 +166,23 @@ def test_tables_from_lines_alone():
         {
             "choices": {"task": "parity", "model": "lrt"},
             "fields": {"task": "parity", "longest": 40},
-            "result": {"last_state": {"256": {"sequences": 1000, "accuracy": a}}, "reads": {}},
+            "seed": 0,
+            "result": {
+                "last_state": {"256": {"sequences": 1000, "accuracy": a}},
+                "reads": {"flip_flop_sparse": {"length": 512, "reads": 1000, "errors": 3}},
+                "grown": {"2": 0, "16": n, "4": 9},
+                "training_flops": 1e9,
+                "chance": 0.5,
+                "ablated": {"zero": {"accuracy": 0.5}, "embedding": {"accuracy": 0.5}},
+                "stream": {"symbols": 100, "accuracy": 1.0, "tenths": [1.0, 0.99]},
+            },
         }
-        for a in (0.9, 1.0)
+        for a, n in ((0.9, 40), (1.0, 50))
     ]
+    table = StateTracking().table(lines)
     assert spread([0.9, 1.0]) == "95.0 ± 7.1"
-    assert "| parity | 256 | 50.0% | lrt | 2 | 95.0 ± 7.1 |" in StateTracking().table(lines)
+    assert "| parity | 256 | 50.0% | lrt | 2 | 95.0 ± 7.1 |" in table
+    assert "| parity | lrt | 16, 16 | 40 | 1.0e+09 |" in table
+    assert "| parity | lrt | 50.0 ± 0.0 | 50.0 ± 0.0 |" in table
+    assert "| parity | lrt | 0 | 100 | 100.0000 | 99.0000 |" in table
+    assert "| parity | lrt | flip_flop_sparse | 3 / 1,000, 3 / 1,000 |" in table

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, refine, schedules
+from lrt.ablations import ablated
 from lrt.config import IGNORED
 from lrt.execution import Execution
 from lrt.model.layers import rotary
@@ -256,6 +257,8 @@ def test_models_that_chunks_do_not_cover_say_why():
     ):
         with pytest.raises(ValueError, match=words):
             exact.over(LatentRecurrentTransformer(config), torch.zeros(1, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="recall is replaced"):
+        exact.over(ablated(awake(small()), "zero"), torch.zeros(1, 2, dtype=torch.long))
 
 
 # --- training and scores -------------------------------------------------------------------------------------------
@@ -272,7 +275,7 @@ def test_parity_is_learned_and_carried_on():
     done = train(run)
     assert list(done.grown) == run.lengths() == [2, 4, 6, 8, 10, 12, 14, 16]
     starts = [*done.grown.values(), 120]
-    assert done.tokens == 64 * sum(n * (b - a) for n, a, b in zip(done.grown, starts, starts[1:], strict=True))
+    assert done.tokens == 64 * sum(n * (b - a) for n, a, b in zip(done.grown, starts[:-1], starts[1:], strict=True))
     assert measure.final_state(done.model, TASKS["parity"], 100, rows=200).accuracy > 0.99
     # A run's first steps do not depend on how many follow; not so the rates.
     assert train(dataclasses.replace(run, steps=3)).losses[0] == done.losses[0]

@@ -129,6 +129,12 @@ class Tokenizer:
             stream.push(i)
         return stream
 
+    def spelling(self, token: int) -> bytes:
+        """What one token adds to a text: bytes, which may be a part of a character; none for special tokens."""
+        if self._pieces is None:
+            return self.inner.decode([token], skip_special_tokens=True).encode()
+        return self._pieces.get(token, b"")
+
     def token_bytes(self) -> torch.Tensor | None:
         """(V,) int64: UTF-8 bytes each token stands for, 0 for special tokens and holes.
 

@@ -220,7 +220,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         if targets is not None and items is not None and bool((targets == IGNORED).all()):
             loss = 0 * out.hidden.sum()  # nothing of an accumulated batch is here
         elif targets is not None:
-            loss = StepLoss.of(schedule, [targets]).over(self.model, out, targets)
+            loss = StepLoss.of(schedule, [targets]).over(self.model, [hidden for _, _, hidden in out.passes], targets)
             if items is not None:  # a share of an accumulated batch
                 loss = loss * (targets != IGNORED).sum() / items
         return rows.join(out.hidden, ids.shape), loss

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lrt import schedules
+from lrt.ablations import ablated
 from lrt.config import ModelConfig, require
 from lrt.execution import Execution
 from lrt.model.flops import count_parameters, training_flops
@@ -27,6 +28,12 @@ from lrt.tracking.training import TrackingRun, train
 
 TRAINING = 0.8
 """The part of a cell's time that training takes, for the bar."""
+
+
+ABLATED = ("zero", "embedding")
+"""Contract 5: what the memory is replaced with, live, at the shortest test."""
+FEW = 250
+"""Rows for that."""
 
 
 class StateTracking:
@@ -55,6 +62,7 @@ class StateTracking:
             "chance": task.chance,
             "last_state": {},
             "reads": {},
+            "ablated": {},
         }
         extra = fields.get("reads", {})
         share = (1 - TRAINING) / max(1, len(tests) + len(extra))
@@ -67,39 +75,22 @@ class StateTracking:
             found = measure.reads(done.model, TASKS[name], wanted["length"], wanted["reads"], run.seed)
             result["reads"][name] = {"length": wanted["length"], "reads": found.asked, "errors": found.errors}
             advance(share, f"{name}: {found.errors} errors")
+        if run.model.memory.remembered(run.model.depth):
+            for name in ABLATED:
+                found = measure.final_state(ablated(done.model, name), task, task.length(tests[0]), FEW, run.seed)
+                result["ablated"][name] = {"sequences": FEW, "accuracy": found.accuracy}
         if "stream" in fields:
             result["stream"] = streamed(done.model, task, fields["stream"], run.seed)
         return result
 
     def table(self, lines: Sequence[Line]) -> str:
-        """One row per task, length and model: mean and standard deviation over seeds, in per cent."""
-        rows = ["| task | length | chance | model | seeds | last state, % |", "|---|---|---|---|---|---|"]
-        for (task, length, model), found in accuracies(lines).items():
-            chance = TASKS[found[0][0]["fields"]["task"]].chance
-            rows.append(
-                f"| {task} | {length} | {chance:.1%} | {model} | {len(found)} | {spread([a for _, a in found])} |"
-            )
-        counted: dict[tuple[str, str, str], list[Line]] = defaultdict(list)
-        for line in lines:
-            for test in line["result"]["reads"]:
-                counted[line["choices"]["task"], test, line["choices"]["model"]].append(line)
-        if counted:
-            rows += ["", "| trained on | test | model | errors / reads, by seed |", "|---|---|---|---|"]
-        for (task, test, model), found in counted.items():
-            reads = [line["result"]["reads"][test] for line in found]
-            errors = ", ".join(f"{read['errors']:,} / {read['reads']:,}" for read in reads)
-            rows.append(f"| {task} | {test} | {model} | {errors} |")
-        streams = [line for line in lines if "stream" in line["result"]]
-        if streams:
-            rows += ["", "| stream | model | seed | symbols | right, % | worst tenth, % |", "|---|---|---|---|---|---|"]
-        for line in streams:
-            found, (task, model) = line["result"]["stream"], line["choices"].values()
-            scores = f"{100 * found['accuracy']:.4f} | {100 * min(found['tenths']):.4f}"
-            rows.append(f"| {task} | {model} | {line['seed']} | {found['symbols']:,} | {scores} |")
-        return "\n".join(rows)
+        """Accuracies, mean and standard deviation over seeds; lengths mastered; reads; the memory replaced; streams."""
+        parts = (accuracy_rows, growth_rows, reads_rows, ablation_rows, stream_rows)
+        return "\n\n".join("\n".join(rows) for part in parts if len(rows := part(lines)) > 2)
 
     def figure(self, lines: Sequence[Line], path: Path) -> None:
         """Accuracy of the last state against length, a panel per task, a line per model: mean and deviation."""
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
 
         curves: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(dict))
@@ -115,19 +106,18 @@ class StateTracking:
                 draw(panel, models.index(model), model, points)
             first = next(line for line in lines if line["choices"]["task"] == task)
             panel.axhline(100 * TASKS[first["fields"]["task"]].chance, color="grey", linewidth=0.8, linestyle=":")
-            panel.axvspan(0, first["fields"]["longest"], color="grey", alpha=0.12, linewidth=0)
-            panel.set(
-                title=task,
-                xscale="log",
-                xlabel="length (grey: trained on)",
-                ylabel="last state right, %",
-                ylim=(0, 103),
-            )
+            panel.axvspan(1, first["fields"]["longest"], color="grey", alpha=0.12, linewidth=0)
+            panel.set(title=task, xlabel="length (grey: trained on)", ylabel="last state right, %", ylim=(0, 104))
+            lengths = sorted({length for points in by_model.values() for length in points})
+            panel.set(xscale="log", xlim=(0.75 * lengths[0], 1.33 * lengths[-1]))
+            panel.set_xticks(lengths, [str(n) for n in lengths])
+            panel.minorticks_off()
         handles = {h.get_label(): h for p in panels for h in p.get_lines() if not str(h.get_label()).startswith("_")}
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize="small", frameon=False
         )
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lrt"}):  # small, and the same from the same lines
+            figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def streamed(model: LatentRecurrentTransformer, task: Task, stream: Fields, seed: int) -> dict[str, Any]:
@@ -164,6 +154,65 @@ def accuracies(lines: Sequence[Line]) -> dict[tuple[str, int, str], list[tuple[L
     return found
 
 
+def accuracy_rows(lines: Sequence[Line]) -> list[str]:
+    """One row per task, length and model."""
+    rows = ["| task | length | chance | model | seeds | last state, % |", "|---|---|---|---|---|---|"]
+    for (task, length, model), found in accuracies(lines).items():
+        chance = found[0][0]["result"]["chance"]
+        rows.append(f"| {task} | {length} | {chance:.1%} | {model} | {len(found)} | {spread([a for _, a in found])} |")
+    return rows
+
+
+def growth_rows(lines: Sequence[Line]) -> list[str]:
+    """How far the rows grew in training, which is how far a schedule can carry a state."""
+    rows = ["| task | model | rows grew to, by seed | of | training FLOPs |", "|---|---|---|---|---|"]
+    for (task, model), found in grouped(lines, "task", "model").items():
+        grown = ", ".join(max(line["result"]["grown"], key=int) for line in found)
+        flops = statistics.fmean(line["result"]["training_flops"] for line in found)
+        rows.append(f"| {task} | {model} | {grown} | {found[0]['fields']['longest']} | {flops:.1e} |")
+    return rows
+
+
+def reads_rows(lines: Sequence[Line]) -> list[str]:
+    """Errors among all answers of longer or other sequences."""
+    rows = ["| trained on | model | test | errors / reads, by seed |", "|---|---|---|---|"]
+    for (task, model), found in grouped(lines, "task", "model").items():
+        for test in found[0]["result"]["reads"]:
+            reads = [line["result"]["reads"][test] for line in found]
+            errors = ", ".join(f"{read['errors']:,} / {read['reads']:,}" for read in reads)
+            rows.append(f"| {task} | {model} | {test} | {errors} |")
+    return rows
+
+
+def ablation_rows(lines: Sequence[Line]) -> list[str]:
+    """Accuracy at the shortest test with the memory replaced."""
+    rows = [f"| memory replaced, shortest test | model | {' | '.join(ABLATED)} |", "|---|---|" + "---|" * len(ABLATED)]
+    measured = [line for line in lines if line["result"].get("ablated")]  # the first lines that were run have none
+    for (task, model), found in grouped(measured, "task", "model").items():
+        scores = [spread([line["result"]["ablated"][name]["accuracy"] for line in found]) for name in ABLATED]
+        rows.append(f"| {task} | {model} | {' | '.join(scores)} |")
+    return rows
+
+
+def stream_rows(lines: Sequence[Line]) -> list[str]:
+    """One row per stream."""
+    rows = ["| stream | model | seed | symbols | right, % | worst tenth, % |", "|---|---|---|---|---|---|"]
+    for line in lines:
+        if "stream" in line["result"]:
+            found, (task, model) = line["result"]["stream"], line["choices"].values()
+            scores = f"{100 * found['accuracy']:.4f} | {100 * min(found['tenths']):.4f}"
+            rows.append(f"| {task} | {model} | {line['seed']} | {found['symbols']:,} | {scores} |")
+    return rows
+
+
+def grouped(lines: Sequence[Line], *axes: str) -> dict[tuple[str, ...], list[Line]]:
+    """Lines by their choices on these axes, in order."""
+    found: dict[tuple[str, ...], list[Line]] = defaultdict(list)
+    for line in lines:
+        found[tuple(line["choices"][axis] for axis in axes)].append(line)
+    return found
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation, in per cent."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -175,5 +224,6 @@ def draw(panel: Any, index: int, model: str, points: dict[int, list[float]]) -> 
     lengths = sorted(points)
     means = [100 * statistics.fmean(points[n]) for n in lengths]
     bars = [100 * statistics.stdev(points[n]) if len(points[n]) > 1 else 0.0 for n in lengths]
-    panel.plot(lengths, means, marker="o", markersize=3.5, color=f"C{index}", label=model)
-    panel.errorbar(lengths, means, yerr=bars, fmt="none", ecolor=f"C{index}", capsize=2)
+    places = [n * 1.02**index for n in lengths]  # side by side, where many are at 100 %
+    panel.plot(places, means, marker="o", markersize=3.5, color=f"C{index}", label=model)
+    panel.errorbar(places, means, yerr=bars, fmt="none", ecolor=f"C{index}", capsize=2)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrt.config import ModelConfig, require
+from lrt.config import require
 from lrt.execution import EAGER, Execution
+from lrt.model.injection import Recall
 from lrt.model.layers import rms, rotary
 from lrt.model.transformer import LatentRecurrentTransformer, after_attention, before_attention
 
@@ -47,8 +48,11 @@ class Carry:
         return Carry(self.memory.detach(), keys, values, self.position)
 
 
-def uncovered(config: ModelConfig) -> str | None:
+def uncovered(model: LatentRecurrentTransformer) -> str | None:
     """Why this module does not compute such a model; None where it does."""
+    config = model.config
+    if type(model.recall) is not Recall:
+        return "a model whose recall is replaced (an ablation)"
     sources = config.memory.sources(config.depth)
     if config.forwards > 1:
         return f"{config.loops} loops and {config.thoughts} thoughts: it needs one forward per token"
@@ -62,7 +66,7 @@ def uncovered(config: ModelConfig) -> str | None:
 def beginning(model: LatentRecurrentTransformer, batch: int) -> Carry:
     """Before the first position of `batch` rows."""
     config = model.config
-    reason = uncovered(config)
+    reason = uncovered(model)
     require(reason is None, f"exact passes in chunks do not cover {reason}; use refine with sequential()")
     place = model.embedding.weight
     remembered = len(config.memory.remembered(config.depth))

@@ -52,7 +52,7 @@ def live(model: LatentRecurrentTransformer, tokens: Tensor) -> Tensor:
 
     A model without a stored memory needs no recurrence: one plain pass gives the same.
     """
-    if exact.uncovered(model.config) is None:
+    if exact.uncovered(model) is None:
         return model.logits(exact.over(model, tokens)).argmax(-1)
     remembered = model.config.memory.remembered(model.config.depth)
     schedule = schedules.sequential() if remembered else schedules.plain()

@@ -132,7 +132,7 @@ def objective(
     That is the mean nats under what the schedule leaves in the end: its earlier passes need not be good.
     """
     count = max(1, int((asked != IGNORED).sum()))
-    if isinstance(schedule, Simple) and schedule.name == "sequential" and exact.uncovered(model.config) is None:
+    if isinstance(schedule, Simple) and schedule.name == "sequential" and exact.uncovered(model) is None:
         (backprop,) = schedule.arguments or (None,)
         hidden = exact.over(model, tokens, backprop, execution)
         loss = summed_nats(model, hidden, asked, execution=execution) / count
@@ -141,4 +141,4 @@ def objective(
     out = refine(model, tokens, schedule, execution=execution)
     with torch.no_grad():
         final = float(token_nats(model, out.hidden, asked).sum()) / count
-    return step.over(model, out, asked), final
+    return step.over(model, [hidden for _, _, hidden in out.passes], asked), final

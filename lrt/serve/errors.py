@@ -1,0 +1,106 @@
+"""Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}}.
+
+Messages name what was asked for, its limit and the way out; never a path, a stack or a value of the server's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from lrt.serve.schema import UNSUPPORTED
+
+RETRY = {"Retry-After": "2"}
+
+
+class ApiError(Exception):
+    """An answer that is no success."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, dict(headers or {})
+        self.error = {"message": message, "type": type, "param": param, "code": code}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": self.error}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def busy(message: str) -> ApiError:
+    """Too many at once: clients wait and try again."""
+    return ApiError(429, message, "rate_limit_error", code="rate_limit_exceeded", headers=RETRY)
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    return ApiError(503, message, "server_error", code=code, headers=RETRY)
+
+
+def shutting_down() -> ApiError:
+    return unavailable("the server is shutting down; try again later", "shutting_down")
+
+
+def too_long(seconds: float) -> ApiError:
+    return ApiError(504, f"the answer took longer than {seconds:g} seconds; ask for fewer tokens", "server_error",
+                    code="timeout")  # fmt: skip
+
+
+def internal() -> ApiError:
+    return ApiError(500, "the server failed to answer this request; its log says more", "server_error", code="internal")
+
+
+def install(app: FastAPI) -> None:
+    """Every error of an app takes this shape."""
+
+    @app.exception_handler(ApiError)
+    async def known(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        return invalid(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> JSONResponse:
+        said = {404: "there is nothing at this address", 405: "this address does not take that method"}
+        message = said.get(error.status_code, "the request cannot be read; send a JSON object")
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def ours(request: Request, error: Exception) -> JSONResponse:
+        return internal().response()
+
+
+def invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
+    """What validation found, about the first parameter that it found wrong."""
+    first = found[0]
+    place = [p for p in first["loc"] if p != "body"]
+    if first["type"] == "value_error":
+        return ApiError(400, str(first["msg"]).removeprefix("Value error, "))
+    if not place or first["type"] == "json_invalid":
+        return ApiError(400, "the body is no JSON object; send one, with Content-Type: application/json")
+    param = str(place[0])
+    if param in UNSUPPORTED and first["type"] != "extra_forbidden":
+        return ApiError(400, f"{param} is not supported here: {UNSUPPORTED[param]}", param=param, code="unsupported")
+    if first["type"] == "extra_forbidden" and len(place) == 1:
+        message = f"unknown parameter {param[:64]!r}; leave it out"
+        return ApiError(400, message.encode("ascii", "replace").decode(), param=None, code="unknown_parameter")
+    same = [error for error in found if param in map(str, error["loc"])]
+    reasons = list(dict.fromkeys(str(error["msg"])[:200] for error in same))[:3]
+    message = f"{param}: {'; or '.join(reasons)}".encode("ascii", "replace").decode()
+    return ApiError(400, message, param=param if param.isidentifier() else None)

@@ -1,0 +1,66 @@
+"""What the server counts, for Prometheus."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
+SWEEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+RESIDUALS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1)
+RECENT = 10.0
+"""Seconds that `lrt_tokens_per_second` looks back."""
+
+
+class Metrics:
+    """One server's. Recorded from the event loop and from the workers' threads."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        by_model = ["model"]
+        self.requests = self._counter("lrt_http_requests", "HTTP requests by route and status", ["route", "status"])
+        self.rows = self._gauge("lrt_rows", "Rows: sequences that can be decoded at once", by_model)
+        self.rows_in_use = self._gauge("lrt_rows_in_use", "Rows that are decoded now", by_model)
+        self.queued = self._gauge("lrt_queue", "Continuations that wait for a row", by_model)
+        self.prompt_tokens = self._counter("lrt_prompt_tokens", "Tokens of prompts", by_model)
+        self.reused_tokens = self._counter("lrt_reused_tokens", "Of them, taken from earlier rows", by_model)
+        self.tokens = self._counter("lrt_tokens", "Tokens drawn", by_model)
+        self.speed = self._gauge("lrt_tokens_per_second", "Tokens drawn per second, over the last ten", by_model)
+        self.finished = self._counter("lrt_samples", "Continuations by how they ended", ["model", "finish"])
+        self.failures = self._counter("lrt_engine_failures", "Steps of an engine that failed", by_model)
+        self.first = self._histogram("lrt_first_token_seconds", "From request to first token", SECONDS)
+        self.next = self._histogram("lrt_next_token_seconds", "Between two tokens of a sample", SECONDS)
+        self.waited = self._histogram("lrt_request_seconds", "From request to last token", SECONDS)
+        self.step = self._histogram("lrt_step_seconds", "One step of the engine", SECONDS)
+        self.sweeps = self._histogram("lrt_prefill_sweeps", "Sweeps of a parallel prefill; 0: exact", (0, *SWEEPS))
+        self.residual = self._histogram("lrt_prefill_residual", "Residual that a prefill left", (0, *RESIDUALS))
+
+    def _counter(self, name: str, what: str, labels: list[str]) -> Counter:
+        return Counter(name, what, labels, registry=self.registry)
+
+    def _gauge(self, name: str, what: str, labels: list[str]) -> Gauge:
+        return Gauge(name, what, labels, registry=self.registry)
+
+    def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, what, ["model"], buckets=buckets, registry=self.registry)
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class Speed:
+    """Tokens per second over the last seconds, of one model."""
+
+    def __init__(self) -> None:
+        self.counts: deque[tuple[float, int]] = deque(maxlen=100_000)
+
+    def add(self, count: int) -> None:
+        self.counts.append((time.monotonic(), count))
+
+    def now(self) -> float:
+        since = time.monotonic() - RECENT
+        return sum(count for when, count in list(self.counts) if when >= since) / RECENT

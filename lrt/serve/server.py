@@ -1,0 +1,79 @@
+"""Uvicorn, with two things of ours: an orderly end of streams, and connections that never send a request are closed."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from lrt.serve.limits import Limits
+from lrt.serve.served import Library
+
+
+class Server(uvicorn.Server):
+    """After SIGTERM or SIGINT: accept nothing, let answers end, and tell those that have not ended in time."""
+
+    def __init__(self, config: uvicorn.Config, library: Library) -> None:
+        super().__init__(config)
+        self.library = library
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.library.drain()
+        loop = asyncio.get_running_loop()
+        loop.call_later(self.library.limits.grace_seconds, self.library.interrupt)
+        await super().shutdown(sockets)
+
+
+def protocol(limits: Limits) -> type[H11Protocol]:
+    """HTTP/1.1 for so many connections, each of which has `body_seconds` to send the head of its first request."""
+    count = 0
+
+    class Guarded(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            nonlocal count
+            count += 1
+            super().connection_made(transport)
+            if count > limits.connections:
+                transport.abort()
+                return
+            self.head_alarm = self.loop.call_later(limits.body_seconds, self._expect)
+
+        def _expect(self) -> None:
+            if self.cycle is None and not self.transport.is_closing():
+                self.transport.abort()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            nonlocal count
+            count -= 1
+            super().connection_lost(exc)
+
+    return Guarded
+
+
+def server(app: FastAPI, library: Library, host: str, port: int) -> Server:
+    """A server for an application, not started yet."""
+    limits = library.limits
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=protocol(limits),
+        loop="asyncio",
+        ws="none",
+        lifespan="on",
+        log_level="info",
+        access_log=False,  # /metrics counts; prompts and addresses stay out of logs
+        server_header=False,
+        date_header=True,
+        proxy_headers=False,
+        backlog=1024,
+        timeout_keep_alive=5,
+        # Answers are told to end after the grace; a client that does not read that is cut off soon after.
+        timeout_graceful_shutdown=max(1, round(limits.grace_seconds) + 5),
+        h11_max_incomplete_event_size=32 * 1024,
+    )
+    return Server(config, library)
