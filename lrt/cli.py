@@ -410,7 +410,8 @@ class RunStudy:
     """Run a study's grid, cell by cell, and show its table and figure. What is done is skipped; stopped, it goes on."""
 
     study: tyro.conf.Positional[str]
-    """A study that comes with the library (state-tracking), or a .yaml file of one's own."""
+    """A study that comes with the library (rivals, schedule, source, injection, scaling, state-tracking), or a .yaml
+    file of one's own."""
     edition: str = "tiny"
     """Which of its sizes: tiny is for two CPU cores."""
     only: tuple[str, ...] = ()
@@ -421,6 +422,8 @@ class RunStudy:
     """File of the figure, an SVG. None: beside the results."""
     show: bool = False
     """Run nothing: only the table and the figure of what is there."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Where cells run: one process for each, side by side. cpu; or for example cuda:0 cuda:1."""
 
     def run(self) -> None:
         from lrt.studies import grid, runner
@@ -428,7 +431,14 @@ class RunStudy:
 
         study = grid.read(self.study, self.edition)
         file, runs = self.results / study.results, kind(study.kind)
-        lines = runner.of(study, runner.finished(file)) if self.show else runner.run(study, runs, file, self.only)
+        require(len(self.devices) > 0, "no device is given; name at least one, such as cpu")
+        first, *others = self.devices
+        if others and not self.show:
+            same = ["study", self.study, "--edition", self.edition, "--results", str(self.results)]
+            runner.on_devices([*same, *(["--only", *self.only] if self.only else [])], self.devices)
+        elif not self.show:
+            runner.run(study, runs, file, self.only, device=first)
+        lines = runner.of(study, runner.finished(file))
         print(runs.table(lines))
         if lines:
             runs.figure(lines, self.figure or file.with_suffix(".svg"))

@@ -128,9 +128,15 @@ class ModelConfig:
     """Initial value of β, the learned scale with which every block adds the token embedding x_0 again."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """The recurrent memory."""
+    loops: int = 1
+    """How often the stack of blocks is applied to a token (Loop Transformer); every loop has keys and values of its
+    own, and what layer l remembers or gives is that of the last loop."""
+    thoughts: int = 0
+    """Latent thoughts per token (PonderLM-2, 2509.23184): positions behind it, whose input is the final hidden state of
+    the position before; what follows the token is read off the last of them."""
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "heads", "vocab_size", "context"):
+        for name in ("depth", "width", "heads", "vocab_size", "context", "loops"):
             value = getattr(self, name)
             require(
                 isinstance(value, int) and value >= 1, f"{name} is {value!r}; it must be a whole number of at least 1"
@@ -157,6 +163,7 @@ class ModelConfig:
         require(self.mlp_dim >= 1, f"the MLP would be {self.mlp_dim} wide; raise mlp_ratio or mlp_width")
         require(self.softcap > 0, f"softcap is {self.softcap}; it must be above 0")
         self._check_memory()
+        self._check_thoughts()
 
     def _check_memory(self) -> None:
         for source in self.memory.sources(self.depth):
@@ -177,6 +184,17 @@ class ModelConfig:
         require(
             self.memory.delay < self.context,
             f"memory.delay is {self.memory.delay}; it must be below the context ({self.context})",
+        )
+
+    def _check_thoughts(self) -> None:
+        require(
+            isinstance(self.thoughts, int) and self.thoughts >= 0,
+            f"thoughts is {self.thoughts!r}; it must be a whole number of at least 0",
+        )
+        require(
+            self.thoughts == 0 or (self.memory.injection == "none" and "S" not in self.window_pattern),
+            f"thoughts is {self.thoughts}: latent thoughts need memory.injection 'none' and full attention "
+            f"(window_pattern 'L'), here {self.memory.injection!r} and {self.window_pattern!r}",
         )
 
     @property
@@ -200,9 +218,30 @@ class ModelConfig:
         return max(1, self.context // 2) if self.window is None else self.window
 
     def windows(self) -> tuple[int | None, ...]:
-        """The attention window of each block, None for the full context."""
+        """The attention window of each application of a block, loop after loop; None for the full context."""
         pattern = self.window_pattern
-        return tuple(self.sliding_window if pattern[i % len(pattern)] == "S" else None for i in range(self.depth))
+        once = tuple(self.sliding_window if pattern[i % len(pattern)] == "S" else None for i in range(self.depth))
+        return once * self.loops
+
+    @property
+    def caches(self) -> int:
+        """Pairs of keys and values a position leaves: one per block and loop."""
+        return self.depth * self.loops
+
+    @property
+    def places(self) -> int:
+        """Positions of a token: its own and its thoughts'."""
+        return 1 + self.thoughts
+
+    @property
+    def forwards(self) -> int:
+        """Forwards through the stack of blocks per generated token."""
+        return self.loops * self.places
+
+    @property
+    def recurs(self) -> bool:
+        """Whether one full pass only approximates what decoding computes: a remembered layer, or a latent thought."""
+        return self.thoughts > 0 or len(self.memory.remembered(self.depth)) > 0
 
     @property
     def unbounded(self) -> bool:

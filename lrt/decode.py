@@ -85,19 +85,23 @@ class Fused(Eager):
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         first, last = min(positions), max(positions)
-        slots = self.state.slots
-        if last >= slots and not self.state.reusable:
-            raise ValueError(f"position {last} exceeds the {slots} slots of this state; make a longer one")
+        slots, places = self.state.slots, self.model.config.places
+        if last >= slots // places and not self.state.reusable:
+            raise ValueError(f"position {last} exceeds the {slots // places} slots of this state; make a longer one")
         at = torch.tensor(positions, device=tokens.device)
         everything = first == last < slots and not self.slides and self.state.documents is None
-        return self.run(tokens, at, min(last + 1, slots), everything)
+        hidden = self.run(tokens, at * places, min(last * places + 1, slots), everything, None)
+        for place in range(1, places):  # latent thoughts
+            hidden = self.run(tokens, at * places + place, last * places + place + 1, everything, hidden)
+        return hidden
 
-    def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool) -> Tensor:
+    def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool, thought: Tensor | None) -> Tensor:
+        """One position of the State for each row, on the tokens' embeddings or, in their place, on thought (n, D)."""
         view = torch.arange(width, device=tokens.device)
         place, before = locate(self.products, self.buffers, positions, view, everything)
         memory = self.memory(tokens, positions, before)
         self.buffers.held.index_copy_(0, place.here, positions)
-        return step(self.products, self.buffers, memory, tokens, place)
+        return step(self.products, self.buffers, memory, tokens, place, thought)
 
     def recalled(self, tokens: Tensor, positions: Tensor, before: Before) -> Tensor:
         """The memory (C, n, D), read from the buffers."""
@@ -144,7 +148,7 @@ class Compiled(Fused):
         )
         self.static = model.embedding.weight.device.type == "cuda"
         self.graph = torch.compile(fresh(whole), fullgraph=True, mode="reduce-overhead" if self.static else None)
-        self.compiled: set[tuple[int, bool, bool, bool, int]] = set()
+        self.compiled: set[tuple[int, bool, bool, bool, int, bool]] = set()
         """Kinds of steps that were run."""
         if self.static:  # CUDA graphs read and write these where they are, without copies
             for tensor in tensors_of(self.products, self.buffers):
@@ -154,7 +158,7 @@ class Compiled(Fused):
     def covers(cls, model: LatentRecurrentTransformer) -> bool:
         return type(model.recall) is Recall
 
-    def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool) -> Tensor:
+    def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool, thought: Tensor | None) -> Tensor:
         if self.static:  # few shapes: a graph for each
             width = min(bucket(width), self.state.slots)
             everything = False
@@ -162,8 +166,9 @@ class Compiled(Fused):
         view = torch.arange(width, device=tokens.device)
         if not self.static:
             torch._dynamo.maybe_mark_dynamic(view, 0)
-        given = (self.products, self.buffers, tokens, positions, view, everything)
-        kind = (len(tokens), everything, width == 1, width == self.state.slots, width if self.static else 0)
+        given = (self.products, self.buffers, tokens, positions, view, everything, thought)
+        whole_view, static_width = width == self.state.slots, width if self.static else 0
+        kind = (len(tokens), everything, width == 1, whole_view, static_width, thought is None)
         if kind in self.compiled:
             hidden = self.graph(*given)
         else:  # may compile: each kind of step has a graph of its own
@@ -173,12 +178,20 @@ class Compiled(Fused):
         return hidden.clone() if self.static else hidden  # the next run overwrites the graph's own memory
 
 
-def whole(p: Products, b: Buffers, tokens: Tensor, positions: Tensor, view: Tensor, everything: bool) -> Tensor:
+def whole(
+    p: Products,
+    b: Buffers,
+    tokens: Tensor,
+    positions: Tensor,
+    view: Tensor,
+    everything: bool,
+    thought: Tensor | None,
+) -> Tensor:
     """A step from tokens to hidden states: what is compiled."""
     place, before = locate(p, b, positions, view, everything)
     memory = recall(p, b, before)
     b.held.index_copy_(0, place.here, positions)
-    return step(p, b, memory, tokens, place)
+    return step(p, b, memory, tokens, place, thought)
 
 
 def fresh(function: FunctionType) -> FunctionType:

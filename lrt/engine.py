@@ -22,7 +22,7 @@ from lrt.config import require
 from lrt.decode import decoder
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.prefill import Mode, by_tokens, prefill
+from lrt.prefill import Mode, by_tokens, prefill, without_thoughts
 from lrt.prefixes import Prefixes
 from lrt.requests import Completion, Event, Finish, Logprob, Request
 from lrt.rows import Rows, rows_that_fit
@@ -82,6 +82,7 @@ class Engine:
         prompts reuse. prompts: how many are prefilled in parallel in one step at most, so that the others' tokens do
         not wait for long; with 1 a prompt is computed as it would be alone, whatever arrives beside it."""
         config = model.config
+        without_thoughts(config)
         if slots is None:
             slots = config.reach + (1 if prefill == "exact" else CHUNK) if config.unbounded else config.context
         fitting = None if memory is None else rows_that_fit(model, memory, slots)

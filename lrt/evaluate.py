@@ -220,7 +220,7 @@ def evaluate(
     unknown = sorted(set(ablations) - set(EVERY))
     require(not unknown, f"unknown ablations {', '.join(unknown)}; choose among {', '.join(EVERY)}")
     recurrent = bool(model.config.memory.remembered(model.config.depth))
-    schedule = schedule if recurrent else plain()
+    schedule = schedule if model.config.recurs else plain()
 
     batch_size = shared_batch(batch_size, len(windows), keep("live").ranks.ranks)
     if len(windows) == 1:  # it has no other's memory to read

@@ -179,6 +179,7 @@ def sides(run: RunConfig) -> dict[str, float | str]:
         "value embeddings": run.model.value_embeddings,
         "tokens": run.tokens,
         "training FLOPs": run.flops,
+        "forwards per generated token": run.model.forwards,
         "context": run.model.context,
         "batch, tokens per step": run.batch_tokens,
         "seed": run.seed,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lrt.calibration import Calibration, fallback
 from lrt.certificate import Certificate, Report, merged
-from lrt.config import require
+from lrt.config import ModelConfig, require
 from lrt.model.state import State, write_in_place
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.sweeps import Flight, Prompt, among, back, settle
@@ -99,6 +99,7 @@ def checked(model: LatentRecurrentTransformer, tokens: Tensor, state: State, len
         f"the prompt has shape {tuple(tokens.shape)}; give ({state.batch} rows of the state, at least one token): "
         "BOS will do",
     )
+    without_thoughts(model.config)
     batch, width = tokens.shape
     counted = [width] * batch if lengths is None else [int(n) for n in lengths.tolist()]
     require(
@@ -123,6 +124,14 @@ def checked(model: LatentRecurrentTransformer, tokens: Tensor, state: State, len
         f"token {low if low < 0 else high} is not in the vocabulary of {model.config.vocab_size}; use its tokenizer",
     )
     return Prompt(tokens, counted, starts)
+
+
+def without_thoughts(config: ModelConfig) -> None:
+    """ValueError for a model of latent thoughts, whose State counts other positions than tokens."""
+    require(
+        config.thoughts == 0,
+        "prompts of a model with latent thoughts are decoded token by token only; use generate or score",
+    )
 
 
 def in_chunks(

@@ -48,7 +48,7 @@ class Products(NamedTuple):
     embedding: Tensor
     """(V, D): x_0 of every token, normalised."""
     mix: Tensor
-    """(L, 1 + C): what every block adds of x_0 (β) and of each memory channel (γ): one product for all blocks."""
+    """(L·loops, 1 + C): what every block adds of x_0 (β) and of each memory channel (γ): one product for all blocks."""
     projection: tuple[Tensor, ...]
     """Per channel (D, sets·2·G·K): U_k and U_v of all layers; doubled, as the gates' factor 2 is taken into them."""
     recall: Tensor | None
@@ -99,10 +99,10 @@ def products(model: LatentRecurrentTransformer, layout: Layout = transposed) -> 
     return Products(
         config=config,
         embedding=rms(rows(model.embedding)),
-        mix=torch.stack(mix),
+        mix=torch.stack(mix).repeat(config.loops, 1),
         projection=_projection(model.projection, layout) if isinstance(model.projection, Projection) else (),
         recall=None if weights is None else weights.clone(),
-        layers=tuple(layers),
+        layers=tuple(layers) * config.loops,
         head=layout(matrix(model.head)),
     )
 

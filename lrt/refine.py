@@ -87,17 +87,17 @@ def walk(
         raise ValueError("there are no tokens; give at least one position (a BOS token will do)")
     if state is not None and documents is not None:
         raise ValueError("documents come with an empty state; make it with model.empty_state(batch, slots, documents)")
-    offset = 0
+    offset, places = 0, model.config.places
     if state is not None:
-        offset = state.length
-        if bool((state.lengths != offset).any()):
+        offset = state.length // places
+        if bool((state.lengths != state.length).any()):
             raise ValueError(
                 f"the state's rows have lengths {state.lengths.tolist()}; refine continues rows of one length"
             )
     passes = schedule.drawn().passes(length)
     current: State | PassState
     if state is None:
-        current = beginning(model.empty_state(batch, length, documents, tokens), passes, execution)
+        current = beginning(model.empty_state(batch, length, documents, tokens), passes, execution, places)
     else:
         current = dataclasses.replace(state, execution=execution)
     for p in passes:
@@ -110,12 +110,15 @@ def walk(
         del hidden  # the next pass runs without it
 
 
-def beginning(empty: State, passes: Sequence[Pass], execution: Execution) -> State | PassState:
-    """The State to run `passes` from: by residue classes where all of them are such, else the general one."""
-    stride = common_stride(passes, empty.slots)
-    if stride is None:
+def beginning(empty: State, passes: Sequence[Pass], execution: Execution, places: int = 1) -> State | PassState:
+    """The State to run `passes` from: by residue classes where all of them are such, else the general one.
+
+    `places` positions of the State are one of `passes`' (`ModelConfig.places`).
+    """
+    stride = common_stride(passes, empty.slots // places)
+    if stride is None or (stride > 1 and places > 1):  # full passes over places are classes, of one stride only
         return dataclasses.replace(empty, execution=execution)
-    return PassState.of(empty, stride, execution)
+    return PassState.of(empty, stride * places, execution)
 
 
 def last_written(ran: list[tuple[Pass, Tensor, Tensor]], length: int) -> Tensor:

@@ -23,8 +23,8 @@ def row_bytes(model: LatentRecurrentTransformer, slots: int) -> int:
     """Bytes of one row of a State: keys, values, memory, tokens and positions."""
     config = model.config
     remembered = len(config.memory.remembered(config.depth))
-    numbers = 2 * config.depth * config.groups * config.head_dim + remembered * config.width
-    return slots * (numbers * model.embedding.weight.element_size() + 2 * torch.long.itemsize)
+    numbers = 2 * config.caches * config.groups * config.head_dim + remembered * config.width
+    return slots * config.places * (numbers * model.embedding.weight.element_size() + 2 * torch.long.itemsize)
 
 
 def rows_that_fit(model: LatentRecurrentTransformer, available: int, slots: int) -> int:

@@ -230,11 +230,11 @@ def _about(session: Session, folder: Path) -> dict[str, Any]:
 
 
 def _rebuilt(model: LatentRecurrentTransformer, read: dict[str, Tensor], about: dict[str, Any]) -> Session:
-    depth, slots = model.config.depth, read["held"].shape[1]
+    layers, slots = model.config.caches, read["held"].shape[1]
     state = dataclasses.replace(
         model.empty_state(1, slots),
-        keys=tuple(read[f"keys.{i}"] for i in range(depth)),
-        values=tuple(read[f"values.{i}"] for i in range(depth)),
+        keys=tuple(read[f"keys.{i}"] for i in range(layers)),
+        values=tuple(read[f"values.{i}"] for i in range(layers)),
         memory=read["memory"],
         tokens=read["known"],
         held=read["held"],

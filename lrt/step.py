@@ -203,11 +203,16 @@ def recall(p: Products, b: Buffers, before: Before) -> Tensor:
     return rms(sum(w * part for w, part in zip(p.recall, parts, strict=True)) * inside).unsqueeze(0)
 
 
-def step(p: Products, b: Buffers, memory: Tensor, tokens: Tensor, place: Place) -> Tensor:
-    """The final hidden state (n, D) of tokens (n,), whose memory is (C, n, D), at a place. Writes the State."""
+def step(
+    p: Products, b: Buffers, memory: Tensor, tokens: Tensor, place: Place, thought: Tensor | None = None
+) -> Tensor:
+    """The final hidden state (n, D) of tokens (n,), whose memory is (C, n, D), at a place. Writes the State.
+
+    thought (n, D) stands in the place of the tokens' embeddings where they are latent thoughts.
+    """
     config = p.config
     b.tokens.index_copy_(0, place.here, tokens)
-    x = x0 = p.embedding[tokens]
+    x = x0 = p.embedding[tokens] if thought is None else thought
     count = tokens.shape[0]
     added = p.mix @ torch.cat((x0.unsqueeze(0), memory)).flatten(1)  # (L, n·D)
     # Per set and channel (n, 2, G, K): U_k m and U_v m.
@@ -226,8 +231,9 @@ def step(p: Products, b: Buffers, memory: Tensor, tokens: Tensor, place: Place) 
         y = attended(config, b, i, q.unflatten(0, (place.rows, -1)).transpose(1, 2), place)
         x = added_product(x, y.transpose(1, 2).reshape(count, -1), layer.out)
         x = added_product(x, F.relu(product(rms(x), layer.up)).square(), layer.down)
-        if i + 1 in remembered or i + 1 == config.depth:
-            outputs[i + 1] = rms(x)
+        number = i % config.depth + 1
+        if number in remembered or number == config.depth:
+            outputs[number] = rms(x)  # the last loop's stays
     if remembered:
         b.memory.index_copy_(0, place.here, torch.stack([outputs[s] for s in remembered], 1))
     return outputs[config.depth]

@@ -100,6 +100,7 @@ FULL = ModelConfig(
     window=5,
     mlp_width=77,
     rope_base=500.0,
+    loops=2,
     softcap=20.0,
     skip_init=0.2,
     memory=MemoryConfig(
@@ -133,8 +134,15 @@ def test_every_field_of_the_example_differs_from_its_default():
     # Otherwise the round trip could lose a field unseen.
     defaults = ModelConfig().to_dict()
     flat, plain = ({**d, **d["memory"]} for d in (FULL.to_dict(), defaults))
-    same = [name for name, value in flat.items() if value == plain[name] and name not in ("memory", "mlp_ratio")]
+    same = [
+        name for name, value in flat.items() if value == plain[name] and name not in ("memory", "mlp_ratio", "thoughts")
+    ]
     assert same == []
+
+
+def test_thoughts_survive_json():  # they go with neither windows nor a memory, which the example above has
+    config = ModelConfig(thoughts=2, memory=MemoryConfig(injection="none"))
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_unknown_fields_are_named_with_the_known_ones():

@@ -552,3 +552,15 @@ def test_pipeline(exported):
         assert one["generated_text"].startswith(prompt)
         alone = write(prompt, generation_config=config)
         assert alone[0]["generated_text"] == one["generated_text"]
+
+
+def test_a_loop_transformer_generates_as_its_own_model_does():
+    """Each loop has a layer of the cache."""
+    model, prompt = make(loops=2), prompts(2, 7)
+    assert torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False)[:, 7:], native(model, prompt, 6))
+
+
+def test_latent_thoughts_are_not_read_by_transformers():
+    model = make(MEMORIES["none"], thoughts=1)
+    with pytest.raises(ValueError, match="decoded token by token only"):
+        model.generate(prompts(1, 7), max_new_tokens=2, do_sample=False)

@@ -115,7 +115,7 @@ def read(
 ) -> tuple[State, Tensor]:
     """(State with room for tokens (B, T) behind what the cache holds, (B,) positions it holds already)."""
     batch, new = tokens.shape
-    known = None if cache is None else past(cache, config.depth)
+    known = None if cache is None else past(cache, config.caches)
     sources = len(config.memory.remembered(config.depth))
     before = Columns.of(torch.ones(batch, 0, dtype=torch.bool) if known is None else known >= 0)
     start = before.lengths.to(tokens.device)
@@ -134,7 +134,7 @@ def read(
             buffer.narrow(dim, 0, held).copy_(before.compact(old, dim))
         return buffer
 
-    layers = range(config.depth + 1)
+    layers = range(config.caches + 1)
     old = [(None, None) for _ in layers] if cache is None or known is None else [columns_of(cache, i) for i in layers]
     heads = (batch, config.groups, slots, config.head_dim)
     keys = tuple(room(heads, 2, k) for k, _ in old[:-1])
@@ -180,7 +180,7 @@ def append(cache: Cache, config: ModelConfig, state: State, start: Tensor, token
         history = state.memory.new_zeros(batch, 1, new, 1)
     real = columns.spread(torch.ones_like(tokens, dtype=torch.bool) & inside(columns, tokens), 1)
     known = torch.where(real, columns.spread(tokens, 1), -1)
-    cache.update(history, encoded(known, history.dtype).unsqueeze(1), config.depth)
+    cache.update(history, encoded(known, history.dtype).unsqueeze(1), config.caches)
 
 
 def inside(columns: Columns, tokens: Tensor) -> Tensor:

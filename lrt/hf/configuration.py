@@ -39,7 +39,7 @@ class LRTConfig(PreTrainedConfig):
         self.vocab_size = model.vocab_size
         self.hidden_size = model.width
         self.intermediate_size = model.mlp_dim
-        self.num_hidden_layers = model.depth
+        self.num_hidden_layers = model.caches
         self.num_attention_heads = model.heads
         self.num_key_value_heads = model.groups
         self.head_dim = model.head_dim

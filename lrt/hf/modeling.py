@@ -175,7 +175,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
             )
             state = self.model.empty_state(tokens.shape[0], tokens.shape[1]).in_place()
             return rows.join(prefill(self.model, tokens, state, self.config.prefill, lengths).sequence, ids.shape)
-        known = past(checked(cache, config.depth), config.depth)
+        known = past(checked(cache, config.caches), config.caches)
         columns = Columns.of(real_columns(ids, mask, known))
         tokens = columns.compact(ids, 1)
         state, start = read(cache, config, tokens, columns, self.model.embedding.weight)

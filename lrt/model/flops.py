@@ -17,15 +17,22 @@ from lrt.schedules import Schedule
 
 
 @functools.lru_cache(maxsize=256)
-def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """(all parameters, those outside token-indexed tables and the head), without allocating them."""
+def sizes(config: ModelConfig) -> dict[str, int]:
+    """Numbers of every parameter by name, without allocating them."""
     with torch.device("meta"):
         model = LatentRecurrentTransformer(config)
-    shapes = {name: p.numel() for name, p in model.named_parameters()}
-    tables = sum(
-        n for name, n in shapes.items() if ("embedding." in name and "gate" not in name) or name == "head.weight"
-    )
-    return sum(shapes.values()), sum(shapes.values()) - tables
+    return {name: p.numel() for name, p in model.named_parameters()}
+
+
+def is_table(name: str) -> bool:
+    """Whether a parameter is token-indexed, or the head."""
+    return ("embedding." in name and "gate" not in name) or name == "head.weight"
+
+
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """(all parameters, those outside token-indexed tables and the head)."""
+    found = sizes(config)
+    return sum(found.values()), sum(n for name, n in found.items() if not is_table(name))
 
 
 def visible_keys(length: int, window: int | None) -> float:
@@ -36,10 +43,17 @@ def visible_keys(length: int, window: int | None) -> float:
 
 
 def forward_flops(config: ModelConfig, length: int) -> tuple[float, float]:
-    """FLOPs per token of one forward over `length` positions: (layer stack with memory, head)."""
-    _, dense = count_parameters(config)
-    attention = sum(4 * config.heads * config.head_dim * visible_keys(length, w) for w in config.windows())
-    return 2 * dense + attention, 2 * config.width * config.vocab_size
+    """FLOPs per token of a call of the model over `length` tokens: (layer stack with memory, head).
+
+    All loops and thoughts are in it; a first pass, which finds no thoughts before a token, is counted like the others.
+    As decoding computes the same, it is also the cost of a generated token, on average over a text of `length`.
+    """
+    dense = {name: n for name, n in sizes(config).items() if not is_table(name)}
+    looped = sum(n for name, n in dense.items() if name.startswith("blocks."))
+    products = 2 * (config.loops * looped + sum(dense.values()) - looped)
+    positions = config.places * length
+    attention = sum(4 * config.heads * config.head_dim * visible_keys(positions, w) for w in config.windows())
+    return config.places * (products + attention), 2 * config.width * config.vocab_size
 
 
 def training_flops(config: ModelConfig, schedule: Schedule, length: int) -> float:

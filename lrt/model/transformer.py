@@ -144,12 +144,13 @@ class LatentRecurrentTransformer(nn.Module):
                     f"{name} has shape {tuple(value.shape)}; it must be (batch, slots) = ({batch}, {slots})"
                 )
         weight = self.embedding.weight
+        documents, tokens = (None if x is None else x.repeat_interleave(config.places, 1) for x in (documents, tokens))
         return states.empty_state(
-            config.depth,
+            config.caches,
             (config.groups, config.head_dim),
             (len(config.memory.remembered(config.depth)), config.width),
             batch,
-            slots,
+            slots * config.places,
             documents,
             tokens,
             config.unbounded,
@@ -167,13 +168,22 @@ class LatentRecurrentTransformer(nn.Module):
         if isinstance(positions, Tensor):
             positions = positions.to(tokens.device)
         self._check(tokens, positions, state)
+        hidden, state = self._at(tokens, placed(positions, self.config.places, 0), state, None)
+        for place in range(1, self.config.places):  # latent thoughts
+            hidden, state = self._at(tokens, placed(positions, self.config.places, place), state, hidden)
+        return hidden, state
+
+    def _at(
+        self, tokens: Tensor, positions: Positions, state: AnyState, thought: Tensor | None
+    ) -> tuple[Tensor, AnyState]:
+        """The blocks at positions of the State, on the tokens' embeddings or, in their place, on thought (B, T, D)."""
         state = state.write_tokens(positions, tokens)
         memory = self.recall(state, positions, self.embedding)
         state = state.hold(positions)
 
         config, remembered = self.config, self.config.memory.remembered(self.config.depth)
         projected = self.projection(memory)
-        x0 = x = rms(self.embedding(tokens))
+        x0 = x = rms(self.embedding(tokens)) if thought is None else thought
         angles = rotary(positions, config.head_dim, config.rope_base, x)
         windows = config.windows()
         visible = {window: state.visible(positions, window) for window in set(windows)}
@@ -181,15 +191,16 @@ class LatentRecurrentTransformer(nn.Module):
         injected = config.memory.injected(config.depth)
         outputs: dict[int, Tensor] = {}
         caches: list[Cache] = []
-        for layer, block in enumerate(self.blocks, start=1):
+        for i, block in enumerate(tuple(self.blocks) * config.loops):
+            layer = i % config.depth + 1
             index = injected.index(layer) if layer in injected and len(projected) > 1 else 0
-            cache = state.keys[layer - 1], state.values[layer - 1]
-            seen = visible[windows[layer - 1]]
+            cache = state.keys[i], state.values[i]
+            seen = visible[windows[i]]
             given = (x, x0, tokens, memory, projected[index], angles, seen, cache, slots, state.write, run)
             x, cache = run.block(block, *given)
             caches.append(cache)
             if layer in remembered or layer == config.depth:
-                outputs[layer] = rms(x)
+                outputs[layer] = rms(x)  # the last loop's stays
 
         state = state.write_cache(tuple(k for k, _ in caches), tuple(v for _, v in caches))
         if remembered:
@@ -218,7 +229,7 @@ class LatentRecurrentTransformer(nn.Module):
             )
         config = self.config
         expected = (
-            config.depth,
+            config.caches,
             config.groups,
             config.head_dim,
             len(config.memory.remembered(config.depth)),
@@ -233,11 +244,12 @@ class LatentRecurrentTransformer(nn.Module):
             self._check_room(int(ends[1]), length, state)
 
     def _check_room(self, last: int, length: int, state: State | PassState) -> None:
-        if last < state.slots:
+        slots = state.slots // self.config.places
+        if last < slots:
             return
         if not state.reusable:
             raise ValueError(
-                f"position {last} exceeds the {state.slots} slots of this state (context {self.config.context}); "
+                f"position {last} exceeds the {slots} slots of this state (context {self.config.context}); "
                 "make a longer state, shorten the input, or use a model in which every layer slides"
             )
         if state.documents is not None:
@@ -251,3 +263,13 @@ class LatentRecurrentTransformer(nn.Module):
                 f"{length} positions at once need {length + reach} slots (window and delay included), the state has "
                 f"{state.slots}; pass fewer at once or make a longer state"
             )
+
+
+def placed(positions: Positions, places: int, place: int) -> Positions:
+    """Where the State holds place `place` (0: the token, then its thoughts) of tokens at `positions`."""
+    if places == 1:
+        return positions
+    if isinstance(positions, Tensor):
+        return positions * places + place
+    first, last = (p * places + place for p in (positions[0], positions[-1]))
+    return range(first, last + 1, positions.step * places)

@@ -11,6 +11,9 @@
 
 A cell's fields are the base with those of its choice on every axis laid over it, axis by axis, and its seed. `minutes`
 says how long a cell takes about; it decides nothing. `without` lists choices that are left out: [mod5, transformer].
+
+`sweep: {axis: rate, by: val_live_bpb}`: all choices of that axis run with the first seed; with the others, only the one
+whose result `by` was lowest there, for each combination of the other axes.
 """
 
 from __future__ import annotations
@@ -28,7 +31,16 @@ from lrt.config import require
 
 Fields = dict[str, Any]
 HERE = Path(__file__).parent
-KEYS = {"seeds", "base", "axes", "without"}
+KEYS = {"seeds", "base", "axes", "without", "sweep"}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """An axis all of whose choices run with the first seed only."""
+
+    axis: str
+    by: str
+    """The number of a result that is to be low."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,12 @@ class Study:
     kind: str
     axes: tuple[str, ...]
     cells: tuple[Cell, ...]
+    sweep: Sweep | None = None
+
+    def apart_from_sweep(self, cell: Cell) -> tuple[str, ...]:
+        """A cell's choices on the axes that are not swept."""
+        swept = self.sweep.axis if self.sweep else None
+        return tuple(choice for axis, choice in zip(self.axes, cell.choices, strict=True) if axis != swept)
 
     @property
     def results(self) -> str:
@@ -96,7 +114,13 @@ def read(study: str, edition: str) -> Study:
         set(found) <= KEYS and {"seeds", "axes"} <= set(found),
         f"{path}: edition {edition} has {', '.join(found)}; it needs seeds and axes, and may have base and without",
     )
-    return Study(path.stem, edition, data["kind"], tuple(found["axes"]), tuple(cells(found)))
+    sweep = Sweep(**found["sweep"]) if "sweep" in found else None
+    require(
+        sweep is None or sweep.axis in found["axes"],
+        f"{path}: edition {edition} sweeps over {sweep and sweep.axis}, which is none of its axes: "
+        f"{', '.join(found['axes'])}",
+    )
+    return Study(path.stem, edition, data["kind"], tuple(found["axes"]), tuple(cells(found)), sweep)
 
 
 def cells(edition: dict[str, Any]) -> list[Cell]:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from lrt.config import require
+from lrt.studies import comparisons
+from lrt.studies.language import Language, Scaling
 from lrt.studies.runner import Kind
 from lrt.studies.tracking import StateTracking
 
-KINDS: dict[str, Kind] = {"tracking": StateTracking()}
+KINDS: dict[str, Kind] = {
+    "tracking": StateTracking(),
+    "language": Language(),
+    "sources": Language(comparisons.source_curve),
+    "scaling": Scaling(comparisons.scaling_curves),
+}
 
 
 def kind(name: str) -> Kind:

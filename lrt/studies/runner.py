@@ -1,12 +1,26 @@
-"""Run a study: cell by cell, each finished one a JSON line. What is done is skipped, so a stopped study goes on."""
+"""Run a study: cell by cell, each finished one a JSON line. What is done is skipped, so a stopped study goes on.
+
+Several processes, on one machine or on several that share the folder, may run one study: each claims a cell before it
+runs it. A claim is a file that its process touches as it goes on; one whose process has died (on this machine), or that
+was not touched for an hour (on another), is nobody's.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
+import platform
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+
+import filelock
 
 from lrt.bench.measure import hardware
 from lrt.progress import Advance, bar
@@ -14,12 +28,18 @@ from lrt.studies.grid import Cell, Fields, Study
 
 Line = dict[str, Any]
 """One finished cell: study, cell, choices, seed, key, fields, result, seconds, hardware."""
+ABANDONED = 3600.0
+"""Seconds after which a claim that was not touched is nobody's."""
 
 
 class Kind(Protocol):
     """What the cells of a study run, and how their results are shown."""
 
-    def run(self, fields: Fields, advance: Advance) -> dict[str, Any]:
+    def minutes(self, cell: Cell, device: str) -> float:
+        """About how long a cell will take here: declared, or measured from a few steps."""
+        ...
+
+    def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
         """One cell's result, plain data: no weights, no text. `advance(amount, text)` counts to 1."""
         ...
 
@@ -50,44 +70,141 @@ def of(study: Study, lines: Sequence[Line]) -> list[Line]:
 
 
 def left(study: Study, lines: Sequence[Line], only: Sequence[str] = ()) -> list[Cell]:
-    """The cells still to run; with `only`, those whose names hold all of these words."""
-    done = {line["cell"] for line in of(study, lines)}
-    return [c for c in study.cells if c.name not in done and all(word in c.name.split("/") for word in only)]
+    """The cells still to run; with `only`, those whose names hold all of these words.
+
+    Of a sweep's later seeds, only the best choice of the first one; where that is not known yet, the first choice
+    stands for it, behind all cells of the first seed.
+    """
+    known = of(study, lines)
+    done = {line["cell"] for line in known}
+    chosen = [c for c in study.cells if all(word in c.name.split("/") for word in only)]
+    if study.sweep is not None:
+        best = swept(study, known)
+        chosen = [c for c in chosen if c.seed == study.cells[0].seed or best[study.apart_from_sweep(c)] == c.choices]
+    return [c for c in chosen if c.name not in done]
 
 
-def announced(cells: Sequence[Cell], done: int) -> str:
+def swept(study: Study, lines: Sequence[Line]) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """For each combination of the axes not swept, the choices of its cell that was best with the first seed."""
+    assert study.sweep is not None
+    scores = {line["cell"]: line["result"].get(study.sweep.by, math.inf) for line in lines}
+    best: dict[tuple[str, ...], Cell] = {}
+    for cell in study.cells:
+        if cell.seed == study.cells[0].seed:
+            now = best.setdefault(study.apart_from_sweep(cell), cell)
+            if scores.get(cell.name, math.inf) < scores.get(now.name, math.inf):
+                best[study.apart_from_sweep(cell)] = cell
+    return {key: cell.choices for key, cell in best.items()}
+
+
+def announced(minutes: float, cells: int, done: int) -> str:
     """What is said before the first cell runs."""
-    minutes = sum(cell.minutes for cell in cells)
-    return f"{len(cells)} cells to run, about {minutes:,.0f} minutes in all; {done} are done already"
+    return f"{cells} cells to run, about {minutes:,.0f} minutes in all; {done} are done already"
 
 
-def run(study: Study, kind: Kind, file: Path, only: Sequence[str] = (), progress: bool = True) -> list[Line]:
+def run(
+    study: Study,
+    kind: Kind,
+    file: Path,
+    only: Sequence[str] = (),
+    progress: bool = True,
+    device: str = "cpu",
+) -> list[Line]:
     """Run what is left, appending to `file` as cells finish; returns the study's lines."""
     waiting = left(study, finished(file), only)
-    print(announced(waiting, len(study.cells) - len(left(study, finished(file)))))
+    minutes = {cell.name: kind.minutes(cell, device) for cell in waiting}
+    total = sum(minutes.values())
+    print(announced(total, len(waiting), len(of(study, finished(file)))), flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with bar(study.name, max(1e-9, sum(c.minutes for c in waiting)), progress) as advance:
-        for cell in waiting:
+    with bar(study.name, max(1e-9, total), progress) as advance:
+        while cell := free(study, file, only):
+            each = minutes.get(cell.name, 1.0)  # of a sweep's later seeds another choice may have been announced
+            with claim(file, cell) as mine:
+                if mine is None or cell not in left(study, finished(file), only):  # another process was faster
+                    continue
 
-            def told(amount: float, text: str = "", cell: Cell = cell) -> None:
-                advance(amount * cell.minutes, f"{cell.name} {text}")
-
-            line = finish(study, cell, kind, told)
-            append(file, line)
+                append(file, finish(study, cell, kind, telling(advance, cell, each, mine), device))
     return of(study, finished(file))
+
+
+def telling(advance: Advance, cell: Cell, minutes: float, mine: Path) -> Advance:
+    """A cell's own `advance`, which keeps its claim fresh."""
+
+    def told(amount: float, text: str = "") -> None:
+        mine.touch()
+        advance(amount * minutes, f"{cell.name} {text}")
+
+    return told
+
+
+def free(study: Study, file: Path, only: Sequence[str]) -> Cell | None:
+    """The next cell that is neither done nor claimed. A sweep's later seeds wait for the first one's."""
+    waiting = left(study, finished(file), only)
+    first = [c for c in waiting if study.sweep is not None and c.seed == study.cells[0].seed]
+    unclaimed = (c for c in first or waiting if not claimed(claim_file(file, c)))
+    return next(unclaimed, None)
+
+
+def claim_file(file: Path, cell: Cell) -> Path:
+    return file.with_suffix(".claims") / f"{cell.key}.{cell.name.replace('/', '.').replace(' ', '-')}"
+
+
+def claimed(path: Path) -> bool:
+    """Whether a process works on a cell."""
+    try:
+        host, _, process = path.read_text().partition(" ")
+        fresh = time.time() - path.stat().st_mtime < ABANDONED
+    except FileNotFoundError:
+        return False
+    if host == platform.node() and process.isdigit():  # of this machine it is known at once
+        return fresh and alive(int(process))
+    return fresh
+
+
+def alive(process: int) -> bool:
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+@contextmanager
+def claim(file: Path, cell: Cell) -> Iterator[Path | None]:
+    """Hold a cell, so that no other process runs it; None where another one holds it."""
+    path = claim_file(file, cell)
+    path.parent.mkdir(exist_ok=True)
+    if path.exists() and not claimed(path):
+        path.unlink(missing_ok=True)
+    try:
+        with path.open("x") as made:
+            made.write(f"{platform.node()} {os.getpid()}")
+    except FileExistsError:
+        yield None
+        return
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others hold cells
+            path.parent.rmdir()
 
 
 def append(file: Path, line: Line) -> None:
     """Add a line, on its own also where the last one was cut short."""
-    whole = not file.exists() or file.read_text()[-1:] in ("", "\n")
-    with file.open("a") as out:
-        out.write(("" if whole else "\n") + json.dumps(line) + "\n")
+    with filelock.FileLock(file.with_suffix(".lock")):
+        whole = not file.exists() or file.read_text()[-1:] in ("", "\n")
+        with file.open("a") as out:
+            out.write(("" if whole else "\n") + json.dumps(line) + "\n")
 
 
-def finish(study: Study, cell: Cell, kind: Kind, advance: Advance) -> Line:
+def finish(study: Study, cell: Cell, kind: Kind, advance: Advance, device: str = "cpu") -> Line:
     """Run one cell."""
     begun = time.perf_counter()
-    result = kind.run(cell.fields, advance)
+    result = kind.run(cell.fields, advance, device)
     return {
         "study": study.name,
         "edition": study.edition,
@@ -98,5 +215,18 @@ def finish(study: Study, cell: Cell, kind: Kind, advance: Advance) -> Line:
         "fields": cell.fields,
         "result": result,
         "seconds": round(time.perf_counter() - begun, 1),
-        "hardware": json.loads(json.dumps(hardware(), default=str)),
+        "hardware": json.loads(json.dumps(hardware(device), default=str)),
     }
+
+
+def on_devices(arguments: Sequence[str], devices: Sequence[str]) -> None:
+    """`lrt` with these arguments once per device, side by side; they share the cells by their claims."""
+    running = [subprocess.Popen([sys.executable, "-m", "lrt", *arguments, "--devices", each]) for each in devices]
+    try:
+        failed = [device for device, each in zip(devices, running, strict=True) if each.wait() != 0]
+    except KeyboardInterrupt:
+        for each in running:  # they had the signal too, and end by themselves
+            each.wait()
+        raise
+    if failed:
+        raise ValueError(f"the study's processes on {', '.join(failed)} failed; what others did is kept")

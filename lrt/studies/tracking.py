@@ -14,13 +14,13 @@ import torch
 
 from lrt import schedules
 from lrt.ablations import ablated
-from lrt.config import ModelConfig
+from lrt.config import ModelConfig, require
 from lrt.execution import Execution
 from lrt.model.flops import count_parameters, training_flops
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.optim import OptimConfig
 from lrt.progress import Advance
-from lrt.studies.grid import Fields
+from lrt.studies.grid import Cell, Fields
 from lrt.studies.runner import Line
 from lrt.tracking import measure
 from lrt.tracking.tasks import TASKS, Task
@@ -43,7 +43,12 @@ class StateTracking:
     `reads`: {task: {length, reads}}, further tests in which every answer is counted, not the last one's only.
     """
 
-    def run(self, fields: Fields, advance: Advance) -> dict[str, Any]:
+    def minutes(self, cell: Cell, device: str) -> float:
+        """As the study says: measuring would take training to mastery."""
+        return cell.minutes
+
+    def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
+        require(device == "cpu", f"state tracking is trained on the CPU, not on {device}; leave --devices out")
         run, tests = tracking_run(fields), fields.get("tests", [])
         task, sequences = TASKS[run.task], fields.get("sequences", measure.SEQUENCES)
         done = train(run, lambda steps, text: advance(TRAINING * steps / run.steps, text))

@@ -54,6 +54,8 @@ def uncovered(model: LatentRecurrentTransformer) -> str | None:
     if type(model.recall) is not Recall:
         return "a model whose recall is replaced (an ablation)"
     sources = config.memory.sources(config.depth)
+    if config.forwards > 1:
+        return f"{config.loops} loops and {config.thoughts} thoughts: it needs one forward per token"
     if not sources or 0 in sources or config.memory.delay != 1:
         return f"memory sources {sources} at delay {config.memory.delay}: it needs sources >= 1 at delay 1"
     if not config.unbounded or max(w or 0 for w in config.windows()) - 1 > CHUNK:

@@ -1,0 +1,261 @@
+"""Language cells: train a model on a text, score it live on held-out text, and time it beside the Transformer.
+
+A cell's fields are plain data:
+
+    family      a name in `recipes.rivals(depth)`, and `model`, `schedule` that replace what it says
+    size        fields of the ModelConfig that all families share (depth, width, heads, context, …)
+    widened_to  a family whose number of parameters every MLP is widened to (contract, section 5); none: as it is
+    text        a prepared folder's name under TEXTS; stdlib is prepared where it is missing
+    horizon     of the Transformer, as in RunConfig; equal: tokens | compute | wall_clock says what others share with it
+    rate        a factor on all learning rates; optim, batch_size, device_batch and precision as in RunConfig
+    targets     tokens scored on val and on test; settling: tokens on which 64 refinements are run, 0 for none
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrt import recipes
+from lrt.bench.measure import alternate
+from lrt.config import ModelConfig, require
+from lrt.data.loader import Windows, windows
+from lrt.data.prepare import prepare
+from lrt.data.prepared import Prepared
+from lrt.decode import decoder
+from lrt.distributed import Alone
+from lrt.evaluate import BATCH, bits_per_byte, evaluate, live
+from lrt.matching import step_time_ratio
+from lrt.model.flops import count_parameters, forward_flops
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.optim import OptimConfig
+from lrt.progress import Advance
+from lrt.run import RunConfig
+from lrt.schedules import parse
+from lrt.studies import comparisons
+from lrt.studies.grid import Cell, Fields
+from lrt.studies.runner import Line
+from lrt.sweepcurve import sweep_curve
+from lrt.training import Training
+from lrt.watching import Diverged
+
+TEXTS = Path("runs/studies/texts")
+"""Prepared folders by their name: `lrt prepare runs/studies/texts/books --text FILE…`."""
+STDLIB, VOCABULARY = "stdlib", 2048
+BASELINE = "transformer"
+"""The family that horizons and ratios of times refer to."""
+EQUAL = ("tokens", "compute", "wall_clock")
+FIELDS = {
+    "seed", "family", "model", "schedule", "size", "widened_to", "text", "horizon", "equal", "rate", "optim",
+    "batch_size", "device_batch", "precision", "targets", "settling",
+}  # fmt: skip
+TRAINING = 0.8
+"""The part of a cell's time that training takes, for the bar."""
+STEPS, DECODED = 3, 16
+"""Steps that are timed to say how long a cell will take; tokens that are decoded to say how fast a family is."""
+
+
+@functools.cache
+def text(name: str) -> Prepared:
+    """A text by its name, prepared. ValueError that says how where it is not there."""
+    if name == STDLIB:
+        return prepare(TEXTS / name, None, VOCABULARY)
+    require(
+        (TEXTS / name / "manifest.json").is_file(),
+        f"the text {name!r} is not there; prepare it with: lrt prepare {TEXTS / name} --text FILE…",
+    )
+    return Prepared.open(TEXTS / name)
+
+
+def model_of(fields: Fields, vocab_size: int) -> ModelConfig:
+    """The cell's model, widened where that is asked for."""
+    base = ModelConfig.from_dict({**fields["size"], "vocab_size": vocab_size})
+    families = recipes.rivals(base.depth)
+    require(fields["family"] in families, f"unknown family {fields['family']!r}; choose one of {', '.join(families)}")
+    model = families[fields["family"]].model(base)
+    changes = fields.get("model", {})
+    memory = {**dataclasses.asdict(model.memory), **changes.get("memory", {})}
+    model = ModelConfig.from_dict({**model.to_dict(), **changes, "memory": memory})
+    if (widest := fields.get("widened_to")) is not None:
+        model = recipes.matched(model, count_parameters(families[widest].model(base))[0])
+    return model
+
+
+def run_of(fields: Fields, vocab_size: int) -> RunConfig:
+    """The cell's run, for as many tokens as the Transformer's."""
+    unknown = sorted(set(fields) - FIELDS)
+    require(not unknown, f"a language cell has no field {', '.join(unknown)}; it has {', '.join(sorted(FIELDS))}")
+    model = model_of(fields, vocab_size)
+    optim = OptimConfig(**fields.get("optim", {}))
+    factor = fields.get("rate", 1)
+    rates = {name: factor * getattr(optim, name) for name in ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")}
+    run = RunConfig(
+        model=model,
+        optim=dataclasses.replace(optim, **rates),
+        schedule=fields.get("schedule", recipes.rivals(model.depth)[fields["family"]].schedule),
+        batch_size=fields["batch_size"],
+        device_batch=fields.get("device_batch"),
+        precision=fields.get("precision", "float32"),
+        horizon=fields["horizon"],
+        seed=fields["seed"],
+    )
+    return (
+        run
+        if fields["family"] == BASELINE
+        else dataclasses.replace(run, horizon=f"tokens={baseline(run, fields).tokens}")
+    )
+
+
+def baseline(run: RunConfig, fields: Fields) -> RunConfig:
+    """The Transformer's run beside this one."""
+    plain = {k: v for k, v in fields.items() if k not in ("model", "schedule")}
+    return run_of({**plain, "family": BASELINE}, run.model.vocab_size)
+
+
+def equalled(run: RunConfig, other: RunConfig, equal: str, ratio: float) -> RunConfig:
+    """`run` for as many tokens, FLOPs or seconds as `other`; `ratio` is its time of a step over the other's."""
+    require(equal in EQUAL, f"equal is {equal!r}; choose one of {', '.join(EQUAL)}")
+    if equal == "compute":
+        return dataclasses.replace(run, horizon=f"flops={other.flops!r}")
+    if equal == "wall_clock":
+        return dataclasses.replace(run, horizon=f"tokens={max(1, round(other.tokens / ratio))}")
+    return run
+
+
+class Language:
+    """The cells of the studies of language; what they show is `comparisons`'."""
+
+    def __init__(self, figure: comparisons.Draw = comparisons.frontier) -> None:
+        self.draw = figure
+
+    def minutes(self, cell: Cell, device: str) -> float:
+        """From a few timed steps and decoded tokens; seeds and rates take as long as each other."""
+        return estimated(json.dumps({**cell.fields, "seed": 0, "rate": 1}, sort_keys=True), device)
+
+    def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
+        data = text(fields.get("text", STDLIB))
+        run = run_of(fields, data.vocab_size)
+        other = baseline(run, fields)
+        ratio = 1.0 if run.model == other.model else step_time_ratio(run, other, data, Alone(device))
+        run = equalled(run, other, fields.get("equal", "tokens"), ratio)
+        result = {"run": run.to_dict(), "data": data.fingerprint, **sizes(run), "step_ratio": ratio}
+        begun = time.perf_counter()
+        try:
+            model, trained = train(run, data, device, advance)
+        except Diverged as error:
+            return {**result, "diverged": str(error)}
+        result |= {
+            "loss": trained.loss,
+            "tokens": trained.tokens,
+            "training_flops": trained.flops,
+            "train_seconds": round(time.perf_counter() - begun, 1),
+            "decode_ratio": decode_ratio(model, LatentRecurrentTransformer(other.model).to(device)),
+        }
+        result |= scored(model, data, run, fields)
+        advance(1 - TRAINING, f"live {result['test']['live_bpb']:.4f}")
+        return result
+
+    def table(self, lines: Sequence[Line]) -> str:
+        return comparisons.table(lines)
+
+    def figure(self, lines: Sequence[Line], path: Path) -> None:
+        self.draw(lines, path)
+
+
+class Scaling(Language):
+    """The same, with power laws below the table."""
+
+    def table(self, lines: Sequence[Line]) -> str:
+        return comparisons.table(lines) + "\n\n" + comparisons.scaling_table(lines)
+
+
+def sizes(run: RunConfig) -> dict[str, Any]:
+    """What a model costs, counted."""
+    total, dense = count_parameters(run.model)
+    return {
+        "parameters": total,
+        "parameters_without_tables": dense,
+        "forwards": run.model.forwards,
+        "flops_per_generated_token": sum(forward_flops(run.model, run.model.context)),
+    }
+
+
+def train(run: RunConfig, data: Prepared, device: str, advance: Advance) -> tuple[LatentRecurrentTransformer, Any]:
+    """A run from its start to its end, in memory."""
+    training = Training(run, data, device)
+    losses = []
+    try:
+        for step in range(run.steps):
+            losses.append(training.step()["loss"])
+            advance(TRAINING / run.steps, f"step {step + 1} of {run.steps}, loss {losses[-1]:.3f}")
+    finally:
+        training.close()
+    last = losses[-max(1, run.steps // 20) :]
+    return training.model, training.trained(sum(last) / len(last))
+
+
+def scored(model: LatentRecurrentTransformer, data: Prepared, run: RunConfig, fields: Fields) -> dict[str, Any]:
+    """Live on val, by which a rate is chosen; everything on test, which is reported; and whether it settles."""
+    count, size, prefix = fields.get("targets", 50_000), data.tokenizer.token_bytes(), data.tokenizer.prefix_bytes("a")
+    schedule = parse(run.schedule)
+
+    def chosen(split: str, targets: int) -> Windows:
+        return windows(data.split(split), run.model.context, targets)
+
+    val, _ = bits_per_byte(model, chosen("val", count), size, live, progress=False, prefix_bytes=prefix)
+    test = evaluate(model, chosen("test", count), size, schedule, progress=False, prefix_bytes=prefix)
+    found: dict[str, Any] = {"val_live_bpb": val, "test": test.to_dict()}
+    settling = fields.get("settling", 0)
+    if settling and model.config.memory.remembered(model.config.depth):
+        curve = sweep_curve(
+            model, chosen("val", settling), size, schedule, groups=(1,), progress=False, prefix_bytes=prefix
+        )
+        found |= {"verdict": curve.verdict, "even_odd": curve.even_odd}
+    return found
+
+
+def decode_ratio(model: LatentRecurrentTransformer, other: LatentRecurrentTransformer, rounds: int = 5) -> float:
+    """Time of a decoded token over that of the other model, one row, in turn: the median of the pairs."""
+    work, device = {}, model.embedding.weight.device
+    for name, each in (("this", model), ("other", other)):
+        way = decoder(each.eval(), each.empty_state(1, DECODED))
+
+        def decode(way: Any = way) -> None:
+            for position in range(DECODED):
+                way.logits(way(torch.zeros(1, dtype=torch.long, device=device), [position]))
+
+        work[name] = decode
+    times = alternate(work, rounds, device=device, progress=False)
+    model.train()
+    return times["this"].ratio(times["other"])[0]
+
+
+@functools.cache
+def estimated(spelled: str, device: str) -> float:
+    """Minutes of a cell, by its fields in JSON; its ratio of step times is taken as that of the FLOPs."""
+    fields: Fields = json.loads(spelled)
+    data = text(fields.get("text", STDLIB))
+    run = run_of(fields, data.vocab_size)
+    other = baseline(run, fields)
+    run = equalled(run, other, fields.get("equal", "tokens"), run.flops_per_token / other.flops_per_token)
+    training = Training(run, data, device)
+    training.step()
+    begun = time.perf_counter()
+    for _ in range(STEPS):
+        training.step()
+    spent = (time.perf_counter() - begun) / STEPS * (run.steps + 2 * 14)
+    training.close()
+    way = decoder(training.model.eval(), training.model.empty_state(BATCH, DECODED))
+    begun = time.perf_counter()
+    for position in range(DECODED):
+        way.logits(way(torch.zeros(BATCH, dtype=torch.long, device=device), [position] * BATCH))
+    each = (time.perf_counter() - begun) / (DECODED * BATCH)
+    scores = 4 if training.model.config.memory.remembered(training.model.config.depth) else 2  # with two ablations
+    return (spent + scores * fields.get("targets", 50_000) * each) / 60

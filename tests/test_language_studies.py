@@ -1,0 +1,317 @@
+"""Studies of language: what a cell's fields mean, sweeps and claims, tables and figures from lines alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrt.cli import main
+from lrt.data.prepare import prepare
+from lrt.model.flops import count_parameters
+from lrt.studies import comparisons, grid, language, runner
+from lrt.studies.kinds import KINDS
+
+OPTIM = {"matrix_lr": 0.02, "embedding_lr": 0.2, "head_lr": 0.01, "scalar_lr": 0.02, "reference_batch": 2048}
+FIELDS: dict[str, Any] = {
+    "seed": 3,
+    "family": "shared",
+    "size": {"depth": 4, "width": 64, "heads": 2, "context": 32},
+    "optim": OPTIM,
+    "batch_size": 4,
+    "horizon": "tokens=12800",
+}
+
+
+# --- fields ------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_is_a_run():
+    run = language.run_of({**FIELDS, "rate": 0.5}, 300)
+    assert run.schedule == "interleaved(2)"
+    assert (run.seed, run.tokens, run.model.vocab_size) == (3, 12800, 300)
+    assert (run.optim.matrix_lr, run.optim.scalar_lr) == (0.01, 0.01)
+    changed = language.run_of({**FIELDS, "schedule": "settled(0, 1, 1)", "model": {"memory": {"source": 2}}}, 300)
+    assert changed.schedule == "settled(0, 1, 1)"
+    assert changed.model.memory == dataclasses.replace(run.model.memory, source=2)
+
+
+def test_horizons_are_the_transformers():
+    """A ratio counts the Transformer's weights, so that all families see equal tokens."""
+    fields = {**FIELDS, "horizon": "ratio=2"}
+    plain = language.run_of({**fields, "family": "transformer"}, 300)
+    assert language.run_of({**fields, "family": "layerwise"}, 300).tokens == plain.tokens
+
+
+def test_equal_tokens_compute_and_wall_clock():
+    run = language.run_of(FIELDS, 300)
+    other = language.baseline(run, FIELDS)
+    assert other.schedule == "plain()"
+    assert language.equalled(run, other, "tokens", 2.0).tokens == other.tokens
+    assert language.equalled(run, other, "compute", 2.0).flops == pytest.approx(other.flops, rel=0.01)
+    assert language.equalled(run, other, "wall_clock", 2.0).tokens == other.tokens / 2
+    with pytest.raises(ValueError, match="equal is 'luck'; choose one of tokens, compute, wall_clock"):
+        language.equalled(run, other, "luck", 2.0)
+
+
+@pytest.mark.parametrize("family", ["transformer", "loop 3", "ponder", "middle recurrence", "recommended"])
+def test_families_are_widened_to_one_size(family: str):
+    fields = {**FIELDS, "family": family, "widened_to": "layerwise"}
+    largest = count_parameters(language.run_of({**FIELDS, "family": "layerwise"}, 300).model)[0]
+    assert count_parameters(language.run_of(fields, 300).model)[0] == pytest.approx(largest, rel=0.005)
+
+
+def test_mistakes_in_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match="a language cell has no field sede"):
+        language.run_of({**FIELDS, "sede": 1}, 300)
+    with pytest.raises(ValueError, match="unknown family 'lstm'; choose one of transformer, token shift"):
+        language.run_of({**FIELDS, "family": "lstm"}, 300)
+    monkeypatch.setattr(language, "TEXTS", tmp_path)
+    with pytest.raises(ValueError, match="the text 'poems' is not there; prepare it with: lrt prepare"):
+        language.text("poems")
+
+
+# --- sweeps and claims -------------------------------------------------------------------------------------------
+
+GRID = """
+kind: language
+editions:
+  tiny:
+    seeds: [0, 1]
+    sweep: {axis: rate, by: val_live_bpb}
+    axes:
+      rate: {half: {rate: 0.5}, one: {rate: 1}}
+      family: {a: {family: a}, b: {family: b}}
+"""
+
+
+class Scores:
+    """A kind whose results are given."""
+
+    def __init__(self, by_cell: dict[str, float]) -> None:
+        self.by_cell, self.ran = by_cell, []
+
+    def minutes(self, cell: grid.Cell, device: str) -> float:
+        return 2.0
+
+    def run(self, fields: grid.Fields, advance: Any, device: str) -> dict[str, Any]:
+        name = f"{fields['family']} {fields['rate']:g}"
+        self.ran.append((name, fields["seed"], device))
+        advance(1, "done")
+        return {"val_live_bpb": self.by_cell[name]}
+
+    def table(self, lines: Any) -> str:
+        return ""
+
+    def figure(self, lines: Any, path: Path) -> None:
+        raise AssertionError
+
+
+@pytest.fixture
+def swept(tmp_path: Path) -> grid.Study:
+    (tmp_path / "mine.yaml").write_text(GRID)
+    return grid.read(str(tmp_path / "mine.yaml"), "tiny")
+
+
+def test_later_seeds_run_at_the_best_rate(swept: grid.Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    kind = Scores({"a 0.5": 2.0, "a 1": 1.0, "b 0.5": 1.0, "b 1": 2.0})
+    runner.run(swept, kind, tmp_path / swept.results, progress=False, device="cpu:0")
+    assert "6 cells to run, about 12 minutes in all" in capsys.readouterr().out
+    assert kind.ran[:4] == [(name, 0, "cpu:0") for name in ("a 0.5", "b 0.5", "a 1", "b 1")]
+    assert sorted(kind.ran[4:]) == [("a 1", 1, "cpu:0"), ("b 0.5", 1, "cpu:0")]
+    assert not list(tmp_path.glob("*.claims"))
+
+
+def test_what_another_process_runs_is_left_to_it(swept: grid.Study, tmp_path: Path):
+    file = tmp_path / swept.results
+    others = swept.cells[0]
+    kind = Scores({"a 0.5": 2.0, "a 1": 1.0, "b 0.5": 1.0, "b 1": 2.0})
+    with runner.claim(file, others) as mine:
+        assert mine is not None
+        with runner.claim(file, others) as again:
+            assert again is None
+        runner.run(swept, kind, file, progress=False)
+        assert [(name, seed) for name, seed, _ in kind.ran] == [("b 0.5", 0), ("a 1", 0), ("b 1", 0)]
+    with runner.claim(file, others) as mine:  # a process that died
+        assert mine is not None
+        old = time.time() - 2 * runner.ABANDONED
+        os.utime(mine, (old, old))
+        runner.run(swept, kind, file, progress=False)
+    assert len(kind.ran) == 6
+
+
+def test_the_claim_of_a_dead_process_of_this_machine_is_nobodys(swept: grid.Study, tmp_path: Path):
+    file = tmp_path / swept.results
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    path = runner.claim_file(file, swept.cells[0])
+    path.parent.mkdir()
+    gone = dead.stdout.strip()
+    for owner, held in ((f"{platform.node()} {gone}", False), (f"elsewhere {gone}", True)):
+        path.write_text(owner)
+        assert runner.claimed(path) is held
+    path.write_text(f"{platform.node()} {os.getpid()}")
+    assert runner.claimed(path)
+
+
+def test_a_swept_axis_must_be_there(tmp_path: Path):
+    (tmp_path / "bad.yaml").write_text(GRID.replace("axis: rate", "axis: pace"))
+    with pytest.raises(ValueError, match="sweeps over pace, which is none of its axes: rate, family"):
+        grid.read(str(tmp_path / "bad.yaml"), "tiny")
+
+
+# --- tables and figures ------------------------------------------------------------------------------------------
+
+
+def line(family: str, seed: int, live: float, rate: str = "one", text: str = "code", **more: Any) -> runner.Line:
+    result = {
+        "parameters": 1000,
+        "forwards": 1,
+        "step_ratio": 1.0 + len(family) / 10,
+        "decode_ratio": 1.1,
+        "training_flops": 3e9 if family == "transformer" else 6e9,
+        "tokens": 5000,
+        "val_live_bpb": live + 0.01,
+        "test": {"live_bpb": live, "parallel_bpb": live},
+        **more,
+    }
+    factor = {"half": 0.5, "one": 1, "double": 2}[rate]
+    return {
+        "seed": seed,
+        "choices": {"text": text, "rate": rate, "family": family},
+        "fields": {"rate": factor},
+        "result": result,
+    }
+
+
+def test_differences_are_paired_by_seed_with_a_t_interval():
+    """By hand: differences -0.1, -0.2, -0.3 of a mean of 2; their deviation 0.1, t(2) = 4.3027, so ± 0.2484."""
+    plain = [line("transformer", s, 2.0 + 0.1 * s - 0.1) for s in range(3)]
+    mine = [line("shared", s, 2.0 + 0.1 * s - 0.1 - 0.1 * (s + 1)) for s in range(3)]
+    assert comparisons.difference(mine, plain) == "-10.0 % ± 12.4"
+    assert comparisons.difference(mine[:2], plain) == "-7.7 % (2 seeds)"
+    assert comparisons.half_interval([-0.1, -0.2, -0.3]) == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
+
+
+def test_a_table_shows_each_family_at_its_best_rate():
+    lines = [
+        *(line("transformer", s, 2.0 + s / 100) for s in range(3)),
+        line("transformer", 0, 2.5, "half"),
+        *(line("shared", s, 1.8 + s / 100, "double") for s in range(3)),
+        line("shared", 0, 1.9, "one"),
+        line("shared", 0, 2.1, "one", text="books"),
+        line("transformer", 0, 2.3, "one", text="books"),
+    ]
+    shown = comparisons.table(lines)
+    code, books = shown.split("### books")
+    assert "### code" in code
+    assert "| transformer | 1 (2) | 3 | 1,000 | 1 | 1.00 |" in code
+    assert "| shared | 2 (2) | 3 | 1,000 | 1 | 2.00 |" in code
+    assert "**1.8100** | -10.0 % ± 0.0 |" in code
+    assert "-8.7 % (1 seed)" in books
+    assert "0.767" in code  # the published value stands beside
+    assert "memory zero" not in shown  # nothing of the kind was measured
+
+
+def test_a_diverged_run_is_counted_not_hidden():
+    lost = line("shared", 0, 9.9)
+    lost["result"] = {k: lost["result"][k] for k in ("parameters", "forwards")} | {
+        "diverged": "the loss at step 3 is nan"
+    }
+    shown = comparisons.table([line("transformer", 0, 2.0), lost])
+    assert "| shared | 1 (1) | 0, 1 diverged |" in shown
+
+
+def test_figures_are_drawn(tmp_path: Path):
+    lines = [line(name, s, value + s / 50) for name, value in (("transformer", 2.0), ("shared", 1.8)) for s in (0, 1)]
+    for number, draw in enumerate((comparisons.frontier, comparisons.source_curve)):
+        draw(lines, tmp_path / f"{number}.svg")
+        text = (tmp_path / f"{number}.svg").read_text()
+        assert "shared" in text
+        draw(lines, tmp_path / "again.svg")
+    assert (tmp_path / "0.svg").read_text().count("<path") > 10
+
+
+def scaling_lines(sizes: int) -> Iterator[runner.Line]:
+    for i in range(sizes):
+        for family, gain in (("transformer", 1.0), ("shared", 1.5)):
+            flops = 1e13 * 2**i
+            loss = 0.7 + 0.5 * (gain * flops / 1e14) ** -0.2 + 0.001 * (-1) ** i
+            yield line(family, 0, loss, text=f"size {i}", training_flops=flops)
+
+
+def test_scaling_gives_a_multiplier_with_its_interval(tmp_path: Path):
+    lines = list(scaling_lines(9))
+    shown = comparisons.scaling_table(lines)
+    row = next(r for r in shown.splitlines() if r.startswith("| shared | 9 |"))
+    value, low, high = (float(x) for x in row.split("|")[5].replace("[", "").replace("]", "").replace(",", "").split())
+    assert low <= value <= high
+    assert value == pytest.approx(1.5, rel=0.1)
+    comparisons.scaling_curves(lines, tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").stat().st_size > 1000
+
+
+def test_without_eight_sizes_there_is_no_multiplier():
+    assert "8 sizes are needed" in comparisons.scaling_table(list(scaling_lines(7)))
+
+
+# --- from the command line ---------------------------------------------------------------------------------------
+
+
+def test_a_study_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(language, "TEXTS", tmp_path / "texts")
+    story = " ".join(
+        f"{a} {b} sat on the {c}." for a in ["the", "my", "your"] for b in ["cat", "dog"] for c in ["mat", "log"]
+    )
+    (tmp_path / "story.txt").write_text((story + "\n") * 40)
+    prepare(tmp_path / "texts" / "story", [tmp_path / "story.txt"], 280, progress=False, workers=0)
+    (tmp_path / "mine.yaml").write_text(f"""
+kind: language
+editions:
+  tiny:
+    seeds: [0]
+    base:
+      text: story
+      size: {{depth: 2, width: 16, heads: 2, context: 16}}
+      optim: {json.dumps(OPTIM)}
+      batch_size: 2
+      horizon: tokens=160
+      targets: 60
+      settling: 30
+      widened_to: layerwise
+    axes:
+      family:
+        transformer: {{family: transformer}}
+        ponder: {{family: ponder}}
+        recommended: {{family: recommended, equal: compute}}
+""")
+    arguments = ["study", str(tmp_path / "mine.yaml"), "--results", str(tmp_path)]
+    main(arguments)
+    out = capsys.readouterr().out
+    assert "3 cells to run" in out
+    lines = {r["choices"]["family"]: r for r in runner.finished(tmp_path / "mine.tiny.jsonl")}
+    plain, ponder, mine = (lines[name]["result"] for name in ("transformer", "ponder", "recommended"))
+    assert plain["tokens"] == ponder["tokens"] == 160
+    assert mine["training_flops"] == pytest.approx(plain["training_flops"], rel=0.2)  # whole steps
+    assert ponder["forwards"] == 2
+    assert abs(plain["test"]["gap"]) < 1e-6
+    assert "live_bpb_memory_zero" in mine["test"]
+    assert "verdict" in mine
+    assert plain["step_ratio"] == 1
+    assert ponder["step_ratio"] > 1.2
+    kept = json.dumps(lines)
+    assert "sat on the" not in kept
+    assert (tmp_path / "mine.tiny.svg").is_file()
+    main([*arguments, "--show"])
+    assert "| ponder | 1 (1) | 1 |" in capsys.readouterr().out
+    assert statistics.fmean(r["seconds"] for r in lines.values()) < 60
+    assert set(KINDS) == {"tracking", "language", "sources", "scaling"}
