@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COLDEST = 1e-30
+"""A temperature below it would make logits infinite in float32, and their distribution no number."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -51,7 +54,7 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distribution (n, V) that is drawn from; temperature above 0."""
-        logits = logits.float() / self.temperature
+        logits = logits.float() / max(self.temperature, COLDEST)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -59,7 +62,11 @@ class Sampling:
         if self.top_p is not None and self.top_p < 1:
             ordered, order = probabilities.sort(descending=True, stable=True)
             before = ordered.cumsum(-1) - ordered  # a token stays if those before it have not reached p yet
-            dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= self.top_p)
+            dropped = torch.zeros_like(before, dtype=torch.bool).scatter(
+                1,
+                order,
+                (before >= self.top_p) & (before > 0),  # the first stays, also where p is 0 in float32
+            )
             probabilities = probabilities.masked_fill(dropped, 0)
         return probabilities / probabilities.sum(-1, keepdim=True)
 
