@@ -337,3 +337,11 @@ def test_the_head_of_a_second_request_has_its_time_too(tight: Live):
     answer = exchange(tight.url, whole, b"POST /v1/comp", 0.3)
     assert answer.count(b"HTTP/1.1") == 1
     assert time.monotonic() - begin < 10
+
+
+def test_a_port_in_use_is_said_with_the_way_out(folder: Path, capsys: pytest.CaptureFixture[str]):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit):
+            main(["serve", str(folder), "--port", str(port), "--device", "cpu"])
+    assert f"cannot listen on 127.0.0.1 port {port}; choose another with --port" in capsys.readouterr().err
