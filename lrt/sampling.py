@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COLDEST = 1e-30
+"""A temperature below it would make logits infinite in float32, and their distribution no number."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -52,9 +55,7 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distribution (n, V) that is drawn from; temperature above 0."""
-        logits = logits.float()
-        # The largest becomes 0, so that no temperature, however small, makes it infinite.
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        logits = logits.float() / max(self.temperature, COLDEST)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -62,7 +63,11 @@ class Sampling:
         if self.top_p is not None and self.top_p < 1:
             ordered, order = probabilities.sort(descending=True, stable=True)
             before = ordered.cumsum(-1) - ordered  # a token stays if those before it have not reached p yet
-            dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= self.top_p)
+            dropped = torch.zeros_like(before, dtype=torch.bool).scatter(
+                1,
+                order,
+                (before >= self.top_p) & (before > 0),  # the first stays, also where p is 0 in float32
+            )
             probabilities = probabilities.masked_fill(dropped, 0)
         return probabilities / probabilities.sum(-1, keepdim=True)
 

@@ -15,10 +15,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 from serving import EXACT, Live, live, saved
 
 from lrt.cli import main
 from lrt.serve.limits import Limits
+from lrt.serve.schema import CompletionBody
 from lrt.serve.served import Settings, names_of
 from lrt.serve.writing import Writing, overlap
 
@@ -302,3 +304,44 @@ def test_writing_shows_what_is_before_the_first_stop(stops: tuple[str, ...]):
         cut = min((whole.find(s) for s in stops if s in whole), default=len(whole))
         assert shown == whole[:cut]
     assert overlap("xab", "abc") == 2
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 1e-40}, {"temperature": 1e-300}, {"top_p": 1e-320}])
+def test_the_coldest_draws_take_the_likeliest_token(tight: Live, fields: dict[str, Any]):
+    asked: dict[str, Any] = {"model": "lrt", "prompt": "hello", "max_tokens": 8, "seed": 0}
+    client = tight.client()
+    likeliest = client.completions.create(**asked, temperature=0).choices[0].text
+    assert client.completions.create(**(asked | fields)).choices[0].text == likeliest
+    assert "lrt_engine_failures_total{" not in tight.library.metrics.text().decode()  # nobody else was ended
+
+
+def test_too_many_prompts_are_refused_before_they_are_tokenized(tight: Live, monkeypatch: pytest.MonkeyPatch):
+    served = tight.library.find("lrt")
+    asked: list[str] = []
+    encode = served.tokenizer.encode
+    monkeypatch.setattr(served.tokenizer, "encode", lambda text: asked.append(text) or encode(text))
+    with pytest.raises(openai.BadRequestError, match="1000 continuations are asked for"):
+        tight.client().completions.create(model="lrt", prompt=["a"] * 1000)
+    assert asked == []
+
+
+def test_of_many_wrong_prompts_the_first_is_enough():
+    with pytest.raises(ValidationError) as caught:
+        CompletionBody.model_validate({"model": "lrt", "prompt": [["a"]] * 1000})
+    assert caught.value.error_count() < 10
+
+
+def test_the_head_of_a_second_request_has_its_time_too(tight: Live):
+    whole = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    begin = time.monotonic()
+    answer = exchange(tight.url, whole, b"POST /v1/comp", 0.3)
+    assert answer.count(b"HTTP/1.1") == 1
+    assert time.monotonic() - begin < 10
+
+
+def test_a_port_in_use_is_said_with_the_way_out(folder: Path, capsys: pytest.CaptureFixture[str]):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit):
+            main(["serve", str(folder), "--port", str(port), "--device", "cpu"])
+    assert f"cannot listen on 127.0.0.1 port {port}; choose another with --port" in capsys.readouterr().err

@@ -106,6 +106,10 @@ def test_keyboard_and_two_checkpoints_side_by_side(page: Page):
     written(page, 2)
     texts = [page.locator(".text").nth(i).inner_text() for i in range(2)]
     assert texts[0] == texts[1]
+    for i, recurrence in ((0, True), (1, False)):  # a transformer is not said to have any
+        pane = page.locator(".pane").nth(i)
+        assert ("with recurrence" in pane.locator(".map").inner_text()) == recurrence
+        assert ("without the memory" in pane.locator(".about").inner_text()) == recurrence
     boxes = [page.locator(".pane").nth(i).bounding_box() for i in range(2)]
     assert boxes[0]["y"] == boxes[1]["y"]  # pyright: ignore[reportOptionalSubscript]
     page.locator(".text").first.focus()
@@ -140,6 +144,7 @@ def test_phone_and_dark(browser: Browser, up: Live, tmp_path: Path):
         expect(phone.locator(".about")).to_contain_text("at position 2")
         assert phone.locator("body").bounding_box()["width"] <= 380  # pyright: ignore[reportOptionalSubscript]
         assert phone.locator("main").evaluate("node => document.documentElement.scrollWidth") <= 380
+        assert "a token. Zero" in phone.locator("footer").inner_text()  # without what is said of keys
         pages[scheme] = phone.screenshot(path=tmp_path / f"{scheme}.png")
         phone.close()
     assert pages["light"] != pages["dark"]

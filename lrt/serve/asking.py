@@ -58,6 +58,7 @@ async def completion(body: CompletionBody, served: Served, limits: Limits) -> As
     if body.stream and drawn > n:
         raise ApiError(400, "best_of cannot be streamed: the best is known at the end only", param="best_of")
     texts, ids = prompts(body)
+    affordable((len(texts) + len(ids)) * drawn, limits)  # before any of them is tokenized
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
     bare = bool(texts)
     for text in texts:
@@ -67,7 +68,7 @@ async def completion(body: CompletionBody, served: Served, limits: Limits) -> As
         common = replace(common, logprobs=body.logprobs)
     elif drawn > n:
         common = replace(common, logprobs=0)
-    ask = Ask(
+    return Ask(
         served,
         tuple(fitted(replace(common, tokens=tuple(i), samples=drawn), asked, served, limits, USUAL) for i in ids),
         stops(body),
@@ -77,7 +78,6 @@ async def completion(body: CompletionBody, served: Served, limits: Limits) -> As
         bare=bare,
         **streaming(body),
     )
-    return counted(ask, limits)
 
 
 def prompts(body: CompletionBody) -> tuple[list[str], list[list[int]]]:
@@ -108,6 +108,7 @@ async def chat(body: ChatBody, served: Served, limits: Limits) -> Ask:
         )
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    affordable(body.n or 1, limits)
     if None not in (body.max_tokens, body.max_completion_tokens):
         raise ApiError(400, "give max_completion_tokens or max_tokens, not both", param="max_tokens")
     try:
@@ -126,7 +127,7 @@ async def chat(body: ChatBody, served: Served, limits: Limits) -> Ask:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     request = replace(common, tokens=(tokenizer.bos, *work), samples=body.n or 1, logprobs=logprobs)
     most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    ask = Ask(
+    return Ask(
         served,
         (fitted(request, most, served, limits),),
         (*stops(body), *(("\n",) if template.end is None else ())),
@@ -136,7 +137,6 @@ async def chat(body: ChatBody, served: Served, limits: Limits) -> Ask:
         strip=template.end is None,
         **streaming(body),
     )
-    return counted(ask, limits)
 
 
 def role_of(turn: ChatTurn) -> Literal["system", "user", "assistant"]:
@@ -209,9 +209,9 @@ def fitted(request: Request, asked: int | None, served: Served, limits: Limits, 
     return request
 
 
-def counted(ask: Ask, limits: Limits) -> Ask:
-    if ask.samples > limits.choices:
+def affordable(samples: int, limits: Limits) -> None:
+    """ApiError 400 where one request asks for too many continuations."""
+    if samples > limits.choices:
         raise ApiError(
-            400, f"{ask.samples} continuations are asked for, this server gives {limits.choices} at once; ask for fewer"
+            400, f"{samples} continuations are asked for, this server gives {limits.choices} at once; ask for fewer"
         )
-    return ask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -83,7 +84,8 @@ class Serve:
             chat = "with chat" if one.template is not None else "no chat template"
             print(f"{one.name}: {one.about()['parameters']:,} parameters, {one.worker.rows} rows, {chat}")
         ready = server(app, library, self.host, self.port)
-        ready.run()
+        with suppress(SystemExit):  # uvicorn's, where it cannot listen
+            ready.run()
         require(ready.started, f"cannot listen on {self.host} port {self.port}; choose another with --port")
 
 

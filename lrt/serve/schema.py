@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Nothing = Annotated[list[Any], Field(max_length=0)]
@@ -88,7 +88,9 @@ class Asked(Body):
 class CompletionBody(Asked):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | Ids | list[Ids] | None = None
+    prompt: (
+        str | Annotated[list[str], Field(fail_fast=True)] | Ids | Annotated[list[Ids], Field(fail_fast=True)] | None
+    ) = None
     max_tokens: Annotated[int, Field(ge=0)] | None = 16
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     echo: bool | None = False
@@ -103,7 +105,7 @@ class TextPart(Strict):
 
 class ChatTurn(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: str | None = None
     # What the clients' own answers hold beside the text, so that these can be sent back as they are.
     refusal: None = None
@@ -120,7 +122,7 @@ class PlainFormat(Strict):
 class ChatBody(Asked):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatTurn], Field(min_length=1)]
+    messages: Annotated[list[ChatTurn], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
@@ -163,7 +165,7 @@ class InspectBody(Strict):
     """POST /playground/inspect."""
 
     model: str = Field(min_length=1, max_length=200)
-    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, fail_fast=True)]
 
 
 # --- answers ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -29,10 +30,13 @@ class Server(uvicorn.Server):
 
 
 def protocol(limits: Limits) -> type[H11Protocol]:
-    """HTTP/1.1 for so many connections, each of which has `body_seconds` to send the head of its first request."""
+    """HTTP/1.1 for so many connections, each of which has `body_seconds` to send the head of a request: of its first
+    from the beginning, of a later one from its first byte."""
     count = 0
 
     class Guarded(H11Protocol):
+        head_alarm: asyncio.TimerHandle | None = None
+
         def connection_made(self, transport: Any) -> None:
             nonlocal count
             count += 1
@@ -40,15 +44,28 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             if count > limits.connections:
                 transport.abort()
                 return
-            self.head_alarm = self.loop.call_later(limits.body_seconds, self._expect)
+            self._expect()
+
+        def handle_events(self) -> None:
+            super().handle_events()
+            waiting = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+            if not waiting and self.cycle is not None:
+                self._heard()
+            elif self.head_alarm is None:
+                self._expect()
 
         def _expect(self) -> None:
-            if self.cycle is None and not self.transport.is_closing():
-                self.transport.abort()
+            self.head_alarm = self.loop.call_later(limits.body_seconds, self.transport.abort)
+
+        def _heard(self) -> None:
+            if self.head_alarm is not None:
+                self.head_alarm.cancel()
+                self.head_alarm = None
 
         def connection_lost(self, exc: Exception | None) -> None:
             nonlocal count
             count -= 1
+            self._heard()
             super().connection_lost(exc)
 
     return Guarded
