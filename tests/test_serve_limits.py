@@ -166,6 +166,7 @@ def test_the_token_is_asked_for(folder: Path):
         assert httpx.get(f"{up.url}/metrics").status_code == 401
         assert httpx.get(f"{up.url}/openapi.json").status_code == 401
         assert httpx.get(f"{up.url}/healthz").status_code == httpx.get(up.url).status_code == 200
+        assert httpx.head(f"{up.url}/healthz").status_code == httpx.head(up.url).status_code == 200  # load balancers'
         assert [m.id for m in up.client(SECRET).models.list()] == ["lrt"]
 
 
@@ -195,6 +196,7 @@ def test_a_failing_engine_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPa
         )
         next(iter(stream))
         monkeypatch.setattr(worker.engine, "step", broken)
+        monkeypatch.setattr(worker.engine, "cancel", broken)  # nothing of it works any more
         with pytest.raises(openai.APIError, match="the server failed to answer") as caught:
             for _ in stream:
                 pass

@@ -87,11 +87,13 @@ def create_app(library: Library, token: str | None = None, hosts: Collection[str
 def about_server(app: FastAPI, library: Library) -> None:
     """The page, health, metrics."""
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=Response, responses={200: {"content": {"text/html": {}}}})
     async def page() -> HTMLResponse:
         """The playground."""
         return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", responses={200: {"model": Health}, 503: {"model": Health}})
     async def health() -> JSONResponse:
         """200 while requests are taken."""

@@ -135,7 +135,7 @@ class Worker:
             except Exception:  # whatever it is, nobody waits for ever, and the next request finds a fresh engine
                 LOG.exception("the engine of %s failed; it is made anew", self.name)
                 self.metrics.failures.labels(self.name).inc()
-                self._fail_all(internal())
+                self._lose_all(internal())
                 self._renew()
 
     def _renew(self) -> None:
@@ -160,8 +160,12 @@ class Worker:
     def _submit(self, ticket: Ticket) -> None:
         try:
             ticket.number = self.engine.submit(ticket.request)
-        except ValueError as error:
-            self._post(self._hand, [(ticket, ApiError(400, str(error)))], ticket.request.samples)
+        except Exception as error:
+            known = isinstance(error, ValueError)
+            if not known:
+                LOG.exception("a request to %s cannot be taken", self.name)
+            told = ApiError(400, str(error)) if known else internal()
+            self._post(self._hand, [(ticket, told)], ticket.request.samples)
             return
         ticket.left = ticket.request.samples
         self._tickets[ticket.number] = ticket
@@ -174,6 +178,13 @@ class Worker:
     def _fail_all(self, error: ApiError) -> None:
         for ticket in list(self._tickets.values()):
             self._fail(ticket, error)
+
+    def _lose_all(self, error: ApiError) -> None:
+        """Tell all requests of an error without the engine, which has failed."""
+        for ticket in self._tickets.values():
+            self._post(self._hand, [(ticket, error)], ticket.left)
+            ticket.number = None
+        self._tickets.clear()
 
     def _fail(self, ticket: Ticket, error: ApiError) -> None:
         """Tell a request of an error; its rows are freed, and their ends are not told any more."""
