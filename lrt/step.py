@@ -215,12 +215,10 @@ def step(
     x = x0 = p.embedding[tokens] if thought is None else thought
     count = tokens.shape[0]
     added = p.mix @ torch.cat((x0.unsqueeze(0), memory)).flatten(1)  # (L, n·D)
-    # Per set and channel (n, 2, G, K): U_k m and U_v m.
+    # Per channel and set (n, 2, G, K): U_k m and U_v m; no channel's where memory enters the residual stream alone.
     projected = [
         product(channel, weight).view(count, -1, 2, config.groups, config.head_dim).unbind(1)
-        for channel, weight in zip(
-            memory, p.projection, strict=False
-        )  # none where the memory enters the residual stream only
+        for channel, weight in zip(memory, p.projection, strict=False)
     ]
     remembered = config.memory.remembered(config.depth)
     outputs: dict[int, Tensor] = {}

@@ -551,3 +551,19 @@ def test_two_ranks_diagnose_and_answer_as_one_does(run: Path, data: Path, tmp_pa
         assert two["bpb"]["columns"][name]["bpb"] == pytest.approx(column["bpb"], abs=1e-4)
     assert two["core"] == one["core"]
     assert len(list((tmp_path / "two" / "partial").glob("bpb-*.rank1.jsonl"))) == 1
+
+
+@pytest.mark.parametrize(("verb", "kept"), [("sample", False), ("chat", False), ("prepare", True), ("study", True)])
+def test_an_interruption_says_what_is_kept(
+    verb: str, kept: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.tyro, "cli", stopped)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([verb])
+    assert ended.value.code == 130
+    told = capsys.readouterr().err
+    assert told.startswith("lrt: interrupted")
+    assert ("the same command goes on from there" in told) == kept
