@@ -394,14 +394,18 @@ class Report:
     """One HTML file of some runs: curves, scores, sweep curves, gates, a text with what recurrence gains, settings."""
 
     runs: tyro.conf.Positional[Paths]
-    """Folders of runs. What `lrt diagnose` and `lrt evaluate --core` found there is shown."""
+    """Folders of runs: what `lrt diagnose` and `lrt evaluate --core` found there is shown. And results of studies,
+    STUDY.EDITION.jsonl: their tables and figures."""
     out: Path = Path("report.html")
     """File to write."""
 
     def run(self) -> None:
         from lrt.runreport import report  # loads matplotlib
+        from lrt.studies.page import section
 
-        report(self.out, self.runs)
+        results = [path for path in self.runs if path.suffix == ".jsonl"]
+        folders = [path for path in self.runs if path.suffix != ".jsonl"]
+        report(self.out, folders, [section(path) for path in results])
         print(f"{self.out}: {self.out.stat().st_size / 1e6:.2f} MB")
 
 
@@ -427,7 +431,9 @@ class RunStudy:
 
     def run(self) -> None:
         from lrt.studies import grid, runner
+        from lrt.studies.figures import saved
         from lrt.studies.kinds import kind
+        from lrt.studies.tables import markdown
 
         study = grid.read(self.study, self.edition)
         file, runs = self.results / study.results, kind(study.kind)
@@ -439,9 +445,9 @@ class RunStudy:
         elif not self.show:
             runner.run(study, runs, file, self.only, device=first)
         lines = runner.of(study, runner.finished(file))
-        print(runs.table(lines))
+        print(markdown(runs.tables(lines)))
         if lines:
-            runs.figure(lines, self.figure or file.with_suffix(".svg"))
+            saved(lambda: runs.figure(lines), self.figure or file.with_suffix(".svg"))
 
 
 Verb = (

@@ -9,12 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib import pyplot as plt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.table import Table
-
-matplotlib.use("Agg")
 
 Row = tuple[str, Callable[[Mapping[str, Any]], str]]
 
@@ -114,6 +112,18 @@ def _html_table(summary: Mapping[str, Any]) -> str:
 
 def figure(draw: Callable[[Axes], None], title: str, wide: bool = True) -> str:
     """An inline SVG of what `draw` puts on an axis, in the page's own text colour."""
+
+    def make() -> Figure:
+        made = Figure(figsize=(6.4, 3.6 if wide else 2.6))
+        draw(made.subplots())
+        made.tight_layout()
+        return made
+
+    return inline(make, title)
+
+
+def inline(make: Callable[[], Figure], title: str) -> str:
+    """A figure as an inline SVG, in the page's own text colour: `make` draws it in the page's style."""
     style: dict[Any, Any] = {
         "text.color": INK,
         "axes.labelcolor": INK,
@@ -126,14 +136,11 @@ def figure(draw: Callable[[Axes], None], title: str, wide: bool = True) -> str:
         "axes.spines.right": False,
         "font.size": 10,
         "legend.frameon": False,
+        "axes.facecolor": "none",
     }
-    with plt.rc_context(style):
-        fig, ax = plt.subplots(figsize=(6.4, 3.6 if wide else 2.6))
-        draw(ax)
-        fig.tight_layout()
+    with rc_context(style):
         out = io.StringIO()
-        fig.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-        plt.close(fig)
+        make().savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)

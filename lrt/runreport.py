@@ -42,13 +42,24 @@ DIARY = 2000
 """Points of a curve, at most: a figure does not show more."""
 
 
-def report(path: Path, folders: Sequence[Path]) -> None:
-    """Write the report of some runs' folders."""
-    require(len(folders) > 0, "no run is given; name at least one folder of `lrt train`")
+def report(path: Path, folders: Sequence[Path], studies: Sequence[str] = ()) -> None:
+    """Write the report of some runs' folders, and of studies, whose sections are given."""
+    require(
+        len(folders) + len(studies) > 0,
+        "no run is given; name at least one folder of `lrt train`, or a study's results, STUDY.EDITION.jsonl",
+    )
     runs = named([Run.read(folder) for folder in folders], folders)
+    parts = ["<h1>Latent recurrence: " + ("runs compared" if runs else "studies") + "</h1>"]
+    parts += [*(compared(runs) if runs else ()), *studies]
+    page = PAGE.replace("</head>", STYLE + "</head>").replace("{body}", "\n".join(parts))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def compared(runs: Sequence[Run]) -> list[str]:
+    """Everything that is known of runs, side by side."""
     colours = runfigures.coloured([run.name for run in runs])
-    parts = [
-        "<h1>Latent recurrence: runs compared</h1>",
+    return [
         overview(runs),
         *training(runs, colours),
         *scores(runs, colours),
@@ -59,9 +70,6 @@ def report(path: Path, folders: Sequence[Path]) -> None:
         *core(runs),
         *settings(runs),
     ]
-    page = PAGE.replace("</head>", STYLE + "</head>").replace("{body}", "\n".join(parts))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
 
 
 def named(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:

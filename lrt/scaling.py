@@ -105,6 +105,11 @@ def bootstrap(
     ]
 
 
+def fitted(compute: Sequence[float], loss: Sequence[float]) -> tuple[PowerLaw, list[PowerLaw]]:
+    """The law and its bootstrap."""
+    return fit(compute, loss), bootstrap(compute, loss)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number with its 95 % interval."""

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from lrt.cli import main
 from lrt.data.prepare import prepare
 from lrt.model.flops import count_parameters
-from lrt.studies import comparisons, grid, language, runner
+from lrt.studies import comparisons, figures, grid, language, runner
 from lrt.studies.kinds import KINDS
+from lrt.studies.tables import Table, markdown
 
 OPTIM = {"matrix_lr": 0.02, "embedding_lr": 0.2, "head_lr": 0.01, "scalar_lr": 0.02, "reference_batch": 2048}
 FIELDS: dict[str, Any] = {
@@ -110,10 +112,10 @@ class Scores:
         advance(1, "done")
         return {"val_live_bpb": self.by_cell[name]}
 
-    def table(self, lines: Any) -> str:
-        return ""
+    def tables(self, lines: Any) -> list[Table]:
+        return []
 
-    def figure(self, lines: Any, path: Path) -> None:
+    def figure(self, lines: Any) -> Figure:
         raise AssertionError
 
 
@@ -211,7 +213,7 @@ def test_a_table_shows_each_family_at_its_best_rate():
         line("shared", 0, 2.1, "one", text="books"),
         line("transformer", 0, 2.3, "one", text="books"),
     ]
-    shown = comparisons.table(lines)
+    shown = markdown(comparisons.tables(lines))
     code, books = shown.split("### books")
     assert "### code" in code
     assert "| transformer | 1 (2) | 3 | 1,000 | 1 | 1.00 |" in code
@@ -227,41 +229,79 @@ def test_a_diverged_run_is_counted_not_hidden():
     lost["result"] = {k: lost["result"][k] for k in ("parameters", "forwards")} | {
         "diverged": "the loss at step 3 is nan"
     }
-    shown = comparisons.table([line("transformer", 0, 2.0), lost])
+    shown = markdown(comparisons.tables([line("transformer", 0, 2.0), lost]))
     assert "| shared | 1 (1) | 0, 1 diverged |" in shown
 
 
 def test_figures_are_drawn(tmp_path: Path):
     lines = [line(name, s, value + s / 50) for name, value in (("transformer", 2.0), ("shared", 1.8)) for s in (0, 1)]
-    for number, draw in enumerate((comparisons.frontier, comparisons.source_curve)):
-        draw(lines, tmp_path / f"{number}.svg")
+    for number, draw in enumerate((figures.frontier, figures.source_curve)):
+        figures.saved(lambda draw=draw: draw(lines), tmp_path / f"{number}.svg")
         text = (tmp_path / f"{number}.svg").read_text()
         assert "shared" in text
-        draw(lines, tmp_path / "again.svg")
+        figures.saved(lambda draw=draw: draw(lines), tmp_path / "again.svg")
+        assert (tmp_path / "again.svg").read_text() == text
     assert (tmp_path / "0.svg").read_text().count("<path") > 10
 
 
 def scaling_lines(sizes: int) -> Iterator[runner.Line]:
+    """`shared` spends twice the FLOPs per token and 1.6 times the time, and each FLOP is worth 1.5."""
     for i in range(sizes):
         for family, gain in (("transformer", 1.0), ("shared", 1.5)):
-            flops = 1e13 * 2**i
+            flops = 1e13 * 2**i * (1 if family == "transformer" else 2)
             loss = 0.7 + 0.5 * (gain * flops / 1e14) ** -0.2 + 0.001 * (-1) ** i
             yield line(family, 0, loss, text=f"size {i}", training_flops=flops)
 
 
 def test_scaling_gives_a_multiplier_with_its_interval(tmp_path: Path):
     lines = list(scaling_lines(9))
-    shown = comparisons.scaling_table(lines)
-    row = next(r for r in shown.splitlines() if r.startswith("| shared | 9 |"))
-    value, low, high = (float(x) for x in row.split("|")[5].replace("[", "").replace("]", "").replace(",", "").split())
-    assert low <= value <= high
-    assert value == pytest.approx(1.5, rel=0.1)
-    comparisons.scaling_curves(lines, tmp_path / "curves.svg")
+    table = comparisons.scaling_table(lines)
+    row = next(r for r in table.body if r[:2] == ["shared", "9"])
+    for axis, expected in (("tokens ×", 3.0), ("training FLOPs ×", 1.5), ("wall-clock ×", 3.0 / 1.6)):
+        entry = row[table.head.index(axis)]
+        value, low, high = (float(x) for x in entry.replace("[", "").replace("]", "").replace(",", "").split())
+        assert low <= value <= high
+        assert value == pytest.approx(expected, rel=0.1)
+    figures.saved(lambda: figures.scaling_curves(lines), tmp_path / "curves.svg")
     assert (tmp_path / "curves.svg").stat().st_size > 1000
 
 
 def test_without_eight_sizes_there_is_no_multiplier():
-    assert "8 sizes are needed" in comparisons.scaling_table(list(scaling_lines(7)))
+    assert "8 sizes are needed" in comparisons.scaling_table(list(scaling_lines(7))).markdown()
+
+
+def test_at_equal_wall_clock_the_transformer_is_that_of_equal_tokens():
+    lines = [
+        {**each, "choices": {"equal": equal, "rate": "one", "family": each["choices"]["family"]}}
+        for equal, each in (
+            *(("tokens", line("transformer", s, 2.0)) for s in range(3)),
+            *(("tokens", line("shared", s, 1.8)) for s in range(3)),
+            *(("wall-clock", line("shared", s, 1.9)) for s in range(3)),
+        )
+    ]
+    tokens, clock = comparisons.tables(lines)
+    assert (tokens.title, clock.title) == ("tokens", "wall-clock")
+    assert "| -5.0 % ± 0.0 |" in clock.markdown()
+    assert "| -10.0 % ± 0.0 |" in tokens.markdown()
+
+
+def test_a_report_of_studies(tmp_path: Path):
+    """From the lines alone: of a study that comes with the library, and of one whose file is elsewhere."""
+    lines = [
+        {**line(name, s, value + s / 50), "study": "mine", "edition": "tiny", "kind": "language", "cell": f"{name}/{s}"}
+        for name, value in (("transformer", 2.0), ("shared", 1.8))
+        for s in (0, 1)
+    ]
+    file = tmp_path / "mine.tiny.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in (*lines, lines[0])))
+    main(["report", str(file), "studies/results/state-tracking.tiny.jsonl", "--out", str(tmp_path / "r.html")])
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<svg") == 2
+    assert "4 cells are done." in page
+    assert "<td>-10.0 % (2 seeds)</td>" in page
+    assert "S5 by swaps" in page
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "nothing.jsonl"), "--out", str(tmp_path / "r.html")])
 
 
 # --- from the command line ---------------------------------------------------------------------------------------

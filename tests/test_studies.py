@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from lrt.cli import main
 from lrt.progress import Advance
 from lrt.studies import grid, runner
 from lrt.studies.kinds import KINDS, kind
 from lrt.studies.language import run_of
+from lrt.studies.tables import Table, markdown
 from lrt.studies.tracking import StateTracking, spread, tracking_run
 
 GRID = """
@@ -53,10 +55,10 @@ class Counting:
         advance(1, "done")
         return {"steps": fields["steps"]}
 
-    def table(self, lines: Sequence[runner.Line]) -> str:
-        return ""
+    def tables(self, lines: Sequence[runner.Line]) -> list[Table]:
+        return []
 
-    def figure(self, lines: Sequence[runner.Line], path: Path) -> None:
+    def figure(self, lines: Sequence[runner.Line]) -> Figure:
         raise AssertionError
 
 
@@ -179,7 +181,7 @@ def test_tables_from_lines_alone():
         }
         for a, n in ((0.9, 40), (1.0, 50))
     ]
-    table = StateTracking().table(lines)
+    table = markdown(StateTracking().tables(lines))
     assert spread([0.9, 1.0]) == "95.0 ± 7.1"
     assert "| parity | 256 | 50.0% | lrt | 2 | 95.0 ± 7.1 |" in table
     assert "| parity | lrt | 16, 16 | 40 | 1.0e+09 |" in table

@@ -11,16 +11,18 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from lrt import scaling
 from lrt.studies.runner import Line
+from lrt.studies.tables import Table
 
-Draw = Callable[[Sequence[Line], Path], None]
 Rows = dict[str, list[Line]]
 """choice -> a line per seed, at its best rate."""
 RATE = "rate"
+EQUAL = "equal"
+"""The axis on which the Transformer is the same run, whatever others have in common with it."""
 AGAINST = ("transformer", "token shift")
 """Families that everything is compared with, where a group has them."""
 PUBLISHED = {
@@ -40,12 +42,23 @@ def on_val(line: Line) -> float:
 
 
 def grouped(lines: Sequence[Line]) -> dict[tuple[str, ...], Rows]:
-    """(choices of the other axes) -> choice of the compared axis -> its lines, one per seed."""
+    """(choices of the other axes) -> choice of the compared axis -> its lines, one per seed.
+
+    A group without a Transformer of its own, on the axis EQUAL, has that of the group beside it.
+    """
     found: dict[tuple[str, ...], dict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         *others, compared = (value for axis, value in line["choices"].items() if axis != RATE)
         found[tuple(others)][compared].append(line)
-    return {key: {name: at_best_rate(each) for name, each in rows.items()} for key, rows in found.items()}
+    groups = {key: {name: at_best_rate(each) for name, each in rows.items()} for key, rows in found.items()}
+    axes = [axis for axis in (lines[0]["choices"] if lines else ()) if axis != RATE][:-1]
+    if EQUAL in axes:
+        for key, rows in groups.items():
+            if AGAINST[0] not in rows:
+                at = axes.index(EQUAL)
+                alike = (g for k, g in groups.items() if (k[:at], k[at + 1 :]) == (key[:at], key[at + 1 :]))
+                rows |= next(({AGAINST[0]: g[AGAINST[0]]} for g in alike if AGAINST[0] in g), {})
+    return groups
 
 
 def at_best_rate(lines: Sequence[Line]) -> list[Line]:
@@ -67,8 +80,8 @@ def trials(lines: Sequence[Line], group: tuple[str, ...], choice: str) -> int:
     return len(found)
 
 
-def table(lines: Sequence[Line]) -> str:
-    """Markdown, one table per group."""
+def tables(lines: Sequence[Line]) -> list[Table]:
+    """One per group."""
     parts = []
     for group, rows in grouped(lines).items():
         against = [name for name in AGAINST if name in rows] or [next(iter(rows))]
@@ -78,13 +91,8 @@ def table(lines: Sequence[Line]) -> str:
             "memory embedding", "64 refinements", "published, 20L",
         ]  # fmt: skip
         body = [row(name, each, rows, against, trials(lines, group, name)) for name, each in rows.items()]
-        keep = [i for i in range(len(head)) if any(r[i] for r in body)]
-        title = f"### {', '.join(group)}\n\n" if group else ""
-        marks = "|".join("---" for _ in keep)
-        shown = "\n".join("| " + " | ".join(r[i] for i in keep) + " |" for r in [head, *body])
-        first, *rest = shown.split("\n")
-        parts.append(title + "\n".join([first, f"|{marks}|", *rest]))
-    return "\n\n".join(parts)
+        parts.append(Table(", ".join(group), head, body))
+    return parts
 
 
 def row(name: str, lines: Sequence[Line], rows: Rows, against: Sequence[str], tried: int) -> list[str]:
@@ -147,121 +155,58 @@ def half_interval(differences: Sequence[float]) -> float:
     return float(stats.t.ppf(0.975, len(differences) - 1)) * spread
 
 
-# --- figures -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Size:
+    """One size of a family in a study of scaling, the mean over its seeds."""
+
+    flops: float
+    """Of its training, all passes."""
+    loss: float
+    """Live BPB on test."""
+    tokens: float | None
+    """The FLOPs of the Transformer on as many tokens; None where that was not run."""
+    seconds: float | None
+    """The FLOPs of the Transformer in as long a training, by the paired ratio of step times."""
 
 
-def frontier(lines: Sequence[Line], path: Path) -> None:
-    """Live BPB against the paired step time, a panel per group; bars are the deviation over seeds."""
-    groups = {
-        key: {n: r for n, r in rows.items() if any("test" in x["result"] for x in r)}
-        for key, rows in grouped(lines).items()
-    }
-    figure, panels = panels_for([", ".join(key) for key in groups])
-    for panel, rows in zip(panels, groups.values(), strict=True):
-        for name, each in rows.items():
-            values = [bpb(line) for line in each if "test" in line["result"]]
-            x = statistics.fmean(line["result"]["step_ratio"] for line in each)
-            error = statistics.stdev(values) if len(values) > 1 else 0.0
-            panel.errorbar([x], [statistics.fmean(values)], yerr=[error], marker="o", capsize=3)
-            panel.annotate(name, (x, statistics.fmean(values)), xytext=(5, 3), textcoords="offset points", fontsize=7)
-        panel.set(xlabel="step time over the Transformer's (paired)", ylabel="live bits per byte")
-    figure.savefig(path, format="svg", metadata={"Date": None})
-
-
-def source_curve(lines: Sequence[Line], path: Path) -> None:
-    """Live BPB against the source layer, in the order of the choices; memory zeroed beside it."""
-    groups = grouped(lines)
-    figure, panels = panels_for([", ".join(key) for key in groups])
-    for panel, rows in zip(panels, groups.values(), strict=True):
-        names = list(rows)
-        for label, read in (("live", "live_bpb"), ("memory zeroed", "live_bpb_memory_zero")):
-            points = [
-                (i, [x["result"]["test"][read] for x in rows[n] if read in x["result"].get("test", {})])
-                for i, n in enumerate(names)
-            ]
-            points = [(i, values) for i, values in points if values]
-            errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points]
-            panel.errorbar(
-                [i for i, _ in points],
-                [statistics.fmean(v) for _, v in points],
-                errors,
-                marker="o",
-                label=label,
-                capsize=3,
-            )
-        panel.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
-        panel.set_ylabel("bits per byte")
-        panel.legend(fontsize=7)
-    figure.savefig(path, format="svg", metadata={"Date": None})
-
-
-def laws(lines: Sequence[Line]) -> dict[str, list[tuple[float, float]]]:
-    """family -> (training FLOPs, live BPB) of each size, mean over seeds."""
-    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+def sizes(lines: Sequence[Line]) -> dict[str, list[Size]]:
+    """family -> its sizes, by FLOPs."""
+    found: dict[str, list[Size]] = defaultdict(list)
     for rows in grouped(lines).values():
+        plain = [line["result"]["training_flops"] for line in rows.get(AGAINST[0], ()) if "test" in line["result"]]
         for name, each in rows.items():
             whole = [line for line in each if "test" in line["result"]]
             if whole:
+                ratio = statistics.fmean(line["result"]["step_ratio"] for line in whole)
                 flops = statistics.fmean(line["result"]["training_flops"] for line in whole)
-                found[name].append((flops, statistics.fmean(bpb(line) for line in whole)))
-    return {name: sorted(points) for name, points in found.items()}
+                base = plain[0] if plain else None
+                loss = statistics.fmean(bpb(line) for line in whole)
+                found[name].append(Size(flops, loss, base, base and base * ratio))
+    return {name: sorted(points, key=lambda size: size.flops) for name, points in found.items()}
 
 
-def scaling_curves(lines: Sequence[Line], path: Path) -> None:
-    """Live BPB against training FLOPs, a power law through each family of at least 4 sizes, with the bootstrap's band
-    from 8 on. Nothing is drawn beyond what was run."""
-    import numpy as np
+def scaling_table(lines: Sequence[Line]) -> Table:
+    """The fits, and how many times what a family's largest model had the Transformer needs for the same loss.
 
-    figure, (panel,) = panels_for(["scaling"])
-    for number, (name, points) in enumerate(laws(lines).items()):
-        compute, loss = zip(*points, strict=True)
-        colour = f"C{number}"
-        panel.plot(compute, loss, "o", color=colour, label=name)
-        grid = np.geomspace(min(compute), max(compute), 50)
-        if len(points) >= 4:
-            law = scaling.fit(compute, loss)
-            panel.plot(grid, [law.loss(c) for c in grid], color=colour, linewidth=1)
-        if len(points) >= scaling.FEWEST:
-            drawn = [[each.loss(c) for c in grid] for each in scaling.bootstrap(compute, loss, resamples=200)]
-            low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-            panel.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)
-    panel.set(xscale="log", yscale="log", xlabel="training FLOPs, all passes", ylabel="live bits per byte")
-    panel.legend(fontsize=7)
-    figure.savefig(path, format="svg", metadata={"Date": None})
-
-
-def panels_for(titles: Sequence[str]) -> tuple[Any, list[Any]]:
-    """A figure with a panel per title, two in a row."""
-    from matplotlib.figure import Figure
-
-    columns = min(2, max(1, len(titles)))
-    rows = max(1, math.ceil(len(titles) / columns))
-    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
-    for panel, title in zip(panels, titles, strict=False):
-        panel.set_title(title, fontsize=9)
-    for panel in panels[len(titles) :]:
-        panel.set_axis_off()
-    return figure, panels[: len(titles)]
-
-
-def scaling_table(lines: Sequence[Line]) -> str:
-    """The fits, and how much compute, tokens and time the Transformer would need for each family's best model.
-
-    Multipliers are read inside the range of the Transformer's fit; outside of it, with their interval.
+    On three axes (contract, section 5): tokens, training FLOPs and wall-clock. All come from the Transformer's law of
+    loss against compute along the ladder of sizes, divided by the compute that it spends on as many tokens, by the
+    family's own compute, and by what it spends in the family's time. The intervals are the bootstrap's.
     """
-    found = laws(lines)
-    rows = ["| family | sizes | floor | exponent | compute multiplier |", "|---|---|---|---|---|"]
+    found = sizes(lines)
+    head = ["family", "sizes", "floor", "exponent", "tokens ×", "training FLOPs ×", "wall-clock ×"]
+    body = []
     base = found.get(AGAINST[0], [])
     for name, points in found.items():
         if len(points) < scaling.FEWEST or len(base) < scaling.FEWEST:
-            rows.append(f"| {name} | {len(points)} | {scaling.FEWEST} sizes are needed | | |")
+            body.append([name, str(len(points)), f"{scaling.FEWEST} sizes are needed", "", "", "", ""])
             continue
-        compute, loss = zip(*points, strict=True)
-        law, drawn = scaling.fit(compute, loss), scaling.bootstrap(compute, loss)
-        base_compute, base_loss = zip(*base, strict=True)
-        there, laws_there = scaling.fit(base_compute, base_loss), scaling.bootstrap(base_compute, base_loss)
+        law, drawn = scaling.fitted([p.flops for p in points], [p.loss for p in points])
+        there, laws_there = scaling.fitted([p.flops for p in base], [p.loss for p in base])
         floor, exponent = (scaling.estimate(law, drawn, q) for q in (lambda p: p.floor, lambda p: p.exponent))
-        gain = scaling.multiplier(there, laws_there, compute[-1], loss[-1])
-        rows.append(f"| {name} | {len(points)} | {floor} | {exponent} | {gain} |")
-    return "\n".join(rows)
+        last = points[-1]
+        gains = [
+            str(scaling.multiplier(there, laws_there, spent, last.loss)) if spent else ""
+            for spent in (last.tokens, last.flops, last.seconds)
+        ]
+        body.append([name, str(len(points)), str(floor), str(exponent), *gains])
+    return Table("Power laws", head, body)

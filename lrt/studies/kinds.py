@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lrt.config import require
-from lrt.studies import comparisons
+from lrt.studies import figures
 from lrt.studies.language import Language, Scaling
 from lrt.studies.runner import Kind
 from lrt.studies.tracking import StateTracking
@@ -11,8 +11,8 @@ from lrt.studies.tracking import StateTracking
 KINDS: dict[str, Kind] = {
     "tracking": StateTracking(),
     "language": Language(),
-    "sources": Language(comparisons.source_curve),
-    "scaling": Scaling(comparisons.scaling_curves),
+    "sources": Language(figures.source_curve),
+    "scaling": Scaling(figures.scaling_curves),
 }
 
 

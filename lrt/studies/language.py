@@ -39,9 +39,10 @@ from lrt.optim import OptimConfig
 from lrt.progress import Advance
 from lrt.run import RunConfig
 from lrt.schedules import parse
-from lrt.studies import comparisons
+from lrt.studies import comparisons, figures
 from lrt.studies.grid import Cell, Fields
 from lrt.studies.runner import Line
+from lrt.studies.tables import Table
 from lrt.sweepcurve import sweep_curve
 from lrt.training import Training
 from lrt.watching import Diverged
@@ -132,18 +133,18 @@ def equalled(run: RunConfig, other: RunConfig, equal: str, ratio: float) -> RunC
 class Language:
     """The cells of the studies of language; what they show is `comparisons`'."""
 
-    def __init__(self, figure: comparisons.Draw = comparisons.frontier) -> None:
-        self.draw = figure
+    def __init__(self, figure: figures.Draw = figures.frontier) -> None:
+        self.figure = figure
 
     def minutes(self, cell: Cell, device: str) -> float:
         """From a few timed steps and decoded tokens; seeds and rates take as long as each other."""
-        return estimated(json.dumps({**cell.fields, "seed": 0, "rate": 1}, sort_keys=True), device)
+        return estimated(spelled(cell.fields), device)
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
         data = text(fields.get("text", STDLIB))
         run = run_of(fields, data.vocab_size)
         other = baseline(run, fields)
-        ratio = 1.0 if run.model == other.model else step_time_ratio(run, other, data, Alone(device))
+        ratio = 1.0 if run.model == other.model else paired(spelled(fields), device)
         run = equalled(run, other, fields.get("equal", "tokens"), ratio)
         result = {"run": run.to_dict(), "data": data.fingerprint, **sizes(run), "step_ratio": ratio}
         begun = time.perf_counter()
@@ -162,18 +163,15 @@ class Language:
         advance(1 - TRAINING, f"live {result['test']['live_bpb']:.4f}")
         return result
 
-    def table(self, lines: Sequence[Line]) -> str:
-        return comparisons.table(lines)
-
-    def figure(self, lines: Sequence[Line], path: Path) -> None:
-        self.draw(lines, path)
+    def tables(self, lines: Sequence[Line]) -> list[Table]:
+        return comparisons.tables(lines)
 
 
 class Scaling(Language):
     """The same, with power laws below the table."""
 
-    def table(self, lines: Sequence[Line]) -> str:
-        return comparisons.table(lines) + "\n\n" + comparisons.scaling_table(lines)
+    def tables(self, lines: Sequence[Line]) -> list[Table]:
+        return [*comparisons.tables(lines), comparisons.scaling_table(lines)]
 
 
 def sizes(run: RunConfig) -> dict[str, Any]:
@@ -237,10 +235,24 @@ def decode_ratio(model: LatentRecurrentTransformer, other: LatentRecurrentTransf
     return times["this"].ratio(times["other"])[0]
 
 
+def spelled(fields: Fields) -> str:
+    """A cell's fields in JSON, apart from those that change no times."""
+    return json.dumps({**fields, "seed": 0, "rate": 1}, sort_keys=True)
+
+
 @functools.cache
-def estimated(spelled: str, device: str) -> float:
+def paired(fields: str, device: str) -> float:
+    """The paired ratio of step times of a cell and its Transformer: measured once per process."""
+    each: Fields = json.loads(fields)
+    data = text(each.get("text", STDLIB))
+    run = run_of(each, data.vocab_size)
+    return step_time_ratio(run, baseline(run, each), data, Alone(device))
+
+
+@functools.cache
+def estimated(cell: str, device: str) -> float:
     """Minutes of a cell, by its fields in JSON; its ratio of step times is taken as that of the FLOPs."""
-    fields: Fields = json.loads(spelled)
+    fields: Fields = json.loads(cell)
     data = text(fields.get("text", STDLIB))
     run = run_of(fields, data.vocab_size)
     other = baseline(run, fields)

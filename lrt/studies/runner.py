@@ -15,16 +15,18 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import filelock
+from matplotlib.figure import Figure
 
 from lrt.bench.measure import hardware
 from lrt.progress import Advance, bar
 from lrt.studies.grid import Cell, Fields, Study
+from lrt.studies.tables import Table
 
 Line = dict[str, Any]
 """One finished cell: study, cell, choices, seed, key, fields, result, seconds, hardware."""
@@ -43,12 +45,13 @@ class Kind(Protocol):
         """One cell's result, plain data: no weights, no text. `advance(amount, text)` counts to 1."""
         ...
 
-    def table(self, lines: Sequence[Line]) -> str:
-        """Markdown."""
+    def tables(self, lines: Sequence[Line]) -> list[Table]:
+        """What the study found, as text cells."""
         ...
 
-    def figure(self, lines: Sequence[Line], path: Path) -> None:
-        """Draw what the study shows into an SVG file."""
+    @property
+    def figure(self) -> Callable[[Sequence[Line]], Figure]:
+        """Draws what the study shows."""
         ...
 
 
@@ -67,6 +70,11 @@ def of(study: Study, lines: Sequence[Line]) -> list[Line]:
     """The newest line of each cell of the study as it is now, in the study's order."""
     newest = {(line["cell"], line["key"]): line for line in lines}
     return [newest[c.name, c.key] for c in study.cells if (c.name, c.key) in newest]
+
+
+def newest(lines: Sequence[Line]) -> list[Line]:
+    """The last line of each cell, whatever its fields."""
+    return list({line["cell"]: line for line in lines}.values())
 
 
 def left(study: Study, lines: Sequence[Line], only: Sequence[str] = ()) -> list[Cell]:
@@ -208,6 +216,7 @@ def finish(study: Study, cell: Cell, kind: Kind, advance: Advance, device: str =
     return {
         "study": study.name,
         "edition": study.edition,
+        "kind": study.kind,
         "cell": cell.name,
         "choices": dict(zip(study.axes, cell.choices, strict=True)),
         "seed": cell.seed,

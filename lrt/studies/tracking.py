@@ -7,10 +7,10 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from lrt import schedules
 from lrt.ablations import ablated
@@ -22,6 +22,7 @@ from lrt.optim import OptimConfig
 from lrt.progress import Advance
 from lrt.studies.grid import Cell, Fields
 from lrt.studies.runner import Line
+from lrt.studies.tables import Table
 from lrt.tracking import measure
 from lrt.tracking.tasks import TASKS, Task
 from lrt.tracking.training import TrackingRun, train
@@ -83,16 +84,12 @@ class StateTracking:
             result["stream"] = streamed(done.model, task, fields["stream"], run.seed)
         return result
 
-    def table(self, lines: Sequence[Line]) -> str:
+    def tables(self, lines: Sequence[Line]) -> list[Table]:
         """Accuracies, mean and standard deviation over seeds; lengths mastered; reads; the memory replaced; streams."""
-        parts = (accuracy_rows, growth_rows, reads_rows, ablation_rows, stream_rows)
-        return "\n\n".join("\n".join(rows) for part in parts if len(rows := part(lines)) > 2)
+        return [part(lines) for part in (accuracy_rows, growth_rows, reads_rows, ablation_rows, stream_rows)]
 
-    def figure(self, lines: Sequence[Line], path: Path) -> None:
+    def figure(self, lines: Sequence[Line]) -> Figure:
         """Accuracy of the last state against length, a panel per task, a line per model: mean and deviation."""
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-
         curves: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(dict))
         for (task, length, model), found in accuracies(lines).items():
             curves[task][model][length] = [a for _, a in found]
@@ -116,8 +113,7 @@ class StateTracking:
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize="small", frameon=False
         )
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lrt"}):  # small, and the same from the same lines
-            figure.savefig(path, format="svg", metadata={"Date": None})
+        return figure
 
 
 def streamed(model: LatentRecurrentTransformer, task: Task, stream: Fields, seed: int) -> dict[str, Any]:
@@ -154,55 +150,56 @@ def accuracies(lines: Sequence[Line]) -> dict[tuple[str, int, str], list[tuple[L
     return found
 
 
-def accuracy_rows(lines: Sequence[Line]) -> list[str]:
+def accuracy_rows(lines: Sequence[Line]) -> Table:
     """One row per task, length and model."""
-    rows = ["| task | length | chance | model | seeds | last state, % |", "|---|---|---|---|---|---|"]
+    rows = []
     for (task, length, model), found in accuracies(lines).items():
         chance = found[0][0]["result"]["chance"]
-        rows.append(f"| {task} | {length} | {chance:.1%} | {model} | {len(found)} | {spread([a for _, a in found])} |")
-    return rows
+        score = spread([a for _, a in found])
+        rows.append([task, str(length), f"{chance:.1%}", model, str(len(found)), score])
+    return Table("", ["task", "length", "chance", "model", "seeds", "last state, %"], rows)
 
 
-def growth_rows(lines: Sequence[Line]) -> list[str]:
+def growth_rows(lines: Sequence[Line]) -> Table:
     """How far the rows grew in training, which is how far a schedule can carry a state."""
-    rows = ["| task | model | rows grew to, by seed | of | training FLOPs |", "|---|---|---|---|---|"]
+    rows = []
     for (task, model), found in grouped(lines, "task", "model").items():
         grown = ", ".join(max(line["result"]["grown"], key=int) for line in found)
         flops = statistics.fmean(line["result"]["training_flops"] for line in found)
-        rows.append(f"| {task} | {model} | {grown} | {found[0]['fields']['longest']} | {flops:.1e} |")
-    return rows
+        rows.append([task, model, grown, str(found[0]["fields"]["longest"]), f"{flops:.1e}"])
+    return Table("", ["task", "model", "rows grew to, by seed", "of", "training FLOPs"], rows)
 
 
-def reads_rows(lines: Sequence[Line]) -> list[str]:
+def reads_rows(lines: Sequence[Line]) -> Table:
     """Errors among all answers of longer or other sequences."""
-    rows = ["| trained on | model | test | errors / reads, by seed |", "|---|---|---|---|"]
+    rows = []
     for (task, model), found in grouped(lines, "task", "model").items():
         for test in found[0]["result"]["reads"]:
             reads = [line["result"]["reads"][test] for line in found]
             errors = ", ".join(f"{read['errors']:,} / {read['reads']:,}" for read in reads)
-            rows.append(f"| {task} | {model} | {test} | {errors} |")
-    return rows
+            rows.append([task, model, test, errors])
+    return Table("", ["trained on", "model", "test", "errors / reads, by seed"], rows)
 
 
-def ablation_rows(lines: Sequence[Line]) -> list[str]:
+def ablation_rows(lines: Sequence[Line]) -> Table:
     """Accuracy at the shortest test with the memory replaced."""
-    rows = [f"| memory replaced, shortest test | model | {' | '.join(ABLATED)} |", "|---|---|" + "---|" * len(ABLATED)]
+    rows = []
     measured = [line for line in lines if line["result"].get("ablated")]  # the first lines that were run have none
     for (task, model), found in grouped(measured, "task", "model").items():
         scores = [spread([line["result"]["ablated"][name]["accuracy"] for line in found]) for name in ABLATED]
-        rows.append(f"| {task} | {model} | {' | '.join(scores)} |")
-    return rows
+        rows.append([task, model, *scores])
+    return Table("", ["memory replaced, shortest test", "model", *ABLATED], rows)
 
 
-def stream_rows(lines: Sequence[Line]) -> list[str]:
+def stream_rows(lines: Sequence[Line]) -> Table:
     """One row per stream."""
-    rows = ["| stream | model | seed | symbols | right, % | worst tenth, % |", "|---|---|---|---|---|---|"]
+    rows = []
     for line in lines:
         if "stream" in line["result"]:
             found, (task, model) = line["result"]["stream"], line["choices"].values()
-            scores = f"{100 * found['accuracy']:.4f} | {100 * min(found['tenths']):.4f}"
-            rows.append(f"| {task} | {model} | {line['seed']} | {found['symbols']:,} | {scores} |")
-    return rows
+            scores = [f"{100 * each:.4f}" for each in (found["accuracy"], min(found["tenths"]))]
+            rows.append([task, model, str(line["seed"]), f"{found['symbols']:,}", *scores])
+    return Table("", ["stream", "model", "seed", "symbols", "right, %", "worst tenth, %"], rows)
 
 
 def grouped(lines: Sequence[Line], *axes: str) -> dict[tuple[str, ...], list[Line]]:
