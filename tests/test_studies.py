@@ -155,7 +155,8 @@ editions:
     main([*arguments, "--show"])
     out = capsys.readouterr().out
     assert "4 cells to run" in out
-    assert "| flip-flop | 12 | 50.0% | token shift | 2 |" in out
+    assert "### flip-flop: last state right, %, by length; chance 50.0%" in out
+    assert "| token shift | 2 |" in out
     lines = [json.loads(text) for text in (tmp_path / "mine.tiny.jsonl").read_text().splitlines()]
     assert [line["cell"] for line in lines] == [f"flip-flop/{m}/{s}" for s in (0, 1) for m in ("lrt", "token shift")]
     assert lines[0]["result"]["last_state"]["12"]["sequences"] == 20
@@ -183,8 +184,9 @@ def test_tables_from_lines_alone():
     ]
     table = markdown(StateTracking().tables(lines))
     assert spread([0.9, 1.0]) == "95.0 ± 7.1"
-    assert "| parity | 256 | 50.0% | lrt | 2 | 95.0 ± 7.1 |" in table
-    assert "| parity | lrt | 16, 16 | 40 | 1.0e+09 |" in table
-    assert "| parity | lrt | 50.0 ± 0.0 | 50.0 ± 0.0 |" in table
+    unnamed = [{**line, "choices": {}, "fields": {**line["fields"], "schedule": "plain()"}} for line in lines]
+    assert "| plain() | 2 |" in markdown(StateTracking().tables(unnamed))
+    assert "### parity: last state right, %, by length; chance 50.0%" in table
+    assert "| lrt | 2 | 95.0 ± 7.1 | 50.0 ± 0.0 | 50.0 ± 0.0 | 16, 16 (40) | 1.0e+09 |" in table
     assert "| parity | lrt | 0 | 100 | 100.0000 | 99.0000 |" in table
     assert "| parity | lrt | flip_flop_sparse | 3 / 1,000, 3 / 1,000 |" in table

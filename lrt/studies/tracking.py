@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from lrt import schedules
 from lrt.ablations import ablated
-from lrt.config import ModelConfig, require
+from lrt.config import ModelConfig
 from lrt.execution import Execution
 from lrt.model.flops import count_parameters, training_flops
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -49,10 +49,9 @@ class StateTracking:
         return cell.minutes
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
-        require(device == "cpu", f"state tracking is trained on the CPU, not on {device}; leave --devices out")
         run, tests = tracking_run(fields), fields.get("tests", [])
         task, sequences = TASKS[run.task], fields.get("sequences", measure.SEQUENCES)
-        done = train(run, lambda steps, text: advance(TRAINING * steps / run.steps, text))
+        done = train(run, lambda steps, text: advance(TRAINING * steps / run.steps, text), device=device)
         result: dict[str, Any] = {
             "parameters": count_parameters(run.model)[0],
             "tokens": done.tokens,
@@ -85,14 +84,15 @@ class StateTracking:
         return result
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
-        """Accuracies, mean and standard deviation over seeds; lengths mastered; reads; the memory replaced; streams."""
-        return [part(lines) for part in (accuracy_rows, growth_rows, reads_rows, ablation_rows, stream_rows)]
+        """One per task, mean and standard deviation over seeds; errors among all reads; streams."""
+        tasks = [task_table(task, found) for (task,), found in grouped(lines, "task").items()]
+        return [*tasks, reads_rows(lines), stream_rows(lines)]
 
     def figure(self, lines: Sequence[Line]) -> Figure:
         """Accuracy of the last state against length, a panel per task, a line per model: mean and deviation."""
-        curves: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(dict))
-        for (task, length, model), found in accuracies(lines).items():
-            curves[task][model][length] = [a for _, a in found]
+        curves: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(dict)
+        for (task, model), by_length in accuracies(lines).items():
+            curves[task][model] = by_length
         columns = min(2, len(curves))
         height = math.ceil(len(curves) / columns)
         figure = Figure(figsize=(4.6 * columns, 3.1 * height + 0.6), layout="constrained")
@@ -101,7 +101,7 @@ class StateTracking:
         for panel, (task, by_model) in zip(panels, curves.items(), strict=False):
             for model, points in by_model.items():
                 draw(panel, models.index(model), model, points)
-            first = next(line for line in lines if line["choices"]["task"] == task)
+            first = next(line for line in lines if named(line, "task") == task)
             panel.axhline(100 * TASKS[first["fields"]["task"]].chance, color="grey", linewidth=0.8, linestyle=":")
             panel.axvspan(1, first["fields"]["longest"], color="grey", alpha=0.12, linewidth=0)
             panel.set(title=task, xlabel="length (grey: trained on)", ylabel="last state right, %", ylim=(0, 104))
@@ -119,7 +119,7 @@ class StateTracking:
 def streamed(model: LatentRecurrentTransformer, task: Task, stream: Fields, seed: int) -> dict[str, Any]:
     """The accuracy of a stream, whole and in tenths, and how it was run."""
     generator = torch.Generator().manual_seed(measure.HELD_OUT + seed)
-    tokens, classes = task.sample(stream["rows"], stream["symbols"] // stream["rows"], generator)
+    tokens, classes = measure.drawn(model, task, stream["rows"], stream["symbols"] // stream["rows"], generator)
     begun = time.perf_counter()
     found = measure.stream(model, tokens, classes, execution=Execution(stream["compile"]))
     return {
@@ -140,34 +140,37 @@ def tracking_run(fields: Fields) -> TrackingRun:
     return TrackingRun(model=model, optim=OptimConfig(**fields["optim"]), **rest)
 
 
-def accuracies(lines: Sequence[Line]) -> dict[tuple[str, int, str], list[tuple[Line, float]]]:
-    """(task, length, model) -> each seed's line and accuracy."""
-    found: dict[tuple[str, int, str], list[tuple[Line, float]]] = defaultdict(list)
+def accuracies(lines: Sequence[Line]) -> dict[tuple[str, str], dict[int, list[float]]]:
+    """(task, model) -> length -> each seed's accuracy."""
+    found: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         for length, score in line["result"]["last_state"].items():
-            key = line["choices"]["task"], int(length), line["choices"]["model"]
-            found[key].append((line, score["accuracy"]))
+            found[named(line, "task"), named(line, "model")][int(length)].append(score["accuracy"])
     return found
 
 
-def accuracy_rows(lines: Sequence[Line]) -> Table:
-    """One row per task, length and model."""
-    rows = []
-    for (task, length, model), found in accuracies(lines).items():
-        chance = found[0][0]["result"]["chance"]
-        score = spread([a for _, a in found])
-        rows.append([task, str(length), f"{chance:.1%}", model, str(len(found)), score])
-    return Table("", ["task", "length", "chance", "model", "seeds", "last state, %"], rows)
+def task_table(task: str, lines: Sequence[Line]) -> Table:
+    """A row per model: accuracy of the last state by length, what its memory is worth, and what it was trained with.
 
-
-def growth_rows(lines: Sequence[Line]) -> Table:
-    """How far the rows grew in training, which is how far a schedule can carry a state."""
-    rows = []
-    for (task, model), found in grouped(lines, "task", "model").items():
+    How far the rows grew is how far a schedule can carry a state. The ablations are at the shortest test.
+    """
+    scores = accuracies(lines)
+    lengths = sorted({length for by_length in scores.values() for length in by_length})
+    names = {"zero": "memory zero", "embedding": "memory embedding"}
+    head = ["model", "seeds", *map(str, lengths), *(names[a] for a in ABLATED), "rows grew to (of)", "training FLOPs"]
+    body = []
+    for (model,), found in grouped(lines, "model").items():
+        measured = [line["result"]["ablated"] for line in found if line["result"].get("ablated")]  # the first have none
+        replaced = [spread([each[name]["accuracy"] for each in measured]) if measured else "" for name in ABLATED]
         grown = ", ".join(max(line["result"]["grown"], key=int) for line in found)
+        by_length = scores[task, model]
+        at = [spread(by_length[length]) if by_length.get(length) else "" for length in lengths]
         flops = statistics.fmean(line["result"]["training_flops"] for line in found)
-        rows.append([task, model, grown, str(found[0]["fields"]["longest"]), f"{flops:.1e}"])
-    return Table("", ["task", "model", "rows grew to, by seed", "of", "training FLOPs"], rows)
+        body.append(
+            [model, str(len(found)), *at, *replaced, f"{grown} ({found[0]['fields']['longest']})", f"{flops:.1e}"]
+        )
+    chance = lines[0]["result"]["chance"]
+    return Table(f"{task}: last state right, %, by length; chance {chance:.1%}", head, body)
 
 
 def reads_rows(lines: Sequence[Line]) -> Table:
@@ -181,22 +184,12 @@ def reads_rows(lines: Sequence[Line]) -> Table:
     return Table("", ["trained on", "model", "test", "errors / reads, by seed"], rows)
 
 
-def ablation_rows(lines: Sequence[Line]) -> Table:
-    """Accuracy at the shortest test with the memory replaced."""
-    rows = []
-    measured = [line for line in lines if line["result"].get("ablated")]  # the first lines that were run have none
-    for (task, model), found in grouped(measured, "task", "model").items():
-        scores = [spread([line["result"]["ablated"][name]["accuracy"] for line in found]) for name in ABLATED]
-        rows.append([task, model, *scores])
-    return Table("", ["memory replaced, shortest test", "model", *ABLATED], rows)
-
-
 def stream_rows(lines: Sequence[Line]) -> Table:
     """One row per stream."""
     rows = []
     for line in lines:
         if "stream" in line["result"]:
-            found, (task, model) = line["result"]["stream"], line["choices"].values()
+            found, task, model = line["result"]["stream"], named(line, "task"), named(line, "model")
             scores = [f"{100 * each:.4f}" for each in (found["accuracy"], min(found["tenths"]))]
             rows.append([task, model, str(line["seed"]), f"{found['symbols']:,}", *scores])
     return Table("", ["stream", "model", "seed", "symbols", "right, %", "worst tenth, %"], rows)
@@ -206,8 +199,13 @@ def grouped(lines: Sequence[Line], *axes: str) -> dict[tuple[str, ...], list[Lin
     """Lines by their choices on these axes, in order."""
     found: dict[tuple[str, ...], list[Line]] = defaultdict(list)
     for line in lines:
-        found[tuple(line["choices"][axis] for axis in axes)].append(line)
+        found[tuple(named(line, axis) for axis in axes)].append(line)
     return found
+
+
+def named(line: Line, axis: str) -> str:
+    """A line's choice on an axis; in a study without that axis, the field that it would have set."""
+    return line["choices"].get(axis) or str(line["fields"][{"model": "schedule"}.get(axis, axis)])
 
 
 def spread(values: Sequence[float]) -> str:

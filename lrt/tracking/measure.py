@@ -26,6 +26,7 @@ HELD_OUT = 2**40
 """Added to seeds of tests, so that no row of training is drawn again."""
 
 
+Drawn = tuple[Tensor, Tensor]
 BLOCK = 4096
 """Positions of a stream whose hidden states exist at one time."""
 
@@ -59,6 +60,12 @@ def live(model: LatentRecurrentTransformer, tokens: Tensor) -> Tensor:
     return model.logits(refine(model, tokens, schedule).hidden).argmax(-1)
 
 
+def drawn(model: LatentRecurrentTransformer, task: Task, rows: int, length: int, generator: torch.Generator) -> Drawn:
+    """Fresh tokens and classes (B, T), where the model is."""
+    tokens, classes = task.sample(rows, length, generator)
+    return tokens.to(model.embedding.weight.device), classes.to(model.embedding.weight.device)
+
+
 def last(answers: Tensor, classes: Tensor) -> Answers:
     """The last answer that each row asks for."""
     positions = torch.arange(classes.shape[1], device=classes.device)
@@ -80,7 +87,7 @@ def final_state(
     generator = torch.Generator().manual_seed(HELD_OUT + seed)
     found = []
     for start in range(0, rows, batch):
-        tokens, classes = task.sample(min(batch, rows - start), length, generator)
+        tokens, classes = drawn(model, task, min(batch, rows - start), length, generator)
         found.append(last(live(model, tokens), classes))
     return Answers(sum(f.asked for f in found), sum(f.right for f in found))
 
@@ -92,7 +99,7 @@ def reads(
     generator = torch.Generator().manual_seed(HELD_OUT + seed)
     asked = right = 0
     while asked < wanted:
-        tokens, classes = task.sample(batch, length, generator)
+        tokens, classes = drawn(model, task, batch, length, generator)
         found = every(live(model, tokens), classes)
         asked, right = asked + found.asked, right + found.right
     return Answers(asked, right)

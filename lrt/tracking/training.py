@@ -94,12 +94,15 @@ class TrainedTracker:
 
 
 def train(
-    run: TrackingRun, advance: Callable[[float, str], object] = lambda *_: None, execution: Execution = EAGER
+    run: TrackingRun,
+    advance: Callable[[float, str], object] = lambda *_: None,
+    execution: Execution = EAGER,
+    device: str = "cpu",
 ) -> TrainedTracker:
     """Train from nothing. Raises FloatingPointError where a loss or gradient is not finite."""
     task = TASKS[run.task]
     torch.manual_seed(run.seed)
-    model = LatentRecurrentTransformer(run.model).train()
+    model = LatentRecurrentTransformer(run.model).to(device).train()
     # The rates are the run's own: at the reference batch nothing is scaled.
     optimiser = Optimiser(model, run.model.width, run.optim.reference_batch, run.steps, run.optim)
     schedule = schedules.parse(run.schedule)
@@ -107,7 +110,7 @@ def train(
     losses, tokens, begun = [], 0, time.perf_counter()
     for step in range(run.steps):
         generator = torch.Generator().manual_seed(STRIDE * run.seed + step)
-        drawn, asked = task.sample(run.rows, lengths[len(reached) - 1], generator)
+        drawn, asked = (x.to(device) for x in task.sample(run.rows, lengths[len(reached) - 1], generator))
         loss, final = objective(model, drawn, asked, schedule.at(step, run.steps, run.seed), execution)
         loss.backward()
         norm = float(clip(model, run.optim.clip))
