@@ -444,7 +444,7 @@ class RunStudy:
             runner.on_devices([*same, *(["--only", *self.only] if self.only else [])], self.devices)
         elif not self.show:
             runner.run(study, runs, file, self.only, device=first)
-        lines = runner.of(study, runner.finished(file))
+        lines = runner.of(study, runner.current(runs, file))
         print(markdown(runs.tables(lines)))
         if lines:
             saved(lambda: runs.figure(lines), self.figure or file.with_suffix(".svg"))

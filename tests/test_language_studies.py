@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -103,6 +104,12 @@ class Scores:
     def __init__(self, by_cell: dict[str, float]) -> None:
         self.by_cell, self.ran = by_cell, []
 
+    def missing(self, cell: grid.Cell) -> str | None:
+        return None
+
+    def current(self, line: runner.Line) -> bool:
+        return True
+
     def minutes(self, cell: grid.Cell, device: str) -> float:
         return 2.0
 
@@ -131,25 +138,49 @@ def test_later_seeds_run_at_the_best_rate(swept: grid.Study, tmp_path: Path, cap
     assert "6 cells to run, about 12 minutes in all" in capsys.readouterr().out
     assert kind.ran[:4] == [(name, 0, "cpu:0") for name in ("a 0.5", "b 0.5", "a 1", "b 1")]
     assert sorted(kind.ran[4:]) == [("a 1", 1, "cpu:0"), ("b 0.5", 1, "cpu:0")]
-    assert not list(tmp_path.glob("*.claims"))
+    assert not list(tmp_path.glob("*.claims/*"))
 
 
-def test_what_another_process_runs_is_left_to_it(swept: grid.Study, tmp_path: Path):
+def test_what_another_process_runs_is_left_to_it(swept: grid.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is waited for, and taken over when it is left; later seeds whose own sweep is done do not wait for it."""
     file = tmp_path / swept.results
     others = swept.cells[0]
     kind = Scores({"a 0.5": 2.0, "a 1": 1.0, "b 0.5": 1.0, "b 1": 2.0})
-    with runner.claim(file, others) as mine:
+    with contextlib.ExitStack() as held:
+        mine = held.enter_context(runner.claim(file, others))
         assert mine is not None
         with runner.claim(file, others) as again:
             assert again is None
+        mine.write_text("elsewhere 1")  # another machine's
+        waits = []
+
+        def wait(seconds: float) -> None:
+            waits.append(list(kind.ran))
+            old = time.time() - 2 * runner.ABANDONED
+            os.utime(mine, (old, old))
+
+        monkeypatch.setattr(runner.time, "sleep", wait)
         runner.run(swept, kind, file, progress=False)
-        assert [(name, seed) for name, seed, _ in kind.ran] == [("b 0.5", 0), ("a 1", 0), ("b 1", 0)]
-    with runner.claim(file, others) as mine:  # a process that died
-        assert mine is not None
-        old = time.time() - 2 * runner.ABANDONED
-        os.utime(mine, (old, old))
-        runner.run(swept, kind, file, progress=False)
-    assert len(kind.ran) == 6
+    (before,) = waits
+    assert [(name, seed) for name, seed, _ in before] == [("b 0.5", 0), ("a 1", 0), ("b 1", 0), ("b 0.5", 1)]
+    assert [(name, seed) for name, seed, _ in kind.ran[4:]] == [("a 0.5", 0), ("a 1", 1)]
+
+
+def test_a_cell_that_fails_stops_no_other(swept: grid.Study, tmp_path: Path):
+    kind = Scores({"a 1": 1.0, "b 0.5": 1.0, "b 1": 2.0})
+    with pytest.raises(ValueError, match=r"1 cells failed, .* half/a/0: KeyError: 'a 0.5'"):
+        runner.run(swept, kind, tmp_path / swept.results, progress=False)
+    assert len(runner.finished(tmp_path / swept.results)) == 5
+    kind.by_cell["a 0.5"] = 3.0
+    assert len(runner.run(swept, kind, tmp_path / swept.results, progress=False)) == 6
+
+
+def test_words_that_are_no_choice(swept: grid.Study, tmp_path: Path):
+    with pytest.raises(ValueError, match="no cell has the choice c; choose among 0, 1, a, b, half, one"):
+        runner.run(swept, Scores({}), tmp_path / swept.results, only=("c",), progress=False)
+    (tmp_path / "bad.yaml").write_text(GRID.replace("    axes:", "    without: [[a, hlaf]]\n    axes:"))
+    with pytest.raises(ValueError, match="`without` has 'hlaf', which is no choice; the choices are a, b, half, one"):
+        grid.read(str(tmp_path / "bad.yaml"), "tiny")
 
 
 def test_the_claim_of_a_dead_process_of_this_machine_is_nobodys(swept: grid.Study, tmp_path: Path):

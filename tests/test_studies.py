@@ -45,6 +45,12 @@ class Counting:
         self.ran: list[dict[str, Any]] = []
         self.fail_at = fail_at
 
+    def missing(self, cell: grid.Cell) -> str | None:
+        return None
+
+    def current(self, line: runner.Line) -> bool:
+        return True
+
     def minutes(self, cell: grid.Cell, device: str) -> float:
         return cell.minutes
 

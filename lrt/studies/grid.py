@@ -126,6 +126,9 @@ def read(study: str, edition: str) -> Study:
 def cells(edition: dict[str, Any]) -> list[Cell]:
     """The product of the axes and the seeds; seeds are the outermost, so that a study that is stopped has one whole."""
     left_out = [set(choices) for choices in edition.get("without", ())]
+    known = {name for axis in edition["axes"].values() for name in axis}
+    for word in set().union(*left_out) - known:
+        require(False, f"`without` has {word!r}, which is no choice; the choices are {', '.join(sorted(known))}")
     found = []
     for seed, *chosen in itertools.product(edition["seeds"], *(axis.items() for axis in edition["axes"].values())):
         names = tuple(name for name, _ in chosen)

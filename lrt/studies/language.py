@@ -136,6 +136,20 @@ class Language:
     def __init__(self, figure: figures.Draw = figures.frontier) -> None:
         self.figure = figure
 
+    def missing(self, cell: Cell) -> str | None:
+        """A text that is not prepared here."""
+        try:
+            text(cell.fields.get("text", STDLIB))
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def current(self, line: Line) -> bool:
+        """Whether the line's run is what its fields come to now, and its text, where that is here, the same."""
+        return current(
+            json.dumps(line["fields"], sort_keys=True), json.dumps(line["result"]["run"]), line["result"]["data"]
+        )
+
     def minutes(self, cell: Cell, device: str) -> float:
         """From a few timed steps and decoded tokens; seeds and rates take as long as each other."""
         return estimated(spelled(cell.fields), device)
@@ -172,6 +186,20 @@ class Scaling(Language):
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
         return [*comparisons.tables(lines), comparisons.scaling_table(lines)]
+
+
+@functools.cache
+def current(cell: str, run: str, data: str) -> bool:
+    """See `Language.current`. Horizons may differ: a measured ratio of times is in some."""
+    fields, found = json.loads(cell), json.loads(run)
+    name = fields.get("text", STDLIB)
+    if (TEXTS / name / "manifest.json").is_file() and text(name).fingerprint != data:
+        return False
+    try:
+        now = json.loads(json.dumps(run_of(fields, found["model"]["vocab_size"]).to_dict()))
+    except ValueError:
+        return False
+    return {**now, "horizon": ""} == {**found, "horizon": ""}
 
 
 def sizes(run: RunConfig) -> dict[str, Any]:

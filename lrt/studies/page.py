@@ -14,18 +14,19 @@ from lrt.studies.kinds import kind
 
 def section(file: Path) -> str:
     """HTML of a file STUDY.EDITION.jsonl. ValueError where there is no such file, or nothing in it."""
-    lines = runner.finished(file)
-    require(bool(lines), f"{file} holds no results of a study; `lrt study` writes them")
-    study, edition = lines[-1]["study"], lines[-1]["edition"]
+    every = runner.finished(file)
+    require(bool(every), f"{file} holds no results of a study; `lrt study` writes them")
+    study, edition = every[-1]["study"], every[-1]["edition"]
+    shown = kind(every[-1].get("kind") or grid.read(study, edition).kind)
+    lines, progress = runner.newest(every), ""
     if study in grid.known() and edition in grid.editions(study):
         known = grid.read(study, edition)
-        lines = runner.of(known, lines) or runner.newest(lines)
-        done, cells = len(lines), len(runner.left(known, lines))
-        progress = f"{done} cells are done, {cells} are left to run."
-    else:
-        lines = runner.newest(lines)
-        progress = f"{len(lines)} cells are done."
-    shown = kind(lines[0].get("kind") or grid.read(study, edition).kind)
+        lines = runner.of(known, [line for line in every if shown.current(line)])
+        progress = f"{len(lines)} cells are done, {len(runner.left(known, lines))} are left to run."
+        if not lines:
+            lines = runner.newest(every)
+            progress = f"{len(lines)} cells of other fields, code or data than these: outdated."
+    progress = progress or f"{len(lines)} cells are done."
     parts = [f"<section><h2>{html.escape(study)}, {html.escape(edition)}</h2><p>{progress}</p>"]
     for each in shown.tables(lines):
         if each.body:

@@ -1,8 +1,8 @@
 """Run a study: cell by cell, each finished one a JSON line. What is done is skipped, so a stopped study goes on.
 
 Several processes, on one machine or on several that share the folder, may run one study: each claims a cell before it
-runs it. A claim is a file that its process touches as it goes on; one whose process has died (on this machine), or that
-was not touched for an hour (on another), is nobody's.
+runs it, and waits at the end for what others run, in case they leave it. A claim is a file that its process touches as
+it goes on; one whose process has died (on this machine), or that was not touched for an hour (on another), is nobody's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import filelock
 from matplotlib.figure import Figure
 
 from lrt.bench.measure import hardware
+from lrt.config import require
 from lrt.progress import Advance, bar
+from lrt.results import code_version
 from lrt.studies.grid import Cell, Fields, Study
 from lrt.studies.tables import Table
 
@@ -32,6 +34,8 @@ Line = dict[str, Any]
 """One finished cell: study, cell, choices, seed, key, fields, result, seconds, hardware."""
 ABANDONED = 3600.0
 """Seconds after which a claim that was not touched is nobody's."""
+WAIT = 5.0
+"""Seconds between two looks at what others have left."""
 
 
 class Kind(Protocol):
@@ -39,6 +43,14 @@ class Kind(Protocol):
 
     def minutes(self, cell: Cell, device: str) -> float:
         """About how long a cell will take here: declared, or measured from a few steps."""
+        ...
+
+    def missing(self, cell: Cell) -> str | None:
+        """What a cell lacks here, and how to get it; None where it can run."""
+        ...
+
+    def current(self, line: Line) -> bool:
+        """Whether a line's result is of what its fields mean now."""
         ...
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
@@ -64,6 +76,11 @@ def finished(file: Path) -> list[Line]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def current(kind: Kind, file: Path) -> list[Line]:
+    """The lines that a cell would still come to, with the code and the data that are here."""
+    return [line for line in finished(file) if kind.current(line)]
 
 
 def of(study: Study, lines: Sequence[Line]) -> list[Line]:
@@ -118,39 +135,64 @@ def run(
     progress: bool = True,
     device: str = "cpu",
 ) -> list[Line]:
-    """Run what is left, appending to `file` as cells finish; returns the study's lines."""
-    waiting = left(study, finished(file), only)
-    minutes = {cell.name: kind.minutes(cell, device) for cell in waiting}
+    """Run what is left, appending to `file` as cells finish; returns the study's lines.
+
+    A cell that fails is named, and the others go on; ValueError at the end.
+    """
+    words = {str(word) for cell in study.cells for word in (*cell.choices, cell.seed)}
+    unknown = [word for word in only if word not in words]
+    require(not unknown, f"no cell has the choice {', '.join(unknown)}; choose among {', '.join(sorted(words))}")
+    waiting = left(study, current(kind, file), only)
+    missing = {cell.name: lack for cell in waiting if (lack := kind.missing(cell)) is not None}
+    for lack in sorted(set(missing.values())):
+        print(f"{sum(each == lack for each in missing.values())} cells are left out: {lack}", flush=True)
+    minutes = {cell.name: kind.minutes(cell, device) for cell in waiting if cell.name not in missing}
     total = sum(minutes.values())
-    print(announced(total, len(waiting), len(of(study, finished(file)))), flush=True)
+    print(announced(total, len(minutes), len(of(study, current(kind, file)))), flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
     with bar(study.name, max(1e-9, total), progress) as advance:
-        while cell := free(study, file, only):
+        while cells := [c for c in left(study, current(kind, file), only) if c.name not in {*missing, *failed}]:
+            cell = free(study, cells, file)
+            if cell is None:  # others are at it
+                time.sleep(WAIT)
+                continue
             each = minutes.get(cell.name, 1.0)  # of a sweep's later seeds another choice may have been announced
             with claim(file, cell) as mine:
-                if mine is None or cell not in left(study, finished(file), only):  # another process was faster
+                if mine is None or cell not in left(study, current(kind, file), only):  # another process was faster
                     continue
-
-                append(file, finish(study, cell, kind, telling(advance, cell, each, mine), device))
-    return of(study, finished(file))
+                try:
+                    line = finish(study, cell, kind, telling(advance, cell, each, mine), device)
+                except Exception as error:
+                    failed[cell.name] = f"{type(error).__name__}: {error}"
+                    print(f"{cell.name} failed: {failed[cell.name]}", flush=True)
+                else:
+                    append(file, line)
+    require(
+        not failed,
+        f"{len(failed)} cells failed, the others are done; they run again with the same command: "
+        + "; ".join(f"{name}: {error}" for name, error in failed.items()),
+    )
+    return of(study, current(kind, file))
 
 
 def telling(advance: Advance, cell: Cell, minutes: float, mine: Path) -> Advance:
     """A cell's own `advance`, which keeps its claim fresh."""
 
     def told(amount: float, text: str = "") -> None:
-        mine.touch()
+        with contextlib.suppress(FileNotFoundError):  # someone removed it: that is no reason to stop
+            os.utime(mine)
         advance(amount * minutes, f"{cell.name} {text}")
 
     return told
 
 
-def free(study: Study, file: Path, only: Sequence[str]) -> Cell | None:
-    """The next cell that is neither done nor claimed. A sweep's later seeds wait for the first one's."""
-    waiting = left(study, finished(file), only)
-    first = [c for c in waiting if study.sweep is not None and c.seed == study.cells[0].seed]
-    unclaimed = (c for c in first or waiting if not claimed(claim_file(file, c)))
-    return next(unclaimed, None)
+def free(study: Study, cells: Sequence[Cell], file: Path) -> Cell | None:
+    """The next of these cells that nobody has claimed. A later seed waits for the sweep of its own choices."""
+    first = study.cells[0].seed
+    unknown = {study.apart_from_sweep(c) for c in cells if c.seed == first} if study.sweep is not None else set()
+    ready = (c for c in cells if c.seed == first or study.apart_from_sweep(c) not in unknown)
+    return next((c for c in ready if not claimed(claim_file(file, c))), None)
 
 
 def claim_file(file: Path, cell: Cell) -> Path:
@@ -164,8 +206,8 @@ def claimed(path: Path) -> bool:
         fresh = time.time() - path.stat().st_mtime < ABANDONED
     except FileNotFoundError:
         return False
-    if host == platform.node() and process.isdigit():  # of this machine it is known at once
-        return fresh and alive(int(process))
+    if host == platform.node() and process.isdigit():  # of this machine it is known
+        return alive(int(process))
     return fresh
 
 
@@ -184,21 +226,16 @@ def alive(process: int) -> bool:
 def claim(file: Path, cell: Cell) -> Iterator[Path | None]:
     """Hold a cell, so that no other process runs it; None where another one holds it."""
     path = claim_file(file, cell)
-    path.parent.mkdir(exist_ok=True)
-    if path.exists() and not claimed(path):
-        path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):  # looking and taking are one step
+        mine = not claimed(path)
+        if mine:
+            path.write_text(f"{platform.node()} {os.getpid()}")
     try:
-        with path.open("x") as made:
-            made.write(f"{platform.node()} {os.getpid()}")
-    except FileExistsError:
-        yield None
-        return
-    try:
-        yield path
+        yield path if mine else None
     finally:
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # others hold cells
-            path.parent.rmdir()
+        if mine:
+            path.unlink(missing_ok=True)
 
 
 def append(file: Path, line: Line) -> None:
@@ -224,6 +261,7 @@ def finish(study: Study, cell: Cell, kind: Kind, advance: Advance, device: str =
         "fields": cell.fields,
         "result": result,
         "seconds": round(time.perf_counter() - begun, 1),
+        "code": code_version(),
         "hardware": json.loads(json.dumps(hardware(device), default=str)),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
@@ -9,13 +10,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 from lrt import schedules
 from lrt.ablations import ablated
-from lrt.config import ModelConfig
-from lrt.execution import Execution
+from lrt.config import ModelConfig, require
+from lrt.execution import Execution, missing_compiler
 from lrt.model.flops import count_parameters, training_flops
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.optim import OptimConfig
@@ -23,7 +23,7 @@ from lrt.progress import Advance
 from lrt.studies.grid import Cell, Fields
 from lrt.studies.runner import Line
 from lrt.studies.tables import Table
-from lrt.tracking import measure
+from lrt.tracking import exact, measure
 from lrt.tracking.tasks import TASKS, Task
 from lrt.tracking.training import TrackingRun, train
 
@@ -42,30 +42,51 @@ class StateTracking:
 
     `stream`: {symbols, rows, compile}, a stream with one carried state per row, together so many symbols.
     `reads`: {task: {length, reads}}, further tests in which every answer is counted, not the last one's only.
+    Tests longer than a model can read, which has a layer of full attention, are left out.
     """
 
+    def missing(self, cell: Cell) -> str | None:
+        """Nothing: rows are drawn."""
+        return None
+
+    def current(self, line: Line) -> bool:
+        """Always: all that decides a run is in its fields."""
+        return True
+
     def minutes(self, cell: Cell, device: str) -> float:
-        """As the study says: measuring would take training to mastery."""
+        """As the study says: measuring would take training to mastery. Raises ValueError for fields that are wrong."""
+        run = tracking_run(cell.fields)
+        stream = cell.fields.get("stream", {})
+        if stream.get("compile") == "always":
+            missing = missing_compiler(device)
+            require(missing is None, f"{cell.name} compiles its stream, but {missing}; set compile: never")
+        require(
+            not stream or exact.uncovered(LatentRecurrentTransformer(run.model)) is None,
+            f"{cell.name}: a stream needs a memory, and windows of at most {exact.CHUNK + 1} positions in every layer",
+        )
         return cell.minutes
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
-        run, tests = tracking_run(fields), fields.get("tests", [])
+        run = tracking_run(fields)
         task, sequences = TASKS[run.task], fields.get("sequences", measure.SEQUENCES)
-        done = train(run, lambda steps, text: advance(TRAINING * steps / run.steps, text), device=device)
-        result: dict[str, Any] = {
-            "parameters": count_parameters(run.model)[0],
+        result: dict[str, Any] = {"parameters": count_parameters(run.model)[0], "chance": task.chance}
+        try:
+            done = train(run, lambda steps, text: advance(TRAINING * steps / run.steps, text), device=device)
+        except FloatingPointError as error:
+            return {**result, "diverged": str(error)}
+        result |= {
             "tokens": done.tokens,
             "training_flops": done.tokens * training_flops(run.model, schedules.parse(run.schedule), run.longest),
             "train_seconds": round(done.seconds, 1),
             "grown": {str(length): step for length, step in done.grown.items()},
             "loss": statistics.fmean(done.losses[-max(1, run.steps // 20) :]),
-            "chance": task.chance,
             "last_state": {},
             "reads": {},
             "ablated": {},
         }
-        extra = fields.get("reads", {})
-        share = (1 - TRAINING) / max(1, len(tests) + len(extra))
+        longest = math.inf if run.model.unbounded else run.model.context
+        tests, extra = [n for n in fields.get("tests", []) if n <= longest], fields.get("reads", {})
+        share = (1 - TRAINING) / max(1, len(tests) + len(extra) + ("stream" in fields))
         for wanted in tests:
             length = task.length(wanted)
             found = measure.final_state(done.model, task, length, sequences, run.seed)
@@ -75,18 +96,21 @@ class StateTracking:
             found = measure.reads(done.model, TASKS[name], wanted["length"], wanted["reads"], run.seed)
             result["reads"][name] = {"length": wanted["length"], "reads": found.asked, "errors": found.errors}
             advance(share, f"{name}: {found.errors} errors")
-        if run.model.memory.remembered(run.model.depth):
+        if tests and run.model.memory.remembered(run.model.depth):
             for name in ABLATED:
                 found = measure.final_state(ablated(done.model, name), task, task.length(tests[0]), FEW, run.seed)
                 result["ablated"][name] = {"sequences": FEW, "accuracy": found.accuracy}
         if "stream" in fields:
-            result["stream"] = streamed(done.model, task, fields["stream"], run.seed)
+            result["stream"] = streamed(
+                done.model, task, fields["stream"], run.seed, lambda part, text: advance(share * part, text)
+            )
         return result
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
         """One per task, mean and standard deviation over seeds; errors among all reads; streams."""
         tasks = [task_table(task, found) for (task,), found in grouped(lines, "task").items()]
-        return [*tasks, reads_rows(lines), stream_rows(lines)]
+        whole = [line for line in lines if "diverged" not in line["result"]]
+        return [*tasks, reads_rows(whole), stream_rows(whole)]
 
     def figure(self, lines: Sequence[Line]) -> Figure:
         """Accuracy of the last state against length, a panel per task, a line per model: mean and deviation."""
@@ -116,12 +140,14 @@ class StateTracking:
         return figure
 
 
-def streamed(model: LatentRecurrentTransformer, task: Task, stream: Fields, seed: int) -> dict[str, Any]:
+def streamed(
+    model: LatentRecurrentTransformer, task: Task, stream: Fields, seed: int, advance: Advance
+) -> dict[str, Any]:
     """The accuracy of a stream, whole and in tenths, and how it was run."""
-    generator = torch.Generator().manual_seed(measure.HELD_OUT + seed)
+    generator = measure.fresh("stream", task, stream["symbols"], seed)
     tokens, classes = measure.drawn(model, task, stream["rows"], stream["symbols"] // stream["rows"], generator)
     begun = time.perf_counter()
-    found = measure.stream(model, tokens, classes, execution=Execution(stream["compile"]))
+    found = measure.stream(model, tokens, classes, execution=Execution(stream["compile"]), advance=advance)
     return {
         "symbols": tokens.numel(),
         "rows": stream["rows"],
@@ -132,11 +158,22 @@ def streamed(model: LatentRecurrentTransformer, task: Task, stream: Fields, seed
     }
 
 
+TESTS = {"tests", "sequences", "reads", "stream"}
+"""Fields that say what is measured after training."""
+
+
 def tracking_run(fields: Fields) -> TrackingRun:
-    """The run that a cell's fields describe."""
+    """The run that a cell's fields describe. ValueError where they are wrong, those of tests included."""
+    own = {field.name for field in dataclasses.fields(TrackingRun)}
+    unknown = sorted(set(fields) - own - TESTS)
+    require(not unknown, f"a tracking cell has no field {', '.join(unknown)}; it has {', '.join(sorted(own | TESTS))}")
+    missing = {"task", "model", "optim"} - set(fields)
+    require(not missing, f"a tracking cell needs {', '.join(sorted(missing))}")
+    for name in (fields["task"], *fields.get("reads", ())):
+        require(name in TASKS, f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
     task = TASKS[fields["task"]]
     model = ModelConfig.from_dict({**fields["model"], "vocab_size": task.vocabulary})
-    rest = {k: v for k, v in fields.items() if k not in ("model", "optim", "tests", "sequences", "reads", "stream")}
+    rest = {k: v for k, v in fields.items() if k not in {"model", "optim", *TESTS}}
     return TrackingRun(model=model, optim=OptimConfig(**fields["optim"]), **rest)
 
 
@@ -144,7 +181,7 @@ def accuracies(lines: Sequence[Line]) -> dict[tuple[str, str], dict[int, list[fl
     """(task, model) -> length -> each seed's accuracy."""
     found: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        for length, score in line["result"]["last_state"].items():
+        for length, score in line["result"].get("last_state", {}).items():
             found[named(line, "task"), named(line, "model")][int(length)].append(score["accuracy"])
     return found
 
@@ -159,7 +196,12 @@ def task_table(task: str, lines: Sequence[Line]) -> Table:
     names = {"zero": "memory zero", "embedding": "memory embedding"}
     head = ["model", "seeds", *map(str, lengths), *(names[a] for a in ABLATED), "rows grew to (of)", "training FLOPs"]
     body = []
-    for (model,), found in grouped(lines, "model").items():
+    for (model,), every in grouped(lines, "model").items():
+        found = [line for line in every if "diverged" not in line["result"]]
+        seeds = f"{len(found)}" + (f", {len(every) - len(found)} diverged" if len(found) < len(every) else "")
+        if not found:
+            body.append([model, seeds, *[""] * (len(head) - 2)])
+            continue
         measured = [line["result"]["ablated"] for line in found if line["result"].get("ablated")]  # the first have none
         replaced = [spread([each[name]["accuracy"] for each in measured]) if measured else "" for name in ABLATED]
         grown = ", ".join(max(line["result"]["grown"], key=int) for line in found)

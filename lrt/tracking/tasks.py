@@ -10,8 +10,10 @@ Published formats, and where ours differs:
   permutations of at most two elements only (Grazzi et al.), the identity included: else the length tells the sign.
 - `flip_flop`: Liu et al. 2023 (arXiv 2306.00946): 512 tokens, instruction and bit in turn, the first a write, the last
   a read; p(ignore) 0.8 in training, 0.98 in the sparse, 0.1 in the dense test; write and read share the rest alike.
-- `recall`: multi-query associative recall, Arora et al. 2023 (arXiv 2312.04927): pairs first, then queries.
-- `dyck`: Dyck-(k, depth) words, Hewitt et al. 2020 (arXiv 2010.07515); asked is the top of the stack.
+- `recall`: multi-query associative recall, Arora et al. 2023 (arXiv 2312.04927): pairs first, then queries. Theirs has
+  8,192 tokens, and asks each key once, at distances from a power law; ours 16 keys, asked evenly, with repetition.
+- `dyck`: Dyck-(k, depth) words, Hewitt et al. 2020 (arXiv 2010.07515); asked is the top of the stack. At even
+  lengths the stack may be empty, and guessing gives 7/16.
 - `tracked_retrieval`: keys hold values, permutations move the values, a query asks what a key holds now: retrieval that
   needs the state of an S5 word problem.
 """
@@ -41,7 +43,7 @@ class Task:
     """Size of the input alphabet."""
     classes: int
     chance: float
-    """Accuracy of the best guess that ignores the input."""
+    """Accuracy of the best guess that ignores the input, of the last answer; for `dyck`, in rows of odd length."""
     draw: Draw
     """(rows, length, generator) -> tokens and classes."""
     shortest: int = 1

@@ -30,6 +30,7 @@ from lrt.optim import OptimConfig, Optimiser
 from lrt.refine import refine
 from lrt.schedules import Schedule, Simple
 from lrt.tracking import exact
+from lrt.tracking.measure import HELD_OUT
 from lrt.tracking.tasks import TASKS
 
 PATIENCE = 10
@@ -67,6 +68,11 @@ class TrackingRun:
             1 <= self.shortest <= self.longest and min(self.by, self.steps, self.rows) >= 1 and self.mastered > 0,
             f"lengths {self.shortest} to {self.longest} by {self.by}, {self.steps} steps of {self.rows} rows, mastered "
             f"below {self.mastered}: lengths must not fall, and the others are at least 1 or above 0",
+        )
+        require(
+            self.seed >= 0 and STRIDE * (self.seed + 1) <= HELD_OUT and self.steps <= STRIDE,
+            f"seed {self.seed}, {self.steps} steps: seeds go from 0 to {HELD_OUT // STRIDE - 1}, steps to {STRIDE:,}; "
+            "rows of training and of tests are drawn from different seeds",
         )
         schedules.parse(self.schedule)
 
