@@ -129,6 +129,14 @@ def estimate(law: PowerLaw, laws: Sequence[PowerLaw], quantity: Callable[[PowerL
     return Estimate(quantity(law), float(low), float(high))
 
 
-def multiplier(law: PowerLaw, laws: Sequence[PowerLaw], compute: float, loss: float) -> Estimate:
-    """How many times its own compute the fitted family would need for a loss that another reached with `compute`."""
-    return estimate(law, laws, lambda each: each.compute(loss) / compute)
+def multiplier(
+    law: PowerLaw, laws: Sequence[PowerLaw], other: PowerLaw, others: Sequence[PowerLaw], compute: float, spent: float
+) -> Estimate:
+    """How many times `spent` the fitted family would need for the loss that another's law gives at its `compute`.
+
+    The bootstraps are paired: drawn with one seed over the same sizes, they shift together, and a family against itself
+    has a multiplier of exactly `compute / spent`.
+    """
+    values = [each.compute(one.loss(compute)) / spent for each, one in zip(laws, others, strict=True)]
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
+    return Estimate(law.compute(other.loss(compute)) / spent, float(low), float(high))

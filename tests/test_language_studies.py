@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from lrt.cli import main
 from lrt.data.prepare import prepare
 from lrt.model.flops import count_parameters
-from lrt.studies import comparisons, figures, grid, language, runner
+from lrt.studies import comparisons, figures, grid, language, runner, texts
 from lrt.studies.kinds import KINDS
 from lrt.studies.tables import Table, markdown
 
@@ -79,9 +79,9 @@ def test_mistakes_in_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         language.run_of({**FIELDS, "sede": 1}, 300)
     with pytest.raises(ValueError, match="unknown family 'lstm'; choose one of transformer, token shift"):
         language.run_of({**FIELDS, "family": "lstm"}, 300)
-    monkeypatch.setattr(language, "TEXTS", tmp_path)
+    monkeypatch.setattr(texts, "TEXTS", tmp_path)
     with pytest.raises(ValueError, match="the text 'poems' is not there; prepare it with: lrt prepare"):
-        language.text("poems")
+        texts.text("poems")
 
 
 # --- sweeps and claims -------------------------------------------------------------------------------------------
@@ -205,15 +205,20 @@ def test_a_swept_axis_must_be_there(tmp_path: Path):
 # --- tables and figures ------------------------------------------------------------------------------------------
 
 
-def line(family: str, seed: int, live: float, rate: str = "one", text: str = "code", **more: Any) -> runner.Line:
+def line(
+    family: str, seed: int, live: float, rate: str = "one", text: str = "code", val: float | None = None, **more: Any
+) -> runner.Line:
     result = {
         "parameters": 1000,
+        "parameters_without_tables": 700,
         "forwards": 1,
+        "flops_per_generated_token": 2e6,
         "step_ratio": 1.0 + len(family) / 10,
+        "schedule_ratio": 1.2,
         "decode_ratio": 1.1,
         "training_flops": 3e9 if family == "transformer" else 6e9,
         "tokens": 5000,
-        "val_live_bpb": live + 0.01,
+        "val_live_bpb": live + 0.01 if val is None else val,
         "test": {"live_bpb": live, "parallel_bpb": live},
         **more,
     }
@@ -239,29 +244,32 @@ def test_a_table_shows_each_family_at_its_best_rate():
     lines = [
         *(line("transformer", s, 2.0 + s / 100) for s in range(3)),
         line("transformer", 0, 2.5, "half"),
-        *(line("shared", s, 1.8 + s / 100, "double") for s in range(3)),
-        line("shared", 0, 1.9, "one"),
+        *(line("shared", s, 1.8 + s / 100, "double", val=1.7) for s in range(3)),
+        line("shared", 0, 1.7, "one", val=1.9),  # better on test, which decides nothing
         line("shared", 0, 2.1, "one", text="books"),
         line("transformer", 0, 2.3, "one", text="books"),
     ]
     shown = markdown(comparisons.tables(lines))
     code, books = shown.split("### books")
     assert "### code" in code
-    assert "| transformer | 1 (2) | 3 | 1,000 | 1 | 1.00 |" in code
-    assert "| shared | 2 (2) | 3 | 1,000 | 1 | 2.00 |" in code
+    assert "| transformer | 1 (0.5, 1, edge) | 3 | 1,000 | 700 | 1 | 1.00 | 1.00 |" in code
+    assert "| shared | 2 (1, 2, edge) | 3 | 1,000 | 700 | 1 | 1.00 | 2.00 |" in code
     assert "**1.8100** | -10.0 % ± 0.0 |" in code
     assert "-8.7 % (1 seed)" in books
-    assert "0.767" in code  # the published value stands beside
+    assert "0.767" not in shown
+    assert "0.767" in markdown(comparisons.tables(lines, published=True))
     assert "memory zero" not in shown  # nothing of the kind was measured
 
 
 def test_a_diverged_run_is_counted_not_hidden():
     lost = line("shared", 0, 9.9)
-    lost["result"] = {k: lost["result"][k] for k in ("parameters", "forwards")} | {
-        "diverged": "the loss at step 3 is nan"
-    }
+    sizes = ("parameters", "parameters_without_tables", "forwards", "flops_per_generated_token")
+    lost["result"] = {k: lost["result"][k] for k in sizes} | {"diverged": "the loss at step 3 is nan"}
     shown = markdown(comparisons.tables([line("transformer", 0, 2.0), lost]))
     assert "| shared | 1 (1) | 0, 1 diverged |" in shown
+    first = {**lost, "seed": 0, "choices": {**lost["choices"], "family": "transformer"}}
+    shown = markdown(comparisons.tables([first, line("transformer", 1, 2.0), lost, line("shared", 1, 1.9)]))
+    assert "| shared | 1 (1) | 1, 1 diverged | 1,000 | 700 | 1 | 1.00 | 2.00 |" in shown
 
 
 def test_figures_are_drawn(tmp_path: Path):
@@ -288,11 +296,13 @@ def test_scaling_gives_a_multiplier_with_its_interval(tmp_path: Path):
     lines = list(scaling_lines(9))
     table = comparisons.scaling_table(lines)
     row = next(r for r in table.body if r[:2] == ["shared", "9"])
-    for axis, expected in (("tokens ×", 3.0), ("training FLOPs ×", 1.5), ("wall-clock ×", 3.0 / 1.6)):
+    for axis, expected in (("× at equal tokens", 3.0), ("× at equal FLOPs", 1.5), ("× at equal time", 3.0 / 1.6)):
         entry = row[table.head.index(axis)]
         value, low, high = (float(x) for x in entry.replace("[", "").replace("]", "").replace(",", "").split())
         assert low <= value <= high
         assert value == pytest.approx(expected, rel=0.1)
+    itself = next(r for r in table.body if r[:2] == ["transformer", "9"])
+    assert itself[4:6] == ["1 [1, 1]"] * 2
     figures.saved(lambda: figures.scaling_curves(lines), tmp_path / "curves.svg")
     assert (tmp_path / "curves.svg").stat().st_size > 1000
 
@@ -339,7 +349,7 @@ def test_a_report_of_studies(tmp_path: Path):
 
 
 def test_a_study_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(language, "TEXTS", tmp_path / "texts")
+    monkeypatch.setattr(texts, "TEXTS", tmp_path / "texts")
     story = " ".join(
         f"{a} {b} sat on the {c}." for a in ["the", "my", "your"] for b in ["cat", "dog"] for c in ["mat", "log"]
     )
@@ -364,16 +374,21 @@ editions:
         transformer: {{family: transformer}}
         ponder: {{family: ponder}}
         recommended: {{family: recommended, equal: compute}}
+        in time: {{family: recommended, equal: wall_clock}}
+        absent: {{family: recommended, text: poems}}
 """)
     arguments = ["study", str(tmp_path / "mine.yaml"), "--results", str(tmp_path)]
     main(arguments)
     out = capsys.readouterr().out
-    assert "3 cells to run" in out
+    assert "4 cells to run" in out
+    assert "1 cells are left out: the text 'poems' is not there; prepare it with: lrt prepare" in out
     lines = {r["choices"]["family"]: r for r in runner.finished(tmp_path / "mine.tiny.jsonl")}
     plain, ponder, mine = (lines[name]["result"] for name in ("transformer", "ponder", "recommended"))
     assert plain["tokens"] == ponder["tokens"] == 160
     assert mine["training_flops"] == pytest.approx(plain["training_flops"], rel=0.2)  # whole steps
     assert ponder["forwards"] == 2
+    in_time = lines["in time"]["result"]
+    assert in_time["tokens"] == pytest.approx(160 / in_time["step_ratio"], abs=32)  # whole steps
     assert abs(plain["test"]["gap"]) < 1e-6
     assert "live_bpb_memory_zero" in mine["test"]
     assert "verdict" in mine
@@ -384,5 +399,14 @@ editions:
     assert (tmp_path / "mine.tiny.svg").is_file()
     main([*arguments, "--show"])
     assert "| ponder | 1 (1) | 1 |" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "ratios.json").read_text())
+    assert sorted(set(found) for found in kept.values()) == [{"step", "schedule", "decode"}] * 2
+    os.utime(tmp_path / "ratios.json", (1, 1))
+    (tmp_path / "mine.tiny.jsonl").unlink()
+    main([*arguments, "--only", "ponder"])
+    assert (tmp_path / "ratios.json").stat().st_mtime == 1  # not measured again: horizons stay what they were
+    again = runner.finished(tmp_path / "mine.tiny.jsonl")[0]["result"]
+    assert again["step_ratio"] == ponder["step_ratio"]
+    assert again["test"] == ponder["test"]
     assert statistics.fmean(r["seconds"] for r in lines.values()) < 60
-    assert set(KINDS) == {"tracking", "language", "sources", "scaling"}
+    assert set(KINDS) == {"tracking", "language", "rivals", "sources", "scaling"}

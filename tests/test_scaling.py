@@ -50,11 +50,18 @@ def test_intervals_cover_the_truth():
 
 
 def test_a_multiplier_is_how_much_more_compute_the_other_needs():
-    """A family that reaches with C what the law reaches with 2 C has a multiplier of 2."""
-    laws = scaling.bootstrap(COMPUTE, noisy(1, 0.0002), resamples=60)
-    found = scaling.multiplier(LAW, laws, 1e16, LAW.loss(2e16))
-    assert found.value == pytest.approx(2)
-    assert found.low < 2 < found.high or found.high - found.low < 0.1
+    """A family that reaches with C what the law reaches with 2 C has a multiplier of 2, and against itself of 1."""
+    better = PowerLaw(LAW.floor, LAW.scale, LAW.exponent, LAW.unit / 2)
+    noise = noisy(1, 0.0002)
+    loss = [better.loss(c) / LAW.loss(c) * n for c, n in zip(COMPUTE, noise, strict=True)]
+    mine, other = scaling.fitted(COMPUTE, noise), scaling.fitted(COMPUTE, loss)
+    found = scaling.multiplier(*mine, *other, 1e16, 1e16)
+    assert found.value == pytest.approx(2, rel=0.02)
+    assert found.low <= 2.02
+    assert found.high >= 1.98
+    assert found.high - found.low < 0.3
+    itself = scaling.multiplier(*mine, *mine, 1e16, 1e16)
+    assert (itself.low, itself.value, itself.high) == pytest.approx((1, 1, 1))
     assert str(scaling.Estimate(1.234567, 1, 2)) == "1.23 [1, 2]"
 
 

@@ -29,6 +29,8 @@ PUBLISHED = {
     "transformer": 0.767, "loop 2": 0.753, "loop 3": 0.749, "ponder": 0.753, "shared": 0.752,
 }  # fmt: skip
 """Validation BPB at 20 layers, 10 tokens per parameter (arXiv 2605.26797; spec, section 3): another text and size."""
+INTERESTING = 2
+"""Rates that must be tried before the best of them can be at an edge."""
 
 
 def bpb(line: Line) -> float:
@@ -70,55 +72,60 @@ def at_best_rate(lines: Sequence[Line]) -> list[Line]:
     return sorted((line for line in lines if line["choices"].get(RATE) == best), key=lambda line: line["seed"])
 
 
-def trials(lines: Sequence[Line], group: tuple[str, ...], choice: str) -> int:
-    """How many rates a choice was tried at."""
+def tried(lines: Sequence[Line], group: tuple[str, ...], choice: str) -> list[float]:
+    """The rates that a choice was tried at, as factors."""
     found = set()
     for line in lines:
         *others, compared = (value for axis, value in line["choices"].items() if axis != RATE)
         if (tuple(others), compared) == (group, choice):
-            found.add(line["choices"].get(RATE))
-    return len(found)
+            found.add(float(line["fields"].get(RATE, 1)))
+    return sorted(found)
 
 
-def tables(lines: Sequence[Line]) -> list[Table]:
-    """One per group."""
+def tables(lines: Sequence[Line], published: bool = False) -> list[Table]:
+    """One per group. Choices are made by the column of val; test is reported."""
     parts = []
     for group, rows in grouped(lines).items():
         against = [name for name in AGAINST if name in rows] or [next(iter(rows))]
         head = [
-            "model", "rate (tried)", "seeds", "parameters", "forwards / token", "training FLOPs", "step", "decode",
-            "tokens", "parallel", "**live**", *(f"live vs {name}" for name in against), "memory zero",
-            "memory embedding", "64 refinements", "published, 20L",
+            "model", "rate (of)", "seeds", "parameters", "without tables", "forwards / token", "FLOPs / token",
+            "training FLOPs", "step", "schedule", "decode", "tokens", "live, val", "parallel", "**live**",
+            *(f"live vs {name}" for name in against), "memory zero", "memory embedding", "64 refinements",
+            "published, 20L",
         ]  # fmt: skip
-        body = [row(name, each, rows, against, trials(lines, group, name)) for name, each in rows.items()]
+        body = [row(name, each, rows, against, tried(lines, group, name)) for name, each in rows.items()]
+        if not published:
+            body = [[*entries[:-1], ""] for entries in body]
         parts.append(Table(", ".join(group), head, body))
     return parts
 
 
-def row(name: str, lines: Sequence[Line], rows: Rows, against: Sequence[str], tried: int) -> list[str]:
+def row(name: str, lines: Sequence[Line], rows: Rows, against: Sequence[str], rates: Sequence[float]) -> list[str]:
     """One choice's entries; empty where nothing was measured."""
     whole = [line for line in lines if "test" in line["result"]]
-    rate = f"{lines[0]['fields'].get('rate', 1):g} ({tried})"
-    counted = lines[0]["result"]
-    base = rows[against[0]][0]["result"]
+    best = float(lines[0]["fields"].get(RATE, 1))
+    edge = ", edge" if len(rates) >= INTERESTING and best in (rates[0], rates[-1]) else ""
+    rate = f"{best:g} ({', '.join(f'{each:g}' for each in rates)}{edge})"
+    counted = (whole or lines)[0]["result"]
+    base = next((line["result"] for line in rows[against[0]] if "test" in line["result"]), {})
     seeds = f"{len(whole)}" + (f", {len(lines) - len(whole)} diverged" if len(whole) < len(lines) else "")
-    start = [name, rate, seeds, f"{counted['parameters']:,}", str(counted["forwards"])]
+    counts = [f"{counted['parameters']:,}", f"{counted['parameters_without_tables']:,}", str(counted["forwards"])]
+    start = [name, rate, seeds, *counts, spelled(ratio_of(counted, base, "flops_per_generated_token"), ".2f")]
     if not whole:
-        return start + [""] * (10 + len(against))
+        return start + [""] * (12 + len(against))
 
     def mean(read: Callable[[Mapping[str, Any]], Any]) -> float | None:
         values = [read(line["result"]) for line in whole]
         return None if any(v is None for v in values) else statistics.fmean(values)
 
-    def spelled(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
     return [
         *start,
         spelled(ratio_of(counted, base, "training_flops"), ".2f"),
         spelled(mean(lambda r: r.get("step_ratio")), ".2f"),
+        spelled(mean(lambda r: r.get("schedule_ratio")), ".2f"),
         spelled(mean(lambda r: r.get("decode_ratio")), ".2f"),
         f"{counted['tokens']:,}",
+        spelled(mean(lambda r: r["val_live_bpb"]), ".4f"),
         spelled(mean(lambda r: r["test"]["parallel_bpb"]), ".4f"),
         "**" + spelled(mean(lambda r: r["test"]["live_bpb"]), ".4f") + "**",
         *(difference(whole, rows[other]) if other != name else "" for other in against),
@@ -127,6 +134,11 @@ def row(name: str, lines: Sequence[Line], rows: Rows, against: Sequence[str], tr
         ", ".join(sorted({r["verdict"] for r in (line["result"] for line in whole) if "verdict" in r})),
         spelled(PUBLISHED.get(name), ".3f"),
     ]
+
+
+def spelled(value: float | None, form: str) -> str:
+    """A number, or nothing."""
+    return "" if value is None else format(value, form)
 
 
 def ratio_of(mine: Mapping[str, Any], base: Mapping[str, Any], key: str) -> float | None:
@@ -188,12 +200,12 @@ def sizes(lines: Sequence[Line]) -> dict[str, list[Size]]:
 def scaling_table(lines: Sequence[Line]) -> Table:
     """The fits, and how many times what a family's largest model had the Transformer needs for the same loss.
 
-    On three axes (contract, section 5): tokens, training FLOPs and wall-clock. All come from the Transformer's law of
-    loss against compute along the ladder of sizes, divided by the compute that it spends on as many tokens, by the
-    family's own compute, and by what it spends in the family's time. The intervals are the bootstrap's.
+    On three axes (contract, section 5): how much more compute the Transformer's law of loss along the ladder of sizes
+    asks for than the Transformer spends on as many tokens, than the family spends, and than the Transformer spends in
+    the family's time. Law against law, fit by fit of the two bootstraps: against itself a family has exactly 1.
     """
     found = sizes(lines)
-    head = ["family", "sizes", "floor", "exponent", "tokens ×", "training FLOPs ×", "wall-clock ×"]
+    head = ["family", "sizes", "floor", "exponent", "× at equal tokens", "× at equal FLOPs", "× at equal time"]
     body = []
     base = found.get(AGAINST[0], [])
     for name, points in found.items():
@@ -205,7 +217,7 @@ def scaling_table(lines: Sequence[Line]) -> Table:
         floor, exponent = (scaling.estimate(law, drawn, q) for q in (lambda p: p.floor, lambda p: p.exponent))
         last = points[-1]
         gains = [
-            str(scaling.multiplier(there, laws_there, spent, last.loss)) if spent else ""
+            str(scaling.multiplier(there, laws_there, law, drawn, last.flops, spent)) if spent else ""
             for spent in (last.tokens, last.flops, last.seconds)
         ]
         body.append([name, str(len(points)), str(floor), str(exponent), *gains])

@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from lrt import scaling
-from lrt.studies.comparisons import bpb, grouped, sizes
+from lrt.studies.comparisons import grouped, on_val, sizes
 from lrt.studies.runner import Line
 
 Draw = Callable[[Sequence[Line]], Figure]
@@ -26,7 +26,8 @@ def saved(make: Callable[[], Figure], path: Path) -> None:
 
 
 def frontier(lines: Sequence[Line]) -> Figure:
-    """Live BPB against the paired step time, a panel per group; bars are the deviation over seeds."""
+    """Live BPB on val, by which choices are made, against the paired step time, a panel per group; bars are the
+    deviation over seeds."""
     groups = {
         key: {n: r for n, r in rows.items() if any("test" in x["result"] for x in r)}
         for key, rows in grouped(lines).items()
@@ -34,39 +35,27 @@ def frontier(lines: Sequence[Line]) -> Figure:
     figure, panels = panels_for([", ".join(key) for key in groups])
     for panel, rows in zip(panels, groups.values(), strict=True):
         for name, each in rows.items():
-            values = [bpb(line) for line in each if "test" in line["result"]]
+            values = [on_val(line) for line in each if "test" in line["result"]]
             x = statistics.fmean(line["result"]["step_ratio"] for line in each)
             error = statistics.stdev(values) if len(values) > 1 else 0.0
             panel.errorbar([x], [statistics.fmean(values)], yerr=[error], marker="o", capsize=3)
             panel.annotate(name, (x, statistics.fmean(values)), xytext=(5, 3), textcoords="offset points", fontsize=7)
-        panel.set(xlabel="step time over the Transformer's (paired)", ylabel="live bits per byte")
+        panel.set(xlabel="step time over the Transformer's (paired)", ylabel="live bits per byte, val")
     return figure
 
 
 def source_curve(lines: Sequence[Line]) -> Figure:
-    """Live BPB against the source layer, in the order of the choices; memory zeroed beside it."""
+    """Live BPB on val against the source layer, in the order of the choices; bars are the deviation over seeds."""
     groups = grouped(lines)
     figure, panels = panels_for([", ".join(key) for key in groups])
     for panel, rows in zip(panels, groups.values(), strict=True):
-        names = list(rows)
-        for label, read in (("live", "live_bpb"), ("memory zeroed", "live_bpb_memory_zero")):
-            points = [
-                (i, [x["result"]["test"][read] for x in rows[n] if read in x["result"].get("test", {})])
-                for i, n in enumerate(names)
-            ]
-            points = [(i, values) for i, values in points if values]
-            errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points]
-            panel.errorbar(
-                [i for i, _ in points],
-                [statistics.fmean(v) for _, v in points],
-                errors,
-                marker="o",
-                label=label,
-                capsize=3,
-            )
-        panel.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
-        panel.set_ylabel("bits per byte")
-        panel.legend(fontsize=7)
+        found = {name: [on_val(line) for line in each if "test" in line["result"]] for name, each in rows.items()}
+        points = [(i, values) for i, values in enumerate(found.values()) if values]
+        means = [statistics.fmean(values) for _, values in points]
+        errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+        panel.errorbar([i for i, _ in points], means, errors, marker="o", capsize=3)
+        panel.set_xticks(range(len(found)), list(found), rotation=30, ha="right", fontsize=7)
+        panel.set_ylabel("live bits per byte, val")
     return figure
 
 

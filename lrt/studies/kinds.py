@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from lrt.config import require
 from lrt.studies import figures
-from lrt.studies.language import Language, Scaling
+from lrt.studies.language import Language, Rivals, Scaling
 from lrt.studies.runner import Kind
 from lrt.studies.tracking import StateTracking
 
 KINDS: dict[str, Kind] = {
     "tracking": StateTracking(),
     "language": Language(),
+    "rivals": Rivals(),
     "sources": Language(figures.source_curve),
     "scaling": Scaling(figures.scaling_curves),
 }

@@ -18,38 +18,28 @@ import functools
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from lrt import recipes
-from lrt.bench.measure import alternate
 from lrt.config import ModelConfig, require
 from lrt.data.loader import Windows, windows
-from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
-from lrt.decode import decoder
-from lrt.distributed import Alone
-from lrt.evaluate import BATCH, bits_per_byte, evaluate, live
-from lrt.matching import step_time_ratio
+from lrt.evaluate import bits_per_byte, evaluate, live
 from lrt.model.flops import count_parameters, forward_flops
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.optim import OptimConfig
 from lrt.progress import Advance
 from lrt.run import RunConfig
 from lrt.schedules import parse
-from lrt.studies import comparisons, figures
+from lrt.studies import comparisons, figures, texts, timing
 from lrt.studies.grid import Cell, Fields
 from lrt.studies.runner import Line
 from lrt.studies.tables import Table
+from lrt.studies.texts import text
 from lrt.sweepcurve import sweep_curve
 from lrt.training import Training
 from lrt.watching import Diverged
 
-TEXTS = Path("runs/studies/texts")
-"""Prepared folders by their name: `lrt prepare runs/studies/texts/books --text FILE…`."""
-STDLIB, VOCABULARY = "stdlib", 2048
 BASELINE = "transformer"
 """The family that horizons and ratios of times refer to."""
 EQUAL = ("tokens", "compute", "wall_clock")
@@ -57,22 +47,10 @@ FIELDS = {
     "seed", "family", "model", "schedule", "size", "widened_to", "text", "horizon", "equal", "rate", "optim",
     "batch_size", "device_batch", "precision", "targets", "settling",
 }  # fmt: skip
+TARGETS = 50_000
+"""Tokens scored on val and on test, at least (contract, section 4)."""
 TRAINING = 0.8
 """The part of a cell's time that training takes, for the bar."""
-STEPS, DECODED = 3, 16
-"""Steps that are timed to say how long a cell will take; tokens that are decoded to say how fast a family is."""
-
-
-@functools.cache
-def text(name: str) -> Prepared:
-    """A text by its name, prepared. ValueError that says how where it is not there."""
-    if name == STDLIB:
-        return prepare(TEXTS / name, None, VOCABULARY)
-    require(
-        (TEXTS / name / "manifest.json").is_file(),
-        f"the text {name!r} is not there; prepare it with: lrt prepare {TEXTS / name} --text FILE…",
-    )
-    return Prepared.open(TEXTS / name)
 
 
 def model_of(fields: Fields, vocab_size: int) -> ModelConfig:
@@ -138,11 +116,10 @@ class Language:
 
     def missing(self, cell: Cell) -> str | None:
         """A text that is not prepared here."""
-        try:
-            text(cell.fields.get("text", STDLIB))
-        except ValueError as error:
-            return str(error)
-        return None
+        name = cell.fields.get("text", texts.STDLIB)
+        if name == texts.STDLIB or texts.is_here(name):
+            return None
+        return texts.how_to(name)
 
     def current(self, line: Line) -> bool:
         """Whether the line's run is what its fields come to now, and its text, where that is here, the same."""
@@ -152,15 +129,16 @@ class Language:
 
     def minutes(self, cell: Cell, device: str) -> float:
         """From a few timed steps and decoded tokens; seeds and rates take as long as each other."""
-        return estimated(spelled(cell.fields), device)
+        return estimated(json.dumps({**cell.fields, "seed": 0, "rate": 1}, sort_keys=True), device)
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
-        data = text(fields.get("text", STDLIB))
+        data = text(fields.get("text", texts.STDLIB))
         run = run_of(fields, data.vocab_size)
         other = baseline(run, fields)
-        ratio = 1.0 if run.model == other.model else paired(spelled(fields), device)
-        run = equalled(run, other, fields.get("equal", "tokens"), ratio)
-        result = {"run": run.to_dict(), "data": data.fingerprint, **sizes(run), "step_ratio": ratio}
+        ratios = timing.ratios(run, other, data, device)
+        run = equalled(run, other, fields.get("equal", "tokens"), ratios["step"])
+        result = {"run": run.to_dict(), "data": data.fingerprint, **sizes(run)}
+        result |= {f"{name}_ratio": value for name, value in ratios.items()}
         begun = time.perf_counter()
         try:
             model, trained = train(run, data, device, advance)
@@ -171,7 +149,6 @@ class Language:
             "tokens": trained.tokens,
             "training_flops": trained.flops,
             "train_seconds": round(time.perf_counter() - begun, 1),
-            "decode_ratio": decode_ratio(model, LatentRecurrentTransformer(other.model).to(device)),
         }
         result |= scored(model, data, run, fields)
         advance(1 - TRAINING, f"live {result['test']['live_bpb']:.4f}")
@@ -179,6 +156,13 @@ class Language:
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
         return comparisons.tables(lines)
+
+
+class Rivals(Language):
+    """The same, with the published values beside."""
+
+    def tables(self, lines: Sequence[Line]) -> list[Table]:
+        return comparisons.tables(lines, published=True)
 
 
 class Scaling(Language):
@@ -192,8 +176,8 @@ class Scaling(Language):
 def current(cell: str, run: str, data: str) -> bool:
     """See `Language.current`. Horizons may differ: a measured ratio of times is in some."""
     fields, found = json.loads(cell), json.loads(run)
-    name = fields.get("text", STDLIB)
-    if (TEXTS / name / "manifest.json").is_file() and text(name).fingerprint != data:
+    name = fields.get("text", texts.STDLIB)
+    if texts.is_here(name) and text(name).fingerprint != data:
         return False
     try:
         now = json.loads(json.dumps(run_of(fields, found["model"]["vocab_size"]).to_dict()))
@@ -229,7 +213,7 @@ def train(run: RunConfig, data: Prepared, device: str, advance: Advance) -> tupl
 
 def scored(model: LatentRecurrentTransformer, data: Prepared, run: RunConfig, fields: Fields) -> dict[str, Any]:
     """Live on val, by which a rate is chosen; everything on test, which is reported; and whether it settles."""
-    count, size, prefix = fields.get("targets", 50_000), data.tokenizer.token_bytes(), data.tokenizer.prefix_bytes("a")
+    count, size, prefix = fields.get("targets", TARGETS), data.tokenizer.token_bytes(), data.tokenizer.prefix_bytes("a")
     schedule = parse(run.schedule)
 
     def chosen(split: str, targets: int) -> Windows:
@@ -247,55 +231,12 @@ def scored(model: LatentRecurrentTransformer, data: Prepared, run: RunConfig, fi
     return found
 
 
-def decode_ratio(model: LatentRecurrentTransformer, other: LatentRecurrentTransformer, rounds: int = 5) -> float:
-    """Time of a decoded token over that of the other model, one row, in turn: the median of the pairs."""
-    work, device = {}, model.embedding.weight.device
-    for name, each in (("this", model), ("other", other)):
-        way = decoder(each.eval(), each.empty_state(1, DECODED))
-
-        def decode(way: Any = way) -> None:
-            for position in range(DECODED):
-                way.logits(way(torch.zeros(1, dtype=torch.long, device=device), [position]))
-
-        work[name] = decode
-    times = alternate(work, rounds, device=device, progress=False)
-    model.train()
-    return times["this"].ratio(times["other"])[0]
-
-
-def spelled(fields: Fields) -> str:
-    """A cell's fields in JSON, apart from those that change no times."""
-    return json.dumps({**fields, "seed": 0, "rate": 1}, sort_keys=True)
-
-
-@functools.cache
-def paired(fields: str, device: str) -> float:
-    """The paired ratio of step times of a cell and its Transformer: measured once per process."""
-    each: Fields = json.loads(fields)
-    data = text(each.get("text", STDLIB))
-    run = run_of(each, data.vocab_size)
-    return step_time_ratio(run, baseline(run, each), data, Alone(device))
-
-
 @functools.cache
 def estimated(cell: str, device: str) -> float:
     """Minutes of a cell, by its fields in JSON; its ratio of step times is taken as that of the FLOPs."""
     fields: Fields = json.loads(cell)
-    data = text(fields.get("text", STDLIB))
+    data = text(fields.get("text", texts.STDLIB))
     run = run_of(fields, data.vocab_size)
     other = baseline(run, fields)
     run = equalled(run, other, fields.get("equal", "tokens"), run.flops_per_token / other.flops_per_token)
-    training = Training(run, data, device)
-    training.step()
-    begun = time.perf_counter()
-    for _ in range(STEPS):
-        training.step()
-    spent = (time.perf_counter() - begun) / STEPS * (run.steps + 2 * 14)
-    training.close()
-    way = decoder(training.model.eval(), training.model.empty_state(BATCH, DECODED))
-    begun = time.perf_counter()
-    for position in range(DECODED):
-        way.logits(way(torch.zeros(BATCH, dtype=torch.long, device=device), [position] * BATCH))
-    each = (time.perf_counter() - begun) / (DECODED * BATCH)
-    scores = 4 if training.model.config.memory.remembered(training.model.config.depth) else 2  # with two ablations
-    return (spent + scores * fields.get("targets", 50_000) * each) / 60
+    return timing.estimated(run, data, fields.get("targets", TARGETS), fields.get("settling", 0), device)

@@ -102,7 +102,7 @@ class StateTracking:
                 result["ablated"][name] = {"sequences": FEW, "accuracy": found.accuracy}
         if "stream" in fields:
             result["stream"] = streamed(
-                done.model, task, fields["stream"], run.seed, lambda part, text: advance(share * part, text)
+                done.model, task, fields["stream"], run.seed, lambda amount, text="": advance(share * amount, text)
             )
         return result
 
