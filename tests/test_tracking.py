@@ -33,7 +33,7 @@ from lrt.tracking.tasks import (
     flat_values,
     products,
 )
-from lrt.tracking.training import TrackingRun, objective, train
+from lrt.tracking.training import STRIDE, TrackingRun, objective, train
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -147,11 +147,29 @@ def test_rows_repeat_with_their_seed_and_guessing_gives_chance(name: str):
     assert not torch.equal(tokens, other)
     assert int(tokens.max()) < task.tokens
     assert int(classes.max()) < task.classes <= task.vocabulary
-    counts = torch.bincount(classes[:, -1][classes[:, -1] != IGNORED], minlength=task.classes)
-    if counts.sum():
-        # The likeliest answer of many classes is above its expectation; four standard deviations are not.
-        bound = 4 * (task.chance * (1 - task.chance) / int(counts.sum())) ** 0.5
-        assert abs(counts.max() / counts.sum() - task.chance) < bound
+    where = torch.where(classes != IGNORED, torch.arange(length), -1).amax(1, keepdim=True)
+    counts = torch.bincount(classes.gather(1, where).flatten(), minlength=task.classes)
+    assert int(counts.sum()) == rows
+    # The likeliest answer of many classes is above its expectation; four standard deviations are not.
+    bound = 4 * (task.chance * (1 - task.chance) / rows) ** 0.5
+    assert abs(counts.max() / rows - task.chance) < bound
+
+
+def test_tests_draw_rows_that_training_cannot():
+    """A generator knows 32 bits of its seed: those of training end where those of tests begin."""
+    seeds = [
+        measure.fresh(purpose, TASKS[name], length, seed).initial_seed()
+        for purpose in ("last state", "reads", "stream")
+        for name in ("parity", "s5")
+        for length in (40, 256)
+        for seed in range(3)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert all(measure.HELD_OUT <= seed < 2**32 for seed in seeds)
+    run = TrackingRun("parity", dataclasses.replace(small(), vocab_size=2), OPTIM, seed=213)
+    assert STRIDE * (run.seed + 1) <= measure.HELD_OUT
+    with pytest.raises(ValueError, match="seeds go from 0 to 213"):
+        dataclasses.replace(run, seed=214)
 
 
 def test_lengths_that_a_format_lacks():
@@ -259,6 +277,59 @@ def test_models_that_chunks_do_not_cover_say_why():
             exact.over(LatentRecurrentTransformer(config), torch.zeros(1, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="recall is replaced"):
         exact.over(ablated(awake(small()), "zero"), torch.zeros(1, 2, dtype=torch.long))
+
+
+REACH = {
+    "plain()": (1, 6),
+    "interleaved(2)": (2, 16),
+    "multi_refinement(1)": (2, 13),
+    "multi_refinement(3)": (4, 27),
+    "settled(1, 1, 1)": (3, 20),
+    "settled(1, 8, 1)": (16, 22),
+    "strided(8, 2)": (16, 15),
+    "strided(16, 2)": (32, 31),
+}
+"""docs/state-tracking.md: positions that are exact from the start of a row; how far a changed token is felt at most."""
+
+
+@pytest.mark.parametrize("schedule", REACH)
+@torch.no_grad()
+def test_how_far_a_schedule_carries_a_state(schedule: str):
+    """At 2 layers and a window of 4, where attention alone carries 2 · 3 positions per pass."""
+    model = awake(small(window=4))
+    tokens = torch.randint(7, (1, 60), generator=seeded())
+
+    def hidden(given: torch.Tensor, way: str) -> torch.Tensor:
+        return refine(model, given, schedules.parse(way)).hidden[0]
+
+    base = hidden(tokens, schedule)
+    right = (base - hidden(tokens, "sequential()")).abs().amax(-1) < 1e-10
+    felt = []
+    for position in range(20):
+        other = tokens.clone()
+        other[0, position] = (other[0, position] + 1) % 7
+        felt.append(int(((hidden(other, schedule) - base).abs().amax(-1) > 1e-13).nonzero().max()) - position)
+    assert (int(right.long().cumprod(0).sum()), max(felt)) == REACH[schedule]
+
+
+def test_truncation_cuts_the_memory_and_not_the_window():
+    """`sequential(b)` cuts the memory's gradient; keys and values in the window keep theirs, here as in `refine`."""
+    model = awake(small(window=4))
+    tokens = torch.randint(7, (1, 24), generator=seeded())
+
+    def felt(way: str) -> float:
+        model.zero_grad()
+        embedded: list[torch.Tensor] = []
+        hook = model.embedding.register_forward_hook(lambda *a: embedded.append(a[-1].requires_grad_()))
+        out = refine(model, tokens, schedules.parse(way)).hidden[0, -1].square().sum()
+        hook.remove()
+        (gradient, *_) = torch.autograd.grad(out, embedded, allow_unused=True)
+        return 0.0 if gradient is None else float(gradient[:, 0].norm())
+
+    whole, cut = felt("sequential()"), felt("sequential(1)")
+    assert whole > 0
+    assert cut == 0  # 2 layers and a window of 4 reach back 6 positions, and no further
+    assert 0 < felt("sequential(8)") < whole
 
 
 # --- training and scores -------------------------------------------------------------------------------------------
