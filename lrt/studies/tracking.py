@@ -262,5 +262,6 @@ def draw(panel: Any, index: int, model: str, points: dict[int, list[float]]) -> 
     means = [100 * statistics.fmean(points[n]) for n in lengths]
     bars = [100 * statistics.stdev(points[n]) if len(points[n]) > 1 else 0.0 for n in lengths]
     places = [n * 1.02**index for n in lengths]  # side by side, where many are at 100 %
-    panel.plot(places, means, marker="o", markersize=3.5, color=f"C{index}", label=model)
-    panel.errorbar(places, means, yerr=bars, fmt="none", ecolor=f"C{index}", capsize=2)
+    style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--"}  # ten colours there are
+    panel.plot(places, means, marker="o", markersize=3.5, label=model, **style)
+    panel.errorbar(places, means, yerr=bars, fmt="none", ecolor=f"C{index % 10}", capsize=2)
