@@ -394,6 +394,11 @@ editions:
     assert "verdict" in mine
     assert plain["step_ratio"] == 1
     assert ponder["step_ratio"] > 1.2
+    done, kind = runner.finished(tmp_path / "mine.tiny.jsonl")[-1], KINDS["language"]
+    assert kind.current(done)
+    assert not kind.current({**done, "result": {**done["result"], "data": "another text"}})
+    older = {**done["result"]["run"], "schedule": "multi_refinement(2)"}  # what the recipe said then
+    assert not kind.current({**done, "result": {**done["result"], "run": older}})
     kept = json.dumps(lines)
     assert "sat on the" not in kept
     assert (tmp_path / "mine.tiny.svg").is_file()

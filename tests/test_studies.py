@@ -171,6 +171,50 @@ editions:
     assert (tmp_path / "mine.tiny.svg").read_text().startswith("<?xml")
 
 
+TRACKED: dict[str, Any] = {
+    "seed": 0,
+    "task": "parity",
+    "model": {"depth": 1, "width": 8, "heads": 1, "context": 16},
+    "optim": {"matrix_lr": 0.02},
+    "steps": 2,
+    "rows": 2,
+    "longest": 4,
+    "sequences": 10,
+    "tests": [8, 32],
+}
+
+
+def untold(amount: float, text: str = "") -> None:
+    """Progress that nobody looks at."""
+
+
+def test_a_tracking_cell_measures_what_it_can_read_and_says_when_it_diverges(monkeypatch: pytest.MonkeyPatch):
+    """Full attention ends at its context; a loss that is not finite is a result."""
+    assert list(StateTracking().run(TRACKED, untold, "cpu")["last_state"]) == ["8"]
+    slid = {**TRACKED, "model": {**TRACKED["model"], "window_pattern": "S", "window": 4}}
+    assert list(StateTracking().run(slid, untold, "cpu")["last_state"]) == ["8", "32"]
+
+    def lost(*_: Any, **__: Any) -> Any:
+        raise FloatingPointError("at step 3 the loss is nan")
+
+    monkeypatch.setattr("lrt.studies.tracking.train", lost)
+    assert StateTracking().run(TRACKED, untold, "cpu")["diverged"] == "at step 3 the loss is nan"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task": "partiy"}, "unknown task 'partiy'"),
+        ({"reads": {"flop": {"length": 8, "reads": 1}}}, "unknown task 'flop'"),
+        ({"step": 3}, "a tracking cell has no field step"),
+        ({"stream": {"symbols": 10, "rows": 1, "compile": "never"}}, "a stream needs a memory, and windows"),
+    ],
+)
+def test_mistakes_in_tracking_fields_are_named_before_any_cell_runs(change: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        StateTracking().minutes(grid.Cell(("a",), 0, {**TRACKED, **change}, 1.0), "cpu")
+
+
 def test_tables_from_lines_alone():
     lines = [
         {
@@ -191,6 +235,9 @@ def test_tables_from_lines_alone():
     ]
     table = markdown(StateTracking().tables(lines))
     assert spread([0.9, 1.0]) == "95.0 ± 7.1"
+    lost = {**lines[0], "seed": 2, "result": {"chance": 0.5, "diverged": "at step 3 the loss is nan"}}
+    assert "| lrt | 2, 1 diverged | 95.0 ± 7.1 |" in markdown(StateTracking().tables([*lines, lost]))
+    assert "| lrt | 0, 1 diverged |" in markdown(StateTracking().tables([lost]))
     unnamed = [{**line, "choices": {}, "fields": {**line["fields"], "schedule": "plain()"}} for line in lines]
     assert "| plain() | 2 |" in markdown(StateTracking().tables(unnamed))
     assert "### parity: last state right, %, by length; chance 50.0%" in table

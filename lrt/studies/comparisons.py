@@ -29,8 +29,6 @@ PUBLISHED = {
     "transformer": 0.767, "loop 2": 0.753, "loop 3": 0.749, "ponder": 0.753, "shared": 0.752,
 }  # fmt: skip
 """Validation BPB at 20 layers, 10 tokens per parameter (arXiv 2605.26797; spec, section 3): another text and size."""
-INTERESTING = 2
-"""Rates that must be tried before the best of them can be at an edge."""
 
 
 def bpb(line: Line) -> float:
@@ -104,7 +102,7 @@ def row(name: str, lines: Sequence[Line], rows: Rows, against: Sequence[str], ra
     """One choice's entries; empty where nothing was measured."""
     whole = [line for line in lines if "test" in line["result"]]
     best = float(lines[0]["fields"].get(RATE, 1))
-    edge = ", edge" if len(rates) >= INTERESTING and best in (rates[0], rates[-1]) else ""
+    edge = ", edge" if len(rates) > 1 and best in (rates[0], rates[-1]) else ""
     rate = f"{best:g} ({', '.join(f'{each:g}' for each in rates)}{edge})"
     counted = (whole or lines)[0]["result"]
     base = next((line["result"] for line in rows[against[0]] if "test" in line["result"]), {})

@@ -154,7 +154,8 @@ def run(
     with bar(study.name, max(1e-9, total), progress) as advance:
         while cells := [c for c in left(study, current(kind, file), only) if c.name not in {*missing, *failed}]:
             cell = free(study, cells, file)
-            if cell is None:  # others are at it
+            if cell is None:
+                advance(0, f"waiting for what other processes run ({claim_file(file, cells[0]).parent})")
                 time.sleep(WAIT)
                 continue
             each = minutes.get(cell.name, 1.0)  # of a sweep's later seeds another choice may have been announced

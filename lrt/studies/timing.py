@@ -122,6 +122,10 @@ def estimated(run: RunConfig, data: Prepared, targets: int, settling: int, devic
     has_memory = bool(model.config.memory.remembered(model.config.depth))
     live = (4 if has_memory else 2) * targets * decoded / (DECODED * BATCH)  # val, test, and test with two ablations
     forward = each * sum(forward_flops(run.model, run.model.context)) / run.flops_per_token
-    parallel = targets * forward * schedules.parse(run.schedule).cost(run.model.context) / 2
+    length = run.model.context
+    passes = sum(
+        w * len(p.positions) / length for w, s in schedules.parse(run.schedule).shares() for p in s.passes(length)
+    )
+    parallel = targets * forward * passes
     settled = settling * forward * (REFINEMENTS + 1) if has_memory else 0.0
     return (run.tokens * each + live + parallel + settled) / 60

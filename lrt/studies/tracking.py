@@ -189,7 +189,8 @@ def accuracies(lines: Sequence[Line]) -> dict[tuple[str, str], dict[int, list[fl
 def task_table(task: str, lines: Sequence[Line]) -> Table:
     """A row per model: accuracy of the last state by length, what its memory is worth, and what it was trained with.
 
-    How far the rows grew is how far a schedule can carry a state. The ablations are at the shortest test.
+    How far the rows grew says how long its mean loss kept falling, not what it answers. The ablations are at the
+    shortest test.
     """
     scores = accuracies(lines)
     lengths = sorted({length for by_length in scores.values() for length in by_length})
@@ -208,9 +209,7 @@ def task_table(task: str, lines: Sequence[Line]) -> Table:
         by_length = scores[task, model]
         at = [spread(by_length[length]) if by_length.get(length) else "" for length in lengths]
         flops = statistics.fmean(line["result"]["training_flops"] for line in found)
-        body.append(
-            [model, str(len(found)), *at, *replaced, f"{grown} ({found[0]['fields']['longest']})", f"{flops:.1e}"]
-        )
+        body.append([model, seeds, *at, *replaced, f"{grown} ({found[0]['fields']['longest']})", f"{flops:.1e}"])
     chance = lines[0]["result"]["chance"]
     return Table(f"{task}: last state right, %, by length; chance {chance:.1%}", head, body)
 
