@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,11 @@ from rich.console import Console
 
 from lrt import checkpoint, recipes
 from lrt.bench.commands import Bench, Calibrate
-from lrt.config import require
-from lrt.core.bundle import Bundle, download
-from lrt.core.run import Settings as CoreSettings
-from lrt.core.run import core_lines, run_core
-from lrt.data.hub import Dataset
-from lrt.data.prepare import SHARD_TOKENS, prepare
+from lrt.data.command import Paths, Prepare
+from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
-from lrt.data.records import Selection
 from lrt.demo import demo
 from lrt.device import chosen_device
-from lrt.diagnose import corpus_names, diagnose, score_corpora, subject
 from lrt.distributed import Alone
 from lrt.execution import Execution
 from lrt.extras import extra
@@ -32,78 +25,21 @@ from lrt.keeping import Keeping
 from lrt.matching import Other, compare, matched_all
 from lrt.model.flops import count_parameters
 from lrt.nanochat import import_checkpoint
-from lrt.resultlines import lines
 from lrt.run import RunConfig
+from lrt.scorecommands import Diagnose, Evaluate
 from lrt.serve.command import Serve
+from lrt.studies.command import RunStudy
 from lrt.terminal import Chat, Sample
 from lrt.trainer import train
 from lrt.watching import Watching, warn
 
 ABOUT = "Prepare text, train latent recurrent transformers, score them live, let them write, and serve them."
-Paths = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE…")]
 if TYPE_CHECKING:
     Recipe = RunConfig
 else:  # one subcommand per recipe, whose fields the command line overrides
     Recipe = tyro.extras.subcommand_type_from_defaults(
         {name: make() for name, make in recipes.RECIPES.items()}, prefix_names=False
     )
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Turn text into tokens: three splits, and a byte-level BPE trained on the first. Stopped, it goes on next time."""
-
-    out: tyro.conf.Positional[Path]
-    """Folder to write."""
-    text: Paths = ()
-    """UTF-8 text files; JSON lines (.jsonl, .ndjson, also .gz, .xz, .zst); Parquet (.parquet). None, and no data set:
-    the source of this Python's own standard library."""
-    dataset: str | None = None
-    """A Hugging Face data set: a hub name (owner/name), a local folder, fineweb-edu or climbmix. It is streamed."""
-    dataset_config: str | None = None
-    """The data set's configuration (subset). None: its default; sample-10BT for fineweb-edu."""
-    dataset_split: str = "train"
-    """Which of the data set's own splits to read."""
-    dataset_revision: str | None = None
-    """Branch, tag or commit of the data set. None: the newest, which the manifest then names."""
-    field: str = "text"
-    """The field or column that holds the text, in JSON lines, Parquet and data sets."""
-    split_by: str | None = None
-    """A field whose value decides the split, so that documents which share it stay together. None: the text does."""
-    split_until: str | None = None
-    """Only the part of that value before this string, such as / for an id that reads author/title."""
-    documents: int | None = None
-    """Stop after so many documents. None: take all."""
-    vocab_size: int = 2048
-    """Size of the vocabulary to train."""
-    tokenizer: Path | None = None
-    """A tokenizer.json to use instead of training one."""
-    workers: int | None = None
-    """Processes that encode; the result does not depend on it. None: one per core; 0: only this one."""
-    shard_tokens: int = SHARD_TOKENS
-    """Tokens of a shard."""
-
-    def run(self) -> None:
-        dataset = None
-        if self.dataset is not None:
-            dataset = Dataset(self.dataset, self.dataset_config, self.dataset_split, self.dataset_revision)
-        data = prepare(
-            self.out,
-            list(self.text) or None,
-            self.vocab_size,
-            self.tokenizer,
-            dataset=dataset,
-            selection=Selection(self.field, self.split_by, self.split_until, self.documents),
-            workers=self.workers,
-            shard_tokens=self.shard_tokens,
-        )
-        print(f"{self.out}: vocabulary {data.vocab_size}")
-        for name, split in data.manifest["splits"].items():
-            print(
-                f"  {name:5} {len(split['shards']):5,} shards {split['documents']:12,} documents "
-                f"{split['tokens']:15,} tokens {split['bytes']:15,} bytes"
-            )
-
 
 Matches = tyro.conf.UseAppendAction[tuple[tuple[Literal["parameters", "tokens", "compute", "wall_clock"], Path], ...]]
 
@@ -192,100 +128,6 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Evaluate:
-    """Bits per byte of a checkpoint: under its schedule, live, the gap, and live with its memory replaced.
-
-    Stopped, it goes on; torchrun's processes share the windows.
-    """
-
-    checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, or a run's."""
-    data: Paths = (Path("runs/data/stdlib"),)
-    """Folders that `lrt prepare` wrote with the checkpoint's tokenizer: one or several corpora."""
-    split: str = "val"
-    """train, val or test. Choose on val; report test, once."""
-    schedule: str | None = None
-    """Schedule of the parallel score. None: the one trained with."""
-    at_least: int | None = 50_000
-    """Score windows of each corpus until this many tokens; None scores the whole split."""
-    batch_size: int = 64
-    """Windows scored at once; no score depends on it."""
-    tasks: tuple[str, ...] = ()
-    """Tasks of lm-eval to run instead, with true recurrence (needs the extra `lm-eval`)."""
-    tasks_include: Path | None = None
-    """A folder of tasks of your own, as lm-eval's YAML."""
-    tasks_limit: int | None = None
-    """Only so many items of each task. None: all."""
-    tasks_shots: int | None = None
-    """Few-shot examples. None: what each task says."""
-    tasks_prefill: Literal["exact", "converged", "fast", "one_sweep"] = "converged"
-    """How tasks read their texts."""
-    core: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="[FOLDER]")] = None
-    """Run CORE instead: 22 tasks, with recurrence on, off and one sweep, from this folder; none: from runs/data/core,
-    downloaded first. Stopped, it goes on. (--tasks-limit and --tasks-prefill count here too.)"""
-    out: Path | None = None
-    """Folder for the results. None: evaluation/ in the folder of the checkpoint."""
-    json: bool = False
-    """Print one JSON object instead of text."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-
-    def run(self) -> None:
-        if self.tasks:
-            return self.run_tasks()
-        if self.core is not None:
-            return self.run_core(self.core)
-        from lrt.parallel import start  # loads much of torch.distributed
-
-        checkpoint.verified(self.checkpoint)  # before the corpora: the first thing named is the first looked for
-        require(len(self.data) > 0, "--data names no corpus; give at least one folder that `lrt prepare` wrote")
-        out = self.out or self.checkpoint / "evaluation"
-        with start("ddp", chosen_device(self.device)) as ranks:
-            subjects = [
-                subject(
-                    self.checkpoint, Prepared.open(folder), self.split, self.at_least, self.batch_size, out, ranks,
-                    schedule=self.schedule, name=name,
-                )
-                for folder, name in zip(self.data, corpus_names(self.data), strict=True)
-            ]  # fmt: skip
-            result = score_corpora(subjects)
-            if ranks.first:
-                result.write(out)
-                print(json.dumps(result.values) if self.json else "\n".join(lines(result)))
-
-    def run_core(self, folders: tuple[Path, ...]) -> None:
-        from lrt.parallel import start  # loads much of torch.distributed
-
-        require(len(folders) <= 1, f"--core is {' '.join(map(str, folders))}; give one folder, or none")
-        settings = CoreSettings(self.tasks_limit, self.tasks_prefill, self.batch_size)
-        with start("ddp", chosen_device(self.device)) as ranks:
-            folder = checkpoint.verified(self.checkpoint)
-            model, tokenizer = checkpoint.load(folder, ranks.device)
-            place = folders[0] if folders else ranks.in_turn(lambda: download(Path("runs/data/core")))
-            weights = checkpoint.sha256(folder / "model.safetensors")
-            out = self.out or self.checkpoint / "evaluation"
-            result, problems = run_core(model, tokenizer, Bundle.open(place), weights, out, settings, ranks)
-            if ranks.first:
-                print(json.dumps(result.to_dict()) if self.json else "\n".join(core_lines(result.values)))
-        require(not problems, "some tasks could not be run: " + "; ".join(problems))
-
-    def run_tasks(self) -> None:
-        with extra("lm-eval", "--tasks"):
-            from lrt.hf.harness import run_tasks
-        results = run_tasks(
-            self.checkpoint, self.tasks, self.tasks_prefill, self.batch_size, self.tasks_limit, self.tasks_shots,
-            self.tasks_include, chosen_device(self.device),
-        )  # fmt: skip
-        if self.json:
-            print(json.dumps(results, default=str))
-            return
-        for task, metrics in results.items():
-            for metric, value in metrics.items():
-                if isinstance(value, float):
-                    print(f"{task:26} {metric:22} {value:.4f}")
-
-
-@dataclass(frozen=True)
 class Export:
     """Write a checkpoint as a Hugging Face folder, which works where lrt is not installed."""
 
@@ -344,52 +186,6 @@ class Demo:
 
 
 @dataclass(frozen=True)
-class Diagnose:
-    """Measure what a checkpoint's memory does, and whether training and decoding agree. Results stay beside it."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, or a run's."""
-    only: tuple[Literal["bpb", "sweeps", "ablations", "memory", "text", "bfloat16"], ...] = (
-        "bpb",
-        "sweeps",
-        "ablations",
-        "memory",
-        "text",
-    )
-    """What to measure. bpb: by pass, position and document, with intervals; sweeps: the score after 1 to 64
-    refinements, and a verdict; ablations: live, with the memory replaced in every way; memory: gates, scales, reach;
-    text: what recurrence gains token by token; bfloat16: live, and with the exact memory as a control."""
-    data: Paths = (Path("runs/data/stdlib"),)
-    """Folders that `lrt prepare` wrote with the checkpoint's tokenizer: one or several corpora."""
-    split: str = "val"
-    """train, val or test."""
-    at_least: int | None = 10_000
-    """Measure on windows with so many tokens; None takes the whole split."""
-    batch_size: int = 16
-    """Windows at once."""
-    out: Path | None = None
-    """Folder for the results. None: evaluation/ in the folder of the checkpoint."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-
-    def run(self) -> None:
-        from lrt.parallel import start  # loads much of torch.distributed
-
-        out = self.out or self.checkpoint / "evaluation"
-        with start("ddp", chosen_device(self.device)) as ranks:
-            for folder, name in zip(self.data, corpus_names(self.data), strict=True):
-                data = Prepared.open(folder)
-                measured = subject(
-                    self.checkpoint, data, self.split, self.at_least, self.batch_size, out, ranks, name=name
-                )
-                for result in diagnose(measured, self.only):
-                    if ranks.first:
-                        print("\n".join([f"{result.kind}, {result.subject}", *lines(result), ""]))
-            if ranks.first:
-                print(f"results in {out}")
-
-
-@dataclass(frozen=True)
 class Report:
     """One HTML file of some runs: curves, scores, sweep curves, gates, a text with what recurrence gains, settings."""
 
@@ -407,47 +203,6 @@ class Report:
         folders = [path for path in self.runs if path.suffix != ".jsonl"]
         report(self.out, folders, [section(path) for path in results])
         print(f"{self.out}: {self.out.stat().st_size / 1e6:.2f} MB")
-
-
-@dataclass(frozen=True)
-class RunStudy:
-    """Run a study's grid, cell by cell, and show its table and figure. What is done is skipped; stopped, it goes on."""
-
-    study: tyro.conf.Positional[str]
-    """A study that comes with the library (rivals, schedule, source, injection, scaling, state-tracking), or a .yaml
-    file of one's own."""
-    edition: str = "tiny"
-    """Which of its sizes: tiny is for two CPU cores."""
-    only: tuple[str, ...] = ()
-    """Run only the cells that have all of these choices, for example parity sequential."""
-    results: Path = Path("runs/studies")
-    """Folder of the results, STUDY.EDITION.jsonl."""
-    figure: Path | None = None
-    """File of the figure, an SVG. None: beside the results."""
-    show: bool = False
-    """Run nothing: only the table and the figure of what is there."""
-    devices: tuple[str, ...] = ("cpu",)
-    """Where cells run: one process for each, side by side. cpu; or for example cuda:0 cuda:1."""
-
-    def run(self) -> None:
-        from lrt.studies import grid, runner
-        from lrt.studies.figures import saved
-        from lrt.studies.kinds import kind
-        from lrt.studies.tables import markdown
-
-        study = grid.read(self.study, self.edition)
-        file, runs = self.results / study.results, kind(study.kind)
-        require(len(self.devices) > 0, "no device is given; name at least one, such as cpu")
-        first, *others = self.devices
-        if others and not self.show:
-            same = ["study", self.study, "--edition", self.edition, "--results", str(self.results)]
-            runner.on_devices([*same, *(["--only", *self.only] if self.only else [])], self.devices)
-        elif not self.show:
-            runner.run(study, runs, file, self.only, device=first)
-        lines = runner.of(study, runner.current(runs, file))
-        print(markdown(runs.tables(lines)))
-        if lines:
-            saved(lambda: runs.figure(lines), self.figure or file.with_suffix(".svg"))
 
 
 Verb = (

@@ -122,11 +122,15 @@ class Estimate:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
+def with_interval(value: float, drawn: Sequence[float]) -> Estimate:
+    """A value with the interval of what was drawn for it."""
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
+    return Estimate(value, float(low), float(high))
+
+
 def estimate(law: PowerLaw, laws: Sequence[PowerLaw], quantity: Callable[[PowerLaw], float]) -> Estimate:
     """A quantity of the fitted law, with the bootstrap's interval: the only way an extrapolation is given."""
-    values = [quantity(each) for each in laws]
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
-    return Estimate(quantity(law), float(low), float(high))
+    return with_interval(quantity(law), [quantity(each) for each in laws])
 
 
 def multiplier(
@@ -138,5 +142,4 @@ def multiplier(
     has a multiplier of exactly `compute / spent`.
     """
     values = [each.compute(one.loss(compute)) / spent for each, one in zip(laws, others, strict=True)]
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
-    return Estimate(law.compute(other.loss(compute)) / spent, float(low), float(high))
+    return with_interval(law.compute(other.loss(compute)) / spent, values)

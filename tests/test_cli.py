@@ -350,7 +350,8 @@ def test_wrong_flags_are_named(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("lrt.cli.prepare", None)  # no work before the flags are right
+    for work in ("lrt.cli.prepare", "lrt.data.command.prepare"):  # no work before the flags are right
+        monkeypatch.setattr(work, None)
     assert bare(named) in bare(mistake(capsys, *arguments))
 
 

@@ -257,7 +257,7 @@ def test_a_table_shows_each_family_at_its_best_rate():
     assert "**1.8100** | -10.0 % ± 0.0 |" in code
     assert "-8.7 % (1 seed)" in books
     assert "0.767" not in shown
-    assert "0.767" in markdown(comparisons.tables(lines, published=True))
+    assert "0.767" in markdown(comparisons.tables(lines, comparisons.PUBLISHED))
     assert "memory zero" not in shown  # nothing of the kind was measured
 
 

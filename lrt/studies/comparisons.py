@@ -80,8 +80,8 @@ def tried(lines: Sequence[Line], group: tuple[str, ...], choice: str) -> list[fl
     return sorted(found)
 
 
-def tables(lines: Sequence[Line], published: bool = False) -> list[Table]:
-    """One per group. Choices are made by the column of val; test is reported."""
+def tables(lines: Sequence[Line], published: Mapping[str, float] | None = None) -> list[Table]:
+    """One per group. Choices are made by the column of val; test is reported; the last column is what was published."""
     parts = []
     for group, rows in grouped(lines).items():
         against = [name for name in AGAINST if name in rows] or [next(iter(rows))]
@@ -91,9 +91,10 @@ def tables(lines: Sequence[Line], published: bool = False) -> list[Table]:
             *(f"live vs {name}" for name in against), "memory zero", "memory embedding", "64 refinements",
             "published, 20L",
         ]  # fmt: skip
-        body = [row(name, each, rows, against, tried(lines, group, name)) for name, each in rows.items()]
-        if not published:
-            body = [[*entries[:-1], ""] for entries in body]
+        body = [
+            [*row(name, each, rows, against, tried(lines, group, name)), spelled((published or {}).get(name), ".3f")]
+            for name, each in rows.items()
+        ]
         parts.append(Table(", ".join(group), head, body))
     return parts
 
@@ -110,7 +111,7 @@ def row(name: str, lines: Sequence[Line], rows: Rows, against: Sequence[str], ra
     counts = [f"{counted['parameters']:,}", f"{counted['parameters_without_tables']:,}", str(counted["forwards"])]
     start = [name, rate, seeds, *counts, spelled(ratio_of(counted, base, "flops_per_generated_token"), ".2f")]
     if not whole:
-        return start + [""] * (12 + len(against))
+        return start + [""] * (11 + len(against))
 
     def mean(read: Callable[[Mapping[str, Any]], Any]) -> float | None:
         values = [read(line["result"]) for line in whole]
@@ -130,7 +131,6 @@ def row(name: str, lines: Sequence[Line], rows: Rows, against: Sequence[str], ra
         spelled(mean(lambda r: r["test"].get("live_bpb_memory_zero")), ".4f"),
         spelled(mean(lambda r: r["test"].get("live_bpb_memory_embedding")), ".4f"),
         ", ".join(sorted({r["verdict"] for r in (line["result"] for line in whole) if "verdict" in r})),
-        spelled(PUBLISHED.get(name), ".3f"),
     ]
 
 

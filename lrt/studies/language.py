@@ -162,7 +162,7 @@ class Rivals(Language):
     """The same, with the published values beside."""
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
-        return comparisons.tables(lines, published=True)
+        return comparisons.tables(lines, comparisons.PUBLISHED)
 
 
 class Scaling(Language):
