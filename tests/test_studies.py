@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lrt.studies import grid, runner
 from lrt.studies.kinds import KINDS, kind
 from lrt.studies.language import run_of
 from lrt.studies.tables import Table, markdown
-from lrt.studies.tracking import StateTracking, spread, tracking_run
+from lrt.studies.tracking import StateTracking, recipe, spread, tracking_run
 
 GRID = """
 kind: tracking
@@ -109,6 +110,22 @@ def test_only_some_cells_and_changed_ones_again(study: grid.Study, tmp_path: Pat
     changed = dataclasses.replace(first, fields={**first.fields, "steps": 10})
     other = dataclasses.replace(study, cells=(*study.cells[:4], changed, *study.cells[5:]))
     assert changed.name in [cell.name for cell in runner.left(other, runner.finished(file))]
+
+
+def test_the_recipes_of_state_tracking_are_the_studys():
+    cell = next(c for c in grid.read("state-tracking", "tiny").cells if c.name == "S5 by swaps/sequential/2")
+    assert recipe("S5 by swaps", seed=2) == tracking_run(cell.fields)
+    with pytest.raises(ValueError, match="has no 'parity' under 'magic'; it has 'parity' 'sequential', "):
+        recipe("parity", "magic")
+
+
+def test_the_python_of_the_page_on_state_tracking_runs(capsys: pytest.CaptureFixture[str]):
+    page = (Path(__file__).resolve().parent.parent / "docs" / "state-tracking.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    short = block.replace("steps=300", "steps=2").replace("length=4096", "length=16")
+    assert short.count("=2)") == short.count("=16)") == 1
+    exec(compile(short, "docs/state-tracking.md", "exec"), {})
+    assert re.fullmatch(r"\d+ of 1000 last states are right\n", capsys.readouterr().out)
 
 
 def test_a_users_mistakes(tmp_path: Path):

@@ -20,6 +20,7 @@ from lrt.model.flops import count_parameters, training_flops
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.optim import OptimConfig
 from lrt.progress import Advance
+from lrt.studies import grid
 from lrt.studies.grid import Cell, Fields
 from lrt.studies.runner import Line
 from lrt.studies.tables import Table
@@ -175,6 +176,19 @@ def tracking_run(fields: Fields) -> TrackingRun:
     model = ModelConfig.from_dict({**fields["model"], "vocab_size": task.vocabulary})
     rest = {k: v for k, v in fields.items() if k not in {"model", "optim", *TESTS}}
     return TrackingRun(model=model, optim=OptimConfig(**fields["optim"]), **rest)
+
+
+def recipe(task: str, model: str = "sequential", edition: str = "tiny", seed: int = 0) -> TrackingRun:
+    """The run of a cell of the study, by its choices there: `recipe("S5 by swaps")` is what solves it.
+
+    ValueError for choices that the study has not.
+    """
+    study = grid.read("state-tracking", edition)
+    found = next((cell for cell in study.cells if cell.choices == (task, model)), None)
+    pairs = ", ".join(f"{a!r} {b!r}" for a, b in dict.fromkeys(cell.choices for cell in study.cells))
+    require(found is not None, f"edition {edition} has no {task!r} under {model!r}; it has {pairs}")
+    assert found is not None
+    return tracking_run({**found.fields, "seed": seed})
 
 
 def accuracies(lines: Sequence[Line]) -> dict[tuple[str, str], dict[int, list[float]]]:
