@@ -255,6 +255,11 @@ def test_tables_from_lines_alone():
     lost = {**lines[0], "seed": 2, "result": {"chance": 0.5, "diverged": "at step 3 the loss is nan"}}
     assert "| lrt | 2, 1 diverged | 95.0 ± 7.1 |" in markdown(StateTracking().tables([*lines, lost]))
     assert "| lrt | 0, 1 diverged |" in markdown(StateTracking().tables([lost]))
+    assert not StateTracking().tables(lines)[0].body  # one task: nothing to sum up
+    other = {**lines[0], "choices": {"task": "mod 5 flat", "model": "lrt"}}
+    at_a_glance = StateTracking().tables([*lines, other])[0].markdown()
+    assert "| last state right, % | parity, 256 | mod 5 flat, 256 |" in at_a_glance
+    assert "| lrt | 95.0 ± 7.1 | 90.0 (1 seed) |" in at_a_glance
     unnamed = [{**line, "choices": {}, "fields": {**line["fields"], "schedule": "plain()"}} for line in lines]
     assert "| plain() | 2 |" in markdown(StateTracking().tables(unnamed))
     assert "### parity: last state right, %, by length; chance 50.0%" in table

@@ -108,10 +108,10 @@ class StateTracking:
         return result
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
-        """One per task, mean and standard deviation over seeds; errors among all reads; streams."""
+        """All tasks at a glance; each, mean and standard deviation over seeds; errors among all reads; streams."""
         tasks = [task_table(task, found) for (task,), found in grouped(lines, "task").items()]
         whole = [line for line in lines if "diverged" not in line["result"]]
-        return [*tasks, reads_rows(whole), stream_rows(whole)]
+        return [summary(lines), *tasks, reads_rows(whole), stream_rows(whole)]
 
     def figure(self, lines: Sequence[Line]) -> Figure:
         """Accuracy of the last state against length, a panel per task, a line per model: mean and deviation."""
@@ -198,6 +198,25 @@ def accuracies(lines: Sequence[Line]) -> dict[tuple[str, str], dict[int, list[fl
         for length, score in line["result"].get("last_state", {}).items():
             found[named(line, "task"), named(line, "model")][int(length)].append(score["accuracy"])
     return found
+
+
+def summary(lines: Sequence[Line]) -> Table:
+    """A row per model, a column per task and length: accuracy of the last state. No rows where there is one task.
+
+    Of fewer seeds than the most that a cell has, how many stands behind.
+    """
+    scores = accuracies(lines)
+    columns = list(dict.fromkeys((task, n) for (task, _), by_length in scores.items() for n in sorted(by_length)))
+    models = list(dict.fromkeys(named(line, "model") for line in lines))
+    most = max((len(v) for by_length in scores.values() for v in by_length.values()), default=0)
+
+    def entry(values: Sequence[float]) -> str:
+        fewer = f" ({len(values)} seed{'s' * (len(values) > 1)})" if len(values) < most else ""
+        return (spread(values).removesuffix(" ± 0.0") + fewer) if values else ""
+
+    body = [[m, *(entry(scores.get((task, m), {}).get(n, [])) for task, n in columns)] for m in models]
+    head = ["last state right, %", *(f"{task}, {n}" for task, n in columns)]
+    return Table("", head, body if len({task for task, _ in columns}) > 1 else [])
 
 
 def task_table(task: str, lines: Sequence[Line]) -> Table:
