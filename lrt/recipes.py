@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from lrt import schedules
 from lrt.config import MemoryConfig, ModelConfig, require
 from lrt.model.flops import count_parameters
 from lrt.optim import OptimConfig
@@ -17,7 +18,6 @@ from lrt.run import RunConfig
 CONTEXT = 256
 DEMO_TOKENS = 800_000
 """The demo's horizon: what two CPU cores train, three times, in about five minutes."""
-SETTLED = "settled(1, 1, 1)"
 CHUNK = 64
 """Tokens of a chunk of the paper's losing baseline."""
 
@@ -32,7 +32,7 @@ def families(layers: int) -> dict[str, tuple[MemoryConfig, str]]:
     return {
         "transformer": (MemoryConfig(injection="none"), "plain()"),
         "token_shift": (MemoryConfig(source=0), "plain()"),
-        "lrt": (recommended(layers), SETTLED),
+        "lrt": (recommended(layers), schedules.DEFAULT),
     }
 
 
@@ -77,12 +77,12 @@ def rivals(layers: int) -> dict[str, Rival]:
         "loop 3": Rival({"loops": 3}, "plain()", "ALBERT, 1909.11942, as in " + thought),
         "ponder": Rival({"thoughts": 1}, JACOBI, thought),
         "middle recurrence": Rival(
-            {"memory": MemoryConfig(source=upper, layers=(middle,))}, SETTLED, "after T²MLR, 2607.15178"
+            {"memory": MemoryConfig(source=upper, layers=(middle,))}, schedules.DEFAULT, "after T²MLR, 2607.15178"
         ),
         "chunked": Rival({"memory": MemoryConfig()}, f"chunked({CHUNK})", lrt),
         "shared": Rival({"memory": MemoryConfig()}, "interleaved(2)", lrt),
         "layerwise": Rival({"memory": MemoryConfig(projection="layerwise")}, "interleaved(2)", lrt),
-        "recommended": Rival({"memory": recommended(layers)}, SETTLED, "docs/log.md"),
+        "recommended": Rival({"memory": recommended(layers)}, schedules.DEFAULT, "docs/log.md"),
     }
 
 

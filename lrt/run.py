@@ -56,8 +56,8 @@ class RunConfig:
     """The architecture. `vocab_size` is the prepared data's."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Rates and their schedule."""
-    schedule: str = "interleaved(2)"
-    """The training schedule as Python would write it: plain(), settled(0, 1, 1), mixture([(0.5, …), …])."""
+    schedule: str = schedules.DEFAULT
+    """The training schedule as Python would write it: plain(), interleaved(2) (the paper's), mixture([(0.5, …), …])."""
     batch_size: int = 16
     """Rows of `context` tokens per optimiser step, over all devices."""
     device_batch: int | None = None

@@ -309,6 +309,11 @@ def stages(parts: Sequence[tuple[float, Schedule]]) -> Stages:
 _COMPOSED: dict[str, Callable[..., Schedule]] = {"mixture": mixture, "stages": stages}
 
 
+DEFAULT = "stages([(0.5, settled(0, 1, 1)), (0.5, settled(1, 1, 1))])"
+"""The library's: best live of the stable schedules that cost at most half as much again as `plain()` (the study
+`schedule`, docs/log.md of 2026-11-28). The paper's own is `interleaved(2)`."""
+
+
 def names() -> Iterator[str]:
     """Every schedule's name."""
     yield from SCHEDULES

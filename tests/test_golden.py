@@ -46,7 +46,9 @@ def losses() -> list[float]:
     found, position = [], Position()
     for step in range(STEPS):
         batch, position = rows.batch(position, run.batch_size)
-        loss = StepLoss.of(schedule, [batch.targets])(model, batch.tokens, batch.targets, batch.documents)
+        loss = StepLoss.of(schedule.at(step, STEPS, run.seed), [batch.targets])(
+            model, batch.tokens, batch.targets, batch.documents
+        )
         loss.backward()
         optimiser.step(step)
         found.append(float(loss.detach()))
