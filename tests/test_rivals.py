@@ -238,11 +238,12 @@ BY_HAND: dict[str, tuple[int, float, float, int]] = {
         3 * (2.99 * 2 * (2 * BLOCKS + LONGER) + HEAD),
         2,
     ),
-    # One block: 1 γ, gates 25,600, one pair. settled(1, 1, 1): 2 passes forward only and one of 3, which has the head.
+    # One block: 1 γ, gates 25,600, one pair. The default: in half of training 1 pass forward only and one of 3, which has
+    # the head, in the other half 2 and one: 4.5 stacks.
     "middle recurrence": (
         BLOCKS + TABLES_AND_HEAD + 1 + 25_600 + PAIR,
         PLAIN_STACK + 2 * (1 + 25_600 + PAIR),
-        5 * (PLAIN_STACK + 2 * (1 + 25_600 + PAIR)) + 3 * HEAD,
+        4.5 * (PLAIN_STACK + 2 * (1 + 25_600 + PAIR)) + 3 * HEAD,
         1,
     ),
     "chunked": (
@@ -264,11 +265,11 @@ BY_HAND: dict[str, tuple[int, float, float, int]] = {
         6 * (PLAIN_STACK + 2 * (GAMMAS + GATES + 20 * PAIR) + HEAD),
         1,
     ),
-    # Two channels: 2 γ per block, gates 3 · 10 · 1280 per block, two pairs. settled(1, 1, 1) as above.
+    # Two channels: 2 γ per block, gates 3 · 10 · 1280 per block, two pairs. The default schedule, as above.
     "recommended": (
         BLOCKS + TABLES_AND_HEAD + 40 + 768_000 + 2 * PAIR,
         PLAIN_STACK + 2 * (40 + 768_000 + 2 * PAIR),
-        5 * (PLAIN_STACK + 2 * (40 + 768_000 + 2 * PAIR)) + 3 * HEAD,
+        4.5 * (PLAIN_STACK + 2 * (40 + 768_000 + 2 * PAIR)) + 3 * HEAD,
         1,
     ),
 }
