@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lrt import MemoryConfig, ModelConfig
+from lrt import MemoryConfig, ModelConfig, schedules
 from lrt.data.prepared import Prepared
 from lrt.keeping import Keeping
 from lrt.model.flops import count_parameters
-from lrt.recipes import DEMO_OPTIM, SETTLED, matched
+from lrt.recipes import DEMO_OPTIM, matched
 from lrt.run import RunConfig
 from lrt.trainer import train
 from lrt.watching import Watching
@@ -31,7 +31,7 @@ def runs(vocab_size: int, tokens: int) -> dict[str, RunConfig]:
     plain = matched(plain, count_parameters(lrt)[0])
     return {
         name: RunConfig(model, DEMO_OPTIM, schedule, batch_size=2, device_batch=1, horizon=f"tokens={tokens}")
-        for name, model, schedule in (("lrt", lrt, SETTLED), ("transformer", plain, "plain()"))
+        for name, model, schedule in (("lrt", lrt, schedules.DEFAULT), ("transformer", plain, "plain()"))
     }
 
 

@@ -238,8 +238,8 @@ BY_HAND: dict[str, tuple[int, float, float, int]] = {
         3 * (2.99 * 2 * (2 * BLOCKS + LONGER) + HEAD),
         2,
     ),
-    # One block: 1 γ, gates 25,600, one pair. The default: in half of training 1 pass forward only and one of 3, which has
-    # the head, in the other half 2 and one: 4.5 stacks.
+    # One block: 1 γ, gates 25,600, one pair. The default: in half of training 1 pass forward only and one of 3, which
+    # has the head, in the other half 2 and one: 4.5 stacks.
     "middle recurrence": (
         BLOCKS + TABLES_AND_HEAD + 1 + 25_600 + PAIR,
         PLAIN_STACK + 2 * (1 + 25_600 + PAIR),
