@@ -21,7 +21,8 @@ from torch import Tensor
 from lrt.calibration import Calibration, fallback
 from lrt.certificate import Certificate, Report, merged
 from lrt.config import ModelConfig, require
-from lrt.model.state import State, write_in_place
+from lrt.model.buffers import write_in_place
+from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.sweeps import Flight, Prompt, among, back, settle
 

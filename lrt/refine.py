@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lrt.execution import EAGER, Execution
+from lrt.model.buffers import write_copy
 from lrt.model.passes import PassState, common_stride
-from lrt.model.state import State, write_copy
+from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules import Pass, Schedule
 

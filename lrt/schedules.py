@@ -310,8 +310,8 @@ _COMPOSED: dict[str, Callable[..., Schedule]] = {"mixture": mixture, "stages": s
 
 
 DEFAULT = "stages([(0.5, settled(0, 1, 1)), (0.5, settled(1, 1, 1))])"
-"""The library's: best live of the stable schedules that cost at most half as much again as `plain()` (the study
-`schedule`, docs/log.md of 2026-11-28). The paper's own is `interleaved(2)`."""
+"""The library's: of the schedules run so far that are stable and cost at most half as much again as `plain()`, the best
+live (the study `schedule`, docs/log.md of 2026-11-28). The paper's own is `interleaved(2)`."""
 
 
 def names() -> Iterator[str]:

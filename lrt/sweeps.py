@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lrt.calibration import Calibration
 from lrt.certificate import Certificate
-from lrt.model.state import Positions, State, gather
+from lrt.model.buffers import gather
+from lrt.model.state import Positions, State
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.products import Products, packed, packs, products, transposed
 from lrt.step import buffers, locate_class, step

@@ -19,7 +19,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from lrt.config import ModelConfig, require
-from lrt.model.state import State, write_in_place
+from lrt.model.buffers import write_in_place
+from lrt.model.state import State
 
 DIGITS, BASE = 4, 256
 """A token is stored as its digits, which bfloat16 too holds exactly; all zeros are padding."""

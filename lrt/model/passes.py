@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from lrt.execution import EAGER, Execution
+from lrt.model.buffers import write_copy
 from lrt.model.flash import Piece, attend
-from lrt.model.state import Positions, Recollection, State, extend, write_copy
+from lrt.model.state import Positions, Recollection, State, extend
 from lrt.schedules import Pass
 
 TILE = 128

@@ -19,10 +19,11 @@ from lrt.config import ModelConfig
 from lrt.execution import Execution
 from lrt.model import state as states
 from lrt.model.attention import Attention, Cache, ValueEmbedding, Visible
+from lrt.model.buffers import Writer
 from lrt.model.injection import INJECTIONS, NoMemory, NoProjection, Projected, Projection, Recall
 from lrt.model.layers import MLP, rms, rotary
 from lrt.model.passes import PassState
-from lrt.model.state import Positions, State, Writer, as_positions
+from lrt.model.state import Positions, State, as_positions
 
 AnyState = TypeVar("AnyState", State, PassState)
 
