@@ -196,6 +196,16 @@ def test_the_claim_of_a_dead_process_of_this_machine_is_nobodys(swept: grid.Stud
     assert runner.claimed(path)
 
 
+@pytest.mark.parametrize("edition", ["tiny", "small"])
+@pytest.mark.parametrize(("study", "same"), [("source", "0 and {}, channels"), ("injection", "both, shared")])
+def test_source_and_injection_share_the_rivals_runs(study: str, same: str, edition: str):
+    rivals = {cell.key: cell.choices[-1] for cell in grid.read("rivals", edition).cells}
+    mine = grid.read(study, edition)
+    shared = {cell.choices[-1]: rivals[cell.key] for cell in mine.cells if cell.key in rivals}
+    depth = mine.cells[0].fields["size"]["depth"]
+    assert shared == {"transformer": "transformer", "token shift": "token shift", same.format(depth): "recommended"}
+
+
 def test_a_swept_axis_must_be_there(tmp_path: Path):
     (tmp_path / "bad.yaml").write_text(GRID.replace("axis: rate", "axis: pace"))
     with pytest.raises(ValueError, match="sweeps over pace, which is none of its axes: rate, family"):
@@ -235,8 +245,9 @@ def test_differences_are_paired_by_seed_with_a_t_interval():
     """By hand: differences -0.1, -0.2, -0.3 of a mean of 2; their deviation 0.1, t(2) = 4.3027, so ± 0.2484."""
     plain = [line("transformer", s, 2.0 + 0.1 * s - 0.1) for s in range(3)]
     mine = [line("shared", s, 2.0 + 0.1 * s - 0.1 - 0.1 * (s + 1)) for s in range(3)]
-    assert comparisons.difference(mine, plain) == "-10.0 % ± 12.4"
-    assert comparisons.difference(mine[:2], plain) == "-7.7 % (2 seeds)"
+    assert str(comparisons.difference(mine, plain)) == "-10.0 % ± 12.4"
+    assert str(comparisons.difference(mine[:2], plain)) == "-7.7 % (2 seeds)"
+    assert comparisons.difference(mine, [line("transformer", 7, 2.0)]) is None
     assert comparisons.half_interval([-0.1, -0.2, -0.3]) == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
 
 
@@ -283,6 +294,27 @@ def test_figures_are_drawn(tmp_path: Path):
     assert (tmp_path / "0.svg").read_text().count("<path") > 10
 
 
+def test_the_rivals_figure_has_a_panel_per_text_and_a_mark_per_equal_thing():
+    lines = [
+        {**each, "choices": {"text": text, "equal": equal, "rate": "one", "family": name}}
+        for text in ("code", "books")
+        for equal in ("tokens", "wall-clock")
+        for name, value in (("transformer", 2.0), ("token shift", 1.9), ("shared", 1.8))
+        for s in range(3)
+        for each in [line(name, s, value + s / 50)]
+    ]
+    figure = figures.leads(lines)
+    code, books = figure.axes
+    assert (code.get_title(), books.get_title()) == ("code", "books")
+    assert [label.get_text() for label in code.get_yticklabels()] == ["token shift", "shared"]
+    legend = code.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["equal tokens", "equal wall-clock"]
+    drawn = code.lines[0].get_xdata()
+    assert drawn == pytest.approx([-10 / 2.02, -20 / 2.02])
+    assert len(figures.leads([]).axes) == 1
+
+
 def scaling_lines(sizes: int) -> Iterator[runner.Line]:
     """`shared` spends twice the FLOPs per token and 1.6 times the time, and each FLOP is worth 1.5."""
     for i in range(sizes):
@@ -320,6 +352,10 @@ def test_at_equal_wall_clock_the_transformer_is_that_of_equal_tokens():
             *(("wall-clock", line("shared", s, 1.9)) for s in range(3)),
         )
     ]
+    glance, beside = comparisons.glances(lines)
+    assert (glance.title, beside.title) == ("equal tokens", "equal wall-clock")
+    assert "| shared | 1 | 2.00 | 1.60 | 1.10 | 1.8000 | -10.0 % ± 0.0 |" in glance.markdown()
+    assert "| shared | 1 | 2.00 | 1.60 | 1.10 | 1.9000 | -5.0 % ± 0.0 |" in beside.markdown()
     tokens, clock = comparisons.tables(lines)
     assert (tokens.title, clock.title) == ("tokens", "wall-clock")
     assert "| -5.0 % ± 0.0 |" in clock.markdown()

@@ -112,6 +112,20 @@ def test_only_some_cells_and_changed_ones_again(study: grid.Study, tmp_path: Pat
     assert changed.name in [cell.name for cell in runner.left(other, runner.finished(file))]
 
 
+def test_a_cell_that_another_study_ran_is_taken(study: grid.Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "other.yaml").write_text(GRID.replace("[0, 1]", "[0]").replace("deep:", "tall:"))
+    other = grid.read(str(tmp_path / "other.yaml"), "tiny")
+    ran = runner.run(other, Counting(), tmp_path / other.results, progress=False)
+    capsys.readouterr()
+    mine = Counting()
+    lines = runner.run(study, mine, tmp_path / study.results, progress=False)
+    assert "10 cells to run, about 21 minutes in all" in capsys.readouterr().out
+    assert [fields["seed"] for fields in mine.ran] == [1] * 5
+    assert [line["result"] for line in lines[:5]] == [line["result"] for line in ran]
+    assert lines[1] == {**ran[1], **runner.labelled(study, study.cells[1]), "from": "other.tiny easy/tall/0"}
+    assert "from" not in lines[5]
+
+
 def test_the_recipes_of_state_tracking_are_the_studys():
     cell = next(c for c in grid.read("state-tracking", "tiny").cells if c.name == "S5 by swaps/sequential/2")
     assert recipe("S5 by swaps", seed=2) == tracking_run(cell.fields)

@@ -99,6 +99,48 @@ def tables(lines: Sequence[Line], published: Mapping[str, float] | None = None) 
     return parts
 
 
+def glances(lines: Sequence[Line]) -> list[Table]:
+    """A row per model: what it costs, and its live score in every group; a table for each thing that is equal.
+
+    The cost in FLOPs is that of the first group which has the model; *step* and *decode* are one measurement.
+    """
+    groups = grouped(lines)
+    axes = [axis for axis in (lines[0]["choices"] if lines else ()) if axis != RATE][:-1]
+    tables = []
+    for equal in dict.fromkeys(kept(key, axes) for key in groups):
+        mine = {", ".join(rest(key, axes)): rows for key, rows in groups.items() if kept(key, axes) == equal}
+        names = list(dict.fromkeys(name for rows in mine.values() for name in rows))
+        against = [name for name in AGAINST if name in names]
+        head = ["model", "forwards / token", "training FLOPs", "step", "decode"]
+        head += [f"{where} {what}".strip() for where in mine for what in ("live", *(f"vs {a}" for a in against))]
+        body = []
+        for name in names:
+            first, rows = next((each[name], each) for each in mine.values() if name in each)
+            counted, base = first[0]["result"], rows[against[0]][0]["result"] if against else {}
+            costs = [
+                spelled(ratio_of(counted, base, "training_flops"), ".2f"),
+                *(spelled(counted.get(key), ".2f") for key in ("step_ratio", "decode_ratio")),
+            ]
+            scores = []
+            for rows in mine.values():
+                whole = [line for line in rows.get(name, ()) if "test" in line["result"]]
+                scores.append(f"{statistics.fmean(map(bpb, whole)):.4f}" if whole else "")
+                scores += ["" if a == name else said(difference(whole, rows.get(a, ()))) for a in against]
+            body.append([name, str(counted["forwards"]), *costs, *scores])
+        tables.append(Table(f"equal {equal}" if equal else "", head, body))
+    return tables
+
+
+def kept(group: Sequence[str], axes: Sequence[str]) -> str:
+    """What is equal in a group; nothing where the study does not say."""
+    return next((choice for choice, axis in zip(group, axes, strict=True) if axis == EQUAL), "")
+
+
+def rest(group: Sequence[str], axes: Sequence[str]) -> list[str]:
+    """A group's other choices."""
+    return [choice for choice, axis in zip(group, axes, strict=True) if axis != EQUAL]
+
+
 def row(name: str, lines: Sequence[Line], rows: Rows, against: Sequence[str], rates: Sequence[float]) -> list[str]:
     """One choice's entries; empty where nothing was measured."""
     whole = [line for line in lines if "test" in line["result"]]
@@ -127,7 +169,7 @@ def row(name: str, lines: Sequence[Line], rows: Rows, against: Sequence[str], ra
         spelled(mean(lambda r: r["val_live_bpb"]), ".4f"),
         spelled(mean(lambda r: r["test"]["parallel_bpb"]), ".4f"),
         "**" + spelled(mean(lambda r: r["test"]["live_bpb"]), ".4f") + "**",
-        *(difference(whole, rows[other]) if other != name else "" for other in against),
+        *(said(difference(whole, rows[other])) if other != name else "" for other in against),
         spelled(mean(lambda r: r["test"].get("live_bpb_memory_zero")), ".4f"),
         spelled(mean(lambda r: r["test"].get("live_bpb_memory_embedding")), ".4f"),
         ", ".join(sorted({r["verdict"] for r in (line["result"] for line in whole) if "verdict" in r})),
@@ -139,22 +181,40 @@ def spelled(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def said(found: Difference | None) -> str:
+    """A difference, or nothing."""
+    return "" if found is None else str(found)
+
+
 def ratio_of(mine: Mapping[str, Any], base: Mapping[str, Any], key: str) -> float | None:
     """A quantity over the baseline's."""
     return mine[key] / base[key] if key in mine and key in base else None
 
 
-def difference(mine: Sequence[Line], others: Sequence[Line]) -> str:
-    """Mean paired difference in live BPB, in per cent of the other's mean, with its 95 % t-interval over seeds."""
+@dataclass(frozen=True)
+class Difference:
+    """Mean paired difference in live BPB, in per cent of the other's mean."""
+
+    mean: float
+    half: float | None
+    """Half its 95 % t-interval over seeds, from three on."""
+    seeds: int
+
+    def __str__(self) -> str:
+        if self.half is None:
+            return f"{self.mean:+.1f} % ({self.seeds} seed{'s' * (self.seeds > 1)})"
+        return f"{self.mean:+.1f} % ± {self.half:.1f}"
+
+
+def difference(mine: Sequence[Line], others: Sequence[Line]) -> Difference | None:
+    """Of the seeds that both have."""
     theirs = {line["seed"]: bpb(line) for line in others if "test" in line["result"]}
-    pairs = [(bpb(line), theirs[line["seed"]]) for line in mine if line["seed"] in theirs]
+    pairs = [(bpb(line), theirs[line["seed"]]) for line in mine if "test" in line["result"] and line["seed"] in theirs]
     if not pairs:
-        return ""
+        return None
     unit = statistics.fmean(other for _, other in pairs) / 100
-    mean = statistics.fmean(a - b for a, b in pairs) / unit
-    if len(pairs) < 3:
-        return f"{mean:+.1f} % ({len(pairs)} seed{'s' * (len(pairs) > 1)})"
-    return f"{mean:+.1f} % ± {half_interval([a - b for a, b in pairs]) / unit:.1f}"
+    found = [(a - b) / unit for a, b in pairs]
+    return Difference(statistics.fmean(found), half_interval(found) if len(found) >= 3 else None, len(found))
 
 
 def half_interval(differences: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from lrt import scaling
-from lrt.studies.comparisons import grouped, on_val, sizes
+from lrt.studies.comparisons import AGAINST, RATE, Rows, difference, grouped, kept, on_val, rest, sizes
 from lrt.studies.runner import Line
 
 Draw = Callable[[Sequence[Line]], Figure]
@@ -41,6 +41,37 @@ def frontier(lines: Sequence[Line]) -> Figure:
             panel.errorbar([x], [statistics.fmean(values)], yerr=[error], marker="o", capsize=3)
             panel.annotate(name, (x, statistics.fmean(values)), xytext=(5, 3), textcoords="offset points", fontsize=7)
         panel.set(xlabel="step time over the Transformer's (paired)", ylabel="live bits per byte, val")
+    return figure
+
+
+def leads(lines: Sequence[Line]) -> Figure:
+    """How far each model's live score on test is from the Transformer's, a panel per text: at equal tokens and at
+    equal wall-clock. Bars are the 95 % t-interval over seeds."""
+    axes = [axis for axis in (lines[0]["choices"] if lines else ()) if axis != RATE][:-1]
+    panels_of: dict[str, dict[str, Rows]] = {}
+    for key, rows in grouped(lines).items():
+        panels_of.setdefault(", ".join(rest(key, axes)), {})[kept(key, axes)] = rows
+    figure, panels = panels_for(list(panels_of))
+    for panel, by_equal in zip(panels, panels_of.values(), strict=True):
+        names = [n for n in dict.fromkeys(name for rows in by_equal.values() for name in rows) if n != AGAINST[0]]
+        for number, (equal, rows) in enumerate(by_equal.items()):
+            found = {n: difference(rows[n], rows.get(AGAINST[0], ())) for n in names if n in rows}
+            points = [(names.index(n) + 0.2 * number, d) for n, d in found.items() if d is not None]
+            panel.errorbar(
+                [d.mean for _, d in points],
+                [y for y, _ in points],
+                xerr=[d.half or 0.0 for _, d in points],
+                fmt="os^"[number % 3],
+                markerfacecolor="none" if number else None,
+                capsize=3,
+                label=f"equal {equal}" if equal else None,
+            )
+        panel.axvline(0, color="0.5", linewidth=1)
+        panel.set_yticks(range(len(names)), names, fontsize=8)
+        panel.invert_yaxis()
+        panel.set_xlabel("live bits per byte against the Transformer's, %")
+        if any(by_equal):
+            panel.legend(fontsize=7)
     return figure
 
 

@@ -11,7 +11,7 @@ from lrt.studies.tracking import StateTracking
 KINDS: dict[str, Kind] = {
     "tracking": StateTracking(),
     "language": Language(),
-    "rivals": Rivals(),
+    "rivals": Rivals(figures.leads),
     "sources": Language(figures.source_curve),
     "scaling": Scaling(figures.scaling_curves),
 }

@@ -159,10 +159,10 @@ class Language:
 
 
 class Rivals(Language):
-    """The same, with the published values beside."""
+    """The same, at a glance first, with the published values beside."""
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
-        return comparisons.tables(lines, comparisons.PUBLISHED)
+        return [*comparisons.glances(lines), *comparisons.tables(lines, comparisons.PUBLISHED)]
 
 
 class Scaling(Language):

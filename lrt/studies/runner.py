@@ -31,7 +31,8 @@ from lrt.studies.grid import Cell, Fields, Study
 from lrt.studies.tables import Table
 
 Line = dict[str, Any]
-"""One finished cell: study, cell, choices, seed, key, fields, result, seconds, hardware."""
+"""One finished cell: study, cell, choices, seed, key, fields, result, seconds, hardware; `from`, another study's cell
+whose run this was."""
 ABANDONED = 3600.0
 """Seconds after which a claim that was not touched is nobody's."""
 WAIT = 5.0
@@ -137,7 +138,8 @@ def run(
 ) -> list[Line]:
     """Run what is left, appending to `file` as cells finish; returns the study's lines.
 
-    A cell that fails is named, and the others go on; ValueError at the end.
+    A cell whose very run another study's results beside `file` hold is not run again. One that fails is named, and the
+    others go on; ValueError at the end.
     """
     words = {str(word) for cell in study.cells for word in (*cell.choices, cell.seed)}
     unknown = [word for word in only if word not in words]
@@ -146,7 +148,11 @@ def run(
     missing = {cell.name: lack for cell in waiting if (lack := kind.missing(cell)) is not None}
     for lack in sorted(set(missing.values())):
         print(f"{sum(each == lack for each in missing.values())} cells are left out: {lack}", flush=True)
-    minutes = {cell.name: kind.minutes(cell, device) for cell in waiting if cell.name not in missing}
+    minutes = {
+        cell.name: 0.0 if taken(study, kind, cell, file) else kind.minutes(cell, device)
+        for cell in waiting
+        if cell.name not in missing
+    }
     total = sum(minutes.values())
     print(announced(total, len(minutes), len(of(study, current(kind, file)))), flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +169,9 @@ def run(
                 if mine is None or cell not in left(study, current(kind, file), only):  # another process was faster
                     continue
                 try:
-                    line = finish(study, cell, kind, telling(advance, cell, each, mine), device)
+                    line = taken(study, kind, cell, file) or finish(
+                        study, cell, kind, telling(advance, cell, each, mine), device
+                    )
                 except Exception as error:
                     failed[cell.name] = f"{type(error).__name__}: {error}"
                     print(f"{cell.name} failed: {failed[cell.name]}", flush=True)
@@ -252,6 +260,17 @@ def finish(study: Study, cell: Cell, kind: Kind, advance: Advance, device: str =
     begun = time.perf_counter()
     result = kind.run(cell.fields, advance, device)
     return {
+        **labelled(study, cell),
+        "result": result,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "code": code_version(),
+        "hardware": json.loads(json.dumps(hardware(device), default=str)),
+    }
+
+
+def labelled(study: Study, cell: Cell) -> Line:
+    """Which cell of which study, as a line says it."""
+    return {
         "study": study.name,
         "edition": study.edition,
         "kind": study.kind,
@@ -260,11 +279,16 @@ def finish(study: Study, cell: Cell, kind: Kind, advance: Advance, device: str =
         "seed": cell.seed,
         "key": cell.key,
         "fields": cell.fields,
-        "result": result,
-        "seconds": round(time.perf_counter() - begun, 1),
-        "code": code_version(),
-        "hardware": json.loads(json.dumps(hardware(device), default=str)),
     }
+
+
+def taken(study: Study, kind: Kind, cell: Cell, file: Path) -> Line | None:
+    """A cell's line from that of another study beside `file` with the same fields, which says whose it was."""
+    for other in sorted(set(file.parent.glob("*.jsonl")) - {file}):
+        for line in reversed(finished(other)):
+            if line["key"] == cell.key and kind.current(line):
+                return {**line, **labelled(study, cell), "from": f"{line['study']}.{line['edition']} {line['cell']}"}
+    return None
 
 
 def on_devices(arguments: Sequence[str], devices: Sequence[str]) -> None:
