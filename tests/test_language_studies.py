@@ -384,27 +384,61 @@ def test_a_report_of_studies(tmp_path: Path):
 # --- from the command line ---------------------------------------------------------------------------------------
 
 
-def test_a_study_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+@pytest.fixture
+def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small text of that name."""
     monkeypatch.setattr(texts, "TEXTS", tmp_path / "texts")
-    story = " ".join(
+    told = " ".join(
         f"{a} {b} sat on the {c}." for a in ["the", "my", "your"] for b in ["cat", "dog"] for c in ["mat", "log"]
     )
-    (tmp_path / "story.txt").write_text((story + "\n") * 40)
+    (tmp_path / "story.txt").write_text((told + "\n") * 40)
     prepare(tmp_path / "texts" / "story", [tmp_path / "story.txt"], 280, progress=False, workers=0)
+
+
+SMALL: dict[str, Any] = {
+    "text": "story",
+    "size": {"depth": 2, "width": 16, "heads": 2, "context": 16},
+    "optim": OPTIM,
+    "batch_size": 2,
+    "horizon": "tokens=160",
+    "targets": 60,
+    "settling": 30,
+    "widened_to": "layerwise",
+}
+
+
+@pytest.mark.usefixtures("story")
+def test_a_long_cell_goes_on_where_it_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fields = {**SMALL, "seed": 0, "family": "recommended"}
+    kind, steps = language.Language(), []
+
+    def advance(amount: float, text: str = "") -> None:
+        steps.append(text)
+        if text.startswith("step 3 ") and len(steps) < 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(language, "KEEP_EVERY", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        kind.run(fields, advance, "cpu")
+    assert len(list((tmp_path / "unfinished").iterdir())) == 1
+    monkeypatch.setattr(language, "KEEP_EVERY", 3600.0)
+    gone_on = kind.run(fields, advance, "cpu")
+    assert steps[4] == "goes on after step 2"
+    assert steps[5].startswith("step 3 of 5")
+    assert not list((tmp_path / "unfinished").iterdir())
+    whole = kind.run(fields, lambda amount, text="": None, "cpu")
+    times = {"train_seconds": 0}
+    assert {**gone_on, **times} == {**whole, **times}
+
+
+@pytest.mark.usefixtures("story")
+def test_a_study_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "mine.yaml").write_text(f"""
 kind: language
 editions:
   tiny:
     seeds: [0]
-    base:
-      text: story
-      size: {{depth: 2, width: 16, heads: 2, context: 16}}
-      optim: {json.dumps(OPTIM)}
-      batch_size: 2
-      horizon: tokens=160
-      targets: 60
-      settling: 30
-      widened_to: layerwise
+    base: {json.dumps(SMALL)}
     axes:
       family:
         transformer: {{family: transformer}}

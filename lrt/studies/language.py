@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
+import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from lrt import recipes
+from lrt import checkpoint, recipes
 from lrt.config import ModelConfig, require
 from lrt.data.loader import Windows, windows
 from lrt.data.prepared import Prepared
@@ -37,7 +40,7 @@ from lrt.studies.runner import Line
 from lrt.studies.tables import Table
 from lrt.studies.texts import text
 from lrt.sweepcurve import sweep_curve
-from lrt.training import Training
+from lrt.training import Trained, Training
 from lrt.watching import Diverged
 
 BASELINE = "transformer"
@@ -51,6 +54,8 @@ TARGETS = 50_000
 """Tokens scored on val and on test, at least (contract, section 4)."""
 TRAINING = 0.8
 """The part of a cell's time that training takes, for the bar."""
+KEEP_EVERY = 600.0
+"""Seconds between two snapshots of a cell's training, by which a long one goes on after an interruption."""
 
 
 def model_of(fields: Fields, vocab_size: int) -> ModelConfig:
@@ -139,7 +144,6 @@ class Language:
         run = equalled(run, other, fields.get("equal", "tokens"), ratios["step"])
         result = {"run": run.to_dict(), "data": data.fingerprint, **sizes(run)}
         result |= {f"{name}_ratio": value for name, value in ratios.items()}
-        begun = time.perf_counter()
         try:
             model, trained = train(run, data, device, advance)
         except Diverged as error:
@@ -148,9 +152,10 @@ class Language:
             "loss": trained.loss,
             "tokens": trained.tokens,
             "training_flops": trained.flops,
-            "train_seconds": round(time.perf_counter() - begun, 1),
+            "train_seconds": round(trained.seconds, 1),
         }
         result |= scored(model, data, run, fields)
+        shutil.rmtree(unfinished(run, data), ignore_errors=True)
         advance(1 - TRAINING, f"live {result['test']['live_bpb']:.4f}")
         return result
 
@@ -197,14 +202,28 @@ def sizes(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def train(run: RunConfig, data: Prepared, device: str, advance: Advance) -> tuple[LatentRecurrentTransformer, Any]:
-    """A run from its start to its end, in memory."""
+def unfinished(run: RunConfig, data: Prepared) -> Path:
+    """Where the newest snapshot of a long training is kept until its cell is scored: beside the texts."""
+    about = json.dumps([run.to_dict(), data.fingerprint], sort_keys=True)
+    return texts.TEXTS.parent / "unfinished" / hashlib.sha256(about.encode()).hexdigest()[:16]
+
+
+def train(run: RunConfig, data: Prepared, device: str, advance: Advance) -> tuple[LatentRecurrentTransformer, Trained]:
+    """A run from where it was left to its end; what it came to has the losses since then."""
     training = Training(run, data, device)
-    losses = []
+    kept = unfinished(run, data)
+    checkpoint.recover(kept)
+    if kept.exists():
+        training.restore(kept)
+    begun, saved, losses = training.progress.step, time.monotonic(), []
+    advance(TRAINING * begun / run.steps, f"goes on after step {begun}" if begun else "begins")
     try:
-        for step in range(run.steps):
+        for step in range(begun, run.steps):
             losses.append(training.step()["loss"])
             advance(TRAINING / run.steps, f"step {step + 1} of {run.steps}, loss {losses[-1]:.3f}")
+            if time.monotonic() - saved >= KEEP_EVERY and step + 1 < run.steps:
+                training.save(kept, training.about(losses[-1]))
+                saved = time.monotonic()
     finally:
         training.close()
     last = losses[-max(1, run.steps // 20) :]
