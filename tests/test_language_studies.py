@@ -343,6 +343,16 @@ def test_without_eight_sizes_there_is_no_multiplier():
     assert "8 sizes are needed" in comparisons.scaling_table(list(scaling_lines(7))).markdown()
 
 
+def test_laws_are_compared_over_the_sizes_that_both_have():
+    whole = list(scaling_lines(10))
+    lacking = [each for each in whole if (each["choices"]["family"], each["choices"]["text"]) != ("shared", "size 9")]
+    fewer = list(scaling_lines(9))
+    row = {name: comparisons.scaling_table(lines).body[1] for name, lines in (("lacking", lacking), ("fewer", fewer))}
+    assert row["lacking"] == row["fewer"]
+    one, other = (comparisons.sizes(lacking)[family] for family in ("transformer", "shared"))
+    assert [size.group for size in other] == [size.group for size in one][:9]
+
+
 def test_at_equal_wall_clock_the_transformer_is_that_of_equal_tokens():
     lines = [
         {**each, "choices": {"equal": equal, "rate": "one", "family": each["choices"]["family"]}}

@@ -229,6 +229,8 @@ def half_interval(differences: Sequence[float]) -> float:
 class Size:
     """One size of a family in a study of scaling, the mean over its seeds."""
 
+    group: tuple[str, ...]
+    """Its choices, which other families have too."""
     flops: float
     """Of its training, all passes."""
     loss: float
@@ -240,9 +242,9 @@ class Size:
 
 
 def sizes(lines: Sequence[Line]) -> dict[str, list[Size]]:
-    """family -> its sizes, by FLOPs."""
+    """family -> its sizes, in the order of the Transformer's FLOPs, or of its own where that was not run."""
     found: dict[str, list[Size]] = defaultdict(list)
-    for rows in grouped(lines).values():
+    for group, rows in grouped(lines).items():
         plain = [line["result"]["training_flops"] for line in rows.get(AGAINST[0], ()) if "test" in line["result"]]
         for name, each in rows.items():
             whole = [line for line in each if "test" in line["result"]]
@@ -251,8 +253,8 @@ def sizes(lines: Sequence[Line]) -> dict[str, list[Size]]:
                 flops = statistics.fmean(line["result"]["training_flops"] for line in whole)
                 base = plain[0] if plain else None
                 loss = statistics.fmean(bpb(line) for line in whole)
-                found[name].append(Size(flops, loss, base, base and base * ratio))
-    return {name: sorted(points, key=lambda size: size.flops) for name, points in found.items()}
+                found[name].append(Size(group, flops, loss, base, base and base * ratio))
+    return {name: sorted(points, key=lambda size: size.tokens or size.flops) for name, points in found.items()}
 
 
 def scaling_table(lines: Sequence[Line]) -> Table:
@@ -260,14 +262,16 @@ def scaling_table(lines: Sequence[Line]) -> Table:
 
     On three axes (contract, section 5): how much more compute the Transformer's law of loss along the ladder of sizes
     asks for than the Transformer spends on as many tokens, than the family spends, and than the Transformer spends in
-    the family's time. Law against law, fit by fit of the two bootstraps: against itself a family has exactly 1.
+    the family's time. Law against law over the sizes that both have, fit by fit of the two bootstraps, in which size
+    stands by size: against itself a family has exactly 1.
     """
     found = sizes(lines)
     head = ["family", "sizes", "floor", "exponent", "× at equal tokens", "× at equal FLOPs", "× at equal time"]
     body = []
-    base = found.get(AGAINST[0], [])
-    for name, points in found.items():
-        if len(points) < scaling.FEWEST or len(base) < scaling.FEWEST:
+    for name, every in found.items():
+        base = [p for p in found.get(AGAINST[0], ()) if p.group in {q.group for q in every}]
+        points = [p for p in every if p.group in {q.group for q in base}]
+        if len(points) < scaling.FEWEST:
             body.append([name, str(len(points)), f"{scaling.FEWEST} sizes are needed", "", "", "", ""])
             continue
         law, drawn = scaling.fitted([p.flops for p in points], [p.loss for p in points])
