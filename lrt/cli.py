@@ -16,7 +16,6 @@ from lrt.bench.commands import Bench, Calibrate
 from lrt.data.command import Paths, Prepare
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
-from lrt.demo import demo
 from lrt.device import chosen_device
 from lrt.distributed import Alone
 from lrt.execution import Execution
@@ -182,6 +181,8 @@ class Demo:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
+        from lrt.demo import demo  # it draws, which --help should not wait for
+
         demo(self.out, list(self.text) or None, self.tokens, self.seed, chosen_device(self.device), self.prompt)
 
 

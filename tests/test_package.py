@@ -198,6 +198,12 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     assert inside == sources
 
 
+def test_help_does_not_wait_for_what_it_does_not_need() -> None:
+    """Torch's compiler and matplotlib made it take twice as long."""
+    after = "import sys, lrt.cli; print([name for name in ('torch._dynamo', 'matplotlib') if name in sys.modules])"
+    assert run([sys.executable, "-c", after]).strip() == "[]"
+
+
 def test_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     """The package from its wheel in an environment of its own; only the dependencies are borrowed from this one."""
     wheel = build_wheel(tmp_path / "dist")

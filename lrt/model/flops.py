@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lrt.config import ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules import Schedule
 
 
+class Unfilled(TorchFunctionMode):
+    """No random weights are drawn: for meta tensors torch would import its compiler, which takes a second."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if function in (torch.nn.init.normal_, torch.nn.init.uniform_):
+            return args[0] if args else given["tensor"]
+        return function(*args, **given)
+
+
 @functools.lru_cache(maxsize=256)
 def sizes(config: ModelConfig) -> dict[str, int]:
     """Numbers of every parameter by name, without allocating them."""
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         model = LatentRecurrentTransformer(config)
     return {name: p.numel() for name, p in model.named_parameters()}
 
