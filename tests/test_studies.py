@@ -86,6 +86,17 @@ def test_cells_are_the_product_of_the_axes(study: grid.Study):
     assert len({cell.key for cell in study.cells}) == 10
 
 
+def test_a_choice_may_run_with_fewer_seeds(study: grid.Study, tmp_path: Path):
+    (tmp_path / "fewer.yaml").write_text(GRID.replace("deep: {", "deep: {seeds: [0], "))
+    fewer = grid.read(str(tmp_path / "fewer.yaml"), "tiny")
+    assert [cell.key for cell in fewer.cells] == [
+        cell.key for cell in study.cells if "deep" not in cell.choices or cell.seed == 0
+    ]
+    (tmp_path / "bad.yaml").write_text(GRID.replace("deep: {", "deep: {seeds: [0, 7], "))
+    with pytest.raises(ValueError, match="easy/deep has the seed 7, which is none of the edition's"):
+        grid.read(str(tmp_path / "bad.yaml"), "tiny")
+
+
 def test_a_stopped_study_goes_on(study: grid.Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "results" / study.results
     stopped = Counting(fail_at=3)
@@ -106,6 +117,8 @@ def test_only_some_cells_and_changed_ones_again(study: grid.Study, tmp_path: Pat
     file = tmp_path / study.results
     runner.run(study, Counting(), file, only=("hard", "deep"), progress=False)
     assert [line["cell"] for line in runner.finished(file)] == ["hard/deep/0", "hard/deep/1"]
+    sliced = [dataclasses.replace(cell, choices=(cell.choices[0], "1/2")) for cell in study.cells[:2]]
+    assert len(runner.left(dataclasses.replace(study, cells=tuple(sliced)), [], ("1/2", "0"))) == 2
     first = study.cells[4]
     changed = dataclasses.replace(first, fields={**first.fields, "steps": 10})
     other = dataclasses.replace(study, cells=(*study.cells[:4], changed, *study.cells[5:]))

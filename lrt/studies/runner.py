@@ -103,7 +103,7 @@ def left(study: Study, lines: Sequence[Line], only: Sequence[str] = ()) -> list[
     """
     known = of(study, lines)
     done = {line["cell"] for line in known}
-    chosen = [c for c in study.cells if all(word in c.name.split("/") for word in only)]
+    chosen = [c for c in study.cells if all(word in (*c.choices, str(c.seed)) for word in only)]
     if study.sweep is not None:
         best = swept(study, known)
         chosen = [c for c in chosen if c.seed == study.cells[0].seed or best[study.apart_from_sweep(c)] == c.choices]
