@@ -11,7 +11,7 @@
 
 A cell's fields are the base with those of its choice on every axis laid over it, axis by axis, and its seed. `minutes`
 says how long a cell takes about; it decides nothing. `without` lists choices that are left out: [mod5, transformer].
-`seeds` among a choice's fields are those of the edition's with which it runs.
+`seeds` among a choice's fields: it runs only with those of the edition's.
 
 `sweep: {axis: rate, by: val_live_bpb}`: all choices of that axis run with the first seed; with the others, only the one
 whose result `by` was lowest there, for each combination of the other axes.
@@ -140,8 +140,7 @@ def cells(edition: dict[str, Any]) -> list[Cell]:
             fields = laid_over(fields, over)
         minutes = float(fields.pop("minutes", 0))
         mine = fields.pop("seeds", edition["seeds"])
-        if strange := set(mine) - set(edition["seeds"]):
-            require(False, f"{'/'.join(names)} has the seed {min(strange)}, which is none of the edition's")
+        require(bool(set(mine) & set(edition["seeds"])), f"{'/'.join(names)} has seeds {mine}, none of the edition's")
         if seed not in mine:
             continue
         found.append(Cell(names, seed, fields, minutes))
