@@ -34,7 +34,8 @@ class MemoryConfig:
     """The layer whose output is remembered: 0 (the embedding: token shift) to L (the final hidden state, also
     spelled None), or several layers."""
     combine: Literal["sum", "channels"] = "sum"
-    """Several sources: one learned weighted sum, or one channel each with its own γ, gates and projections."""
+    """Several sources: one learned weighted sum, or one channel each with its own γ, gates and projections. Source
+    (0, 0) as channels is token shift with as many of them as (0, L) has: what a channel gives without recurrence."""
     initial: Literal["zeros", "embedding"] = "zeros"
     """What stands for sources >= 1 of a slot that no pass has written yet: zeros, or that token's embedding x_0."""
     delay: int = 1
@@ -63,9 +64,10 @@ class MemoryConfig:
         )
         if isinstance(self.source, tuple):
             require(len(self.source) > 0, "memory.source is empty; name at least one layer, or use injection='none'")
+            once = [s for s in self.source if s != 0 or self.combine == "sum"]
             require(
-                len(set(self.source)) == len(self.source),
-                f"memory.source {self.source} names a layer twice; name each layer once",
+                len(set(once)) == len(once),
+                f"memory.source {self.source} names a layer twice; name each layer once (but for 0 among channels)",
             )
 
     def sources(self, depth: int) -> tuple[int, ...]:

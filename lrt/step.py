@@ -191,12 +191,11 @@ def recall(p: Products, b: Buffers, before: Before) -> Tensor:
     sources, stored = memory.sources(p.config.depth), memory.remembered(p.config.depth)
     if not sources:
         return p.embedding.new_zeros(0, before.slots.shape[0], p.config.width)
-    parts: list[Tensor] = []
-    if stored:
-        held = b.memory.index_select(0, before.slots)
-        parts = [held[:, stored.index(s)] for s in sources if s > 0]
+    held = b.memory.index_select(0, before.slots)
+    found = {s: held[:, i] for i, s in enumerate(stored)}
     if 0 in sources:
-        parts.insert(sources.index(0), p.embedding[b.tokens.index_select(0, before.slots).clamp(min=0)])
+        found[0] = p.embedding[b.tokens.index_select(0, before.slots).clamp(min=0)]
+    parts = [found[s] for s in sources]
     inside = before.inside.to(p.embedding)
     if p.recall is None:
         return torch.stack([part * inside for part in parts])

@@ -36,6 +36,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "source is a fraction": ({}, {"source": 1.5}, ("memory.source 1.5", "0 (the embedding) to 4")),
     "source names in a tuple": ({}, {"source": (0, "L")}, ("memory.source 'L'", "0 (the embedding) to 4")),
     "sources twice": ({}, {"source": (0, 2, 0)}, ("(0, 2, 0)", "twice", "each layer once")),
+    "channels twice": ({}, {"source": (0, 2, 2), "combine": "channels"}, ("(0, 2, 2)", "twice", "each layer once")),
     "no source": ({}, {"source": ()}, ("memory.source is empty", "injection='none'")),
     "layer 0": ({}, {"layers": (0, 1)}, ("memory.layers", "block 0", "1 to 4")),
     "layer above the depth": ({}, {"layers": (5,)}, ("memory.layers", "block 5", "1 to 4")),

@@ -362,9 +362,7 @@ def test_memory_embedding_is_token_shift_with_the_same_weights(memory: dict[str,
     if len(sources) == 1:
         shift = copied(model, replace(model.config, memory=replace(model.config.memory, source=0)))
     elif model.config.memory.combine == "channels":
-        # No configuration reads one source twice: the reading is written by hand.
-        shift = copied(model, model.config)
-        shift.recall = Twice(shift.recall)
+        shift = copied(model, replace(model.config, memory=replace(model.config.memory, source=(0, 0))))
     else:
         # rms(Σ w · x_0) = ± x_0, by the sign of the weights' sum.
         shift = copied(model, model.config)
@@ -390,13 +388,6 @@ class Previous(torch.nn.Module):
                     x = embedding.weight[state.tokens[b, p - 1]]
                     out[b, i] = x / (x.square().mean() + torch.finfo(x.dtype).eps).sqrt()
         return out
-
-
-class Twice(Previous):
-    """Two channels, the same embedding in both."""
-
-    def forward(self, state: Any, positions: Any, embedding: torch.nn.Embedding) -> Tensor:
-        return torch.stack([self.previous(state, positions, embedding)] * 2)
 
 
 class Signed(Previous):

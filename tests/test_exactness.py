@@ -50,6 +50,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "(0,L)sum": {"source": (0, "L"), "combine": "sum"},
     "(0,L)channels": {"source": (0, "L"), "combine": "channels"},
     "(1,L)channels": {"source": (1, "L"), "combine": "channels"},
+    "(0,0)channels": {"source": (0, 0), "combine": "channels"},
     "(L,1,0)sum": {"source": ("L", 1, 0), "combine": "sum"},
     "(L)sum": {"source": ("L",), "combine": "sum"},
 }
