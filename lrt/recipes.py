@@ -73,6 +73,11 @@ def rivals(layers: int) -> dict[str, Rival]:
     return {
         "transformer": Rival({}, "plain()", "nanochat"),
         "token shift": Rival({"memory": MemoryConfig(source=0)}, "plain()", "control: the previous embedding"),
+        "token shift, 2 channels": Rival(
+            {"memory": MemoryConfig(source=(0, 0), combine="channels")},
+            "plain()",
+            "control: as many projections",
+        ),
         "loop 2": Rival({"loops": 2}, "plain()", "ALBERT, 1909.11942, as in " + thought),
         "loop 3": Rival({"loops": 3}, "plain()", "ALBERT, 1909.11942, as in " + thought),
         "ponder": Rival({"thoughts": 1}, JACOBI, thought),

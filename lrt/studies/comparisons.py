@@ -23,7 +23,7 @@ Rows = dict[str, list[Line]]
 RATE = "rate"
 EQUAL = "equal"
 """The axis on which the Transformer is the same run, whatever others have in common with it."""
-AGAINST = ("transformer", "token shift")
+AGAINST = ("transformer", "token shift", "token shift, 2 channels")
 """Families that everything is compared with, where a group has them."""
 PUBLISHED = {
     "transformer": 0.767, "loop 2": 0.753, "loop 3": 0.749, "ponder": 0.753, "shared": 0.752,
