@@ -7,6 +7,7 @@ runs in several processes, have the same horizon at equal wall-clock (contract, 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from lrt.training import Training
 Ratios = dict[str, float]
 """`step`: a training step over the Transformer's, optimiser included. `schedule`: forward and backward over `plain()`
 of the same model (contract, section 6). `decode`: a decoded token over the Transformer's."""
-ROUNDS = 5
-"""Alternated pairs of decoded texts, each of `context` tokens in one row."""
+TEXTS, TURNS = 4, 16
+"""Texts of `context` tokens in one row that are decoded to compare, and the turns that each is decoded in: a busy
+machine changes within a text, so that pairs of whole texts say little."""
 DECODED = 16
 """Tokens that are decoded to say how long scoring will take."""
 REFINEMENTS = 64
@@ -90,13 +92,29 @@ def schedule_ratio(run: RunConfig, device: str) -> float:
 
 
 def decode_ratio(run: RunConfig, other: RunConfig, device: str) -> float:
-    """Time to decode `context` tokens of one row over the other model's: the median of alternated pairs."""
+    """Time to decode a token of one row over the other model's: the median of alternated turns through whole texts."""
     work = {}
     for name, each in (("this", run), ("other", other)):
         model = LatentRecurrentTransformer(each.model).to(device).eval()
-        work[name] = decoding(model, 1, each.model.context)
-    times = alternate(work, ROUNDS, device=device, progress=False)
+        work[name] = by_turns(model, each.model.context)
+    times = alternate(work, TEXTS * TURNS, device=device, progress=False)
     return times["this"].ratio(times["other"])[0]
+
+
+def by_turns(model: LatentRecurrentTransformer, context: int) -> Work:
+    """Decode the next part of a text of `context` tokens; behind its end, of a new one."""
+    size = max(1, context // TURNS)
+
+    def parts() -> Iterator[None]:
+        while True:
+            way: Any = decoder(model, model.empty_state(1, context))
+            for position in range(context):
+                way.logits(way(torch.zeros(1, dtype=torch.long, device=model.embedding.weight.device), [position]))
+                if (position + 1) % size == 0:
+                    yield
+
+    going = parts()
+    return lambda: next(going)
 
 
 def decoding(model: LatentRecurrentTransformer, rows: int, count: int) -> Work:
