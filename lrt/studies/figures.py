@@ -52,8 +52,9 @@ def leads(lines: Sequence[Line]) -> Figure:
     for key, rows in grouped(lines).items():
         panels_of.setdefault(", ".join(rest(key, axes)), {})[kept(key, axes)] = rows
     figure, panels = panels_for(list(panels_of))
+    every = dict.fromkeys(name for by_equal in panels_of.values() for rows in by_equal.values() for name in rows)
+    names = [name for name in every if name != AGAINST[0]]
     for panel, by_equal in zip(panels, panels_of.values(), strict=True):
-        names = [n for n in dict.fromkeys(name for rows in by_equal.values() for name in rows) if n != AGAINST[0]]
         for number, (equal, rows) in enumerate(by_equal.items()):
             found = {n: difference(rows[n], rows.get(AGAINST[0], ())) for n in names if n in rows}
             points = [(names.index(n) + 0.2 * number, d) for n, d in found.items() if d is not None]
