@@ -57,7 +57,8 @@ def grouped(lines: Sequence[Line]) -> dict[tuple[str, ...], Rows]:
             if AGAINST[0] not in rows:
                 at = axes.index(EQUAL)
                 alike = (g for k, g in groups.items() if (k[:at], k[at + 1 :]) == (key[:at], key[at + 1 :]))
-                rows |= next(({AGAINST[0]: g[AGAINST[0]]} for g in alike if AGAINST[0] in g), {})
+                lent = next(({AGAINST[0]: g[AGAINST[0]]} for g in alike if AGAINST[0] in g), {})
+                groups[key] = {**lent, **rows}
     return groups
 
 
