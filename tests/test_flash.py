@@ -16,7 +16,7 @@ import torch
 from test_exactness import PAIRWISE, VISIBLE, assert_same, assert_same_gradients, gradients, random_model
 from torch import Tensor
 
-from lrt import ModelConfig, refine, schedules
+from lrt import MemoryConfig, ModelConfig, refine, schedules
 from lrt.model import flash, passes
 from lrt.model.flash import CPU, PLAIN, Kernel, Piece, attend, attend_reference
 from lrt.model.passes import Band, PassState, common_stride, triangles
@@ -201,6 +201,19 @@ def test_passes_by_classes_equal_passes_by_masks(
                 assert_same(a, b, "state")
         assert torch.equal(found.state.held, expected.state.held)
         assert (found.state.filled, found.state.pending) == (expected.state.filled, expected.state.pending)
+
+
+@pytest.mark.parametrize("memory", [{"injection": "none"}, {"source": 0}, {"source": None}], ids=["none", "0", "L"])
+def test_what_passes_leave_can_be_continued(memory: dict[str, Any]):
+    """Also where nothing is remembered: the State's keys count as written all the same."""
+    config = replace(next(iter(PAIRWISE.values())), context=32, window_pattern="L", memory=MemoryConfig(**memory))
+    model = random_model(config)
+    tokens = torch.randint(config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(3))
+    exact = refine(model, tokens, schedules.sequential()).hidden
+    state = refine(model, tokens[:, :11], schedules.multi_refinement(11)).state
+    assert state.length == state.filled == 11
+    hidden, _ = model(tokens[:, 11:], range(11, 12), state.resized(12))
+    assert_same(hidden, exact[:, 11:])
 
 
 def test_masks_stay_small(monkeypatch: pytest.MonkeyPatch):

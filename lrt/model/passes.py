@@ -216,10 +216,11 @@ class PassState:
 
     def whole(self) -> State:
         """The State that other passes would have left: contiguous buffers, to be continued."""
-        there = torch.tensor([held is not None for held in self.memory], device=self.tokens.device)
+        written = self.keys[0]  # a model may remember nothing
+        there = torch.tensor([held is not None for held in written], device=self.tokens.device)
         index = torch.arange(self.slots, device=self.tokens.device)
         filled, pending = 0, ()
-        for residue, held in enumerate(self.memory):
+        for residue, held in enumerate(written):
             if held is not None and residue < self.slots:
                 filled, pending = extend(filled, pending, range(residue, self.slots, self.stride))
         return State(
