@@ -437,7 +437,7 @@ def test_a_long_cell_goes_on_where_it_was_left(tmp_path: Path, monkeypatch: pyte
     assert steps[4] == "goes on after step 2"
     assert steps[5].startswith("step 3 of 5")
     assert not list((tmp_path / "unfinished").iterdir())
-    whole = kind.run(fields, lambda amount, text="": None, "cpu")
+    whole = kind.run(fields, advance, "cpu")
     times = {"train_seconds": 0}
     assert {**gone_on, **times} == {**whole, **times}
 
