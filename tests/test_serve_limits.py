@@ -119,11 +119,14 @@ def test_a_full_queue_says_when_to_come_back(tight: Live):
 def test_who_goes_away_frees_its_rows_at_once(folder: Path, streamed: bool):
     with live(folder, settings=EXACT) as up:
         worker = up.library.find("lrt").worker
-        body = json.dumps({"model": "lrt", "prompt": "x", "max_tokens": 1900, "n": 3, "stream": streamed}).encode()
+        asked = {"model": "lrt", "prompt": "x", "max_tokens": 1900, "n": 3, "logit_bias": {"5": 100}}  # none ends early
+        body = json.dumps({**asked, "stream": streamed}).encode()
         host, port = up.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), 20) as link:
             link.sendall(post(body))
+            patience = time.monotonic() + 60
             while worker.engine.rows.used < 3:
+                assert time.monotonic() < patience
                 time.sleep(0.01)
         begin = time.monotonic()
         assert up.idle(5)
