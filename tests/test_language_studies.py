@@ -24,6 +24,8 @@ from lrt.model.flops import count_parameters
 from lrt.studies import comparisons, figures, grid, language, runner, texts
 from lrt.studies.kinds import KINDS
 from lrt.studies.tables import Table, markdown
+from lrt.training import Training
+from lrt.watching import Diverged
 
 OPTIM = {"matrix_lr": 0.02, "embedding_lr": 0.2, "head_lr": 0.01, "scalar_lr": 0.02, "reference_batch": 2048}
 FIELDS: dict[str, Any] = {
@@ -440,6 +442,24 @@ def test_a_long_cell_goes_on_where_it_was_left(tmp_path: Path, monkeypatch: pyte
     whole = kind.run(fields, advance, "cpu")
     times = {"train_seconds": 0}
     assert {**gone_on, **times} == {**whole, **times}
+
+
+@pytest.mark.usefixtures("story")
+def test_a_cell_that_diverges_keeps_no_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole, seen = Training.step, []
+
+    def step(self: Training) -> dict[str, float]:
+        if self.progress.step == 3:
+            seen.extend((tmp_path / "unfinished").iterdir())
+            raise Diverged("at step 3 the loss is nan", 2)
+        return whole(self)
+
+    monkeypatch.setattr(Training, "step", step)
+    monkeypatch.setattr(language, "KEEP_EVERY", 0.0)
+    found = language.Language().run({**SMALL, "seed": 0, "family": "transformer"}, lambda *_: None, "cpu")
+    assert found["diverged"] == "at step 3 the loss is nan"
+    assert len(seen) == 1
+    assert not list((tmp_path / "unfinished").iterdir())
 
 
 @pytest.mark.usefixtures("story")

@@ -147,6 +147,7 @@ class Language:
         try:
             model, trained = train(run, data, device, advance)
         except Diverged as error:
+            shutil.rmtree(unfinished(run, data), ignore_errors=True)
             return {**result, "diverged": str(error)}
         result |= {
             "loss": trained.loss,
@@ -203,7 +204,7 @@ def sizes(run: RunConfig) -> dict[str, Any]:
 
 
 def unfinished(run: RunConfig, data: Prepared) -> Path:
-    """Where the newest snapshot of a long training is kept until its cell is scored: beside the texts."""
+    """Where a long training's newest snapshot is kept, until its cell is scored or has diverged: beside the texts."""
     about = json.dumps([run.to_dict(), data.fingerprint], sort_keys=True)
     return texts.TEXTS.parent / "unfinished" / hashlib.sha256(about.encode()).hexdigest()[:16]
 
