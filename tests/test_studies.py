@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,7 @@ from lrt.studies.language import run_of
 from lrt.studies.tables import Table, markdown
 from lrt.studies.tracking import StateTracking, recipe, spread, tracking_run
 
+ROOT = Path(__file__).resolve().parent.parent
 GRID = """
 kind: tracking
 editions:
@@ -259,6 +265,49 @@ def test_mistakes_in_tracking_fields_are_named_before_any_cell_runs(change: dict
         StateTracking().minutes(grid.Cell(("a",), 0, {**TRACKED, **change}, 1.0), "cpu")
 
 
+@pytest.mark.slow
+def test_two_processes_are_killed_and_the_study_goes_on(tmp_path: Path):
+    """Both work at a time, each cell runs to its end once, and the results are those of one process."""
+    base = {**TRACKED, "steps": 400}
+    del base["seed"]
+    seeds = list(range(8))
+    (tmp_path / "mine.yaml").write_text(
+        json.dumps({"kind": "tracking", "editions": {"tiny": {"seeds": seeds, "base": base, "axes": {"m": {"a": {}}}}}})
+    )
+    study, out = grid.read(str(tmp_path / "mine.yaml"), "tiny"), tmp_path / "out"
+    file, claims = out / study.results, (out / study.results).with_suffix(".claims")
+    command = [sys.executable, "-m", "lrt", "study", str(tmp_path / "mine.yaml"), "--results", str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    both: dict[str, Any] = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen([*command, "--devices", "cpu", "cpu"], start_new_session=True, **both)
+    try:
+        patience = time.monotonic() + 200
+        while not (runner.finished(file) and claims.exists() and len(list(claims.iterdir())) == 2):
+            assert process.poll() is None, "it was done before both were seen at work"
+            assert time.monotonic() < patience
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # all of them at once: the plug is pulled
+        process.wait()
+    before = runner.finished(file)
+    assert 0 < len(before) < len(seeds)
+    assert list(claims.iterdir())
+    done = subprocess.run([*command, "--devices", "cpu", "cpu"], timeout=400, **both)
+    assert done.returncode == 0
+    lines = runner.finished(file)
+    assert lines[: len(before)] == before
+    assert sorted(line["seed"] for line in lines) == seeds
+    assert {line["hardware"]["threads"] for line in lines} == {max(1, (os.cpu_count() or 1) // 2)}
+    assert not list(claims.iterdir())
+    alone = runner.run(study, StateTracking(), tmp_path / study.results, progress=False)
+    assert {line["seed"]: accuracies(line) for line in lines} == {line["seed"]: accuracies(line) for line in alone}
+
+
+def accuracies(line: runner.Line) -> Any:
+    """What a cell of tracking came to, without its times."""
+    return line["result"]["loss"], line["result"]["last_state"]
+
+
 def test_tables_from_lines_alone():
     lines = [
         {
@@ -289,6 +338,7 @@ def test_tables_from_lines_alone():
     assert "| lrt | 95.0 ± 7.1 | 90.0 (1 seed) |" in at_a_glance
     unnamed = [{**line, "choices": {}, "fields": {**line["fields"], "schedule": "plain()"}} for line in lines]
     assert "| plain() | 2 |" in markdown(StateTracking().tables(unnamed))
+    assert "| sequential() | 2 |" in markdown(StateTracking().tables([{**line, "choices": {}} for line in lines]))
     assert "### parity: last state right, %, by length; chance 50.0%" in table
     assert "| lrt | 2 | 95.0 ± 7.1 | 50.0 ± 0.0 | 50.0 ± 0.0 | 16, 16 (40) | 1.0e+09 |" in table
     assert "| parity | lrt | 0 | 100 | 100.0000 | 99.0000 |" in table

@@ -28,7 +28,8 @@ class RunStudy:
     show: bool = False
     """Run nothing: only the table and the figure of what is there."""
     devices: tuple[str, ...] = ("cpu",)
-    """Where cells run: one process for each, side by side. cpu; or for example cuda:0 cuda:1."""
+    """Where cells run: one process for each, side by side. cpu; or for example cuda:0 cuda:1, or cpu cpu, which share
+    the cores."""
 
     def run(self) -> None:
         from lrt.studies import grid, runner

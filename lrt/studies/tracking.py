@@ -278,8 +278,10 @@ def grouped(lines: Sequence[Line], *axes: str) -> dict[tuple[str, ...], list[Lin
 
 
 def named(line: Line, axis: str) -> str:
-    """A line's choice on an axis; in a study without that axis, the field that it would have set."""
-    return line["choices"].get(axis) or str(line["fields"][{"model": "schedule"}.get(axis, axis)])
+    """A line's choice on an axis; in a study without that axis, the task or the schedule that it ran."""
+    if axis in line["choices"]:
+        return line["choices"][axis]
+    return line["fields"]["task"] if axis == "task" else line["fields"].get("schedule", TrackingRun.schedule)
 
 
 def spread(values: Sequence[float]) -> str:
