@@ -23,8 +23,9 @@ CHUNK = 64
 
 
 def recommended(layers: int) -> MemoryConfig:
-    """The memory that scored best live so far (docs/log.md): the previous embedding and the final state as channels."""
-    return MemoryConfig(source=(0, layers), combine="channels", initial="embedding")
+    """The memory that scored best live so far (docs/log.md): the previous embedding and the final state as channels,
+    with projections of each layer's own."""
+    return MemoryConfig(projection="layerwise", source=(0, layers), combine="channels", initial="embedding")
 
 
 def families(layers: int) -> dict[str, tuple[MemoryConfig, str]]:
@@ -70,13 +71,13 @@ def rivals(layers: int) -> dict[str, Rival]:
     """
     upper, middle = max(1, round(0.75 * layers)), max(1, layers // 2)
     lrt, thought = "2605.26797", "PonderLM-2, 2509.23184"
+    twice, best = MemoryConfig(source=(0, 0), combine="channels"), recommended(layers)
     return {
         "transformer": Rival({}, "plain()", "nanochat"),
         "token shift": Rival({"memory": MemoryConfig(source=0)}, "plain()", "control: the previous embedding"),
-        "token shift, 2 channels": Rival(
-            {"memory": MemoryConfig(source=(0, 0), combine="channels")},
-            "plain()",
-            "control: as many projections",
+        "token shift, 2 channels": Rival({"memory": twice}, "plain()", "control: as many projections, shared"),
+        "token shift, 2 channels, layerwise": Rival(
+            {"memory": dataclasses.replace(twice, projection="layerwise")}, "plain()", "control: as many projections"
         ),
         "loop 2": Rival({"loops": 2}, "plain()", "ALBERT, 1909.11942, as in " + thought),
         "loop 3": Rival({"loops": 3}, "plain()", "ALBERT, 1909.11942, as in " + thought),
@@ -87,7 +88,10 @@ def rivals(layers: int) -> dict[str, Rival]:
         "chunked": Rival({"memory": MemoryConfig()}, f"chunked({CHUNK})", lrt),
         "shared": Rival({"memory": MemoryConfig()}, "interleaved(2)", lrt),
         "layerwise": Rival({"memory": MemoryConfig(projection="layerwise")}, "interleaved(2)", lrt),
-        "recommended": Rival({"memory": recommended(layers)}, schedules.DEFAULT, "docs/log.md"),
+        "recommended, shared": Rival(
+            {"memory": dataclasses.replace(best, projection="shared")}, schedules.DEFAULT, "docs/log.md"
+        ),
+        "recommended": Rival({"memory": best}, schedules.DEFAULT, "docs/log.md"),
     }
 
 

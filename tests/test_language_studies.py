@@ -199,14 +199,20 @@ def test_the_claim_of_a_dead_process_of_this_machine_is_nobodys(swept: grid.Stud
 
 
 @pytest.mark.parametrize("edition", ["tiny", "small"])
-@pytest.mark.parametrize(("study", "same"), [("source", "0 and {}, channels"), ("injection", "both, shared")])
-def test_source_and_injection_share_the_rivals_runs(study: str, same: str, edition: str):
+@pytest.mark.parametrize("study", ["source", "injection"])
+def test_source_and_injection_share_the_rivals_runs(study: str, edition: str):
     rivals = {cell.key: cell.choices[-1] for cell in grid.read("rivals", edition).cells}
     mine = grid.read(study, edition)
     shared = {cell.choices[-1]: rivals[cell.key] for cell in mine.cells if cell.key in rivals}
     depth = mine.cells[0].fields["size"]["depth"]
-    controls = ("transformer", "token shift", "token shift, 2 channels")
-    assert shared == {**{name: name for name in controls}, same.format(depth): "recommended"}
+    alike = ["transformer", "token shift", "token shift, 2 channels"]
+    own = {
+        "source": {f"0 and {depth}, channels": "recommended, shared"},
+        "injection": {"both, shared": "recommended, shared", "both, layerwise": "recommended"},
+    }
+    if study == "injection":
+        alike.append("token shift, 2 channels, layerwise")
+    assert shared == {**{name: name for name in alike}, **own[study]}
 
 
 def test_a_swept_axis_must_be_there(tmp_path: Path):

@@ -229,11 +229,17 @@ BY_HAND: dict[str, tuple[int, float, float, int]] = {
         3 * (PLAIN_STACK + 2 * (GAMMAS + GATES + PAIR) + HEAD),
         1,
     ),
-    # As `recommended`, below, in one pass.
+    # As the two recommended ones, below, in one pass.
     "token shift, 2 channels": (
         BLOCKS + TABLES_AND_HEAD + 40 + 768_000 + 2 * PAIR,
         PLAIN_STACK + 2 * (40 + 768_000 + 2 * PAIR),
         3 * (PLAIN_STACK + 2 * (40 + 768_000 + 2 * PAIR) + HEAD),
+        1,
+    ),
+    "token shift, 2 channels, layerwise": (
+        BLOCKS + TABLES_AND_HEAD + 40 + 768_000 + 40 * PAIR,
+        PLAIN_STACK + 2 * (40 + 768_000 + 40 * PAIR),
+        3 * (PLAIN_STACK + 2 * (40 + 768_000 + 40 * PAIR) + HEAD),
         1,
     ),
     "loop 2": (BLOCKS + TABLES_AND_HEAD, 2 * PLAIN_STACK, 3 * (2 * PLAIN_STACK + HEAD), 2),
@@ -272,11 +278,18 @@ BY_HAND: dict[str, tuple[int, float, float, int]] = {
         6 * (PLAIN_STACK + 2 * (GAMMAS + GATES + 20 * PAIR) + HEAD),
         1,
     ),
-    # Two channels: 2 γ per block, gates 3 · 10 · 1280 per block, two pairs. The default schedule, as above.
-    "recommended": (
+    # Two channels: 2 γ per block, gates 3 · 10 · 1280 per block, two pairs, or two per block. The default schedule, as
+    # above.
+    "recommended, shared": (
         BLOCKS + TABLES_AND_HEAD + 40 + 768_000 + 2 * PAIR,
         PLAIN_STACK + 2 * (40 + 768_000 + 2 * PAIR),
         4.5 * (PLAIN_STACK + 2 * (40 + 768_000 + 2 * PAIR)) + 3 * HEAD,
+        1,
+    ),
+    "recommended": (
+        BLOCKS + TABLES_AND_HEAD + 40 + 768_000 + 40 * PAIR,
+        PLAIN_STACK + 2 * (40 + 768_000 + 40 * PAIR),
+        4.5 * (PLAIN_STACK + 2 * (40 + 768_000 + 40 * PAIR)) + 3 * HEAD,
         1,
     ),
 }

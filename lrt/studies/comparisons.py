@@ -23,8 +23,8 @@ Rows = dict[str, list[Line]]
 RATE = "rate"
 EQUAL = "equal"
 """The axis on which the Transformer is the same run, whatever others have in common with it."""
-AGAINST = ("transformer", "token shift", "token shift, 2 channels")
-"""Families that everything is compared with, where a group has them."""
+AGAINST = ("transformer", "token shift", "token shift, 2 channels", "token shift, 2 channels, layerwise")
+"""Families that everything is compared with, where a group has them; at a glance the first two and the last."""
 PUBLISHED = {
     "transformer": 0.767, "loop 2": 0.753, "loop 3": 0.749, "ponder": 0.753, "shared": 0.752,
 }  # fmt: skip
@@ -111,7 +111,8 @@ def glances(lines: Sequence[Line]) -> list[Table]:
     for equal in dict.fromkeys(kept(key, axes) for key in groups):
         mine = {", ".join(rest(key, axes)): rows for key, rows in groups.items() if kept(key, axes) == equal}
         names = list(dict.fromkeys(name for rows in mine.values() for name in rows))
-        against = [name for name in AGAINST if name in names]
+        controls = [name for name in AGAINST if name in names]
+        against = controls[:2] + controls[2:][-1:]
         head = ["model", "forwards / token", "training FLOPs", "step", "decode"]
         head += [f"{where} {what}".strip() for where in mine for what in ("live", *(f"vs {a}" for a in against))]
         body = []
