@@ -17,7 +17,7 @@ from lrt.run import RunConfig
 
 CONTEXT = 256
 DEMO_TOKENS = 800_000
-"""The demo's horizon: what two CPU cores train, three times, in about five minutes."""
+"""The demo's horizon: what two CPU cores train, three times, in about six minutes."""
 CHUNK = 64
 """Tokens of a chunk of the paper's losing baseline."""
 
