@@ -324,6 +324,19 @@ def test_the_rivals_figure_has_a_panel_per_text_and_a_mark_per_equal_thing():
     assert len(figures.leads([]).axes) == 1
 
 
+def test_at_a_glance_everything_is_held_against_the_strongest_control():
+    names = [*comparisons.AGAINST, "shared"]
+    lines = [
+        {**each, "choices": {"rate": "one", "family": name}}
+        for name in names
+        for each in (line(name, s, 2.0) for s in range(3))
+    ]
+    (table,) = comparisons.glances(lines)
+    assert table.head[-3:] == [f"vs {name}" for name in (names[0], names[1], names[3])]
+    (without,) = comparisons.glances([each for each in lines if each["choices"]["family"] != names[3]])
+    assert without.head[-3:] == [f"vs {name}" for name in names[:3]]
+
+
 def scaling_lines(sizes: int) -> Iterator[runner.Line]:
     """`shared` spends twice the FLOPs per token and 1.6 times the time, and each FLOP is worth 1.5."""
     for i in range(sizes):

@@ -278,7 +278,7 @@ def test_two_processes_are_killed_and_the_study_goes_on(tmp_path: Path):
     file, claims = out / study.results, (out / study.results).with_suffix(".claims")
     command = [sys.executable, "-m", "lrt", "study", str(tmp_path / "mine.yaml"), "--results", str(out)]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    both: dict[str, Any] = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL}
+    both: dict[str, Any] = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE}
     process = subprocess.Popen([*command, "--devices", "cpu", "cpu"], start_new_session=True, **both)
     try:
         patience = time.monotonic() + 200
@@ -292,8 +292,9 @@ def test_two_processes_are_killed_and_the_study_goes_on(tmp_path: Path):
     before = runner.finished(file)
     assert 0 < len(before) < len(seeds)
     assert list(claims.iterdir())
-    done = subprocess.run([*command, "--devices", "cpu", "cpu"], timeout=400, **both)
+    done = subprocess.run([*command, "--devices", "cpu", "cpu"], timeout=400, text=True, **both)
     assert done.returncode == 0
+    assert f"2 processes on cpu, OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // 2)} each" in done.stdout
     lines = runner.finished(file)
     assert lines[: len(before)] == before
     assert sorted(line["seed"] for line in lines) == seeds

@@ -293,13 +293,15 @@ def taken(study: Study, kind: Kind, cell: Cell, file: Path) -> Line | None:
 
 def on_devices(arguments: Sequence[str], devices: Sequence[str]) -> None:
     """`lrt` with these arguments once per device, side by side; they share the cells by their claims, and the cores
-    where `cpu` is named more than once and OMP_NUM_THREADS says nothing else."""
-    share = max(1, (os.cpu_count() or 1) // max(1, list(devices).count("cpu")))
-    running = []
-    for each in devices:
-        environment = {**({"OMP_NUM_THREADS": str(share)} if each == "cpu" else {}), **os.environ}
-        command = [sys.executable, "-m", "lrt", *arguments, "--devices", each]
-        running.append(subprocess.Popen(command, env=environment))
+    where `cpu` is named more than once. How many threads each of these has is said, and stands in its lines."""
+    environment = dict(os.environ)
+    if (processes := list(devices).count("cpu")) > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        print(f"{processes} processes on cpu, OMP_NUM_THREADS={environment['OMP_NUM_THREADS']} each", flush=True)
+    running = [
+        subprocess.Popen([sys.executable, "-m", "lrt", *arguments, "--devices", each], env=environment)
+        for each in devices
+    ]
     try:
         failed = [device for device, each in zip(devices, running, strict=True) if each.wait() != 0]
     except KeyboardInterrupt:
