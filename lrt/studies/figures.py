@@ -27,20 +27,29 @@ def saved(make: Callable[[], Figure], path: Path) -> None:
 
 def frontier(lines: Sequence[Line]) -> Figure:
     """Live BPB on val, by which choices are made, against the paired step time, a panel per group; bars are the
-    deviation over seeds."""
+    deviation over seeds. Names stand beside the panel, the cheapest first: in it they would lie on each other."""
     groups = {
         key: {n: r for n, r in rows.items() if any("test" in x["result"] for x in r)}
         for key, rows in grouped(lines).items()
     }
-    figure, panels = panels_for([", ".join(key) for key in groups])
+    figure, panels = panels_for([", ".join(key) for key in groups], width=7.0)
     for panel, rows in zip(panels, groups.values(), strict=True):
-        for name, each in rows.items():
-            values = [on_val(line) for line in each if "test" in line["result"]]
-            x = statistics.fmean(line["result"]["step_ratio"] for line in each)
+        times = {n: statistics.fmean(line["result"]["step_ratio"] for line in each) for n, each in rows.items()}
+        for number, name in enumerate(sorted(times, key=times.__getitem__)):
+            values = [on_val(line) for line in rows[name] if "test" in line["result"]]
             error = statistics.stdev(values) if len(values) > 1 else 0.0
-            panel.errorbar([x], [statistics.fmean(values)], yerr=[error], marker="o", capsize=3)
-            panel.annotate(name, (x, statistics.fmean(values)), xytext=(5, 3), textcoords="offset points", fontsize=7)
+            panel.errorbar(
+                [times[name]],
+                [statistics.fmean(values)],
+                yerr=[error],
+                color=f"C{number % 10}",  # the ten colours, with another mark each time round
+                marker="osD^v"[number // 10 % 5],
+                linestyle="none",
+                capsize=3,
+                label=name,
+            )
         panel.set(xlabel="step time over the Transformer's (paired)", ylabel="live bits per byte, val")
+        panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=6)
     return figure
 
 
@@ -108,15 +117,17 @@ def scaling_curves(lines: Sequence[Line]) -> Figure:
             low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
             panel.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)
     panel.set(xscale="log", yscale="log", xlabel="training FLOPs, all passes", ylabel="live bits per byte")
+    panel.yaxis.set_major_formatter("{x:g}")  # less than a decade: not 2 × 10⁰
+    panel.yaxis.set_minor_formatter("{x:g}")
     panel.legend(fontsize=7)
     return figure
 
 
-def panels_for(titles: Sequence[str]) -> tuple[Figure, list[Any]]:
-    """A figure with a panel per title, two in a row."""
+def panels_for(titles: Sequence[str], width: float = 5.2) -> tuple[Figure, list[Any]]:
+    """A figure with a panel per title, two in a row, each `width` inches wide."""
     columns = min(2, max(1, len(titles)))
     rows = max(1, math.ceil(len(titles) / columns))
-    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, 3.8 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
     for panel, title in zip(panels, titles, strict=False):
         panel.set_title(title, fontsize=9)

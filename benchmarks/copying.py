@@ -1,0 +1,71 @@
+"""Has a model learned to copy from its context? Cells of `lrt study scaling`, trained, and rows of tokens given twice.
+
+    python benchmarks/copying.py OUT.jsonl --only "depth 3" "ratio 1.2" "token shift" --seeds 0 1 2
+
+A row is BOS and 100 tokens of the validation text in random order, then the same 100 again, scored live: nothing but
+copying makes the second time cheaper than the first. Every cell is a JSON line of OUT.jsonl; those that are there are
+skipped.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from lrt import LatentRecurrentTransformer
+from lrt.data.loader import windows
+from lrt.data.prepared import Prepared
+from lrt.evaluate import score
+from lrt.progress import bar
+from lrt.studies import grid, language
+from lrt.studies.texts import STDLIB, text
+
+ROWS, LENGTH = 64, 100
+
+
+@dataclass(frozen=True)
+class Arguments:
+    out: tyro.conf.Positional[Path]
+    """JSON lines, one per finished cell."""
+    only: tuple[str, ...] = ()
+    """Only the cells that have all of these choices."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Only those of these seeds."""
+    edition: str = "tiny"
+    """Of the study of scaling."""
+
+
+def twice(model: LatentRecurrentTransformer, data: Prepared) -> tuple[float, float]:
+    """Live nats per token of rows' first and second half, without each half's first token: it has nothing to go by."""
+    val = data.split("val")
+    seen = torch.cat([batch.tokens.flatten() for batch in windows(val, model.config.context, 20_000).batches(64)])
+    drawn = torch.randint(len(seen), (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    nats = score(model, torch.cat([torch.full((ROWS, 1), val.bos), seen[drawn], seen[drawn]], dim=1))
+    return float(nats[:, 1:LENGTH].mean()), float(nats[:, LENGTH + 1 :].mean())
+
+
+def main(arguments: Arguments) -> None:
+    known = arguments.out.read_text().splitlines() if arguments.out.exists() else []
+    done = {json.loads(line)["cell"] for line in known}
+    for cell in grid.read("scaling", arguments.edition).cells:
+        if cell.seed not in arguments.seeds or not set(arguments.only) <= set(cell.choices) or cell.name in done:
+            continue
+        data = text(cell.fields.get("text", STDLIB))
+        run = language.run_of(cell.fields, data.vocab_size)
+        with bar(cell.name, 1, True) as tell:
+            model, _ = language.train(run, data, "cpu", tell)
+        scores = language.scored(model, data, run, cell.fields)
+        first, second = twice(model, data)
+        line = {"cell": cell.name, "val": scores["val_live_bpb"], "test": scores["test"]["live_bpb"]}
+        line |= {"first": first, "second": second}
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{cell.name}  test {line['test']:.4f}  first {first:.3f}, again {second:.3f} nats a token", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))
