@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from lrt.config import ModelConfig
-from lrt.core.bundle import OPTIONS, Bundle, Task
-from lrt.core.run import ORDER, Settings, run_core
 from lrt.data.tokenizer import Tokenizer
+from lrt.eval.core_metric.benchmark import ORDER, Settings, run_core
+from lrt.eval.core_metric.bundle import OPTIONS, Bundle, Task
+from lrt.model.config import ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 
 

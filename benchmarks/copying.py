@@ -17,12 +17,12 @@ import torch
 import tyro
 
 from lrt import LatentRecurrentTransformer
-from lrt.data.loader import windows
 from lrt.data.prepared import Prepared
-from lrt.evaluate import score
-from lrt.progress import bar
-from lrt.studies import grid, language
-from lrt.studies.texts import STDLIB, text
+from lrt.data.windows import windows
+from lrt.eval.scoring import score
+from lrt.experiments.studies import grid, language
+from lrt.experiments.studies.texts import STDLIB, text
+from lrt.utils.progress import bar
 
 ROWS, LENGTH = 64, 100
 

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import torch
 
-from lrt.bench.measure import alternate, hardware
-from lrt.config import ModelConfig
-from lrt.core.answers import On, answer, score_alone, score_questions
-from lrt.core.bundle import Bundle
-from lrt.core.questions import question
-from lrt.core.run import ROWS
 from lrt.data.tokenizer import Tokenizer
+from lrt.eval.core_metric.answers import On, answer, score_alone, score_questions
+from lrt.eval.core_metric.benchmark import ROWS
+from lrt.eval.core_metric.bundle import Bundle
+from lrt.eval.core_metric.questions import question
+from lrt.model.config import ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils.provenance import hardware
+from lrt.utils.timing import alternate
 
 
 def main() -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from lrt import MemoryConfig, ModelConfig
 from lrt.data.prepared import Prepared
-from lrt.keeping import Keeping
-from lrt.model.flops import count_parameters
-from lrt.recipes import DEMO_OPTIM, matched
-from lrt.run import RunConfig
-from lrt.trainer import train
-from lrt.watching import Watching
+from lrt.model.size import count_parameters
+from lrt.training.config import RunConfig
+from lrt.training.loop import train
+from lrt.training.monitor import Watching
+from lrt.training.recipes import DEMO_OPTIM, matched
+from lrt.training.snapshots import Keeping
 
 CONTEXT = 1280
 SETTLED = "settled(1, 1, 1)"

@@ -24,14 +24,15 @@ from typing import Any
 
 import tyro
 
-from lrt import calibration, checkpoint
-from lrt.bench.measure import hardware
-from lrt.engine import Engine
+from lrt.inference import cost_model
+from lrt.inference.engine import Engine
+from lrt.inference.request import Request
+from lrt.inference.sampling import Sampling, uniform
+from lrt.model import checkpoint
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.refine import refine
-from lrt.requests import Request
-from lrt.sampling import Sampling, uniform
-from lrt.schedules import sequential
+from lrt.schedules.library import sequential
+from lrt.schedules.refinement import refine
+from lrt.utils.provenance import hardware
 
 MARGIN = 1e-4
 """Below it two exact decodes may differ in float32 (contract, section 7)."""
@@ -64,7 +65,7 @@ class Seen:
 def asked(model: LatentRecurrentTransformer, bos: int, folder: Path, count: int, longest: int) -> list[Asked]:
     """Requests of many lengths, and what each gives alone."""
     r = random.Random(0)
-    known = calibration.read(folder, model)
+    known = cost_model.read(folder, model)
     found = []
     for seed in range(count):
         prompt = (bos, *(r.randrange(1, model.config.vocab_size) for _ in range(r.choice((1, 4, 16, 48)))))
@@ -253,7 +254,7 @@ def main(
     folder = checkpoint.verified(checkpoint_folder)
     model, tokenizer = checkpoint.load(folder)
     requests = asked(model, tokenizer.bos, folder, pool, longest)
-    from lrt.serve.writing import displayed
+    from lrt.serve.detokenizer import displayed
 
     for one in requests:
         shown = [t for t in one.tokens if t != tokenizer.bos]

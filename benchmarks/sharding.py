@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrt import MemoryConfig, ModelConfig, schedules
-from lrt.distributed import Alone
-from lrt.loss import StepLoss
+from lrt.distributed.parallelize import PARALLEL, start
+from lrt.distributed.single import Alone
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.parallel import PARALLEL, start
+from lrt.schedules.loss import StepLoss
 
 SCHEDULES = ("plain()", "interleaved(2)", "multi_refinement(3)")
 CONTEXT = 64

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from lrt import load, refine, schedules
-from lrt.data.loader import windows
 from lrt.data.prepared import Prepared
-from lrt.loss import token_nats
+from lrt.data.windows import windows
+from lrt.inference.sweeps import Flight, Prompt
+from lrt.model.cross_entropy import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.sweeps import Flight, Prompt
 
 LENGTH = 1024
 STRIDES = (1, 4, 8, 16, 32)

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import tyro
 
-from lrt import MemoryConfig, ModelConfig, recipes, schedules
-from lrt.data.loader import windows
+from lrt import MemoryConfig, ModelConfig, schedules
 from lrt.data.prepare import prepare
-from lrt.evaluate import evaluate
-from lrt.model.flops import count_parameters
-from lrt.trainer import train
+from lrt.data.windows import windows
+from lrt.eval.scoring import evaluate
+from lrt.model.size import count_parameters
+from lrt.training import recipes
+from lrt.training.loop import train
 
 BEST = recipes.recommended(4)
 VARIANTS = {

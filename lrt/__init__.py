@@ -8,12 +8,13 @@ nats = score(model, tokens)                                # live: token by toke
 """
 
 from lrt import schedules
-from lrt.checkpoint import load
-from lrt.config import MemoryConfig, ModelConfig
-from lrt.evaluate import score
-from lrt.generate import Sampling, generate
+from lrt.eval.scoring import score
+from lrt.inference.generation import generate
+from lrt.inference.sampling import Sampling
+from lrt.model.checkpoint import load
+from lrt.model.config import MemoryConfig, ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.refine import refine
+from lrt.schedules.refinement import refine
 
 __all__ = [
     "LatentRecurrentTransformer",

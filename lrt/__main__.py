@@ -1,6 +1,6 @@
 """`python -m lrt`, which is also what torchrun starts."""
 
-from lrt.cli import main
+from lrt.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrt import Sampling, calibration, checkpoint, load, score
+from lrt import Sampling, load, score
 from lrt.data.prepared import Prepared
-from lrt.run import RunConfig
-from lrt.runreport import report
-from lrt.session import Session
-from lrt.trainer import train
-from lrt.training import Training
+from lrt.eval.report.page import report
+from lrt.inference import cost_model
+from lrt.inference.session import Session
+from lrt.model import checkpoint, transformer
+from lrt.training.config import RunConfig
+from lrt.training.loop import train
+from lrt.training.trainer import Training
 
 OLD = Path(__file__).parent / "fixtures" / "v0.1.0"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
@@ -105,8 +107,8 @@ def test_an_exported_folder_without_code_loads_beside_lrt():
 def test_measurements_and_calibration_count(tmp_path: Path):
     model, _ = load(OLD / "finished")
     (measured,) = json.loads((OLD / "finished" / "checkpoint" / "calibration.json").read_text())["entries"]
-    assert measured["model"] == checkpoint.fingerprint(model)  # else the calibration would be passed over
-    assert calibration.read(OLD / "finished" / "checkpoint", model).plans
+    assert measured["model"] == transformer.fingerprint(model)  # else the calibration would be passed over
+    assert cost_model.read(OLD / "finished" / "checkpoint", model).plans
     report(tmp_path / "report.html", [OLD / "finished"])
     page = (tmp_path / "report.html").read_text()
     live = json.loads((OLD / "finished" / "evaluation" / "bpb-data-val.json").read_text())["values"]["columns"]["live"][

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lrt.config import require
 from lrt.data.hub import Dataset, hub_source
 from lrt.data.records import JSON_LINES, JsonLines, Parquet, Selection
 from lrt.data.sources import Mark, Piece, Source, TextFile, readable, text_chunks
 from lrt.data.splits import assign, cut_file
-from lrt.progress import Advance
+from lrt.utils.progress import Advance
 
 SPLIT_BY_FILE = 10
 """With fewer text files than this each is cut into three contiguous parts."""
@@ -110,12 +109,14 @@ def open_corpus(
         root = Path(sysconfig.get_path("stdlib"))
         paths = {path.relative_to(root).as_posix(): path for path in stdlib_files()}
     elif texts is not None:
-        require(len(texts) > 0, "texts is empty; name at least one text file, or give None for the standard library")
+        if len(texts) == 0:
+            raise ValueError("texts is empty; name at least one text file, or give None for the standard library")
         absolute = [Path(os.path.abspath(path)) for path in texts]
         root = Path(os.path.commonpath([path.parent for path in absolute]))
         for path in absolute:
             name = path.relative_to(root).as_posix()
-            require(name not in paths, f"{path} is given twice; give each file once")
+            if name in paths:
+                raise ValueError(f"{path} is given twice; give each file once")
             paths[name] = path
     described, names = [], sorted(paths)
     for name in names:
@@ -125,11 +126,11 @@ def open_corpus(
     plain = [name for name in names if not structured(paths[name])]
     if len(plain) == len(names) and dataset is None:
         total = sum(size for _, size, _ in described)
-        require(
-            total >= SMALLEST_TEXT,
-            f"the text is too short: {total} bytes in {len(plain)} file(s), at least {SMALLEST_TEXT} are needed for "
-            "training, validation and test; add text",
-        )
+        if total < SMALLEST_TEXT:
+            raise ValueError(
+                f"the text is too short: {total} bytes in {len(plain)} file(s), at least {SMALLEST_TEXT} are needed "
+                "for training, validation and test; add text"
+            )
     splits = dict(zip(plain, assign(plain), strict=True)) if len(plain) >= SPLIT_BY_FILE else {}
     for name, size, _ in described:
         path = paths[name]

@@ -19,7 +19,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from lrt.config import require
 from lrt.data import encode_worker
 from lrt.data.tokenizer import Tokenizer
 
@@ -38,7 +37,8 @@ class Encoders:
 
     def __init__(self, tokenizer: Tokenizer, file: Path, workers: int) -> None:
         """`file` is where `tokenizer` was saved. ValueError for less than no workers."""
-        require(workers >= 0, f"workers is {workers}; give 0 (encode in this process) or more")
+        if workers < 0:
+            raise ValueError(f"workers is {workers}; give 0 (encode in this process) or more")
         self.tokenizer = tokenizer
         self.dtype = token_dtype(tokenizer)
         self.ahead: int = 2 * max(1, workers)

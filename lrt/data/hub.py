@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrt.config import require
-from lrt.data.records import Selection, extra
-from lrt.data.shards import sha256
+from lrt.data.records import Selection
 from lrt.data.sources import Mark, Reading, pieces_of
+from lrt.utils.files import sha256
+from lrt.utils.imports import optional_module
 
 SNAPSHOT = 1000
 """Documents between two states of the library's iterator: what is read again at most after an interruption."""
@@ -74,13 +74,16 @@ class HubSource:
 
     def records(self, stream: Any, seen: int) -> Iterator[dict[str, Any]]:
         """What the library reads, its errors named."""
-        arrow = extra("pyarrow", self.name)
+        arrow = optional_module("pyarrow", "data", f"reading {self.name}")
         try:
             with contextlib.closing(iter(stream)) as records:
                 for record in records:
                     seen += 1
                     yield record
-        except (arrow.ArrowException, extra("datasets.exceptions", self.name).DatasetsError) as error:
+        except (
+            arrow.ArrowException,
+            optional_module("datasets.exceptions", "data", f"reading {self.name}").DatasetsError,
+        ) as error:
             raise ValueError(f"{self.name} is damaged behind record {seen} ({error}); get its files again") from error
         except OSError as error:  # what was prepared is kept: the connection may come back
             raise OSError(
@@ -92,16 +95,17 @@ def hub_source(dataset: Dataset, selection: Selection) -> HubSource:
     """The source of a data set, at the revision it has now; ValueError where it cannot be found or read."""
     dataset = preset(dataset)
     folder = Path(dataset.name)
-    require(folder.is_dir() or not folder.exists(), f"{folder} is a file; give it with --text, not as a data set")
-    require(
-        not folder.is_dir() or dataset.revision is None,
-        f"revision is {dataset.revision!r}, but {folder} is a local folder, which has none; leave it out",
-    )
+    if not folder.is_dir() and folder.exists():
+        raise ValueError(f"{folder} is a file; give it with --text, not as a data set")
+    if folder.is_dir() and dataset.revision is not None:
+        raise ValueError(
+            f"revision is {dataset.revision!r}, but {folder} is a local folder, which has none; leave it out"
+        )
     with naming(dataset):
         if folder.is_dir():
             identity = digest(folder)
         else:
-            api = extra("huggingface_hub", dataset.name).HfApi()
+            api = optional_module("huggingface_hub", "data", f"reading {dataset.name}").HfApi()
             identity = api.dataset_info(dataset.name, revision=dataset.revision).sha
     return HubSource(dataset, selection, identity)
 
@@ -117,7 +121,7 @@ def preset(dataset: Dataset) -> Dataset:
 def stream_of(dataset: Dataset, revision: str | None) -> Any:
     """The library's iterable data set; nothing is downloaded but what is read."""
     with naming(dataset):
-        load = extra("datasets", dataset.name).load_dataset
+        load = optional_module("datasets", "data", f"reading {dataset.name}").load_dataset
         return load(dataset.name, dataset.config, split=dataset.split, streaming=True, revision=revision)
 
 
@@ -127,7 +131,7 @@ def naming(dataset: Dataset) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, ValueError) and "latent-recurrent-transformer" in str(error):  # `extra`
+        if isinstance(error, ValueError) and "latent-recurrent-transformer" in str(error):  # `optional_module`
             raise
         raise ValueError(
             f"data set {dataset.name!r} (config {dataset.config!r}, split {dataset.split!r}) cannot be opened: "

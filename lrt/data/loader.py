@@ -9,116 +9,18 @@ target lies in another document than the tokens before it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lrt.config import IGNORED, require
-from lrt.data.packing import Packed, cut, order, pack_documents
+from lrt.data.batch import IGNORED, Batch
+from lrt.data.packing import Packed, order, pack_documents
 from lrt.data.prepared import Documents
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Tokens and what follows them."""
-
-    tokens: torch.Tensor
-    """(B, T) int64; padded with BOS."""
-    targets: torch.Tensor
-    """(B, T) int64: the token after each of `tokens`, or -1 where nothing is to be predicted."""
-    documents: torch.Tensor | None = None
-    """(B, T) int64: which document of its row a position belongs to, counted from 0, padding being one of its own.
-    None where no row holds more than one document; padding, at the end, is then invisible to a causal model."""
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        documents = None if self.documents is None else self.documents.to(device)
-        return Batch(self.tokens.to(device), self.targets.to(device), documents)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Evaluation windows: BOS and up to `context` - 1 consecutive tokens of one document, longest first."""
-
-    documents: Documents
-    starts: np.ndarray
-    """(n,) int64: where in `documents.tokens` each window's text starts."""
-    lengths: np.ndarray
-    """(n,) int64: tokens of text, BOS not counted, which is also how many targets the window has."""
-    complete: bool
-    """Whether these are all windows of the documents, not a sample."""
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    @property
-    def targets(self) -> int:
-        """Tokens that are predicted, over all windows."""
-        return int(self.lengths.sum())
-
-    @property
-    def openings(self) -> int:
-        """How many of the windows begin a document."""
-        return int(np.isin(self.starts, self.documents.offsets[:-1]).sum())
-
-    @property
-    def positions(self) -> int:
-        """Positions computed where all windows are one batch: padding too."""
-        return len(self) * int(self.lengths.max(initial=0))
-
-    def part(self, chosen: slice | np.ndarray) -> Windows:
-        """Some of the windows."""
-        return dataclasses.replace(self, starts=self.starts[chosen], lengths=self.lengths[chosen], complete=False)
-
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Batches of at most `batch_size` windows of similar length.
-
-        T is 1 + the longest text of the batch, at most `context`. A window's last token is there as an input (so
-        that `tokens` is the window as `score` takes it) with target -1: its successor belongs to the next window.
-        """
-        require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
-        for first in range(0, len(self), batch_size):
-            starts, lengths = self.starts[first : first + batch_size], self.lengths[first : first + batch_size]
-            shape = (len(starts), 1 + int(lengths.max()))
-            tokens, targets = np.full(shape, self.documents.bos, np.int64), np.full(shape, IGNORED, np.int64)
-            for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-                text = self.documents.tokens[start : start + length]
-                tokens[row, 1 : 1 + length] = text
-                targets[row, :length] = text
-            yield Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
-
-
-def windows(documents: Documents, context: int, at_least: int | None = 50_000, seed: int = 0) -> Windows:
-    """Cut `documents` into evaluation windows of `context` tokens and choose enough of them.
-
-    Chosen are windows evenly spread over the split, from an offset drawn with `seed`, until they have `at_least`
-    targets; all of them where there are fewer targets than that, or with None. ValueError for a context below 2.
-    """
-    require(context >= 2, f"context is {context}; a window needs at least 2 tokens: BOS and one to predict")
-    starts, lengths = cut(documents.offsets, context - 1)
-    chosen = np.arange(len(starts))
-    if at_least is not None and int(lengths.sum()) > at_least:
-        offset = np.random.default_rng(seed).random()
-        count = max(1, math.ceil(at_least / (context - 1)))  # a window cannot hold more targets than that
-        chosen = spread(len(starts), count, offset)
-        while int(lengths[chosen].sum()) < at_least and len(chosen) < len(starts):
-            count += max(1, count // 100)
-            chosen = spread(len(starts), count, offset)
-    chosen = chosen[np.argsort(-lengths[chosen], kind="stable")]
-    return Windows(documents, starts[chosen], lengths[chosen], complete=len(chosen) == len(starts))
-
-
-def spread(total: int, count: int, offset: float) -> np.ndarray:
-    """(min(count, total),) int64: indices below `total`, ascending, evenly spaced; `offset` in [0, 1) shifts all."""
-    count = min(count, total)
-    return ((np.arange(count) + offset) * total / count).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -161,8 +63,10 @@ class Rows:
 
         ValueError for a context below 1, a rank that is not below `ranks`, or more ranks than rows.
         """
-        require(context >= 1, f"context is {context}; it must be at least 1")
-        require(0 <= rank < ranks, f"rank is {rank} of {ranks} ranks; count them from 0 to ranks - 1")
+        if context < 1:
+            raise ValueError(f"context is {context}; it must be at least 1")
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank is {rank} of {ranks} ranks; count them from 0 to ranks - 1")
         self.documents = documents
         self.context = context
         self.seed = seed
@@ -172,12 +76,12 @@ class Rows:
         self._counted: set[int] = set()
         self._cache: dict[int, Packed] = {}
         fewest = -(-len(documents.tokens) // context)  # packing every shard to count them would take long
-        require(
-            fewest >= ranks or len(self) >= ranks,
-            f"ranks is {ranks}, but {len(documents)} documents of {len(documents.tokens)} tokens make only "
-            f"{fewest if fewest >= ranks else len(self)} rows of {context}; "
-            "use at most as many ranks as rows, a shorter context, or more text",
-        )
+        if fewest < ranks and len(self) < ranks:
+            raise ValueError(
+                f"ranks is {ranks}, but {len(documents)} documents of {len(documents.tokens)} tokens make only "
+                f"{fewest if fewest >= ranks else len(self)} rows of {context}; "
+                "use at most as many ranks as rows, a shorter context, or more text"
+            )
 
     @functools.cached_property
     def _lengths(self) -> list[int]:
@@ -209,7 +113,8 @@ class Rows:
         Pure: whoever asks, in whatever order, gets the same rows. Epochs follow one another. Tensors are
         (batch_size, context).
         """
-        require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         shape = (batch_size, self.context)
         tokens, targets = np.full(shape, self.documents.bos, np.int64), np.full(shape, IGNORED, np.int64)
         numbers = np.zeros(shape, np.int64)
@@ -278,7 +183,8 @@ def prefetch(
     A thread reads `ahead` batches before they are asked for. To be closed; the position that came with the last
     batch used is where another run goes on, whatever was read in advance.
     """
-    require(ahead >= 1, f"ahead is {ahead}; read at least 1 batch in advance")
+    if ahead < 1:
+        raise ValueError(f"ahead is {ahead}; read at least 1 batch in advance")
 
     def following() -> tuple[Batch, Position]:
         nonlocal position

@@ -26,7 +26,6 @@ from typing import Any
 
 import filelock
 
-from lrt.config import require
 from lrt.data.corpus import SMALLEST_TEXT, Corpus, Group, Place, open_corpus
 from lrt.data.encode import Encoders, token_dtype
 from lrt.data.hub import Dataset
@@ -35,7 +34,7 @@ from lrt.data.records import Selection
 from lrt.data.shards import SplitWriter
 from lrt.data.sources import Mark
 from lrt.data.tokenizer import Tokenizer
-from lrt.progress import bar
+from lrt.utils.progress import bar
 
 SHARD_TOKENS = 100_000_000
 """Tokens of a shard: 200 MB with a vocabulary below 65,537."""
@@ -71,7 +70,8 @@ def prepare(
     naming the file, the line and the field for what cannot be used, and for an `out` that holds anything else.
     """
     out = Path(out)
-    require(shard_tokens >= 1, f"shard_tokens is {shard_tokens}; it must be at least 1")
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens is {shard_tokens}; it must be at least 1")
     check_replaceable(out)
     ready = None if tokenizer is None else Tokenizer.load(tokenizer)
     selection = selection or Selection()
@@ -128,8 +128,6 @@ def trained(part: Path, corpus: Corpus, vocab_size: int, progress: bool) -> Toke
 
 
 # Encoding and writing
-
-
 def write_splits(
     part: Path, corpus: Corpus, tokenizer: Tokenizer, shard_tokens: int, workers: int, progress: bool
 ) -> dict[str, Any]:
@@ -175,17 +173,17 @@ def write_group(group: Group, encoded: tuple[Any, list[int]], writers: dict[str,
 def check_entries(entries: dict[str, dict[str, Any]]) -> None:
     """Require that there is something to train on, to choose by and to report on."""
     total = {key: sum(entry[key] for entry in entries.values()) for key in ("bytes", "documents")}
-    require(
-        total["bytes"] >= SMALLEST_TEXT,
-        f"the text is too short: {total['bytes']} bytes in {total['documents']} document(s), at least {SMALLEST_TEXT} "
-        "are needed for training, validation and test; add text",
-    )
-    for name, entry in entries.items():
-        require(
-            entry["documents"] > 0,
-            f"the {name} split is empty: none of the {total['documents']} documents falls to it, or the tokenizer "
-            "makes no tokens of them; add text or documents, or split by a field with more values",
+    if total["bytes"] < SMALLEST_TEXT:
+        raise ValueError(
+            f"the text is too short: {total['bytes']} bytes in {total['documents']} document(s), at least "
+            f"{SMALLEST_TEXT} are needed for training, validation and test; add text"
         )
+    for name, entry in entries.items():
+        if entry["documents"] <= 0:
+            raise ValueError(
+                f"the {name} split is empty: none of the {total['documents']} documents falls to it, or the tokenizer "
+                "makes no tokens of them; add text or documents, or split by a field with more values"
+            )
 
 
 def read_state(part: Path) -> tuple[Place, dict[str, Any]]:
@@ -205,15 +203,15 @@ def write_state(part: Path, place: Place, splits: dict[str, Any]) -> None:
 
 
 # The folder
-
-
 def check_replaceable(out: Path) -> None:
     """Require that `out` is new, empty or a prepared folder: nothing else may be lost by writing it."""
     if not out.exists():
         return
-    require(out.is_dir(), f"{out} is a file; give a new folder to prepare into")
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file; give a new folder to prepare into")
     others = sorted(entry.name for entry in out.iterdir() if not OURS.fullmatch(entry.name))
-    require(not others, f"{out} holds other files ({', '.join(others[:3])}); give a new or empty folder")
+    if others:
+        raise ValueError(f"{out} holds other files ({', '.join(others[:3])}); give a new or empty folder")
 
 
 def reusable(out: Path, inputs: str) -> Prepared | None:

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from lrt.config import require
-from lrt.data.shards import sha256, shard_files
+from lrt.data.shards import shard_files
 from lrt.data.tokenizer import Tokenizer
+from lrt.utils.files import sha256
 
 FORMAT = 2
 """Version of the folder's layout; another one is prepared anew."""
@@ -67,11 +67,11 @@ class Documents:
 
     def __post_init__(self) -> None:
         ends = self.offsets
-        require(
-            len(ends) >= 2 and ends[0] == 0 and ends[-1] == len(self.tokens) and bool((ends[1:] > ends[:-1]).all()),
-            f"the document offsets do not divide the {len(self.tokens)} tokens into non-empty documents; "
-            "give each document's start, ascending from 0, and last the number of tokens",
-        )
+        if len(ends) < 2 or ends[0] != 0 or ends[-1] != len(self.tokens) or (not bool((ends[1:] > ends[:-1]).all())):
+            raise ValueError(
+                f"the document offsets do not divide the {len(self.tokens)} tokens into non-empty documents; "
+                "give each document's start, ascending from 0, and last the number of tokens"
+            )
 
     @classmethod
     def join(cls, shards: Sequence[Documents]) -> Documents:
@@ -118,10 +118,11 @@ class Prepared:
         manifest = read_manifest(path)
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         try:
-            require(
-                manifest["tokenizer_sha256"] == tokenizer.sha256 and manifest["vocab_size"] == tokenizer.vocab_size,
-                f"{path / 'tokenizer.json'} is not the tokenizer of {path / 'manifest.json'}; prepare the folder again",
-            )
+            if manifest["tokenizer_sha256"] != tokenizer.sha256 or manifest["vocab_size"] != tokenizer.vocab_size:
+                raise ValueError(
+                    f"{path / 'tokenizer.json'} is not the tokenizer of {path / 'manifest.json'}; prepare the folder "
+                    "again"
+                )
             splits = {name: open_split(path, name, manifest["splits"][name], tokenizer) for name in SPLITS}
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -142,7 +143,8 @@ class Prepared:
 
     def split(self, name: str) -> Documents:
         """The documents of `train`, `val` or `test`; ValueError naming a file that is not the manifest's."""
-        require(name in self.splits, f"there is no split {name!r}; choose one of {', '.join(SPLITS)}")
+        if name not in self.splits:
+            raise ValueError(f"there is no split {name!r}; choose one of {', '.join(SPLITS)}")
         self.verify(name)
         return self.splits[name]
 
@@ -153,11 +155,11 @@ class Prepared:
         for index, entry in enumerate(self.manifest["splits"][name]["shards"]):
             for file, part in zip(shard_files(name, index), ("tokens", "documents"), strict=True):
                 found, said = sha256(self.path / file), entry.get(f"{part}_sha256")
-                require(
-                    found == said,
-                    f"{self.path / file} does not match {self.path / 'manifest.json'}: its SHA-256 is {found}, "
-                    f"the manifest says {said}; copy the file again, or prepare the folder again",
-                )
+                if found != said:
+                    raise ValueError(
+                        f"{self.path / file} does not match {self.path / 'manifest.json'}: its SHA-256 is {found}, "
+                        f"the manifest says {said}; copy the file again, or prepare the folder again"
+                    )
         self._verified.add(name)
 
     @functools.cached_property
@@ -168,29 +170,29 @@ class Prepared:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a prepared folder; ValueError naming what is missing, damaged or of another format."""
     file = path / "manifest.json"
-    require(file.is_file(), f"{path} is not a prepared folder: there is no {file}; prepare it first")
+    if not file.is_file():
+        raise ValueError(f"{path} is not a prepared folder: there is no {file}; prepare it first")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}); prepare the folder again") from error
-    require(
-        isinstance(manifest, dict) and manifest.get("format") == FORMAT,
-        f"{file} is not a manifest of format {FORMAT}; prepare the folder again",
-    )
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{file} is not a manifest of format {FORMAT}; prepare the folder again")
     return manifest
 
 
 def open_split(path: Path, name: str, entry: dict[str, Any], tokenizer: Tokenizer) -> Documents:
     """One split, memory-mapped, of the sizes its manifest entry says."""
     shards = [open_shard(path, name, index, shard, tokenizer) for index, shard in enumerate(entry["shards"])]
-    require(len(shards) > 0, f"{path / 'manifest.json'} is damaged (no shards of {name}); prepare the folder again")
+    if len(shards) == 0:
+        raise ValueError(f"{path / 'manifest.json'} is damaged (no shards of {name}); prepare the folder again")
     for key in ("tokens", "documents"):
         found = sum(shard[key] for shard in entry["shards"])
-        require(
-            found == entry[key],
-            f"{path / 'manifest.json'} is damaged ({name} has {entry[key]} {key}, its shards {found}); "
-            "prepare the folder again",
-        )
+        if found != entry[key]:
+            raise ValueError(
+                f"{path / 'manifest.json'} is damaged ({name} has {entry[key]} {key}, its shards {found}); "
+                "prepare the folder again"
+            )
     return Documents.join(shards)
 
 
@@ -207,13 +209,15 @@ def open_shard(path: Path, name: str, index: int, entry: dict[str, Any], tokeniz
 
 def open_array(file: Path, length: int) -> np.ndarray:
     """(length,) integers, memory-mapped read-only; ValueError naming a file that is missing or of another size."""
-    require(file.is_file(), f"{file} is missing; prepare the folder again")
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; prepare the folder again")
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{file} is truncated or damaged ({error}); prepare the folder again") from error
-    require(
-        array.shape == (length,) and array.dtype.kind in "iu",
-        f"{file} holds {array.shape} {array.dtype}, its manifest says {length} whole numbers; prepare the folder again",
-    )
+    if array.shape != (length,) or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"{file} holds {array.shape} {array.dtype}, its manifest says {length} whole numbers; prepare the folder "
+            "again"
+        )
     return array

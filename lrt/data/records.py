@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import io
 import json
 import lzma
@@ -13,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrt.config import require
 from lrt.data.sources import Mark, Reading, marked, pieces_of, readable
 from lrt.data.splits import by_key
+from lrt.utils.imports import optional_module
 
 LONGEST_LINE = 1 << 24
 """Bytes of the longest line of JSON that is read: one document is held in memory."""
@@ -41,14 +40,10 @@ class Selection:
     """Stop after so many documents. None: take all."""
 
     def __post_init__(self) -> None:
-        require(
-            self.split_until is None or (self.split_by is not None and self.split_until != ""),
-            f"split_until is {self.split_until!r}; it needs split_by, and at least one character",
-        )
-        require(
-            self.documents is None or self.documents >= 1,
-            f"documents is {self.documents}; take at least 1, or give None for all",
-        )
+        if self.split_until is not None and (self.split_by is None or self.split_until == ""):
+            raise ValueError(f"split_until is {self.split_until!r}; it needs split_by, and at least one character")
+        if self.documents is not None and self.documents < 1:
+            raise ValueError(f"documents is {self.documents}; take at least 1, or give None for all")
 
     @property
     def columns(self) -> list[str]:
@@ -58,18 +53,18 @@ class Selection:
     def document(self, record: dict[str, Any], where: str) -> tuple[str, str] | None:
         """(text, split) of a record; None where it holds no text. ValueError saying `where` a field is wrong."""
         for name in self.columns:
-            require(
-                name in record,
-                f"{where} has no field {name!r}; its fields are {', '.join(map(str, record))}: "
-                f"name one with --{'field' if name == self.field else 'split-by'}",
-            )
+            if name not in record:
+                raise ValueError(
+                    f"{where} has no field {name!r}; its fields are {', '.join(map(str, record))}: "
+                    f"name one with --{'field' if name == self.field else 'split-by'}"
+                )
         text = record[self.field]
         if text is None or text == "":
             return None
-        require(
-            isinstance(text, str),
-            f"{where} has {type(text).__name__} in field {self.field!r}; name a field of text with --field",
-        )
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{where} has {type(text).__name__} in field {self.field!r}; name a field of text with --field"
+            )
         if not text.isascii():
             try:
                 text.encode()
@@ -114,15 +109,16 @@ class JsonLines:
     def document(self, line: bytes, number: int) -> tuple[str, str] | None:
         """(text, split) of one line, or None where it holds no text."""
         where = f"{self.path} line {number}"
-        require(
-            len(line) <= LONGEST_LINE,
-            f"{where} is longer than {LONGEST_LINE:,} bytes; cut the document, or give it as a text file",
-        )
+        if len(line) > LONGEST_LINE:
+            raise ValueError(
+                f"{where} is longer than {LONGEST_LINE:,} bytes; cut the document, or give it as a text file"
+            )
         try:
             record = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{where} is not JSON ({error}); repair or remove it") from error
-        require(isinstance(record, dict), f"{where} is {type(record).__name__}, no JSON object; repair or remove it")
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is {type(record).__name__}, no JSON object; repair or remove it")
         return self.selection.document(record, where)
 
 
@@ -134,7 +130,9 @@ def uncompressed(raw: io.BufferedReader, path: Path) -> io.BufferedIOBase:
         case ".xz":
             return lzma.open(raw)
         case ".zst":  # pyarrow, as it notices a file that ends too early
-            return io.BufferedReader(extra("pyarrow", str(path)).input_stream(raw, compression="zstd"))
+            return io.BufferedReader(
+                optional_module("pyarrow", "data", f"reading {path}").input_stream(raw, compression="zstd")
+            )
         case _:
             return raw
 
@@ -162,32 +160,23 @@ class Parquet:
 
     def records(self) -> Iterator[tuple[float, dict[str, Any]]]:
         """The wanted columns of every row, with the share of the file that was read."""
-        arrow, parquet = extra("pyarrow", str(self.path)), extra("pyarrow.parquet", str(self.path))
+        arrow, parquet = (
+            optional_module(module, "data", f"reading {self.path}") for module in ("pyarrow", "pyarrow.parquet")
+        )
         row, columns = 0, self.selection.columns
         try:
             with parquet.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
                 names, rows = file.schema_arrow.names, file.metadata.num_rows
                 for name in columns:
                     option = "field" if name == self.selection.field else "split-by"
-                    require(
-                        name in names,
-                        f"{self.path} has no column {name!r}; its columns are {', '.join(names)}: "
-                        f"name one with --{option}",
-                    )
+                    if name not in names:
+                        raise ValueError(
+                            f"{self.path} has no column {name!r}; its columns are {', '.join(names)}: "
+                            f"name one with --{option}"
+                        )
                 for batch in file.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
                     for record in batch.to_pylist():
                         row += 1
                         yield row / rows, record
         except (arrow.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} is damaged behind row {row} ({error}); copy or download it again") from error
-
-
-def extra(name: str, what: str) -> Any:
-    """The module `name`, which comes with the extra `data`; ValueError saying how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"reading {what} needs the package {name.partition('.')[0]}, which is not installed; install it with: "
-            "pip install 'latent-recurrent-transformer[data]'"
-        ) from error

@@ -6,7 +6,6 @@ the end of the document with which it reaches its size, so no document lies in t
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
-from lrt.config import require
+from lrt.utils.files import sha256
 
 OFFSETS = "<i8"
 """Type of document offsets."""
@@ -36,7 +35,8 @@ class GrowingArray:
         end = self.file.tell() + length * self.dtype.itemsize
         self.file.flush()
         size = os.fstat(self.file.fileno()).st_size
-        require(size >= end, f"{path} holds {size} bytes of {end}: the disk lost some; prepare the folder again")
+        if size < end:
+            raise ValueError(f"{path} holds {size} bytes of {end}: the disk lost some; prepare the folder again")
         self.file.truncate(end)
         self.file.seek(end)
 
@@ -148,9 +148,3 @@ class SplitWriter:
             }
         )
         self.bytes = self.end = 0
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from lrt.config import require
-
 PIECE = 1 << 18
 """Characters of the longest piece."""
 
@@ -62,8 +60,6 @@ class Source(Protocol):
 
 
 # Pieces
-
-
 def pieces(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """A text that comes in chunks, cut where it exceeds `PIECE`, each with whether it is the last.
 
@@ -96,8 +92,6 @@ def marked(found: Iterable[Piece], after: Mark | None, at: Callable[[], int]) ->
 
 
 # Text files
-
-
 @dataclass(frozen=True)
 class TextFile:
     """A text file, or a range of its bytes: one document."""
@@ -130,14 +124,16 @@ def text_chunks(path: Path, start: int = 0, stop: int | None = None) -> Iterator
 
     ValueError naming the file if it is missing, a directory, unreadable, binary (a NUL byte, or not UTF-8) or blank.
     """
-    require(not path.is_dir(), f"{path} is a directory; give the text files in it, for example {path}/*.txt")
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; give the text files in it, for example {path}/*.txt")
     decoder = codecs.getincrementaldecoder("utf-8")()
     place, blank = start, True
     with readable(path) as file:
         file.seek(start)
         while data := file.read(PIECE if stop is None else min(PIECE, stop - place)):
             nul = data.find(b"\0")
-            require(nul < 0, f"{path} is binary (a NUL byte at offset {place + nul}); give a text file in UTF-8")
+            if nul >= 0:
+                raise ValueError(f"{path} is binary (a NUL byte at offset {place + nul}); give a text file in UTF-8")
             held = len(decoder.getstate()[0])  # bytes of a character that began in the chunk before
             try:
                 text = decoder.decode(data)
@@ -150,7 +146,8 @@ def text_chunks(path: Path, start: int = 0, stop: int | None = None) -> Iterator
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise not_utf8(path, error, place - len(error.object)) from error
-    require(not blank or start > 0 or stop is not None, f"{path} holds no text ({place} bytes); leave it out")
+    if blank and start <= 0 and (stop is None):
+        raise ValueError(f"{path} holds no text ({place} bytes); leave it out")
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError, offset: int) -> ValueError:

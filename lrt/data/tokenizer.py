@@ -21,7 +21,6 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lrt.config import require
 from lrt.data.encode_worker import plain
 
 BOS = "<|bos|>"
@@ -46,11 +45,11 @@ class Tokenizer:
         """Ids of the special tokens: no bytes, and no text can spell them."""
         names = {added[i].content: i for i in self.special}
         found = [names[bos] for bos in BOS_NAMES if bos in names]
-        require(
-            len(found) > 0,
-            f"{name} has no special token that can open a document (looked for {', '.join(BOS_NAMES)}); "
-            f"add one to its added_tokens, for example with tokenizers' add_special_tokens(['{BOS}'])",
-        )
+        if len(found) == 0:
+            raise ValueError(
+                f"{name} has no special token that can open a document (looked for {', '.join(BOS_NAMES)}); "
+                f"add one to its added_tokens, for example with tokenizers' add_special_tokens(['{BOS}'])"
+            )
         self.bos: int = found[0]
         """Id of the token that opens every document, window and row."""
         ids = inner.get_vocab(with_added_tokens=True).values()
@@ -64,10 +63,10 @@ class Tokenizer:
         Merging stops early where no pair of tokens occurs twice, so a small text gives fewer than `vocab_size`
         tokens. ValueError below 257 tokens (256 bytes and BOS).
         """
-        require(
-            vocab_size >= SMALLEST_VOCAB,
-            f"vocab_size is {vocab_size}; byte-level BPE needs at least {SMALLEST_VOCAB}: 256 bytes and {BOS}",
-        )
+        if vocab_size < SMALLEST_VOCAB:
+            raise ValueError(
+                f"vocab_size is {vocab_size}; byte-level BPE needs at least {SMALLEST_VOCAB}: 256 bytes and {BOS}"
+            )
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits words as GPT-2 does
         inner.decoder = decoders.ByteLevel()
@@ -85,7 +84,8 @@ class Tokenizer:
     def load(cls, path: Path | str) -> Tokenizer:
         """Read a `tokenizer.json`; ValueError naming the file if it is missing, damaged or without a BOS token."""
         path = Path(path)
-        require(path.is_file(), f"there is no tokenizer file {path}; give the path of a tokenizer.json")
+        if not path.is_file():
+            raise ValueError(f"there is no tokenizer file {path}; give the path of a tokenizer.json")
         try:
             inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception for whatever it cannot read

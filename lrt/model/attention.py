@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrt.config import ModelConfig
-from lrt.model.injection import NoMemory, Projected
+from lrt.model.config import ModelConfig
 from lrt.model.layers import rms, rotate
+from lrt.model.memory import NoMemory, Projected
 
 Cache = tuple[Any, Any]
 """Keys and values of one layer, as the State holds them."""

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrt.execution import EAGER, Execution
 from lrt.model.buffers import Slots, Writer, gather, materialised, write_copy, write_in_place
+from lrt.model.execution import EAGER, Execution
 
 Positions = range | Tensor
 """Positions of one call: a range (known to Python, the fast path) or an int tensor (T,) or (B, T)."""

@@ -9,21 +9,23 @@ layers that they write after it. Source: LRT, arXiv 2605.26797, section 3; the b
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lrt.config import ModelConfig
-from lrt.execution import Execution
 from lrt.model import state as states
 from lrt.model.attention import Attention, Cache, ValueEmbedding, Visible
 from lrt.model.buffers import Writer
-from lrt.model.injection import INJECTIONS, NoMemory, NoProjection, Projected, Projection, Recall
+from lrt.model.config import ModelConfig
+from lrt.model.execution import Execution
 from lrt.model.layers import MLP, rms, rotary
-from lrt.model.passes import PassState
+from lrt.model.memory import INJECTIONS, NoMemory, NoProjection, Projected, Projection, Recall
 from lrt.model.state import Positions, State, as_positions
+from lrt.model.strided_state import PassState
 
 AnyState = TypeVar("AnyState", State, PassState)
 
@@ -64,8 +66,6 @@ class Block(nn.Module):
 
 # The two halves of a block, functions so that one compiled form serves all blocks. Lookups in tables stay outside:
 # compiled, their gradients are added up in an order that changes from run to run.
-
-
 def before_attention(
     block: Block,
     x: Tensor,
@@ -213,6 +213,10 @@ class LatentRecurrentTransformer(nn.Module):
         cap = self.config.softcap
         return cap * torch.tanh(self.head(hidden) / cap)
 
+    def shard_units(self) -> tuple[nn.Module, ...]:
+        """The modules that FSDP2 gathers one at a time; embeddings and head, which every pass needs, are the rest."""
+        return (*self.blocks, self.projection)
+
     def with_recall(self, recall: nn.Module) -> LatentRecurrentTransformer:
         """This model, all parameters shared, reading its memory through `recall` (for ablations at test time)."""
         other = copy.copy(self)
@@ -274,3 +278,12 @@ def placed(positions: Positions, places: int, place: int) -> Positions:
         return positions * places + place
     first, last = (p * places + place for p in (positions[0], positions[-1]))
     return range(first, last + 1, positions.step * places)
+
+
+def fingerprint(model: LatentRecurrentTransformer) -> str:
+    """SHA-256 of a model's configuration and weights, types included: what a state or a calibration belongs to."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(memoryview(weight.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()

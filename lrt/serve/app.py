@@ -12,13 +12,12 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
-from lrt.serve import asking
-from lrt.serve.answering import streamed, whole
-from lrt.serve.asking import Ask
+from lrt.serve import request_parsing
 from lrt.serve.errors import ApiError, install
-from lrt.serve.gate import OPEN, Gate
+from lrt.serve.middleware import OPEN, Gate
+from lrt.serve.models import Library, Served
 from lrt.serve.playground import Bench, asked, generated
-from lrt.serve.schema import (
+from lrt.serve.protocol import (
     ChatBody,
     ChatCompletion,
     Completion,
@@ -30,7 +29,8 @@ from lrt.serve.schema import (
     Model,
     ModelList,
 )
-from lrt.serve.served import Library, Served
+from lrt.serve.request_parsing import Ask
+from lrt.serve.responses import streamed, whole
 
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 EVENTS = {"text/event-stream": {"schema": EVENT}}
@@ -131,12 +131,12 @@ def about_text(app: FastAPI, library: Library) -> None:
     @app.post("/v1/completions", responses={200: {"model": Completion, "content": EVENTS}})
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue a prompt, or several. With `stream`, server-sent events."""
-        return await answered(await asking.completion(body, library.find(body.model), library.limits), request)
+        return await answered(await request_parsing.completion(body, library.find(body.model), library.limits), request)
 
     @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, "content": EVENTS}})
     async def chat(body: ChatBody, request: Request) -> Response:
         """The next turn of a conversation. With `stream`, server-sent events."""
-        return await answered(await asking.chat(body, library.find(body.model), library.limits), request)
+        return await answered(await request_parsing.chat(body, library.find(body.model), library.limits), request)
 
 
 def about_memory(app: FastAPI, library: Library, bench: Bench) -> None:

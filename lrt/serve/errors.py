@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from lrt.serve.schema import UNSUPPORTED
+from lrt.serve.protocol import UNSUPPORTED
 
 RETRY = {"Retry-After": "2"}
 

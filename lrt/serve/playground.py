@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from starlette.requests import Request as HttpRequest
 
-from lrt.ablations import ablated
-from lrt.diagnostics import by_token
-from lrt.evaluate import score
-from lrt.requests import Event, Request
-from lrt.sampling import Sampling
-from lrt.serve.answering import Gone, Running, running, sse, watched
-from lrt.serve.asking import Ask, encoded, fitted
+from lrt.eval.ablations import ablated
+from lrt.eval.memory_stats import by_token
+from lrt.eval.scoring import score
+from lrt.inference.request import Event, Request
+from lrt.inference.sampling import Sampling
+from lrt.serve.async_engine import Done
+from lrt.serve.detokenizer import displayed
 from lrt.serve.errors import ApiError, busy, shutting_down
-from lrt.serve.schema import GenerateBody
-from lrt.serve.served import Library, Served
-from lrt.serve.worker import Done
-from lrt.serve.writing import displayed
+from lrt.serve.models import Library, Served
+from lrt.serve.protocol import GenerateBody
+from lrt.serve.request_parsing import Ask, encoded, fitted
+from lrt.serve.responses import Gone, Running, running, sse, watched
 
 ALTERNATIVES = 5
 BIT = 1 / math.log(2)

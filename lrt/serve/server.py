@@ -11,8 +11,8 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lrt.serve.limits import Limits
-from lrt.serve.served import Library
+from lrt.serve.config import Limits
+from lrt.serve.models import Library
 
 
 class Server(uvicorn.Server):

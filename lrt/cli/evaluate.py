@@ -1,0 +1,185 @@
+"""`lrt evaluate` and `lrt diagnose`: dataclasses that run themselves, as in cli.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from lrt.cli.options import Paths
+from lrt.data.prepared import Prepared
+from lrt.eval.core_metric.benchmark import Settings as CoreSettings
+from lrt.eval.core_metric.benchmark import run_core
+from lrt.eval.core_metric.bundle import Bundle, download
+from lrt.eval.diagnose import corpus_names, diagnose, score_corpora, subject
+from lrt.eval.report.text import core_lines, lines
+from lrt.model import checkpoint
+from lrt.utils import files
+from lrt.utils.device import chosen_device
+from lrt.utils.imports import extra
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Bits per byte of a checkpoint: under its schedule, live, the gap, and live with its memory replaced.
+
+    Stopped, it goes on; torchrun's processes share the windows.
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint folder, or a run's."""
+    data: Paths = (Path("runs/data/stdlib"),)
+    """Folders that `lrt prepare` wrote with the checkpoint's tokenizer: one or several corpora."""
+    split: str = "val"
+    """train, val or test. Choose on val; report test, once."""
+    schedule: str | None = None
+    """Schedule of the parallel score. None: the one trained with."""
+    at_least: int | None = 50_000
+    """Score windows of each corpus until this many tokens; None scores the whole split."""
+    batch_size: int = 64
+    """Windows scored at once; no score depends on it."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval to run instead, with true recurrence (needs the extra `lm-eval`)."""
+    tasks_include: Path | None = None
+    """A folder of tasks of your own, as lm-eval's YAML."""
+    tasks_limit: int | None = None
+    """Only so many items of each task. None: all."""
+    tasks_shots: int | None = None
+    """Few-shot examples. None: what each task says."""
+    tasks_prefill: Literal["exact", "converged", "fast", "one_sweep"] = "converged"
+    """How tasks read their texts."""
+    core: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="[FOLDER]")] = None
+    """Run CORE instead: 22 tasks, with recurrence on, off and one sweep, from this folder; none: from runs/data/core,
+    downloaded first. Stopped, it goes on. (--tasks-limit and --tasks-prefill count here too.)"""
+    out: Path | None = None
+    """Folder for the results. None: evaluation/ in the folder of the checkpoint."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def run(self) -> None:
+        if self.tasks:
+            return self.run_tasks()
+        if self.core is not None:
+            return self.run_core(self.core)
+        from lrt.distributed.parallelize import start  # loads much of torch.distributed
+
+        checkpoint.verified(self.checkpoint)  # before the corpora: the first thing named is the first looked for
+        if len(self.data) == 0:
+            raise ValueError("--data names no corpus; give at least one folder that `lrt prepare` wrote")
+        out = self.out or self.checkpoint / "evaluation"
+        with start("ddp", chosen_device(self.device)) as ranks:
+            subjects = [
+                subject(
+                    self.checkpoint, Prepared.open(folder), self.split, self.at_least, self.batch_size, out, ranks,
+                    schedule=self.schedule, name=name,
+                )
+                for folder, name in zip(self.data, corpus_names(self.data), strict=True)
+            ]  # fmt: skip
+            result = score_corpora(subjects)
+            if ranks.first:
+                result.write(out)
+                print(json.dumps(result.values) if self.json else "\n".join(lines(result)))
+
+    def run_core(self, folders: tuple[Path, ...]) -> None:
+        from lrt.distributed.parallelize import start  # loads much of torch.distributed
+
+        if len(folders) > 1:
+            raise ValueError(f"--core is {' '.join(map(str, folders))}; give one folder, or none")
+        settings = CoreSettings(self.tasks_limit, self.tasks_prefill, self.batch_size)
+        with start("ddp", chosen_device(self.device)) as ranks:
+            folder = checkpoint.verified(self.checkpoint)
+            model, tokenizer = checkpoint.load(folder, ranks.device)
+            place = folders[0] if folders else ranks.in_turn(lambda: download(Path("runs/data/core")))
+            weights = files.sha256(folder / "model.safetensors")
+            out = self.out or self.checkpoint / "evaluation"
+            result, problems = run_core(model, tokenizer, Bundle.open(place), weights, out, settings, ranks)
+            if ranks.first:
+                print(json.dumps(result.to_dict()) if self.json else "\n".join(core_lines(result.values)))
+        if problems:
+            raise ValueError("some tasks could not be run: " + "; ".join(problems))
+
+    def run_tasks(self) -> None:
+        with extra("lm-eval", "--tasks"):
+            from lrt.integrations.lm_eval import run_tasks
+        results = run_tasks(
+            self.checkpoint, self.tasks, self.tasks_prefill, self.batch_size, self.tasks_limit, self.tasks_shots,
+            self.tasks_include, chosen_device(self.device),
+        )  # fmt: skip
+        if self.json:
+            print(json.dumps(results, default=str))
+            return
+        for task, metrics in results.items():
+            for metric, value in metrics.items():
+                if isinstance(value, float):
+                    print(f"{task:26} {metric:22} {value:.4f}")
+
+
+@dataclass(frozen=True)
+class Diagnose:
+    """Measure what a checkpoint's memory does, and whether training and decoding agree. Results stay beside it."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint folder, or a run's."""
+    only: tuple[Literal["bpb", "sweeps", "ablations", "memory", "text", "bfloat16"], ...] = (
+        "bpb",
+        "sweeps",
+        "ablations",
+        "memory",
+        "text",
+    )
+    """What to measure. bpb: by pass, position and document, with intervals; sweeps: the score after 1 to 64
+    refinements, and a verdict; ablations: live, with the memory replaced in every way; memory: gates, scales, reach;
+    text: what recurrence gains token by token; bfloat16: live, and with the exact memory as a control."""
+    data: Paths = (Path("runs/data/stdlib"),)
+    """Folders that `lrt prepare` wrote with the checkpoint's tokenizer: one or several corpora."""
+    split: str = "val"
+    """train, val or test."""
+    at_least: int | None = 10_000
+    """Measure on windows with so many tokens; None takes the whole split."""
+    batch_size: int = 16
+    """Windows at once."""
+    out: Path | None = None
+    """Folder for the results. None: evaluation/ in the folder of the checkpoint."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def run(self) -> None:
+        from lrt.distributed.parallelize import start  # loads much of torch.distributed
+
+        out = self.out or self.checkpoint / "evaluation"
+        with start("ddp", chosen_device(self.device)) as ranks:
+            for folder, name in zip(self.data, corpus_names(self.data), strict=True):
+                data = Prepared.open(folder)
+                measured = subject(
+                    self.checkpoint, data, self.split, self.at_least, self.batch_size, out, ranks, name=name
+                )
+                for result in diagnose(measured, self.only):
+                    if ranks.first:
+                        print("\n".join([f"{result.kind}, {result.subject}", *lines(result), ""]))
+            if ranks.first:
+                print(f"results in {out}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """One HTML file of some runs: curves, scores, sweep curves, gates, a text with what recurrence gains, settings."""
+
+    runs: tyro.conf.Positional[Paths]
+    """Folders of runs: what `lrt diagnose` and `lrt evaluate --core` found there is shown. And results of studies,
+    STUDY.EDITION.jsonl: their tables and figures."""
+    out: Path = Path("report.html")
+    """File to write."""
+
+    def run(self) -> None:
+        from lrt.eval.report.page import report  # loads matplotlib
+        from lrt.experiments.studies.report_section import section
+
+        results = [path for path in self.runs if path.suffix == ".jsonl"]
+        folders = [path for path in self.runs if path.suffix != ".jsonl"]
+        report(self.out, folders, [section(path) for path in results])
+        print(f"{self.out}: {self.out.stat().st_size / 1e6:.2f} MB")

@@ -1,0 +1,12 @@
+"""Types of options that several verbs have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+Paths = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE…")]
+Prefill = Literal["exact", "converged", "fast", "one_sweep"]
+Ways = Literal["eager", "fused", "packed", "compiled", "best"]

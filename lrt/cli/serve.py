@@ -1,0 +1,116 @@
+"""`lrt serve`: checkpoints over HTTP. Imports nothing of the extra until it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from lrt.serve.config import Limits
+from lrt.utils.device import chosen_device
+from lrt.utils.imports import extra
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve checkpoints over HTTP: OpenAI's interface at /v1, and at / a page that shows what the memory does.
+
+    Any OpenAI client works with base_url http://127.0.0.1:8000/v1. A token of an answer is the one that `lrt sample`
+    draws with the same seed, whatever else is decoded beside it. SIGTERM or Ctrl-C ends it in an orderly way.
+    """
+
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    """Checkpoint folders, or runs'. Several are served by their names, and can be compared on the page."""
+    names: tuple[str, ...] = ()
+    """What to call them. None: by their folders."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Others than this machine's own need a token, or --open."""
+    port: int = 8000
+    """0 takes a free one."""
+    token_file: Path | None = None
+    """A file whose first line clients must send as their API key (Authorization: Bearer …)."""
+    open: bool = False
+    """Serve anybody who reaches the address, without a token."""
+    rows: int = 16
+    """Sequences of each model that are decoded at once; more requests wait in a queue."""
+    prefill: Literal["exact", "converged", "fast", "one_sweep"] = "converged"
+    """How prompts are computed: token by token among the others' tokens, or in parallel, one at a time, until converged
+    (1e-5), fast (1e-3), or in one sweep. A request may say otherwise."""
+    mode: Literal["eager", "fused", "packed", "compiled", "best"] = "fused"
+    """Which path decodes. compiled takes a while to compile; best measures all."""
+    prefixes: Annotated[int, tyro.conf.arg(metavar="MEGABYTES")] = 0
+    """Memory per model for rows of earlier requests: prompts that begin like them, as a conversation's next turn does,
+    start where they part."""
+    template: str | None = None
+    """How conversations are written: nanochat, chatml or plain. None: by the tokenizer's special tokens; without any,
+    /v1/chat/completions is refused."""
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    """What one request may cost, and all of them together."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def run(self) -> None:
+        with extra("serve", "serve"):
+            from lrt.serve.app import create_app
+            from lrt.serve.config import Settings
+            from lrt.serve.metrics import Metrics
+            from lrt.serve.models import Library, names_of, served
+            from lrt.serve.server import server
+        if len(self.checkpoints) == 0:
+            raise ValueError("no checkpoint is given; name at least one folder of `lrt train`")
+        if self.rows < 1:
+            raise ValueError(f"rows is {self.rows}; it must be at least 1")
+        if self.prefixes < 0:
+            raise ValueError(f"prefixes is {self.prefixes}; give 0 (keep none) or more megabytes")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port is {self.port}; it must be 0 to 65535")
+        token = None if self.token_file is None else secret(self.token_file)
+        private = loopback(self.host)
+        if not private and token is None and (not self.open):
+            raise ValueError(
+                f"{self.host} can be reached from other machines; give --token-file FILE, or --open to serve anybody"
+            )
+        names, metrics, device = names_of(self.checkpoints, self.names), Metrics(), chosen_device(self.device)
+        settings = Settings(self.rows, self.prefill, self.mode, self.prefixes * 10**6, self.template)
+        models = [
+            served(path, name, settings, self.limits, metrics, device)
+            for path, name in zip(self.checkpoints, names, strict=True)
+        ]
+        library = Library(models, self.limits, metrics)
+        guarded = private and token is None
+        app = create_app(library, token, ("localhost", "127.0.0.1", "::1", self.host) if guarded else None)
+        for one in models:
+            chat = "with chat" if one.template is not None else "no chat template"
+            print(f"{one.name}: {one.about()['parameters']:,} parameters, {one.worker.rows} rows, {chat}")
+        ready = server(app, library, self.host, self.port)
+        with suppress(SystemExit):  # uvicorn's, where it cannot listen
+            ready.run()
+        if not ready.started:
+            raise ValueError(f"cannot listen on {self.host} port {self.port}; choose another with --port")
+
+
+def loopback(host: str) -> bool:
+    """Whether an address is this machine's own."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def secret(file: Path) -> str:
+    """The token in a file. ValueError where it is too short to be one."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    token = lines[0].strip() if lines else ""
+    if len(token) < 16 or not token.isascii() or " " in token:
+        raise ValueError(
+            f"the first line of {file} is no token; write at least 16 ASCII characters without spaces, for example "
+            "with openssl rand -hex 32"
+        )
+    return token

@@ -1,0 +1,51 @@
+"""`lrt study`: a grid of cells, run once each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class RunStudy:
+    """Run a study's grid, cell by cell, and show its table and figure. What is done is skipped; stopped, it goes on."""
+
+    study: tyro.conf.Positional[str]
+    """A study that comes with the library (rivals, schedule, source, injection, scaling, state-tracking), or a .yaml
+    file of one's own."""
+    edition: str = "tiny"
+    """Which of its sizes: tiny is for two CPU cores."""
+    only: tuple[str, ...] = ()
+    """Run only the cells that have all of these choices, for example parity sequential."""
+    results: Path = Path("runs/studies")
+    """Folder of the results, STUDY.EDITION.jsonl."""
+    figure: Path | None = None
+    """File of the figure, an SVG. None: beside the results."""
+    show: bool = False
+    """Run nothing: only the table and the figure of what is there."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Where cells run: one process for each, side by side. cpu; or for example cuda:0 cuda:1, or cpu cpu, which share
+    the cores."""
+
+    def run(self) -> None:
+        from lrt.eval.report.table import markdown
+        from lrt.experiments.studies import grid, runner
+        from lrt.experiments.studies.figures import saved
+        from lrt.experiments.studies.kinds import kind
+
+        study = grid.read(self.study, self.edition)
+        file, runs = self.results / study.results, kind(study.kind)
+        if len(self.devices) == 0:
+            raise ValueError("no device is given; name at least one, such as cpu")
+        first, *others = self.devices
+        if others and not self.show:
+            same = ["study", self.study, "--edition", self.edition, "--results", str(self.results)]
+            runner.on_devices([*same, *(["--only", *self.only] if self.only else [])], self.devices)
+        elif not self.show:
+            runner.run(study, runs, file, self.only, device=first)
+        lines = runner.of(study, runner.current(runs, file))
+        print(markdown(runs.tables(lines)))
+        if lines:
+            saved(lambda: runs.figure(lines), self.figure or file.with_suffix(".svg"))

@@ -1,0 +1,176 @@
+"""What a training run asks of its processes, and the answers of a single one.
+
+R ranks. `Alone` is the neutral object: its methods return what they are given, so that nobody asks how many ranks there
+are. The others (DDP, FSDP2) are in `parallel.py`, which loads much of torch.distributed and is imported on demand.
+
+A loss is a share of the whole step's loss (contract, section 3: targets are counted over all micro-batches and ranks),
+so gradients are summed over ranks, never averaged.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lrt.distributed.objective import objective
+
+T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+"""A model: parameters, whose units `shard_units` names, and a `config` that makes another like it."""
+OPTIMISERS = "optimisers"
+"""The optimisers' state: a key of training.pt where a process holds it whole, else a folder beside it."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One process: the neutral object, and the interface of the others."""
+
+    device: str = "cpu"
+    """Where this process computes."""
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.rank == 0
+
+    # --- agreement ---------------------------------------------------------------------------------------------
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Each number summed over ranks; exact for whole numbers below 2^53."""
+        return list(numbers)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return self.sum([flag])[0] > 0
+
+    def agreed(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        return value
+
+    def together(self) -> AbstractContextManager[None]:
+        """A block that all ranks leave together. Where it fails on one, it raises OSError on the others."""
+        return nullcontext()
+
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """`make()`, by rank 0 before the others, who find what it left on the disk."""
+        if not self.first:
+            with self.together():
+                pass
+            return make()
+        with self.together():
+            return make()
+
+    # --- the model and its gradients ---------------------------------------------------------------------------
+
+    def parallelise(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The objective of a model, which is changed in place, computing in `dtype`. Make optimisers afterwards."""
+        return objective(model, dtype)
+
+    def accumulating(self, objective: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; after the `last` one, gradients are sums over ranks."""
+        return nullcontext()
+
+    def evaluable(self, model: M) -> M:
+        """The model with whole weights, to be called by each rank on its own. All ranks call this."""
+        return model
+
+    # --- tensors that may be sharded ---------------------------------------------------------------------------
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """The logical tensor. All ranks call it."""
+        return tensor
+
+    def placed(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """A logical tensor, which all ranks hold, as `like` has it: this rank's shard, or all of it."""
+        return tensor
+
+    def portions(self, entries: list[T]) -> list[list[T]]:
+        """Entries in the portions that `shared` is to have at a time."""
+        return [entries]
+
+    def shared(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+        """`function` of a stack (N, …) that all ranks hold, each doing its share of the N; the shape stays."""
+        return function(stack)
+
+    # --- snapshots ---------------------------------------------------------------------------------------------
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The whole weights on the CPU of rank 0, nothing elsewhere. All ranks call it."""
+        gathered = ((name, self.whole(p.detach())) for name, p in model.state_dict().items())
+        return {name: p.cpu().contiguous() for name, p in gathered if self.first}
+
+    def write_training(
+        self,
+        folder: Path,
+        training: dict[str, Any],
+        model: nn.Module,
+        parts: Sequence[torch.optim.Optimizer],
+    ) -> None:
+        """Write training.pt, the optimisers' state in it or in shards beside it. All ranks call it."""
+        if self.first:
+            torch.save({**training, OPTIMISERS: [part.state_dict() for part in parts]}, folder / "training.pt")
+
+
+ALONE = Alone()
+
+
+def clip(model: nn.Module, max_norm: float | None, ranks: Alone = ALONE) -> Tensor:
+    """The norm of the gradient over all parameters and shards, as it was; above `max_norm`, it is scaled to that."""
+    trained = [p for p in model.parameters() if p.grad is not None]
+    kinds = [[p for p in trained if (p.dim() == 1) == flat] for flat in (True, False)]  # whole on every rank, or shards
+    norms = [ranks.whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds]
+    norm = torch.stack(norms).norm()
+    if max_norm is not None:
+        for kind in kinds:
+            nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+    return norm
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], ranks: Alone = ALONE) -> None:
+    """Put whole weights into a model, sharded or not."""
+    here = model.state_dict()
+    model.load_state_dict({name: ranks.placed(w, here[name]) if name in here else w for name, w in weights.items()})
+
+
+def load_optimisers(
+    folder: Path,
+    training: dict[str, Any],
+    model: nn.Module,
+    parts: Sequence[torch.optim.Optimizer],
+    ranks: Alone = ALONE,
+) -> None:
+    """Put what `write_training` wrote, on any number of ranks, into the optimisers of this run's ranks."""
+    if OPTIMISERS not in training:
+        _load_shards(folder / OPTIMISERS, model, parts)
+        return
+    for part, saved in zip(parts, training[OPTIMISERS], strict=True):
+        parameters = [p for group in part.param_groups for p in group["params"]]
+        state = {
+            i: {  # moments lie as their parameter does; a step count is everybody's
+                name: ranks.placed(value, parameters[i]) if value.shape == parameters[i].shape else value
+                for name, value in entries.items()
+            }
+            for i, entries in saved["state"].items()
+        }
+        part.load_state_dict({**saved, "state": state})
+
+
+def _load_shards(folder: Path, model: nn.Module, parts: Sequence[torch.optim.Optimizer]) -> None:
+    """Read shards that any number of ranks wrote. This unpickles: a snapshot is the user's own."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    state = {OPTIMISERS: get_optimizer_state_dict(model, list(parts))}  # made, where there is none yet
+    with warnings.catch_warnings():  # that there is one process is no surprise
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(model, list(parts), optim_state_dict=state[OPTIMISERS])

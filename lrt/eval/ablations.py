@@ -1,0 +1,120 @@
+"""The memory replaced at test time: each ablation reads it in its own way, all parameters are shared.
+
+What a model loses when its memory is tampered with says what the memory carries. To add one, write a module that takes
+the model's own `Recall`, and give it a line in `ABLATIONS`; the tests run over the table.
+
+Shapes: B batch, T positions of this call, C memory channels, D width. Memory is (C, B, T, D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lrt.model.memory import Recall
+from lrt.model.state import Positions, State
+from lrt.model.transformer import LatentRecurrentTransformer
+
+
+class Ablation(nn.Module):
+    """Reads the memory in place of `recall`, whose parameters it keeps."""
+
+    def __init__(self, recall: Recall) -> None:
+        super().__init__()
+        self.recall = recall
+
+
+class ZeroMemory(Ablation):
+    """Every position reads zeros."""
+
+    def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
+        return torch.zeros_like(self.recall(state, positions, embedding))
+
+
+class EmbeddingMemory(Ablation):
+    """Every position reads the embedding of the token `delay` back, whatever the source."""
+
+    def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
+        found = state.read_memory(positions, self.recall.delay)
+        embedded = self.recall.embed(found, embedding)
+        return self.recall.combine([embedded for _ in self.recall.sources], found.memory)
+
+
+class ShuffledMemory(Ablation):
+    """Every row reads the memory of the row before it, at the same position: a real memory, of another text.
+
+    What is found depends on which rows are scored together. ValueError for a single row, which has no other to read.
+    """
+
+    def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
+        if state.batch < 2:
+            raise ValueError("one row has no other row's memory to read; score at least 2 windows at once (batch_size)")
+        return self.recall(state, positions, embedding).roll(1, dims=1)
+
+
+class DelayedMemory(Ablation):
+    """Every position reads the memory `more` positions further back; the first of a document read zeros."""
+
+    def __init__(self, recall: Recall, more: int) -> None:
+        super().__init__(recall)
+        self.more = more
+
+    def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
+        return self.recall.read(state.read_memory(positions, self.recall.delay + self.more), embedding)
+
+
+class FrozenMemory(Ablation):
+    """The memory is written once: every position reads that of its document's first position.
+
+    The first `delay` positions read zeros, as always.
+    """
+
+    def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
+        index = state.index(positions)
+        first = torch.zeros_like(index)
+        if state.documents is not None:
+            own = state.documents[:, state.where(index)] if index.dim() == 1 else state.documents.gather(1, index)
+            first = (state.documents.unsqueeze(1) == own.unsqueeze(2)).int().argmax(2)  # (B, T)
+        return self.recall.read(state.read_memory(positions, (index - first).clamp(min=self.recall.delay)), embedding)
+
+
+class UnwrittenMemory(Ablation):
+    """Every position reads what it would if no pass had written anything: what a first pass reads, also further on."""
+
+    def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
+        found = state.read_memory(positions, self.recall.delay)
+        return self.recall.read(replace(found, written=torch.zeros_like(found.written)), embedding)
+
+
+class OwnMemory(Ablation):
+    """A position reads what it wrote itself: for the second of two forwards."""
+
+    def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
+        return self.recall.read(state.read_memory(positions, 0), embedding)
+
+
+ABLATIONS: dict[str, Callable[[Recall], nn.Module]] = {
+    "zero": ZeroMemory,
+    "embedding": EmbeddingMemory,
+    "shuffled": ShuffledMemory,
+    "delayed_1": partial(DelayedMemory, more=1),
+    "delayed_8": partial(DelayedMemory, more=8),
+    "frozen": FrozenMemory,
+}
+
+
+def ablated(model: LatentRecurrentTransformer, name: str) -> LatentRecurrentTransformer:
+    """The model, parameters shared, with its memory replaced at test time: a name of `ABLATIONS`."""
+    if name not in ABLATIONS:
+        raise ValueError(f"unknown ablation {name!r}; choose one of {', '.join(ABLATIONS)}")
+    return reading(model, ABLATIONS[name])
+
+
+def reading(model: LatentRecurrentTransformer, ablation: Callable[[Recall], nn.Module]) -> LatentRecurrentTransformer:
+    """The model, parameters shared, that reads its memory in another way."""
+    assert isinstance(model.recall, Recall), "an ablation of an ablation"
+    return model.with_recall(ablation(model.recall))

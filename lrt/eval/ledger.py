@@ -1,0 +1,91 @@
+"""The ledger that a stopped evaluation goes on from: what was measured, item by item, as JSON lines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lrt.distributed.single import ALONE, Alone
+from lrt.eval.results import slug
+from lrt.utils.provenance import code_version
+
+
+class Unkept:
+    """Items that are done, in memory alone: the neutral object, and the interface of `Ledger`."""
+
+    def __init__(self, ranks: Alone = ALONE) -> None:
+        self.ranks = ranks
+        self.done: dict[str, Any] = {}
+        """Key -> what was found, by any rank before this call, by this one in it."""
+
+    def todo(self, keys: Sequence[str]) -> list[str]:
+        """This rank's share of the keys that are not done."""
+        return [key for key in keys if key not in self.done][self.ranks.rank :: self.ranks.ranks]
+
+    def add(self, found: Mapping[str, Any]) -> None:
+        """Note some items as done."""
+        self.done.update(found)
+
+    def everybody(self) -> dict[str, Any]:
+        """The items of all ranks. All of them call it, when their own are done."""
+        return self.done
+
+
+Keep = Callable[[str], Unkept]
+"""What is measured -> where its items are noted."""
+
+
+def unkept(name: str) -> Unkept:
+    """Notes nothing on the disk."""
+    return Unkept()
+
+
+class Ledger(Unkept):
+    """Items of a long evaluation that are done: key -> what was found, one JSON line each.
+
+    Every rank appends to a file of its own and reads those of all, so that any number of ranks goes on from what any
+    other number did. What was made with other settings, or by another version of the code, is in other files.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any], ranks: Alone = ALONE) -> None:
+        super().__init__(ranks)
+        # The code too: a result names the version that measured it, all of it.
+        self.settings = json.dumps({**settings, "code": code_version()}, sort_keys=True)
+        digest = hashlib.sha256(self.settings.encode()).hexdigest()[:12]
+        self.folder, self.stem = folder, f"{slug(name)}-{digest}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / f"{self.stem}.rank{ranks.rank}.jsonl"
+        with ranks.together():
+            self._mend()
+        self.done = self.everybody()
+        with ranks.together():  # nobody adds before all have read: they share what is left to do
+            pass
+
+    def add(self, found: Mapping[str, Any]) -> None:
+        """Note some items as done. Once this returns, they survive a kill."""
+        super().add(found)
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write("".join(json.dumps([key, value]) + "\n" for key, value in found.items()))
+
+    def everybody(self) -> dict[str, Any]:
+        """The items of all ranks. All of them call it, when their own are done."""
+        with self.ranks.together():
+            pass
+        return self._read()
+
+    def _mend(self) -> None:
+        """Drop a line that a kill cut in half."""
+        if self.file.exists():
+            text = self.file.read_bytes()
+            if not text.endswith(b"\n"):
+                self.file.write_bytes(text[: text.rfind(b"\n") + 1])
+
+    def _read(self) -> dict[str, Any]:
+        lines: list[str] = []
+        for file in sorted(self.folder.glob(f"{self.stem}.rank*.jsonl")):
+            text = file.read_text(encoding="utf-8")
+            lines += text[: text.rfind("\n") + 1].splitlines()  # another rank's last line may be half there
+        return dict(json.loads(line) for line in lines)

@@ -1,0 +1,238 @@
+"""What the memory does inside: gates and scales by layer, how far back it reaches, and what it gains token by token.
+
+Shapes: B windows, T positions, C memory channels, G key/value heads, K head size, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lrt.data.tokenizer import Tokenizer
+from lrt.data.windows import Windows
+from lrt.model.layers import rms
+from lrt.model.memory import KeyValue, Projection, Residual
+from lrt.model.state import State
+from lrt.model.transformer import Block, LatentRecurrentTransformer
+from lrt.schedules.library import sequential
+from lrt.schedules.refinement import refine
+
+BACK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Tokens ago that a memory is perturbed."""
+NOISE = 0.1
+"""The perturbation's norm over the memory's."""
+
+
+@contextmanager
+def listening(heard: dict[int, tuple[Tensor, Tensor]], model: LatentRecurrentTransformer) -> Iterator[None]:
+    """Within the block, each block's residual stream before the memory is added, and what its projections and gates
+    read, are noted; torch's own hooks, removed afterwards.
+
+    Not what they give: their products may be joined, so that the modules are not called one by one.
+    """
+
+    def note(number: int) -> Callable[..., None]:
+        def before(block: Block, inputs: tuple[Any, ...]) -> None:
+            x, x0, _, memory = inputs[:4]
+            stream = block.alpha.squeeze() * x + block.beta.squeeze() * x0
+            heard[number] = stream.detach(), rms(block.injection.residual(stream, memory)).detach()
+
+        return before
+
+    handles = [block.register_forward_pre_hook(note(n)) for n, block in enumerate(blocks_of(model), 1)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def blocks_of(model: LatentRecurrentTransformer) -> list[Block]:
+    return [block for block in model.blocks if isinstance(block, Block)]
+
+
+def settled_state(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tensor, State]:
+    """Hidden states (B, T, D) and the State after live decoding of inputs (B, T)."""
+    state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
+    out = refine(model, inputs, sequential(), state=state)
+    return out.hidden, out.state
+
+
+@dataclass(frozen=True)
+class BlockInside:
+    """What one block adds of the memory, at every position."""
+
+    layer: int
+    injected: bool
+    stream: Tensor
+    """(B, T, D): the residual stream that the memory is added to."""
+    gamma: list[float] | None
+    """By channel."""
+    gates: Tensor | None
+    """(B, T, 1 + C, G): local, then one per channel. None where keys and values get no memory."""
+    local: dict[str, Tensor]
+    """`key` and `value`: g_loc · W u (B, T, G, K)."""
+    added: dict[str, Tensor]
+    """`key` and `value`: g_mem · U m (C, B, T, G, K)."""
+
+
+@torch.no_grad()
+def inside(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tensor, list[BlockInside]]:
+    """The memory (C, B, T, D) that each position of inputs (B, T) reads when decoding live, and what blocks add."""
+    _, state = settled_state(model, inputs)
+    heard: dict[int, tuple[Tensor, Tensor]] = {}
+    length = inputs.shape[1]
+    memory = model.recall(state, range(length), model.embedding)
+    projected = model.projection(memory)
+    with listening(heard, model):
+        model(inputs, range(length), dataclasses.replace(state.clone(), write=state.write))
+    injected = model.config.memory.injected(model.config.depth)
+    found = []
+    for number, block in enumerate(blocks_of(model), 1):
+        stream, u = heard[number]
+        gamma = block.injection.gamma.tolist() if isinstance(block.injection, Residual) else None
+        gates, local, added = None, {}, {}
+        if isinstance(block.injection, KeyValue) and isinstance(model.projection, Projection):
+            groups = block.injection.groups
+            gates = 2 * torch.sigmoid(block.injection.gate(u)).unflatten(-1, (-1, groups))
+            which = injected.index(number) if len(projected) > 1 else 0
+            own = {"key": block.attention.key, "value": block.attention.value}
+            for (name, product), part in zip(own.items(), projected[which], strict=True):
+                local[name] = gates[:, :, 0].unsqueeze(-1) * product(u).unflatten(-1, (groups, -1))
+                added[name] = gates[:, :, 1:].permute(2, 0, 1, 3).unsqueeze(-1) * part
+        found.append(BlockInside(number, number in injected, stream, gamma, gates, local, added))
+    return memory, found
+
+
+def layers(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[str, Any]]:
+    """Per block, over inputs (B, T) with their exact memory: γ, mean gates, and how large the injections are.
+
+    Ratios are of root mean squares, gates included: γ m over the residual stream it is added to, U_k m over W_k u, and
+    U_v m over W_v u, per channel.
+    """
+    memory, blocks = inside(model, inputs)
+    found = []
+    for block in blocks:
+        row: dict[str, Any] = {"layer": block.layer, "injected": block.injected}
+        if block.gamma is not None:
+            row["gamma"] = block.gamma
+            row["residual_ratio"] = [
+                abs(gamma) * rms_of(m) / rms_of(block.stream) for gamma, m in zip(block.gamma, memory, strict=True)
+            ]
+        if block.gates is not None:
+            row["gates"] = block.gates.mean((0, 1)).tolist()
+            row["gate_spread"] = block.gates.std((0, 1)).tolist()
+            for name, local in block.local.items():
+                row[f"{name}_ratio"] = [rms_of(channel) / rms_of(local) for channel in block.added[name]]
+        found.append(row)
+    return found
+
+
+def by_token(model: LatentRecurrentTransformer, inputs: Tensor) -> dict[str, Any]:
+    """The same at every position of inputs (1, T): plain data, a list over T for each quantity.
+
+    norm: ‖m‖ / √D of the memory read, by channel (RMS-normalised, a single source has 1; 0 where
+    nothing is read); change: ‖m − m before‖ / √D; blocks: mean gates over heads, and the ratios of `layers`.
+    """
+    memory, blocks = inside(model, inputs)
+    memory = memory[:, 0].float()  # (C, T, D)
+    root = memory.shape[-1] ** 0.5
+    moved = torch.diff(memory, dim=1, prepend=torch.zeros_like(memory[:, :1]))
+    found: dict[str, Any] = {
+        "norm": (memory.norm(dim=-1) / root).tolist(),
+        "change": (moved.norm(dim=-1) / root).tolist(),
+        "blocks": [],
+    }
+    for block in blocks:
+        if block.gates is None:
+            continue
+        gates = block.gates[0].mean(-1)  # (T, 1 + C)
+        row: dict[str, Any] = {"layer": block.layer, "local": gates[:, 0].tolist(), "memory": gates[:, 1:].T.tolist()}
+        for name, local in block.local.items():
+            sizes = block.added[name][:, 0].flatten(2).norm(dim=-1)  # (C, T)
+            row[f"{name}_ratio"] = (sizes / local[0].flatten(1).norm(dim=-1)).tolist()
+        found["blocks"].append(row)
+    return found
+
+
+def rms_of(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+@torch.no_grad()
+def scales(model: LatentRecurrentTransformer) -> dict[str, Any]:
+    """What can be read off the weights alone, for comparing snapshots: γ by layer, the size of U_k and U_v."""
+    found: dict[str, Any] = {
+        "gamma": [b.injection.gamma.tolist() if isinstance(b.injection, Residual) else None for b in blocks_of(model)],
+        "gate": [
+            rms_of(b.injection.gate.weight) if isinstance(b.injection, KeyValue) else None for b in blocks_of(model)
+        ],
+    }
+    if isinstance(model.projection, Projection):
+        found["projection"] = [[rms_of(u) for u in layer.flatten(0, 1)] for layer in model.projection.weight]
+    return found
+
+
+@torch.no_grad()
+def reach(
+    model: LatentRecurrentTransformer, inputs: Tensor, back: Sequence[int] = BACK, seed: int = 0
+) -> list[dict[str, float]]:
+    """How far back the memory reaches: inputs (B, T), decoded live with one memory perturbed k tokens before a place.
+
+    The place is two thirds of the way. The memory written k tokens before it gets noise of a tenth of its norm, and
+    what follows is decoded anew; k = 1 is the memory that the place itself reads. Reported per k: the mean divergence
+    KL(p ‖ p_perturbed) of the next-token distribution there, in nats, and the relative change of the hidden state.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hidden, state = settled_state(model, inputs)
+    if state.memory.shape[2] == 0:
+        return []
+    place = 2 * inputs.shape[1] // 3
+    expected = model.logits(hidden[:, place]).double().log_softmax(-1)
+    found = []
+    for k in back:
+        start = place - k  # whose memory is changed; start + 1 is the first to read it
+        if start < 0:
+            break
+        before = state.clone().crop(start + 1)
+        noise = torch.randn(before.memory[:, start].shape, generator=generator).to(before.memory)
+        noise = noise * (NOISE * before.memory[:, start].norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
+        memory = before.memory.clone()
+        memory[:, start] += noise
+        current, h = dataclasses.replace(before, memory=memory), hidden[:, :1]
+        for t in range(start + 1, place + 1):
+            h, current = model(inputs[:, t : t + 1], range(t, t + 1), current)
+        changed = model.logits(h[:, 0]).double().log_softmax(-1)
+        kl = F.kl_div(changed, expected, reduction="none", log_target=True).sum(-1).mean()
+        moved = (h[:, 0] - hidden[:, place]).norm(dim=-1) / hidden[:, place].norm(dim=-1)
+        found.append({"back": k, "kl": float(kl), "moved": float(moved.mean())})
+    return found
+
+
+def sample(windows: Windows, count: int, device: torch.device) -> Tensor:
+    """Inputs (B, T) of the longest windows: whole ones, so that nothing is padding."""
+    batch = next(iter(windows.batches(count)))
+    shortest = int((batch.targets >= 0).sum(1).min())
+    return batch.tokens[:, : max(1, shortest)].to(device)
+
+
+def coloured(
+    tokenizer: Tokenizer, tokens: Sequence[int], live: Sequence[float], off: Sequence[float]
+) -> dict[str, Any]:
+    """A text in pieces, each with its surprisal in bits, live and with nothing recurrent read."""
+    decoder = tokenizer.decoder()
+    pieces = [decoder.push(int(token)) for token in tokens]
+    bits = 1 / math.log(2)
+    return {
+        "pieces": pieces,
+        "live": [round(v * bits, 4) for v in live],
+        "off": [round(v * bits, 4) for v in off],
+    }

@@ -1,0 +1,253 @@
+"""Scores: bits per byte under a schedule, and live, token by token with true recurrence: what a user gets.
+
+Shapes: B rows, T positions. BPB = nats / (ln 2 · bytes) over targets (contract, section 4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrt.data.batch import IGNORED
+from lrt.data.windows import Windows
+from lrt.eval.ablations import ABLATIONS, OwnMemory, ablated, reading
+from lrt.eval.ledger import Keep, Unkept, unkept
+from lrt.inference.decoders import decoder
+from lrt.model.cross_entropy import token_nats
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules.base import Schedule
+from lrt.schedules.library import plain
+from lrt.schedules.refinement import refine
+from lrt.utils.progress import Advance, bar
+
+BATCH = 64
+"""Windows scored at once."""
+TWO_FORWARDS = "two_forwards"
+EVERY = (*ABLATIONS, TWO_FORWARDS)
+"""What `evaluate` can replace the memory with."""
+HEADLINE = ("zero", "embedding")
+"""What a comparison always contains (contract, section 5)."""
+
+
+def score(
+    model: LatentRecurrentTransformer,
+    tokens: Tensor,
+    documents: Tensor | None = None,
+    advance: Advance | None = None,
+) -> Tensor:
+    """Live negative log-likelihoods (B, T-1), in nats, of tokens (B, T) int: each decoded from those before it.
+
+    documents (B, T) int separates packed documents. `advance` is told of every position done. Gives no gradients;
+    `refine(model, tokens, schedules.sequential())` is the same with them.
+    """
+    batch, length = tokens.shape
+    if length < 2:
+        raise ValueError(
+            f"tokens have shape {tuple(tokens.shape)}; scoring needs at least two per row: BOS and one more"
+        )
+    inputs = tokens[:, :-1]
+    known = None if documents is None else documents[:, :-1]
+    hidden: list[Tensor] = []
+    with torch.no_grad():
+        way = decoder(model, model.empty_state(batch, length - 1, known))
+    for t in range(length - 1):
+        hidden.append(way(inputs[:, t], [t] * batch))
+        if advance is not None:
+            advance(batch)
+    with torch.inference_mode():
+        nats = token_nats(model, torch.stack(hidden, dim=1), tokens[:, 1:])
+    return nats.clone()  # outside inference mode: an ordinary tensor
+
+
+def score_parallel(
+    model: LatentRecurrentTransformer, tokens: Tensor, schedule: Schedule, documents: Tensor | None = None
+) -> Tensor:
+    """Negative log-likelihoods (B, T-1) in nats under a schedule, each position by the last pass that computed it."""
+    known = None if documents is None else documents[:, :-1]
+    with torch.no_grad():
+        hidden = refine(model, tokens[:, :-1], schedule, known).hidden
+        return token_nats(model, hidden, tokens[:, 1:])
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Scores of one model on one split."""
+
+    schedule: str
+    """The schedule of `parallel_bpb`: the one trained with, `plain()` where nothing recurs."""
+    targets: int
+    """Tokens scored."""
+    bytes: int
+    """Their UTF-8 bytes."""
+    complete: bool
+    """Whether that is the whole split, not a sample of windows."""
+    parallel_bpb: float
+    """Bits per byte under the schedule."""
+    live_bpb: float
+    """Bits per byte decoding token by token: the headline."""
+    gap: float
+    """live_bpb - parallel_bpb: what training sees and decoding does not get."""
+    live_bpb_memory_zero: float | None = None
+    """Live, with the memory zeroed at test time."""
+    live_bpb_memory_embedding: float | None = None
+    """Live, with the memory replaced by the previous token's embedding."""
+    live_bpb_memory_shuffled: float | None = None
+    """Live, each row reading another row's memory; which one depends on the batch."""
+    live_bpb_memory_delayed_1: float | None = None
+    """Live, the memory read one token further back."""
+    live_bpb_memory_delayed_8: float | None = None
+    """Live, the memory read eight tokens further back."""
+    live_bpb_memory_frozen: float | None = None
+    """Live, every position reading the memory of its window's first one."""
+    live_bpb_two_forwards: float | None = None
+    """Live, every token refined once more, with its own memory: depth instead of recurrence."""
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for JSON; what was not measured is left out."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+Scorer = Callable[[LatentRecurrentTransformer, Tensor, Advance], Tensor]
+"""(model, tokens (B, T), advance) -> nats (B, T-1)."""
+
+
+def live(model: LatentRecurrentTransformer, tokens: Tensor, advance: Advance) -> Tensor:
+    """The live scorer."""
+    return score(model, tokens, advance=advance)
+
+
+def two_forwards(model: LatentRecurrentTransformer, tokens: Tensor, advance: Advance) -> Tensor:
+    """Live, each token computed twice: the second forward reads the memory that the first one wrote, and replaces it.
+
+    What this gains over live is depth; what live gains over zeroed memory is recurrence (PonderLM-2's comparison).
+    """
+    again, inputs, hidden = reading(model, OwnMemory), tokens[:, :-1], []
+    with torch.no_grad():
+        state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
+        for t in range(inputs.shape[1]):
+            _, state = model(inputs[:, t : t + 1], range(t, t + 1), state)
+            h, state = again(inputs[:, t : t + 1], range(t, t + 1), state)
+            hidden.append(h)
+            advance(len(inputs))
+        return token_nats(model, torch.cat(hidden, dim=1), tokens[:, 1:])
+
+
+def under(schedule: Schedule) -> Scorer:
+    """The scorer of a schedule; a mixture is the probability-weighted mean, stages are their last."""
+
+    def scorer(model: LatentRecurrentTransformer, tokens: Tensor, advance: Advance) -> Tensor:
+        nats = torch.stack([p * score_parallel(model, tokens, part) for p, part in schedule.scored()]).sum(0)
+        advance(nats.numel())
+        return nats
+
+    return scorer
+
+
+def bits_per_byte(
+    model: LatentRecurrentTransformer,
+    windows: Windows,
+    token_bytes: Tensor | None,
+    scorer: Scorer,
+    batch_size: int = BATCH,
+    title: str = "scoring",
+    progress: bool = True,
+    prefix_bytes: int = 0,
+    ledger: Unkept | None = None,
+) -> tuple[float, int]:
+    """(BPB, bytes) of a model over evaluation windows. All ranks of the ledger call it, and share the batches.
+
+    `token_bytes` (V,) gives each token's bytes; None (a tokenizer without a byte alphabet) counts the documents'
+    UTF-8 size, which needs all of their windows. `prefix_bytes` are those that the tokenizer puts before every
+    document (sentencepiece's space) and that are no part of it.
+    """
+    if token_bytes is None and not windows.complete:
+        raise ValueError(
+            "this tokenizer has no byte alphabet: score the whole split (at_least=None), so that its size counts"
+        )
+    device, ledger = model.embedding.weight.device, Unkept() if ledger is None else ledger
+    every = portions(windows, batch_size)
+    mine = ledger.todo(list(every))
+    with bar(title, sum(every[key].positions for key in mine), progress) as tell:
+        for key in mine:
+            batch = next(every[key].batches(batch_size))
+            tokens, targets = batch.tokens.to(device), batch.targets[:, :-1]
+            valid = targets != IGNORED
+            scored = scorer(model, tokens, tell).cpu()
+            counted = 0 if token_bytes is None else int(token_bytes[targets[valid]].sum())
+            ledger.add({key: [float(scored[valid].double().sum()), counted]})
+    done = ledger.everybody()
+    nats, size = (sum(done[key][i] for key in every) for i in range(2))
+    size = windows.documents.bytes if token_bytes is None else size - prefix_bytes * windows.openings
+    return nats / (math.log(2) * size), size
+
+
+def portions(windows: Windows, batch_size: int) -> dict[str, Windows]:
+    """The windows of each batch, by a key that names them.
+
+    A ledger's items are whole batches: what a shuffled memory finds depends on which windows are scored together.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    firsts = range(0, len(windows), batch_size)
+    return {f"{first}+{batch_size}": windows.part(slice(first, first + batch_size)) for first in firsts}
+
+
+def shared_batch(batch_size: int, count: int, ranks: int) -> int:
+    """Windows scored at once, so that no rank goes without any of `count`, where there are enough."""
+    return min(batch_size, -(-count // ranks))
+
+
+def evaluate(
+    model: LatentRecurrentTransformer,
+    windows: Windows,
+    token_bytes: Tensor | None,
+    schedule: Schedule,
+    ablations: Sequence[str] = HEADLINE,
+    batch_size: int = BATCH,
+    progress: bool = True,
+    prefix_bytes: int = 0,
+    keep: Keep = unkept,
+) -> Metrics:
+    """Score a model under its training schedule and live, and, where it has a memory, live with that replaced.
+
+    `ablations` are names of `ABLATIONS`, and `two_forwards`; a single window cannot be `shuffled`. `keep` gives each
+    score's ledger by its name: a stopped evaluation goes on from there, and its ranks, which all call this, share the
+    batches.
+    """
+    unknown = sorted(set(ablations) - set(EVERY))
+    if unknown:
+        raise ValueError(f"unknown ablations {', '.join(unknown)}; choose among {', '.join(EVERY)}")
+    recurrent = bool(model.config.memory.remembered(model.config.depth))
+    schedule = schedule if model.config.recurs else plain()
+
+    batch_size = shared_batch(batch_size, len(windows), keep("live").ranks.ranks)
+    if len(windows) == 1:  # it has no other's memory to read
+        ablations = [name for name in ablations if name != "shuffled"]
+    if "shuffled" in ablations:  # no window may be alone in its batch
+        sizes = [*range(batch_size, 1, -1), *range(batch_size, len(windows) + 1)]
+        batch_size = next(size for size in sizes if size > 1 and len(windows) % size != 1)
+
+    def bpb(chosen: LatentRecurrentTransformer, scorer: Scorer, title: str) -> tuple[float, int]:
+        return bits_per_byte(
+            chosen, windows, token_bytes, scorer, batch_size, title, progress, prefix_bytes, keep(title)
+        )
+
+    was_training = model.training
+    model.eval()
+    parallel, size = bpb(model, under(schedule), "parallel")
+    alive, _ = bpb(model, live, "live")
+    replaced: dict[str, float] = {}
+    for name in ablations if recurrent else ():
+        if name == TWO_FORWARDS:
+            replaced["live_bpb_two_forwards"], _ = bpb(model, two_forwards, "two forwards")
+        else:
+            replaced[f"live_bpb_memory_{name}"], _ = bpb(ablated(model, name), live, f"memory {name}")
+    model.train(was_training)
+    return Metrics(
+        repr(schedule), windows.targets, size, windows.complete, parallel, alive, alive - parallel, **replaced
+    )

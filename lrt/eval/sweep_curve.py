@@ -1,0 +1,247 @@
+"""The sweep curve: what a model scores after n refinements, how far it then is from the live memory, and a verdict.
+
+A schedule approximates the fixed point h = F(tokens, shift(h)), which live decoding reaches exactly. Here the iteration
+goes on past what was trained. It settles, swings between two states, or leaves: the train/live gap before it costs.
+
+Shapes: B windows, T positions, P remembered sources, D width. A refinement is a sweep over g strided subsets after a
+first full pass; g = 1 is a full (Jacobi) pass: n refinements are `multi_refinement(n)` (arXiv 2605.26797, section 3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrt.data.batch import IGNORED
+from lrt.data.windows import Windows
+from lrt.eval.ledger import Keep, unkept
+from lrt.eval.scoring import BATCH, bits_per_byte, portions, shared_batch, under
+from lrt.model.cross_entropy import token_nats
+from lrt.model.state import State
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules.base import Schedule
+from lrt.schedules.library import plain, sequential, sweep
+from lrt.schedules.refinement import refine
+from lrt.utils.progress import Advance, bar
+
+COUNTS = (0, 1, 2, 3, 4, 8, 16, 32, 63, 64)
+"""Refinements whose scores are reported; 0 is the first pass alone."""
+GROUPS = (1, 2, 4, 8, 16)
+"""Strides g; 1 is a full pass."""
+TWO_CYCLE = 0.01
+"""BPB after 63 and 64 full refinements differ by more than this in a two-cycle (contract, section 4)."""
+STABLE = 0.002
+"""BPB after 64 full refinements is within this of `parallel_bpb` in a stable model (contract, section 4)."""
+CONVERGED = 1e-3
+"""‖h_n − h_{n−1}‖ / ‖h_n‖ at which an iteration has come to rest (contract, section 4: fast)."""
+FLOOR = 1e-6
+"""Changes below this are rounding, and say nothing of the contraction."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The state after some refinements."""
+
+    refinements: int
+    bpb: float
+    distance: float
+    """‖m − m_live‖ / ‖m_live‖ over all valid positions; of the final hidden state where nothing is remembered."""
+    largest: float
+    """The same of the worst position."""
+    change: float
+    """‖h_n − h_{n−1}‖ / ‖h_n‖ against one refinement less; 0 for the first pass."""
+
+
+@dataclass(frozen=True)
+class SweepCurve:
+    """The curves of one model on one split."""
+
+    schedule: str
+    """The schedule of `parallel_bpb`."""
+    parallel_bpb: float
+    live_bpb: float
+    targets: int
+    curves: dict[int, tuple[Point, ...]]
+    """g -> a point per count."""
+    contraction: dict[int, float]
+    """g -> the mean factor by which a refinement shrinks the change; above 1 it grows."""
+    even_odd: float
+    """BPB after 64 full refinements less that after 63."""
+    verdict: str
+    """stable; two-cycle; settles elsewhere after n; diverges after n."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+
+def judge(bpb: Sequence[float], parallel: float, change: float) -> str:
+    """The verdict in words, of the BPB after 0, 1, …, n full refinements and the last relative change.
+
+    Two-cycle and stable are the contract's (section 4). What is neither, has left the trained score after the last
+    refinement that still gave it: it *settles elsewhere* where the iteration came to rest, else it *diverges*.
+    """
+    if len(bpb) < 2:
+        raise ValueError(f"{len(bpb)} scores; a verdict needs those of at least two refinement counts")
+    if not abs(bpb[-1] - bpb[-2]) <= TWO_CYCLE and math.isfinite(bpb[-1]):
+        return "two-cycle"
+    near = [n for n, value in enumerate(bpb) if abs(value - parallel) <= STABLE]
+    if near and near[-1] == len(bpb) - 1:
+        return "stable"
+    after = near[-1] if near else 0
+    return f"settles elsewhere after {after}" if change <= CONVERGED else f"diverges after {after}"
+
+
+def contraction(changes: Sequence[float]) -> float:
+    """Mean factor from one change to the next, up to the first that is only rounding; 0 where that is the first."""
+    above = next((i for i, change in enumerate(changes) if change <= FLOOR), len(changes))
+    if above < 2:
+        return 0.0
+    return (changes[above - 1] / changes[0]) ** (1 / (above - 1))
+
+
+class Sums(NamedTuple):
+    """What is added up over batches for one refinement count."""
+
+    nats: float
+    gap: float
+    """‖m − m_live‖²."""
+    moved: float
+    """‖h_n − h_{n−1}‖²."""
+    size: float
+    """‖h_n‖²."""
+    largest: float
+    """Of all positions, ‖m − m_live‖ / ‖m_live‖."""
+
+    @classmethod
+    def over(cls, batches: Sequence[Sequence[float]]) -> Sums:
+        """All batches together."""
+        nats, gap, moved, size, largest = zip(*batches, strict=True)
+        return cls(sum(nats), sum(gap), sum(moved), sum(size), max(largest))
+
+
+def sweep_curve(
+    model: LatentRecurrentTransformer,
+    windows: Windows,
+    token_bytes: Tensor | None,
+    schedule: Schedule,
+    groups: Sequence[int] = GROUPS,
+    counts: Sequence[int] = COUNTS,
+    batch_size: int = BATCH,
+    progress: bool = True,
+    prefix_bytes: int = 0,
+    keep: Keep = unkept,
+) -> SweepCurve:
+    """Score a model after every refinement, up to the largest of `counts`, for each stride of `groups` (1 first).
+
+    `keep` gives the ledgers of `parallel` and `sweeps`; their ranks share the batches. ValueError where full
+    refinements (1) or two consecutive last counts are missing, without which there is no verdict.
+    """
+    last = max(counts)
+    if groups[0] != 1 or last - 1 not in counts:
+        raise ValueError(
+            f"groups {tuple(groups)} and counts {tuple(counts)} give no verdict; start with 1, and end with n - 1 and n"
+        )
+    schedule = schedule if model.config.memory.remembered(model.config.depth) else plain()
+    ledger = keep("sweeps")
+    batch_size = shared_batch(batch_size, len(windows), ledger.ranks.ranks)
+    parallel, size = bits_per_byte(
+        model, windows, token_bytes, under(schedule), batch_size, "parallel", progress, prefix_bytes, keep("parallel")
+    )
+    unit = math.log(2) * size
+    keys = portions(windows, batch_size)
+    mine = ledger.todo(list(keys))
+    was_training = model.training
+    model.eval()
+    total = (1 + len(groups) * (last + 1)) * sum(len(keys[key]) for key in mine)
+    with torch.no_grad(), bar("sweeps", total, progress) as tell:
+        for key in mine:
+            batch = next(keys[key].batches(batch_size))
+            ledger.add({key: _batch(model, batch.tokens, batch.targets, groups, last, tell)})
+    model.train(was_training)
+    done = ledger.everybody()
+    live = [sum(done[key]["live"][i] for key in keys) for i in range(2)]
+    sums = {g: [Sums.over([done[key][str(g)][n] for key in keys]) for n in range(last + 1)] for g in groups}
+    every = {g: [s.nats / unit for s in sums[g]] for g in groups}
+    changes = {g: [math.sqrt(s.moved / max(s.size, 1e-30)) for s in sums[g]] for g in groups}
+    curves = {
+        g: tuple(
+            Point(n, every[g][n], math.sqrt(sums[g][n].gap / live[1]), sums[g][n].largest, changes[g][n])
+            for n in sorted(set(counts))
+        )
+        for g in groups
+    }
+    return SweepCurve(
+        repr(schedule),
+        parallel,
+        live[0] / unit,
+        windows.targets,
+        curves,
+        {g: contraction(changes[g][1:]) for g in groups},
+        every[1][last] - every[1][last - 1],
+        judge(every[1], parallel, changes[1][last]),
+    )
+
+
+def _batch(
+    model: LatentRecurrentTransformer,
+    tokens: Tensor,
+    targets: Tensor,
+    groups: Sequence[int],
+    last: int,
+    tell: Advance,
+) -> dict[str, list[Any]]:
+    """One batch of windows (B, T): its `Sums` by stride and refinements; live: nats and ‖m_live‖². Plain data."""
+    device = model.embedding.weight.device
+    inputs, targets = tokens[:, :-1].to(device), targets[:, :-1].to(device)
+    valid = (targets != IGNORED).unsqueeze(-1)
+
+    def nats(hidden: Tensor) -> float:
+        return float((token_nats(model, hidden, targets) * valid.squeeze(-1)).sum(dtype=torch.float64))
+
+    state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
+    out = refine(model, inputs, sequential(), state=state)
+    exact = watched(out.state, out.hidden)
+    found: dict[str, list[Any]] = {"live": [nats(out.hidden), square(exact * valid)]}
+    tell(len(inputs), "live")
+    for g in groups:
+        points = found[str(g)] = []
+        empty = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs)
+        hidden, state = model(inputs, range(inputs.shape[1]), empty)
+        moved, scored = hidden, nats(hidden)
+        for n in range(last + 1):
+            if n > 0 and bool(moved.any()):  # at a fixed point another refinement is the same computation
+                before = hidden
+                hidden, state = refinement(model, inputs, state, g)
+                moved, scored = (hidden - before) * valid, nats(hidden)
+            apart = (watched(state, hidden) - exact) * valid
+            far = apart.norm(dim=-1) / exact.norm(dim=-1)
+            changed = square(moved) if n > 0 else 0.0
+            points.append([*Sums(scored, square(apart), changed, square(hidden * valid), float(far.max()))])
+            tell(len(inputs), f"stride {g}, {n} refinements")
+    return found
+
+
+def refinement(model: LatentRecurrentTransformer, tokens: Tensor, state: State, groups: int) -> tuple[Tensor, State]:
+    """One strided sweep over tokens (B, T) from a state in which all are written: hidden (B, T, D), state."""
+    hidden = tokens.new_empty(*tokens.shape, model.config.width, dtype=state.memory.dtype)
+    for p in sweep(tokens.shape[1], groups):
+        if len(p.positions) > 0:
+            hidden[:, p.slice], state = model(tokens[:, p.slice], p.positions, state)
+    return hidden, state
+
+
+def watched(state: State, hidden: Tensor) -> Tensor:
+    """(B, T, P·D): the memory that is compared; the final hidden state where nothing is remembered."""
+    return state.memory.flatten(2) if state.memory.shape[2] > 0 else hidden
+
+
+def square(x: Tensor) -> float:
+    """‖x‖² in float64."""
+    return float(x.double().square().sum())

@@ -1,0 +1,252 @@
+"""Scores token by token: several ways of scoring side by side, cut by position and document, with intervals.
+
+Every target of the windows has its nats under each *column*: `live`, `parallel`, each pass of the schedule, `off`
+(nothing recurrent is read). A stopped scoring goes on from its ledger, and ranks share the windows.
+
+Shapes: B windows, T positions, n targets, D documents.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lrt.data.batch import IGNORED
+from lrt.data.windows import Windows
+from lrt.eval.ledger import Unkept
+from lrt.eval.scoring import BATCH, score, score_parallel
+from lrt.model.cross_entropy import token_nats
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules.base import Schedule
+from lrt.schedules.library import plain, sequential
+from lrt.schedules.refinement import refine
+from lrt.utils.progress import bar
+
+Columns = Callable[[LatentRecurrentTransformer, Tensor], dict[str, Tensor]]
+"""(model, tokens (B, T)) -> nats (B, T-1) by name; NaN where a column has none."""
+EDGES = (0, 8, 32, 128, 512, 2048, 8192)
+"""Where position buckets begin, and buckets of document lengths in tokens."""
+RESAMPLES = 2000
+LEVEL = 0.95
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """One entry per target, window by window in the order of the text."""
+
+    document: np.ndarray
+    """(n,) which of the split's documents."""
+    place: np.ndarray
+    """(n,) position in its window, from 0: how much context the token had."""
+    position: np.ndarray
+    """(n,) position in its document."""
+    length: np.ndarray
+    """(n,) tokens of its document."""
+    tokens: np.ndarray
+    """(n,) the token ids."""
+    bytes: np.ndarray
+    """(n,) UTF-8 bytes."""
+    nats: dict[str, np.ndarray]
+    """(n,) by column; NaN where it has none."""
+
+
+def standard(schedule: Schedule) -> Columns:
+    """live, parallel, every pass of the schedule, and off. Of a mixture or stages the passes are left out."""
+
+    def columns(model: LatentRecurrentTransformer, tokens: Tensor) -> dict[str, Tensor]:
+        found = {
+            "live": score(model, tokens),
+            "parallel": sum_of([p * score_parallel(model, tokens, part) for p, part in schedule.scored()]),
+            "off": score_parallel(model, tokens, plain()),
+        }
+        if len(schedule.scored()) == 1:
+            found |= pass_nats(model, tokens, schedule.scored()[0][1])
+        return found
+
+    return columns
+
+
+def sum_of(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum(0)
+
+
+def pass_nats(model: LatentRecurrentTransformer, tokens: Tensor, schedule: Schedule) -> dict[str, Tensor]:
+    """`pass 1`, `pass 2`, …: the nats of the positions that each computed, NaN elsewhere."""
+    found, length = {}, tokens.shape[1] - 1
+    # A pass without positions is left out of a schedule; padding keeps it in, so that the others keep their numbers.
+    longest = max(p.stride for p in schedule.passes(model.config.context))
+    tokens = F.pad(tokens, (0, max(0, longest - length)))
+    with torch.no_grad():
+        for number, (p, _, hidden) in enumerate(refine(model, tokens[:, :-1], schedule).passes, 1):
+            nats = torch.full(tokens[:, 1:].shape, math.nan, dtype=hidden.dtype, device=tokens.device)
+            nats[:, p.slice] = token_nats(model, hidden, tokens[:, 1:][:, p.slice]).to(nats)
+            found[f"pass {number}"] = nats[:, :length]
+    return found
+
+
+def bfloat16(model: LatentRecurrentTransformer) -> Columns:
+    """live, bfloat16 live, and the control: bfloat16 that is given the exact memory at every position.
+
+    Control less live is what bfloat16's arithmetic costs; bfloat16 live less control is what its errors add by going
+    round the recurrence.
+    """
+    low = copy.deepcopy(model).to(torch.bfloat16)
+
+    def columns(model: LatentRecurrentTransformer, tokens: Tensor) -> dict[str, Tensor]:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        with torch.no_grad():
+            state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
+            exact = refine(model, inputs, sequential(), state=state)
+            given = low.empty_state(len(inputs), inputs.shape[1], tokens=inputs)
+            given = dataclasses.replace(given, memory=exact.state.memory.to(torch.bfloat16), held=exact.state.held)
+            hidden, _ = low(inputs, range(inputs.shape[1]), given)
+            return {
+                "live": token_nats(model, exact.hidden, targets),
+                "bfloat16 live": score(low, tokens),
+                "bfloat16 control": token_nats(low, hidden, targets),
+            }
+
+    return columns
+
+
+def token_scores(
+    model: LatentRecurrentTransformer,
+    windows: Windows,
+    token_bytes: Tensor | None,
+    columns: Columns,
+    ledger: Unkept,
+    batch_size: int = BATCH,
+    prefix_bytes: int = 0,
+    progress: bool = True,
+) -> TokenScores:
+    """Score every target of the windows; all ranks of the ledger call it and get all scores.
+
+    ValueError for a tokenizer without a byte alphabet: the bytes of its single tokens are not known.
+    """
+    if token_bytes is None:
+        raise ValueError("this tokenizer has no byte alphabet: only whole splits have scores (lrt evaluate)")
+    assert token_bytes is not None
+    device = model.embedding.weight.device
+    wanted = {str(start): i for i, start in enumerate(windows.starts)}
+    mine = np.array([wanted[key] for key in ledger.todo(list(wanted))], dtype=np.int64)
+    part = windows.part(mine)
+    was_training = model.training
+    model.eval()
+    with bar("scoring tokens", len(mine), progress) as tell:
+        first = 0
+        for batch in part.batches(batch_size):
+            nats = {name: value.double().cpu() for name, value in columns(model, batch.tokens.to(device)).items()}
+            rows = range(first, first + len(batch.tokens))
+            valid = [int((row != IGNORED).sum()) for row in batch.targets]
+            ledger.add(
+                {
+                    str(part.starts[i]): {name: encoded(value[row, : valid[row]]) for name, value in nats.items()}
+                    for row, i in enumerate(rows)
+                }
+            )
+            first += len(batch.tokens)
+            tell(len(batch.tokens))
+    model.train(was_training)
+    return gathered(windows, ledger.everybody(), token_bytes.numpy(), prefix_bytes)
+
+
+def encoded(values: Tensor) -> list[float | None]:
+    """Numbers for JSON, which knows no NaN."""
+    return [None if math.isnan(v) else v for v in values.tolist()]
+
+
+def gathered(windows: Windows, done: Mapping[str, Any], token_bytes: np.ndarray, prefix_bytes: int) -> TokenScores:
+    """The windows' scores in the order of the text."""
+    order = np.argsort(windows.starts)
+    starts, lengths = windows.starts[order], windows.lengths[order]
+    places = np.concatenate([np.arange(n) for n in lengths])
+    where = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+    offsets = windows.documents.offsets
+    document = np.searchsorted(offsets, where, side="right") - 1
+    tokens = np.concatenate(
+        [np.asarray(windows.documents.tokens[s : s + n]) for s, n in zip(starts, lengths, strict=True)]
+    ).astype(np.int64)
+    position = where - offsets[document]
+    names = list(dict.fromkeys(name for s in starts for name in done[str(s)]))
+    nats = {
+        name: np.array(
+            [v for s, n in zip(starts, lengths, strict=True) for v in done[str(s)].get(name) or [None] * n],
+            dtype=np.float64,
+        )
+        for name in names
+    }
+    size = token_bytes[tokens] - np.where(position == 0, prefix_bytes, 0)
+    return TokenScores(document, places, position, np.diff(offsets)[document], tokens, size, nats)
+
+
+def bpb(scores: TokenScores, column: str, chosen: np.ndarray | None = None) -> float:
+    """Bits per byte of a column, over the chosen targets that it has."""
+    nats = scores.nats[column]
+    counted = ~np.isnan(nats) if chosen is None else ~np.isnan(nats) & chosen
+    size = scores.bytes[counted].sum()
+    return float(nats[counted].sum() / (math.log(2) * size)) if size > 0 else math.nan
+
+
+def interval(scores: TokenScores, column: str, minus: str | None = None, seed: int = 0) -> Span | tuple[None, None]:
+    """The 95 % interval of a column's BPB, or of its difference to another's, over documents drawn anew.
+
+    The documents are what varies: tokens of one document are no independent samples, and a single one has no interval.
+    """
+    _, index = np.unique(scores.document, return_inverse=True)
+    count = int(index.max()) + 1
+    if count == 1:
+        return None, None
+    present = ~np.isnan(scores.nats[column])
+    nats = np.where(present, scores.nats[column] - (0 if minus is None else scores.nats[minus]), 0.0)
+    sums = np.bincount(index, np.where(np.isnan(nats), 0, nats), count)
+    sizes = np.bincount(index, scores.bytes * present, count)
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(RESAMPLES):
+        times = np.bincount(generator.integers(count, size=count), minlength=count)
+        drawn.append((times @ sums) / (math.log(2) * max(1, times @ sizes)))
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def buckets(scores: TokenScores, by: np.ndarray) -> list[dict[str, Any]]:
+    """BPB of every column by buckets of a quantity of the targets: from (included) to (excluded)."""
+    found = []
+    for low, high in zip(EDGES, (*EDGES[1:], None), strict=True):
+        chosen = (by >= low) & (by < (np.inf if high is None else high))
+        if chosen.any():
+            values = {name: bpb(scores, name, chosen) for name in scores.nats if not name.startswith("pass")}
+            found.append({"from": low, "to": high, "targets": int(chosen.sum()), "bpb": values})
+    return found
+
+
+def summary(scores: TokenScores, pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """All of it as plain data; `pairs` are differences to give intervals of."""
+    columns = {}
+    for name in scores.nats:
+        low, high = interval(scores, name)
+        columns[name] = {"bpb": bpb(scores, name), "low": low, "high": high}
+    differences = {}
+    for a, b in pairs:
+        low, high = interval(scores, a, b)
+        differences[f"{a} - {b}"] = {"bpb": bpb(scores, a) - bpb(scores, b), "low": low, "high": high}
+    return {
+        "targets": len(scores.tokens),
+        "bytes": int(scores.bytes.sum()),
+        "documents": len(np.unique(scores.document)),
+        "columns": columns,
+        "differences": differences,
+        "by_place_in_window": buckets(scores, scores.place),
+        "by_position_in_document": buckets(scores, scores.position),
+        "by_document_length": buckets(scores, scores.length),
+    }

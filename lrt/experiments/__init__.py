@@ -1,0 +1,1 @@
+"""What was built with the library: the demo, studies, benchmarks, state tracking."""

@@ -1,0 +1,132 @@
+"""`lrt bench attention`: one layer's attention over a schedule's passes, by copied buffers and by pieces.
+
+Shapes: B batch, T positions, n of them in a pass, H query heads, G key/value heads, K head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lrt.model.state import State, empty_state
+from lrt.model.strided_state import PassState
+from lrt.schedules import library as schedules
+from lrt.schedules.base import Pass, Schedule
+from lrt.schedules.parse import parse
+from lrt.schedules.refinement import common_stride
+from lrt.utils.provenance import hardware
+from lrt.utils.timing import Work, alternate
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class AttentionBench:
+    """Time attention alone, forward and backward: a causal kernel over all positions, and each schedule's passes."""
+
+    schedules: tuple[str, ...] = ("interleaved(2)", "settled(0, 1, 1)", "strided(4, 1)")
+    """Schedules of full passes and residue classes."""
+    context: int = 512
+    batch: int = 4
+    heads: int = 3
+    kv_heads: int | None = None
+    head_size: int = 128
+    window: int | None = None
+    """Tokens seen, the current one included. None: all."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    rounds: int = 10
+    device: str = "cpu"
+    json: bool = False
+    """Print one JSON object as the last line."""
+
+    def run(self) -> None:
+        plain = schedules.plain()
+        work = {"plain() by one kernel": self.work(plain, by_pieces=False)}
+        for spelled in ("plain()", *self.schedules):
+            schedule = parse(spelled)
+            work[f"{schedule!r} by pieces"] = self.work(schedule, by_pieces=True)
+            if schedule != plain:
+                work[f"{schedule!r} by masks"] = self.work(schedule, by_pieces=False)
+                if torch.device(self.device).type == "cuda":
+                    work[f"{schedule!r} by FlexAttention"] = self.flex(schedule)
+        timings = alternate(work, self.rounds, device=self.device, title="lrt bench attention")
+        base = timings["plain() by one kernel"]
+        rows = []
+        for name, timing in timings.items():
+            ratio, spread = timing.ratio(base)
+            print(f"{name:36} {timing.median * 1e3:9.2f} ms  {ratio:6.3f} ± {spread:.3f}")
+            rows.append({"name": name, "seconds": timing.median, "ratio": ratio, "spread": spread})
+        if self.json:
+            print(json.dumps({"rows": rows, "hardware": hardware(self.device)}))
+
+    @property
+    def groups(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    def random(self, heads: int, n: int) -> Tensor:
+        """(B, heads, n, K), laid out as the model does."""
+        shape = (self.batch, n, heads, self.head_size)
+        return torch.randn(shape, device=self.device, dtype=DTYPES[self.precision]).transpose(1, 2).requires_grad_()
+
+    def work(self, schedule: Schedule, by_pieces: bool) -> Work:
+        """All passes with a State (masks, copies) or a PassState (pieces)."""
+        passes = schedule.passes(self.context)
+        sizes = [len(p.positions) for p in passes]
+        inputs = [(self.random(self.heads, n), *(self.random(self.groups, n) for _ in range(2))) for n in sizes]
+        empty = empty_state(
+            1, (self.groups, self.head_size), (0, 1), self.batch, self.context, None, None, False,
+            device=self.device, dtype=DTYPES[self.precision],
+        )  # fmt: skip
+        stride = common_stride(passes, self.context)
+        if stride is None:
+            raise ValueError(f"{schedule!r} has passes that are neither full nor classes r::S; choose another")
+
+        def work() -> None:
+            state: State | PassState = PassState.of(empty, stride) if by_pieces else dataclasses.replace(empty)
+            total = torch.zeros((), device=self.device)
+            for p, (q, k, v) in zip(passes, inputs, strict=True):
+                with torch.set_grad_enabled(p.grad):
+                    state = state.hold(p.positions)
+                    slots: object = state.where(p.positions)
+                    keys, values = state.write(state.keys[0], slots, k, 2), state.write(state.values[0], slots, v, 2)  # type: ignore[arg-type]
+                    seen = state.visible(p.positions, self.window)
+                    total = total + seen.attend(q, keys, values).float().sum()  # type: ignore[arg-type]
+                    state = state.write_cache((keys,), (values,))  # type: ignore[arg-type]
+            total.backward()
+
+        return work
+
+    def flex(self, schedule: Schedule) -> Work:
+        """All passes by FlexAttention, which knows the mask as a function of positions. CUDA: no backward on CPUs."""
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        attention = torch.compile(flex_attention, dynamic=False)
+        passes, window = schedule.passes(self.context), self.window
+        inputs = []
+        for p in passes:
+
+            def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor, p: Pass = p) -> Tensor:
+                here = p.start + p.stride * i
+                return (j <= here) if window is None else (j <= here) & (j > here - window)
+
+            n = len(p.positions)
+            mask = create_block_mask(seen, None, None, n, self.context, device=self.device)
+            inputs.append((p, mask, self.random(self.heads, n), *(self.random(self.groups, n) for _ in range(2))))
+
+        def work() -> None:
+            total = torch.zeros((), device=self.device)
+            keys = values = self.random(self.groups, self.context).detach()
+            for p, mask, q, k, v in inputs:
+                with torch.set_grad_enabled(p.grad):
+                    keys, values = (
+                        x.slice_scatter(new, 2, p.start, p.stop, p.stride) for x, new in ((keys, k), (values, v))
+                    )
+                    total = total + attention(q, keys, values, block_mask=mask, enable_gqa=True).float().sum()  # type: ignore[union-attr]
+            total.backward()
+
+        return work

@@ -1,0 +1,122 @@
+"""`lrt bench inference`: what the engine promises, measured in one run on a pair of trained models, as ratios.
+
+The pair (an LRT and a Transformer of as many parameters) and its data are made by benchmarks/inference_models.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lrt.data.prepared import Prepared
+from lrt.data.tokenizer import Tokenizer
+from lrt.data.windows import windows
+from lrt.experiments.bench import decode, equality, prefill
+from lrt.experiments.bench.rows import Row
+from lrt.inference import cost_model
+from lrt.inference.calibrate import LENGTH, calibrate, own_text
+from lrt.inference.cost_model import Calibration
+from lrt.model import checkpoint
+from lrt.model.transformer import LatentRecurrentTransformer
+
+PROMPT = 1024
+"""Tokens of the long prompt."""
+SCORED = 4
+"""Prompts that the prefill is scored on."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is measured, and how."""
+
+    lrt: LatentRecurrentTransformer
+    transformer: LatentRecurrentTransformer
+    tokenizer: Tokenizer
+    calibration: Calibration
+    """Of the LRT, on its device."""
+    prompts: Tensor
+    """(B, T) int: held-out text."""
+    rounds: int
+    progress: bool
+
+
+def measured_calibration(path: Path, device: str, progress: bool = True) -> Calibration:
+    """The calibration beside a checkpoint for this device; where there is none it is measured, and kept there."""
+    folder = checkpoint.verified(path)
+    model, tokenizer = checkpoint.load(folder, device)
+    found = cost_model.read(folder, model)
+    if not found.device:
+        text = own_text(model, tokenizer.bos, min(LENGTH, model.config.context))
+        found = calibrate(model, text, progress)
+        cost_model.write(folder, found)
+    return found
+
+
+def read_pair(folder: Path, data: Path, device: str, rounds: int, progress: bool = True) -> Pair:
+    """The models in folder/lrt and folder/transformer, and prompts from the validation split of `data`.
+
+    Raises ValueError where they are no pair, or the text holds too few long prompts.
+    """
+    lrt, tokenizer = checkpoint.load(folder / "lrt", device)
+    transformer, other = checkpoint.load(folder / "transformer", device)
+    prepared = Prepared.open(data)
+    for name, its in (("transformer's", other.sha256), (f"{data}'s", prepared.tokenizer.sha256)):
+        if its != tokenizer.sha256:
+            raise ValueError(f"{folder}: the {name} tokenizer is not the LRT's; train both on one data set")
+    if len(lrt.config.memory.remembered(lrt.config.depth)) == 0:
+        raise ValueError(
+            f"{folder / 'lrt'} holds a model in which nothing recurs; train the pair with "
+            "benchmarks/inference_models.py"
+        )
+    length = min(PROMPT, lrt.config.context, transformer.config.context)
+    batch = next(iter(windows(prepared.split("val"), length, None).batches(SCORED)))
+    if not bool((batch.targets[:, :-1] >= 0).all()):
+        raise ValueError(f"{data} has fewer than {SCORED} validation windows of {length} tokens; prepare more text")
+    found = measured_calibration(folder / "lrt", device, progress)
+    return Pair(lrt, transformer, tokenizer, found, batch.tokens.to(device), rounds, progress)
+
+
+def decode_rows(pair: Pair) -> list[Row]:
+    """How fast single tokens follow each other."""
+    return decode.decode_rows(pair.lrt, pair.transformer, pair.rounds, progress=pair.progress)
+
+
+def ragged_rows(pair: Pair) -> list[Row]:
+    """What serving many prompts at once gains."""
+    text = pair.prompts.flatten().tolist()
+    return decode.ragged_rows(pair.lrt, text, max(1, pair.rounds // 3), pair.calibration, pair.progress)
+
+
+def prefill_rows(pair: Pair) -> list[Row]:
+    """What a prefill costs."""
+    token_bytes = pair.tokenizer.token_bytes()
+    if token_bytes is None:
+        raise ValueError("this tokenizer has no byte alphabet, so that no bits per byte can be told")
+    assert token_bytes is not None
+    return prefill.rows(pair.lrt, pair.prompts, token_bytes, pair.calibration, pair.rounds, pair.progress)
+
+
+def equality_rows(pair: Pair) -> list[Row]:
+    """What forks, crops, saves, splits and batches change: nothing."""
+    prompts = equality.pieces(pair.prompts.flatten().tolist(), pair.lrt.config.context - equality.NEW)
+    return equality.rows(pair.lrt, prompts, progress=pair.progress)
+
+
+Section = Callable[[Pair], list[Row]]
+SECTIONS: dict[str, Section] = {
+    "decode": decode_rows,
+    "ragged": ragged_rows,
+    "prefill": prefill_rows,
+    "equality": equality_rows,
+}
+
+
+def chosen(names: Sequence[str]) -> list[Section]:
+    """The sections of these names, or all. ValueError for one that is unknown."""
+    unknown = sorted(set(names) - set(SECTIONS))
+    if unknown:
+        raise ValueError(f"unknown section {', '.join(unknown)}; choose of {', '.join(SECTIONS)}")
+    return [section for name, section in SECTIONS.items() if name in (names or SECTIONS)]

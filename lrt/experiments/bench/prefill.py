@@ -1,0 +1,124 @@
+"""What a parallel prefill costs: in plain forwards of the same model, and against token by token.
+
+Shapes: B prompts, T their tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lrt.eval.scoring import score
+from lrt.experiments.bench.rows import Row
+from lrt.inference.calibrate import STRIDES
+from lrt.inference.certificate import Certificate
+from lrt.inference.cost_model import Calibration
+from lrt.inference.prefill import Mode, prefill
+from lrt.inference.sweeps import Flight, Prompt
+from lrt.model.cross_entropy import token_nats
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils.progress import bar
+from lrt.utils.timing import alternate
+
+WITHIN = 0.0005
+"""Bits per byte from the live score at which a prefill counts as live."""
+LOOKED_AT = 6
+"""Sweeps after which the score is taken, at most."""
+
+
+def rows(
+    model: LatentRecurrentTransformer,
+    prompts: Tensor,
+    token_bytes: Tensor,
+    calibration: Calibration,
+    rounds: int = 10,
+    progress: bool = True,
+) -> list[Row]:
+    """The figures of prompts (B, T): the first is timed, all are scored."""
+    device, first, length = prompts.device, prompts[:1], prompts.shape[1]
+    live, gaps = gaps_to_live(model, prompts, token_bytes, progress)
+    needed = {stride: sweeps_needed(found) for stride, found in gaps.items()}
+    groups = min(needed, key=lambda stride: needed[stride] * calibration.sweep(length, 1, stride))
+    sweeps = needed[groups]
+
+    def plain() -> None:
+        model(first, range(length), model.empty_state(1, model.config.context).in_place())
+
+    def swept() -> None:
+        state = model.empty_state(1, model.config.context, tokens=padded(first, model.config.context)).in_place()
+        flight = Flight.of(model, Prompt(first, [length], [0]), state)
+        for sweep in range(sweeps):
+            flight.sweep(model, groups, sweep * groups)
+
+    def filled(mode: Mode) -> Certificate:
+        state = model.empty_state(1, model.config.context).in_place()
+        return prefill(model, first, state, mode, calibration=calibration).report.rows[0]
+
+    quick, full = filled("fast"), filled("converged")
+    with torch.no_grad():
+        times = alternate(
+            {"plain": plain, "fast": lambda: filled("fast"), "full": lambda: filled("converged"), "live": swept},
+            rounds,
+            1,
+            device,
+            "prefill",
+            progress,
+        )
+        few = max(1, rounds // 4)
+        slow = alternate(
+            {"fast": lambda: filled("fast"), "exact": lambda: filled("exact")}, few, 1, device, "exact", progress
+        )
+    about = {"tokens": length, "prompts": len(prompts)}
+    computed = sum(length - sweep * groups for sweep in range(sweeps)) / length
+    scored = {**about, "groups": groups, "sweeps": sweeps, "live_bpb": live, "gap_after_each_sweep": gaps}
+    name = f"prefill of {length} tokens"
+    unit = "plain forwards"
+    return [
+        Row(f"{name}, fast: {unit}, time", *times["fast"].ratio(times["plain"]), at_most=8, about=quick.to_dict()),
+        Row(f"{name}, fast: {unit}, positions", quick.forwards, at_most=8, about=quick.to_dict()),
+        Row(f"{name}, to live BPB: {unit}, time", *times["live"].ratio(times["plain"]), at_most=5, about=scored),
+        Row(f"{name}, to live BPB: {unit}, positions", computed, at_most=5, about=scored),
+        Row(f"{name}, converged: {unit}, time", *times["full"].ratio(times["plain"]), about=full.to_dict()),
+        Row(
+            f"{name}, token by token / fast, time",
+            *slow["exact"].ratio(slow["fast"]),
+            at_least=10 if device.type == "cuda" else None,
+            about=about,
+        ),
+    ]
+
+
+def gaps_to_live(
+    model: LatentRecurrentTransformer, prompts: Tensor, token_bytes: Tensor, progress: bool = True
+) -> tuple[float, dict[int, list[float]]]:
+    """(live BPB of prompts (B, T); by stride, what the BPB after each sweep is above it)."""
+    batch, length = prompts.shape
+    strides = [g for g in STRIDES if 2 * g <= length]
+    size = math.log(2) * int(token_bytes.to(prompts.device)[prompts[:, 1:]].sum())
+    gaps: dict[int, list[float]] = {}
+    with torch.no_grad(), bar("live score", batch * (length - 1) * (1 + len(strides)), progress) as tell:
+        live = float(score(model, prompts, advance=tell).double().sum()) / size
+        for groups in strides:
+            state = model.empty_state(batch, length, tokens=prompts).in_place()
+            flight = Flight.of(model, Prompt(prompts, [length] * batch, [0] * batch), state)
+            gaps[groups] = []
+            for sweep in range(min(LOOKED_AT, length // groups)):
+                flight.sweep(model, groups, sweep * groups)
+                nats = token_nats(model, flight.values[:, :-1, 0], prompts[:, 1:])
+                gaps[groups].append(float(nats.double().sum()) / size - live)
+            tell(batch * (length - 1), f"stride {groups}")
+    return live, gaps
+
+
+def sweeps_needed(gaps: Sequence[float]) -> int:
+    """Sweeps from which on the BPB stays within 0.0005 of live; one more than were looked at where it never does."""
+    far = [n for n, gap in enumerate(gaps, start=1) if abs(gap) > WITHIN]
+    return (far[-1] if far else 0) + 1
+
+
+def padded(tokens: Tensor, slots: int) -> Tensor:
+    """Tokens (B, T) with the unknown behind them, (B, S)."""
+    return torch.nn.functional.pad(tokens, (0, slots - tokens.shape[1]), value=-1)

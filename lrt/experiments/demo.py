@@ -1,0 +1,183 @@
+"""`lrt demo`: a transformer, token shift and the LRT on the same text, scored live, side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+
+from lrt.data.loader import Rows
+from lrt.data.prepare import prepare
+from lrt.data.prepared import Prepared
+from lrt.data.tokenizer import Tokenizer
+from lrt.data.windows import windows
+from lrt.eval.scoring import evaluate
+from lrt.experiments import demo_report
+from lrt.inference.generation import Sampling, generate
+from lrt.model.checkpoint import load
+from lrt.model.size import count_parameters
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules.parse import parse
+from lrt.training import recipes
+from lrt.training.config import RunConfig
+from lrt.training.loop import train
+from lrt.utils.provenance import hardware_line
+
+SAMPLE = 160
+"""Tokens of the sample at the end."""
+EPOCHS = 8
+"""A short text of the user's own is read at most so often."""
+
+
+def demo(
+    out: Path,
+    text: list[Path] | None,
+    tokens: int | None,
+    seed: int,
+    device: str,
+    prompt: str | None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train and score the three families into `out`; returns what summary.json holds.
+
+    A family that an earlier call finished with the same settings and data is not trained again.
+    """
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens is {tokens}; it must be at least 1")
+    begun, reused = time.perf_counter(), 0.0
+    console = Console(highlight=False)
+    source = "the standard library of this Python" if text is None else f"{len(text)} text file(s)"
+    console.print(f"Preparing {source} …")
+    data = prepare(out / "data", text, progress=progress)
+    prompt = opening(data) if prompt is None else prompt
+    longest = recipes.CONTEXT - SAMPLE  # and BOS, whose place the last token drawn does not need
+    length = len(data.tokenizer.encode(prompt))
+    if length > longest:
+        raise ValueError(
+            f"the prompt has {length} tokens; the demo continues at most {longest} in its context of {recipes.CONTEXT}"
+        )
+    if tokens is None:
+        tokens = min(recipes.DEMO_TOKENS, EPOCHS * Rows(data.split("train"), recipes.CONTEXT, seed).targets)
+    models: dict[str, dict[str, Any]] = {}
+    for family in recipes.FAMILIES:
+        run = recipes.demo(family, data.vocab_size, tokens, seed)
+        result, fresh = _family(family, run, data, out / family, device, console, progress)
+        reused += 0.0 if fresh else result.pop("seconds")
+        models[family] = {k: v for k, v in result.items() if k != "seconds"}
+    model, tokenizer = load(out / "lrt" / "checkpoint", device)
+    summary = {
+        "models": models,
+        "data": {k: data.manifest["splits"][k] for k in ("train", "val", "test")},
+        "seed": seed,
+        "hardware": hardware_line(device),
+        "seconds": time.perf_counter() - begun + reused,
+    }
+    console.print(demo_report.table(summary))
+    console.print("\nA sample from the LRT, decoded with its recurrence:\n", style="bold")
+    written = stream(model, tokenizer, prompt, SAMPLE, Sampling(0.8, top_p=0.95), seed)
+    summary["seconds"] = time.perf_counter() - begun + reused
+    diaries = {family: out / family / "metrics.jsonl" for family in models}
+    demo_report.write(out / "report.html", summary, diaries, written)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    console.print(f"\n{out / 'report.html'} and {out / 'summary.json'} written, {summary['seconds']:.0f} s in all.")
+    return summary
+
+
+def _family(
+    family: str, run: RunConfig, data: Prepared, out: Path, device: str, console: Console, progress: bool
+) -> tuple[dict[str, Any], bool]:
+    """One family's result, and whether it had to be made."""
+    settings = {
+        "run": run.to_dict(),
+        "data": data.manifest["splits"],
+        "torch": str(torch.__version__),
+        "device": device,
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    finished = out / "result.json"
+    whole = (out / "metrics.jsonl").is_file() and (out / "checkpoint" / "manifest.json").is_file()
+    known = _finished(finished) if whole else {}
+    if known.get("key") == key:
+        console.print(f"{family}: kept from an earlier call (delete {out} to train it again)")
+        return known["result"], False
+    shutil.rmtree(out / "checkpoint", ignore_errors=True)  # of other settings; `train` would refuse to replace it
+    begun = time.perf_counter()
+    total, dense = count_parameters(run.model)
+    console.print(
+        f"{family}: {total:,} parameters ({dense:,} without tables and head, MLP {run.model.mlp_dim} wide), "
+        f"{run.schedule}, {run.steps} steps of {run.batch_tokens} tokens"
+    )
+    model, done = train(run, data, out, device, progress, f"training {family}")
+    found = windows(data.split("test"), run.model.context)
+    metrics = evaluate(
+        model,
+        found,
+        data.tokenizer.token_bytes(),
+        parse(run.schedule),
+        batch_size=len(found),
+        progress=progress,
+        prefix_bytes=data.tokenizer.prefix_bytes("a"),
+    )
+    scores = {k: v for k, v in metrics.to_dict().items() if v is not None}
+    result = {
+        "parameters": total,
+        "parameters_without_tables": dense,
+        "tokens": done.tokens,
+        "train_seconds": done.seconds,
+        "training_flops": done.flops,
+        **scores,
+        "seconds": time.perf_counter() - begun,
+    }
+    console.print(
+        f"  live {metrics.live_bpb:.4f} bits per byte, parallel {metrics.parallel_bpb:.4f} "
+        f"({metrics.targets:,} tokens of held-out text; {done.tokens / done.seconds:,.0f} tokens/s in training)"
+    )
+    finished.write_text(json.dumps({"key": key, "result": result}, indent=2) + "\n")
+    return result, True
+
+
+def _finished(path: Path) -> dict[str, Any]:
+    """What an earlier call wrote when a family was done; nothing where it is missing or cut short."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def opening(data: Prepared) -> str:
+    """The first line of the first validation document: what the sample starts with."""
+    first = data.tokenizer.decode(data.split("val")[0][:64].tolist())
+    return first.split("\n", 1)[0] + "\n"
+
+
+def stream(
+    model: LatentRecurrentTransformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int | None,
+    sampling: Sampling,
+    seed: int,
+    out: TextIO | None = None,
+) -> str:
+    """Print the prompt and its continuation as the tokens arrive, up to the end of the document; returns it all."""
+    to: TextIO = out or sys.stdout  # looked up here, so that a redirection counts
+    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    tokens = torch.tensor([ids], device=model.embedding.weight.device)
+    decoder, pieces = tokenizer.decoder(ids), [prompt]
+    to.write(prompt)
+    for token in generate(model, tokens, max_new_tokens, sampling, seed):
+        if int(token) == tokenizer.bos:
+            break
+        pieces.append(decoder.push(int(token)))
+        to.write(pieces[-1])
+        to.flush()
+    pieces.append(decoder.finish())
+    to.write(pieces[-1] + "\n")
+    return "".join(pieces)

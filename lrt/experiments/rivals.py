@@ -1,0 +1,68 @@
+"""The families of the published comparisons, each as what it changes of a Transformer of the same size."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from lrt.model.config import MemoryConfig, ModelConfig
+from lrt.schedules import library as schedules
+from lrt.training.recipes import recommended
+
+CHUNK = 64
+"""Tokens of a chunk of the paper's losing baseline."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A family of the published comparisons: what it changes of a Transformer of the same size, and how it trains."""
+
+    changes: dict[str, Any]
+    """Fields of ModelConfig."""
+    schedule: str
+    source: str
+    """Where it is published."""
+
+    def model(self, base: ModelConfig) -> ModelConfig:
+        """`base`, whatever its memory, as this rival."""
+        return dataclasses.replace(base, **{"memory": MemoryConfig(injection="none"), **self.changes})
+
+
+JACOBI = (
+    "mixture([(0.34, multi_refinement(1, (0, 1))), (0.33, multi_refinement(2, (0, 0, 1))), "
+    "(0.33, multi_refinement(3, (0, 0, 0, 1)))])"
+)
+"""PonderLM-2's: 1 to 3 Jacobi iterations, drawn per step, and the loss on the last."""
+
+
+def rivals(layers: int) -> dict[str, Rival]:
+    """Everything that the LRT is compared with, and its own variants (the study `rivals`).
+
+    T²MLR's recurrence is that of one middle block, read from an upper-middle layer: its gate is ours, and the rest of
+    its block is not rebuilt. The loops add the embedding again in every block, as all models here do.
+    """
+    upper, middle = max(1, round(0.75 * layers)), max(1, layers // 2)
+    lrt, thought = "2605.26797", "PonderLM-2, 2509.23184"
+    twice, best = MemoryConfig(source=(0, 0), combine="channels"), recommended(layers)
+    return {
+        "transformer": Rival({}, "plain()", "nanochat"),
+        "token shift": Rival({"memory": MemoryConfig(source=0)}, "plain()", "control: the previous embedding"),
+        "token shift, 2 channels": Rival({"memory": twice}, "plain()", "control: as many projections, shared"),
+        "token shift, 2 channels, layerwise": Rival(
+            {"memory": dataclasses.replace(twice, projection="layerwise")}, "plain()", "control: as many projections"
+        ),
+        "loop 2": Rival({"loops": 2}, "plain()", "ALBERT, 1909.11942, as in " + thought),
+        "loop 3": Rival({"loops": 3}, "plain()", "ALBERT, 1909.11942, as in " + thought),
+        "ponder": Rival({"thoughts": 1}, JACOBI, thought),
+        "middle recurrence": Rival(
+            {"memory": MemoryConfig(source=upper, layers=(middle,))}, schedules.DEFAULT, "after T²MLR, 2607.15178"
+        ),
+        "chunked": Rival({"memory": MemoryConfig()}, f"chunked({CHUNK})", lrt),
+        "shared": Rival({"memory": MemoryConfig()}, "interleaved(2)", lrt),
+        "layerwise": Rival({"memory": MemoryConfig(projection="layerwise")}, "interleaved(2)", lrt),
+        "recommended, shared": Rival(
+            {"memory": dataclasses.replace(best, projection="shared")}, schedules.DEFAULT, "docs/log.md"
+        ),
+        "recommended": Rival({"memory": best}, schedules.DEFAULT, "docs/log.md"),
+    }

@@ -1,0 +1,23 @@
+"""What the cells of a study can run. To add one, write the class of `runner.Kind` and give it a line here."""
+
+from __future__ import annotations
+
+from lrt.experiments.studies import figures
+from lrt.experiments.studies.language import Language, Rivals, Scaling
+from lrt.experiments.studies.runner import Kind
+from lrt.experiments.studies.state_tracking import StateTracking
+
+KINDS: dict[str, Kind] = {
+    "tracking": StateTracking(),
+    "language": Language(),
+    "rivals": Rivals(figures.leads),
+    "sources": Language(figures.source_curve),
+    "scaling": Scaling(figures.scaling_curves),
+}
+
+
+def kind(name: str) -> Kind:
+    """By its name. ValueError with the known ones."""
+    if name not in KINDS:
+        raise ValueError(f"unknown kind of study {name!r}; choose one of {', '.join(KINDS)}")
+    return KINDS[name]

@@ -1,0 +1,311 @@
+"""Run a study: cell by cell, each finished one a JSON line. What is done is skipped, so a stopped study goes on.
+
+Several processes, on one machine or on several that share the folder, may run one study: each claims a cell before it
+runs it, and waits at the end for what others run, in case they leave it. A claim is a file that its process touches as
+it goes on; one whose process has died (on this machine), or that was not touched for an hour (on another), is nobody's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import filelock
+from matplotlib.figure import Figure
+
+from lrt.eval.report.table import Table
+from lrt.experiments.studies.grid import Cell, Fields, Study
+from lrt.utils.progress import Advance, bar
+from lrt.utils.provenance import code_version, hardware
+
+Line = dict[str, Any]
+"""One finished cell: study, cell, choices, seed, key, fields, result, seconds, hardware; `from`, another study's cell
+whose run this was."""
+ABANDONED = 3600.0
+"""Seconds after which a claim that was not touched is nobody's."""
+WAIT = 5.0
+"""Seconds between two looks at what others have left."""
+
+
+class Kind(Protocol):
+    """What the cells of a study run, and how their results are shown."""
+
+    def minutes(self, cell: Cell, device: str) -> float:
+        """About how long a cell will take here: declared, or measured from a few steps."""
+        ...
+
+    def missing(self, cell: Cell) -> str | None:
+        """What a cell lacks here, and how to get it; None where it can run."""
+        ...
+
+    def current(self, line: Line) -> bool:
+        """Whether a line's result is of what its fields mean now."""
+        ...
+
+    def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
+        """One cell's result, plain data: no weights, no text. `advance(amount, text)` counts to 1."""
+        ...
+
+    def tables(self, lines: Sequence[Line]) -> list[Table]:
+        """What the study found, as text cells."""
+        ...
+
+    @property
+    def figure(self) -> Callable[[Sequence[Line]], Figure]:
+        """Draws what the study shows."""
+        ...
+
+
+def finished(file: Path) -> list[Line]:
+    """The lines of a file of results; none where it does not exist. A line that was cut short is passed over."""
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def current(kind: Kind, file: Path) -> list[Line]:
+    """The lines that a cell would still come to, with the code and the data that are here."""
+    return [line for line in finished(file) if kind.current(line)]
+
+
+def of(study: Study, lines: Sequence[Line]) -> list[Line]:
+    """The newest line of each cell of the study as it is now, in the study's order."""
+    newest = {(line["cell"], line["key"]): line for line in lines}
+    return [newest[c.name, c.key] for c in study.cells if (c.name, c.key) in newest]
+
+
+def newest(lines: Sequence[Line]) -> list[Line]:
+    """The last line of each cell, whatever its fields."""
+    return list({line["cell"]: line for line in lines}.values())
+
+
+def left(study: Study, lines: Sequence[Line], only: Sequence[str] = ()) -> list[Cell]:
+    """The cells still to run; with `only`, those whose names hold all of these words.
+
+    Of a sweep's later seeds, only the best choice of the first one; where that is not known yet, the first choice
+    stands for it, behind all cells of the first seed.
+    """
+    known = of(study, lines)
+    done = {line["cell"] for line in known}
+    chosen = [c for c in study.cells if all(word in (*c.choices, str(c.seed)) for word in only)]
+    if study.sweep is not None:
+        best = swept(study, known)
+        chosen = [c for c in chosen if c.seed == study.cells[0].seed or best[study.apart_from_sweep(c)] == c.choices]
+    return [c for c in chosen if c.name not in done]
+
+
+def swept(study: Study, lines: Sequence[Line]) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """For each combination of the axes not swept, the choices of its cell that was best with the first seed."""
+    assert study.sweep is not None
+    scores = {line["cell"]: line["result"].get(study.sweep.by, math.inf) for line in lines}
+    best: dict[tuple[str, ...], Cell] = {}
+    for cell in study.cells:
+        if cell.seed == study.cells[0].seed:
+            now = best.setdefault(study.apart_from_sweep(cell), cell)
+            if scores.get(cell.name, math.inf) < scores.get(now.name, math.inf):
+                best[study.apart_from_sweep(cell)] = cell
+    return {key: cell.choices for key, cell in best.items()}
+
+
+def announced(minutes: float, cells: int, done: int) -> str:
+    """What is said before the first cell runs."""
+    return f"{cells} cells to run, about {minutes:,.0f} minutes in all; {done} are done already"
+
+
+def run(
+    study: Study,
+    kind: Kind,
+    file: Path,
+    only: Sequence[str] = (),
+    progress: bool = True,
+    device: str = "cpu",
+) -> list[Line]:
+    """Run what is left, appending to `file` as cells finish; returns the study's lines.
+
+    A cell whose very run another study's results beside `file` hold is not run again. One that fails is named, and the
+    others go on; ValueError at the end.
+    """
+    words = {str(word) for cell in study.cells for word in (*cell.choices, cell.seed)}
+    unknown = [word for word in only if word not in words]
+    if unknown:
+        raise ValueError(f"no cell has the choice {', '.join(unknown)}; choose among {', '.join(sorted(words))}")
+    waiting = left(study, current(kind, file), only)
+    missing = {cell.name: lack for cell in waiting if (lack := kind.missing(cell)) is not None}
+    for lack in sorted(set(missing.values())):
+        print(f"{sum(each == lack for each in missing.values())} cells are left out: {lack}", flush=True)
+    minutes = {
+        cell.name: 0.0 if taken(study, kind, cell, file) else kind.minutes(cell, device)
+        for cell in waiting
+        if cell.name not in missing
+    }
+    total = sum(minutes.values())
+    print(announced(total, len(minutes), len(of(study, current(kind, file)))), flush=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+    with bar(study.name, max(1e-9, total), progress) as advance:
+        while cells := [c for c in left(study, current(kind, file), only) if c.name not in {*missing, *failed}]:
+            cell = free(study, cells, file)
+            if cell is None:
+                advance(0, f"waiting for what other processes run ({claim_file(file, cells[0]).parent})")
+                time.sleep(WAIT)
+                continue
+            each = minutes.get(cell.name, 1.0)  # of a sweep's later seeds another choice may have been announced
+            with claim(file, cell) as mine:
+                if mine is None or cell not in left(study, current(kind, file), only):  # another process was faster
+                    continue
+                try:
+                    line = taken(study, kind, cell, file) or finish(
+                        study, cell, kind, telling(advance, cell, each, mine), device
+                    )
+                except Exception as error:
+                    failed[cell.name] = f"{type(error).__name__}: {error}"
+                    print(f"{cell.name} failed: {failed[cell.name]}", flush=True)
+                else:
+                    append(file, line)
+    if failed:
+        raise ValueError(
+            f"{len(failed)} cells failed, the others are done; they run again with the same command: "
+            + "; ".join(f"{name}: {error}" for name, error in failed.items())
+        )
+    return of(study, current(kind, file))
+
+
+def telling(advance: Advance, cell: Cell, minutes: float, mine: Path) -> Advance:
+    """A cell's own `advance`, which keeps its claim fresh."""
+
+    def told(amount: float, text: str = "") -> None:
+        with contextlib.suppress(FileNotFoundError):  # someone removed it: that is no reason to stop
+            os.utime(mine)
+        advance(amount * minutes, f"{cell.name} {text}")
+
+    return told
+
+
+def free(study: Study, cells: Sequence[Cell], file: Path) -> Cell | None:
+    """The next of these cells that nobody has claimed. A later seed waits for the sweep of its own choices."""
+    first = study.cells[0].seed
+    unknown = {study.apart_from_sweep(c) for c in cells if c.seed == first} if study.sweep is not None else set()
+    ready = (c for c in cells if c.seed == first or study.apart_from_sweep(c) not in unknown)
+    return next((c for c in ready if not claimed(claim_file(file, c))), None)
+
+
+def claim_file(file: Path, cell: Cell) -> Path:
+    return file.with_suffix(".claims") / f"{cell.key}.{cell.name.replace('/', '.').replace(' ', '-')}"
+
+
+def claimed(path: Path) -> bool:
+    """Whether a process works on a cell."""
+    try:
+        host, _, process = path.read_text().partition(" ")
+        fresh = time.time() - path.stat().st_mtime < ABANDONED
+    except FileNotFoundError:
+        return False
+    if host == platform.node() and process.isdigit():  # of this machine it is known
+        return alive(int(process))
+    return fresh
+
+
+def alive(process: int) -> bool:
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+@contextmanager
+def claim(file: Path, cell: Cell) -> Iterator[Path | None]:
+    """Hold a cell, so that no other process runs it; None where another one holds it."""
+    path = claim_file(file, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):  # looking and taking are one step
+        mine = not claimed(path)
+        if mine:
+            path.write_text(f"{platform.node()} {os.getpid()}")
+    try:
+        yield path if mine else None
+    finally:
+        if mine:
+            path.unlink(missing_ok=True)
+
+
+def append(file: Path, line: Line) -> None:
+    """Add a line, on its own also where the last one was cut short."""
+    with filelock.FileLock(file.with_suffix(".lock")):
+        whole = not file.exists() or file.read_text()[-1:] in ("", "\n")
+        with file.open("a") as out:
+            out.write(("" if whole else "\n") + json.dumps(line) + "\n")
+
+
+def finish(study: Study, cell: Cell, kind: Kind, advance: Advance, device: str = "cpu") -> Line:
+    """Run one cell."""
+    begun = time.perf_counter()
+    result = kind.run(cell.fields, advance, device)
+    return {
+        **labelled(study, cell),
+        "result": result,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "code": code_version(),
+        "hardware": json.loads(json.dumps(hardware(device), default=str)),
+    }
+
+
+def labelled(study: Study, cell: Cell) -> Line:
+    """Which cell of which study, as a line says it."""
+    return {
+        "study": study.name,
+        "edition": study.edition,
+        "kind": study.kind,
+        "cell": cell.name,
+        "choices": dict(zip(study.axes, cell.choices, strict=True)),
+        "seed": cell.seed,
+        "key": cell.key,
+        "fields": cell.fields,
+    }
+
+
+def taken(study: Study, kind: Kind, cell: Cell, file: Path) -> Line | None:
+    """A cell's line from that of another study beside `file` with the same fields, which says whose it was."""
+    for other in sorted(set(file.parent.glob("*.jsonl")) - {file}):
+        for line in reversed(finished(other)):
+            if line["key"] == cell.key and kind.current(line):
+                return {**line, **labelled(study, cell), "from": f"{line['study']}.{line['edition']} {line['cell']}"}
+    return None
+
+
+def on_devices(arguments: Sequence[str], devices: Sequence[str]) -> None:
+    """`lrt` with these arguments once per device, side by side; they share the cells by their claims, and the cores
+    where `cpu` is named more than once. How many threads each of these has is said, and stands in its lines."""
+    environment = dict(os.environ)
+    if (processes := list(devices).count("cpu")) > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        print(f"{processes} processes on cpu, OMP_NUM_THREADS={environment['OMP_NUM_THREADS']} each", flush=True)
+    running = [
+        subprocess.Popen([sys.executable, "-m", "lrt", *arguments, "--devices", each], env=environment)
+        for each in devices
+    ]
+    try:
+        failed = [device for device, each in zip(devices, running, strict=True) if each.wait() != 0]
+    except KeyboardInterrupt:
+        for each in running:  # they had the signal too, and end by themselves
+            each.wait()
+        raise
+    if failed:
+        raise ValueError(f"the study's processes on {', '.join(failed)} failed; what others did is kept")

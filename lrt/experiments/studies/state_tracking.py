@@ -1,0 +1,307 @@
+"""State-tracking cells: train on short sequences, score the tracked state live on long ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lrt.eval.ablations import ablated
+from lrt.eval.report.table import Table
+from lrt.experiments.studies import grid
+from lrt.experiments.studies.grid import Cell, Fields
+from lrt.experiments.studies.runner import Line
+from lrt.experiments.tracking import measure
+from lrt.experiments.tracking.tasks import TASKS, Task
+from lrt.experiments.tracking.training import TrackingRun, train
+from lrt.model.config import ModelConfig
+from lrt.model.execution import Execution, missing_compiler
+from lrt.model.size import count_parameters
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules import unrolled
+from lrt.schedules.flops import training_flops
+from lrt.schedules.parse import parse
+from lrt.training.optim import OptimConfig
+from lrt.utils.progress import Advance
+
+TRAINING = 0.8
+"""The part of a cell's time that training takes, for the bar."""
+ABLATED = ("zero", "embedding")
+"""Contract 5: what the memory is replaced with, live, at the shortest test."""
+FEW = 250
+"""Rows for that."""
+
+
+class StateTracking:
+    """Fields: those of TrackingRun (`model` without vocab_size), `tests` (lengths), `sequences`, `reads`.
+
+    `stream`: {symbols, rows, compile}, a stream with one carried state per row, together so many symbols.
+    `reads`: {task: {length, reads}}, further tests in which every answer is counted, not the last one's only.
+    Tests longer than a model can read, which has a layer of full attention, are left out.
+    """
+
+    def missing(self, cell: Cell) -> str | None:
+        """Nothing: rows are drawn."""
+        return None
+
+    def current(self, line: Line) -> bool:
+        """Always: all that decides a run is in its fields."""
+        return True
+
+    def minutes(self, cell: Cell, device: str) -> float:
+        """As the study says: measuring would take training to mastery. Raises ValueError for fields that are wrong."""
+        run = tracking_run(cell.fields)
+        stream = cell.fields.get("stream", {})
+        if stream.get("compile") == "always":
+            missing = missing_compiler(device)
+            if missing is not None:
+                raise ValueError(f"{cell.name} compiles its stream, but {missing}; set compile: never")
+        if stream and unrolled.uncovered(LatentRecurrentTransformer(run.model)) is not None:
+            raise ValueError(
+                f"{cell.name}: a stream needs a memory, and in every layer a window of at most "
+                f"{unrolled.CHUNK + 1} positions"
+            )
+        return cell.minutes
+
+    def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
+        run = tracking_run(fields)
+        task, sequences = TASKS[run.task], fields.get("sequences", measure.SEQUENCES)
+        result: dict[str, Any] = {"parameters": count_parameters(run.model)[0], "chance": task.chance}
+        try:
+            done = train(run, lambda steps, text: advance(TRAINING * steps / run.steps, text), device=device)
+        except FloatingPointError as error:
+            return {**result, "diverged": str(error)}
+        result |= {
+            "tokens": done.tokens,
+            "training_flops": done.tokens * training_flops(run.model, parse(run.schedule), run.longest),
+            "train_seconds": round(done.seconds, 1),
+            "grown": {str(length): step for length, step in done.grown.items()},
+            "loss": statistics.fmean(done.losses[-max(1, run.steps // 20) :]),
+            "last_state": {},
+            "reads": {},
+            "ablated": {},
+        }
+        longest = math.inf if run.model.unbounded else run.model.context
+        tests, extra = [n for n in fields.get("tests", []) if n <= longest], fields.get("reads", {})
+        share = (1 - TRAINING) / max(1, len(tests) + len(extra) + ("stream" in fields))
+        for wanted in tests:
+            length = task.length(wanted)
+            found = measure.final_state(done.model, task, length, sequences, run.seed)
+            result["last_state"][str(length)] = {"sequences": found.asked, "accuracy": found.accuracy}
+            advance(share, f"length {length}: {found.accuracy:.1%}")
+        for name, wanted in extra.items():
+            found = measure.reads(done.model, TASKS[name], wanted["length"], wanted["reads"], run.seed)
+            result["reads"][name] = {"length": wanted["length"], "reads": found.asked, "errors": found.errors}
+            advance(share, f"{name}: {found.errors} errors")
+        if tests and run.model.memory.remembered(run.model.depth):
+            for name in ABLATED:
+                found = measure.final_state(ablated(done.model, name), task, task.length(tests[0]), FEW, run.seed)
+                result["ablated"][name] = {"sequences": FEW, "accuracy": found.accuracy}
+        if "stream" in fields:
+            result["stream"] = streamed(
+                done.model, task, fields["stream"], run.seed, lambda amount, text="": advance(share * amount, text)
+            )
+        return result
+
+    def tables(self, lines: Sequence[Line]) -> list[Table]:
+        """All tasks at a glance; each, mean and standard deviation over seeds; errors among all reads; streams."""
+        tasks = [task_table(task, found) for (task,), found in grouped(lines, "task").items()]
+        whole = [line for line in lines if "diverged" not in line["result"]]
+        return [summary(lines), *tasks, reads_rows(whole), stream_rows(whole)]
+
+    def figure(self, lines: Sequence[Line]) -> Figure:
+        """Accuracy of the last state against length, a panel per task, a line per model: mean and deviation."""
+        curves: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(dict)
+        for (task, model), by_length in accuracies(lines).items():
+            curves[task][model] = by_length
+        columns = min(2, len(curves))
+        height = math.ceil(len(curves) / columns)
+        figure = Figure(figsize=(4.6 * columns, 3.1 * height + 0.6), layout="constrained")
+        panels = figure.subplots(height, columns, squeeze=False).flatten()
+        models = list(dict.fromkeys(model for task in curves.values() for model in task))
+        for panel, (task, by_model) in zip(panels, curves.items(), strict=False):
+            for model, points in by_model.items():
+                draw(panel, models.index(model), model, points)
+            first = next(line for line in lines if named(line, "task") == task)
+            panel.axhline(100 * TASKS[first["fields"]["task"]].chance, color="grey", linewidth=0.8, linestyle=":")
+            panel.axvspan(1, first["fields"]["longest"], color="grey", alpha=0.12, linewidth=0)
+            panel.set(title=task, xlabel="length (grey: trained on)", ylabel="last state right, %", ylim=(0, 104))
+            lengths = sorted({length for points in by_model.values() for length in points})
+            panel.set(xscale="log", xlim=(0.75 * lengths[0], 1.33 * lengths[-1]))
+            panel.set_xticks(lengths, [str(n) for n in lengths])
+            panel.minorticks_off()
+        handles = {h.get_label(): h for p in panels for h in p.get_lines() if not str(h.get_label()).startswith("_")}
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize="small", frameon=False
+        )
+        return figure
+
+
+def streamed(
+    model: LatentRecurrentTransformer, task: Task, stream: Fields, seed: int, advance: Advance
+) -> dict[str, Any]:
+    """The accuracy of a stream, whole and in tenths, and how it was run."""
+    generator = measure.fresh("stream", task, stream["symbols"], seed)
+    tokens, classes = measure.drawn(model, task, stream["rows"], stream["symbols"] // stream["rows"], generator)
+    begun = time.perf_counter()
+    found = measure.stream(model, tokens, classes, execution=Execution(stream["compile"]), advance=advance)
+    return {
+        "symbols": tokens.numel(),
+        "rows": stream["rows"],
+        "accuracy": found.accuracy,
+        "tenths": [part.accuracy for part in found.parts],
+        "carried_numbers": found.carried,
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+
+
+TESTS = {"tests", "sequences", "reads", "stream"}
+"""Fields that say what is measured after training."""
+
+
+def tracking_run(fields: Fields) -> TrackingRun:
+    """The run that a cell's fields describe. ValueError where they are wrong, those of tests included."""
+    own = {field.name for field in dataclasses.fields(TrackingRun)}
+    unknown = sorted(set(fields) - own - TESTS)
+    if unknown:
+        raise ValueError(f"a tracking cell has no field {', '.join(unknown)}; it has {', '.join(sorted(own | TESTS))}")
+    missing = {"task", "model", "optim"} - set(fields)
+    if missing:
+        raise ValueError(f"a tracking cell needs {', '.join(sorted(missing))}")
+    for name in (fields["task"], *fields.get("reads", ())):
+        if name not in TASKS:
+            raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+    task = TASKS[fields["task"]]
+    model = ModelConfig.from_dict({**fields["model"], "vocab_size": task.vocabulary})
+    rest = {k: v for k, v in fields.items() if k not in {"model", "optim", *TESTS}}
+    return TrackingRun(model=model, optim=OptimConfig(**fields["optim"]), **rest)
+
+
+def recipe(task: str, model: str = "sequential", edition: str = "tiny", seed: int = 0) -> TrackingRun:
+    """The run of a cell of the study, by its choices there: `recipe("S5 by swaps")` is what solves it.
+
+    ValueError for choices that the study has not.
+    """
+    study = grid.read("state-tracking", edition)
+    found = next((cell for cell in study.cells if cell.choices == (task, model)), None)
+    pairs = ", ".join(f"{a!r} {b!r}" for a, b in dict.fromkeys(cell.choices for cell in study.cells))
+    if found is None:
+        raise ValueError(f"edition {edition} has no {task!r} under {model!r}; it has {pairs}")
+    assert found is not None
+    return tracking_run({**found.fields, "seed": seed})
+
+
+def accuracies(lines: Sequence[Line]) -> dict[tuple[str, str], dict[int, list[float]]]:
+    """(task, model) -> length -> each seed's accuracy."""
+    found: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        for length, score in line["result"].get("last_state", {}).items():
+            found[named(line, "task"), named(line, "model")][int(length)].append(score["accuracy"])
+    return found
+
+
+def summary(lines: Sequence[Line]) -> Table:
+    """A row per model, a column per task and length: accuracy of the last state. No rows where there is one task.
+
+    Of fewer seeds than the most that a cell has, how many stands behind.
+    """
+    scores = accuracies(lines)
+    columns = list(dict.fromkeys((task, n) for (task, _), by_length in scores.items() for n in sorted(by_length)))
+    models = list(dict.fromkeys(named(line, "model") for line in lines))
+    most = max((len(v) for by_length in scores.values() for v in by_length.values()), default=0)
+
+    def entry(values: Sequence[float]) -> str:
+        fewer = f" ({len(values)} seed{'s' * (len(values) > 1)})" if len(values) < most else ""
+        return (spread(values).removesuffix(" ± 0.0") + fewer) if values else ""
+
+    body = [[m, *(entry(scores.get((task, m), {}).get(n, [])) for task, n in columns)] for m in models]
+    head = ["last state right, %", *(f"{task}, {n}" for task, n in columns)]
+    return Table("", head, body if len({task for task, _ in columns}) > 1 else [])
+
+
+def task_table(task: str, lines: Sequence[Line]) -> Table:
+    """A row per model: accuracy of the last state by length, what its memory is worth, and what it was trained with.
+
+    How far the rows grew says how long its mean loss kept falling, not what it answers. The ablations are at the
+    shortest test.
+    """
+    scores = accuracies(lines)
+    lengths = sorted({length for by_length in scores.values() for length in by_length})
+    names = {"zero": "memory zero", "embedding": "memory embedding"}
+    head = ["model", "seeds", *map(str, lengths), *(names[a] for a in ABLATED), "rows grew to (of)", "training FLOPs"]
+    body = []
+    for (model,), every in grouped(lines, "model").items():
+        found = [line for line in every if "diverged" not in line["result"]]
+        seeds = f"{len(found)}" + (f", {len(every) - len(found)} diverged" if len(found) < len(every) else "")
+        if not found:
+            body.append([model, seeds, *[""] * (len(head) - 2)])
+            continue
+        measured = [line["result"]["ablated"] for line in found if line["result"].get("ablated")]  # the first have none
+        replaced = [spread([each[name]["accuracy"] for each in measured]) if measured else "" for name in ABLATED]
+        grown = ", ".join(max(line["result"]["grown"], key=int) for line in found)
+        by_length = scores[task, model]
+        at = [spread(by_length[length]) if by_length.get(length) else "" for length in lengths]
+        flops = statistics.fmean(line["result"]["training_flops"] for line in found)
+        body.append([model, seeds, *at, *replaced, f"{grown} ({found[0]['fields']['longest']})", f"{flops:.1e}"])
+    chance = lines[0]["result"]["chance"]
+    return Table(f"{task}: last state right, %, by length; chance {chance:.1%}", head, body)
+
+
+def reads_rows(lines: Sequence[Line]) -> Table:
+    """Errors among all answers of longer or other sequences."""
+    rows = []
+    for (task, model), found in grouped(lines, "task", "model").items():
+        for test in found[0]["result"]["reads"]:
+            reads = [line["result"]["reads"][test] for line in found]
+            errors = ", ".join(f"{read['errors']:,} / {read['reads']:,}" for read in reads)
+            rows.append([task, model, test, errors])
+    return Table("", ["trained on", "model", "test", "errors / reads, by seed"], rows)
+
+
+def stream_rows(lines: Sequence[Line]) -> Table:
+    """One row per stream."""
+    rows = []
+    for line in lines:
+        if "stream" in line["result"]:
+            found, task, model = line["result"]["stream"], named(line, "task"), named(line, "model")
+            scores = [f"{100 * each:.4f}" for each in (found["accuracy"], min(found["tenths"]))]
+            rows.append([task, model, str(line["seed"]), f"{found['symbols']:,}", *scores])
+    return Table("", ["stream", "model", "seed", "symbols", "right, %", "worst tenth, %"], rows)
+
+
+def grouped(lines: Sequence[Line], *axes: str) -> dict[tuple[str, ...], list[Line]]:
+    """Lines by their choices on these axes, in order."""
+    found: dict[tuple[str, ...], list[Line]] = defaultdict(list)
+    for line in lines:
+        found[tuple(named(line, axis) for axis in axes)].append(line)
+    return found
+
+
+def named(line: Line, axis: str) -> str:
+    """A line's choice on an axis; in a study without that axis, the task or the schedule that it ran."""
+    if axis in line["choices"]:
+        return line["choices"][axis]
+    return line["fields"]["task"] if axis == "task" else line["fields"].get("schedule", TrackingRun.schedule)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, in per cent."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.fmean(values):.1f} ± {100 * deviation:.1f}"
+
+
+def draw(panel: Any, index: int, model: str, points: dict[int, list[float]]) -> None:
+    """A model's curve, its mean with a bar of one standard deviation either side."""
+    lengths = sorted(points)
+    means = [100 * statistics.fmean(points[n]) for n in lengths]
+    bars = [100 * statistics.stdev(points[n]) if len(points[n]) > 1 else 0.0 for n in lengths]
+    places = [n * 1.02**index for n in lengths]  # side by side, where many are at 100 %
+    style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--"}  # ten colours there are
+    panel.plot(places, means, marker="o", markersize=3.5, label=model, **style)
+    panel.errorbar(places, means, yerr=bars, fmt="none", ecolor=f"C{index % 10}", capsize=2)

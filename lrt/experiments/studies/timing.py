@@ -1,0 +1,151 @@
+"""What cells of language take: paired ratios of times, measured once and kept, and how long a cell will run.
+
+Ratios are kept in a file beside the texts, so that all seeds and rates of a family, also in a study that goes on or
+runs in several processes, have the same horizon at equal wall-clock (contract, section 5).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+
+from lrt.data.prepared import Prepared
+from lrt.distributed.objective import objective
+from lrt.distributed.single import Alone
+from lrt.eval.scoring import BATCH
+from lrt.experiments.studies import texts
+from lrt.inference.decoders import decoder
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules import library as schedules
+from lrt.schedules.base import Schedule
+from lrt.schedules.flops import forward_flops
+from lrt.schedules.loss import StepLoss
+from lrt.schedules.parse import parse
+from lrt.training.config import RunConfig
+from lrt.training.matching import PAIRS, seconds_per_token, step_time_ratio
+from lrt.training.trainer import Training
+from lrt.utils.provenance import hardware
+from lrt.utils.timing import Work, alternate
+
+Ratios = dict[str, float]
+"""`step`: a training step over the Transformer's, optimiser included. `schedule`: forward and backward over `plain()`
+of the same model (contract, section 6). `decode`: a decoded token over the Transformer's."""
+TEXTS, TURNS = 4, 16
+"""Texts of `context` tokens in one row that are decoded to compare, and the turns that each is decoded in: a busy
+machine changes within a text, so that pairs of whole texts say little."""
+DECODED = 16
+"""Tokens that are decoded to say how long scoring will take."""
+REFINEMENTS = 64
+
+
+def kept_file() -> Path:
+    """Where ratios are kept."""
+    return texts.TEXTS.parent / "ratios.json"
+
+
+def ratios(run: RunConfig, other: RunConfig, data: Prepared, device: str) -> Ratios:
+    """The ratios of a run and the Transformer's beside it: those that are kept, or measured now."""
+    if run.model == other.model and run.schedule == other.schedule:
+        return {"step": 1.0, "schedule": 1.0, "decode": 1.0}
+    shape = {"horizon": "", "seed": 0, "optim": None}
+    key = json.dumps([{**r.to_dict(), **shape} for r in (run, other)] + [hardware(device)], sort_keys=True, default=str)
+    file = kept_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):  # held while measuring: two at once would disturb each other
+        known: dict[str, Ratios] = json.loads(file.read_text()) if file.exists() else {}
+        if key not in known:
+            known[key] = {
+                "step": step_time_ratio(run, other, data, Alone(device)),
+                "schedule": schedule_ratio(run, device),
+                "decode": decode_ratio(run, other, device),
+            }
+            new = file.with_suffix(".new")
+            new.write_text(json.dumps(known, indent=1))
+            new.replace(file)
+    return known[key]
+
+
+def schedule_ratio(run: RunConfig, device: str) -> float:
+    """Forward and backward of a batch over `plain()` of the same model: median of pairs, parts by their shares."""
+    parts = parse(run.schedule).shares()
+    plain = schedules.plain()
+    if [part for _, part in parts] == [plain]:
+        return 1.0
+    model = LatentRecurrentTransformer(run.model).to(device).train()
+    rows = run.device_batch or run.batch_size
+    tokens = torch.randint(run.model.vocab_size, (2, rows, run.model.context), device=device)
+    wrapped = objective(model, torch.bfloat16 if run.precision == "bfloat16" else torch.float32)
+
+    def step(schedule: Schedule) -> Work:
+        loss = StepLoss.of(schedule, [tokens[1]])
+
+        def work() -> None:
+            model.zero_grad()
+            wrapped(loss, tokens[0], tokens[1], None).backward()
+
+        return work
+
+    work = {repr(schedule): step(schedule) for schedule in (plain, *(part for _, part in parts))}
+    times = alternate(work, PAIRS, device=device, progress=False)
+    return sum(share * times[repr(part)].ratio(times[repr(plain)])[0] for share, part in parts)
+
+
+def decode_ratio(run: RunConfig, other: RunConfig, device: str) -> float:
+    """Time to decode a token of one row over the other model's: the median of alternated turns through whole texts."""
+    work = {}
+    for name, each in (("this", run), ("other", other)):
+        model = LatentRecurrentTransformer(each.model).to(device).eval()
+        work[name] = by_turns(model, each.model.context)
+    times = alternate(work, TEXTS * TURNS, device=device, progress=False)
+    return times["this"].ratio(times["other"])[0]
+
+
+def by_turns(model: LatentRecurrentTransformer, context: int) -> Work:
+    """Decode the next part of a text of `context` tokens; behind its end, of a new one."""
+    size = max(1, context // TURNS)
+
+    def parts() -> Iterator[None]:
+        while True:
+            way: Any = decoder(model, model.empty_state(1, context))
+            for position in range(context):
+                way.logits(way(torch.zeros(1, dtype=torch.long, device=model.embedding.weight.device), [position]))
+                if (position + 1) % size == 0:
+                    yield
+
+    going = parts()
+    return lambda: next(going)
+
+
+def decoding(model: LatentRecurrentTransformer, rows: int, count: int) -> Work:
+    """Decode `count` tokens of `rows` rows, from nothing."""
+    device = model.embedding.weight.device
+
+    def work() -> None:
+        way: Any = decoder(model, model.empty_state(rows, count))
+        for position in range(count):
+            way.logits(way(torch.zeros(rows, dtype=torch.long, device=device), [position] * rows))
+
+    return work
+
+
+def estimated(run: RunConfig, data: Prepared, targets: int, settling: int, device: str) -> float:
+    """Minutes of a cell: training by one step of each part of its schedule, scores by some decoded tokens."""
+    training = Training(run, data, device)
+    training.step()
+    each = seconds_per_token(training)
+    training.close()
+    model = training.model.eval()
+    decoded = alternate({"": decoding(model, BATCH, DECODED)}, 1, 1, device, progress=False)[""].median
+    has_memory = bool(model.config.memory.remembered(model.config.depth))
+    live = (4 if has_memory else 2) * targets * decoded / (DECODED * BATCH)  # val, test, and test with two ablations
+    forward = each * sum(forward_flops(run.model, run.model.context)) / run.flops_per_token
+    length = run.model.context
+    passes = sum(w * len(p.positions) / length for w, s in parse(run.schedule).shares() for p in s.passes(length))
+    parallel = targets * forward * passes
+    settled = settling * forward * (REFINEMENTS + 1) if has_memory else 0.0
+    return (run.tokens * each + live + parallel + settled) / 60

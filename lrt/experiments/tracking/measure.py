@@ -1,0 +1,152 @@
+"""How well a model tracks, live: token by token with true recurrence.
+
+Shapes: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrt.data.batch import IGNORED
+from lrt.experiments.tracking.tasks import Task
+from lrt.model.execution import EAGER, Execution
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules import library as schedules
+from lrt.schedules import unrolled
+from lrt.schedules.refinement import refine
+
+SEQUENCES = 1000
+"""Fresh rows per length."""
+HELD_OUT = 2**31
+"""Seeds of tests begin here, and those of training end: a generator on the CPU knows 32 bits of a seed."""
+Drawn = tuple[Tensor, Tensor]
+BLOCK = 4096
+"""Positions of a stream whose hidden states exist at one time."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered."""
+
+    asked: int
+    right: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.asked
+
+    @property
+    def errors(self) -> int:
+        return self.asked - self.right
+
+
+@torch.no_grad()
+def live(model: LatentRecurrentTransformer, tokens: Tensor) -> Tensor:
+    """Answers (B, T): the likeliest class at each position, decoded token by token.
+
+    A model without a stored memory needs no recurrence: one plain pass gives the same.
+    """
+    if unrolled.uncovered(model) is None:
+        return model.logits(unrolled.over(model, tokens)).argmax(-1)
+    remembered = model.config.memory.remembered(model.config.depth)
+    schedule = schedules.sequential() if remembered else schedules.plain()
+    return model.logits(refine(model, tokens, schedule).hidden).argmax(-1)
+
+
+def fresh(purpose: str, task: Task, length: int, seed: int) -> torch.Generator:
+    """The generator of a test's rows: another one for each test, and none that training draws from."""
+    spelled = f"{purpose}/{task.name}/{length}/{seed}"
+    return torch.Generator().manual_seed(HELD_OUT + int(hashlib.sha256(spelled.encode()).hexdigest(), 16) % HELD_OUT)
+
+
+def drawn(model: LatentRecurrentTransformer, task: Task, rows: int, length: int, generator: torch.Generator) -> Drawn:
+    """Fresh tokens and classes (B, T), where the model is."""
+    tokens, classes = task.sample(rows, length, generator)
+    return tokens.to(model.embedding.weight.device), classes.to(model.embedding.weight.device)
+
+
+def last(answers: Tensor, classes: Tensor) -> Answers:
+    """The last answer that each row asks for."""
+    positions = torch.arange(classes.shape[1], device=classes.device)
+    where = torch.where(classes != IGNORED, positions, -1).amax(1, keepdim=True)
+    right = answers.gather(1, where) == classes.gather(1, where)
+    return Answers(len(classes), int(right.sum()))
+
+
+def every(answers: Tensor, classes: Tensor) -> Answers:
+    """All answers that are asked for."""
+    asked = classes != IGNORED
+    return Answers(int(asked.sum()), int((answers[asked] == classes[asked]).sum()))
+
+
+def final_state(
+    model: LatentRecurrentTransformer, task: Task, length: int, rows: int = SEQUENCES, seed: int = 0, batch: int = 1000
+) -> Answers:
+    """The last position's state over `rows` fresh sequences."""
+    generator, found = fresh("last state", task, length, seed), []
+    for start in range(0, rows, batch):
+        tokens, classes = drawn(model, task, min(batch, rows - start), length, generator)
+        found.append(last(live(model, tokens), classes))
+    return Answers(sum(f.asked for f in found), sum(f.right for f in found))
+
+
+def reads(
+    model: LatentRecurrentTransformer, task: Task, length: int, wanted: int, seed: int = 0, batch: int = 1000
+) -> Answers:
+    """All answers in fresh sequences, until at least `wanted` were asked for: errors are what counts."""
+    generator = fresh("reads", task, length, seed)
+    asked = right = 0
+    while asked < wanted:
+        tokens, classes = drawn(model, task, batch, length, generator)
+        found = every(live(model, tokens), classes)
+        asked, right = asked + found.asked, right + found.right
+    return Answers(asked, right)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """How a stream went."""
+
+    parts: tuple[Answers, ...]
+    """Its parts in order, of equal length: drift would show as a fall."""
+    carried: int
+    """Numbers that were carried from one position to the next, per row, when the stream ended."""
+
+    @property
+    def accuracy(self) -> float:
+        return sum(part.right for part in self.parts) / sum(part.asked for part in self.parts)
+
+
+@torch.no_grad()
+def stream(
+    model: LatentRecurrentTransformer,
+    tokens: Tensor,
+    classes: Tensor,
+    parts: int = 10,
+    execution: Execution = EAGER,
+    advance: Callable[[float, str], object] = lambda *_: None,
+    first: int = 0,
+) -> Streamed:
+    """Answers along tokens, classes (B, T) with one carried state of constant size; the first position is `first`.
+
+    Only models that `exact` covers; the rows may be as long as one likes.
+    """
+    carry = dataclasses.replace(unrolled.beginning(model, tokens.shape[0]), position=first)
+    found = []
+    size = -(-tokens.shape[1] // parts)
+    for part, asked in zip(tokens.split(size, 1), classes.split(size, 1), strict=True):
+        right = counted = 0
+        for some, wanted in zip(part.split(BLOCK, 1), asked.split(BLOCK, 1), strict=True):
+            hidden, carry = unrolled.run(model, some, carry, execution)
+            answers = every(model.logits(hidden).argmax(-1), wanted)
+            right, counted = right + answers.right, counted + answers.asked
+            advance(some.shape[1] / tokens.shape[1], f"position {carry.position:,}")
+        found.append(Answers(counted, right))
+    tensors = (carry.memory, *carry.keys, *carry.values)
+    return Streamed(tuple(found), sum(x.numel() for x in tensors) // tokens.shape[0])

@@ -1,0 +1,156 @@
+"""Train a small model to track a state: fresh rows every step, longer ones once it has mastered the shorter.
+
+The trainer of `lrt train` reads prepared text in rows of one length; here rows are drawn, and they grow. Model,
+schedules, losses and optimisers are the same. The next
+length is earned, not scheduled: a model that has not learned to carry a state two positions learns nothing from forty.
+
+Shapes: B rows, T positions, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrt.data.batch import IGNORED
+from lrt.distributed.single import clip
+from lrt.experiments.tracking.measure import HELD_OUT
+from lrt.experiments.tracking.tasks import TASKS
+from lrt.model.config import ModelConfig
+from lrt.model.cross_entropy import summed_nats, token_nats
+from lrt.model.execution import EAGER, Execution
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules import unrolled
+from lrt.schedules.base import Schedule, Simple
+from lrt.schedules.loss import StepLoss
+from lrt.schedules.parse import parse
+from lrt.schedules.refinement import refine
+from lrt.training.optim import OptimConfig, Optimiser
+
+PATIENCE = 10
+"""Steps at one length, at least."""
+STRIDE = 10_000_000
+"""Between the seeds of two runs' rows: more than any run has steps."""
+
+
+@dataclass(frozen=True)
+class TrackingRun:
+    """Everything that decides such a run."""
+
+    task: str
+    """A name in `tasks.TASKS`."""
+    model: ModelConfig
+    optim: OptimConfig
+    """Rates as they are: no scaling with the batch, but with the width as everywhere."""
+    schedule: str = "sequential()"
+    steps: int = 1000
+    rows: int = 64
+    """Fresh sequences per step."""
+    shortest: int = 2
+    """Length of the rows at first."""
+    longest: int = 40
+    """Length that the rows grow to."""
+    by: int = 2
+    """How much they grow at a time."""
+    mastered: float = 0.3
+    """Rows grow when the mean loss of the last `PATIENCE` steps at this length is below so many nats."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"unknown task {self.task!r}; choose one of {', '.join(TASKS)}")
+        if not 1 <= self.shortest <= self.longest or min(self.by, self.steps, self.rows) < 1 or (not self.mastered > 0):
+            raise ValueError(
+                f"lengths {self.shortest} to {self.longest} by {self.by}, {self.steps} steps of {self.rows} rows, "
+                f"mastered below {self.mastered}: lengths must not fall, and the others are at least 1 or above 0"
+            )
+        if self.seed < 0 or STRIDE * (self.seed + 1) > HELD_OUT or self.steps > STRIDE:
+            raise ValueError(
+                f"seed {self.seed}, {self.steps} steps: seeds go from 0 to {HELD_OUT // STRIDE - 1}, steps to "
+                f"{STRIDE:,}; rows of training and of tests are drawn from different seeds"
+            )
+        parse(self.schedule)
+
+    def lengths(self) -> list[int]:
+        """The lengths of the rows, in order; those of the task's format."""
+        task = TASKS[self.task]
+        steps = [*range(self.shortest, self.longest, self.by), self.longest]
+        return list(dict.fromkeys(task.length(max(task.shortest, wanted)) for wanted in steps))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainedTracker:
+    """What training came to."""
+
+    model: LatentRecurrentTransformer
+    losses: list[float] = field(repr=False)
+    """One per step, in nats per asked position, under what the schedule leaves in the end."""
+    grown: dict[int, int]
+    """The step at which rows of each length were first drawn."""
+    tokens: int
+    seconds: float
+
+
+def train(
+    run: TrackingRun,
+    advance: Callable[[float, str], object] = lambda *_: None,
+    execution: Execution = EAGER,
+    device: str = "cpu",
+) -> TrainedTracker:
+    """Train from nothing. Raises FloatingPointError where a loss or gradient is not finite."""
+    task = TASKS[run.task]
+    torch.manual_seed(run.seed)
+    model = LatentRecurrentTransformer(run.model).to(device).train()
+    # The rates are the run's own: at the reference batch nothing is scaled.
+    optimiser = Optimiser(model, run.model.width, run.optim.reference_batch, run.steps, run.optim)
+    schedule = parse(run.schedule)
+    lengths, reached = run.lengths(), [0]
+    losses, tokens, begun = [], 0, time.perf_counter()
+    for step in range(run.steps):
+        generator = torch.Generator().manual_seed(STRIDE * run.seed + step)
+        drawn, asked = (x.to(device) for x in task.sample(run.rows, lengths[len(reached) - 1], generator))
+        loss, final = objective(model, drawn, asked, schedule.at(step, run.steps, run.seed), execution)
+        loss.backward()
+        norm = float(clip(model, run.optim.clip))
+        if not math.isfinite(norm + final + float(loss.detach())):
+            raise FloatingPointError(f"at step {step} the loss is {float(loss.detach())}, the gradient's norm {norm}")
+        optimiser.step(step)
+        losses.append(final)
+        tokens += drawn.numel()
+        recent = losses[reached[-1] :][-PATIENCE:]
+        if len(reached) < len(lengths) and len(recent) == PATIENCE and statistics.fmean(recent) < run.mastered:
+            reached.append(step + 1)
+        advance(1, f"length {drawn.shape[1]} loss {statistics.fmean(losses[-20:]):.3f}")
+    grown = dict(zip(lengths, reached, strict=False))
+    return TrainedTracker(model.eval(), losses, grown, tokens, time.perf_counter() - begun)
+
+
+def objective(
+    model: LatentRecurrentTransformer, tokens: Tensor, asked: Tensor, schedule: Schedule, execution: Execution = EAGER
+) -> tuple[Tensor, float]:
+    """The loss of a step over tokens, asked (B, T), by the fast way for sequential passes; and what shows mastery.
+
+    That is the mean nats under what the schedule leaves in the end: its earlier passes need not be good.
+    """
+    count = max(1, int((asked != IGNORED).sum()))
+    if isinstance(schedule, Simple) and schedule.name == "sequential" and unrolled.uncovered(model) is None:
+        (backprop,) = schedule.arguments or (None,)
+        hidden = unrolled.over(model, tokens, backprop, execution)
+        loss = summed_nats(model, hidden, asked, execution=execution) / count
+        return loss, float(loss.detach())
+    step = StepLoss.of(schedule, [asked], execution=execution)
+    out = refine(model, tokens, schedule, execution=execution)
+    with torch.no_grad():
+        final = float(token_nats(model, out.hidden, asked).sum()) / count
+    return step.over(model, [hidden for _, _, hidden in out.passes], asked), final

@@ -1,0 +1,174 @@
+"""The rows of a decoder's State: taken, filled from a snapshot, given back; and how many of them fit into memory.
+
+The rows in use are always the first ones, so that a step computes no others: when one is given back, the last takes
+its place.
+
+Shapes: B rows, S slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lrt.inference.decoders import Eager
+from lrt.model.state import State
+from lrt.model.transformer import LatentRecurrentTransformer
+
+
+def row_bytes(model: LatentRecurrentTransformer, slots: int) -> int:
+    """Bytes of one row of a State: keys, values, memory, tokens and positions."""
+    config = model.config
+    remembered = len(config.memory.remembered(config.depth))
+    numbers = 2 * config.caches * config.groups * config.head_dim + remembered * config.width
+    return slots * config.places * (numbers * model.embedding.weight.element_size() + 2 * torch.long.itemsize)
+
+
+def rows_that_fit(model: LatentRecurrentTransformer, available: int, slots: int) -> int:
+    """How many rows of `slots` slots fit into so many bytes, beside the weights. ValueError where none does."""
+    each = row_bytes(model, slots)
+    if available < each:
+        raise ValueError(
+            f"a row of {slots} slots takes {each:,} bytes, and {available:,} are given; give more, or fewer slots"
+        )
+    return available // each
+
+
+class Rows:
+    """A decoder's rows and the slots they fill."""
+
+    def __init__(self, decoder: Eager) -> None:
+        self.decoder = decoder
+        self.used = 0
+        """Rows in use: 0 … used - 1."""
+
+    @property
+    def state(self) -> State:
+        return self.decoder.state
+
+    @property
+    def free(self) -> int:
+        return self.state.batch - self.used
+
+    def take(self) -> int:
+        """An empty row's number."""
+        assert self.free > 0
+        row, self.used = self.used, self.used + 1
+        self._forget()
+        self._fill(row, -1)
+        return row
+
+    def give_back(self, row: int) -> int:
+        """Free a row. The last row in use takes its number; returns the number that it had."""
+        last = self.used - 1
+        self.used = last
+        if row != last:
+            self.copy(row, self.state, last, int(self.state.held[last].max()) + 1)
+        return last
+
+    def copy(self, row: int, source: State, its: int, length: int) -> None:
+        """Row `row` becomes the first `length` positions of row `its` of another State (or of this one)."""
+        self._forget()
+        width = min(length, source.slots, self.state.slots)
+        with torch.no_grad():
+            for mine, theirs in zip(buffers_of(self.state), buffers_of(source), strict=True):
+                mine[row].narrow(-2, 0, width).copy_(theirs[its].narrow(-2, 0, width))
+            self._fill(row, -1)
+            held = source.held[its, :width]
+            known = (held >= 0) & (held < length)
+            self.state.held[row, :width] = held.where(known, -1)
+            self.state.tokens[row, :width] = source.tokens[its, :width].where(known, -1)
+
+    def snapshot(self, row: int, length: int) -> State:
+        """The first `length` positions of a row as a State of its own, of as many slots where none is reused."""
+        state = self.state
+        width = state.slots if state.reusable else max(1, length)
+        with torch.no_grad():
+            held = state.held[row : row + 1, :width].clone()
+            gone = held >= length
+            return dataclasses.replace(
+                state,
+                keys=tuple(k[row : row + 1, :, :width].clone() for k in state.keys),
+                values=tuple(v[row : row + 1, :, :width].clone() for v in state.values),
+                memory=state.memory[row : row + 1, :width].clone(),
+                tokens=state.tokens[row : row + 1, :width].masked_fill(gone, -1),
+                held=held.masked_fill(gone, -1),
+                filled=0,
+                pending=(),
+            )
+
+    def _fill(self, row: int, value: int) -> None:
+        with torch.no_grad():
+            self.state.held[row] = value
+            self.state.tokens[row] = value
+
+    def _forget(self) -> None:
+        """What Python knows of all rows (`filled`) no longer holds."""
+        self.decoder.state = dataclasses.replace(self.state, filled=0, pending=())
+
+
+def buffers_of(state: State) -> list[Tensor]:
+    """Keys and values (B, G, S, K), and the memory as (B, P, S, D): slots next to last."""
+    return [*state.keys, *state.values, state.memory.transpose(1, 2)]
+
+
+class Prefixes:
+    """Snapshots of rows, the least recently used dropped where they exceed a budget."""
+
+    def __init__(self, budget: int) -> None:
+        """`budget` in bytes; 0 keeps nothing."""
+        if budget < 0:
+            raise ValueError(f"the budget of prefixes is {budget} bytes; give 0 (keep none) or more")
+        self.budget = budget
+        self.kept: dict[tuple[int, ...], State] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(size(state) for state in self.kept.values())
+
+    def find(self, tokens: Sequence[int], reach: int) -> tuple[int, State] | None:
+        """(n, State) of the kept text that shares most tokens, n of them; at most all but the last, which is needed.
+
+        reach: where slots are reused, how many positions before n must be intact.
+        """
+        wanted = tuple(tokens[:-1])
+        shared = {text: common(text, wanted) for text in self.kept}
+        text = max(shared, key=lambda t: shared[t], default=())
+        if not shared or shared[text] == 0:
+            return None
+        state = self.kept.pop(text)
+        self.kept[text] = state  # now the most recently used
+        if state.reusable and not bool(state.intact(ends(state, shared[text]), reach).all()):
+            return None
+        return shared[text], state
+
+    def keep(self, tokens: Sequence[int], state: State) -> None:
+        """Keep a row that holds these tokens; texts that it begins with are dropped."""
+        text = tuple(tokens)
+        if size(state) > self.budget or not text:
+            return
+        for other in [t for t in self.kept if text[: len(t)] == t]:
+            del self.kept[other]
+        self.kept[text] = state
+        while self.bytes > self.budget:
+            del self.kept[next(iter(self.kept))]
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their beginning."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def size(state: State) -> int:
+    """Bytes of a State's buffers."""
+    parts = (*state.keys, *state.values, state.memory, state.tokens, state.held)
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def ends(state: State, length: int) -> Tensor:
+    """(1,): a length as `intact` takes it."""
+    return state.held.new_tensor([length])

@@ -1,0 +1,126 @@
+"""A conversation in turns: a session and the template that says how turns are written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from lrt.data.tokenizer import Tokenizer
+from lrt.inference.chat_template import TEMPLATES, Message, specials, template_of, written
+from lrt.inference.cost_model import Calibration
+from lrt.inference.prefill import Mode
+from lrt.inference.sampling import Sampling
+from lrt.inference.session import Session
+from lrt.model.transformer import LatentRecurrentTransformer
+
+TURNS = "turns.json"
+"""Beside a saved session: where its turns began."""
+
+
+class Chat:
+    """One conversation with one model. Turns are exact continuations of the session, and can be taken back."""
+
+    def __init__(
+        self,
+        model: LatentRecurrentTransformer,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        seed: int = 0,
+        template: str | None = None,
+        prefill: Mode = "converged",
+        calibration: Calibration | None = None,
+    ) -> None:
+        """template: a name in TEMPLATES; None takes the one that the tokenizer is made for."""
+        name = template_of(tokenizer) if template is None else template
+        if name not in TEMPLATES:
+            raise ValueError(f"unknown template {name!r}; choose one of {', '.join(TEMPLATES)}")
+        missing = sorted(TEMPLATES[name].special - set(specials(tokenizer)))
+        if missing:
+            raise ValueError(f"template {name!r} needs the special tokens {', '.join(missing)}; use another template")
+        self.model, self.tokenizer, self.sampling, self.seed = model, tokenizer, sampling, seed
+        self.name, self.template = name, TEMPLATES[name]
+        self.prefill: Mode = prefill
+        self.calibration = calibration
+        self.session: Session | None = None
+        self.turns: list[int] = []
+        """How many tokens the session had before each turn; 0 before the first."""
+        self.stop = self._stop()
+
+    def say(self, text: str, max_new_tokens: int, tell: Callable[[str], None]) -> str:
+        """One turn: the user's text in, the answer out; `tell` is told its pieces as they come.
+
+        ValueError where the context has no room; the conversation is then as it was before.
+        """
+        before = len(self.session.tokens) if self.session is not None else 0
+        ids = self.turn(text)
+        room = max_new_tokens if self.model.config.unbounded else self.model.config.context - before - len(ids)
+        if room <= 0:
+            raise ValueError(
+                f"the conversation has {before} tokens and this turn {len(ids)}, the context is "
+                f"{self.model.config.context}; take turns back (/undo), or start anew"
+            )
+        session = (
+            Session.start(self.model, ids, self.prefill, self.seed, self.calibration)
+            if self.session is None
+            else self.session.extend(ids, self.prefill, self.calibration)
+        )
+        decoder, pieces = self.tokenizer.decoder(session.tokens), []
+
+        def told(token: int) -> None:
+            pieces.append(decoder.push(token))
+            tell(pieces[-1])
+
+        session = session.generate(min(max_new_tokens, room), self.sampling, self.stop, told)
+        pieces.append(decoder.finish())
+        tell(pieces[-1])
+        self.session = session
+        self.turns.append(before)
+        return "".join(pieces).strip()
+
+    def turn(self, text: str) -> list[int]:
+        """The tokens of a turn, up to where the answer begins."""
+        parts = self.template.parts([Message("user", text)])
+        if self.session is None:
+            return [self.tokenizer.bos, *written(self.tokenizer, self.template, parts)]
+        ended = self.session.tokens[-1] in self.stop  # not where the answer was cut by its limit
+        return written(self.tokenizer, self.template, [*self.template.closing(ended), *parts])
+
+    def undo(self) -> None:
+        """Take the last turn back, exactly."""
+        if len(self.turns) == 0:
+            raise ValueError("there is no turn to take back")
+        length = self.turns[-1]
+        self.session = self.session.crop(length) if self.session is not None and length else None
+        self.turns.pop()
+
+    def save(self, path: Path) -> None:
+        """Write the conversation to a folder."""
+        if self.session is None:
+            raise ValueError("there is nothing to save yet; say something first")
+        assert self.session is not None
+        (path / TURNS).unlink(missing_ok=True)  # never the turns of another conversation beside this session
+        self.session.save(path)
+        (path / TURNS).write_text(json.dumps(self.turns) + "\n")
+
+    def load(self, path: Path) -> None:
+        """Go on with the conversation of a folder."""
+        session = dataclasses.replace(Session.load(path, self.model), seed=self.seed)
+        try:
+            turns = [int(n) for n in json.loads((path / TURNS).read_text())]
+        except (OSError, ValueError, TypeError):
+            turns = []  # a session that is no conversation: nothing to take back
+        fits = turns == sorted(set(turns)) and all(0 <= n < len(session.tokens) for n in turns)
+        if not fits:
+            raise ValueError(
+                f"{path / TURNS} does not belong to this session; delete it, and no turn can be taken back"
+            )
+        self.session, self.turns = session, turns
+
+    def _stop(self) -> frozenset[int]:
+        """The tokens that end an answer: the template's, a new document, or, in plain text, a line's end."""
+        if self.template.end is not None:
+            return frozenset({self.tokenizer.bos, specials(self.tokenizer)[self.template.end]})
+        lines = (i for i in range(self.tokenizer.vocab_size) if "\n" in self.tokenizer.decode([i]))
+        return frozenset({self.tokenizer.bos, *lines})

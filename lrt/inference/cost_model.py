@@ -1,0 +1,125 @@
+"""How a model is best prefilled on a device: the stride of the sweeps, how many they take, what a call costs.
+
+Measured by `calibrate.py`, kept in calibration.json beside a checkpoint's files (which do not need it, and whose
+manifest does not list it), one entry per device. Without one `fallback` serves: the same on every machine, never
+wrong, only slower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrt.model.transformer import LatentRecurrentTransformer, fingerprint
+
+FILE = "calibration.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one mode is swept."""
+
+    groups: int
+    """Stride g of the Gauss-Seidel sweeps."""
+    sweeps: int
+    """How many a typical prompt takes."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What decides between sweeps and token by token. A call that computes n positions takes time ∝ overhead + n."""
+
+    overhead: float
+    """A call's fixed cost, counted in positions."""
+    plans: dict[str, Plan]
+    """By mode: converged and fast."""
+    device: str = ""
+    """Where it was measured; empty where it was not."""
+    model: str = ""
+    """Fingerprint of the model that it was measured with."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    def exact(self, length: int, rows: int) -> float:
+        """The cost of `length` positions of `rows` rows token by token, in positions."""
+        return length * (self.overhead + rows)
+
+    def sweep(self, length: int, rows: int, groups: int) -> float:
+        """The cost of one sweep over them."""
+        return min(groups, length) * self.overhead + length * rows
+
+    def plan(self, mode: str) -> Plan:
+        """The plan of a mode; one sweep has the stride of `converged`."""
+        return Plan(self.plans["converged"].groups, 1) if mode == "one_sweep" else self.plans[mode]
+
+    def break_even(self, plan: Plan, rows: int) -> float:
+        """The length up to which token by token costs no more than the sweeps; infinite for many rows on a CPU."""
+        saved = self.overhead + rows - plan.sweeps * rows
+        return plan.sweeps * plan.groups * self.overhead / saved if saved > 0 else math.inf
+
+
+def fallback(device: torch.device) -> Calibration:
+    """The calibration of an unmeasured model: WhiteMatter's g = 16 (2608.18486), a device's usual overhead."""
+    overhead = 1000.0 if device.type == "cuda" else 16.0  # launches on a GPU; reading the weights on a CPU
+    return Calibration(overhead, {"converged": Plan(16, 7), "fast": Plan(16, 4)})
+
+
+def device_name(device: torch.device) -> str:
+    """What a calibration is good for: a GPU by name, a CPU by its instructions and the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+    return f"{platform.machine()} {kind}, {torch.get_num_threads()} threads"
+
+
+def read(folder: str | Path, model: LatentRecurrentTransformer) -> Calibration:
+    """The calibration beside a checkpoint for this model and its device; `fallback` where there is none.
+
+    Raises ValueError where the file is damaged.
+    """
+    device = model.embedding.weight.device
+    measured = {**_entries(Path(folder) / FILE)}.get(device_name(device))
+    # An entry of other weights is of no use: how fast a model contracts is a fact of its weights.
+    return measured if measured and measured.model == fingerprint(model) else fallback(device)
+
+
+def write(folder: str | Path, calibration: Calibration) -> None:
+    """Keep a calibration beside a checkpoint, in the place of an older one for its device."""
+    file = Path(folder) / FILE
+    entries = {**_entries(file), calibration.device: calibration}
+    data = {"format": FORMAT, "entries": [entry.to_dict() for entry in entries.values()]}
+    fresh = file.with_name(f".{FILE}.saving")
+    fresh.write_text(json.dumps(data, indent=2) + "\n")
+    fresh.replace(file)
+
+
+def _entries(file: Path) -> dict[str, Calibration]:
+    if not file.exists():
+        return {}
+    try:
+        data = json.loads(file.read_text())
+        if data["format"] != FORMAT:
+            raise ValueError(f"format {data['format']!r}, this version reads {FORMAT}")
+        return {entry["device"]: _calibration(entry) for entry in data["entries"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no calibration ({error!r}); delete it, and run `lrt calibrate` again") from error
+
+
+def _calibration(entry: dict[str, Any]) -> Calibration:
+    plans = {mode: Plan(**plan) for mode, plan in entry.pop("plans").items()}
+    found = Calibration(plans=plans, **entry)
+    if {"converged", "fast"} - plans.keys() or min(min(p.groups, p.sweeps) for p in plans.values()) < 1:
+        raise ValueError(f"plans {plans}, of which each needs at least one group and one sweep")
+    if not (math.isfinite(found.overhead) and found.overhead >= 0):
+        raise ValueError(f"an overhead of {found.overhead}")
+    return found

@@ -1,0 +1,266 @@
+"""Ways to decode one token for each of several rows, at positions of their own. All give the numbers of `eager`.
+
+    eager      the model itself: the reference
+    fused      `lrt.inference.fused_step` over `lrt.inference.fused_weights`: fewer, larger matrix products, in place
+    packed     the same over weights in oneDNN's layout: on a CPU, in float32
+    compiled   fused, through torch.compile; on a GPU with static shapes, as CUDA graphs
+
+A decoder owns a State of B rows. A call computes its first n rows; which rows those are is the caller's business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence
+from types import FunctionType
+
+import torch
+from torch import Tensor
+
+from lrt.inference.fused_step import Before, Buffers, buffers, locate, logits, recall, step
+from lrt.inference.fused_weights import Layout, Products, packed, packs, products, transposed
+from lrt.model.memory import Recall
+from lrt.model.state import State
+from lrt.model.transformer import LatentRecurrentTransformer
+
+BUCKET = 128
+"""Where shapes are static (CUDA graphs), the slots in view are a power of two times this."""
+
+
+class Eager:
+    """The model itself, position by position."""
+
+    name = "eager"
+
+    def __init__(self, model: LatentRecurrentTransformer, state: State) -> None:
+        """`state` holds B rows; its buffers are copied, and overwritten by calls."""
+        self.model = model
+        with torch.no_grad():  # buffers are ordinary tensors, whoever reads them later
+            self.state = state.in_place()
+
+    @classmethod
+    def covers(cls, model: LatentRecurrentTransformer) -> bool:
+        """Whether this way takes such a model; one that does not says so when it is made."""
+        return True
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
+        """The final hidden state (n, D) of tokens (n,) int, row b at positions[b], behind all that the row holds."""
+        count, first = len(positions), positions[0]
+        state = rows_of(self.state, count)
+        if all(p == first for p in positions):
+            hidden, after = self.model(tokens.unsqueeze(1), range(first, first + 1), state)
+            if count == self.state.batch:
+                self.state = after
+            return hidden.squeeze(1)
+        at = torch.tensor(positions, device=tokens.device).unsqueeze(1)
+        hidden, _ = self.model(tokens.unsqueeze(1), at, state)
+        return hidden.squeeze(1)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (n, V) of hidden states (n, D)."""
+        return self.model.logits(hidden)
+
+
+class Fused(Eager):
+    """The flat step over fused products."""
+
+    name = "fused"
+
+    def __init__(self, model: LatentRecurrentTransformer, state: State) -> None:
+        super().__init__(model, state)
+        self.products = products(model, self.layout(self.state.batch))
+        self.buffers = buffers(self.state)
+        self.memory = self.recalled if type(model.recall) is Recall else self.asked
+        self.slides = any(w is not None for w in model.config.windows())
+
+    def layout(self, rows: int) -> Layout:
+        """How the weights are kept for steps of so many rows."""
+        return transposed
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
+        first, last = min(positions), max(positions)
+        slots, places = self.state.slots, self.model.config.places
+        if last >= slots // places and not self.state.reusable:
+            raise ValueError(f"position {last} exceeds the {slots // places} slots of this state; make a longer one")
+        at = torch.tensor(positions, device=tokens.device)
+        everything = first == last < slots and not self.slides and self.state.documents is None
+        hidden = self.run(tokens, at * places, min(last * places + 1, slots), everything, None)
+        for place in range(1, places):  # latent thoughts
+            hidden = self.run(tokens, at * places + place, last * places + place + 1, everything, hidden)
+        return hidden
+
+    def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool, thought: Tensor | None) -> Tensor:
+        """One position of the State for each row, on the tokens' embeddings or, in their place, on thought (n, D)."""
+        view = torch.arange(width, device=tokens.device)
+        place, before = locate(self.products, self.buffers, positions, view, everything)
+        memory = self.memory(tokens, positions, before)
+        self.buffers.held.index_copy_(0, place.here, positions)
+        return step(self.products, self.buffers, memory, tokens, place, thought)
+
+    def recalled(self, tokens: Tensor, positions: Tensor, before: Before) -> Tensor:
+        """The memory (C, n, D), read from the buffers."""
+        return recall(self.products, self.buffers, before)
+
+    def asked(self, tokens: Tensor, positions: Tensor, before: Before) -> Tensor:
+        """The same from a recall module of another kind (an ablation), which reads a State."""
+        state, values = rows_of(self.state, len(tokens)), set(positions.tolist())
+        at = range(min(values), max(values) + 1) if len(values) == 1 else positions.unsqueeze(1)
+        return self.model.recall(state, at, self.model.embedding).squeeze(2)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        return logits(self.products, hidden)
+
+
+class Packed(Fused):
+    """The flat step over weights in oneDNN's layout: on a CPU, in float32, the faster way for many rows."""
+
+    name = "packed"
+
+    def __init__(self, model: LatentRecurrentTransformer, state: State) -> None:
+        if not self.covers(model):
+            raise ValueError(f"mode='packed' needs float32 on a CPU; this is {model.embedding.weight.dtype}")
+        super().__init__(model, state)
+
+    def layout(self, rows: int) -> Layout:
+        return packed(rows)
+
+    @classmethod
+    def covers(cls, model: LatentRecurrentTransformer) -> bool:
+        return packs(model)
+
+
+class Compiled(Fused):
+    """The flat step as one compiled graph. The first calls compile, which takes a minute on a CPU."""
+
+    name = "compiled"
+
+    def __init__(self, model: LatentRecurrentTransformer, state: State) -> None:
+        super().__init__(model, state)
+        if not self.covers(model):
+            raise ValueError(
+                "a model whose recall is replaced (an ablation) is not compiled; decode it with mode='fused'"
+            )
+        self.static = model.embedding.weight.device.type == "cuda"
+        self.graph = torch.compile(fresh(whole), fullgraph=True, mode="reduce-overhead" if self.static else None)
+        self.compiled: set[tuple[int, bool, bool, bool, int, bool]] = set()
+        """Kinds of steps that were run."""
+        if self.static:  # CUDA graphs read and write these where they are, without copies
+            for tensor in tensors_of(self.products, self.buffers):
+                torch._dynamo.mark_static_address(tensor)
+
+    @classmethod
+    def covers(cls, model: LatentRecurrentTransformer) -> bool:
+        return type(model.recall) is Recall
+
+    def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool, thought: Tensor | None) -> Tensor:
+        if self.static:  # few shapes: a graph for each
+            width = min(bucket(width), self.state.slots)
+            everything = False
+            torch.compiler.cudagraph_mark_step_begin()
+        view = torch.arange(width, device=tokens.device)
+        if not self.static:
+            torch._dynamo.maybe_mark_dynamic(view, 0)
+        given = (self.products, self.buffers, tokens, positions, view, everything, thought)
+        whole_view, static_width = width == self.state.slots, width if self.static else 0
+        kind = (len(tokens), everything, width == 1, whole_view, static_width, thought is None)
+        if kind in self.compiled:
+            hidden = self.graph(*given)
+        else:  # may compile: each kind of step has a graph of its own
+            with torch._dynamo.config.patch(recompile_limit=len(self.compiled) + 8):
+                hidden = self.graph(*given)
+            self.compiled.add(kind)
+        return hidden.clone() if self.static else hidden  # the next run overwrites the graph's own memory
+
+
+def whole(
+    p: Products,
+    b: Buffers,
+    tokens: Tensor,
+    positions: Tensor,
+    view: Tensor,
+    everything: bool,
+    thought: Tensor | None,
+) -> Tensor:
+    """A step from tokens to hidden states: what is compiled."""
+    place, before = locate(p, b, positions, view, everything)
+    memory = recall(p, b, before)
+    b.held.index_copy_(0, place.here, positions)
+    return step(p, b, memory, tokens, place, thought)
+
+
+def fresh(function: FunctionType) -> FunctionType:
+    """A copy with a code object of its own: torch counts recompilations per code object, over all models."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(COUNTER)}")
+    return FunctionType(code, function.__globals__)
+
+
+COUNTER = itertools.count()
+MODES: dict[str, type[Eager]] = {kind.name: kind for kind in (Eager, Fused, Packed, Compiled)}
+
+
+def decoder(
+    model: LatentRecurrentTransformer, state: State, mode: str = "fused", candidates: Sequence[str] = ()
+) -> Eager:
+    """A decoder for a State, whose buffers it copies.
+
+    mode: a name in MODES; or `best`, which times `candidates` (all by default) here, on copies, and takes the fastest.
+    """
+    if mode not in MODES and mode != "best":
+        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)} or best")
+    if mode == "best":
+        mode = fastest(model, state, candidates or tuple(MODES))
+    return MODES[mode](model, state)
+
+
+def fastest(model: LatentRecurrentTransformer, state: State, candidates: Sequence[str], steps: int = 8) -> str:
+    """The name of the mode that decodes all rows of such a State fastest, each by its best of `steps` steps."""
+    taken: dict[str, float] = {}
+    for name in candidates:
+        if not MODES[name].covers(model):
+            continue
+        trial = MODES[name](model, model.empty_state(state.batch, state.slots))
+        tokens = torch.zeros(state.batch, dtype=torch.long, device=state.tokens.device)
+        spent = []
+        for position in range(min(state.slots, steps + 4)):
+            begin = time.perf_counter()
+            trial.logits(trial(tokens, [position] * state.batch)).sum().item()  # a number, so that a GPU is waited for
+            spent.append(time.perf_counter() - begin)
+        taken[name] = min(spent)
+    return min(taken, key=lambda name: taken[name])
+
+
+def rows_of(state: State, count: int) -> State:
+    """The first rows of a State, sharing its buffers."""
+    if count == state.batch:
+        return state
+    return dataclasses.replace(
+        state,
+        keys=tuple(k[:count] for k in state.keys),
+        values=tuple(v[:count] for v in state.values),
+        memory=state.memory[:count],
+        tokens=state.tokens[:count],
+        held=state.held[:count],
+        documents=None if state.documents is None else state.documents[:count],
+    )
+
+
+def bucket(width: int) -> int:
+    """The next power of two times BUCKET."""
+    return BUCKET * 2 ** max(0, (width - 1) // BUCKET).bit_length()
+
+
+def tensors_of(*parts: object) -> list[Tensor]:
+    """All tensors in nested tuples."""
+    found: list[Tensor] = []
+    for part in parts:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, tuple):
+            found.extend(tensors_of(*part))
+    return found

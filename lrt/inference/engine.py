@@ -1,0 +1,327 @@
+"""Many prompts at once: continuous batching over the rows of one State.
+
+Every step feeds each row in use its next token, of the prompt or just drawn, at the row's own position; rows that are
+done are given back at once and taken by those waiting. So prompts of any lengths share a batch without padding, and a
+row's tokens are those that it would have alone (contract, section 7).
+
+Shapes: n rows in use, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lrt.inference.cache import Prefixes, Rows, rows_that_fit
+from lrt.inference.certificate import Certificate
+from lrt.inference.cost_model import Calibration, fallback
+from lrt.inference.decoders import decoder
+from lrt.inference.prefill import Mode, by_tokens, prefill, without_thoughts
+from lrt.inference.request import Completion, Event, Finish, Logprob, Request
+from lrt.inference.sampling import draw_rows
+from lrt.model.state import State
+from lrt.model.transformer import LatentRecurrentTransformer
+
+CHUNK = 256
+"""Slots beyond the reach where they are reused, so that prefill takes as much at once."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One sample of a request on its way."""
+
+    request: Request
+    number: int
+    sample: int
+    tokens: list[int]
+    """The prompt and what was drawn."""
+    fed: int = 0
+    """How many of them the row holds."""
+    reused: int = 0
+    fork: State | None = None
+    """A row that holds the prompt, computed for an earlier sample."""
+    logprobs: list[Logprob] = field(default_factory=list)
+    certificate: Certificate | None = None
+
+    @property
+    def new(self) -> list[int]:
+        return self.tokens[len(self.request.tokens) :]
+
+    @property
+    def seed(self) -> int:
+        return self.request.seed + self.sample
+
+
+class Engine:
+    """Serves requests with one model. `submit`, then `step` until `idle`; or `complete`, or `stream`.
+
+    `mode` says which path decodes (`engine.mode` names it): eager, fused, compiled, or best, which measures them.
+    """
+
+    def __init__(
+        self,
+        model: LatentRecurrentTransformer,
+        rows: int | None = None,
+        slots: int | None = None,
+        mode: str = "fused",
+        prefill: Mode = "exact",
+        memory: int | None = None,
+        prefixes: int = 0,
+        calibration: Calibration | None = None,
+        prompts: int | None = None,
+    ) -> None:
+        """rows: sequences decoded at once (8; as many as fit where `memory`, in bytes, is given, which is their limit).
+        slots: the longest a sequence may become (the context). prefill: `exact` feeds prompts token by token among
+        the others, the rest as in `prefill.py`. prefixes: bytes for rows of earlier requests, whose beginnings later
+        prompts reuse. prompts: how many are prefilled in parallel in one step at most, so that the others' tokens do
+        not wait for long; with 1 a prompt is computed as it would be alone, whatever arrives beside it."""
+        config = model.config
+        without_thoughts(config)
+        if slots is None:
+            slots = config.reach + (1 if prefill == "exact" else CHUNK) if config.unbounded else config.context
+        fitting = None if memory is None else rows_that_fit(model, memory, slots)
+        rows = rows if rows is not None else fitting or 8
+        if rows < 1:
+            raise ValueError(f"rows is {rows}; an engine needs at least 1")
+        if fitting is not None and rows > fitting:
+            raise ValueError(
+                f"{rows} rows of {slots} slots exceed the {memory} bytes given, which hold {fitting}; give fewer rows"
+            )
+        if prompts is not None and prompts < 1:
+            raise ValueError(f"prompts is {prompts}; give at least 1 per step, or None: no limit")
+        self.model, self.prompts = model, prompts
+        self.calibration = calibration or fallback(model.embedding.weight.device)
+        self.prefill: Mode = prefill
+        self.decoder = decoder(model, model.empty_state(rows, slots), mode)
+        self.rows = Rows(self.decoder)
+        self.slots = slots
+        self.limit = None if config.unbounded else slots
+        self.prefixes = Prefixes(prefixes)
+        self.waiting: deque[Job] = deque()
+        self.running: list[Job] = []
+        """Job i is in row i."""
+        self.done: dict[int, list[Completion]] = {}
+        """What `step` completed, by request, until it is fetched with `finished`."""
+        self.ended: list[Event] = []
+        self.streams: dict[int, deque[Event]] = {}
+        """What each open stream has still to give, whoever makes the steps."""
+        self.count = 0
+
+    @property
+    def mode(self) -> str:
+        """The path that decodes."""
+        return self.decoder.name
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running and not self.ended
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; returns its number. ValueError where it cannot be served."""
+        request.check(self.model.config, self.slots)
+        number, self.count = self.count, self.count + 1
+        jobs = [Job(request, number, i, list(request.tokens)) for i in range(request.samples)]
+        if request.max_new_tokens == 0:
+            for job in jobs:
+                self.ended.append(self._finish(job, "length"))
+        else:
+            self.waiting.extend(jobs)
+        return number
+
+    def cancel(self, number: int, sample: int | None = None) -> None:
+        """End a request, or one sample of it; rows are free at once. What is done, or unknown, stays as it is."""
+
+        def meant(jobs: Iterable[Job]) -> list[Job]:
+            return [job for job in jobs if job.number == number and sample in (None, job.sample)]
+
+        for job in meant(self.waiting):
+            self.waiting.remove(job)
+            self.ended.append(self._finish(job, "cancelled"))
+        for job in meant(self.running):
+            self._leave(job)
+            self.ended.append(self._finish(job, "cancelled"))
+
+    def step(self) -> list[Event]:
+        """One token for every row in use (two where its prompt was just prefilled); returns what was drawn, and which
+        samples ended."""
+        events, self.ended = self.ended, []
+        for jobs, hidden in self._prefilled(self._admit()):  # they already stand at their prompt's end
+            events += self._draw(jobs, hidden)
+        if self.running:
+            tokens = torch.tensor([job.tokens[job.fed] for job in self.running], device=self.rows.state.tokens.device)
+            hidden = self.decoder(tokens, [job.fed for job in self.running])
+            for job in self.running:
+                job.fed += 1
+            ready = [i for i, job in enumerate(self.running) if job.fed == len(job.tokens)]
+            hidden = hidden if len(ready) == len(self.running) else hidden[ready]
+            if ready:
+                events += self._draw([self.running[i] for i in ready], hidden)
+        for event in events:
+            if event.request in self.streams:
+                self.streams[event.request].append(event)
+        return events
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """The events of one request as they come; others in the engine go on beside it. Stopped early, it is cancelled.
+
+        ValueError, at the call, where it cannot be served.
+        """
+        number = self.submit(request)
+        self.streams[number] = deque()
+        return self._stream(number, request.samples)
+
+    def _stream(self, number: int, left: int) -> Iterator[Event]:
+        try:
+            while left:
+                while not self.streams[number]:
+                    self.step()
+                event = self.streams[number].popleft()
+                left -= event.finish is not None
+                yield event
+        finally:
+            del self.streams[number]
+            self.cancel(number)
+
+    def complete(self, requests: Iterable[Request]) -> list[list[Completion]]:
+        """Serve requests to their end: the samples of each, in order."""
+        numbers = [self.submit(request) for request in requests]
+        while not self.idle:
+            self.step()
+        return [self.finished(number) for number in numbers]
+
+    def finished(self, number: int) -> list[Completion]:
+        """The completed samples of a request, in order; they are forgotten with this."""
+        return sorted(self.done.pop(number, []), key=lambda completion: completion.sample)
+
+    # --- within a step -----------------------------------------------------------------------------------------
+
+    def _admit(self) -> list[Job]:
+        """Waiting jobs into free rows, in order, each with the beginning that is known already."""
+        fresh: list[Job] = []
+        for job in list(self.waiting):
+            if not self.rows.free or (self.prompts is not None and sum(map(self._sweeps, fresh)) >= self.prompts):
+                break
+            first = job.sample > 0 and job.fork is None and self._prompted(job.number)
+            if first:  # its prompt is being computed for the first sample; it waits for that, the next do not
+                continue
+            self.waiting.remove(job)
+            row = self.rows.take()
+            if job.fork is not None:
+                known: tuple[int, State] | None = (len(job.request.tokens) - 1, job.fork)
+            else:
+                known = self.prefixes.find(job.tokens, self.model.config.reach)
+            if known is not None and known[0] > 0:
+                job.fed = job.reused = known[0]
+                self.rows.copy(row, known[1], 0, job.fed)
+            job.fork = None
+            self.running.append(job)
+            fresh.append(job)
+        return fresh
+
+    def _prompted(self, number: int) -> bool:
+        """Whether the first sample of a request is still busy with the prompt."""
+        return any(job.number == number and not job.new for job in self.running)
+
+    def _mode(self, job: Job) -> Mode:
+        return job.request.prefill or self.prefill
+
+    def _sweeps(self, job: Job) -> bool:
+        """Whether a new row's prompt is computed in parallel: else it is fed among the others' tokens."""
+        mode, left = self._mode(job), len(job.tokens) - job.fed
+        if mode == "exact" or left <= 1:
+            return False
+        reason = by_tokens(self.model, mode, left, 1, self.calibration)
+        if reason is not None:
+            job.certificate = Certificate("exact", reason, left)
+        return reason is None
+
+    def _prefilled(self, fresh: Sequence[Job]) -> list[tuple[list[Job], Tensor]]:
+        """Compute the prompts of new rows in parallel, mode by mode: jobs and their last hidden states (n, D)."""
+        groups: dict[Mode, list[Job]] = {}
+        for job in fresh:
+            if self._sweeps(job):
+                groups.setdefault(self._mode(job), []).append(job)
+        return [self._prefill(jobs, mode) for mode, jobs in groups.items()]
+
+    def _prefill(self, jobs: list[Job], mode: Mode) -> tuple[list[Job], Tensor]:
+        rows = [self.running.index(job) for job in jobs]
+        parts = [torch.tensor(job.tokens[job.fed :]) for job in jobs]
+        device = self.rows.state.tokens.device
+        tokens = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
+        state = self.rows.state.select(torch.tensor(rows, device=device))
+        lengths = torch.tensor([len(part) for part in parts], device=device)
+        out = prefill(self.model, tokens, state, mode, lengths, self.calibration)
+        for i, (row, job) in enumerate(zip(rows, jobs, strict=True)):
+            job.fed = len(job.tokens)
+            job.certificate = out.report.rows[i]
+            self.rows.copy(row, out.state, i, job.fed)
+        return jobs, out.hidden.squeeze(1)
+
+    def _draw(self, jobs: Sequence[Job], hidden: Tensor) -> list[Event]:
+        """The next token of jobs whose tokens are all fed, from hidden (n, D)."""
+        logits = self.decoder.logits(hidden)
+        seeds = [(job.seed, len(job.tokens)) for job in jobs]
+        steered = self._steered(jobs, logits)
+        drawn = draw_rows(steered, [job.request.sampling for job in jobs], seeds).tolist()
+        events = []
+        for i, (job, token) in enumerate(zip(jobs, drawn, strict=True)):
+            if job.sample == 0 and not job.new:
+                self._fork(job)
+            certificate = None if job.new else job.certificate
+            job.tokens.append(token)
+            logprob = None
+            if job.request.logprobs is not None:
+                logprob = log_probability(logits[i], token, job.request.logprobs)
+                job.logprobs.append(logprob)
+            finish = job.request.ends(job.new, self.limit)
+            if finish is not None:
+                self._leave(job)
+                self._finish(job, finish)
+            events.append(Event(job.number, job.sample, token, finish, logprob, certificate))
+        return events
+
+    def _steered(self, jobs: Sequence[Job], logits: Tensor) -> Tensor:
+        """Logits (n, V) with the penalties and biases of their requests."""
+        if all(job.request.steering.neutral for job in jobs):
+            return logits
+        pairs = zip(jobs, logits, strict=True)
+        return torch.stack(
+            [row if (s := job.request.steering).neutral else s.applied(row, job.new) for job, row in pairs]
+        )
+
+    def _fork(self, job: Job) -> None:
+        """The prompt's row for the other samples, which wait for it."""
+        others = [j for j in self.waiting if j.number == job.number]
+        if others:
+            state = self.rows.snapshot(self.running.index(job), job.fed)
+            for other in others:
+                other.fork = state
+
+    def _leave(self, job: Job) -> None:
+        """A job's row is free; the last row takes its number."""
+        row = self.running.index(job)
+        if self.prefixes.budget:
+            self.prefixes.keep(job.tokens[: job.fed], self.rows.snapshot(row, job.fed))
+        last = self.rows.give_back(row)
+        self.running[row] = self.running[last]
+        self.running.pop()
+
+    def _finish(self, job: Job, finish: Finish) -> Event:
+        prompt = len(job.request.tokens)
+        completion = Completion(
+            job.number, job.sample, tuple(job.new), finish, tuple(job.logprobs), prompt, job.reused, job.certificate
+        )
+        self.done.setdefault(job.number, []).append(completion)
+        return Event(job.number, job.sample, None, finish)
+
+
+def log_probability(logits: Tensor, token: int, alternatives: int) -> Logprob:
+    """Of a token and of the most likely ones, from logits (V,)."""
+    log = logits.float().log_softmax(-1)
+    values, indices = log.topk(alternatives) if alternatives else (log[:0], log[:0].long())
+    pairs = zip(indices.tolist(), values.tolist(), strict=True)
+    return Logprob(float(log[token]), tuple((int(i), float(v)) for i, v in pairs))

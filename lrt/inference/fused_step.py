@@ -1,0 +1,309 @@
+"""Some positions of each of the first rows of a State, as a flat function: a decoded token, or a class of a sweep.
+
+The same numbers as `model(tokens, positions, state)`, over `fused_weights.py`; the State's buffers are overwritten.
+`locate` says where tokens stand that are decoded in order, one for each row, and `locate_class` where the positions of
+a strided class do.
+
+Shapes: R rows of this step, q positions of each, n = R·q (q = 1 when decoding), B rows, S slots, D width, C channels,
+P remembered sources, H query heads, G key/value heads, K head size, W slots in view.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lrt.inference.fused_weights import LayerProducts, Products
+from lrt.model.config import ModelConfig
+from lrt.model.layers import rms, rotary
+from lrt.model.state import Positions, State
+
+RUNS, SHORTEST = 4, 16
+"""A class's queries are taken in so many runs, none shorter than this."""
+
+
+class Buffers(NamedTuple):
+    """A State's buffers with rows and slots in one dimension, so that one index names a slot of a row."""
+
+    keys: tuple[Tensor, ...]
+    """One (B·G·S, K) per layer."""
+    values: tuple[Tensor, ...]
+    memory: Tensor
+    """(B·S, P, D)."""
+    tokens: Tensor
+    """(B·S,)."""
+    held: Tensor
+    """(B·S,)."""
+    documents: Tensor | None
+    """(B·S,)."""
+    slots: int
+    """S."""
+
+
+def buffers(state: State) -> Buffers:
+    """Views of an `in_place` State's buffers, which must be contiguous."""
+    documents = state.documents
+    return Buffers(
+        keys=tuple(k.view(-1, k.shape[-1]) for k in state.keys),
+        values=tuple(v.view(-1, v.shape[-1]) for v in state.values),
+        memory=state.memory.flatten(0, 1),
+        tokens=state.tokens.view(-1),
+        held=state.held.view(-1),
+        documents=None if documents is None else documents.contiguous().view(-1),
+        slots=state.slots,
+    )
+
+
+class Part(NamedTuple):
+    """A run of each row's queries, which look at the same slots."""
+
+    first: int
+    last: int
+    """One past the last of them."""
+    width: int
+    """W: the slots looked at, 0 … W-1."""
+    mask: Tensor | None
+    """(R, 1, last - first, W), bool or added to scores; None where they see everything in view."""
+
+
+class Place(NamedTuple):
+    """Where the positions of a step stand."""
+
+    rows: int
+    """R."""
+    here: Tensor
+    """(n,): each position's slot, counted over all rows."""
+    cache: Tensor
+    """(n·G,): the same among the slots of keys and values."""
+    angles: tuple[Tensor, Tensor]
+    """Cosine, and sine with the first half's sign turned: (n, 1, K) each."""
+    parts: tuple[tuple[Part, ...], ...]
+    """What is visible in each layer."""
+
+
+class Before(NamedTuple):
+    """Where the memory of decoded rows is read from."""
+
+    slots: Tensor
+    """(n,): counted over all rows."""
+    inside: Tensor
+    """(n, 1): whether that is a position of the same document."""
+
+
+def locate(p: Products, b: Buffers, positions: Tensor, view: Tensor, everything: bool) -> tuple[Place, Before]:
+    """The place of rows decoded in order, at `positions` (n,); `view` (W,) are the slots looked at, 0 … W-1.
+
+    everything: all of them are visible to every row, in every layer (one position for all, nothing slides).
+    """
+    config = p.config
+    rows = torch.arange(positions.shape[0], device=positions.device)
+    earlier = positions - config.memory.delay
+    here, before = rows * b.slots + positions % b.slots, rows * b.slots + earlier.clamp(min=0) % b.slots
+    inside = earlier >= 0
+    if b.documents is not None:
+        inside = inside & (b.documents[here] == b.documents[before])
+    windows = config.windows()
+    masks = dict.fromkeys(windows)
+    if not everything:
+        masks = {window: visible(b, here, positions, view, window) for window in set(windows)}
+    parts = tuple((Part(0, 1, view.shape[0], masks[window]),) for window in windows)
+    place = Place(positions.shape[0], here, cache_slots(p, b, rows, positions), turns(p, positions), parts)
+    return place, Before(before, inside.unsqueeze(1))
+
+
+def locate_class(p: Products, state: State, positions: Positions) -> Place:
+    """The place of `positions`, a range or (R, q) int, which an `in_place` State of R rows holds since just now.
+
+    On a CPU the queries are taken in runs, each of which looks at no slot behind its own last one: with a mask, its
+    attention kernel computes what is masked as well.
+    """
+    config, b = p.config, buffers(state)
+    index = state.index(positions).expand(state.batch, -1)
+    rows = torch.arange(state.batch, device=index.device).unsqueeze(1)
+    windows, runs = config.windows(), [(0, index.shape[1], state.slots)]
+    if index.device.type == "cpu":
+        count = index.shape[1]
+        cuts = range(0, count, max(SHORTEST, -(-count // RUNS)))
+        ends = [min(cut + cuts.step, count) for cut in cuts]
+        wide = [int(index[:, first:last].max()) + 1 for first, last in zip(cuts, ends, strict=True)]
+        # A position beyond the slots stands anywhere among them.
+        runs = [(first, last, w if w <= b.slots else b.slots) for first, last, w in zip(cuts, ends, wide, strict=True)]
+    parts = {
+        window: tuple(
+            Part(first, last, width, held_before(state, index[:, first:last], width, window, p.embedding))
+            for first, last, width in runs
+        )
+        for window in set(windows)
+    }
+    return Place(
+        state.batch,
+        (rows * b.slots + index % b.slots).flatten(),
+        cache_slots(p, b, rows, index),
+        turns(p, index.flatten()),
+        tuple(parts[window] for window in windows),
+    )
+
+
+def held_before(state: State, positions: Tensor, width: int, window: int | None, like: Tensor) -> Tensor:
+    """(R, 1, q, W), 0 or -inf: position p (R, q) sees held slots <= p within the window, of the first W."""
+    held, here = state.held[:, None, :width], positions.unsqueeze(2)
+    hidden = (held < 0) | (held > here)
+    if window is not None:
+        hidden = hidden | (held <= here - window)
+    return torch.zeros(hidden.shape, device=like.device, dtype=like.dtype).masked_fill_(hidden, -math.inf).unsqueeze(1)
+
+
+def cache_slots(p: Products, b: Buffers, rows: Tensor, positions: Tensor) -> Tensor:
+    """(n·G,): the slots of `positions` in a layer's keys and values; rows and positions (n,), or (R, 1) and (R, q)."""
+    heads = torch.arange(p.config.groups, device=positions.device)
+    return ((rows.unsqueeze(-1) * p.config.groups + heads) * b.slots + (positions % b.slots).unsqueeze(-1)).flatten()
+
+
+def turns(p: Products, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine, and sine with the first half's sign turned, of positions (n,): (n, 1, K) each."""
+    cos, sin = rotary(positions, p.config.head_dim, p.config.rope_base, p.embedding)
+    return torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
+
+
+def visible(b: Buffers, here: Tensor, positions: Tensor, view: Tensor, window: int | None) -> Tensor:
+    """(n, 1, 1, W): position p sees held slots <= p of its own document, within the window. Itself included."""
+    count, width = positions.shape[0], view.shape[0]
+    held = b.held.view(-1, b.slots)[:count, :width]
+    current = positions.unsqueeze(1)
+    # The row's own slot is about to be written, whatever it holds now.
+    own = view == current % b.slots
+    mask = (held >= 0) & (held < current)
+    if window is not None:
+        mask = mask & (held > current - window)
+    if b.documents is not None:
+        mask = mask & (b.documents.view(-1, b.slots)[:count, :width] == b.documents[here].unsqueeze(1))
+    return ((mask & ~own) | own).unsqueeze(1).unsqueeze(1)
+
+
+def recall(p: Products, b: Buffers, before: Before) -> Tensor:
+    """The memory (C, n, D) that rows decoded in order read: all that lies before them is written."""
+    memory = p.config.memory
+    sources, stored = memory.sources(p.config.depth), memory.remembered(p.config.depth)
+    if not sources:
+        return p.embedding.new_zeros(0, before.slots.shape[0], p.config.width)
+    held = b.memory.index_select(0, before.slots)
+    found = {s: held[:, i] for i, s in enumerate(stored)}
+    if 0 in sources:
+        found[0] = p.embedding[b.tokens.index_select(0, before.slots).clamp(min=0)]
+    parts = [found[s] for s in sources]
+    inside = before.inside.to(p.embedding)
+    if p.recall is None:
+        return torch.stack([part * inside for part in parts])
+    return rms(sum(w * part for w, part in zip(p.recall, parts, strict=True)) * inside).unsqueeze(0)
+
+
+def step(
+    p: Products, b: Buffers, memory: Tensor, tokens: Tensor, place: Place, thought: Tensor | None = None
+) -> Tensor:
+    """The final hidden state (n, D) of tokens (n,), whose memory is (C, n, D), at a place. Writes the State.
+
+    thought (n, D) stands in the place of the tokens' embeddings where they are latent thoughts.
+    """
+    config = p.config
+    b.tokens.index_copy_(0, place.here, tokens)
+    x = x0 = p.embedding[tokens] if thought is None else thought
+    count = tokens.shape[0]
+    added = p.mix @ torch.cat((x0.unsqueeze(0), memory)).flatten(1)  # (L, n·D)
+    # Per channel and set (n, 2, G, K): U_k m and U_v m; no channel's where memory enters the residual stream alone.
+    projected = [
+        product(channel, weight).view(count, -1, 2, config.groups, config.head_dim).unbind(1)
+        for channel, weight in zip(memory, p.projection, strict=False)
+    ]
+    remembered = config.memory.remembered(config.depth)
+    outputs: dict[int, Tensor] = {}
+    for i, layer in enumerate(p.layers):
+        x = torch.addcmul(added[i].view(count, -1), x, layer.alpha)
+        own = [] if layer.projection is None else [sets[layer.projection] for sets in projected]
+        q = write(config, b, layer, i, rms(x), tokens, own, place)
+        y = attended(config, b, i, q.unflatten(0, (place.rows, -1)).transpose(1, 2), place)
+        x = added_product(x, y.transpose(1, 2).reshape(count, -1), layer.out)
+        x = added_product(x, F.relu(product(rms(x), layer.up)).square(), layer.down)
+        number = i % config.depth + 1
+        if number in remembered or number == config.depth:
+            outputs[number] = rms(x)  # the last loop's stays
+    if remembered:
+        b.memory.index_copy_(0, place.here, torch.stack([outputs[s] for s in remembered], 1))
+    return outputs[config.depth]
+
+
+def write(
+    config: ModelConfig,
+    b: Buffers,
+    layer: LayerProducts,
+    index: int,
+    u: Tensor,
+    tokens: Tensor,
+    projected: Sequence[Tensor],
+    place: Place,
+) -> Tensor:
+    """Keys and values of one layer into its cache; the queries (n, H, K).
+
+    u (n, D) is the block's input, projected what U gives, (n, 2, G, K) per channel that the block adds.
+    """
+    heads, groups, size = config.heads, config.groups, config.head_dim
+    out = product(u, layer.inputs)
+    split = (heads + 2 * groups) * size
+    gates = torch.sigmoid(out[:, split:]).unflatten(1, (-1, 1, groups, 1)) if out.shape[1] > split else None
+    kv = out[:, heads * size : split].unflatten(1, (2, groups, size))
+    if layer.projection is not None and gates is not None:
+        kv = kv * gates[:, 0]
+        for channel, added in enumerate(projected, start=1):
+            kv = torch.addcmul(kv, gates[:, channel], added)
+    k, v = kv.unbind(1)
+    if layer.table is not None and gates is not None:
+        v = torch.addcmul(v, gates[:, -1, 0], F.embedding(tokens, layer.table).unflatten(1, (groups, size)), value=2)
+    qk = torch.cat((out[:, : heads * size].unflatten(1, (heads, size)), k), 1)
+    cos, sin = place.angles
+    qk = rms(torch.addcmul(qk * cos, qk.roll(size // 2, -1), sin))
+    b.keys[index].index_copy_(0, place.cache, qk[:, heads:].reshape(-1, size))
+    b.values[index].index_copy_(0, place.cache, v.reshape(-1, size))
+    return qk[:, :heads]
+
+
+def attended(config: ModelConfig, b: Buffers, index: int, q: Tensor, place: Place) -> Tensor:
+    """Softmax attention (R, H, q, K) of one layer's queries (R, H, q, K)."""
+    outputs = []
+    for part in place.parts[index]:
+        keys, values = (
+            seen(c, place.rows, config.groups, b.slots, part.width) for c in (b.keys[index], b.values[index])
+        )
+        own = q if len(place.parts[index]) == 1 else q[:, :, part.first : part.last]
+        outputs.append(
+            F.scaled_dot_product_attention(
+                own, keys, values, attn_mask=part.mask, enable_gqa=config.groups != config.heads
+            )
+        )
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (n, in) times a weight (in, out), or one packed for the CPU."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")
+    return x @ weight
+
+
+def added_product(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """x + y · weight."""
+    return x + product(y, weight) if weight.is_mkldnn else torch.addmm(x, y, weight)
+
+
+def seen(cache: Tensor, count: int, groups: int, slots: int, width: int) -> Tensor:
+    """(n, G, W, K): the first rows and slots of a layer's cache."""
+    return cache.view(-1, groups, slots, cache.shape[-1])[:count, :, :width]
+
+
+def logits(p: Products, hidden: Tensor) -> Tensor:
+    """Next-token logits (n, V) of hidden states (n, D), soft-capped."""
+    cap = p.config.softcap
+    return cap * torch.tanh(product(hidden, p.head) / cap)

@@ -1,0 +1,150 @@
+"""A model's weights, arranged for decoding: what one token needs is a few large matrix products.
+
+Made once per model, for inference: the products are copies (a second set of weights in memory), so weights that are
+changed afterwards need new ones.
+
+Shapes: D width, V vocabulary, L layers, C memory channels, H query heads, G key/value heads, K head size, N columns.
+Matrices are (in, out) and contiguous (with one row, the faster layout), or packed for a CPU (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lrt.model.attention import Attention, ValueEmbedding
+from lrt.model.config import ModelConfig
+from lrt.model.layers import rms
+from lrt.model.memory import KeyValue, NoMemory, Projection, Recall, Residual
+from lrt.model.transformer import Block, LatentRecurrentTransformer
+
+
+class LayerProducts(NamedTuple):
+    """One block's."""
+
+    inputs: Tensor
+    """(D, N): W_q, W_k, W_v, then the gates: local, one per channel, the value embedding's (those that exist)."""
+    out: Tensor
+    """(H·K, D)."""
+    up: Tensor
+    """(D, M)."""
+    down: Tensor
+    """(M, D)."""
+    alpha: Tensor
+    """(1,): the residual stream's scale."""
+    table: Tensor | None
+    """(V, G·K): the value embedding."""
+    projection: int | None
+    """Which set of U_k m, U_v m the block adds; None where it adds none."""
+
+
+class Products(NamedTuple):
+    """A whole model's."""
+
+    config: ModelConfig
+    embedding: Tensor
+    """(V, D): x_0 of every token, normalised."""
+    mix: Tensor
+    """(L·loops, 1 + C): what every block adds of x_0 (β) and of each memory channel (γ): one product for all blocks."""
+    projection: tuple[Tensor, ...]
+    """Per channel (D, sets·2·G·K): U_k and U_v of all layers; doubled, as the gates' factor 2 is taken into them."""
+    recall: Tensor | None
+    """Learned weights of a summed source."""
+    layers: tuple[LayerProducts, ...]
+    head: Tensor
+    """(D, V)."""
+
+
+Layout = Callable[[Tensor], Tensor]
+"""How a weight (out, in) is kept."""
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """(…, in, out), contiguous."""
+    return weight.transpose(-1, -2).contiguous()
+
+
+def packed(rows: int) -> Layout:
+    """oneDNN's own layout, for steps of about so many rows; only where `packs` says so."""
+
+    def pack(weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+
+    return pack
+
+
+def packs(model: LatentRecurrentTransformer) -> bool:
+    """Whether this model's weights can be packed: float32 on a CPU."""
+    weight = model.embedding.weight
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+@torch.no_grad()
+def products(model: LatentRecurrentTransformer, layout: Layout = transposed) -> Products:
+    """The products of a model's present weights; `layout` is that of the blocks' and the head's matrices."""
+    config = model.config
+    channels = config.memory.channels(config.depth)
+    injected = config.memory.injected(config.depth)
+    layered = isinstance(model.projection, Projection) and len(model.projection.weight) > 1
+    layers, mix = [], []
+    for layer, block in enumerate(model.blocks, start=1):
+        assert isinstance(block, Block)
+        gamma = block.injection.gamma if isinstance(block.injection, Residual) else block.beta.new_zeros(channels)
+        mix.append(torch.cat([block.beta, gamma]))
+        layers.append(_layer(block, injected.index(layer) if layered and layer in injected else 0, layout))
+    weights = model.recall.weights if isinstance(model.recall, Recall) else None
+    return Products(
+        config=config,
+        embedding=rms(rows(model.embedding)),
+        mix=torch.stack(mix).repeat(config.loops, 1),
+        projection=_projection(model.projection, layout) if isinstance(model.projection, Projection) else (),
+        recall=None if weights is None else weights.clone(),
+        layers=tuple(layers) * config.loops,
+        head=layout(matrix(model.head)),
+    )
+
+
+def _layer(block: Block, projection: int, layout: Layout) -> LayerProducts:
+    attention, injection = block.attention, block.injection
+    assert isinstance(attention, Attention)
+    assert isinstance(injection, NoMemory)
+    embedded = attention.value_embedding if isinstance(attention.value_embedding, ValueEmbedding) else None
+    gated = isinstance(injection, KeyValue)
+    scale = 2 if gated else 1  # 2σ(G u) · W u = σ(G u) · 2W u, exactly
+    parts = [matrix(attention.query), scale * matrix(attention.key), scale * matrix(attention.value)]
+    if isinstance(injection, KeyValue):
+        parts.append(matrix(injection.gate))
+    if embedded is not None:
+        parts.append(matrix(embedded.gate))
+    return LayerProducts(
+        inputs=layout(torch.cat(parts)),
+        out=layout(matrix(attention.out)),
+        up=layout(matrix(block.mlp.up)),
+        down=layout(matrix(block.mlp.down)),
+        alpha=block.alpha.clone(),
+        table=None if embedded is None else rows(embedded.table),
+        projection=projection if gated else None,
+    )
+
+
+def matrix(layer: nn.Linear) -> Tensor:
+    """(out, in): what a layer without bias does; of one that is more than its weight (an adapter), to the identity."""
+    if type(layer) is nn.Linear:
+        return layer.weight
+    weight = layer.weight
+    return layer(torch.eye(layer.in_features, device=weight.device, dtype=weight.dtype)).T
+
+
+def rows(table: nn.Embedding) -> Tensor:
+    """(V, D): the rows of a table, with what an adapter adds to them."""
+    if type(table) is nn.Embedding:
+        return table.weight
+    return table(torch.arange(table.num_embeddings, device=table.weight.device))
+
+
+def _projection(projection: Projection, layout: Layout) -> tuple[Tensor, ...]:
+    """(sets, C, 2, G·K, D), doubled, as one matrix per channel."""
+    return tuple(layout(weight) for weight in 2 * projection.weight.transpose(0, 1).flatten(1, 3))

@@ -1,0 +1,251 @@
+"""A session: one sequence, all that a model knows about it, and where its sampling stands, as a value.
+
+Nothing changes a session: to extend, rewind or continue it gives another one, and both stay good. The memory history
+in the State is what makes going back exact: a recurrent state alone could not.
+
+On the disk a session is a folder, and reading one unpickles nothing:
+
+    state.safetensors   keys, values, memory, tokens
+    session.json        the fingerprint of the model, the seed, size and SHA-256 of the other
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lrt.inference.certificate import Report
+from lrt.inference.cost_model import Calibration
+from lrt.inference.decoders import decoder
+from lrt.inference.prefill import Mode, Prefilled, prefill
+from lrt.inference.sampling import Sampling, draw_rows
+from lrt.model.state import State
+from lrt.model.transformer import LatentRecurrentTransformer, fingerprint
+from lrt.utils.files import read_json, recover, sha256, swap
+
+FORMAT = 1
+CHUNK = 256
+"""Positions that are computed at once where slots are reused."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One sequence with one model. Shapes: T tokens, S slots, D width."""
+
+    model: LatentRecurrentTransformer
+    tokens: tuple[int, ...]
+    """All tokens so far, given and drawn, at least one."""
+    state: State
+    """One row that holds every one of them, or the last ones where slots are reused."""
+    hidden: Tensor
+    """(1, 1, D): the final hidden state of the last token, from which the next is drawn."""
+    seed: int = 0
+    """What is drawn at a position depends on the seed and the position alone, not on how it was reached."""
+    report: Report | None = None
+    """Of the last prefill; None after a token was drawn."""
+
+    @classmethod
+    def start(
+        cls,
+        model: LatentRecurrentTransformer,
+        tokens: Sequence[int],
+        mode: Mode = "converged",
+        seed: int = 0,
+        calibration: Calibration | None = None,
+    ) -> Session:
+        """A session that begins with these tokens. ValueError where there are none, or more than the context holds."""
+        slots = model.config.reach + CHUNK if model.config.unbounded else 1
+        empty = model.empty_state(1, slots)
+        return _extended(cls(model, (), empty, empty.memory.new_zeros(1, 1, 1), seed), tokens, mode, calibration)
+
+    def extend(
+        self, tokens: Sequence[int], mode: Mode = "converged", calibration: Calibration | None = None
+    ) -> Session:
+        """This session and more given tokens, prefilled behind what it holds."""
+        return _extended(self, tokens, mode, calibration)
+
+    def fork(self, seed: int) -> Session:
+        """The same session with another seed: one of several continuations."""
+        return dataclasses.replace(self, state=self.state.clone(), hidden=self.hidden.clone(), seed=seed)
+
+    def crop(self, length: int) -> Session:
+        """The session as it was when it had `length` tokens.
+
+        Raises ValueError where slots are reused and what was then known is overwritten: no more than the State's
+        slots less the reach (longest window, delay) can be taken back.
+        """
+        if not 1 <= length <= len(self.tokens):
+            raise ValueError(
+                f"cannot crop a session of {len(self.tokens)} tokens to {length}; give 1 to {len(self.tokens)}"
+            )
+        if length == len(self.tokens):
+            return self
+        before, last = length - 1, self._row(self.tokens[length - 1 : length])
+        if not bool(self.state.intact(last.new_tensor([before]), self.model.config.reach).all()) and before != 0:
+            raise ValueError(
+                f"{len(self.tokens)} tokens cannot be cropped to {length}: the {self.state.slots} slots were reused, "
+                f"so that at most {self.state.slots - self.model.config.reach - 1} can be taken back"
+            )
+        with torch.no_grad():  # the last token anew: its hidden state is not part of the State for every source
+            hidden, state = self.model(last, range(before, length), self.state.crop(before))
+        return dataclasses.replace(self, tokens=self.tokens[:length], state=state, hidden=hidden, report=None)
+
+    def rewind(self, count: int) -> Session:
+        """The session without its last `count` tokens, of which one must stay."""
+        if count < 0:
+            raise ValueError(f"cannot rewind by {count} tokens; give 0 or more")
+        return self.crop(len(self.tokens) - count)
+
+    def generate(
+        self,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop: frozenset[int] = frozenset(),
+        tell: Callable[[int], None] | None = None,
+    ) -> Session:
+        """The session continued by up to `max_new_tokens` drawn tokens; it ends with the first one in `stop`.
+
+        `tell` is told each token as soon as it is drawn. ValueError where the context has no room for them.
+        """
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
+        sampling = sampling or Sampling()
+        tokens, hidden = list(self.tokens), self.hidden.squeeze(1)
+        way = decoder(self.model, self._room(max_new_tokens))
+        for _ in range(max_new_tokens):
+            position = len(tokens)
+            token = int(draw_rows(way.logits(hidden), [sampling], [(self.seed, position)]))
+            tokens.append(token)
+            if tell is not None:
+                tell(token)
+            hidden = way(self._row([token])[0], [position])
+            if token in stop:
+                break
+        known = len(tokens) if self.state.filled == len(self.tokens) else self.state.filled
+        state = dataclasses.replace(way.state, write=self.state.write, filled=known)
+        hidden = hidden.unsqueeze(1).clone()  # outside inference mode: an ordinary tensor
+        return dataclasses.replace(self, tokens=tuple(tokens), state=state, hidden=hidden, report=None)
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to a folder, in the place of an older session there."""
+        path = Path(path)
+        if path.exists() and not (path / "session.json").exists() and any(path.iterdir()):
+            raise ValueError(f"{path} holds something that is no session; choose another folder")
+        fresh = path.with_name(f".{path.name}.saving-{os.getpid()}")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        try:
+            safetensors.torch.save_file(_tensors(self), fresh / "state.safetensors")
+            (fresh / "session.json").write_text(json.dumps(_about(self, fresh), indent=2) + "\n")
+            swap(fresh, path)
+        except BaseException as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if isinstance(error, safetensors.SafetensorError | RuntimeError):  # what its writer raises on a full disk
+                raise OSError(f"cannot save to {path}: {error}; an older session there is untouched") from error
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path, model: LatentRecurrentTransformer) -> Session:
+        """The session of a folder, for the model that it was made with.
+
+        Raises ValueError where it belongs to another model, or where a file is missing, truncated or changed.
+        """
+        path = Path(path)
+        recover(path)
+        if not (path / "session.json").is_file():
+            raise ValueError(f"{path} is no session: it has no session.json")
+        about, file = read_json(path / "session.json"), path / "state.safetensors"
+        if about.get("format") != FORMAT:
+            raise ValueError(f"{path}: format {about.get('format')!r}; this version reads {FORMAT}")
+        if about.get("model") != fingerprint(model):
+            raise ValueError(
+                f"{path} was made by another model (other weights, shape or number type); load the one that made it"
+            )
+        intact = file.is_file() and file.stat().st_size == about.get("bytes") and sha256(file) == about.get("sha256")
+        if not intact:
+            raise ValueError(
+                f"{file} is missing, truncated or changed; restore it from a copy, or prefill the text anew"
+            )
+        place = str(model.embedding.weight.device)
+        try:
+            return _rebuilt(model, safetensors.torch.load_file(file, device=place), about)
+        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{path} describes no session of this version ({error!r})") from error
+
+    def _row(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor([list(tokens)], device=self.state.tokens.device)
+
+    def _room(self, count: int) -> State:
+        """The state with slots for `count` more tokens. ValueError where the context has no room for them."""
+        if self.model.config.unbounded:
+            return self.state
+        length, context = len(self.tokens) + count, self.model.config.context
+        if length > context:
+            raise ValueError(
+                f"{len(self.tokens)} tokens and {count} more exceed the context of {context}; shorten one of them, or "
+                "use a model in which every layer has a sliding window"
+            )
+        return self.state.resized(max(1, length))
+
+
+def _extended(session: Session, tokens: Sequence[int], mode: Mode, calibration: Calibration | None) -> Session:
+    if len(tokens) == 0:
+        raise ValueError("the prompt is empty; give at least one token (BOS will do)")
+    vocabulary = session.model.config.vocab_size
+    wrong = [t for t in tokens if not 0 <= t < vocabulary]
+    if wrong:
+        raise ValueError(f"token {wrong[:1]} is none of the model's {vocabulary}; was it made by another tokenizer?")
+    state = session._room(len(tokens))
+    done: Prefilled = prefill(session.model, session._row(tokens), state, mode, calibration=calibration)
+    return dataclasses.replace(
+        session,
+        tokens=(*session.tokens, *map(int, tokens)),
+        state=done.state,
+        hidden=done.hidden,
+        report=done.report,
+    )
+
+
+def _tensors(session: Session) -> dict[str, Tensor]:
+    state = session.state if session.model.config.unbounded else session.state.resized(len(session.tokens))
+    layers = range(len(state.keys))
+    named = {f"keys.{i}": state.keys[i] for i in layers} | {f"values.{i}": state.values[i] for i in layers}
+    named |= {"memory": state.memory, "known": state.tokens, "held": state.held, "hidden": session.hidden}
+    named["tokens"] = torch.tensor(session.tokens)
+    return {name: tensor.contiguous() for name, tensor in named.items()}
+
+
+def _about(session: Session, folder: Path) -> dict[str, Any]:
+    file = folder / "state.safetensors"
+    return {
+        "format": FORMAT,
+        "model": fingerprint(session.model),
+        "seed": session.seed,
+        "bytes": file.stat().st_size,
+        "sha256": sha256(file),
+    }
+
+
+def _rebuilt(model: LatentRecurrentTransformer, read: dict[str, Tensor], about: dict[str, Any]) -> Session:
+    layers, slots = model.config.caches, read["held"].shape[1]
+    state = dataclasses.replace(
+        model.empty_state(1, slots),
+        keys=tuple(read[f"keys.{i}"] for i in range(layers)),
+        values=tuple(read[f"values.{i}"] for i in range(layers)),
+        memory=read["memory"],
+        tokens=read["known"],
+        held=read["held"],
+        filled=read["tokens"].shape[0],
+    )
+    return Session(model, tuple(read["tokens"].tolist()), state, read["hidden"], int(about["seed"]))

@@ -1,0 +1,1 @@
+"""Other projects' tools: transformers, lm-eval, nanochat."""

@@ -1,0 +1,332 @@
+"""LRTForCausalLM: a latent recurrent transformer as transformers expects one. Every number comes from true recurrence.
+
+Shapes: B rows, T new columns of a call (padding included), D width, V vocabulary.
+
+In `eval()` a call is a prefill of its tokens behind what the cache holds (`config.prefill`), a call with one token a
+decoded token. In `train()` it is the training schedule (`config.schedule`), with gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lrt.data.batch import IGNORED
+from lrt.inference.prefill import prefill
+from lrt.integrations.hf.cache import Columns, append, checked, past, read
+from lrt.integrations.hf.configuration import LRTConfig
+from lrt.model.cross_entropy import token_nats
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules.loss import StepLoss
+from lrt.schedules.parse import parse
+from lrt.schedules.refinement import refine
+
+COUNT = "position_ids do not count the tokens of each text from 0; leave them out. Packed texts have no cache"
+WAYS = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
+CACHES = (None, "dynamic", "static")
+HF_IGNORED = -100
+"""What transformers writes where a label counts nowhere."""
+CACHE_NAME = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
+"""What this version of transformers calls the cache of an output."""
+
+
+@dataclass
+class LRTOutput(CausalLMOutputWithPast):
+    """Loss, logits and cache, and what the logits were made of."""
+
+    last_hidden_state: Tensor | None = None
+    """(B, T, D), for those who bring a head and a loss of their own (TRL)."""
+
+
+class LRTForCausalLM(PreTrainedModel, GenerationMixin):
+    """A LatentRecurrentTransformer behind transformers' interface; `model.model` is the native one.
+
+    Supports generate() with greedy decoding, sampling, beam search, assisted decoding (this model or another LRT as
+    the draft), left or right padding and chunked prefill; Trainer, PEFT and TRL. What it does not support raises a
+    ValueError that says what works.
+    """
+
+    config_class = LRTConfig
+    base_model_prefix = ""  # the part without a head is this model too: see `LRTOutput.last_hidden_state`
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = False
+    _supports_sdpa = True
+    _can_compile_fullgraph = False  # what a State holds is known to Python, not to a graph
+    _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' own convention)
+
+    def __init__(self, config: LRTConfig) -> None:
+        super().__init__(config)
+        self.model = LatentRecurrentTransformer(config.model)
+        self.post_init()
+
+    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any):  # type: ignore[override]
+        """transformers' generate(), in the ways whose tokens tests hold against the native model's."""
+        if self.training:
+            raise ValueError("generation is live, and train() is the training schedule; call model.eval() first")
+        config = copy.deepcopy(generation_config or self.generation_config)
+        config.update(**kwargs)
+        mode = config.get_generation_mode(kwargs.get("assistant_model")).value
+        if mode not in WAYS:
+            raise ValueError(f"{mode} is not supported by an LRT; what works: {', '.join(WAYS)}")
+        if config.cache_implementation not in CACHES:
+            raise ValueError(
+                f"cache_implementation {config.cache_implementation!r} is not supported by an LRT; choose one of "
+                f"{', '.join(map(str, CACHES))}"
+            )
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        if prompt is not None and not self.config.model.unbounded:
+            check_room(self.config.model.context, prompt, kwargs.get("attention_mask"), config)
+        return super().generate(inputs, generation_config, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @staticmethod
+    def create_masks_for_generate(config: LRTConfig, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """The mask as generate() was given it: the model needs to know what is padding, not what is causal."""
+        return attention_mask
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the model initialises itself when made, and a checkpoint has all weights (`from_pretrained`)."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """transformers' own; ValueError where weights are missing, which it would leave at whatever memory held."""
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(f"the checkpoint lacks {', '.join(missing[:5])}; export or copy it again")
+        return (model, info) if output_loading_info else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.head
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Only the size it has: value embeddings and head belong to one vocabulary."""
+        if new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError(
+                f"the vocabulary of an LRT is fixed ({self.config.vocab_size} tokens, {new_num_tokens} asked for); use "
+                "tokens that its tokenizer has"
+            )
+        return self.model.embedding
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> LRTOutput | tuple[Tensor, ...]:
+        """Logits (B, T, V) of input_ids (B, T), and the loss where there are labels (B, T).
+
+        attention_mask (B, T), or (B, columns held + T): 0 for padding, at either side. position_ids must count each
+        row's real tokens; without a cache they may begin anew, which starts a packed text, computed as its own row.
+        labels are those of the inputs themselves, -100 where ignored; `num_items_in_batch` is Trainer's count for
+        accumulated batches.
+        Outside `train()` no gradients are made, so that no wrong ones can be.
+        """
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError(
+                "an LRT reads token ids (its memory may contain their embedding); pass input_ids, not inputs_embeds"
+            )
+        assert input_ids is not None
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} is not supported; lrt.refine on model.model gives hidden states")
+        cache = past_key_values if cache is None else cache
+        if self.training:
+            hidden, loss = self._train(input_ids, attention_mask, position_ids, cache, labels, num_items_in_batch)
+        else:
+            with torch.no_grad():
+                wants = self.config.use_cache if use_cache is None else use_cache
+                if cache is None and wants and not packed(input_ids, attention_mask, position_ids):
+                    cache = DynamicCache(config=self.config)
+                hidden = self._recur(input_ids, attention_mask, position_ids, cache)
+                loss = None if labels is None else self._loss(hidden, input_ids, labels, attention_mask, position_ids)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            logits = self.model.logits(hidden[:, kept])
+        named: dict[str, Any] = {CACHE_NAME: cache}
+        output = LRTOutput(loss=loss, logits=logits, last_hidden_state=hidden, **named)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _recur(self, ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
+        """Hidden states (B, T, D) of new columns behind those of the cache, with true recurrence; zeros in padding."""
+        config = self.config.model
+        if cache is None:
+            rows = Rows.of(ids, mask, position_ids)
+            tokens, lengths = rows.split(ids, 0), (rows.index >= 0).sum(1)
+            if not config.unbounded and tokens.shape[1] > config.context:
+                raise ValueError(
+                    f"{tokens.shape[1]} positions exceed the context of {config.context}; shorten the text"
+                )
+            state = self.model.empty_state(tokens.shape[0], tokens.shape[1]).in_place()
+            return rows.join(prefill(self.model, tokens, state, self.config.prefill, lengths).sequence, ids.shape)
+        known = past(checked(cache, config.caches), config.caches)
+        columns = Columns.of(real_columns(ids, mask, known))
+        tokens = columns.compact(ids, 1)
+        state, start = read(cache, config, tokens, columns, self.model.embedding.weight)
+        check_positions(position_ids, start, columns)
+        if bool((columns.lengths == 0).all()):
+            raise ValueError("attention_mask leaves no token of this call; give at least one per row (BOS will do)")
+        # A row that has only padding in this call computes one token, of which nothing is kept.
+        out = prefill(self.model, tokens, state, self.config.prefill, columns.lengths.clamp(min=1))
+        append(cache, config, out.state, start, tokens, columns)
+        hidden = nn.functional.pad(out.sequence, (0, 0, 0, ids.shape[1] - out.sequence.shape[1]))
+        return columns.spread(hidden, 1)
+
+    def _loss(
+        self, hidden: Tensor, ids: Tensor, labels: Tensor, mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        """Mean nats of the labels (B, T) under live hidden states (B, T, D); nothing foretells a text's first token."""
+        new = None if mask is None else mask[:, -ids.shape[1] :]
+        begun = position_ids if packed(ids, new, position_ids) else None
+        rows = Rows.of(ids, new, begun)
+        targets = shifted(rows.split(labels, HF_IGNORED))
+        nats = token_nats(self.model, hidden.flatten(0, 1)[rows.index.clamp(min=0)], targets)
+        return nats.sum() / (targets != IGNORED).sum()
+
+    def _train(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        labels: Tensor | None,
+        items: Tensor | int | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (B, T, D) by the last pass of the training schedule, and the loss over its passes."""
+        if cache is not None:
+            raise ValueError("a cache holds no gradients; train on whole sequences, or call model.eval() to continue")
+        rows = Rows.of(ids, mask, position_ids)
+        tokens = rows.split(ids, 0)
+        targets = None if labels is None else shifted(rows.split(labels, HF_IGNORED))
+        schedule = parse(self.config.schedule).drawn()
+        out = refine(self.model, tokens, schedule)
+        loss = None
+        if targets is not None and items is not None and bool((targets == IGNORED).all()):
+            loss = 0 * out.hidden.sum()  # nothing of an accumulated batch is here
+        elif targets is not None:
+            loss = StepLoss.of(schedule, [targets]).over(self.model, [hidden for _, _, hidden in out.passes], targets)
+            if items is not None:  # a share of an accumulated batch
+                loss = loss * (targets != IGNORED).sum() / items
+        return rows.join(out.hidden, ids.shape), loss
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch taken apart into rows that each hold one text from its beginning, padded on the right."""
+
+    index: Tensor
+    """(rows, length) int: where in the flattened batch each token stands, -1 for padding."""
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Rows:
+        """From a batch (B, T). Positions that begin anew start a packed text; what the mask hides is left out."""
+        real = real_columns(ids, mask, None)
+        begins = torch.zeros_like(real) if position_ids is None else (position_ids == 0).expand_as(ids) & real
+        begins[:, 0] = True  # a row never goes on with the text of the row before
+        text = begins.flatten().cumsum(0) - 1
+        flat = real.flatten().nonzero().squeeze(1)
+        text = torch.unique(text[flat], return_inverse=True)[1]  # those without any token are none
+        lengths = torch.bincount(text)
+        within = torch.arange(len(flat), device=ids.device) - (lengths.cumsum(0) - lengths)[text]
+        index = torch.full((len(lengths), int(lengths.max())), -1, device=ids.device)
+        index[text, within] = flat
+        if position_ids is not None:
+            given = position_ids.expand_as(ids).flatten()[flat]
+            if not bool((given == within).all()):
+                raise ValueError(COUNT)
+        return cls(index)
+
+    def split(self, columns: Tensor, filler: int) -> Tensor:
+        """The rows of columns (B, T)."""
+        return columns.flatten()[self.index.clamp(min=0)].masked_fill(self.index < 0, filler)
+
+    def join(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """(B, T, D) of rows (rows, length, D), zeros in padding."""
+        inside = self.index >= 0
+        flat = rows.new_zeros(shape.numel(), rows.shape[-1]).index_put((self.index[inside],), rows[inside])
+        return flat.view(*shape, -1)
+
+
+def real_columns(ids: Tensor, mask: Tensor | None, known: Tensor | None) -> Tensor:
+    """(B, T) bool: which of the new columns are no padding. ValueError where the mask contradicts the cache."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    held = 0 if known is None else known.shape[1]
+    new = ids.shape[1]
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or (not bool(((mask == 0) | (mask == 1)).all())):
+        raise ValueError(
+            "attention_mask must be (batch, tokens) of 0 for padding and 1: an LRT makes its own causal mask"
+        )
+    if mask.shape[0] != ids.shape[0] or mask.shape[1] not in (new, held + new):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; give (batch, tokens) = ({ids.shape[0]}, {held + new}), 0 "
+            "for padding: an LRT makes its own causal mask"
+        )
+    if known is not None and mask.shape[1] == held + new and not torch.equal(mask[:, :held].bool(), known >= 0):
+        raise ValueError(
+            "attention_mask hides or shows tokens that the cache was made with otherwise; what a token has read "
+            "cannot be changed later: start from an empty cache"
+        )
+    return mask[:, -new:].bool()
+
+
+def packed(ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> bool:
+    """Whether positions begin anew within a row, so that it holds several texts."""
+    if position_ids is None or ids.shape[1] < 2:
+        return False
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :].bool()
+    return bool((((position_ids == 0).expand_as(ids) & real).sum(1) > 1).any())
+
+
+def check_room(context: int, prompt: Tensor, mask: Tensor | None, config: GenerationConfig) -> None:
+    """ValueError before any work where prompt and new tokens exceed the context."""
+    width = prompt.shape[1]
+    longest = width if mask is None else int(mask.sum(1).max())
+    new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or width) - width
+    if longest + new - 1 > context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {new} new ones exceed the context of {context}; shorten one of them, "
+            "or use a model in which every layer has a sliding window"
+        )
+
+
+def check_positions(position_ids: Tensor | None, start: Tensor, columns: Columns) -> None:
+    """ValueError where positions do not count the real tokens of each row: they would be ignored, not obeyed."""
+    if position_ids is None:
+        return
+    given = columns.compact(position_ids.expand(len(start), -1), 1)
+    index = torch.arange(given.shape[1], device=given.device)
+    right = (given == start.unsqueeze(1) + index) | (index >= columns.lengths.unsqueeze(1))
+    if not bool(right.all()):
+        raise ValueError(COUNT)
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Targets (B, T) from labels (B, T): the next one, IGNORED at the end and where transformers ignores."""
+    targets = torch.cat((labels[:, 1:], labels.new_full((len(labels), 1), HF_IGNORED)), dim=1)
+    return targets.masked_fill(targets == HF_IGNORED, IGNORED)
+
+
+# transformers shifts the labels (for label smoothing) only for the models that this table names.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(LRTConfig.model_type, LRTForCausalLM.__name__)

@@ -1,0 +1,303 @@
+"""Attention in pieces: flash kernels over rectangles and triangles, merged by log-sum-exp, with an exact backward.
+
+Shapes: B batch, H query heads, G key/value heads, n queries, m keys of one source, K head size.
+
+A pass's keys lie in several tensors (sources), none of which is copied. Each piece is a run of queries against a run of
+one source's keys, for which a library's kernel gives output and log-sum-exp; outputs are merged with the weights that
+the log-sum-exps imply. The backward calls the kernels' backward per piece with the *merged* output and log-sum-exp:
+then exp(s - lse) is the softmax over all keys, and each piece's gradients are exact (as in ring attention, 2310.01889).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+Mask = Callable[[Tensor], Tensor]
+"""Makes a mask (1 or B, 1, n, m) to add to the scores, 0 or -inf, of the type and on the device of what it is given:
+when it is needed, so that few exist at a time."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries `rows` against `keys` of one source."""
+
+    rows: slice
+    source: int
+    keys: slice
+    causal: bool = False
+    """Query i of the piece sees its keys 0 … i; the piece is square."""
+    mask: Mask | None = None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Attention of one piece, with its log-sum-exp."""
+
+    forward: Callable[..., tuple[Any, ...]]
+    """(q, k, v, causal, mask) -> output (B, H, n, K), log-sum-exp (B, H, n), and what its backward wants besides."""
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """(gradient, q, k, v, output, log-sum-exp, causal, mask, *besides) -> gradients of q, k, v."""
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+def scores(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    """(B, H, n, m), at least float32."""
+    s = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+    if causal:
+        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), -math.inf)
+    return s if mask is None else s + mask
+
+
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    s = scores(q, k, causal, mask)
+    lse = s.logsumexp(-1)
+    return (s - visible(lse).unsqueeze(-1)).exp().to(v.dtype) @ v, lse
+
+
+def plain_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    p = (scores(q, k, causal, mask) - visible(lse).unsqueeze(-1)).exp()
+    dp = (g @ v.mT).to(p.dtype) - (g * out).to(p.dtype).sum(-1, keepdim=True)
+    ds = (p * dp / math.sqrt(q.shape[-1])).to(q.dtype)
+    return ds @ k, ds.mT @ q, p.to(g.dtype).mT @ g
+
+
+def cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+    if mask is not None:  # where nothing is visible, the kernel says 0
+        lse = lse.masked_fill((mask == -math.inf).all(-1), -math.inf)
+    return out, lse
+
+
+def cpu_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return backward(g, q, k, v, out, visible(lse), 0.0, causal, attn_mask=mask)
+
+
+def cuda_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Any, ...]:
+    assert mask is None
+    out, lse, *besides, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+    return out, lse, *besides
+
+
+def cuda_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: None, *besides: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    first_q, first_k, max_q, max_k, seed, offset = besides
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    lse = visible(lse).contiguous()  # the kernel takes no strides for it
+    return backward(g, q, k, v, out, lse, first_q, first_k, max_q, max_k, 0.0, causal, seed, offset)
+
+
+def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Any, ...]:
+    attention = torch.ops.aten._scaled_dot_product_efficient_attention
+    out, lse, *besides = attention(q, k, v, aligned(mask, q), True, 0.0, causal)
+    lse = lse[:, :, : q.shape[2]]  # it comes padded
+    if mask is not None:
+        blind = (mask == -math.inf).all(-1)
+        out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -math.inf)
+    return out, lse, *besides
+
+
+def efficient_backward(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    *besides: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+    lse = F.pad(visible(lse), (0, -lse.shape[-1] % 32)).contiguous()
+    wanted = [True, True, True, False]
+    return backward(g, q, k, v, aligned(mask, q), out, lse, *besides, 0.0, wanted, causal)[:3]
+
+
+def aligned(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask for every head, its rows starting at multiples of 16 elements: the kernel loads them in vectors."""
+    if mask is None:
+        return None
+    padded = F.pad(mask, (0, -mask.shape[-1] % 16))[..., : mask.shape[-1]]
+    return padded.expand(*q.shape[:2], -1, -1)
+
+
+PLAIN = Kernel(plain_forward, plain_backward)
+"""Written out: the reference of the others, and what serves where there is none."""
+CPU = Kernel(cpu_forward, cpu_backward)
+CUDA = Kernel(cuda_forward, cuda_backward)
+EFFICIENT = Kernel(efficient_forward, efficient_backward)
+
+
+def chosen_kernel(q: Tensor, masked: bool) -> Kernel:
+    """The fastest kernel for these queries. CUDA's flash takes half precision and no mask, the other one no float64."""
+    if q.device.type == "cpu":
+        return CPU
+    if q.device.type != "cuda" or q.dtype == torch.float64 or q.shape[-1] % 8:
+        return PLAIN
+    return EFFICIENT if masked or q.dtype == torch.float32 else CUDA
+
+
+def visible(lse: Tensor) -> Tensor:
+    """A query without a key has log-sum-exp -inf, and scores of -inf; with +inf, exp(s - lse) is 0 and not nan."""
+    return lse.masked_fill(lse == -math.inf, math.inf)
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+def attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
+    """Softmax attention (B, H, n, K) of q (B, H, n, K) over all pieces' keys; sources (B, G, m, K).
+
+    The first pieces must reach every query, in order: what comes later is merged into what is there.
+    """
+    result: Tensor = Attend.apply(q, pieces, *keys, *values)  # type: ignore[assignment]
+    return result
+
+
+def attend_reference(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
+    """The plain form of `attend`: one softmax over the scores of all pieces."""
+    n, parts = q.shape[2], []
+    repeat = q.shape[1] // keys[0].shape[1]
+    columns = [torch.arange(k.shape[2], device=q.device) for k in keys]
+    for i, k in enumerate(keys):
+        s = (q @ k.repeat_interleave(repeat, 1).mT) / math.sqrt(q.shape[-1])
+        seen = torch.full(s.shape, -math.inf, dtype=s.dtype, device=s.device)
+        for piece in pieces:
+            if piece.source != i:
+                continue
+            rows, at = torch.arange(n, device=q.device)[piece.rows], columns[i][piece.keys]
+            add = torch.zeros(len(rows), len(at), dtype=s.dtype, device=s.device)
+            if piece.causal:
+                add = add.masked_fill(torch.ones_like(add, dtype=torch.bool).triu(1), -math.inf)
+            if piece.mask is not None:
+                add = add + piece.mask(s)
+            seen[:, :, rows.unsqueeze(1), at] = add.expand(*s.shape[:2], -1, -1)
+        parts.append(s + seen)
+    whole = torch.cat(parts, -1)
+    blind = (whole == -math.inf).all(-1, keepdim=True)
+    p = whole.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    return p @ torch.cat([v.repeat_interleave(repeat, 1) for v in values], 2)
+
+
+class Attend(torch.autograd.Function):
+    """`attend`, with its exact backward."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, pieces: Sequence[Piece], *sources: Tensor) -> Tensor:
+        keys, values = sources[: len(sources) // 2], sources[len(sources) // 2 :]
+        repeat = q.shape[1] // keys[0].shape[1]
+        merged, besides = Merged(q), []
+        for piece in pieces:
+            mask = None if piece.mask is None else piece.mask(q)
+            k, v = (repeated(x[piece.source][:, :, piece.keys], repeat) for x in (keys, values))
+            kernel = chosen_kernel(q, mask is not None)
+            part, lse, *rest = kernel.forward(q[:, :, piece.rows], k, v, piece.causal, mask)
+            merged.add(piece.rows, part, lse)
+            besides.append((kernel, rest))
+        out, lse = merged.result()
+        ctx.save_for_backward(q, out, lse, *sources)
+        ctx.pieces, ctx.besides = pieces, besides
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, out, lse, *sources = ctx.saved_tensors
+        keys, values = sources[: len(sources) // 2], sources[len(sources) // 2 :]
+        repeat = q.shape[1] // keys[0].shape[1]
+        (g,) = grads
+        d_q, d_keys, d_values = Total(q), [Total(k) for k in keys], [Total(v) for v in values]
+        for piece, (kernel, rest) in zip(ctx.pieces, ctx.besides, strict=True):
+            rows, i = piece.rows, piece.source
+            mask = None if piece.mask is None else piece.mask(q)
+            k, v = (repeated(x[i][:, :, piece.keys], repeat) for x in (keys, values))
+            taken = [x[:, :, rows] for x in (out, lse)]
+            dq, dk, dv = kernel.backward(g[:, :, rows], q[:, :, rows], k, v, *taken, piece.causal, mask, *rest)
+            d_q.add(rows, dq)
+            d_keys[i].add(piece.keys, summed(dk, repeat))
+            d_values[i].add(piece.keys, summed(dv, repeat))
+        return d_q.result(), None, *(d.result() for d in d_keys), *(d.result() for d in d_values)
+
+
+def repeated(x: Tensor, repeat: int) -> Tensor:
+    """Keys or values (B, G, m, K) for every query head, (B, H, m, K)."""
+    return x if repeat == 1 else x.repeat_interleave(repeat, 1)
+
+
+def summed(x: Tensor, repeat: int) -> Tensor:
+    """The gradient (B, H, m, K) of `repeated`, summed over the query heads that share a key head."""
+    return x if repeat == 1 else x.unflatten(1, (-1, repeat)).sum(2)
+
+
+class Merged:
+    """Outputs and log-sum-exps of pieces, merged as they come."""
+
+    def __init__(self, q: Tensor) -> None:
+        self.q, self.covered = q, 0
+
+    def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
+        batch, heads, n, size = self.q.shape
+        if self.covered == 0:
+            if rows.start == 0 and rows.stop == n:
+                self.out, self.lse, self.covered = out, lse, n
+                return
+            # Laid out as (B, n, H, K), so that what follows joins the heads without a copy.
+            kind = {"device": out.device, "dtype": torch.promote_types(out.dtype, torch.float32)}
+            self.out = torch.empty(batch, n, heads, size, **kind).transpose(1, 2)
+            self.lse = torch.empty(batch, heads, n, device=lse.device, dtype=lse.dtype)
+        if rows.start == self.covered:
+            self.out[:, :, rows], self.lse[:, :, rows], self.covered = out, lse, rows.stop
+            return
+        assert rows.stop <= self.covered, "the first pieces must reach every query, in order"
+        before = self.lse[:, :, rows]
+        share = (lse - before).sigmoid().nan_to_num(0.0)  # of the new piece; nan where neither has a key
+        self.out[:, :, rows].lerp_(out.to(self.out.dtype), share.unsqueeze(-1).to(self.out.dtype))
+        self.lse[:, :, rows] = torch.logaddexp(before, lse)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        assert self.covered == self.q.shape[2], "no piece reaches the last queries"
+        return self.out.to(self.q.dtype), self.lse
+
+
+class Total:
+    """A gradient (B, heads, n, K), added up from pieces."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like, self.sum, self.covered = like, None, 0
+
+    def add(self, where: slice, part: Tensor) -> None:
+        n = self.like.shape[2]
+        if self.sum is None:
+            if where == slice(0, n):
+                self.sum, self.covered = part, n
+                return
+            self.sum = torch.empty_like(self.like, dtype=torch.promote_types(part.dtype, torch.float32))
+        if where.step is None and where.start == self.covered:
+            self.sum[:, :, where], self.covered = part, where.stop
+            return
+        if where.stop > self.covered:
+            self._clear()
+        self.sum[:, :, where].add_(part)
+
+    def _clear(self) -> None:
+        assert self.sum is not None
+        self.sum[:, :, self.covered :] = 0
+        self.covered = self.like.shape[2]
+
+    def result(self) -> Tensor:
+        if self.sum is None:
+            return torch.zeros_like(self.like)
+        self._clear()
+        return self.sum.to(self.like.dtype)

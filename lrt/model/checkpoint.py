@@ -1,0 +1,226 @@
+"""Checkpoints: a folder that alone rebuilds a model and its tokenizer. Loading one unpickles nothing.
+
+    model.safetensors   weights
+    config.json         model configuration, what trained it, and the tokenizer's hash
+    tokenizer.json      the tokenizer
+    training.pt         optional: what training needs to go on (optimisers, progress); tensors and plain data only
+    optimisers/         optional: the optimisers' state instead, where ranks hold shards (torch.distributed.checkpoint)
+    manifest.json       size and SHA-256 of the others
+
+A save is written beside its target, flushed to the disk, and renamed: whatever fails, one whole checkpoint remains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lrt.data.tokenizer import Tokenizer
+from lrt.distributed.single import ALONE, Alone, load_weights
+from lrt.model.config import ModelConfig
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils.files import _flush, free, read_json, recover, sha256, swap
+
+FORMAT = 1
+FILES = ("model.safetensors", "config.json", "tokenizer.json")
+
+
+def save(
+    path: str | Path,
+    model: LatentRecurrentTransformer,
+    tokenizer: Tokenizer,
+    about: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    parts: Sequence[torch.optim.Optimizer] = (),
+    ranks: Alone = ALONE,
+) -> None:
+    """Write a checkpoint folder, replacing an older one only once the new one is whole.
+
+    `about` is JSON data that says how the model came to be (schedule, steps, scores); `training` is what
+    `load_training` gives back, with the state of the optimisers `parts`. All `ranks` call it; rank 0 makes the folder
+    whole. Raises OSError, on every rank, where the disk does not take it; the older checkpoint is then untouched.
+    """
+    path = Path(path)
+    if path.exists() and not (path / "manifest.json").exists() and any(path.iterdir()):
+        raise ValueError(f"{path} holds something that is no checkpoint; choose another folder")
+    fresh = path.with_name(f".{path.name}.saving-{ranks.agreed(os.getpid())}")
+    try:
+        with ranks.together():
+            if ranks.rank == 0:
+                for stale in path.parent.glob(f".{path.name}.saving-*"):  # of a save that was killed
+                    shutil.rmtree(stale, ignore_errors=True)
+                fresh.mkdir(parents=True)
+        with ranks.together():
+            if training is not None:
+                ranks.write_training(fresh, training, model, parts)
+            weights = ranks.weights(model)
+            if ranks.rank == 0:
+                _write(fresh, weights, model.config, tokenizer, about or {})
+                swap(fresh, path)
+    except BaseException as error:
+        if ranks.rank == 0:
+            shutil.rmtree(fresh, ignore_errors=True)
+        # What the libraries' writers raise on a full disk says little of it.
+        if isinstance(error, safetensors.SafetensorError | RuntimeError | OSError):
+            raise OSError(
+                f"cannot save to {path}: {error} ({free(path.parent):,.0f} MB free on that disk, a save needs about "
+                f"{needed(model, training is not None):,.0f}); the previous checkpoint, if any, is untouched"
+            ) from error
+        raise
+
+
+def needed(model: LatentRecurrentTransformer, training: bool) -> float:
+    """MB that a save takes: the weights, and for training up to two moments of each."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) * (3 if training else 1) / 1e6
+
+
+def differences(theirs: Any, mine: Any, name: str) -> str:
+    """What differs between two values that JSON can write, field by field."""
+    if not (isinstance(theirs, dict) and isinstance(mine, dict)):
+        return f"{name}: {theirs} there, {mine} here"
+    return "; ".join(
+        differences(theirs.get(k), mine.get(k), f"{name}.{k}")
+        for k in {**theirs, **mine}
+        if theirs.get(k) != mine.get(k)
+    )
+
+
+def _write(
+    folder: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, about: dict[str, Any]
+) -> None:
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+    written = {
+        "format": FORMAT,
+        "model": config.to_dict(),
+        "tokenizer_sha256": tokenizer.sha256,
+        "torch": str(torch.__version__),
+        "about": about,
+    }
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    tokenizer.save(folder / "tokenizer.json")
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    manifest = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    for file in [*folder.rglob("*"), folder]:
+        _flush(file)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRecurrentTransformer, Tokenizer]:
+    """The model, in evaluation mode, and the tokenizer of a checkpoint folder, or of a run's folder that holds one.
+
+    Raises ValueError, naming the file, where one is missing, truncated, changed, or belongs to another checkpoint.
+    """
+    folder = verified(Path(path))
+    config, recorded = _config(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.sha256 != recorded:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} does not belong to this checkpoint; restore the one saved with it"
+        )
+    model = LatentRecurrentTransformer(config)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
+        )
+    try:
+        weights = _read_weights(folder)
+        model.load_state_dict(weights)
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'} does not hold this model's weights: {error}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def _config(folder: Path) -> tuple[ModelConfig, str]:
+    """The model's configuration and the tokenizer's hash; ValueError naming config.json where it makes no sense."""
+    file = folder / "config.json"
+    data = read_json(file)
+    if data.get("format") != FORMAT:
+        raise ValueError(f"{file}: format {data.get('format')!r}; this version reads {FORMAT}")
+    try:
+        return ModelConfig.from_dict(data["model"]), str(data["tokenizer_sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} describes no model of this version ({error!r}); restore it from a copy") from error
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights as this version shapes them: what was a scalar in earlier ones is a vector of one element."""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    return {name: w.reshape(1) if w.dim() == 0 else w for name, w in weights.items()}
+
+
+def load_training(path: str | Path, model: LatentRecurrentTransformer, ranks: Alone = ALONE) -> dict[str, Any]:
+    """Put a checkpoint's weights into `model`, in place, and return the `training` that was saved with them.
+
+    Raises ValueError where the folder is damaged, holds no training state, or another architecture.
+    """
+    folder = verified(Path(path))
+    saved, _ = _config(folder)
+    if saved != model.config:
+        theirs, mine = (json.loads(json.dumps(c.to_dict())) for c in (saved, model.config))
+        found = differences(theirs, mine, "model")
+        raise ValueError(
+            f"{folder} holds another architecture ({found}); choose another --out, or start anew with --resume never"
+        )
+    if not (folder / "training.pt").is_file():
+        raise ValueError(f"{folder} cannot be trained on: it has no training.pt; take a folder of snapshots/")
+    load_weights(model, _read_weights(folder), ranks)
+    return torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+
+
+def about(path: str | Path) -> dict[str, Any]:
+    """How the checkpoint came to be: what `save` was given."""
+    return read_json(verified(Path(path)) / "config.json")["about"]
+
+
+def verified(path: Path) -> Path:
+    """The checkpoint's folder, after its files were held against the manifest."""
+    recover(path)
+    if not (path / "manifest.json").exists():  # a run's folder: its checkpoint, or how far it has come
+        recover(path / "checkpoint")
+        path = next(iter([*path.glob("checkpoint"), *sorted(path.glob("snapshots/step-*"), reverse=True)]), path)
+    if not (path / "manifest.json").is_file():
+        raise ValueError(f"{path} is not a checkpoint: it has no manifest.json; give the folder that `lrt train` wrote")
+    manifest = read_json(path / "manifest.json")
+    if "model.safetensors" not in manifest and "splits" in manifest:
+        raise ValueError(f"{path} holds prepared data, not a checkpoint; give the folder that `lrt train` wrote")
+    for name in sorted({*FILES, *manifest}):
+        file, entry = path / name, manifest.get(name)
+        if not file.is_file() or not isinstance(entry, dict):
+            raise ValueError(f"{file} is missing; restore the checkpoint from a copy")
+        size = file.stat().st_size
+        if size != entry.get("bytes"):
+            raise ValueError(
+                f"{file} has {size} bytes instead of {entry.get('bytes')}: truncated; restore it from a copy"
+            )
+        if sha256(file) != entry.get("sha256"):
+            raise ValueError(f"{file} was changed after it was saved (its SHA-256 differs); restore it from a copy")
+    return path
+
+
+def snapshots(out: Path) -> list[Path]:
+    """The snapshots of a run's folder, oldest first."""
+    return sorted((out / "snapshots").glob("step-*"))
+
+
+def snapshot_path(out: Path, step: int) -> Path:
+    return out / "snapshots" / f"step-{step:08d}"
+
+
+def snapshot_step(path: Path) -> int:
+    """The step a snapshot was taken after; 0 where the folder is none."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdigit() else 0
+
+
+def drop_snapshots(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path)

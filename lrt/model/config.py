@@ -1,0 +1,277 @@
+"""What a model is: frozen dataclasses, one docstring under each field, checked when they are made.
+
+Layers are counted as in the paper: block 1 is the first, block L the last; "layer 0" is the normalised token
+embedding. `MemoryConfig.source` and `MemoryConfig.layers` both use this numbering.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lrt.utils.validation import choice
+
+HEAD_SIZES = (128, 64, 32, 16, 8)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """How a token receives the hidden state of the token before it (LRT, arXiv 2605.26797, section 3)."""
+
+    injection: Literal["none", "residual", "key_value", "both"] = "both"
+    """Where memory enters: nowhere (a plain Transformer), the residual stream, the keys and values, or both."""
+    projection: Literal["shared", "layerwise"] = "shared"
+    """One pair of memory projections U_k, U_v for all layers, or one pair per layer. Ignored without key_value."""
+    source: int | tuple[int, ...] | None = None
+    """The layer whose output is remembered: 0 (the embedding: token shift) to L (the final hidden state, also
+    spelled None), or several layers."""
+    combine: Literal["sum", "channels"] = "sum"
+    """Several sources: one learned weighted sum, or one channel each with its own γ, gates and projections. Source
+    (0, 0) as channels is token shift with as many of them as (0, L) has: what a channel gives without recurrence."""
+    initial: Literal["zeros", "embedding"] = "zeros"
+    """What stands for sources >= 1 of a slot that no pass has written yet: zeros, or that token's embedding x_0."""
+    delay: int = 1
+    """How many positions back the memory is read; the first `delay` positions of a document read zeros."""
+    layers: tuple[int, ...] | None = None
+    """The blocks (1..L) that inject the memory; None means all."""
+    residual_init: float = 0.1
+    """Initial value of γ, the learned scale of the residual injection (0.1 in the paper)."""
+
+    def __post_init__(self) -> None:
+        for name in ("source", "layers"):  # JSON has no tuples
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        choice(self, "injection", ("none", "residual", "key_value", "both"))
+        choice(self, "projection", ("shared", "layerwise"))
+        choice(self, "combine", ("sum", "channels"))
+        choice(self, "initial", ("zeros", "embedding"))
+        if not isinstance(self.delay, int) or self.delay < 1:
+            raise ValueError(
+                f"memory.delay is {self.delay}; it must be a whole number of at least 1: a token cannot read itself"
+            )
+        if self.layers is not None and (
+            not isinstance(self.layers, tuple) or not all(isinstance(i, int) for i in self.layers)
+        ):
+            raise ValueError(
+                f"memory.layers is {self.layers!r}; give block numbers, for example (1, 2), or None for all"
+            )
+        if isinstance(self.source, tuple):
+            if len(self.source) == 0:
+                raise ValueError("memory.source is empty; name at least one layer, or use injection='none'")
+            once = [s for s in self.source if s != 0 or self.combine == "sum"]
+            if len(set(once)) != len(once):
+                raise ValueError(
+                    f"memory.source {self.source} names a layer twice; name each layer once (but for 0 among channels)"
+                )
+
+    def sources(self, depth: int) -> tuple[int, ...]:
+        """The source layers as a tuple of ints in 0..depth; empty with injection `none`."""
+        if self.injection == "none":
+            return ()
+        if self.source is None:
+            return (depth,)
+        return self.source if isinstance(self.source, tuple) else (self.source,)
+
+    def remembered(self, depth: int) -> tuple[int, ...]:
+        """The sources that a State has to store: all but the embedding, which follows from the token."""
+        return tuple(s for s in self.sources(depth) if s > 0)
+
+    def channels(self, depth: int) -> int:
+        """How many memory vectors a position reads: one per source with `channels`, else one (zero with `none`)."""
+        sources = self.sources(depth)
+        return len(sources) if self.combine == "channels" else min(1, len(sources))
+
+    def injected(self, depth: int) -> tuple[int, ...]:
+        """The blocks (1..depth) that inject the memory, in order."""
+        if self.injection == "none":
+            return ()
+        return tuple(sorted(self.layers)) if self.layers is not None else tuple(range(1, depth + 1))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer in the nanochat style (spec, section 1) and its memory."""
+
+    depth: int = 4
+    """Number of blocks, L."""
+    width: int = 128
+    """Width of the residual stream, D."""
+    heads: int = 2
+    """Query heads, H."""
+    kv_heads: int | None = None
+    """Key and value heads, G; must divide `heads`. None: as many as query heads."""
+    head_size: int | None = None
+    """Size of one head, K (even). None: width / heads."""
+    vocab_size: int = 2048
+    """Number of tokens, V."""
+    context: int = 256
+    """Longest sequence in tokens. No limit where every layer slides (`window_pattern` without L)."""
+    value_embeddings: Literal["none", "alternate", "all"] = "none"
+    """Token-indexed value embeddings: on no layer, on every other layer (the last included), or on all."""
+    window_pattern: str = "L"
+    """One letter per layer, repeated over the depth: L attends to the full context, S to the last `window` tokens."""
+    window: int | None = None
+    """Tokens seen by an S layer, the current one included. None: half of `context`."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over `width`."""
+    mlp_width: int | None = None
+    """Hidden width of the MLP, in place of `mlp_ratio`: how parameter counts are matched."""
+    rope_base: float = 10000.0
+    """Base of the rotary angles."""
+    softcap: float = 15.0
+    """Logits are softcap · tanh(logits / softcap)."""
+    skip_init: float = 0.1
+    """Initial value of β, the learned scale with which every block adds the token embedding x_0 again."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """The recurrent memory."""
+    loops: int = 1
+    """How often the stack of blocks is applied to a token (Loop Transformer); every loop has keys and values of its
+    own, and what layer l remembers or gives is that of the last loop."""
+    thoughts: int = 0
+    """Latent thoughts per token (PonderLM-2, 2509.23184): positions behind it, whose input is the final hidden state of
+    the position before; what follows the token is read off the last of them."""
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "heads", "vocab_size", "context", "loops"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if self.groups < 1 or self.heads % self.groups != 0:
+            raise ValueError(f"kv_heads is {self.kv_heads}; it must divide heads ({self.heads})")
+        if self.head_size is None and self.width % self.heads != 0:
+            raise ValueError(
+                f"width {self.width} is not a multiple of heads {self.heads}; change one, or give head_size"
+            )
+        if self.head_dim < 2 or self.head_dim % 2 != 0:
+            raise ValueError(f"the head size is {self.head_dim}; rotary positions need an even one")
+        choice(self, "value_embeddings", ("none", "alternate", "all"))
+        if len(self.window_pattern) == 0 or not set(self.window_pattern) <= {"L", "S"}:
+            raise ValueError(
+                f"window_pattern is {self.window_pattern!r}; use the letters L (full) and S (sliding), for example "
+                "'SSSL'"
+            )
+        if self.sliding_window < 1:
+            raise ValueError(f"window is {self.window}; it must be at least 1")
+        if self.mlp_dim < 1:
+            raise ValueError(f"the MLP would be {self.mlp_dim} wide; raise mlp_ratio or mlp_width")
+        if not self.softcap > 0:
+            raise ValueError(f"softcap is {self.softcap}; it must be above 0")
+        self._check_memory()
+        self._check_thoughts()
+
+    def _check_memory(self) -> None:
+        for source in self.memory.sources(self.depth):
+            if not isinstance(source, int) or not 0 <= source <= self.depth:
+                raise ValueError(
+                    f"memory.source {source!r} is no layer of this model; use 0 (the embedding) to {self.depth} (the "
+                    "last)"
+                )
+        for layer in self.memory.injected(self.depth):
+            if not 1 <= layer <= self.depth:
+                raise ValueError(f"memory.layers names block {layer}; this model has blocks 1 to {self.depth}")
+        injected = self.memory.injected(self.depth)
+        if len(set(injected)) != len(injected) or (len(injected) == 0 and self.memory.injection != "none"):
+            raise ValueError(
+                f"memory.layers is {self.memory.layers}; name each block once, at least one, or use injection='none'"
+            )
+        if self.memory.delay >= self.context:
+            raise ValueError(f"memory.delay is {self.memory.delay}; it must be below the context ({self.context})")
+
+    def _check_thoughts(self) -> None:
+        if not isinstance(self.thoughts, int) or self.thoughts < 0:
+            raise ValueError(f"thoughts is {self.thoughts!r}; it must be a whole number of at least 0")
+        if self.thoughts != 0 and (self.memory.injection != "none" or "S" in self.window_pattern):
+            raise ValueError(
+                f"thoughts is {self.thoughts}: latent thoughts need memory.injection 'none' and full attention "
+                f"(window_pattern 'L'), here {self.memory.injection!r} and {self.window_pattern!r}"
+            )
+
+    @property
+    def groups(self) -> int:
+        """Key and value heads, G."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head, K."""
+        return self.width // self.heads if self.head_size is None else self.head_size
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.mlp_ratio * self.width) if self.mlp_width is None else self.mlp_width
+
+    @property
+    def sliding_window(self) -> int:
+        """Tokens an S layer sees, itself included."""
+        return max(1, self.context // 2) if self.window is None else self.window
+
+    def windows(self) -> tuple[int | None, ...]:
+        """The attention window of each application of a block, loop after loop; None for the full context."""
+        pattern = self.window_pattern
+        once = tuple(self.sliding_window if pattern[i % len(pattern)] == "S" else None for i in range(self.depth))
+        return once * self.loops
+
+    @property
+    def caches(self) -> int:
+        """Pairs of keys and values a position leaves: one per block and loop."""
+        return self.depth * self.loops
+
+    @property
+    def places(self) -> int:
+        """Positions of a token: its own and its thoughts'."""
+        return 1 + self.thoughts
+
+    @property
+    def forwards(self) -> int:
+        """Forwards through the stack of blocks per generated token."""
+        return self.loops * self.places
+
+    @property
+    def recurs(self) -> bool:
+        """Whether one full pass only approximates what decoding computes: a remembered layer, or a latent thought."""
+        return self.thoughts > 0 or len(self.memory.remembered(self.depth)) > 0
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether every layer slides, so that the context is no limit and slots may be reused."""
+        return "L" not in self.window_pattern[: self.depth]
+
+    @property
+    def reach(self) -> int:
+        """How many earlier positions an endless stream must keep: the longest window, or the memory's delay."""
+        return max(max(w or 0 for w in self.windows()) - 1, self.memory.delay)
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Whether block `layer` (1..L) has a value embedding."""
+        return {"none": False, "alternate": (self.depth - layer) % 2 == 0, "all": True}[self.value_embeddings]
+
+    @classmethod
+    def from_depth(cls, depth: int, **overrides: Any) -> ModelConfig:
+        """The one size dial: width 64 · depth, head size 128 where it divides the width, else 64, 32, … (spec 1)."""
+        width = overrides.pop("width", 64 * depth)
+        head_size = next((size for size in HEAD_SIZES if width % size == 0 and width > size), None)
+        if head_size is None:
+            raise ValueError(f"width {width} fits no head size of {HEAD_SIZES}; give heads and head_size")
+        return cls(**{"depth": depth, "width": width, "heads": width // (head_size or 1), **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`; unknown fields are an error that names them."""
+        data = json.loads(json.dumps(data))
+        memory = data.pop("memory", {})
+        for kind, fields in ((MemoryConfig, memory), (cls, data)):
+            known = {f.name for f in dataclasses.fields(kind)}
+            unknown = sorted(set(fields) - known)
+            if unknown:
+                raise ValueError(
+                    f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+                )
+        return cls(memory=MemoryConfig(**memory), **data)

@@ -1,0 +1,122 @@
+"""Cross-entropy of hidden states: nats per token, and their sum fused with the head, so that logits never pile up.
+
+Shapes: R rows of hidden states at a time, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lrt.data.batch import IGNORED
+from lrt.model.execution import EAGER, Execution
+from lrt.model.transformer import LatentRecurrentTransformer
+
+ROWS = 1024
+"""Rows whose logits exist at one time: (1024, V) stays near the cache, and memory does not grow with the batch."""
+
+
+def token_nats(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood (…) of targets (…) under hidden states (…, D); 0 where ignored. For scoring."""
+    flat, wanted = hidden.flatten(0, -2), targets.flatten()
+    nats = [
+        F.cross_entropy(model.logits(h).to(at_least_float32(h)), t, ignore_index=IGNORED, reduction="none")
+        for h, t in zip(flat.split(ROWS), wanted.split(ROWS), strict=True)
+    ]
+    return torch.cat(nats).view_as(targets)
+
+
+def summed_nats(
+    model: LatentRecurrentTransformer,
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    execution: Execution = EAGER,
+) -> Tensor:
+    """Σ weight · nats of targets (…) under hidden (…, D), with gradients; weights (…) count each target once if None.
+
+    Logits never exist for more than ROWS rows. A head that is more than its weight (an adapter was put around it) is
+    called, and its logits exist at once.
+    """
+    counted = (targets != IGNORED).to(at_least_float32(hidden))
+    if weights is not None:
+        counted = counted * weights
+    if type(model.head) is not nn.Linear:
+        nats = F.cross_entropy(
+            model.logits(hidden).flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return (nats * counted.flatten()).sum()
+    arguments = (hidden.flatten(0, -2), model.head.weight, targets.flatten(), counted.flatten())
+    result: Tensor = LinearCrossEntropy.apply(*arguments, model.config.softcap, execution)  # type: ignore[assignment]
+    return result
+
+
+def summed_nats_reference(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The plain form of `summed_nats`, for tests."""
+    return F.cross_entropy(
+        model.logits(hidden).flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def grade(z: Tensor, index: Tensor, weights: Tensor, cap: float) -> Tensor:
+    """Nats (n,) of targets `index` (n, 1) under logits z (n, V) before the cap; z becomes their weighted gradient.
+
+    A few sweeps over z, each in place: the head of a small model is half its work, and most of that is these sweeps.
+    """
+    z.div_(cap).tanh_()
+    # Capped logits are at most `cap`, which therefore serves as their maximum while exp(-2 cap) is no underflow.
+    peak = z.new_full((), cap) if cap <= 40 else cap * z.amax(1, keepdim=True)
+    exps = torch.add(-peak, z, alpha=cap).exp_()
+    total = exps.sum(1, keepdim=True)
+    nats = peak + total.log() - cap * z.gather(1, index)
+    z.mul_(z).sub_(1)  # minus the slope of the cap
+    at_target = z.gather(1, index) * weights.unsqueeze(1)
+    z.mul_(exps).mul_(-weights.unsqueeze(1) / total)
+    z.scatter_add_(1, index, at_target)
+    return nats.squeeze(1)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Head, soft-cap and cross-entropy in one, by row blocks; the gradient is made in the forward.
+
+    Going through the logits once (three products per block, the softmax used for loss and gradient alike) is what
+    autograd would do, without keeping five copies of (N, V).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, cap: float, execution: Execution
+    ) -> Tensor:
+        graded = execution.function(grade)
+        total = hidden.new_zeros((), dtype=at_least_float32(hidden))
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_head = torch.zeros_like(head, dtype=total.dtype) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), ROWS):
+            rows = slice(start, start + ROWS)
+            h, index = hidden[rows], targets[rows].clamp(min=0).unsqueeze(1)
+            z = (h @ head.T).to(total.dtype)
+            total += (graded(z, index, weights[rows], cap) * weights[rows]).sum()
+            grad = z.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(grad, head, out=d_hidden[rows])
+            if d_head is not None and d_head.dtype == h.dtype:
+                d_head.addmm_(grad.T, h)
+            elif d_head is not None:
+                d_head += grad.T @ h  # in float32: a sum of many blocks in bfloat16 loses the small ones
+        ctx.save_for_backward(d_hidden, d_head)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (scale,) = grads  # a scalar: what it multiplies keeps its type
+        d_hidden, d_head = (None if d is None else d * scale for d in ctx.saved_tensors)
+        return d_hidden, d_head, None, None, None, None

@@ -1,0 +1,119 @@
+"""How a step is computed: compiled or not, recomputing or keeping. It decides speed and memory, not numbers.
+
+Source of the choice to compile regions rather than the whole: PyTorch's regional compilation recipe. A block's two
+halves are compiled once and serve all blocks, all passes of one size and all steps; attention between them is a
+library's kernel either way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from lrt.utils.validation import choice
+
+F = TypeVar("F", bound=Callable[..., Any])
+LONG = 1000
+"""Steps from which a run repays the time of compiling."""
+VARIANTS = 128
+"""Compiled forms of one function, at most: one per size of a pass, kind of block, and whether gradients are wanted."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a step is computed. Unlike RunConfig it decides no numbers, beyond rounding, and may change on resuming."""
+
+    compile: Literal["auto", "always", "never"] = "auto"
+    """torch.compile of what lies between the attention kernels. auto: for runs of at least 1000 steps in float32 and
+    one process, where there is a compiler."""
+    recompute: Literal["nothing", "blocks", "passes"] = "nothing"
+    """What is computed again in the backward instead of being kept (activation checkpointing): nothing; the inside of
+    each block; the inside of each pass, of which only what later passes read is kept."""
+
+    def __post_init__(self) -> None:
+        choice(self, "compile", ("auto", "always", "never"))
+        choice(self, "recompute", ("nothing", "blocks", "passes"))
+
+    def resolved(self, steps: int, device: str | torch.device, unproved: str | None = None) -> tuple[Execution, str]:
+        """`always` or `never` in place of `auto` for a run of `steps`, and which path that is, in words.
+
+        `unproved` names what about the run no test compiles yet: `auto` then does not.
+        """
+        if self.compile != "auto":
+            decided, reason = self.compile, f"compile is {self.compile}"
+        elif steps < LONG:
+            decided, reason = "never", f"{steps:,} steps are fewer than {LONG:,}"
+        elif unproved is not None:
+            decided, reason = "never", f"compiling {unproved} is not tested"
+        elif missing := missing_compiler(device):
+            decided, reason = "never", missing
+        else:
+            decided, reason = "always", f"{steps:,} steps are at least {LONG:,}"
+        path = "compiled" if decided == "always" else "uncompiled"
+        kept = "" if self.recompute == "nothing" else f", recomputing {self.recompute}"
+        return dataclasses.replace(self, compile=decided), f"{path} passes ({reason}){kept}"
+
+    def function(self, function: F) -> F:
+        """A function of tensors and modules, compiled if that is wanted."""
+        return cast(F, compiled(function)) if self.compile == "always" else function
+
+    def block(self, block: nn.Module, *arguments: Any) -> Any:
+        """Call a block; keep its arguments only, if blocks are to be recomputed."""
+        if self.recompute == "blocks" and torch.is_grad_enabled():
+            return recomputed(block, *arguments)
+        return block(*arguments)
+
+    def whole_pass(self, model: nn.Module, *arguments: Any) -> Any:
+        """Call a model for a pass; keep its arguments only, if passes are to be recomputed."""
+        if self.recompute == "passes" and torch.is_grad_enabled():
+            return recomputed(model, *arguments)
+        return model(*arguments)
+
+
+EAGER = Execution(compile="never")
+"""Everything as it is written."""
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with static shapes and without graph breaks; each new size or kind of block is compiled once."""
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def recomputed(module: nn.Module, *arguments: Any) -> Any:
+    """`module(*arguments)`, of which only the arguments are kept."""
+    # What `Cast` has put in the place of parameters is gone when the backward comes, so it is kept here.
+    swapped: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if not p.is_leaf}
+
+    def call(*arguments: Any) -> Any:
+        return functional_call(module, swapped, arguments) if swapped else module(*arguments)
+
+    return checkpoint(call, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def missing_compiler(device: str | torch.device) -> str | None:
+    """Why nothing can be compiled for this device; None where it can."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "Triton is not installed"
+    if kind != "cpu":
+        return f"compiling for {kind} is not tried"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "there is no C++ compiler"
+    return None

@@ -1,0 +1,193 @@
+"""How the memory of an earlier position enters the model: recall it, project it, inject it.
+
+Shapes: B batch, T positions, C memory channels, P remembered sources (those >= 1), D width, G key/value heads,
+K head size. Memory is (C, B, T, D): one vector per channel and position, zeros where a document begins.
+
+Source: LRT, arXiv 2605.26797, section 3. To add an injection, write a class with `residual` and `key_value` and give
+it a line in `INJECTIONS`; its parameters are the block's own, only U_k and U_v live apart in `Projection`, which runs
+before the layer stack because the memory is known before it starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lrt.model.config import ModelConfig
+from lrt.model.layers import rms
+from lrt.model.state import Positions, Recollection, State
+
+Projected = tuple[Tensor, Tensor]
+"""U_k m and U_v m of one layer, each (C, B, T, G, K)."""
+
+
+class Recall(nn.Module):
+    """Assemble the memory that positions read: stored sources, the predecessor's embedding, their combination."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        memory = config.memory
+        self.sources = memory.sources(config.depth)
+        self.stored = memory.remembered(config.depth)
+        self.delay = memory.delay
+        self.stand_in = memory.initial == "embedding" and len(self.stored) > 0
+        if isinstance(memory.source, tuple) and self.sources and memory.combine == "sum":
+            self.weights = nn.Parameter(torch.full((len(self.sources),), 1.0 / len(self.sources)))
+        else:
+            self.register_parameter("weights", None)
+
+    def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
+        """The memory (C, B, T, D) that `positions` read from `state`."""
+        return self.read(state.read_memory(positions, self.delay), embedding)
+
+    def read(self, found: Recollection, embedding: nn.Embedding) -> Tensor:
+        """The memory (C, B, T, D) assembled from what was found."""
+        embedded = zero = found.memory.new_zeros(())
+        if 0 in self.sources or self.stand_in:
+            embedded = self.embed(found, embedding)
+        unwritten = embedded if self.stand_in else zero
+        inside, written = found.inside.unsqueeze(-1), found.written.unsqueeze(-1)
+        parts = [
+            torch.where(inside, torch.where(written, found.memory[:, :, self.stored.index(s)], unwritten), zero)
+            if s > 0
+            else embedded
+            for s in self.sources
+        ]
+        return self.combine(parts, found.memory)
+
+    def embed(self, found: Recollection, embedding: nn.Embedding) -> Tensor:
+        """x_0 (B, T, D) of the remembered tokens, zeros where unknown or outside the document.
+
+        Recomputed at every read, so that gradients reach the embedding under every schedule.
+        """
+        known = found.inside & (found.tokens >= 0)
+        return rms(embedding(found.tokens.clamp(min=0))) * known.unsqueeze(-1)
+
+    def combine(self, parts: list[Tensor], like: Tensor) -> Tensor:
+        """Parts (B, T, D), one per source, to channels (C, B, T, D)."""
+        if not parts:
+            return like.new_zeros(0, *like.shape[:2], like.shape[-1])
+        stacked = torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
+        if self.weights is None:
+            return stacked
+        return rms(torch.einsum("c,cbtd->btd", self.weights.to(stacked.dtype), stacked)).unsqueeze(0)
+
+
+class NoProjection(nn.Module):
+    """Absent projections: nothing to project, nothing to add."""
+
+    def forward(self, memory: Tensor) -> tuple[Projected, ...]:
+        empty = memory.new_zeros(0)
+        return ((empty, empty),)
+
+
+class Projection(nn.Module):
+    """U_k and U_v of all layers, applied in one matrix product."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        layers = len(config.memory.injected(config.depth)) if config.memory.projection == "layerwise" else 1
+        channels = config.memory.channels(config.depth)
+        self.heads = (config.groups, config.head_dim)
+        # A stack of logical matrices (layers, C, [k, v], G·K, D): the optimiser treats each on its own.
+        self.weight = nn.Parameter(torch.empty(layers, channels, 2, config.groups * config.head_dim, config.width))
+
+    def forward(self, memory: Tensor) -> tuple[Projected, ...]:
+        """(U_k m, U_v m) for each set of projections: one if shared, else one per injected block."""
+        channels, batch, length, _ = memory.shape
+        layers = self.weight.shape[0]
+        if channels == 1:  # the usual case: one plain product
+            out = F.linear(memory, self.weight.flatten(0, 3))
+        else:
+            weight = self.weight.transpose(0, 1).flatten(1, 3)  # (C, layers·2·G·K, D)
+            out = torch.bmm(memory.flatten(1, 2), weight.transpose(1, 2))
+        # unbind, not indices: the gradients are stacked once, where each index would make zeros for all.
+        pairs = out.view(channels, batch, length, 2 * layers, *self.heads).unbind(3)
+        return tuple(zip(pairs[::2], pairs[1::2], strict=True))
+
+
+class NoMemory(nn.Module):
+    """The neutral injection: a plain Transformer's block."""
+
+    projects = False
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
+    def reset(self) -> None:
+        """Initial values."""
+
+    def residual(self, x: Tensor, memory: Tensor) -> Tensor:
+        """The residual stream (B, T, D) before the block."""
+        return x
+
+    def gates(self) -> list[nn.Linear]:
+        """Linear layers on the block's normalised input: they join its product of queries, keys and values."""
+        return []
+
+    def key_value(self, logits: Sequence[Tensor], k: Tensor, v: Tensor, projected: Projected) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, T, G, K) before rotary positions and normalisation.
+
+        logits (B, T, rows), one per layer of `gates`: what it gives.
+        """
+        return k, v
+
+
+class Residual(NoMemory):
+    """x + Σ_c γ_c · m_c before the block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.init = config.memory.residual_init
+        self.gamma = nn.Parameter(torch.empty(config.memory.channels(config.depth)))
+
+    def reset(self) -> None:
+        super().reset()
+        nn.init.constant_(self.gamma, self.init)
+
+    def residual(self, x: Tensor, memory: Tensor) -> Tensor:
+        for channel, gamma in zip(memory, self.gamma, strict=True):
+            x = x + gamma * channel
+        return x
+
+
+class KeyValue(NoMemory):
+    """g_loc · k + Σ_c g_mem,c · U_k,c m_c, and likewise for v; gates 2σ(G u) per token and head start at 1."""
+
+    projects = True
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.groups = config.groups
+        self.gate = nn.Linear(config.width, config.groups * (1 + config.memory.channels(config.depth)), bias=False)
+
+    def reset(self) -> None:
+        super().reset()
+        nn.init.zeros_(self.gate.weight)
+
+    def gates(self) -> list[nn.Linear]:
+        return [self.gate]
+
+    def key_value(self, logits: Sequence[Tensor], k: Tensor, v: Tensor, projected: Projected) -> tuple[Tensor, Tensor]:
+        (gate,) = logits
+        opened = 2 * torch.sigmoid(gate).unflatten(-1, (-1, self.groups, 1))  # (B, T, 1 + C, G, 1)
+        local, *others = opened.unbind(2)
+        k, v = local * k, local * v
+        for gate, key, value in zip(others, *projected, strict=True):
+            k, v = k + gate * key, v + gate * value
+        return k, v
+
+
+class Both(Residual, KeyValue):
+    """Residual and key/value injection together: the paper's best."""
+
+
+INJECTIONS: dict[str, type[NoMemory]] = {
+    "none": NoMemory,
+    "residual": Residual,
+    "key_value": KeyValue,
+    "both": Both,
+}

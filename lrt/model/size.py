@@ -1,0 +1,41 @@
+"""How many parameters a configuration has, counted without allocating them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from lrt.model.config import ModelConfig
+from lrt.model.transformer import LatentRecurrentTransformer
+
+
+class Unfilled(TorchFunctionMode):
+    """No random weights are drawn: for meta tensors torch would import its compiler, which takes a second."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if function in (torch.nn.init.normal_, torch.nn.init.uniform_):
+            return args[0] if args else given["tensor"]
+        return function(*args, **given)
+
+
+@functools.lru_cache(maxsize=256)
+def sizes(config: ModelConfig) -> dict[str, int]:
+    """Numbers of every parameter by name, without allocating them."""
+    with torch.device("meta"), Unfilled():
+        model = LatentRecurrentTransformer(config)
+    return {name: p.numel() for name, p in model.named_parameters()}
+
+
+def is_table(name: str) -> bool:
+    """Whether a parameter is token-indexed, or the head."""
+    return ("embedding." in name and "gate" not in name) or name == "head.weight"
+
+
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """(all parameters, those outside token-indexed tables and the head)."""
+    found = sizes(config)
+    return sum(found.values()), sum(n for name, n in found.items() if not is_table(name))

@@ -1,0 +1,304 @@
+"""PassState: a State for training, where every pass is the full range or a residue class r::S.
+
+Shapes: B batch, T positions of a row, n of them in a class, S classes, G key/value heads, K head size, D width.
+
+A State copies a buffer to replace some of its slots, and attends through a mask. Here keys, values and memory are kept
+as S classes of positions, each in the tensor of the pass that wrote it last: a pass *replaces* one class (or all), and
+nothing is copied. Query i of class a is position a + iS, key j of class b is b + jS; so it sees keys j <= i where
+b <= a and keys j <= i - 1 where b > a: each pair of classes is plain causal attention, shifted by one or not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrt.model.blockwise_attention import Piece, attend
+from lrt.model.buffers import write_copy
+from lrt.model.execution import EAGER, Execution
+from lrt.model.state import Positions, Recollection, State, extend
+
+TILE = 128
+"""Queries and keys of the smallest triangle: the CPU's kernel computes 512 keys at a time, also those that a causal
+mask then hides."""
+QUERIES, KEYS = 256, 1024
+"""Largest mask: windows and documents are attended in blocks of so many queries and keys."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """One class's keys, values or memory, in a tensor of its own or in that of a pass over all positions."""
+
+    tensor: Tensor
+    whole: bool
+
+    def of(self, residue: int, stride: int, dim: int) -> Tensor:
+        """This class alone, as a view."""
+        if not self.whole:
+            return self.tensor
+        return self.tensor[(slice(None),) * dim + (slice(residue, None, stride),)]
+
+
+Classes = tuple[Held | None, ...]
+"""One per residue; None where nothing is written."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What one layer's queries attend to: the pieces, and the class whose tensor is each piece's source."""
+
+    pieces: tuple[Piece, ...]
+    sources: tuple[int, ...]
+
+    def attend(self, q: Tensor, keys: Classes, values: Classes) -> Tensor:
+        """Softmax attention (B, H, n, K) of q (B, H, n, K)."""
+        held = [(k, v) for i in self.sources if (k := keys[i]) is not None and (v := values[i]) is not None]
+        return attend(q, [k.tensor for k, _ in held], [v.tensor for _, v in held], self.pieces)
+
+
+@dataclass(frozen=True)
+class PassState:
+    """What passes over full ranges and residue classes r::S leave behind, for B rows of T positions."""
+
+    tokens: Tensor
+    """(B, T) int."""
+    documents: Tensor | None
+    """(B, T) int, or None where a row is one document."""
+    stride: int
+    """S."""
+    shape: tuple[int, ...]
+    """(layers, G, K, P, D), as State's."""
+    nothing: Tensor
+    """(B, 0, P, D): memory of no position, for its type and device."""
+    keys: tuple[Classes, ...]
+    """Per layer; tensors (B, G, n, K)."""
+    values: tuple[Classes, ...]
+    memory: Classes
+    """Tensors (B, n, P, D)."""
+    execution: Execution = EAGER
+    reusable: bool = False
+
+    @classmethod
+    def of(cls, state: State, stride: int, execution: Execution = EAGER) -> PassState:
+        """From an empty State, whose slots are the positions."""
+        empty: Classes = (None,) * stride
+        layers = (empty,) * len(state.keys)
+        nothing = state.memory[:, :0]
+        return cls(state.tokens, state.documents, stride, state.shape, nothing, layers, layers, empty, execution)
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def slots(self) -> int:
+        return self.tokens.shape[1]
+
+    def where(self, positions: Positions) -> range:
+        """A class is its own slot."""
+        assert isinstance(positions, range)
+        return positions
+
+    # --- reading and writing -----------------------------------------------------------------------------------
+
+    def write_tokens(self, positions: Positions, tokens: Tensor) -> PassState:
+        """Nothing: all tokens are known from the start."""
+        return self
+
+    def hold(self, positions: Positions) -> PassState:
+        """Nothing: what is written is what is there."""
+        return self
+
+    def write(self, classes: Classes, slots: range, new: Tensor, dim: int) -> Classes:
+        """These classes with those of `slots` replaced by `new`."""
+        if slots.step == 1:
+            return (Held(new, whole=True),) * self.stride
+        held = Held(new, whole=False)
+        return tuple(held if residue == slots.start else old for residue, old in enumerate(classes))
+
+    def write_cache(self, keys: tuple[Classes, ...], values: tuple[Classes, ...]) -> PassState:
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def write_memory(self, positions: Positions, memory: Tensor) -> PassState:
+        """Replace the memory (B, n, P, D) of these positions."""
+        return dataclasses.replace(self, memory=self.write(self.memory, self.where(positions), memory, 1))
+
+    def detach_memory(self) -> PassState:
+        """The same, with the gradient through the memory cut."""
+        cut = tuple(
+            None if held is None else dataclasses.replace(held, tensor=held.tensor.detach()) for held in self.memory
+        )
+        return dataclasses.replace(self, memory=cut)
+
+    def read_memory(self, positions: Positions, delay: int) -> Recollection:
+        """What stands `delay` positions before each of `positions`."""
+        assert isinstance(positions, range)
+        n, step = len(positions), positions.step
+        residue = (positions.start - delay) % step
+        shift = (residue + delay - positions.start) // step  # entry i reads entry i - shift of that class
+        inside = torch.arange(n, device=self.tokens.device) >= shift
+        inside = inside.expand(self.batch, n)
+        tokens = shifted(self.tokens[:, residue::step], n, shift)
+        if self.documents is not None:
+            before = shifted(self.documents[:, residue::step], n, shift)
+            inside = inside & (self.documents[:, positions.start :: step] == before)
+        found, there = self._recalled(residue, step)
+        return Recollection(tokens, shifted(found, n, shift), inside & shifted(there.unsqueeze(0), n, shift), inside)
+
+    def _recalled(self, residue: int, step: int) -> tuple[Tensor, Tensor]:
+        """Memory (B, m, P, D) of a class, or of all positions, and which of it (m,) is written."""
+        chosen = self.memory if step == 1 else (self.memory[residue],)
+        there = torch.tensor([held is not None for held in chosen], device=self.tokens.device)
+        m = len(range(residue, self.slots, step))
+        there = there.repeat(-(-m // len(chosen)))[:m]
+        if step == 1:
+            return self._buffer(self.memory, 1, self.shape[-2:]), there
+        held = self.memory[residue]
+        if held is None:
+            return self._buffer((None,), 1, self.shape[-2:])[:, :m], there
+        return held.of(residue, step, 1), there
+
+    # --- attention ---------------------------------------------------------------------------------------------
+
+    def visible(self, positions: Positions, window: int | None) -> Pieces:
+        """Position p sees written positions <= p of its own document, within the window."""
+        assert isinstance(positions, range)
+        own, step = positions.start, positions.step
+        if step == 1:
+            return Pieces(tuple(self._pieces(positions, 0, 1, 0, False, window)), (0,))
+        sources, pieces = [own], list(self._pieces(positions, own, step, 0, False, window))
+        whole: int | None = None
+        for residue, held in enumerate(self.keys[0]):
+            if held is None or residue == own or residue >= self.slots:
+                continue
+            if not held.whole or whole is None:
+                sources.append(residue)
+            source = len(sources) - 1
+            if held.whole:
+                whole = source = source if whole is None else whole
+            pieces += self._pieces(positions, residue, step, source, held.whole, window)
+        return Pieces(tuple(pieces), tuple(sources))
+
+    def _pieces(
+        self, positions: range, residue: int, step: int, source: int, whole: bool, window: int | None
+    ) -> Iterator[Piece]:
+        """The pieces of one class's keys, as entries of the class's own tensor or of the whole one."""
+        behind = 1 if residue > positions.start else 0  # query i sees keys up to i - behind
+        n, m = len(positions), len(range(residue, self.slots, step))
+        where = functools.partial(entries, residue, step) if whole else slice
+        if self.documents is None and (window is None or window > positions[-1]):
+            tile = TILE if self.tokens.device.type == "cpu" else n
+            for rows, keys in triangles(0, min(n - behind, m), tile):
+                shifted_rows = slice(rows.start + behind, rows.stop + behind)
+                yield Piece(shifted_rows, source, where(keys.start, keys.stop), causal=rows == keys)
+            return
+        for first in range(0, n, QUERIES):
+            rows = slice(first, min(first + QUERIES, n))
+            stop = min(m, rows.stop - behind)
+            begin = 0
+            if window is not None:  # the first key that query `first` sees
+                begin = max(0, (positions[first] - window - residue) // step + 1)
+            for start in range(begin, stop, KEYS):
+                keys = slice(start, min(start + KEYS, stop))
+                band = Band(self.documents, positions[rows], range(residue, self.slots, step)[keys], window)
+                yield Piece(rows, source, where(keys.start, keys.stop), mask=band.mask)
+
+    # --- the end -----------------------------------------------------------------------------------------------
+
+    def whole(self) -> State:
+        """The State that other passes would have left: contiguous buffers, to be continued."""
+        written = self.keys[0]  # a model may remember nothing
+        there = torch.tensor([held is not None for held in written], device=self.tokens.device)
+        index = torch.arange(self.slots, device=self.tokens.device)
+        filled, pending = 0, ()
+        for residue, held in enumerate(written):
+            if held is not None and residue < self.slots:
+                filled, pending = extend(filled, pending, range(residue, self.slots, self.stride))
+        return State(
+            keys=tuple(self._buffer(classes, 2, self.shape[1:3]) for classes in self.keys),
+            values=tuple(self._buffer(classes, 2, self.shape[1:3]) for classes in self.values),
+            memory=self._buffer(self.memory, 1, self.shape[-2:]),
+            tokens=self.tokens,
+            documents=self.documents,
+            held=torch.where(there[index % self.stride], index, -1).expand(self.batch, -1),
+            filled=filled,
+            pending=pending,
+            execution=self.execution,
+        )
+
+    def _buffer(self, classes: Classes, dim: int, sizes: Sequence[int]) -> Tensor:
+        """All positions' keys or values (B, G, T, K) or memory (B, T, P, D), zeros where nothing is written."""
+        first = classes[0]
+        if first is not None and all(held is not None and held.tensor is first.tensor for held in classes):
+            return first.tensor
+        shape = (self.batch, sizes[0], self.slots, sizes[1]) if dim == 2 else (self.batch, self.slots, *sizes)
+        buffer = self.nothing.new_zeros(()).expand(shape)
+        for residue, held in enumerate(classes):
+            if held is not None and residue < self.slots:
+                slots = slice(residue, self.slots, self.stride)
+                buffer = write_copy(buffer, slots, held.of(residue, self.stride, dim), dim)
+        return buffer
+
+
+@dataclass(frozen=True)
+class Band:
+    """Which keys of one run the queries of another see: not later ones, within the window, of their own document."""
+
+    documents: Tensor | None
+    queries: range
+    """Positions."""
+    keys: range
+    window: int | None
+
+    def mask(self, like: Tensor) -> Tensor:
+        """(1 or B, 1, n, m) to add to scores, 0 or -inf, of the type and on the device of `like`."""
+        here = spread(self.queries, like.device).unsqueeze(1)
+        there = spread(self.keys, like.device)
+        seen = there <= here
+        if self.window is not None:
+            seen = seen & (there > here - self.window)
+        seen = seen.unsqueeze(0)
+        if self.documents is not None:
+            own, other = (self.documents[:, r.start : r.stop : r.step] for r in (self.queries, self.keys))
+            seen = seen & (own.unsqueeze(2) == other.unsqueeze(1))
+        zero = torch.zeros((), device=like.device, dtype=like.dtype)
+        return torch.where(seen, zero, -math.inf).to(like.dtype).unsqueeze(1)
+
+
+def spread(positions: range, device: torch.device) -> Tensor:
+    return torch.arange(positions.start, positions.stop, positions.step, device=device)
+
+
+def triangles(first: int, last: int, tile: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and keys of the triangles (rows == keys) and rectangles that make up the triangle of first … last.
+
+    Halved again and again, so that outputs and gradients are merged log2(n / tile) times, not n / tile times.
+    """
+    if last <= first:
+        return
+    if last - first <= tile:
+        yield slice(first, last), slice(first, last)
+        return
+    middle = first + tile * math.ceil((last - first) / (2 * tile))
+    yield from triangles(first, middle, tile)
+    yield from triangles(middle, last, tile)
+    yield slice(middle, last), slice(first, middle)
+
+
+def entries(residue: int, stride: int, first: int, last: int) -> slice:
+    """Entries first … last of a class, in a tensor of all positions."""
+    return slice(residue + first * stride, residue + (last - 1) * stride + 1, stride)
+
+
+def shifted(x: Tensor, n: int, shift: int) -> Tensor:
+    """(B, n, …): x (B, m, …) moved back by `shift`, zeros before it."""
+    if shift == 0:
+        return x[:, :n]
+    zeros = x.new_zeros(x.shape[0], min(shift, n), *x.shape[2:])
+    return torch.cat([zeros, x[:, : max(0, n - shift)]], dim=1)

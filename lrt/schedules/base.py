@@ -1,0 +1,213 @@
+"""Training schedules as data: which positions are recomputed, in which order, with which loss weight.
+
+A schedule is a frozen value. `schedule.passes(T)` expands it to passes over T positions, `repr(schedule)` writes it
+as Python would call it, `parse` reads that back, and `schedule.at(step, steps, seed)` gives the schedule of one
+optimiser step. To add a schedule, write a function from T and its arguments to passes and decorate it.
+
+Source: LRT, arXiv 2605.26797, section 4 (interleaved, multi-refinement, chunked); WhiteMatter, 2608.18486 (settled).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, Protocol, cast
+
+import numpy
+import torch
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Recompute the positions start, start + stride, … below stop, from a buffer that holds all the others."""
+
+    start: int
+    stop: int
+    stride: int = 1
+    loss_weight: float = 1.0
+    """Weight of this pass's mean loss in the step's loss; with 0 the head never runs."""
+    grad: bool = True
+    """Whether gradients flow into what this pass computes and writes."""
+    detach_memory: bool = False
+    """Cut the gradient through the memory as this pass leaves it, all of it; keys and values keep theirs."""
+
+    @property
+    def positions(self) -> range:
+        return range(self.start, self.stop, self.stride)
+
+    @property
+    def slice(self) -> slice:
+        """The same positions, to index a dimension of a tensor without a copy."""
+        return slice(self.start, self.stop, self.stride)
+
+
+Passes = tuple[Pass, ...]
+P = ParamSpec("P")
+
+
+class Schedule(Protocol):
+    """What every schedule can do."""
+
+    def passes(self, length: int) -> Passes:
+        """The passes over `length` positions, in order."""
+        ...
+
+    def at(self, step: int, steps: int, seed: int) -> Schedule:
+        """The schedule of optimiser step `step` of `steps`: the same on all ranks and micro-batches."""
+        ...
+
+    def drawn(self) -> Schedule:
+        """Where there is no step: stages give their last, a mixture draws from torch's generator."""
+        ...
+
+    def scored(self) -> tuple[tuple[float, Schedule], ...]:
+        """(probability, schedule) pairs under which `parallel_bpb` is the weighted mean."""
+        ...
+
+    def shares(self) -> tuple[tuple[float, Simple], ...]:
+        """(share of training, schedule) pairs: of a mixture by probability, of stages by fraction."""
+        ...
+
+    def cost(self, length: int) -> float:
+        """Forwards and backwards over the whole sequence, forward = 1, backward = 2: plain costs 3."""
+        ...
+
+
+@dataclass(frozen=True, repr=False)
+class Simple:
+    """A schedule that is the same at every step: one entry of `SCHEDULES` and its arguments."""
+
+    name: str
+    arguments: tuple[Any, ...]
+
+    def passes(self, length: int) -> Passes:
+        return tuple(p for p in SCHEDULES[self.name](length, *self.arguments) if len(p.positions) > 0)
+
+    def at(self, step: int, steps: int, seed: int) -> Schedule:
+        return self
+
+    def drawn(self) -> Schedule:
+        return self
+
+    def scored(self) -> tuple[tuple[float, Schedule], ...]:
+        return ((1.0, self),)
+
+    def shares(self) -> tuple[tuple[float, Simple], ...]:
+        return ((1.0, self),)
+
+    def cost(self, length: int) -> float:
+        return sum(len(p.positions) * (3 if p.grad else 1) for p in self.passes(length)) / length
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(repr(a) for a in self.arguments)})"
+
+
+SCHEDULES: dict[str, Callable[..., list[Pass]]] = {}
+
+
+def schedule(expand: Callable[Concatenate[int, P], list[Pass]]) -> Callable[P, Simple]:
+    """Register `expand(length, …)` under its name; the result makes the schedule from its arguments alone."""
+    name: str = expand.__name__
+    SCHEDULES[name] = expand
+
+    @functools.wraps(expand)
+    def make(*args: P.args, **kwargs: P.kwargs) -> Simple:
+        arguments = bind(expand, args, kwargs)
+        expand(1, *arguments)  # type: ignore[arg-type]  # a wrong argument is an error here, not hours later
+        return Simple(name, arguments)
+
+    return cast("Callable[P, Simple]", make)
+
+
+def bind(expand: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Positional arguments in order, sequences as tuples, trailing defaults left out: one spelling per schedule."""
+    names = expand.__code__.co_varnames[1 : expand.__code__.co_argcount]
+    defaults = dict(zip(reversed(names), reversed(expand.__defaults__ or ()), strict=False))
+    unknown = sorted((set(kwargs) - set(names)) | (set(kwargs) & set(names[: len(args)])))  # or given twice
+    if unknown or len(args) > len(names):
+        raise ValueError(f"{expand.__name__} takes ({', '.join(names)}), not {args} {kwargs or ''}")
+    given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+    missing = [n for n in names if n not in given]
+    if missing:
+        raise ValueError(f"{expand.__name__} needs {', '.join(missing)}; for example {expand.__name__}(2)")
+    values = [tuple(given[n]) if isinstance(given[n], list) else given[n] for n in names]
+    while values and names[len(values) - 1] in defaults and values[-1] == defaults[names[len(values) - 1]]:
+        values.pop()
+    return tuple(values)
+
+
+def count(name: str, value: object, least: int) -> int:
+    """Require a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    return value
+
+
+class Composed:
+    """What mixture and stages share: weighted parts, and passes that need a step or a draw."""
+
+    parts: tuple[tuple[float, Schedule], ...]
+
+    def passes(self, length: int) -> Passes:
+        raise ValueError(f"{self!r} changes over training: take .at(step, steps, seed), or .drawn(), and its passes")
+
+    def shares(self) -> tuple[tuple[float, Simple], ...]:
+        return tuple((p * q, s) for p, part in self.parts for q, s in part.shares())
+
+    def cost(self, length: int) -> float:
+        return sum(p * s.cost(length) for p, s in self.shares())
+
+
+@dataclass(frozen=True, repr=False)
+class Mixture(Composed):
+    """One schedule drawn per optimiser step."""
+
+    parts: tuple[tuple[float, Schedule], ...]
+
+    def at(self, step: int, steps: int, seed: int) -> Schedule:
+        # Philox is counter-based: (seed, step) gives the same draw on every rank, and resuming needs no history.
+        u = numpy.random.Generator(numpy.random.Philox(key=seed, counter=step)).random()
+        return self._pick(u).at(step, steps, seed)
+
+    def drawn(self) -> Schedule:
+        return self._pick(float(torch.rand(()))).drawn()
+
+    def _pick(self, u: float) -> Schedule:
+        total = 0.0
+        for probability, part in self.parts:
+            total += probability
+            if u < total:
+                return part
+        return self.parts[-1][1]
+
+    def scored(self) -> tuple[tuple[float, Schedule], ...]:
+        return tuple((p * q, s) for p, part in self.parts for q, s in part.scored())
+
+    def __repr__(self) -> str:
+        return f"mixture({list(self.parts)!r})"
+
+
+@dataclass(frozen=True, repr=False)
+class Stages(Composed):
+    """A curriculum: each schedule serves a fraction of training, in order."""
+
+    parts: tuple[tuple[float, Schedule], ...]
+
+    def at(self, step: int, steps: int, seed: int) -> Schedule:
+        done, total = step / max(1, steps), 0.0
+        for fraction, part in self.parts:
+            total += fraction
+            # 1e-9: a stage that ends at 0.1 + 0.2 of training ends at 0.3
+            if done < total - 1e-9:
+                return part.at(step, steps, seed)
+        return self.parts[-1][1].at(step, steps, seed)
+
+    def drawn(self) -> Schedule:
+        return self.parts[-1][1].drawn()
+
+    def scored(self) -> tuple[tuple[float, Schedule], ...]:
+        return self.parts[-1][1].scored()
+
+    def __repr__(self) -> str:
+        return f"stages({list(self.parts)!r})"

@@ -1,0 +1,46 @@
+"""Floating-point operations, counted from the configuration: a multiply-add is two, the backward twice the forward.
+
+Counted are the matrix products of every pass (spec, trap 4: published counts leave the extra passes out), attention
+over the keys that are visible on average, and the head where a pass has a loss. Lookups and elementwise work are not.
+"""
+
+from __future__ import annotations
+
+from lrt.model.config import ModelConfig
+from lrt.model.size import is_table, sizes
+from lrt.schedules.base import Schedule
+
+
+def visible_keys(length: int, window: int | None) -> float:
+    """Keys a query sees on average over a sequence of `length` positions."""
+    if window is None or window >= length:
+        return (length + 1) / 2
+    return window - window * (window - 1) / (2 * length)
+
+
+def forward_flops(config: ModelConfig, length: int) -> tuple[float, float]:
+    """FLOPs per token of a call of the model over `length` tokens: (layer stack with memory, head).
+
+    All loops and thoughts are in it; a first pass, which finds no thoughts before a token, is counted like the others.
+    As decoding computes the same, it is also the cost of a generated token, on average over a text of `length`.
+    """
+    dense = {name: n for name, n in sizes(config).items() if not is_table(name)}
+    looped = sum(n for name, n in dense.items() if name.startswith("blocks."))
+    products = 2 * (config.loops * looped + sum(dense.values()) - looped)
+    positions = config.places * length
+    attention = sum(4 * config.heads * config.head_dim * visible_keys(positions, w) for w in config.windows())
+    return config.places * (products + attention), 2 * config.width * config.vocab_size
+
+
+def training_flops(config: ModelConfig, schedule: Schedule, length: int) -> float:
+    """FLOPs per token of forward and backward under `schedule`, all passes counted; head only where there is a loss.
+
+    Of a mixture or of stages, the mean over training.
+    """
+    stack, head = forward_flops(config, length)
+    total = 0.0
+    for weight, part in schedule.shares():
+        for p in part.passes(length):
+            share = weight * len(p.positions) / length
+            total += share * ((3 if p.grad else 1) * stack + (3 * head if p.loss_weight else 0))
+    return total

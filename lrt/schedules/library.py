@@ -1,0 +1,109 @@
+"""The schedules: each a function from T positions and its arguments to passes.
+
+To add one, write such a function and decorate it with `@schedule`.
+
+Source: LRT, arXiv 2605.26797, section 4 (interleaved, multi-refinement, chunked); WhiteMatter, 2608.18486 (settled).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lrt.schedules.base import Mixture, Pass, Schedule, Simple, Stages, count, schedule
+
+
+def loss_weights(weights: Sequence[float] | None, passes: int) -> Sequence[float]:
+    """One non-negative weight per pass, not all zero; None counts each pass alike."""
+    if weights is None:
+        return [1.0] * passes
+    numbers = isinstance(weights, tuple | list) and all(isinstance(w, int | float) for w in weights)
+    if not numbers or len(weights) != passes or not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+        raise ValueError(f"weights is {weights!r}; give {passes} numbers >= 0 (one per pass), not all 0")
+    return weights
+
+
+@schedule
+def plain(T: int) -> list[Pass]:
+    """One full pass with nothing in memory: how a Transformer is trained."""
+    return [Pass(0, T)]
+
+
+@schedule
+def interleaved(T: int, subsets: int, weights: Sequence[float] | None = None) -> list[Pass]:
+    """A full pass, then `subsets` strided passes, each seeing what the earlier ones wrote (the paper's default, 2)."""
+    count("subsets", subsets, 1)
+    first, *rest = loss_weights(weights, subsets + 1)
+    return [Pass(0, T, 1, first), *(Pass(r, T, subsets, w) for r, w in enumerate(rest))]
+
+
+@schedule
+def multi_refinement(
+    T: int, refinements: int, weights: Sequence[float] | None = None, detach: bool = False
+) -> list[Pass]:
+    """`refinements` + 1 full passes; each reads the last one's memory (Jacobi). `detach` cuts its gradient."""
+    count("refinements", refinements, 0)
+    chosen = loss_weights(weights, refinements + 1)
+    return [Pass(0, T, 1, w, True, detach and k < refinements) for k, w in enumerate(chosen)]
+
+
+@schedule
+def chunked(T: int, length: int) -> list[Pass]:
+    """Contiguous chunks in order; memory crosses chunk borders only (the paper's losing baseline)."""
+    count("length", length, 1)
+    return [Pass(start, min(start + length, T)) for start in range(0, T, length)]
+
+
+def sweep(T: int, groups: int, weight: float = 1.0, grad: bool = True) -> list[Pass]:
+    """One strided Gauss-Seidel sweep: 0::g, 1::g, … g-1::g."""
+    return [Pass(r, T, groups, weight, grad) for r in range(groups)]
+
+
+@schedule
+def strided(T: int, groups: int, sweeps: int) -> list[Pass]:
+    """`sweeps` strided sweeps from an empty buffer: a first-sweep position attends only to what is written."""
+    count("groups", groups, 1)
+    count("sweeps", sweeps, 1)
+    return sweep(T, groups) * sweeps
+
+
+@schedule
+def sequential(T: int, backprop: int | None = None) -> list[Pass]:
+    """One position at a time: exact. `backprop` cuts the gradient through the memory after so many positions."""
+    cut = 0 if backprop is None else count("backprop", backprop, 1)
+    return [Pass(t, t + 1, 1, 1.0, True, cut > 0 and (t + 1) % cut == 0) for t in range(T)]
+
+
+@schedule
+def settled(T: int, free: int, groups: int, sweeps: int) -> list[Pass]:
+    """A full pass and `free` sweeps without gradient or loss, then `sweeps` sweeps with both (WhiteMatter's recipe)."""
+    count("free", free, 0)
+    count("groups", groups, 1)
+    count("sweeps", sweeps, 1)
+    quiet = [Pass(0, T, 1, 0.0, False), *sweep(T, groups, 0.0, False) * free]
+    return quiet + sweep(T, groups) * sweeps
+
+
+def _parts(kind: str, unit: str, parts: Sequence[tuple[float, Schedule]]) -> tuple[tuple[float, Schedule], ...]:
+    total = math.fsum(p for p, _ in parts)
+    for _, part in parts:
+        if not isinstance(part, Simple | Mixture | Stages):
+            raise ValueError(f"{kind} holds {part!r}, which is no schedule; write for example (0.5, interleaved(2))")
+    if not parts or min(p for p, _ in parts) < 0 or abs(total - 1) > 1e-6:
+        raise ValueError(f"the {unit} of {kind} are {[p for p, _ in parts]}, in sum {total:g}; they must sum to 1")
+    return tuple((float(p), s) for p, s in parts)
+
+
+def mixture(parts: Sequence[tuple[float, Schedule]]) -> Mixture:
+    """`[(probability, schedule), …]`: one is drawn per optimiser step from (seed, step)."""
+    return Mixture(_parts("a mixture", "probabilities", parts))
+
+
+def stages(parts: Sequence[tuple[float, Schedule]]) -> Stages:
+    """`[(fraction, schedule), …]`: each serves its fraction of training, in order."""
+    return Stages(_parts("stages", "fractions", parts))
+
+
+DEFAULT = "stages([(0.5, settled(0, 1, 1)), (0.5, settled(1, 1, 1))])"
+"""The library's: of the schedules run so far that are stable and cost at most half as much again as `plain()`, the best
+live (the study `schedule`, docs/log.md of 2026-11-28). The paper's own is `interleaved(2)`."""

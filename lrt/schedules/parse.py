@@ -1,0 +1,57 @@
+"""Schedules as text: `parse` reads what `repr` writes, and executes nothing."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lrt.schedules.base import SCHEDULES, Mixture, Schedule, Simple, Stages, bind
+from lrt.schedules.library import mixture, stages
+
+_COMPOSED: dict[str, Callable[..., Schedule]] = {"mixture": mixture, "stages": stages}
+
+
+def names() -> Iterator[str]:
+    """Every schedule's name."""
+    yield from SCHEDULES
+    yield from _COMPOSED
+
+
+def parse(text: str) -> Schedule:
+    """Read a schedule as `repr` writes it, for example `settled(0, 1, 1)`; nothing is executed.
+
+    Raises ValueError with the text and the known names.
+    """
+    try:
+        built = _build(ast.parse(text.strip(), mode="eval").body)
+        if not isinstance(built, Simple | Mixture | Stages):
+            raise ValueError("that is no schedule")
+        return built
+    except (SyntaxError, KeyError, TypeError, AttributeError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"cannot read the schedule {text!r}: {error}; write for example interleaved(2)") from error
+
+
+def _build(node: ast.expr) -> Any:
+    """A value of the small language of calls, lists, tuples and literals that `repr` writes."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        name = node.func.id
+        if name not in set(names()):
+            raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(names())}")
+        args = [_build(a) for a in node.args]
+        kwargs = {k.arg or "**": _build(k.value) for k in node.keywords}
+        return _COMPOSED[name](*args, **kwargs) if name in _COMPOSED else _simple(name, args, kwargs)
+    if isinstance(node, ast.List | ast.Tuple):
+        return tuple(_build(e) for e in node.elts)
+    if isinstance(node, ast.Name):
+        return _build(ast.Call(ast.Name(node.id), [], []))  # `plain` alone means plain()
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise ValueError("only names, numbers, lists and calls of schedules are read") from error
+
+
+def _simple(name: str, args: list[Any], kwargs: dict[str, Any]) -> Simple:
+    arguments = bind(SCHEDULES[name], tuple(args), kwargs)
+    SCHEDULES[name](1, *arguments)
+    return Simple(name, arguments)

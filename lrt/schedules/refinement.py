@@ -1,0 +1,160 @@
+"""Run a schedule: for each pass, call the model on its positions.
+
+Training, exact scoring, prefill and decoding are the same thing: a list of position sets, and one function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrt.model.buffers import write_copy
+from lrt.model.execution import EAGER, Execution
+from lrt.model.state import State
+from lrt.model.strided_state import PassState
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules.base import Pass, Schedule
+
+Ran = tuple[Pass, Tensor, Tensor]
+"""(pass, its positions (n,), its hidden states (B, n, D))."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What a schedule leaves behind."""
+
+    passes: tuple[Ran, ...]
+    """In order."""
+    length: int
+    """T."""
+    last: State | PassState
+    """What the last pass left."""
+
+    # Training asks for neither of these: both copy.
+
+    @functools.cached_property
+    def hidden(self) -> Tensor:
+        """(B, T, D): each position by the last pass that computed it."""
+        return last_written(list(self.passes), self.length)
+
+    @functools.cached_property
+    def state(self) -> State:
+        """To continue from."""
+        return self.last if isinstance(self.last, State) else self.last.whole()
+
+
+def refine(
+    model: LatentRecurrentTransformer,
+    tokens: Tensor,
+    schedule: Schedule,
+    documents: Tensor | None = None,
+    state: State | None = None,
+    execution: Execution = EAGER,
+) -> Refined:
+    """Run `schedule` over tokens (B, T).
+
+    documents (B, T) int says which packed document each token belongs to. With a `state`, the tokens continue behind
+    what it holds; its own documents serve. A mixture or stages without a step are drawn (`schedule.drawn`).
+    `execution` says how it is computed, not what.
+    """
+    ran: list[Ran] = []
+    last: State | PassState | None = None
+    for p, hidden, current in walk(model, tokens, schedule, documents, state, execution):
+        ran.append((p, torch.arange(p.start, p.stop, p.stride), hidden))
+        last = current
+    assert last is not None
+    return Refined(tuple(ran), tokens.shape[1], last)
+
+
+def walk(
+    model: LatentRecurrentTransformer,
+    tokens: Tensor,
+    schedule: Schedule,
+    documents: Tensor | None = None,
+    state: State | None = None,
+    execution: Execution = EAGER,
+) -> Iterator[tuple[Pass, Tensor, State | PassState]]:
+    """The passes of `refine`, one after another: (pass, its hidden states (B, n, D), what it left).
+
+    For who does not want all of them at once: of a pass that was let go of, only what later passes read stays.
+    """
+    batch, length = tokens.shape
+    if length == 0:
+        raise ValueError("there are no tokens; give at least one position (a BOS token will do)")
+    if state is not None and documents is not None:
+        raise ValueError("documents come with an empty state; make it with model.empty_state(batch, slots, documents)")
+    offset, places = 0, model.config.places
+    if state is not None:
+        offset = state.length // places
+        if bool((state.lengths != state.length).any()):
+            raise ValueError(
+                f"the state's rows have lengths {state.lengths.tolist()}; refine continues rows of one length"
+            )
+    passes = schedule.drawn().passes(length)
+    current: State | PassState
+    if state is None:
+        current = beginning(model.empty_state(batch, length, documents, tokens), passes, execution, places)
+    else:
+        current = dataclasses.replace(state, execution=execution)
+    for p in passes:
+        positions = range(p.start + offset, p.stop + offset, p.stride)
+        with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
+            hidden, current = execution.whole_pass(model, tokens[:, p.slice], positions, current)
+        if p.detach_memory:
+            current = current.detach_memory()
+        yield p, hidden, current
+        del hidden  # the next pass runs without it
+
+
+def beginning(empty: State, passes: Sequence[Pass], execution: Execution, places: int = 1) -> State | PassState:
+    """The State to run `passes` from: by residue classes where all of them are such, else the general one.
+
+    `places` positions of the State are one of `passes`' (`ModelConfig.places`).
+    """
+    stride = common_stride(passes, empty.slots // places)
+    if stride is None or (stride > 1 and places > 1):  # full passes over places are classes, of one stride only
+        return dataclasses.replace(empty, execution=execution)
+    return PassState.of(empty, stride * places, execution)
+
+
+def last_written(ran: list[tuple[Pass, Tensor, Tensor]], length: int) -> Tensor:
+    """(B, T, D): each position from the last pass that computed it."""
+    needed, missing = [], set(range(length))
+    for p, _, hidden in reversed(ran):
+        if missing.isdisjoint(p.positions):
+            continue
+        missing.difference_update(p.positions)
+        needed.append((p, hidden))
+        if not missing:
+            break
+    assert not missing, "a schedule left positions uncomputed"
+    (first, hidden), *_ = needed
+    if len(needed) == 1 and first.positions == range(length):
+        return hidden
+    if all(len(p.positions) == 1 for p, _ in needed):  # sequential: one concatenation, not T copies
+        return torch.cat([h for _, h in sorted(needed, key=lambda entry: entry[0].start)], dim=1)
+    whole = hidden.new_zeros(hidden.shape[0], length, hidden.shape[2])
+    for p, part in reversed(needed):
+        whole = write_copy(whole, p.slice, part, 1)
+    return whole
+
+
+CLASSES = 32
+"""Most classes: S passes of S pieces each are many small kernels, and a mask then costs less."""
+
+
+def common_stride(passes: Sequence[Pass], length: int) -> int | None:
+    """S, where each of `passes` over `length` positions is the full range or a class r::S of one S; None elsewhere."""
+    strides = set()
+    for p in passes:
+        if (p.start, p.stop) == (0, length) and p.stride == 1:
+            continue
+        if p.stop != length or p.start >= p.stride or p.stride > CLASSES:
+            return None
+        strides.add(p.stride)
+    return None if len(strides) > 1 else strides.pop() if strides else 1

@@ -1,0 +1,57 @@
+"""What one request may cost, and all of them together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lrt.inference.prefill import Mode
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Beyond them a request is refused, or ended, with an error that says which limit it was."""
+
+    body_bytes: int = 1_000_000
+    """Size of a request's body (else 413)."""
+    body_seconds: float = 10.0
+    """Time for its head and again for its body to arrive (else the connection is closed; 408)."""
+    prompt_tokens: int | None = None
+    """Tokens of a prompt. None: what the context holds (else 400)."""
+    new_tokens: int | None = None
+    """Tokens of an answer. None: what the context holds (else 400)."""
+    choices: int = 32
+    """Continuations that one request may ask for: prompts times n or best_of (else 400)."""
+    queue: int = 128
+    """Continuations that wait for a row (else 429)."""
+    queue_seconds: float = 60.0
+    """How long one waits for a row (else 503)."""
+    request_seconds: float = 300.0
+    """How long an answer may take (else 504, or an error event at the end of a stream)."""
+    connections: int = 512
+    """Connections at once; further ones are closed."""
+    inspect_tokens: int = 512
+    """Tokens of a text that the page looks into."""
+    grace_seconds: float = 20.0
+    """How long answers may go on after SIGTERM, before they are ended with an error event."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 0 if name in ("queue", "grace_seconds") else 1 if isinstance(value, int) else 0.01
+            if value is not None and value < least:
+                raise ValueError(f"limits.{name} is {value}; it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are decoded."""
+
+    rows: int = 16
+    """Sequences of each model that are decoded at once."""
+    prefill: Mode = "converged"
+    """How prompts are computed, where a request does not say; one prompt at a time, so that it is computed as alone."""
+    mode: str = "fused"
+    """Which path decodes: eager, fused, packed, compiled or best."""
+    prefixes: int = 0
+    """Bytes for rows of earlier requests, whose beginnings later prompts reuse. 0: none."""
+    template: str | None = None
+    """How conversations are written: nanochat, chatml or plain. None: by the tokenizer's special tokens, if any."""

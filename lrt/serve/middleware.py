@@ -1,0 +1,130 @@
+"""What every request passes before the application sees it: token, host, size and speed of its body."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Collection
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lrt.serve.config import Limits
+from lrt.serve.errors import ApiError
+from lrt.serve.metrics import Metrics
+
+OPEN = ("/", "/healthz")
+"""Answered without a token: the page itself, which holds no data, and whether the server lives."""
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Content-Security-Policy: the page may talk to this server, and load nothing from anywhere."""
+SLACK = 30.0
+"""Seconds after the time limit of a request at which a client that does not read is cut off."""
+
+
+class Gate:
+    """ASGI middleware."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        metrics: Metrics,
+        token: str | None,
+        hosts: Collection[str] | None,
+        routes: Collection[str],
+    ) -> None:
+        """token: what `Authorization: Bearer` must hold; None: nothing. hosts: names that `Host` may have (against
+        pages that point a name of their own at this machine); None: any. routes: addresses that are counted by name."""
+        self.app, self.limits, self.metrics, self.routes = app, limits, metrics, frozenset(routes)
+        self.token = None if token is None else token.encode()
+        self.hosts = None if hosts is None else frozenset(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        counted = self._counted(scope, send)
+        try:
+            self._authorise(scope)
+            body = await self._body(Headers(scope=scope), receive)
+        except ApiError as error:
+            await error.response()(scope, receive, counted)
+            return
+        if body is None:  # the client went away
+            return
+        try:
+            async with asyncio.timeout(self.limits.request_seconds + SLACK):
+                await self.app(scope, replayed(body, receive), counted)
+        except TimeoutError:
+            return  # the server closes a connection whose answer is not complete
+
+    def _authorise(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        host = headers.get("host", "").rsplit(":", 1)[0] if ":" in headers.get("host", "") else headers.get("host", "")
+        if self.hosts is not None and host.strip("[]").lower() not in self.hosts:
+            raise ApiError(403, "this server is for its own machine only; use http://127.0.0.1", code="wrong_host")
+        if self.token is None or scope["path"] in OPEN:
+            return
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self.token)
+        if kind.lower() != "bearer" or not same:
+            message = "the token is missing or wrong; send Authorization: Bearer TOKEN (clients call it api_key)"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The whole body, read no further than the limits go. None: the client went away."""
+        limit = self.limits.body_bytes
+        refused = ApiError(413, f"the body is larger than {limit:,} bytes; send less", headers={"Connection": "close"})
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:19]) > limit:
+            raise refused
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > limit:
+                        raise refused
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            seconds = self.limits.body_seconds
+            raise ApiError(
+                408, f"the body did not arrive within {seconds:g} seconds", headers={"Connection": "close"}
+            ) from None
+
+    def _counted(self, scope: Scope, send: Send) -> Send:
+        route = scope["path"] if scope["path"] in self.routes else "other"
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.requests.labels(route, str(message["status"])).inc()
+                headers = MutableHeaders(scope=message)
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Cache-Control"] = "no-store"
+                headers["Referrer-Policy"] = "no-referrer"
+                headers["Content-Security-Policy"] = POLICY
+            await send(message)
+
+        return counted
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """The body once, then whatever comes."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again

@@ -1,0 +1,269 @@
+"""What may be asked and what is answered, in the shapes of OpenAI's interface. Strict: nothing is converted or ignored.
+
+Parameters of OpenAI's that mean nothing here are accepted where they ask for nothing, and refused where they do
+(`UNSUPPORTED`). `top_k` and `prefill` are ours.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+Prefill = Literal["exact", "converged", "fast", "one_sweep"]
+UNSUPPORTED = {
+    "suffix": "an LRT writes forwards only; leave it out",
+    "tools": "there are no tools; leave it out",
+    "tool_choice": "there are no tools; leave it out",
+    "functions": "there are no functions; leave it out",
+    "function_call": "there are no functions; leave it out",
+    "response_format": 'answers are plain text; leave it out, or give {"type": "text"}',
+    "modalities": 'answers are text; leave it out, or give ["text"]',
+    "audio": "answers are text; leave it out",
+    "prediction": "leave it out",
+    "moderation": "leave it out",
+    "prompt_cache_options": "leave it out",
+    "reasoning_effort": "leave it out",
+    "verbosity": "leave it out",
+    "web_search_options": "there is no web search; leave it out",
+    "store": "nothing is stored; leave it out",
+    "service_tier": "there is one; leave it out, or give auto or default",
+}
+"""Documented parameters that are refused unless they ask for nothing -> why, and what to do."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Body(Strict):
+    """A whole body."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def readable(cls, data: Any) -> Any:
+        """JSON can spell halves of characters (lone surrogates), which no text has."""
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError):
+            raise ValueError("the body holds half a character (a lone surrogate), or is nested too deeply") from None
+        except TypeError:  # not JSON at all: what follows says so
+            return data
+        return data
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    """Send one more event, with the counts of tokens."""
+    include_obfuscation: bool | None = None
+    """Accepted; streams are not padded."""
+
+
+class Asked(Body):
+    """What both routes take."""
+
+    model: str = Field(min_length=1, max_length=200, description="A name of /v1/models.")
+    n: Annotated[int, Field(ge=1, le=128)] | None = 1
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = 1.0
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    user: str | None = None
+    prefill: Prefill | None = Field(None, description="How the prompt is computed; the server's way by default.")
+
+
+class CompletionBody(Asked):
+    """POST /v1/completions."""
+
+    prompt: (
+        str | Annotated[list[str], Field(fail_fast=True)] | Ids | Annotated[list[Ids], Field(fail_fast=True)] | None
+    ) = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+    echo: bool | None = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    suffix: Literal[""] | None = None
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ChatTurn(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    name: str | None = None
+    # What the clients' own answers hold beside the text, so that these can be sent back as they are.
+    refusal: None = None
+    annotations: Nothing | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing | None = None
+
+
+class PlainFormat(Strict):
+    type: Literal["text"]
+
+
+class ChatBody(Asked):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatTurn], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
+    parallel_tool_calls: bool | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    response_format: PlainFormat | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
+    audio: None = None
+    prediction: None = None
+    moderation: None = None
+    prompt_cache_options: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+
+class GenerateBody(Body):
+    """POST /playground/generate."""
+
+    model: str = Field(min_length=1, max_length=200)
+    prompt: str = ""
+    max_tokens: Annotated[int, Field(ge=0)] = 64
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.8
+    top_p: Annotated[float, Field(ge=0, le=1)] = 0.95
+    seed: Annotated[int, Field(ge=-(2**53), le=2**53)] = 0
+    prefill: Prefill = "converged"
+
+
+class InspectBody(Strict):
+    """POST /playground/inspect."""
+
+    model: str = Field(min_length=1, max_length=200)
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, fail_fast=True)]
+
+
+# --- answers ---------------------------------------------------------------------------------------------------
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorDetail
+
+
+class PromptDetails(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    text: str
+    index: int
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class Alternative(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(Alternative):
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class ChatAnswer(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "lrt"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "shutting_down"]
+    models: dict[str, Literal["ok", "failed"]]

@@ -1,0 +1,1 @@
+"""A training run: configuration, optimisers, steps, snapshots, scores on the way."""

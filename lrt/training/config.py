@@ -1,0 +1,142 @@
+"""What decides a training run, apart from the data: RunConfig and its horizon. Plain data, which a checkpoint keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lrt.model.config import ModelConfig
+from lrt.model.size import count_parameters
+from lrt.schedules import library as schedules
+from lrt.schedules.flops import training_flops
+from lrt.schedules.parse import parse
+from lrt.training.optim import OptimConfig
+from lrt.utils.validation import choice
+
+UNITS = ("steps", "tokens", "ratio", "flops")
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How long a run trains, in one of four units."""
+
+    unit: str
+    """`steps` of the optimiser, `tokens`, `ratio` (tokens per block and head parameter, the paper's R), or training
+    `flops` (all passes counted)."""
+    amount: float
+
+    @classmethod
+    def parse(cls, text: str) -> Horizon:
+        """Read `unit=amount`, for example tokens=3e8 or ratio=10. ValueError with the text and the units."""
+        unit, _, amount = text.partition("=")
+        try:
+            value = float(amount.replace("_", "").replace(",", ""))
+        except ValueError:
+            value = math.nan
+        if unit not in UNITS or not value > 0 or (not math.isfinite(value)):
+            raise ValueError(
+                f"horizon is {text!r}; write {', '.join(f'{u}=…' for u in UNITS)} with a number above 0, such as "
+                "ratio=10"
+            )
+        return cls(unit, value)
+
+    def steps(self, run: RunConfig) -> int:
+        """Optimiser steps of `run`: whole ones, rounded up for tokens and ratio, to the nearest for FLOPs."""
+        if self.unit == "steps":
+            return math.ceil(self.amount)
+        if self.unit == "flops":
+            return max(1, round(self.amount / (run.flops_per_token * run.batch_tokens)))
+        tokens = self.amount * (run.weights if self.unit == "ratio" else 1)
+        return math.ceil(tokens / run.batch_tokens)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a training run, apart from the data."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The architecture. `vocab_size` is the prepared data's."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Rates and their schedule."""
+    schedule: str = schedules.DEFAULT
+    """The training schedule as Python would write it: plain(), interleaved(2) (the paper's), mixture([(0.5, …), …])."""
+    batch_size: int = 16
+    """Rows of `context` tokens per optimiser step, over all devices."""
+    device_batch: int | None = None
+    """Rows that go through the model at once on each device; fewer need less memory and give the same step. None:
+    all of a device's share. Must divide that share."""
+    horizon: str = "tokens=1600000"
+    """How long to train: steps=N, tokens=N, ratio=R (tokens per block and head parameter) or flops=F, all passes
+    counted."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the passes compute in. Weights, gradients and optimisers are float32 either way."""
+    seed: int = 0
+    """Seed of weights, data order and schedule draws."""
+
+    def __post_init__(self) -> None:
+        parse(self.schedule)
+        Horizon.parse(self.horizon)
+        choice(self, "precision", ("float32", "bfloat16"))
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+        self.micro_batches(1)
+
+    def micro_batches(self, ranks: int) -> int:
+        """Forwards of each of `ranks` devices per step. ValueError where the rows do not divide."""
+        if self.batch_size % ranks != 0:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; it must be a multiple of the {ranks} ranks that share it"
+            )
+        share = self.batch_size // ranks
+        rows = share if self.device_batch is None else min(self.device_batch, share)
+        if rows < 1 or share % rows != 0:
+            raise ValueError(
+                f"device_batch is {self.device_batch}; it must be at least 1 and divide the {share} rows of a device "
+                f"(batch_size {self.batch_size}, {ranks} devices)"
+            )
+        return share // rows
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per optimiser step, over all devices."""
+        return self.batch_size * self.model.context
+
+    @property
+    def weights(self) -> int:
+        """Block and head parameters: what `ratio` counts tokens against."""
+        return count_parameters(self.model)[1] + self.model.vocab_size * self.model.width
+
+    @property
+    def flops_per_token(self) -> float:
+        """Training FLOPs per token, all passes counted; the mean of a mixture or of stages."""
+        return training_flops(self.model, parse(self.schedule), self.model.context)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return Horizon.parse(self.horizon).steps(self)
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens: whole steps."""
+        return self.steps * self.batch_tokens
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs as planned; a mixture's draws may differ a little."""
+        return self.tokens * self.flops_per_token
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunConfig:
+        """The inverse of `to_dict`. ValueError where a field is missing, unknown or out of range."""
+        try:
+            rest = {k: v for k, v in data.items() if k not in ("model", "optim")}
+            return cls(model=ModelConfig.from_dict(data["model"]), optim=OptimConfig(**data["optim"]), **rest)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this describes no run of this version ({error!r})") from error

@@ -1,0 +1,140 @@
+"""Watch a run while it trains: live quality and the gap, what the memory weighs, and whether it diverges."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrt.data.prepared import Prepared
+from lrt.data.windows import windows
+from lrt.eval.memory_stats import layers, sample
+from lrt.eval.scoring import evaluate
+from lrt.model.memory import Projection, Residual
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules.base import Schedule
+from lrt.training.loggers import SINKS
+
+WIDENED = 0.01
+"""A gap that has grown by this many bits per byte above the smallest seen is warned of (contract, section 6)."""
+EXPLODED = 1.0
+"""Nats above the loss of knowing nothing (or the first loss, if larger) at which a run has exploded …"""
+PATIENCE = 5
+"""… when so many steps in a row are there."""
+FINAL = 50_000
+"""Tokens that a result is scored on, at least (contract, section 4)."""
+LOOKED_AT = (2, 256)
+"""Windows and tokens of each, at most, over which gates are averaged while training."""
+AT_ONCE = 16384
+"""Tokens scored at once, at most."""
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What is measured while a run goes on. Nothing of it changes what is trained."""
+
+    every: int | None = None
+    """Score live every so many steps, and at the end. None: about ten times a run; 0: never."""
+    targets: int = 10_000
+    """Score so many tokens of the validation split each time; at the end at least 50,000, or all of it."""
+    log_to: tuple[str, ...] = ()
+    """Where numbers go beside metrics.jsonl: tensorboard, wandb, trackio (each to be installed)."""
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 0:
+            raise ValueError(f"every is {self.every}; give a number of steps, or 0 for no evaluation")
+        if self.targets < 1:
+            raise ValueError(f"targets is {self.targets}; score at least 1 token")
+        unknown = sorted(set(self.log_to) - set(SINKS))
+        if unknown:
+            raise ValueError(f"cannot log to {', '.join(unknown)}; choose among {', '.join(SINKS)}")
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether to score after `step` of `steps`."""
+        every = max(1, steps // 10) if self.every is None else self.every
+        return every > 0 and (step % every == 0 or step == steps)
+
+
+def live_scores(
+    model: LatentRecurrentTransformer, data: Prepared, schedule: Schedule, targets: int, progress: bool
+) -> dict[str, float]:
+    """live_bpb, parallel_bpb and gap on validation windows: the same ones at every call."""
+    context = model.config.context
+    token_bytes = data.tokenizer.token_bytes()
+    # Without a byte alphabet only the whole split has a size in bytes.
+    found = windows(data.split("val"), context, None if token_bytes is None else targets)
+    metrics = evaluate(
+        model,
+        found,
+        token_bytes,
+        schedule,
+        ablations=(),
+        batch_size=max(1, AT_ONCE // context),
+        progress=progress,
+        prefix_bytes=data.tokenizer.prefix_bytes("a"),
+    )
+    return {"live_bpb": metrics.live_bpb, "parallel_bpb": metrics.parallel_bpb, "gap": metrics.gap}
+
+
+def inside(model: LatentRecurrentTransformer, data: Prepared) -> dict[str, Any]:
+    """γ, gates and the memory's share by block, over a little validation text: the same at every call."""
+    if model.config.memory.injection == "none":
+        return {}
+    rows, length = LOOKED_AT
+    found = windows(data.split("val"), model.config.context, rows * model.config.context)
+    return {"memory_layers": layers(model, sample(found, rows, model.embedding.weight.device)[:, :length])}
+
+
+@torch.no_grad()
+def memory_weight(model: LatentRecurrentTransformer) -> dict[str, float]:
+    """How strongly the memory is wired in: mean |γ| over blocks, and the root mean square of U_k and U_v.
+
+    The memory itself is RMS-normalised, so that its own norm is always sqrt(D) and says nothing.
+    """
+    found: dict[str, float] = {}
+    gammas = [m.gamma.abs().mean() for m in model.modules() if isinstance(m, Residual)]
+    if gammas:
+        found["memory_gamma"] = float(torch.stack(gammas).mean())
+    if isinstance(model.projection, Projection):
+        found["memory_projection"] = float(model.projection.weight.square().mean().sqrt())
+    return found
+
+
+def widened(lines: Sequence[dict[str, Any]]) -> str | None:
+    """A warning where the last evaluation's gap has grown, else None. `lines` are the diary so far."""
+    gaps = [line["gap"] for line in lines if "gap" in line]
+    if not gaps or gaps[-1] - max(0.0, min(gaps)) <= WIDENED:
+        return None
+    return (
+        f"the gap between live and parallel quality has grown to {gaps[-1]:+.4f} bits per byte (smallest so far "
+        f"{min(gaps):+.4f}): what is trained is not what is decoded. Settle the memory in training, for example with "
+        "--schedule 'settled(1, 1, 1)', or mix such steps in during the warm-down (docs/training.md)"
+    )
+
+
+def exploded(lines: Sequence[dict[str, Any]], vocab_size: int) -> bool:
+    """Whether the last steps of a diary are all worse than knowing nothing, by EXPLODED nats."""
+    last = [line["loss"] for line in lines[-PATIENCE:]]
+    return len(last) == PATIENCE and min(last) > max(math.log(vocab_size), lines[0]["loss"]) + EXPLODED
+
+
+def report_divergence(
+    out: Path, reason: str, lines: Sequence[dict[str, Any]], good: Path | None, run: dict[str, Any]
+) -> str:
+    """Write diverged.json (reason, last steps, last good snapshot, settings); returns what to tell the user."""
+    about = {"reason": reason, "snapshot": None if good is None else str(good), "last": list(lines[-50:]), "run": run}
+    (out / "diverged.json").write_text(json.dumps(about, indent=2) + "\n")
+    again = (
+        f"go on from the last good snapshot with --resume {good}"
+        if good
+        else "start again with another --out (there is no snapshot from before; --keeping.every N makes them)"
+    )
+    return (
+        f"{reason}; {out / 'diverged.json'} has the last steps. Lower the rates (--optim.matrix-lr, …) or limit the "
+        f"gradient (--optim.clip 1), and {again}"
+    )

@@ -1,0 +1,220 @@
+"""Which optimiser trains which parameter, and how its rate moves.
+
+Muon (Jordan et al. 2024; newton_schulz as in torch.optim.Muon) for matrices, AdamW for everything else. The table
+below is the whole placement: every parameter matches exactly one row, or construction fails and says which.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lrt.distributed.single import ALONE, Alone
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Rates at the reference batch and width (nanochat's); `scale_rates` moves them to the run's."""
+
+    matrix_lr: float = 0.02
+    """Muon's rate, for matrices."""
+    embedding_lr: float = 0.3
+    """AdamW's rate for the token and value embeddings, at width 768."""
+    head_lr: float = 0.004
+    """AdamW's rate for the head, at width 768."""
+    scalar_lr: float = 0.5
+    """AdamW's rate for β, γ and source weights; α moves at a hundredth of it."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices, relative to their rate; falls linearly to zero."""
+    warmdown: float = 0.5
+    """The last fraction of training, over which all rates fall linearly to zero."""
+    momentum: tuple[float, float] = (0.85, 0.95)
+    """Muon's momentum at the start and after `momentum_steps`."""
+    momentum_steps: int = 300
+    """Steps over which Muon's momentum rises."""
+    reference_batch: int = 524288
+    """Tokens per step at which the rates hold; others scale them with the square root."""
+    clip: float | None = None
+    """Largest norm of the whole gradient; a larger one is scaled down to it. None: no limit."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "momentum", tuple(self.momentum))  # JSON has no tuples
+        if self.clip is not None and (not self.clip > 0):
+            raise ValueError(f"clip is {self.clip}; give a norm above 0, or None for no limit")
+        for name in ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "weight_decay", "momentum_steps"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be a finite number of at least 0")
+        if self.reference_batch < 1:
+            raise ValueError(f"reference_batch is {self.reference_batch}; give tokens, at least 1")
+        if len(self.momentum) != 2 or not all(0 <= m < 1 for m in self.momentum):
+            raise ValueError(
+                f"momentum is {self.momentum}; give two numbers from 0 to below 1: at the start, and after "
+                "momentum_steps"
+            )
+        if not 0 <= self.warmdown <= 1:
+            raise ValueError(f"warmdown is {self.warmdown}; it is a fraction of training, 0 to 1")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: parameters whose name matches, and how they are trained."""
+
+    pattern: str
+    optimiser: Literal["muon", "adamw"]
+    rate: Literal["matrix_lr", "embedding_lr", "head_lr", "scalar_lr"]
+    factor: float = 1.0
+    betas: tuple[float, float] = (0.8, 0.95)
+
+
+TABLE = (
+    Row(r"(^|\.)embedding\.weight$", "adamw", "embedding_lr"),
+    Row(r"value_embedding\.table\.weight$", "adamw", "embedding_lr"),
+    Row(r"^head\.weight$", "adamw", "head_lr"),
+    Row(r"\.(query|key|value|out|up|down|gate)\.weight$", "muon", "matrix_lr"),
+    Row(r"^projection\.weight$", "muon", "matrix_lr"),
+    Row(r"\.alpha$", "adamw", "scalar_lr", factor=0.01),
+    Row(r"\.(beta|gamma)$", "adamw", "scalar_lr", betas=(0.96, 0.95)),
+    Row(r"^recall\.weights$", "adamw", "scalar_lr", betas=(0.96, 0.95)),
+)
+
+
+def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly, of a stack (N, rows, columns); quintic iteration.
+
+    On the CPU in float32 or better: bfloat16 there is slower than the rest of the step, and turns differences of
+    1e-7 into 1e-4 within 20 steps. On a GPU in bfloat16, as torch.optim.Muon does everywhere.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    dtype = torch.bfloat16 if matrices.is_cuda else torch.promote_types(matrices.dtype, torch.float32)
+    x = matrices.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: one update per logical matrix.
+
+    A parameter of more than two dimensions is a stack of matrices; equal shapes are orthogonalised in one batch. The
+    rate of a tall matrix grows with sqrt(rows / columns), as in torch.optim.Muon("original"). Ours because that one
+    takes no stacks and has its Newton-Schulz fixed to bfloat16; a test holds the two against each other.
+
+    Sharded matrices are gathered, a portion at a time, and each rank orthogonalises its share of them: the update is
+    that of the whole matrix, however many `ranks` there are.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        ranks: Alone = ALONE,
+    ):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.ranks = ranks
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    update = self._momentum(p, group["momentum"])
+                    by_shape.setdefault(update.shape[-2:], []).append((p, update))
+            for (rows, columns), entries in by_shape.items():
+                rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+                for portion in self.ranks.portions(entries):
+                    stacks = [self.ranks.whole(update).reshape(-1, rows, columns) for _, update in portion]
+                    updates = self.ranks.shared(newton_schulz, torch.cat(stacks)).split([len(s) for s in stacks])
+                    for (p, _), update in zip(portion, updates, strict=True):
+                        p.mul_(1 - group["lr"] * group["weight_decay"])
+                        p.add_(self.ranks.placed(update.view(p.shape), p), alpha=-rate)
+
+    def _momentum(self, p: Tensor, momentum: float) -> Tensor:
+        """Nesterov momentum of the gradient."""
+        assert p.grad is not None
+        buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        buffer.lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(buffer, momentum)
+
+
+def place(model: nn.Module) -> list[tuple[Row, list[Tensor]]]:
+    """The parameters of each row. A name that no row or several rows match is an error that says so."""
+    placed: dict[Row, list[Tensor]] = {row: [] for row in TABLE}
+    for name, parameter in model.named_parameters():
+        rows = [row for row in TABLE if re.search(row.pattern, name)]
+        if len(rows) != 1:
+            matched = [row.pattern for row in rows]
+            raise ValueError(
+                f"parameter {name} matches {matched or 'no row'} of lrt.training.optim.TABLE; it must match one"
+            )
+        placed[rows[0]].append(parameter)
+    return [(row, parameters) for row, parameters in placed.items() if parameters]
+
+
+class Optimiser:
+    """Muon and AdamW over a model, with their rates as a function of the step."""
+
+    def __init__(
+        self, model: nn.Module, width: int, batch_tokens: int, steps: int, config: OptimConfig, ranks: Alone = ALONE
+    ) -> None:
+        self.config, self.steps = config, steps
+        batch = (batch_tokens / config.reference_batch) ** 0.5
+        breadth = (width / 768) ** -0.5
+        rates = {
+            "matrix_lr": config.matrix_lr * batch,
+            "embedding_lr": config.embedding_lr * breadth * batch,
+            "head_lr": config.head_lr * breadth * batch,
+            "scalar_lr": config.scalar_lr * batch,
+        }
+        muon: list[dict[str, Any]] = []
+        adamw: list[dict[str, Any]] = []
+        for row, parameters in place(model):
+            group = {"params": parameters, "lr": rates[row.rate] * row.factor}
+            muon.append(group) if row.optimiser == "muon" else adamw.append({**group, "betas": row.betas})
+        self.muon = Muon(muon, ranks=ranks)
+        self.adamw = torch.optim.AdamW(adamw, eps=1e-10, weight_decay=0.0, fused=True)
+        self.rates = [[g["lr"] for g in o.param_groups] for o in self.parts]
+
+    @property
+    def parts(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+        return self.muon, self.adamw
+
+    def zero_grad(self) -> None:
+        for optimiser in self.parts:
+            optimiser.zero_grad(set_to_none=True)
+
+    def fraction(self, step: int) -> float:
+        """What the rates are multiplied with at `step`: 1, then a straight line to 0 at the end."""
+        left = (self.steps - step) / max(1, self.steps)
+        return min(1.0, left / self.config.warmdown) if self.config.warmdown > 0 else 1.0
+
+    def step(self, step: int) -> float:
+        """Update with the rates of `step`; returns their fraction of the peak."""
+        fraction = self.fraction(step)
+        for optimiser, rates in zip(self.parts, self.rates, strict=True):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * fraction
+        start, end = self.config.momentum
+        done = min(1.0, step / max(1, self.config.momentum_steps))
+        for group in self.muon.param_groups:
+            group["momentum"] = start + (end - start) * done
+            group["weight_decay"] = self.config.weight_decay * (1 - step / max(1, self.steps))
+        for optimiser in self.parts:
+            optimiser.step()
+        self.zero_grad()
+        return fraction

@@ -1,0 +1,45 @@
+"""What a run keeps on disk while it goes on, and how it is asked to end."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What is kept on disk while a run goes on."""
+
+    every: int = 0
+    """Save a snapshot every so many steps; 0 saves none before the end. An interruption always saves one."""
+    last: int = 2
+    """How many snapshots stay, the newest ones."""
+    best: bool = True
+    """Keep the weights of the best live evaluation so far in best/."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every is {self.every}; give a number of steps, or 0 for no snapshot on the way")
+        if self.last < 1:
+            raise ValueError(f"last is {self.last}; keep at least 1 snapshot")
+
+
+def clear_unfinished(out: Path) -> None:
+    """Remove what saves that were killed left behind: each may be a whole checkpoint in size."""
+    for place in (out, out / "snapshots"):
+        for stale in place.glob(".*.saving-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def set_aside(out: Path) -> None:
+    """Before a fresh start: an old run's results get the ending .old, its snapshots and its report go.
+
+    Nothing of it may pass for this run's when it is interrupted and goes on.
+    """
+    shutil.rmtree(out / "snapshots", ignore_errors=True)
+    (out / "diverged.json").unlink(missing_ok=True)
+    for name in ("checkpoint", "best"):
+        if (out / name).exists():
+            shutil.rmtree(out / f"{name}.old", ignore_errors=True)
+            (out / name).rename(out / f"{name}.old")

@@ -1,0 +1,1 @@
+"""Seven files of one idea each; none knows a model."""

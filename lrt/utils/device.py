@@ -1,0 +1,40 @@
+"""Which device to compute on."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+
+def chosen_device(name: str) -> str:
+    """`auto` is CUDA, then Apple's MPS, then the CPU; anything else is torch's own spelling, checked."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name).item()  # a value, which the meta device cannot give
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}; try --device auto or cpu") from error
+    return name
+
+
+PEAKS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
+    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+"""Dense bfloat16 FLOP/s with float32 accumulation, from the vendor's data sheets, by whole words of a device's name."""
+
+
+def peak_flops(device: str | torch.device) -> float | None:
+    """FLOP/s that a device could do at most; None where no data sheet is known, on CPUs for example."""
+    if torch.device(device).type != "cuda":
+        return None
+    return known_peak(torch.cuda.get_device_name(device))
+
+
+def known_peak(name: str) -> float | None:
+    """The peak of the first entry of PEAKS that stands in a device's name."""
+    return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)

@@ -1,0 +1,26 @@
+"""What optional extras install: imported where it is used, and named where it is missing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """A block that imports what an optional extra installs; ValueError that names it where it is not there."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"{what} needs the package {error.name}, which cannot be imported ({error}); install it with "
+            f"pip install 'latent-recurrent-transformer[{name}]'"
+        ) from error
+
+
+def optional_module(module: str, name: str, what: str) -> Any:
+    """The module, which comes with the extra `name` and which `what` needs; ValueError as `extra` raises it."""
+    with extra(name, what):
+        return importlib.import_module(module)

@@ -1,0 +1,580 @@
+"""The command line from end to end, in this process; a user's mistake is one line and status 2."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import itertools
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.core_bundle import make_bundle
+
+from lrt.cli import demo, evaluate, train
+from lrt.cli import main as cli
+from lrt.cli.main import main
+from lrt.data.corpus import stdlib_files
+from lrt.eval.results import read
+from lrt.model.checkpoint import about, load, save
+from lrt.model.config import MemoryConfig, ModelConfig
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.training.config import RunConfig
+from lrt.training.optim import OptimConfig
+from lrt.training.recipes import RECIPES
+
+TINY = (
+    *("--model.width", "16", "--model.heads", "2", "--model.context", "32", "--model.mlp-width", "24"),
+    *("--batch-size", "4", "--device-batch", "4", "--horizon", "tokens=4000"),
+)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A few files of the standard library's source, cut to size."""
+    folder = tmp_path_factory.mktemp("texts")
+    sources = [path for path in stdlib_files() if path.stat().st_size > 20_000][:4]
+    for path in sources:
+        (folder / path.name).write_bytes(path.read_text(encoding="utf-8")[:8000].encode())
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def data(texts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "prepared"
+    main(["prepare", str(out), "--text", *map(str, texts), "--vocab-size", "300"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    main(["train", "--data", str(data), "--out", str(out), "--device", "cpu", "d2", *TINY])
+    return out
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message on standard error of a command that ends with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    printed = capsys.readouterr()
+    assert caught.value.code == 2
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The same, of a command whose flags are right: one line that starts with the program's name."""
+    message = mistake(capsys, *arguments)
+    assert message.startswith("lrt: ")
+    assert message.count("\n") == 1
+    assert message.endswith("\n")
+    return message
+
+
+# Help
+
+
+def bare(text: str) -> str:
+    """Without white space and the frames that wrap it."""
+    return re.sub(r"[\s│╭╮╰╯─]+", "", text)
+
+
+def helped(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--help"])
+    assert caught.value.code == 0
+    return bare(capsys.readouterr().out)
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """Field -> the docstring under it, from the source."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
+    pairs = itertools.pairwise(body)
+    return {
+        field.target.id: text.value.value
+        for field, text in pairs
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = helped(capsys)
+    for verb in (
+        cli.Prepare,
+        train.Train,
+        cli.Evaluate,
+        cli.Diagnose,
+        evaluate.Report,
+        cli.Sample,
+        cli.Chat,
+        demo.Demo,
+    ):
+        assert verb.__name__.lower() in text
+        assert bare(verb.__doc__ or "?") in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kinds"),
+    [
+        (("prepare",), (cli.Prepare,)),
+        (("evaluate",), (cli.Evaluate,)),
+        (("sample",), (cli.Sample,)),
+        (("chat",), (cli.Chat,)),
+        (("demo",), (demo.Demo,)),
+        (("train",), (train.Train,)),
+        (("train", "d2"), (RunConfig, ModelConfig, MemoryConfig, OptimConfig)),
+    ],
+    ids=["prepare", "evaluate", "sample", "chat", "demo", "train", "train d2"],
+)
+def test_help_of_a_verb_has_every_fields_docstring(
+    arguments: tuple[str, ...],
+    kinds: tuple[type, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = helped(capsys, *arguments)
+    for kind in kinds:
+        docs = field_docs(kind)
+        assert docs
+        missing = [name for name, doc in docs.items() if bare(doc) not in text]
+        assert missing == []
+
+
+def test_help_of_train_lists_the_recipes(capsys: pytest.CaptureFixture[str]):
+    text = helped(capsys, "train")
+    assert all(name in text for name in RECIPES)
+
+
+# From text to a sample
+
+
+def test_prepare_says_what_it_made(data: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]):
+    main(["prepare", str(data), "--text", *map(str, texts), "--vocab-size", "300"])  # the same again: opened
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{data}: vocabulary 300"
+    assert [line.split()[0] for line in lines[1:]] == ["train", "val", "test"]
+    counted = sum(int(line.replace(",", "").split()[-2]) for line in lines[1:])
+    assert counted == sum(path.stat().st_size for path in texts)
+
+
+def test_train_writes_a_diary_and_a_checkpoint(run: Path):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["tokens"] for line in lines] == [128 * (i + 1) for i in range(32)]  # 4000 rounded up to whole steps
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    model, tokenizer = load(run / "checkpoint")
+    assert (model.config.width, model.config.depth, model.config.vocab_size) == (16, 2, tokenizer.vocab_size)
+    made = about(run / "checkpoint")
+    assert made["schedule"] == RECIPES["d2"]().schedule
+    assert made["run"]["horizon"] == "tokens=4000"
+    assert made["trained"]["tokens"] == 4096
+
+
+def test_a_recipe_may_come_with_another_schedule_and_memory(data: Path, tmp_path: Path):
+    flags = ("--schedule", "mixture([(0.5, plain()), (0.5, interleaved(2))])", "--model.memory.source", "1")
+    main(["train", "--data", str(data), "--out", str(tmp_path), "d2", *TINY, *flags, "--horizon", "tokens=500"])
+    assert about(tmp_path / "checkpoint")["schedule"] == flags[1]
+    assert load(tmp_path / "checkpoint")[0].config.memory.source == 1
+    schedules = {json.loads(line)["schedule"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()}
+    assert schedules <= {"plain()", "interleaved(2)"}
+
+
+def test_flags_may_stand_before_or_behind_the_recipe(data: Path, tmp_path: Path):
+    for place in ("before", "behind"):
+        own = ("--data", str(data), "--out", str(tmp_path / place), "--device", "cpu")
+        rest = (*TINY, "--horizon", "steps=2", "--watching.every", "0")
+        main(["train", *own, "d2", *rest] if place == "before" else ["train", "d2", *rest, *own])
+    before, behind = (load(tmp_path / place)[0].state_dict() for place in ("before", "behind"))
+    assert all(torch.equal(before[name], behind[name]) for name in before)
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    capsys.readouterr()
+    main(["evaluate", *arguments, "--json"])
+    (line,) = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+
+def test_evaluate_prints_one_json_object(run: Path, data: Path, capsys: pytest.CaptureFixture[str]):
+    found = evaluated(capsys, str(run), "--data", str(data))
+    assert found["schedule"] == RECIPES["d2"]().schedule  # the one trained with
+    assert found["complete"] is True
+    assert found["gap"] == found["live_bpb"] - found["parallel_bpb"]
+    assert 1 < found["live_bpb"] < 8
+    assert None not in found.values()
+    # The checkpoint's own folder is as good, and no score depends on the batch size.
+    again = evaluated(
+        capsys, str(run / "checkpoint"), "--data", str(data), "--batch-size", "3", "--schedule", "plain()"
+    )
+    assert again["schedule"] == "plain()"
+    assert again["live_bpb"] == pytest.approx(found["live_bpb"], rel=1e-5)
+    test = evaluated(capsys, str(run), "--data", str(data), "--split", "test")
+    assert test["live_bpb"] != found["live_bpb"]
+
+
+def test_evaluate_prints_text(run: Path, data: Path, capsys: pytest.CaptureFixture[str]):
+    found = evaluated(capsys, str(run), "--data", str(data))
+    main(["evaluate", str(run), "--data", str(data)])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert set(lines) == set(found)
+    assert lines["live_bpb"] == f"{found['live_bpb']:.4f}"
+
+
+def test_several_corpora_are_scored_in_one_call(
+    run: Path, data: Path, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Each by itself, and all as one text; folders of one name stay apart."""
+    other = tmp_path / data.name
+    main(["prepare", str(other), "--text", str(texts[0]), "--tokenizer", str(data / "tokenizer.json")])
+    out = tmp_path / "found"
+    found = evaluated(capsys, str(run), "--data", str(data), str(other), "--out", str(out), "--split", "train")
+    assert list(found["corpora"]) == [f"{data}-train", f"{other}-train"]
+    alone = [
+        evaluated(capsys, str(run), "--data", str(folder), "--out", str(tmp_path / "alone"), "--split", "train")
+        for folder in (data, other)
+    ]
+    for one, each in zip(alone, found["corpora"].values(), strict=True):
+        assert each == {name: value for name, value in one.items() if name != "corpora"}
+    size = sum(one["bytes"] for one in alone)
+    assert found["bytes"] == size
+    assert found["live_bpb"] == pytest.approx(sum(one["live_bpb"] * one["bytes"] for one in alone) / size)
+    (result,) = read(out)
+    assert (result.kind, result.values) == ("scores", found)
+    main(
+        ["diagnose", str(run), "--data", str(data), str(other), "--out", str(out), "--only", "bpb", "--split", "train"]
+    )
+    assert len([r for r in read(out) if r.kind == "bpb"]) == 2
+    main(["evaluate", str(run), "--data", str(data), str(other), "--out", str(out), "--split", "train"])
+    assert "\ntogether\n" in capsys.readouterr().out
+
+
+def sampled(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    main(["sample", *arguments])
+    return capsys.readouterr().out
+
+
+def test_sample_continues_the_prompt_and_equal_seeds_give_equal_text(run: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = (str(run), "--prompt", "def größer(", "--max-new-tokens", "12")
+    first = sampled(capsys, *arguments)
+    assert first.startswith("def größer(")
+    assert len(first) > len("def größer(\n")
+    assert sampled(capsys, *arguments) == first
+    assert sampled(capsys, *arguments, "--seed", "1") != first
+    greedy = sampled(capsys, *arguments, "--temperature", "0")
+    assert sampled(capsys, *arguments, "--temperature", "0", "--seed", "1") == greedy
+    assert sampled(capsys, str(run), "--prompt", "def f(", "--max-new-tokens", "0") == "def f(\n"
+    assert sampled(capsys, str(run), "--max-new-tokens", "3") != ""  # an empty prompt starts a document
+
+
+def test_several_prompts_and_samples_are_continued_at_once(run: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = (str(run), "--max-new-tokens", "8", "--prefill", "exact")
+    alone = [
+        sampled(capsys, *arguments, "--prompt", prompt, "--seed", seed)
+        for prompt in ("def f(", "import os\nfrom")
+        for seed in ("3", "4")
+    ]
+    together = sampled(capsys, *arguments, "--prompt", "def f(", "import os\nfrom", "--n", "2", "--seed", "3")
+    titles = [f"--- prompt {p}, sample {s}\n" for p in (1, 2) for s in (1, 2)]
+    assert together == "".join(title + text for title, text in zip(titles, alone, strict=True))
+    assert len(set(alone)) == 4
+
+
+def chatted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str, *arguments: str) -> Any:
+    """What `lrt chat` prints for lines on standard input."""
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    main(["chat", *arguments, "--max-new-tokens", "5", "--prefill", "exact"])
+    return capsys.readouterr()
+
+
+def test_chat_through_a_pipe(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    _, tokenizer = load(run / "checkpoint")
+    config = ModelConfig(depth=2, width=16, heads=2, vocab_size=tokenizer.vocab_size, context=200)
+    torch.manual_seed(0)
+    save(tmp_path / "talker", LatentRecurrentTransformer(config), tokenizer)
+    run = tmp_path / "talker"
+    once = chatted(capsys, monkeypatch, "a b\n/exit\nnot read\n", str(run)).out
+    assert once.count("\n") == 1
+    # A turn that is taken back leaves no trace; a saved conversation goes on as this one does.
+    folder = tmp_path / "talk"
+    lines = f"a b\nx\n/undo\n/save {folder}\nc\n/undo\n/undo\n/undo\n"
+    first = chatted(capsys, monkeypatch, lines, str(run))
+    answers = first.out.splitlines()
+    assert answers[0] == once.strip("\n")
+    assert answers[2:4] == ["1 turns left", f"{folder}: 1 turns"]
+    assert answers[5:] == ["1 turns left", "0 turns left"]
+    assert first.err == "lrt: there is no turn to take back\n"
+    second = chatted(capsys, monkeypatch, f"/load {folder}\nc\n/nonsense\n/save\n", str(run))
+    assert second.out.splitlines() == [f"{folder}: 1 turns", answers[4]]
+    assert "unknown command /nonsense" in second.err
+    assert "/save needs a folder" in second.err
+    long = chatted(capsys, monkeypatch, "x" * 300 + "\na b\n", str(run))
+    assert "the context is 200; take turns back" in long.err
+    assert long.out == once  # as it was before
+
+
+# Mistakes
+
+
+# What the flags themselves say wrongly is reported in tyro's own frame.
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("train", "d2", "--modle.width", "3"), "--modle.width"),
+        (("train", "d3"), "d3"),
+        (("train", "d2", "--model.width", "wide"), "wide"),
+        (("sample",), "PATH"),
+        (("compute",), "compute"),
+        (("evaluate", "x", "--batch-size", "2.5"), "2.5"),
+        (("train", "d2", "--schedule", "wave(3)"), "unknown schedule 'wave'; choose one of plain, interleaved"),
+        (("train", "d2", "--schedule", "interleaved(0)"), "subsets is 0; it must be a whole number of at least 1"),
+        (("train", "d2", "--schedule", "3"), "3"),
+        (("train", "d2", "--model.heads", "3"), "width 128 is not a multiple of heads 3"),
+        (("train", "d2", "--horizon", "tokens=0"), "horizon is 'tokens=0'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_flags_are_named(
+    arguments: tuple[str, ...],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    for work in ("lrt.cli.train.prepare", "lrt.cli.prepare.prepare"):  # no work before the flags are right
+        monkeypatch.setattr(work, None)
+    assert bare(named) in bare(mistake(capsys, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("train", "--device", "warp:0", "d2"), ("'warp:0'", "--device auto or cpu")),
+        (("train", "--device", "meta", "d2"), ("'meta'", "--device auto or cpu")),
+        (("train", "--data", "{tmp}/nowhere", "d2"), ("nowhere", "not a prepared folder")),
+        (("train", "--data", "{tmp}", "d2"), ("not a prepared folder",)),
+        (("evaluate", "{tmp}/nowhere", "--device", "cpu"), ("nowhere", "is not a checkpoint")),
+        (("sample", "{tmp}/nowhere", "--device", "cpu"), ("nowhere", "is not a checkpoint")),
+        (("sample", "{run}", "--top-p", "2"), ("top_p is 2.0", "at most 1")),
+        (("sample", "{run}", "--max-new-tokens", "100"), ("100 new ones", "context of 32")),
+        (("sample", "{run}", "--max-new-tokens", "-1"), ("max_new_tokens is -1", "at least 0")),
+        (("evaluate", "{run}", "--data", "{data}", "--split", "dev"), ("'dev'", "train, val, test")),
+        (("evaluate", "{run}", "--data", "{data}", "--schedule", "wave"), ("'wave'", "interleaved")),
+        (("evaluate", "{run}", "--data", "{data}", "--batch-size", "0"), ("batch_size is 0", "at least 1")),
+        (("evaluate", "{run}", "--data", "{tmp}"), ("not a prepared folder",)),
+        (("prepare", "{tmp}/out", "--text", "{tmp}/no.txt"), ("no.txt", "no file")),
+        (("prepare", "{tmp}/out", "--text", "{tmp}"), ("is a directory",)),
+        (("prepare", "{tmp}/out", "--text", "{text}", "--vocab-size", "9"), ("vocab_size is 9", "at least 257")),
+        (("prepare", "{tmp}/out", "--text", "{text}", "--tokenizer", "{tmp}/t.json"), ("t.json",)),
+        (("demo", "--text", "{tmp}/no.txt", "--out", "{tmp}/demo"), ("no.txt", "no file")),
+        (("demo", "--text", "{text}", "--out", "{tmp}/demo", "--tokens", "-1"), ("tokens is -1", "at least 1")),
+        (("demo", "--text", "{text}", "--out", "{tmp}/demo", "--tokens", "0"), ("tokens is 0", "at least 1")),
+    ],
+    ids=lambda value: " ".join(value) if value[0] in ("train", "evaluate", "sample", "prepare", "demo") else "",
+)
+def test_a_mistake_is_one_line_on_standard_error(
+    arguments: tuple[str, ...],
+    named: tuple[str, ...],
+    texts: list[Path],
+    data: Path,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    # None of these may get as far as the real work; it would take minutes.
+    for work in ("lrt.cli.train.train", "lrt.experiments.demo.train"):
+        monkeypatch.setattr(work, None)
+    if "--data" not in arguments and arguments[0] == "train":
+        monkeypatch.setattr("lrt.cli.train.prepare", None)
+    places = {"tmp": tmp_path, "run": run, "data": data, "text": texts[0]}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([argument.format(**places) for argument in arguments])
+    printed = capsys.readouterr()
+    assert caught.value.code == 2
+    assert printed.err.startswith("lrt: ")
+    assert printed.err.count("\n") == 1
+    assert all(part in printed.err for part in named), printed.err
+
+
+def test_data_of_another_tokenizer_is_refused(
+    run: Path, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    foreign = tmp_path / "foreign"
+    main(["prepare", str(foreign), "--text", *map(str, texts), "--vocab-size", "290"])
+    message = one_line(capsys, "evaluate", str(run), "--data", str(foreign))
+    assert "another tokenizer" in message
+    assert f"--tokenizer {run}/checkpoint/tokenizer.json" in message  # and the advice works
+    main(["prepare", str(foreign), "--text", *map(str, texts), "--tokenizer", f"{run}/checkpoint/tokenizer.json"])
+    assert evaluated(capsys, str(run), "--data", str(foreign))["targets"] > 0
+
+
+def test_a_damaged_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(run / "checkpoint", tmp_path / "copy")
+    weights = tmp_path / "copy" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "model.safetensors" in one_line(capsys, "sample", str(tmp_path / "copy"), "--device", "cpu")
+
+
+def test_a_runs_folder_is_found_after_a_save_that_was_cut_off(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    # As a process leaves it that is killed between the two renames of a save.
+    shutil.copytree(run / "checkpoint", tmp_path / ".checkpoint.previous")
+    assert evaluated(capsys, str(tmp_path), "--data", str(data))["targets"] > 0
+
+
+# Interrupted
+
+INTERRUPTED = """
+import sys
+import torch
+torch.set_num_threads(1)
+from lrt.cli.main import main
+from lrt.training.optim import Optimiser
+step = Optimiser.step
+def told(self, number):
+    fraction = step(self, number)
+    if number == 5:
+        print("five", flush=True)
+    return fraction
+Optimiser.step = told
+main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_during_training_keeps_a_loadable_checkpoint(data: Path, tmp_path: Path):
+    arguments = [
+        "train",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "run",
+        "--execution.compile",
+        "never",
+        "--device",
+        "cpu",
+        "d2",
+        *TINY,
+        "--horizon",
+        f"tokens={10**9}",
+    ]
+    command = [sys.executable, "-c", INTERRUPTED, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "five\n" in iter(process.stdout.readline, ""), process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert errors.splitlines() == [
+        "warning: 1,000,000,000 tokens go 47648.5 times through the 20,987 of the data",
+        "training: uncompiled passes (compile is never)",
+        "lrt: interrupted; what was done is kept, and the same command goes on from there",
+    ]
+    tokens = about(tmp_path / "run")["trained"]["tokens"]
+    assert tokens >= 5 * 128
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["tokens"] == tokens
+    assert load(tmp_path / "run")[0].config.width == 16
+
+
+def test_diagnose_prints_and_keeps_its_results(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "found"
+    main(["diagnose", str(run), "--data", str(data), "--at-least", "200", "--out", str(out)])
+    text = capsys.readouterr().out
+    results = {result.kind: result for result in read(out)}
+    assert {"sweeps", "ablations"} <= set(results)
+    assert f"verdict: {results['sweeps'].values['verdict']}" in text
+    assert f"live                   {results['ablations'].values['live_bpb']:.4f}" in text
+    assert "two forwards" in text
+    weights = json.loads((run / "checkpoint" / "manifest.json").read_text())["model.safetensors"]["sha256"]
+    assert {result.checkpoint for result in results.values()} == {weights}
+    assert {result.subject for result in results.values()} == {f"{data.name}-val"}
+
+
+def test_evaluate_runs_core_from_a_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    bundle, out = make_bundle(tmp_path), tmp_path / "found"
+    main(["evaluate", str(run), "--core", str(bundle), "--out", str(out), "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "partial CORE (3/22)" in text
+    assert "one sweep" in text
+    (result,) = read(out)
+    file = bundle / "eval_data" / "some" / "winograd.jsonl"
+    file.write_text("{")
+    arguments = ["evaluate", str(run), "--core", str(bundle), "--out", str(out), "--device", "cpu", "--json"]
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert f"some tasks could not be run: {file}" in printed.err
+    kept = json.loads(printed.out)["values"]["tasks"]
+    assert kept == {label: result.values["tasks"][label] for label in ("arc_easy", "lambada_openai")}
+    message = one_line(capsys, "evaluate", str(run), "--core", str(tmp_path / "nowhere"), "--device", "cpu")
+    assert "there is no CORE bundle in" in message
+
+
+def test_two_ranks_diagnose_and_answer_as_one_does(run: Path, data: Path, tmp_path: Path):
+    """Two gloo processes share the windows and the questions; scores agree to what float32's batches leave."""
+    bundle = make_bundle(tmp_path)
+    verbs = (
+        ("diagnose", str(run), "--data", str(data), "--at-least", "300", "--only", "bpb", "text"),
+        ("evaluate", str(run), "--core", str(bundle)),
+        ("evaluate", str(run), "--data", str(data), "--batch-size", "4"),
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    for verb in verbs:
+        main([*verb, "--device", "cpu", "--out", str(tmp_path / "one")])
+        command = [*torchrun, "-m", "lrt", *verb, "--device", "cpu", "--out", str(tmp_path / "two")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    one, two = ({r.kind: r.values for r in read(tmp_path / name)} for name in ("one", "two"))
+    assert set(one) == set(two) == {"bpb", "text", "core", "scores"}
+    for name in ("live_bpb", "parallel_bpb", "live_bpb_memory_zero"):
+        assert two["scores"][name] == pytest.approx(one["scores"][name], abs=1e-4)
+    for name, column in one["bpb"]["columns"].items():
+        assert two["bpb"]["columns"][name]["bpb"] == pytest.approx(column["bpb"], abs=1e-4)
+    assert two["core"] == one["core"]
+    assert len(list((tmp_path / "two" / "partial").glob("bpb-*.rank1.jsonl"))) == 1
+
+
+@pytest.mark.parametrize(("verb", "kept"), [("sample", False), ("chat", False), ("prepare", True), ("study", True)])
+def test_an_interruption_says_what_is_kept(
+    verb: str, kept: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.tyro, "cli", stopped)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([verb])
+    assert ended.value.code == 130
+    told = capsys.readouterr().err
+    assert told.startswith("lrt: interrupted")
+    assert ("the same command goes on from there" in told) == kept

@@ -1,0 +1,176 @@
+"""The report of some runs: self-contained, complete, and without an error in a browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.core_bundle import ITEMS, NAMES, make_bundle
+from support.page import QUIET, Page, pixels
+from support.runs import TINY
+
+from lrt.cli.main import main
+from lrt.data.corpus import stdlib_files
+from lrt.eval.report.page import report
+from lrt.eval.report.sections import span
+from lrt.eval.results import Result, read
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """An LRT with everything measured, and a Transformer with nothing but its training."""
+    root = tmp_path_factory.mktemp("runs")
+    files = [path for path in stdlib_files() if path.stat().st_size > 20_000][:3]
+    for path in files:
+        (root / path.name).write_bytes(path.read_text(encoding="utf-8")[:8000].encode())
+    texts = [str(root / path.name) for path in files]
+    data = root / "data"
+    main(["prepare", str(data), "--text", *texts, "--vocab-size", "300"])
+    for name, recipe in (("lrt", "d2"), ("plain", "d2-transformer")):
+        main(["train", "--data", str(data), "--out", str(root / name), "--device", "cpu", recipe, *TINY])
+    main(["diagnose", str(root / "lrt"), "--data", str(data), "--at-least", "150", "--device", "cpu"])
+    bundle = root / "bundle"
+    bundle.mkdir()
+    main(["evaluate", str(root / "lrt"), "--core", str(make_bundle(bundle)), "--device", "cpu"])
+    return [root / "lrt", root / "plain"]
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "deep" / "report.html"
+    main(["report", *map(str, runs), "--out", str(out)])
+    return out
+
+
+def test_the_report_is_whole_and_alone(page: Path, runs: list[Path]):
+    text = page.read_text(encoding="utf-8")
+    assert page.stat().st_size < 5e6
+    parsed = Page(text)
+    assert {"table", "svg", "section", "details"} <= parsed.tags
+    assert not {"script", "iframe", "object", "embed", "base"} & parsed.tags
+    assert [place for place in parsed.loaded if not place.startswith(("#", "data:"))] == []
+    for title in ("Training", "Bits per byte", "Sweep curves", "The memory replaced", "Inside the memory", "CORE"):
+        assert f"<h2>{title}" in text, title
+    assert "token by token</h2>" in text
+    found = {result.kind: result for result in read(runs[0] / "evaluation")}
+    assert set(found) == {"bpb", "sweeps", "ablations", "memory", "text", "core"}
+    assert found["sweeps"].values["verdict"] in parsed.cells
+    for name, row in found["bpb"].values["columns"].items():
+        assert {name, f"{row['bpb']:.4f}", f"{row['low']:.4f}"} <= set(parsed.cells)
+    assert any(cell.startswith(f"{found['ablations'].values['live_bpb_two_forwards']:.4f} (") for cell in parsed.cells)
+    assert set(NAMES) <= set(parsed.cells)
+    assert "partial CORE (3/22)" in parsed.cells
+    assert len(ITEMS) == 3
+    assert "Rendered by lrt" in text
+    config = json.loads((runs[1] / "checkpoint" / "config.json").read_text())
+    assert config["tokenizer_sha256"] in text
+
+
+def test_what_is_not_there_is_left_out(runs: list[Path], tmp_path: Path):
+    report(tmp_path / "plain.html", [runs[1]])
+    text = (tmp_path / "plain.html").read_text(encoding="utf-8")
+    assert "<h2>Training" in text
+    assert not any(f"<h2>{title}" in text for title in ("Sweep", "CORE", "Inside", "The memory", "Bits"))
+    for run in ("a/run", "b/run"):  # two of one name, with results alone
+        Result("bpb", "x-val", "ab", {}, values()).write(tmp_path / run / "evaluation")
+    report(tmp_path / "two.html", [tmp_path / "a" / "run", tmp_path / "b" / "run"])
+    assert str(tmp_path / "a" / "run") in (tmp_path / "two.html").read_text()
+    with pytest.raises(ValueError, match=r"nowhere is no run: it has no metrics\.jsonl"):
+        report(tmp_path / "x.html", [tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="no run is given"):
+        report(tmp_path / "x.html", [])
+
+
+def values() -> dict[str, Any]:
+    row = {"bpb": 1.5, "low": 1.25, "high": 1.75}
+    cut = [{"from": 0, "to": None, "targets": 3, "bpb": {"live": 1.5, "off": 1.75}}]
+    cuts = dict.fromkeys(("by_place_in_window", "by_position_in_document", "by_document_length"), cut)
+    return {"columns": {"live": row, "off": row}, "differences": {"off - live": row}, **cuts}
+
+
+def test_a_single_document_and_rounding_are_shown_as_what_they_are(tmp_path: Path):
+    known = values()
+    known["columns"]["live"] = {"bpb": 1.5, "low": None, "high": None}
+    Result("bpb", "x-val", "ab", {}, known).write(tmp_path / "run" / "evaluation")
+    alike = {"pieces": ["a", "b"], "live": [1.0, 2.0], "off": [1.0, 2.0001]}
+    Result("text", "x-val", "ab", {}, alike).write(tmp_path / "run" / "evaluation")
+    report(tmp_path / "report.html", [tmp_path / "run"])
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td>1.5000</td><td>–</td><td>–</td>" in text
+    assert "token by token</h2>" not in text  # nothing recurs there
+
+
+def test_what_does_not_recur_is_told_instead_of_drawn(tmp_path: Path):
+    """A figure of rounding errors, on an axis of 1e-9, looks like a finding."""
+    point = {"refinements": 0, "bpb": 1.5, "distance": 0.0, "largest": 0.0, "change": 0.0}
+    after = {**point, "refinements": 1, "bpb": 1.5 + 1e-9}
+    known = {"curves": {"1": [point, after]}, "contraction": {"1": 0.0}, "live_bpb": 1.5, "even_odd": 1e-9}
+    Result("sweeps", "x-val", "ab", {}, known | {"verdict": "stable"}).write(tmp_path / "run" / "evaluation")
+    alike = values()
+    alike["differences"]["off - live"] = {"bpb": -1e-9, "low": -1e-9, "high": 0.0}
+    Result("bpb", "x-val", "ab", {}, alike).write(tmp_path / "run" / "evaluation")
+    report(tmp_path / "report.html", [tmp_path / "run"])
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "every refinement gives 1.5000 bits per byte" in text
+    assert "<svg" not in text
+    assert "-0.0000" not in text
+
+
+def test_blocks_are_shown_over_training(runs: list[Path], page: Path):
+    """A run's diary has γ, gates and shares by block from each of its live evaluations; snapshots add theirs."""
+    lines = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    known = [line["memory_layers"] for line in lines if "memory_layers" in line]
+    assert len(known) >= 5
+    assert {"gamma", "gates", "residual_ratio", "key_ratio", "value_ratio"} <= set(known[0][0])
+    text = page.read_text(encoding="utf-8")
+    for name in ("γ of lrt", "mean memory gate of lrt", "memory over local values, RMS of lrt"):
+        assert f'aria-label="{name}"' in text
+    assert "of plain" not in text  # it has no memory
+    plain = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    assert not any("memory_layers" in line for line in plain)
+
+
+def test_tokens_are_escaped_and_coloured_by_their_gain():
+    assert (
+        span("<b>", 1.0, 3.0)
+        == '<span style="background:rgba(46,160,67,0.70)" title="1.00 bits, +2.00">&lt;b&gt;</span>'
+    )
+    assert "218,54,51" in span("x", 2.0, 1.0)
+    assert "style" not in span("x", 1.0, 1.0)
+
+
+def test_a_result_says_what_code_made_it(tmp_path: Path):
+    made = Result("bpb", "x-val", "ab", {}, values())
+    assert made.code == replace(made, kind="core").code != ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1000), ("dark", 1000), ("light", 500)])
+def test_the_report_renders_without_an_error(page: Path, tmp_path: Path, scheme: str, width: int):
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not on the PATH")
+    picture = tmp_path / "report.png"
+    command = [
+        chromium,
+        *("--headless", "--no-sandbox", "--disable-gpu", *QUIET),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        *("--enable-logging=stderr", "--v=0", f"--window-size={width},3000"),
+        *(["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []),
+        f"--screenshot={picture}",
+        page.as_uri(),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "HOME": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    size = pixels(picture)
+    assert size[:2] == (width, 3000)
+    assert sum(byte != 0 for byte in size[2]) > 0.01 * len(size[2])

@@ -1,0 +1,174 @@
+"""How a step is computed changes no numbers: compiled or not, recomputed or kept. And it does what it says.
+
+B batch, T positions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from support.models import (
+    CORNER,
+    LENGTH,
+    assert_same,
+    assert_same_gradients,
+    configuration,
+    gradients,
+    oracle_rows,
+    random_model,
+    random_tokens,
+    unaligned,
+    weights_of,
+)
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from lrt import ModelConfig, refine, schedules
+from lrt.distributed.objective import objective
+from lrt.experiments.bench.train import LiveBytes
+from lrt.model.execution import EAGER, Execution, missing_compiler
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules.loss import StepLoss
+
+compiles = pytest.mark.skipif(missing_compiler("cpu") is not None, reason="needs a C++ compiler")
+CONFIG = configuration({**CORNER, "value_embeddings": "alternate"})
+
+
+def batch(rows: int = 2, length: int = 32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randint(CONFIG.vocab_size, (rows, length + 1), generator=generator)
+    return text[:, :-1], text[:, 1:]
+
+
+def step(model: Any, schedule: Any, execution: Execution, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Loss and gradients of one step."""
+    tokens, targets = batch(length=16)
+    model.zero_grad()
+    loss = objective(model, dtype)(StepLoss.of(schedule, [targets], execution=execution), tokens, targets, None)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {**found, "loss": loss.detach()}
+
+
+def test_auto_is_for_long_runs():
+    never, words = Execution().resolved(999, "cpu")
+    assert (never.compile, words) == ("never", "uncompiled passes (999 steps are fewer than 1,000)")
+    if missing_compiler("cpu") is None:
+        always, words = Execution(recompute="passes").resolved(1000, "cpu")
+        assert always == Execution("always", "passes")
+        assert words == "compiled passes (1,000 steps are at least 1,000), recomputing passes"
+    assert Execution("never").resolved(10**6, "cpu")[1] == "uncompiled passes (compile is never)"
+    assert Execution().resolved(10**6, "mps")[0].compile == "never"
+    assert Execution().resolved(10**6, "cpu", "bfloat16")[1] == "uncompiled passes (compiling bfloat16 is not tested)"
+    assert Execution("always").resolved(10**6, "cpu", "bfloat16")[0].compile == "always"
+    for wrong in ({"compile": "sometimes"}, {"recompute": "all"}):
+        with pytest.raises(ValueError, match="choose one of"):
+            Execution(**wrong)  # type: ignore[arg-type]
+
+
+# Compiled
+
+
+@compiles
+@pytest.mark.slow  # compiling three sizes of pass in three kinds of block
+def test_compiled_passes_equal_the_oracle():
+    """Values and gradients of exact schedules in float64: full passes, classes, single positions; packed documents."""
+    model, tokens, documents = random_model(CONFIG), random_tokens(), unaligned()
+    expected = oracle_rows(model, tokens, documents)
+    wanted = gradients(model, expected)
+    for schedule in (schedules.interleaved(LENGTH), schedules.sequential()):
+        out = refine(model, tokens, schedule, documents, execution=Execution("always"))
+        assert_same(out.hidden, expected, repr(schedule))
+        assert_same_gradients(gradients(model, out.hidden), wanted, repr(schedule))
+
+
+@compiles
+def test_a_mixture_is_compiled_once_and_without_graph_breaks():
+    torch._dynamo.reset()
+    counters.clear()
+    model = random_model(CONFIG)
+    mixture = [schedules.interleaved(2), schedules.settled(0, 1, 1)]
+    found = [step(model, s, Execution("always")) for s in mixture]
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled > 0
+    for _, s in zip(range(4), itertools.cycle(mixture), strict=False):
+        step(model, s, Execution("always"))
+    assert counters["stats"]["unique_graphs"] == compiled
+    assert not counters["graph_break"]
+    for actual, s in zip(found, mixture, strict=True):
+        assert_same_gradients(actual, step(model, s, EAGER), repr(s))
+
+
+@compiles
+def test_sequential_compiles_one_position_not_their_sequence():
+    """However long the row: nothing is unrolled in time."""
+    model = random_model(CONFIG)
+
+    def graphs(length: int) -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        with torch.no_grad():
+            refine(model, random_tokens(length=length), schedules.sequential(), execution=Execution("always"))
+        return counters["stats"]["unique_graphs"]
+
+    assert graphs(2) == graphs(12)
+
+
+# Recomputed
+
+
+RECOMPUTED = [schedules.interleaved(2), schedules.settled(1, 2, 1), schedules.chunked(5), schedules.sequential(3)]
+
+
+@pytest.mark.parametrize("recompute", ["blocks", "passes"])
+@pytest.mark.parametrize("schedule", RECOMPUTED, ids=repr)
+def test_recomputing_changes_nothing(schedule: Any, recompute: Any):
+    model = random_model(CONFIG)
+    assert_same_gradients(step(model, schedule, Execution("never", recompute)), step(model, schedule, EAGER))
+
+
+@pytest.mark.parametrize("recompute", ["blocks", "passes"])
+def test_recomputing_under_bfloat16_computes_in_bfloat16(recompute: Any):
+    """The weights that `Cast` puts into the model are gone when the backward comes; recomputed are the same bits."""
+    model = random_model(CONFIG, torch.float32)
+    schedule = schedules.interleaved(2)
+    expected = step(model, schedule, EAGER, torch.bfloat16)
+    for name, found in step(model, schedule, Execution("never", recompute), torch.bfloat16).items():
+        assert torch.equal(found, expected[name]), name
+
+
+MEMORY = ModelConfig(depth=3, width=32, heads=2, vocab_size=CONFIG.vocab_size, context=256)
+
+
+def peak(schedule: Any, recompute: Any = "nothing") -> int:
+    """Bytes alive at most in a step."""
+    torch.manual_seed(0)
+    model = LatentRecurrentTransformer(MEMORY)
+    tokens, targets = batch(2, 256)
+    loss = StepLoss.of(schedule, [targets], execution=Execution("never", recompute))
+    with LiveBytes() as seen:
+        loss(model, tokens, targets, None).backward()
+    assert seen.live <= sum(p.numel() * 4 for p in model.parameters()) * 1.1  # gradients stay, activations do not
+    return seen.peak
+
+
+def test_peak_memory_is_what_the_passes_keep():
+    plain, interleaved = peak(schedules.plain()), peak(schedules.interleaved(2))
+    assert 1.7 < interleaved / plain <= 2.1
+    assert peak(schedules.interleaved(2), "passes") / plain <= 1.3
+    assert peak(schedules.interleaved(2), "blocks") < peak(schedules.interleaved(2)) / 1.5
+
+
+def test_passes_without_gradients_keep_nothing():
+    """Of a gradient-free pass stays what it leaves to the next pass, which replaces it: many cost what one does."""
+    one, many = (peak(schedules.settled(free, 1, 1)) for free in (1, 6))
+    assert many == one
+
+
+def test_weights_of_the_model_are_leaves_again():
+    model = random_model(CONFIG, torch.float32)
+    step(model, schedules.plain(), Execution("never", "blocks"), torch.bfloat16)
+    assert all(p.is_leaf for p in weights_of(model).values())

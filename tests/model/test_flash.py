@@ -1,0 +1,268 @@
+"""Attention in pieces equals one softmax over all keys, and passes by classes equal passes by masks; float64, 1e-10.
+
+B batch, T positions, H query heads, G key/value heads, K head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.models import PAIRWISE, VISIBLE, assert_same, assert_same_gradients, gradients, random_model
+from torch import Tensor
+
+from lrt import MemoryConfig, ModelConfig, refine, schedules
+from lrt.model import blockwise_attention, strided_state
+from lrt.model.blockwise_attention import CPU, PLAIN, Kernel, Piece, attend, attend_reference
+from lrt.model.strided_state import Band, PassState, triangles
+from lrt.schedules import refinement
+from lrt.schedules.refinement import common_stride
+
+H, G, K = 4, 2, 8
+SMALL = {"TILE": 4, "QUERIES": 5, "KEYS": 7}  # so that few positions make many pieces
+
+
+def random(heads: int, n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, n, heads, K, dtype=torch.float64, generator=generator).transpose(1, 2).requires_grad_()
+
+
+def with_gradients(run: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    out = run(inputs[0], inputs[1 : 1 + len(inputs) // 2], inputs[1 + len(inputs) // 2 :])
+    direction = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(9))
+    return [out.detach(), *torch.autograd.grad((out * direction).sum(), inputs)]
+
+
+def hiding(rows: list[int], n: int, m: int) -> Callable[[Tensor], Tensor]:
+    """A mask (1, 1, n, m) of a triangle, under which `rows` see nothing."""
+
+    def mask(like: Tensor) -> Tensor:
+        hidden = torch.ones(n, m).triu(1).bool()
+        hidden[rows] = True
+        return torch.zeros(1, 1, n, m, dtype=like.dtype).masked_fill(hidden, -math.inf)
+
+    return mask
+
+
+PLANS: dict[str, tuple[int, list[int], list[Piece]]] = {
+    "one triangle": (6, [6], [Piece(slice(0, 6), 0, slice(0, 6), causal=True)]),
+    "two sources, one shifted": (
+        6,
+        [6, 6],
+        [Piece(slice(0, 6), 0, slice(0, 6), causal=True), Piece(slice(1, 6), 1, slice(0, 5), causal=True)],
+    ),
+    "every other key": (
+        4,
+        [4, 9],
+        [Piece(slice(0, 4), 0, slice(0, 4), causal=True), Piece(slice(0, 4), 1, slice(1, 8, 2), causal=True)],
+    ),
+    "tiles and a rectangle": (
+        8,
+        [8],
+        [
+            Piece(slice(0, 4), 0, slice(0, 4), causal=True),
+            Piece(slice(4, 8), 0, slice(4, 8), causal=True),
+            Piece(slice(4, 8), 0, slice(0, 4)),
+        ],
+    ),
+    "rows without a key in one piece": (
+        5,
+        [5, 5],
+        [
+            Piece(slice(0, 5), 0, slice(0, 5), mask=hiding([0, 3], 5, 5)),
+            Piece(slice(0, 5), 1, slice(0, 5), causal=True),
+        ],
+    ),
+    "a row without any key": (
+        5,
+        [5, 5],
+        [
+            Piece(slice(0, 5), 0, slice(0, 5), mask=hiding([0, 3], 5, 5)),
+            Piece(slice(0, 5), 1, slice(0, 5), mask=hiding([3, 4], 5, 5)),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("kernel", [CPU, PLAIN], ids=["cpu", "plain"])
+@pytest.mark.parametrize("groups", [H, G], ids=["heads", "grouped"])
+@pytest.mark.parametrize("name", list(PLANS))
+def test_pieces_equal_one_softmax(name: str, groups: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(blockwise_attention, "chosen_kernel", lambda q, masked: kernel)
+    n, sizes, pieces = PLANS[name]
+    sources = [random(groups, m, seed) for seed, m in enumerate(sizes * 2)]
+    inputs = [random(H, n, 7), *sources]
+    found = with_gradients(lambda q, k, v: attend(q, k, v, pieces), inputs)
+    expected = with_gradients(lambda q, k, v: attend_reference(q, k, v, pieces), inputs)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_same(actual, wanted, name)
+        assert not actual.isnan().any()
+    if name == "a row without any key":
+        assert not found[0][:, :, 3].any()
+        assert not found[1][:, :, 3].any()  # nor a gradient of its query
+        out, lse = kernel.forward(inputs[0], *(x.repeat_interleave(H // groups, 1) for x in sources[::2]), False,
+                                  hiding([0, 3], 5, 5)(inputs[0]))[:2]  # fmt: skip
+        assert (lse[:, :, [0, 3]] == -math.inf).all()
+        assert not out[:, :, [0, 3]].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", list(PLANS))
+def test_pieces_on_a_gpu_equal_one_softmax(name: str, dtype: torch.dtype):
+    n, sizes, pieces = PLANS[name]
+    if any(piece.mask for piece in pieces):
+        pytest.skip("these masks are made on the CPU")
+    inputs = [random(H, n, 7), *(random(G, m, seed) for seed, m in enumerate(sizes * 2))]
+    expected = with_gradients(lambda q, k, v: attend_reference(q, k, v, pieces), inputs)
+    moved = [x.detach().to("cuda", dtype).requires_grad_() for x in inputs]
+    out = attend(moved[0], moved[1 : 1 + len(sizes)], moved[1 + len(sizes) :], pieces)
+    assert float((out.double().cpu() - expected[0]).norm() / expected[0].norm()) < (
+        1e-5 if dtype.itemsize == 4 else 0.02
+    )
+
+
+def test_the_gradient_check_passes():
+    n, sizes, pieces = PLANS["rows without a key in one piece"]
+    inputs = [random(1, n, 7), *(random(1, m, seed) for seed, m in enumerate(sizes * 2))]
+    assert torch.autograd.gradcheck(lambda q, *kv: attend(q, kv[:2], kv[2:], pieces), inputs)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "tile"), [(0, 1, 4), (0, 4, 4), (0, 5, 4), (3, 30, 4), (0, 64, 8), (2, 2, 4)]
+)
+def test_triangles_cover_every_pair_once(first: int, last: int, tile: int):
+    seen, covered = [], first
+    for rows, keys in triangles(first, last, tile):
+        assert rows.start <= covered  # rows are reached in order
+        covered = max(covered, rows.stop)
+        assert rows != keys or rows.stop - rows.start <= tile
+        seen += [
+            (i, j) for i in range(rows.start, rows.stop) for j in range(keys.start, keys.stop) if rows != keys or j <= i
+        ]
+    assert sorted(seen) == [(i, j) for i in range(first, last) for j in range(first, i + 1)]
+
+
+def test_which_schedules_go_by_classes():
+    def stride(schedule: Any) -> int | None:
+        return common_stride(schedule.passes(48), 48)
+
+    assert stride(schedules.plain()) == stride(schedules.multi_refinement(3)) == stride(schedules.settled(1, 1, 1)) == 1
+    assert stride(schedules.interleaved(2)) == stride(schedules.settled(1, 2, 1)) == 2
+    assert stride(schedules.strided(5, 2)) == 5
+    for other in (schedules.chunked(8), schedules.sequential(), schedules.strided(48, 1)):
+        assert stride(other) is None
+
+
+BY_CLASSES = [
+    schedules.plain(),
+    schedules.interleaved(2),
+    schedules.interleaved(3),
+    schedules.multi_refinement(1),
+    schedules.strided(4, 2),
+    schedules.settled(1, 2, 1),
+]
+
+
+def by_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refinement, "common_stride", lambda *_: None)
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["small-pieces", "pieces"])
+@pytest.mark.parametrize("schedule", BY_CLASSES, ids=repr)
+@pytest.mark.parametrize("config", list(PAIRWISE.values())[::12], ids=list(PAIRWISE)[::12])
+def test_passes_by_classes_equal_passes_by_masks(
+    config: ModelConfig, schedule: Any, small: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Long rows, so that there are many pieces: values, gradients, and the State that is left behind."""
+    length = 43 if small else 300
+    for name, value in SMALL.items() if small else ():
+        monkeypatch.setattr(strided_state, name, value)
+    config = replace(config, context=512, window=17)
+    model = random_model(config)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(config.vocab_size, (2, length), generator=generator)
+    borders = torch.rand(2, length, generator=generator) < 0.05
+    for documents in (None, borders.long().cumsum(1)):
+        found = refine(model, tokens, schedule, documents)
+        assert isinstance(found.last, PassState)
+        with monkeypatch.context() as patch:
+            by_masks(patch)
+            expected = refine(model, tokens, schedule, documents)
+        assert_same(found.hidden, expected.hidden)
+        assert_same_gradients(gradients(model, found.hidden), gradients(model, expected.hidden))
+        for a, b in zip(
+            (*found.state.keys, found.state.memory), (*expected.state.keys, expected.state.memory), strict=True
+        ):
+            if b.numel():
+                assert_same(a, b, "state")
+        assert torch.equal(found.state.held, expected.state.held)
+        assert (found.state.filled, found.state.pending) == (expected.state.filled, expected.state.pending)
+
+
+@pytest.mark.parametrize("memory", [{"injection": "none"}, {"source": 0}, {"source": None}], ids=["none", "0", "L"])
+def test_what_passes_leave_can_be_continued(memory: dict[str, Any]):
+    """Also where nothing is remembered: the State's keys count as written all the same."""
+    config = replace(next(iter(PAIRWISE.values())), context=32, window_pattern="L", memory=MemoryConfig(**memory))
+    model = random_model(config)
+    tokens = torch.randint(config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(3))
+    exact = refine(model, tokens, schedules.sequential()).hidden
+    state = refine(model, tokens[:, :11], schedules.multi_refinement(11)).state
+    assert state.length == state.filled == 11
+    hidden, _ = model(tokens[:, 11:], range(11, 12), state.resized(12))
+    assert_same(hidden, exact[:, 11:])
+
+
+def test_masks_stay_small(monkeypatch: pytest.MonkeyPatch):
+    """Of packed documents and windows, over more positions than a mask may have."""
+    seen: list[tuple[int, ...]] = []
+    mask = Band.mask
+
+    def watched(self: Band, like: Tensor) -> Tensor:
+        made = mask(self, like)
+        seen.append(tuple(made.shape))
+        return made
+
+    monkeypatch.setattr(Band, "mask", watched)
+    config = replace(PAIRWISE[next(iter(PAIRWISE))], context=2048, window_pattern="SL", window=300)
+    model = random_model(config, torch.float32)
+    tokens = torch.randint(config.vocab_size, (1, 2048), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        refine(model, tokens, schedules.interleaved(2), torch.arange(2048).unsqueeze(0) // 700)
+    assert seen
+    assert max(n for *_, n, _ in seen) <= 512
+    assert max(m for *_, m in seen) <= 1024
+
+
+def test_a_pass_replaces_and_copies_nothing():
+    """The tensors that a pass leaves are those that its blocks made: no buffer of all positions is copied."""
+    config = replace(PAIRWISE[next(iter(PAIRWISE))], context=512)
+    model = random_model(config)
+    tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+    state = PassState.of(model.empty_state(1, 64, tokens=tokens), 2)
+    held = []
+    for p in schedules.interleaved(2).passes(64):
+        _, state = model(tokens[:, p.slice], p.positions, state)
+        held.append(state.keys[0])
+    (whole, again), (first, untouched), (kept, second) = held
+    assert whole is again
+    assert untouched is whole  # the other class is still the first pass's tensor
+    assert kept is first
+    assert first is not None
+    assert second is not None
+    assert first.tensor.shape[2] == second.tensor.shape[2] == 32
+
+
+def test_the_comparison_would_notice_a_wrong_shift():
+    """Were class 1 to see class 0 shifted as class 0 sees class 1, the result would differ visibly."""
+    q, *kv = random(1, 6, 0), *(random(1, 6, seed) for seed in range(1, 5))
+    own = Piece(slice(0, 6), 0, slice(0, 6), causal=True)
+    right, wrong = (
+        attend(q, kv[:2], kv[2:], [own, other])
+        for other in (Piece(slice(0, 6), 1, slice(0, 6), causal=True), Piece(slice(1, 6), 1, slice(0, 5), causal=True))
+    )
+    assert float((right - wrong).detach().norm() / right.detach().norm()) > VISIBLE

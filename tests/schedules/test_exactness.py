@@ -1,0 +1,709 @@
+"""One promise: every path computes the recurrence that the specification defines, or a stated approximation of it.
+
+Everything is compared with `reference.py` (oracle, simulate), in float64 to 1e-10, on models whose parameters are
+all random: the library's own initial values hold zeros behind which an error would hide.
+
+B batch, T positions, D width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from support.models import (
+    BATCH,
+    CHOICES,
+    LENGTH,
+    NONE,
+    PAIRWISE,
+    PRODUCT,
+    TABLES,
+    TOLERANCE,
+    VISIBLE,
+    VOCABULARY,
+    assert_differs,
+    assert_same,
+    assert_same_gradients,
+    configuration,
+    decode,
+    difference,
+    documents_of,
+    exact_schedules,
+    gradients,
+    label,
+    oracle_rows,
+    over,
+    pairwise,
+    random_model,
+    random_tokens,
+    unaligned,
+    weights_of,
+)
+from support.oracle import simulate
+from torch import Tensor
+
+from lrt import MemoryConfig, ModelConfig, refine, schedules
+from lrt.schedules import refinement
+from lrt.schedules.base import SCHEDULES, Pass, Passes, Simple
+
+EVERY = {**PAIRWISE, **PRODUCT, "none": NONE}
+
+
+def recurs(config: ModelConfig) -> bool:
+    """Whether a memory depends on the memory before it: some source lies at or above the first injected block."""
+    first = min(config.memory.injected(config.depth))
+    return any(source >= first for source in config.memory.sources(config.depth))
+
+
+RECURRENT = {name: config for name, config in PAIRWISE.items() if recurs(config)}
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Arguments for every schedule of the table; a new schedule needs an entry. Every stride and chunk divides 4, where
+# `aligned` documents start.
+EXAMPLES: dict[str, list[tuple[Any, ...]]] = {
+    "plain": [()],
+    "interleaved": [(2,), (4, (1.0, 0.0, 1.0, 2.0, 1.0))],
+    "multi_refinement": [(2,), (1, None, True)],
+    "chunked": [(1,), (4,)],
+    "strided": [(2, 2), (4, 1)],
+    "sequential": [(), (3,)],
+    "settled": [(0, 1, 1), (1, 2, 1), (0, 4, 2)],
+}
+
+
+def examples() -> Iterator[Any]:
+    """Every schedule of the table; one without an entry in EXAMPLES appears all the same, to fail by its name."""
+    for name in SCHEDULES:
+        for arguments in EXAMPLES.get(name, [None]):
+            made = Simple(name, arguments) if arguments is not None else None
+            yield pytest.param(made, id=repr(made) if made else f"{name}-without-example")
+
+
+every_schedule = pytest.mark.parametrize("schedule", list(examples()))
+
+
+def is_exact(schedule: Simple) -> bool:
+    return schedule.name == "sequential" or (schedule.name, schedule.arguments) == ("chunked", (1,))
+
+
+def ignores_alignment(schedule: Simple) -> bool:
+    """Whether a document's passes are the same wherever it starts: one position at a time, or all at once."""
+    return is_exact(schedule) or all(len(p.positions) == LENGTH for p in schedule.passes(LENGTH))
+
+
+@dataclass(frozen=True)
+class Given:
+    """A schedule that is just its passes."""
+
+    listed: Passes
+
+    def drawn(self) -> Given:
+        return self
+
+    def passes(self, length: int) -> Passes:
+        return self.listed
+
+
+def distinct_tokens(batch: int = BATCH, length: int = LENGTH, seed: int = 1) -> Tensor:
+    """No token twice: a row of the embedding's gradient then belongs to one position."""
+    order = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    return order[: batch * length].view(batch, length)
+
+
+def aligned() -> Tensor:
+    return documents_of((4, 5), (8, 1))
+
+
+def simulate_rows(
+    model: Any, tokens: Tensor, schedule: Any, documents: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """`simulate` over a batch: (B, T, D), and (B, n, D) of every pass."""
+    passes = schedule.passes(tokens.shape[1])
+    weights, config = weights_of(model), model.config
+    rows = [
+        simulate(weights, config, tokens[b], passes, None if documents is None else documents[b])
+        for b in range(len(tokens))
+    ]
+    return torch.stack([h for h, _ in rows]), [torch.stack(p) for p in zip(*(ps for _, ps in rows), strict=True)]
+
+
+def gradient_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return difference(torch.cat([g.flatten() for g in a.values()]), torch.cat([g.flatten() for g in b.values()]))
+
+
+@pytest.fixture(autouse=True, params=["by classes", "by masks"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every promise holds on both paths of `refine`: by residue classes, where a schedule allows, and by the State."""
+    if request.param == "by masks":
+        monkeypatch.setattr(refinement, "common_stride", lambda *_: None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tests' own ground
+# ---------------------------------------------------------------------------------------------------------------------
+def test_every_schedule_of_the_table_has_examples():
+    missing, stale = set(SCHEDULES) - set(EXAMPLES), set(EXAMPLES) - set(SCHEDULES)
+    assert not missing, f"give EXAMPLES arguments for {sorted(missing)}: the tests below run over the table"
+    assert not stale, f"EXAMPLES names {sorted(stale)}, which are no longer schedules"
+
+
+def test_the_configurations_cover_every_pair_of_choices():
+    assert 20 <= len(PAIRWISE) <= 40
+    assert len(set(PAIRWISE.values())) == len(PAIRWISE)
+
+
+@over(PAIRWISE, step=5)
+def test_the_oracle_is_the_simulation_of_one_position_at_a_time(config: ModelConfig):
+    model = random_model(config)
+    with torch.no_grad():
+        simulated, _ = simulate_rows(model, random_tokens(), schedules.sequential(), unaligned())
+        assert_same(simulated, oracle_rows(model, random_tokens(), unaligned()))
+
+
+@over(RECURRENT)
+def test_recurrence_matters_in_these_models(config: ModelConfig):
+    # Otherwise every equality below would hold for a model without memory as well.
+    model, tokens = random_model(config), random_tokens()
+    with torch.no_grad():
+        plain, sequential = (refine(model, tokens, s).hidden for s in (schedules.plain(), schedules.sequential()))
+    assert_differs(plain, sequential, "plain and sequential")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact paths
+# ---------------------------------------------------------------------------------------------------------------------
+@over(EVERY)
+def test_exact_schedules_and_decoding_equal_the_oracle(config: ModelConfig):
+    model, tokens = random_model(config), random_tokens()
+    with torch.no_grad():
+        expected = oracle_rows(model, tokens)
+        for schedule in exact_schedules(LENGTH):
+            assert_same(refine(model, tokens, schedule).hidden, expected, repr(schedule))
+        assert_same(decode(model, tokens, model.empty_state(BATCH, LENGTH)), expected, "decoding")
+        assert_same(decode(model, tokens, model.empty_state(BATCH, LENGTH).in_place()), expected, "decoding in place")
+
+
+@over(PAIRWISE)
+def test_exact_schedules_and_decoding_equal_the_oracle_over_packed_documents(config: ModelConfig):
+    model, tokens = random_model(config), random_tokens()
+    with torch.no_grad():
+        expected = oracle_rows(model, tokens, unaligned())
+        for schedule in exact_schedules(LENGTH):
+            assert_same(refine(model, tokens, schedule, documents=unaligned()).hidden, expected, repr(schedule))
+        state = model.empty_state(BATCH, LENGTH, documents=unaligned())
+        assert_same(decode(model, tokens, state), expected, "decoding")
+
+
+@over(PAIRWISE)
+def test_prefill_split_anywhere_then_decoding_equals_the_oracle(config: ModelConfig):
+    model, tokens = random_model(config), random_tokens()
+    with torch.no_grad():
+        expected = oracle_rows(model, tokens)
+        for split in range(1, LENGTH):
+            # Passes over the first `split` positions, by each way of an exact prefill in turn.
+            schedule = exact_schedules(split)[split % len(exact_schedules(split))]
+            state = model.empty_state(BATCH, LENGTH)
+            for p in schedule.passes(split):
+                prefilled, state = model(tokens[:, p.slice], p.positions, state)
+            continued = decode(model, tokens, state, start=split)
+            assert_same(continued, expected[:, split:], f"{schedule!r}, split at {split}")
+            assert_same(prefilled, expected[:, p.slice], "the last pass of the prefill")
+
+
+@over(PAIRWISE, step=2)
+def test_refine_and_decoding_continue_from_the_state_of_refine(config: ModelConfig):
+    # Tokens given with a state stand behind those it holds.
+    model, tokens = random_model(config), random_tokens()
+    with torch.no_grad():
+        expected = oracle_rows(model, tokens, aligned())
+        state, start = model.empty_state(BATCH, LENGTH, documents=aligned()), 0
+        for stop in (3, 7):
+            chunk = tokens[:, start:stop]
+            out = refine(model, chunk, schedules.strided(chunk.shape[1], 1), state=state)
+            assert_same(out.hidden, expected[:, start:stop], f"tokens {start} to {stop}")
+            state, start = out.state, stop
+        assert_same(decode(model, tokens, state, start=start), expected[:, start:], "decoding")
+
+
+@over(PAIRWISE, step=2)
+def test_a_second_prefill_chunk_continues_the_first(config: ModelConfig):
+    # The carried memory of the first chunk must reach the second (style.md: "a second prefill chunk forgets it").
+    model, tokens, split = random_model(config), random_tokens(), 4
+    with torch.no_grad():
+        state = model.empty_state(BATCH, LENGTH)
+        hidden = []
+        for start, stop in ((0, split), (split, LENGTH)):
+            for _ in range(stop - start):  # as many full passes over the chunk as it has positions: exact
+                chunk, state = model(tokens[:, start:stop], range(start, stop), state)
+            hidden.append(chunk)
+        assert_same(torch.cat(hidden, dim=1), oracle_rows(model, tokens))
+
+
+@over(PAIRWISE, step=3)
+def test_float32_stays_near_the_float64_oracle(config: ModelConfig):
+    model, tokens = random_model(config, torch.float32), random_tokens()
+    with torch.no_grad():
+        expected = oracle_rows(random_model(config), tokens)
+        for schedule in exact_schedules(LENGTH):
+            assert_same(refine(model, tokens, schedule).hidden, expected, repr(schedule))
+        assert_same(decode(model, tokens, model.empty_state(BATCH, LENGTH)), expected, "decoding")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Approximate schedules: how far they are exact
+# ---------------------------------------------------------------------------------------------------------------------
+@over(RECURRENT)
+def test_n_full_passes_make_the_first_n_delays_exact(config: ModelConfig):
+    model, tokens, delay = random_model(config), random_tokens(), config.memory.delay
+    with torch.no_grad():
+        expected = oracle_rows(model, tokens)
+        for refinements in (0, 1, 2):
+            hidden = refine(model, tokens, schedules.multi_refinement(refinements)).hidden
+            # The pass with zero memory already makes the first `delay` positions exact, each refinement as many more.
+            exact = delay * (refinements + 1)
+            assert_same(hidden[:, :exact], expected[:, :exact], f"{refinements} refinements")
+            assert difference(hidden[:, exact], expected[:, exact]) > 1e-6, "exact further than promised: vacuous"
+
+
+@over(RECURRENT)
+def test_n_strided_sweeps_make_the_first_n_groups_exact(config: ModelConfig):
+    model, tokens = random_model(config), random_tokens()
+    with torch.no_grad():
+        expected = oracle_rows(model, tokens)
+        for groups, sweeps in ((2, 1), (2, 3), (3, 2), (4, 2)):
+            hidden = refine(model, tokens, schedules.strided(groups, sweeps)).hidden
+            exact = groups * sweeps
+            assert_same(hidden[:, :exact], expected[:, :exact], f"strided({groups}, {sweeps})")
+            assert difference(hidden[:, exact:], expected[:, exact:]) > 1e-6, "exact further than promised: vacuous"
+
+
+@every_schedule
+@over(PAIRWISE, step=4)
+def test_schedules_equal_their_simulation(config: ModelConfig, schedule: Simple):
+    # Values of every pass and gradients of every parameter, whatever the schedule approximates or cuts.
+    model, tokens = random_model(config), random_tokens()
+    out = refine(model, tokens, schedule, documents=unaligned())
+    expected, passes = simulate_rows(model, tokens, schedule, unaligned())
+    assert_same(out.hidden, expected)
+    for (p, positions, hidden), simulated in zip(out.passes, passes, strict=True):
+        assert list(positions) == list(p.positions)
+        assert_same(hidden, simulated, repr(p))
+    assert_same_gradients(gradients(model, out.hidden), gradients(model, expected))
+
+
+# Orders that no schedule of the table has: what counts as written, and by which pass last, must not rely on them.
+ODD_PASSES: dict[str, Passes] = {
+    "back to front": (Pass(6, LENGTH), Pass(3, 6), Pass(0, 3), Pass(3, LENGTH)),
+    "a part again": (Pass(0, LENGTH), Pass(2, 5)),
+    "mixed strides": (Pass(1, LENGTH, 4), Pass(0, LENGTH, 2), Pass(5, 8), Pass(0, LENGTH)),
+    "different ends": (Pass(0, 7, 2), Pass(1, LENGTH, 2), Pass(2, 6), Pass(0, LENGTH)),
+    "detached classes": (Pass(0, LENGTH), Pass(1, LENGTH, 2, detach_memory=True), Pass(0, LENGTH, 2), Pass(2, 8)),
+    "free classes": (Pass(0, LENGTH, 3), Pass(0, LENGTH, 2, grad=False), Pass(1, LENGTH, 2), Pass(0, 5)),
+}
+
+
+@pytest.mark.parametrize("name", list(ODD_PASSES))
+@over(PAIRWISE, step=6)
+def test_any_list_of_passes_equals_its_simulation(config: ModelConfig, name: str):
+    model, tokens, schedule = random_model(config), random_tokens(), Given(ODD_PASSES[name])
+    out = refine(model, tokens, schedule)
+    expected, passes = simulate_rows(model, tokens, schedule)
+    for (p, _, hidden), simulated in zip(out.passes, passes, strict=True):
+        assert_same(hidden, simulated, repr(p))
+    assert_same(out.hidden, expected)
+    assert_same_gradients(gradients(model, out.hidden), gradients(model, expected))
+
+
+@every_schedule
+def test_out_hidden_is_each_position_by_its_last_pass(schedule: Simple):
+    model, tokens = random_model(configuration({"source": "L"})), random_tokens()
+    out = refine(model, tokens, schedule)
+    assert [p for p, _, _ in out.passes] == list(schedule.passes(LENGTH))
+    expected = torch.zeros_like(out.hidden)
+    for p, _, hidden in out.passes:
+        expected[:, p.slice] = hidden
+    assert torch.equal(out.hidden, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Causality, documents
+# ---------------------------------------------------------------------------------------------------------------------
+@every_schedule
+@over(PAIRWISE, step=4)
+def test_no_schedule_lets_values_flow_from_later_tokens(config: ModelConfig, schedule: Simple):
+    model, tokens = random_model(config), random_tokens()
+    with torch.no_grad():
+        before = refine(model, tokens, schedule).hidden
+        for t in (1, 4, LENGTH - 1):
+            changed = tokens.clone()
+            changed[:, t] = (tokens[:, t] + 1) % VOCABULARY
+            after = refine(model, changed, schedule).hidden
+            # Tighter than TOLERANCE: the same sums over the same numbers; only masked zeros may be summed differently.
+            assert float((after - before)[:, :t].abs().max()) <= 1e-12, f"token {t}"
+            assert_differs(after[:, t], before[:, t], f"token {t}")
+
+
+@every_schedule
+@over(PAIRWISE, step=4)
+def test_no_schedule_lets_gradients_flow_from_later_tokens(config: ModelConfig, schedule: Simple):
+    model, tokens = random_model(config), distinct_tokens()
+    hidden = refine(model, tokens, schedule).hidden
+    tables = {name: p for name, p in weights_of(model).items() if name.endswith(TABLES)}
+    direction = torch.randn(hidden[:, 0].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for t in (0, 3, LENGTH - 2):
+        loss = (hidden[:, t] * direction).sum()
+        found = torch.autograd.grad(loss, list(tables.values()), retain_graph=True, allow_unused=True)
+        for name, g in zip(tables, found, strict=True):
+            assert g is not None, f"{name} has no gradient"
+            assert not g[tokens[:, t + 1 :]].any(), f"position {t} reads later rows of {name}"
+            # With one token per position, a row without a gradient would also be one the test looks at in vain.
+            assert g[tokens[:, t]].any(), f"position {t} does not read its own row of {name}"
+
+
+@every_schedule
+@over(PAIRWISE, step=4)
+def test_packed_documents_equal_the_documents_alone(config: ModelConfig, schedule: Simple):
+    model, tokens = random_model(config), random_tokens()
+    layouts = [aligned(), unaligned()] if ignores_alignment(schedule) else [aligned()]
+    with torch.no_grad():
+        for documents in layouts:
+            packed = refine(model, tokens, schedule, documents=documents).hidden
+            for row, number in itertools.product(range(BATCH), range(int(documents.max()) + 1)):
+                inside = documents[row] == number
+                if inside.any():
+                    alone = refine(model, tokens[row : row + 1, inside], schedule).hidden
+                    assert_same(packed[row : row + 1, inside], alone, f"row {row}, document {number}")
+
+
+@every_schedule
+@over(PAIRWISE, step=4)
+def test_gradients_do_not_cross_documents(config: ModelConfig, schedule: Simple):
+    model, tokens, documents = random_model(config), distinct_tokens(), aligned()
+    hidden = refine(model, tokens, schedule, documents=documents).hidden
+    last = documents == documents.amax(dim=1, keepdim=True)
+    direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (g,) = torch.autograd.grad((hidden * direction)[last].sum(), [weights_of(model)["embedding.weight"]])
+    assert not g[tokens[~last]].any()
+    assert g[tokens[last]].any(dim=-1).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without recurrence
+# ---------------------------------------------------------------------------------------------------------------------
+TOKEN_SHIFT = {
+    label(choice): configuration({**choice, "source": "0"})
+    for choice in pairwise({name: values for name, values in CHOICES.items() if name != "source"})[::2]
+}
+FLAT = {"none": NONE, **TOKEN_SHIFT}
+# `strided` has no full pass first: its first sweep attends only to what is written.
+every_schedule_but_strided = pytest.mark.parametrize(
+    "schedule", [example for example in examples() if not str(example.id).startswith("strided")]
+)
+
+
+@every_schedule_but_strided
+@over(FLAT)
+def test_without_recurrence_every_schedule_equals_plain(config: ModelConfig, schedule: Simple):
+    model, tokens = random_model(config), random_tokens()
+    expected = refine(model, tokens, schedules.plain(), documents=unaligned()).hidden
+    hidden = refine(model, tokens, schedule, documents=unaligned()).hidden
+    assert_same(hidden, expected)
+    if all(p.grad for p in schedule.passes(LENGTH)):
+        # Not even `detach` or `backprop` cuts layer 0: it is computed from the token whenever it is read.
+        assert_same_gradients(gradients(model, hidden), gradients(model, expected))
+
+
+@over(FLAT)
+def test_without_recurrence_plain_is_exact(config: ModelConfig):
+    model, tokens = random_model(config), random_tokens()
+    assert_same(refine(model, tokens, schedules.plain()).hidden, oracle_rows(model, tokens))
+
+
+@over(TOKEN_SHIFT)
+def test_layer_0_reaches_the_embedding_after_gradient_free_passes(config: ModelConfig):
+    # One full sweep after a free pass recomputes all keys and values, so nothing is missing from the gradient.
+    model, tokens = random_model(config), random_tokens()
+    settled = refine(model, tokens, schedules.settled(1, 1, 1)).hidden
+    plain = refine(model, tokens, schedules.plain()).hidden
+    assert_same_gradients(gradients(model, settled), gradients(model, plain))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients
+# ---------------------------------------------------------------------------------------------------------------------
+@over(EVERY)
+def test_sequential_has_the_gradients_of_the_oracle(config: ModelConfig):
+    model, tokens = random_model(config), random_tokens(batch=1, length=6)
+    expected = gradients(model, oracle_rows(model, tokens))
+    assert_same_gradients(gradients(model, refine(model, tokens, schedules.sequential()).hidden), expected)
+    # A parameter without a gradient is one that the equalities say nothing about. The head only reads `hidden`.
+    dead = {name for name, g in expected.items() if not name.startswith("head.") and not g.any()}
+    assert not dead
+
+
+@over(PAIRWISE, step=2)
+def test_interleaved_in_order_has_the_gradients_of_the_oracle(config: ModelConfig):
+    # The other differentiable exact path: a wrong clone of a buffer shows here and not in the values.
+    model, tokens = random_model(config), random_tokens()
+    expected = gradients(model, oracle_rows(model, tokens, unaligned()))
+    out = refine(model, tokens, schedules.interleaved(LENGTH), documents=unaligned())
+    assert_same_gradients(gradients(model, out.hidden), expected)
+
+
+@over(RECURRENT, step=2)
+def test_truncated_back_propagation_differs_only_when_it_truncates(config: ModelConfig):
+    model, tokens = random_model(config), random_tokens()
+
+    def through(backprop: int | None) -> dict[str, Tensor]:
+        return gradients(model, refine(model, tokens, schedules.sequential(backprop)).hidden)
+
+    full = through(None)
+    for backprop in (LENGTH, LENGTH + 5):
+        assert gradient_difference(through(backprop), full) <= TOLERANCE[torch.float64]
+    for backprop in (1, 3):
+        assert gradient_difference(through(backprop), full) > VISIBLE
+
+
+@over(RECURRENT, step=2)
+def test_gradient_free_passes_are_detached_buffers(config: ModelConfig):
+    model, tokens, schedule = random_model(config), random_tokens(), schedules.settled(1, 2, 1)
+    out = refine(model, tokens, schedule)
+    quiet = [p for p in schedule.passes(LENGTH) if not p.grad]
+    assert quiet
+    for p, _, hidden in out.passes:
+        assert hidden.requires_grad == p.grad
+
+    state = model.empty_state(BATCH, LENGTH, tokens=tokens)
+    with torch.no_grad():
+        for p in quiet:
+            _, state = model(tokens[:, p.slice], p.positions, state)
+    expected = torch.zeros_like(out.hidden)
+    for p in schedule.passes(LENGTH)[len(quiet) :]:
+        hidden, state = model(tokens[:, p.slice], p.positions, state)
+        expected = expected.slice_scatter(hidden, 1, p.start, p.stop, p.stride)
+    assert_same(out.hidden, expected)
+    assert_same_gradients(gradients(model, out.hidden), gradients(model, expected))
+
+
+@over(RECURRENT, step=3)
+def test_detach_memory_cuts_the_memory_and_nothing_else(config: ModelConfig):
+    model, tokens = random_model(config), random_tokens()
+
+    def under(first: Pass) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of the library and of the simulation: the halves read memory, keys and values of `first`."""
+        schedule = Given((first, Pass(0, LENGTH, 2), Pass(1, LENGTH, 2)))
+        expected, _ = simulate_rows(model, tokens, schedule)
+        return gradients(model, refine(model, tokens, schedule).hidden), gradients(model, expected)
+
+    whole, cut, free = (Pass(0, LENGTH), Pass(0, LENGTH, detach_memory=True), Pass(0, LENGTH, grad=False))
+    found = {}
+    for name, first in (("whole", whole), ("cut", cut), ("free", free)):
+        found[name], expected = under(first)
+        assert_same_gradients(found[name], expected, name)
+    # Three different gradients: memory was cut, keys and values were not.
+    for a, b in itertools.combinations(found, 2):
+        assert gradient_difference(found[a], found[b]) > VISIBLE, (a, b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams and ragged batches
+# ---------------------------------------------------------------------------------------------------------------------
+def sliding(choice: dict[str, Any], window: int) -> ModelConfig:
+    """A model in which every layer slides, so that its slots may be reused."""
+    return replace(configuration({**choice, "window_pattern": "S"}), window=window, context=8)
+
+
+STREAMS = {
+    f"{source}-{injection}-delay={delay}-window={window}": sliding(
+        {"source": source, "injection": injection, "delay": delay, "kv_heads": 1, "value_embeddings": "all"}, window
+    )
+    for source, injection, delay, window in (
+        ("L", "both", 1, 3),
+        ("0", "both", 1, 3),
+        ("1", "residual", 2, 4),
+        ("(0,L)sum", "key_value", 1, 2),
+        ("(0,L)channels", "both", 3, 1),  # the memory reaches further back than the window
+        ("(1,L)channels", "key_value", 4, 3),
+    )
+}
+
+
+@over(STREAMS)
+@pytest.mark.parametrize("spare", [0, 1, 5], ids=lambda spare: f"{spare}-slots-to-spare")
+def test_an_endless_stream_in_few_slots_equals_the_oracle(config: ModelConfig, spare: int):
+    model, tokens = random_model(config), random_tokens(length=23)  # far past the context of 8
+    slots = max(config.sliding_window, config.memory.delay + 1) + spare
+    with torch.no_grad():
+        assert_same(decode(model, tokens, model.empty_state(BATCH, slots)), oracle_rows(model, tokens))
+
+
+@over(STREAMS)
+@pytest.mark.parametrize("chunk", [2, 5], ids=lambda chunk: f"chunks-of-{chunk}")
+def test_a_stream_in_chunks_that_wrap_around_equals_its_simulation(config: ModelConfig, chunk: int):
+    # Several positions in one call overwrite slots that its first positions may still attend to, if there are too few.
+    # Within a chunk a token is known before it is read: each call notes its own first.
+    model, tokens = random_model(config), random_tokens(length=23)
+    slots = chunk + max(config.sliding_window - 1, config.memory.delay)
+    schedule = schedules.chunked(chunk)
+    with torch.no_grad():
+        state, hidden = model.empty_state(BATCH, slots), []
+        for p in schedule.passes(tokens.shape[1]):
+            h, state = model(tokens[:, p.slice], p.positions, state)
+            hidden.append(h)
+        expected, _ = simulate_rows(model, tokens, schedule)
+        assert_same(torch.cat(hidden, dim=1), expected)
+        assert_same(refine(model, tokens, schedule).hidden, expected, "past the context, a slot for each position")
+
+
+@over(PAIRWISE, step=2)
+def test_ragged_positions_equal_row_by_row(config: ModelConfig):
+    model, tokens, documents = random_model(config), random_tokens(), unaligned()
+    # Per row: a start of different length, positions out of step, recomputed, and with gaps.
+    calls = [
+        torch.tensor([[0, 1, 2], [0, 1, 2]]),
+        torch.tensor([[3, 4], [1, 3]]),
+        torch.tensor([[0], [4]]),
+        torch.tensor([[2, 5, 6], [0, 5, 8]]),
+        torch.tensor([[7, 8], [6, 7]]),
+    ]
+    with torch.no_grad():
+        state = model.empty_state(BATCH, LENGTH, documents=documents, tokens=tokens)
+        rows = [slice(b, b + 1) for b in range(BATCH)]
+        alone = [model.empty_state(1, LENGTH, documents=documents[r], tokens=tokens[r]) for r in rows]
+        for positions in calls:
+            hidden, state = model(tokens.gather(1, positions), positions, state)
+            for b, r in enumerate(rows):
+                expected, alone[b] = model(tokens[r, positions[b]], positions[b], alone[b])
+                assert_same(hidden[r], expected, f"row {b}, positions {positions[b].tolist()}")
+
+
+@over(PAIRWISE, step=2)
+def test_ragged_decoding_equals_the_oracle(config: ModelConfig):
+    # Row 1 is two positions behind row 0, as in a batch of prompts of different lengths.
+    model, tokens, behind = random_model(config), random_tokens(), 2
+    with torch.no_grad():
+        expected = oracle_rows(model, tokens)
+        state = model.empty_state(BATCH, LENGTH)
+        for t in range(LENGTH):
+            positions = torch.tensor([[t], [max(0, t - behind)]])
+            hidden, state = model(tokens.gather(1, positions), positions, state)
+            assert_same(hidden, torch.stack([expected[b, positions[b]] for b in range(BATCH)]), f"step {t}")
+
+
+@over(PAIRWISE, step=6)
+def test_a_state_stays_valid_after_a_call(config: ModelConfig):
+    # Two continuations of one State, as in beam search: the first must leave nothing behind for the second.
+    model, tokens = random_model(config), random_tokens()
+    with torch.no_grad():
+        _, state = model(tokens[:, :4], range(4), model.empty_state(BATCH, LENGTH))
+        for positions in (range(4, 6), torch.tensor([[4, 5], [3, 4]]), range(1, 3), torch.tensor([[0, 2], [1, 3]])):
+            before, _ = model(tokens[:, 4:5], range(4, 5), state)
+            model((tokens[:, :2] + 1) % VOCABULARY, positions, state)
+            after, _ = model(tokens[:, 4:5], range(4, 5), state)
+            assert torch.equal(after, before)
+
+
+def as_rows(positions: Tensor) -> Tensor:
+    return positions.expand(BATCH, -1)
+
+
+POSITIONS: dict[str, Callable[[range], Any]] = {
+    "range": lambda positions: positions,
+    "int64": lambda positions: torch.tensor(list(positions)),
+    "int32": lambda positions: torch.tensor(list(positions), dtype=torch.int32),
+    "int64-rows": lambda positions: as_rows(torch.tensor(list(positions))),
+    "int32-rows": lambda positions: as_rows(torch.tensor(list(positions), dtype=torch.int32)),
+}
+
+
+@pytest.mark.parametrize("form", list(POSITIONS))
+def test_positions_mean_the_same_in_every_form(form: str):
+    model, tokens = random_model(configuration({"source": "L"})), random_tokens()
+    with torch.no_grad():
+        expected = refine(model, tokens, schedules.interleaved(2)).hidden
+        state, hidden = model.empty_state(BATCH, LENGTH), torch.zeros_like(expected)
+        for p in schedules.interleaved(2).passes(LENGTH):
+            hidden[:, p.slice], state = model(tokens[:, p.slice], POSITIONS[form](p.positions), state)
+        assert_same(hidden, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random configurations
+# ---------------------------------------------------------------------------------------------------------------------
+def random_config(pick: random.Random) -> ModelConfig:
+    """Anything a configuration may say, far from the lists above: other depths, orders of sources, windows, delays."""
+    depth = pick.choice([1, 2, 3, 4])
+    heads = pick.choice([1, 2, 4])
+    sources = tuple(pick.sample(range(depth + 1), pick.randint(1, min(3, depth + 1))))
+    memory = MemoryConfig(
+        injection=pick.choice(["residual", "key_value", "both", "both"]),
+        projection=pick.choice(["shared", "layerwise"]),
+        source=pick.choice([sources, sources, sources[0], None]),
+        combine=pick.choice(["sum", "channels"]),
+        initial=pick.choice(["zeros", "embedding"]),
+        delay=pick.randint(1, 4),
+        layers=pick.choice([None, tuple(pick.sample(range(1, depth + 1), pick.randint(1, depth)))]),
+    )
+    return ModelConfig(
+        depth=depth,
+        width=pick.choice([8, 12]),
+        heads=heads,
+        kv_heads=pick.choice([g for g in (1, 2, 4) if heads % g == 0]),
+        head_size=pick.choice([2, 4, 6]),
+        vocab_size=VOCABULARY,
+        context=16,
+        value_embeddings=pick.choice(["none", "alternate", "all"]),
+        window_pattern="".join(pick.choice("SL") for _ in range(pick.randint(1, 4))),
+        window=pick.randint(1, 6),
+        mlp_width=pick.randint(1, 20),
+        rope_base=pick.choice([100.0, 10000.0]),
+        memory=memory,
+    )
+
+
+def random_schedule(pick: random.Random) -> Simple:
+    small = pick.randint(1, 4)
+    return pick.choice(
+        [
+            schedules.plain(),
+            schedules.interleaved(small),
+            schedules.multi_refinement(small, detach=pick.random() < 0.5),
+            schedules.chunked(small),
+            schedules.strided(small, pick.randint(1, 3)),
+            schedules.sequential(small),
+            schedules.settled(pick.randint(0, 2), small, pick.randint(1, 2)),
+        ]
+    )
+
+
+def random_documents(pick: random.Random, length: int) -> Tensor | None:
+    if pick.random() < 0.3:
+        return None
+    borders = [[t > 0 and pick.random() < 0.3 for t in range(length)] for _ in range(BATCH)]
+    return torch.tensor(borders).long().cumsum(dim=1)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_configurations_equal_the_oracle(seed: int):
+    pick = random.Random(seed)
+    config, length = random_config(pick), pick.randint(1, 12)
+    schedule, documents = random_schedule(pick), random_documents(pick, length)
+    model, tokens = random_model(config, seed=seed), random_tokens(length=length, seed=seed)
+
+    exact = refine(model, tokens, schedules.sequential(), documents=documents).hidden
+    expected = oracle_rows(model, tokens, documents)
+    assert_same(exact, expected, "sequential")
+    assert_same_gradients(gradients(model, exact), gradients(model, expected), "sequential")
+
+    out = refine(model, tokens, schedule, documents=documents)
+    expected, _ = simulate_rows(model, tokens, schedule, documents)
+    assert_same(out.hidden, expected, repr(schedule))
+    assert_same_gradients(gradients(model, out.hidden), gradients(model, expected), repr(schedule))

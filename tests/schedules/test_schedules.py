@@ -1,0 +1,371 @@
+"""Schedules are data: their passes, costs and spelling, and what one optimiser step draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lrt import schedules
+from lrt.schedules.base import SCHEDULES, Pass
+from lrt.schedules.library import (
+    chunked,
+    interleaved,
+    mixture,
+    multi_refinement,
+    plain,
+    sequential,
+    settled,
+    stages,
+    strided,
+)
+from lrt.schedules.parse import parse
+
+
+def free(start: int, stop: int, stride: int = 1) -> Pass:
+    """A pass without gradient and loss."""
+    return Pass(start, stop, stride, loss_weight=0.0, grad=False)
+
+
+# (schedule, T, its passes written by hand)
+EXPANDED: list[tuple[Any, int, list[Pass]]] = [
+    (plain(), 1, [Pass(0, 1)]),
+    (plain(), 5, [Pass(0, 5)]),
+    (interleaved(2), 6, [Pass(0, 6), Pass(0, 6, 2), Pass(1, 6, 2)]),
+    (interleaved(2), 5, [Pass(0, 5), Pass(0, 5, 2), Pass(1, 5, 2)]),
+    (interleaved(3), 2, [Pass(0, 2), Pass(0, 2, 3), Pass(1, 2, 3)]),  # a third subset would be empty
+    (interleaved(2), 1, [Pass(0, 1), Pass(0, 1, 2)]),
+    (interleaved(1), 4, [Pass(0, 4), Pass(0, 4)]),
+    (interleaved(2, (1, 0, 0.5)), 4, [Pass(0, 4, 1, 1), Pass(0, 4, 2, 0), Pass(1, 4, 2, 0.5)]),
+    (interleaved(2, (1, 2, 3)), 1, [Pass(0, 1, 1, 1), Pass(0, 1, 2, 2)]),  # the weight goes with its pass
+    (multi_refinement(0), 3, [Pass(0, 3)]),
+    (multi_refinement(2), 3, [Pass(0, 3)] * 3),
+    (multi_refinement(2, [0, 0, 1]), 3, [Pass(0, 3, 1, 0), Pass(0, 3, 1, 0), Pass(0, 3, 1, 1)]),
+    (
+        multi_refinement(2, detach=True),
+        3,
+        [Pass(0, 3, detach_memory=True), Pass(0, 3, detach_memory=True), Pass(0, 3)],
+    ),
+    (chunked(2), 5, [Pass(0, 2), Pass(2, 4), Pass(4, 5)]),
+    (chunked(2), 4, [Pass(0, 2), Pass(2, 4)]),
+    (chunked(9), 4, [Pass(0, 4)]),
+    (strided(2, 2), 5, [Pass(0, 5, 2), Pass(1, 5, 2), Pass(0, 5, 2), Pass(1, 5, 2)]),
+    (strided(1, 2), 3, [Pass(0, 3), Pass(0, 3)]),
+    (strided(4, 1), 3, [Pass(0, 3, 4), Pass(1, 3, 4), Pass(2, 3, 4)]),
+    (sequential(), 3, [Pass(0, 1), Pass(1, 2), Pass(2, 3)]),
+    (
+        sequential(2),
+        5,
+        [Pass(0, 1), Pass(1, 2, detach_memory=True), Pass(2, 3), Pass(3, 4, detach_memory=True), Pass(4, 5)],
+    ),
+    (settled(0, 1, 1), 4, [free(0, 4), Pass(0, 4)]),
+    (settled(1, 2, 1), 5, [free(0, 5), free(0, 5, 2), free(1, 5, 2), Pass(0, 5, 2), Pass(1, 5, 2)]),
+    (settled(2, 1, 2), 3, [free(0, 3), free(0, 3), free(0, 3), Pass(0, 3), Pass(0, 3)]),
+    (settled(1, 3, 1), 2, [free(0, 2), free(0, 2, 3), free(1, 2, 3), Pass(0, 2, 3), Pass(1, 2, 3)]),
+]
+
+
+@pytest.mark.parametrize(("schedule", "length", "expected"), EXPANDED, ids=[f"{s!r}-T={t}" for s, t, _ in EXPANDED])
+def test_passes_as_written_by_hand(schedule: Any, length: int, expected: list[Pass]):
+    assert list(schedule.passes(length)) == expected
+
+
+def test_the_examples_are_of_every_schedule():
+    assert {schedule.name for schedule, _, _ in EXPANDED} == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("schedule", [s for s, _, _ in EXPANDED], ids=repr)
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 12])
+def test_every_position_is_computed_and_no_pass_is_empty(schedule: Any, length: int):
+    passes = schedule.passes(length)
+    assert isinstance(passes, tuple)
+    assert all(len(p.positions) > 0 for p in passes)
+    assert {t for p in passes for t in p.positions} == set(range(length))
+    assert all(list(range(length))[p.slice] == list(p.positions) for p in passes)
+
+
+@pytest.mark.parametrize("length", [12, 240])
+def test_costs(length: int):
+    # Forward 1, backward 2.
+    assert plain().cost(length) == 3
+    assert interleaved(2).cost(length) == 6
+    assert interleaved(4).cost(length) == 6
+    assert settled(0, 1, 1).cost(length) == 4
+    assert settled(2, 3, 2).cost(length) == 1 + 2 + 6
+    assert [multi_refinement(k).cost(length) for k in range(4)] == [3, 6, 9, 12]
+    assert chunked(5).cost(length) == 3
+    assert strided(3, 2).cost(length) == 6
+    assert sequential().cost(length) == 3
+    assert mixture([(0.25, plain()), (0.75, settled(0, 1, 1))]).cost(length) == 0.25 * 3 + 0.75 * 4
+    assert stages([(0.9, plain()), (0.1, interleaved(2))]).cost(length) == pytest.approx(0.9 * 3 + 0.1 * 6)
+
+
+NESTED = stages(
+    [
+        (0.25, plain()),
+        (0.5, mixture([(0.3, interleaved(2, (1.0, 0.5, 0.5))), (0.7, stages([(0.5, plain()), (0.5, chunked(8))]))])),
+        (0.25, settled(0, 1, 1)),
+    ]
+)
+SPELLED: list[tuple[Any, str]] = [
+    (plain(), "plain()"),
+    (interleaved(2), "interleaved(2)"),
+    (interleaved(subsets=2, weights=[1, 0.5, 0]), "interleaved(2, (1, 0.5, 0))"),
+    (multi_refinement(2), "multi_refinement(2)"),
+    (multi_refinement(2, detach=True), "multi_refinement(2, None, True)"),
+    (multi_refinement(2, detach=False), "multi_refinement(2)"),
+    (chunked(16), "chunked(16)"),
+    (strided(4, 2), "strided(4, 2)"),
+    (sequential(), "sequential()"),
+    (sequential(backprop=8), "sequential(8)"),
+    (settled(0, 1, 1), "settled(0, 1, 1)"),
+    (mixture([(0.5, plain()), (0.5, interleaved(2))]), "mixture([(0.5, plain()), (0.5, interleaved(2))])"),
+    (stages([(1, plain())]), "stages([(1.0, plain())])"),
+    (
+        NESTED,
+        "stages([(0.25, plain()), (0.5, mixture([(0.3, interleaved(2, (1.0, 0.5, 0.5))), "
+        "(0.7, stages([(0.5, plain()), (0.5, chunked(8))]))])), (0.25, settled(0, 1, 1))])",
+    ),
+]
+every_spelling = pytest.mark.parametrize(("schedule", "text"), SPELLED, ids=[text for _, text in SPELLED])
+
+
+@every_spelling
+def test_a_schedule_reads_back_as_it_is_written(schedule: Any, text: str):
+    assert repr(schedule) == text
+    assert parse(text) == schedule
+    assert eval(text, {name: getattr(schedules, name) for name in schedules.names()}) == schedule  # as Python writes it
+
+
+@every_spelling
+def test_a_schedule_is_a_frozen_value(schedule: Any, text: str):
+    assert pickle.loads(pickle.dumps(schedule)) == schedule
+    assert len({schedule, parse(text)}) == 1  # hashable, and equal schedules hash alike
+    assert hash(pickle.loads(pickle.dumps(schedule))) == hash(schedule)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(schedule, dataclasses.fields(schedule)[0].name, ())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(plain().passes(3)[0], "stop", 9)  # noqa: B010
+
+
+@pytest.mark.parametrize(
+    ("text", "schedule"),
+    [
+        ("plain", plain()),
+        (" interleaved( subsets = 2 )\n", interleaved(2)),
+        ("interleaved(2, [1, 0, 1])", interleaved(2, (1, 0, 1))),
+        ("multi_refinement(1, detach=True)", multi_refinement(1, detach=True)),
+        ("mixture([(0.5, plain), (0.5, chunked(2))])", mixture([(0.5, plain()), (0.5, chunked(2))])),
+        ("mixture(((0.5, plain()), (0.5, chunked(2))))", mixture([(0.5, plain()), (0.5, chunked(2))])),
+    ],
+)
+def test_other_spellings_of_the_same(text: str, schedule: Any):
+    assert parse(text) == schedule
+
+
+BAD_TEXTS = [
+    "",
+    "plain(",
+    "plain();plain()",
+    "waves(2)",
+    "wave",
+    "interleaved",
+    "interleaved()",
+    "interleaved(2, 3, 4)",
+    "interleaved(0)",
+    "interleaved(2.0)",
+    "interleaved('2')",
+    "interleaved(True)",
+    "interleaved(groups=2)",
+    "interleaved(2, subsets=3)",
+    "interleaved(2, weights=5)",
+    "interleaved(2, weights=(1, 1))",
+    "interleaved(2, weights=(0, 0, 0))",
+    "interleaved(2, weights=(2, -1, 1))",
+    "plain(3)",
+    "multi_refinement(-1)",
+    "chunked(0)",
+    "strided(2)",
+    "strided(2, 0)",
+    "sequential(0)",
+    "settled(-1, 1, 1)",
+    "settled(0, 0, 1)",
+    "settled(0, 1, 0)",
+    "mixture([])",
+    "mixture(5)",
+    "mixture([(0.5, plain())])",
+    "mixture([(1.5, plain()), (-0.5, chunked(2))])",
+    "mixture([plain(), chunked(2)])",
+    "mixture([(1.0, 3)])",
+    "stages([(0.5, plain()), (0.4, chunked(2))])",
+    # Values that are no schedule.
+    "3",
+    "'plain()'",
+    "None",
+    "[plain()]",
+    # More than the language of calls and literals.
+    "interleaved(1 + 1)",
+    "interleaved(*[2])",
+    "interleaved(**{'subsets': 2})",
+    "schedules.plain()",
+    "plain().passes(3)",
+    "lambda: plain()",
+]
+
+
+@pytest.mark.parametrize("text", BAD_TEXTS)
+def test_what_is_no_schedule_is_a_value_error(text: str):
+    with pytest.raises(ValueError, match=r"\w"):
+        parse(text)
+
+
+@pytest.mark.parametrize("text", ["waves(2)", "interleaved(1 + 1)", "schedules.plain()", "plain("])
+def test_an_unreadable_schedule_is_named_in_the_error(text: str):
+    with pytest.raises(ValueError, match=re.escape(text.removesuffix("(2)"))):
+        parse(text)
+
+
+def test_an_unknown_schedule_is_told_the_known_ones():
+    with pytest.raises(ValueError, match=r"'waves'; choose one of") as caught:
+        parse("waves(2)")
+    assert all(name in str(caught.value) for name in [*SCHEDULES, "mixture", "stages"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('pathlib').Path({path!r}).touch()",
+        "plain(__import__('pathlib').Path({path!r}).touch())",
+        "(lambda p: open(p, 'w'))({path!r})",
+        "interleaved([open({path!r}, 'w') for _ in range(1)])",
+        "mixture([(1.0, open({path!r}, 'w'))])",
+        "open({path!r}, 'w')",
+        "plain(x := open({path!r}, 'w'))",
+        "interleaved(f\"{{open({path!r}, 'w')}}\")",
+    ],
+)
+def test_parse_never_executes_code(text: str, tmp_path: Path):
+    path = tmp_path / "executed"
+    code = text.format(path=str(path))
+    with pytest.raises(ValueError, match=r"\w"):
+        parse(code)
+    assert not path.exists()
+    with pytest.raises(Exception, match=r"\w"):  # the same text, executed, does make the file: the test can fail
+        raise RuntimeError(repr(eval(code, {"plain": plain, "interleaved": interleaved, "mixture": mixture})))
+    assert path.exists()
+
+
+def test_mistakes_in_a_call_are_value_errors():
+    for make, named in (
+        (lambda: interleaved(0), "subsets is 0; it must be a whole number of at least 1"),
+        (lambda: interleaved(2, [1, 1]), "give 3 numbers >= 0 (one per pass)"),
+        (lambda: interleaved(2, [1, 1, math.nan]), "weights"),
+        (lambda: interleaved(2, 3), "weights"),  # type: ignore[arg-type]
+        (lambda: interleaved(), "interleaved needs subsets"),  # type: ignore[call-arg]
+        (lambda: plain(1), "plain takes ()"),  # type: ignore[call-arg]
+        (lambda: mixture([(0.5, plain())]), "probabilities of a mixture are [0.5], in sum 0.5; they must sum to 1"),
+        (lambda: stages([(2.0, plain())]), "fractions of stages are [2.0], in sum 2; they must sum to 1"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(named)):
+            make()
+
+
+# One step
+
+
+def test_simple_schedules_are_the_same_at_every_step():
+    for schedule, _, _ in EXPANDED:
+        assert schedule.at(7, 10, 3) is schedule
+        assert schedule.drawn() is schedule
+        assert schedule.scored() == ((1.0, schedule),)
+
+
+THREE = {plain(): 0.2, interleaved(2): 0.5, settled(0, 1, 1): 0.3}
+MIXED = mixture([(p, s) for s, p in THREE.items()])
+STEPS = 2000
+
+
+def draws(seed: int) -> list[Any]:
+    return [MIXED.at(step, STEPS, seed) for step in range(STEPS)]
+
+
+def test_a_mixture_is_a_function_of_seed_and_step_only():
+    first = draws(5)
+    torch.manual_seed(1)  # no generator has a say, nor do the horizon or the order of asking
+    assert first == [parse(repr(MIXED)).at(step, 10 * STEPS, 5) for step in reversed(range(STEPS))][::-1]
+    assert all(draw in THREE for draw in first)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31])
+def test_a_mixture_draws_with_its_probabilities(seed: int):
+    counts = Counter(draws(seed))
+    for schedule, probability in THREE.items():
+        # Five standard deviations of a binomial.
+        assert abs(counts[schedule] / STEPS - probability) < 5 * math.sqrt(probability * (1 - probability) / STEPS)
+
+
+def test_seeds_and_neighbouring_steps_draw_independently():
+    # Two independent sequences agree where both draw the same: 0.2² + 0.5² + 0.3² = 0.38.
+    sequences = [draws(seed) for seed in (0, 1, 2)]
+    pairs = [(sequences[0], sequences[1]), (sequences[1], sequences[2]), (sequences[0], sequences[0][1:])]
+    for a, b in [*pairs, (sequences[1], sequences[0][1:])]:
+        agree = sum(x == y for x, y in zip(a, b, strict=False)) / min(len(a), len(b))
+        assert abs(agree - 0.38) < 5 * math.sqrt(0.38 * 0.62 / STEPS)
+
+
+def test_a_part_of_probability_0_is_never_drawn():
+    never = mixture([(0.0, chunked(1)), (1.0, plain()), (0.0, chunked(2))])
+    assert {never.at(step, STEPS, 0) for step in range(STEPS)} == {plain()}
+
+
+def test_stages_change_at_their_fractions():
+    three = stages([(0.1, plain()), (0.2, chunked(4)), (0.7, interleaved(2))])
+    served = [three.at(step, 10, 0) for step in range(10)]
+    assert served == [plain()] + [chunked(4)] * 2 + [interleaved(2)] * 7  # 0.1 + 0.2 is 0.3 here
+    assert [three.at(step, 2, 0) for step in range(2)] == [plain(), interleaved(2)]
+    assert three.at(0, 1, 0) == plain()
+    assert three.at(10, 10, 0) == three.at(99, 10, 0) == interleaved(2)  # past the end
+    halves = stages([(0.5, plain()), (0.5, chunked(4))])
+    assert [halves.at(step, 5, 0) for step in range(5)] == [plain()] * 3 + [chunked(4)] * 2  # 2/5 < 1/2 <= 3/5
+
+
+def test_mixtures_and_stages_nest():
+    inner = stages([(0.5, plain()), (0.5, chunked(8))])
+    early = {NESTED.at(step, 1000, 0) for step in range(250, 500)}
+    late = {NESTED.at(step, 1000, 0) for step in range(500, 750)}
+    assert early == {interleaved(2, (1.0, 0.5, 0.5)), inner.at(0, 1000, 0)}
+    assert late == {interleaved(2, (1.0, 0.5, 0.5)), chunked(8)}
+    assert NESTED.at(800, 1000, 0) == settled(0, 1, 1)
+
+
+def test_without_a_step_a_mixture_draws_from_torch_and_stages_give_their_last():
+    torch.manual_seed(0)
+    first = [MIXED.drawn() for _ in range(STEPS)]
+    torch.manual_seed(0)
+    assert first == [MIXED.drawn() for _ in range(STEPS)]
+    counts = Counter(first)
+    for schedule, p in THREE.items():
+        assert abs(counts[schedule] / STEPS - p) < 5 * math.sqrt(p * (1 - p) / STEPS)
+    assert NESTED.drawn() == settled(0, 1, 1)
+    assert stages([(0.5, plain()), (0.5, MIXED)]).drawn() in THREE
+
+
+def test_a_mixture_is_scored_in_proportion_and_stages_by_their_last():
+    assert MIXED.scored() == tuple((p, s) for s, p in THREE.items())
+    assert NESTED.scored() == ((1.0, settled(0, 1, 1)),)
+    assert stages([(0.5, plain()), (0.5, MIXED)]).scored() == MIXED.scored()
+    nested = mixture([(0.25, MIXED), (0.75, plain())])
+    assert nested.scored() == (*((0.25 * p, s) for s, p in THREE.items()), (0.75, plain()))
+
+
+def test_passes_of_a_mixture_need_a_step():
+    for schedule in (MIXED, NESTED):
+        with pytest.raises(ValueError, match=r"\.at\(step, steps, seed\), or \.drawn\(\)"):
+            schedule.passes(4)

@@ -1,0 +1,323 @@
+"""One promise: OpenAI's own client works, with every documented parameter, and gets the tokens of `lrt sample`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
+from support.server import CHATML, Live, live, sample, saved
+
+from lrt.serve.protocol import UNSUPPORTED, ChatBody, CompletionBody
+
+PROMPT = "hello naïve"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("models")
+    return [saved(root / "lrt", *CHATML), saved(root / "bare", seed=1)]
+
+
+@pytest.fixture(scope="module")
+def up(folders: list[Path]) -> Iterator[Live]:
+    with live(*folders) as running:
+        yield running
+        assert running.idle()
+
+
+def text_of(up: Live, **fields: Any) -> list[str]:
+    """The texts of the choices, which are the same streamed and not."""
+    asked: dict[str, Any] = {"model": "lrt", "prompt": PROMPT, "seed": 5, "max_tokens": 24} | fields
+    whole = up.client().completions.create(**asked)
+    streamed = [""] * len(whole.choices)
+    ends: list[Any] = [None] * len(whole.choices)
+    for chunk in up.client().completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        for choice in chunk.choices:
+            assert ends[choice.index] is None
+            streamed[choice.index] += choice.text
+            ends[choice.index] = choice.finish_reason
+    assert streamed == [c.text for c in whole.choices]
+    assert ends == [c.finish_reason for c in whole.choices]
+    assert chunk.choices == []  # pyright: ignore[reportPossiblyUnboundVariable]
+    assert chunk.usage == whole.usage  # pyright: ignore[reportPossiblyUnboundVariable]
+    return streamed
+
+
+def test_tokens_are_those_of_sample(up: Live, folders: list[Path], capsys: pytest.CaptureFixture[str]):
+    for seed, prompt in ((0, PROMPT), (7, ""), (2**40, "漢字 🙂")):
+        assert text_of(up, prompt=prompt, seed=seed) == [sample(capsys, folders[0], prompt, seed, 24)]
+    more = ("--temperature", "0.5", "--top-p", "0.9", "--top-k", "7")
+    given = {"temperature": 0.5, "top_p": 0.9, "extra_body": {"top_k": 7}}
+    assert text_of(up, **given) == [sample(capsys, folders[0], PROMPT, 5, 24, *more)]
+    several = text_of(up, prompt=[PROMPT, "the end"], n=2)
+    assert several == [sample(capsys, folders[0], p, s, 24) for p in (PROMPT, "the end") for s in (5, 6)]
+    greedy = sample(capsys, folders[0], PROMPT, 0, 24, "--temperature", "0")
+    assert text_of(up, temperature=0) == text_of(up, top_p=0) == [greedy]
+
+
+def test_tokens_are_those_of_sample_in_a_busy_batch(up: Live, folders: list[Path], capsys: pytest.CaptureFixture[str]):
+    expected = [sample(capsys, folders[0], PROMPT, seed, 40) for seed in range(12)]
+    found: dict[int, str] = {}
+
+    def ask(seed: int) -> None:
+        stream = up.client().completions.create(model="lrt", prompt=PROMPT, seed=seed, max_tokens=40, stream=True)
+        parts = []
+        for n, chunk in enumerate(stream):
+            parts += [choice.text for choice in chunk.choices]
+            if seed >= 12 and n == seed % 7:  # some leave
+                stream.close()
+                return
+        found[seed] = "".join(parts)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[seed] for seed in range(12)] == expected
+    assert up.idle()
+
+
+def test_prompts_in_every_form(up: Live):
+    words = up.library.find("lrt").tokenizer
+    ids = [words.bos, *words.encode(PROMPT)]
+    (expected,) = text_of(up)
+    assert text_of(up, prompt=ids) == [expected]
+    assert text_of(up, prompt=[ids, ids[:2]])[0] == expected
+    assert text_of(up, prompt=None) == text_of(up, prompt="")
+    for wrong in ([], [[]], [1, "a"], [-1], [10**6], 3, [1.5]):
+        with pytest.raises(openai.BadRequestError):
+            up.client().completions.create(model="lrt", prompt=wrong)  # pyright: ignore
+
+
+def test_stops_never_show(up: Live):
+    (whole,) = text_of(up, max_tokens=60)
+    for begin, size in itertools.product(range(2, len(whole) - 6, 5), (1, 2, 5)):
+        stop = whole[begin : begin + size]
+        (short,) = text_of(up, max_tokens=60, stop=stop)
+        assert short == whole[: whole.index(stop)]
+    end = whole[20:23]
+    done = up.client().completions.create(
+        model="lrt", prompt=PROMPT, seed=5, max_tokens=60, stop=["§§§", end + "§", end], logprobs=0
+    )
+    choice = done.choices[0]
+    assert choice.finish_reason == "stop"
+    assert choice.text == whole[: whole.index(end)]
+    assert choice.logprobs is not None
+    assert all(offset < len(choice.text) for offset in choice.logprobs.text_offset or [])
+    both = text_of(up, max_tokens=60, n=2, stop=end)  # one sample stops, the other goes on
+    assert both[0] == choice.text
+    assert end not in both[1]
+    assert up.idle()
+
+
+def test_logprobs_and_echo(up: Live):
+    words = up.library.find("lrt").tokenizer
+    done = up.client().completions.create(
+        model="lrt", prompt=PROMPT, seed=5, max_tokens=12, logprobs=3, echo=True, temperature=1.7
+    )
+    told = done.choices[0].logprobs
+    assert told is not None
+    assert done.choices[0].text.startswith(PROMPT)
+    assert done.usage is not None
+    assert len(told.tokens or []) == done.usage.total_tokens - 1  # BOS was not written by anybody
+    # The same text as a prompt: its scores are those that its tokens had when they were drawn.
+    ids = [words.bos, *words.encode(PROMPT)]
+    drawn = up.client().completions.create(model="lrt", prompt=ids, seed=5, max_tokens=12, logprobs=3, temperature=1.7)
+    own = drawn.choices[0].logprobs
+    assert own is not None
+    assert told.token_logprobs is not None
+    assert told.token_logprobs[-12:] == own.token_logprobs
+    scored = up.client().completions.create(model="lrt", prompt=PROMPT, max_tokens=0, logprobs=3, echo=True)
+    again = scored.choices[0].logprobs
+    assert again is not None
+    assert scored.choices[0].text == PROMPT
+    assert scored.choices[0].finish_reason == "length"
+    assert again.token_logprobs == told.token_logprobs[: len(ids) - 1]
+    assert again.text_offset == (told.text_offset or [])[: len(ids) - 1]
+    for token, logprob, top in zip(own.tokens or [], own.token_logprobs or [], own.top_logprobs or [], strict=True):
+        assert top is not None
+        assert max(top.values()) >= (logprob or 0)
+        assert len(top) <= 3
+        assert token in top or (logprob or 0) <= min(top.values())
+    chunks = list(
+        up.client().completions.create(
+            model="lrt", prompt=PROMPT, seed=5, max_tokens=12, logprobs=3, echo=True, temperature=1.7, stream=True
+        )
+    )
+    listed = [c.choices[0].logprobs for c in chunks]
+    assert list(itertools.chain(*(t.token_logprobs or [] for t in listed if t))) == told.token_logprobs
+    assert list(itertools.chain(*(t.text_offset or [] for t in listed if t))) == told.text_offset
+    assert text_of(up, echo=True)[0] == PROMPT + text_of(up)[0]
+
+
+def test_half_characters_are_never_sent(up: Live):
+    words = up.library.find("lrt").tokenizer
+    texts = []
+    for seed in range(12):
+        raw = httpx.post(
+            f"{up.url}/v1/completions",
+            json={"model": "lrt", "prompt": "漢字", "seed": seed, "max_tokens": 40, "stream": True, "logprobs": 0},
+        ).text
+        chunks = [json.loads(line[6:])["choices"][0] for line in raw.splitlines() if line.startswith("data: {")]
+        text = "".join(chunk["text"] for chunk in chunks)
+        spelled = b"".join(
+            token.encode() if not token.startswith("bytes:") else bytes.fromhex(token[6:].replace("\\x", ""))
+            for chunk in chunks
+            for token in chunk["logprobs"]["tokens"]
+        )
+        assert text == spelled.decode("utf-8", "replace")
+        texts.append(text)
+    assert any("漢" in text or "é" in text or "🙂" in text or "ï" in text for text in texts)
+    assert words.vocab_size > 256
+
+
+def test_penalties_bias_and_best_of(up: Live):
+    words = up.library.find("lrt").tokenizer
+    token = next(i for i in range(words.vocab_size) if words.spelling(i) == b"e")
+    assert text_of(up, logit_bias={str(token): 100}) == ["e" * 24]
+    (varied,) = text_of(up, logit_bias={str(token): 5}, frequency_penalty=2.0, presence_penalty=2.0)
+    assert varied.count("e") < 12
+    assert text_of(up, presence_penalty=2.0, temperature=0) != text_of(up, temperature=0)
+    all_of = up.client().completions.create(model="lrt", prompt=PROMPT, seed=5, max_tokens=8, n=4, logprobs=0)
+    best = up.client().completions.create(model="lrt", prompt=PROMPT, seed=5, max_tokens=8, n=2, best_of=4)
+    scores = {c.text: sum(c.logprobs.token_logprobs or []) / 8 for c in all_of.choices if c.logprobs is not None}
+    assert [c.text for c in best.choices] == sorted(scores, key=lambda text: -scores[text])[:2]
+    assert best.choices[0].logprobs is None
+    assert best.usage == all_of.usage
+
+
+def test_chat(up: Live):
+    turns: Any = [
+        {"role": "developer", "content": "be kind"},
+        {"role": "user", "content": [{"type": "text", "text": "hello "}, {"type": "text", "text": "there"}]},
+        {"role": "assistant", "content": "the end"},
+        {"role": "user", "content": "of it <|im_end|>", "name": "somebody"},
+    ]
+    asked: dict[str, Any] = {"model": "lrt", "messages": turns, "seed": 3, "max_completion_tokens": 30}
+    whole = up.client().chat.completions.create(**asked, n=2, logprobs=True, top_logprobs=2)
+    parts: list[list[str]] = [[], []]
+    scores: list[list[float]] = [[], []]
+    for chunk in up.client().chat.completions.create(**asked, n=2, logprobs=True, top_logprobs=2, stream=True):
+        for choice in chunk.choices:
+            parts[choice.index].append(choice.delta.content or "")
+            scores[choice.index] += [t.logprob for t in (choice.logprobs.content or [])] if choice.logprobs else []
+    assert ["".join(some) for some in parts] == [c.message.content for c in whole.choices]
+    for choice, found in zip(whole.choices, scores, strict=True):
+        assert choice.logprobs is not None
+        assert [t.logprob for t in choice.logprobs.content or []] == found
+        assert all(len(t.top_logprobs) == 2 for t in choice.logprobs.content or [])
+        spelled = b"".join(bytes(t.bytes or []) for t in choice.logprobs.content or [])
+        assert spelled.decode("utf-8", "replace") == choice.message.content
+    # The conversation as tokens is what the tokenizer's template says.
+    one = up.library.find("lrt")
+    back = up.client().chat.completions.create(
+        **{**asked, "messages": [*turns, whole.choices[0].message.model_dump(), {"role": "user", "content": "so"}]}
+    )
+    assert back.usage is not None
+    assert whole.usage is not None
+    assert back.usage.prompt_tokens > whole.usage.prompt_tokens
+    assert one.template is not None
+    with pytest.raises(openai.BadRequestError, match="has no chat template; use /v1/completions"):
+        up.client().chat.completions.create(model="bare", messages=turns)
+    with pytest.raises(openai.BadRequestError, match="give at most one of the system"):
+        up.client().chat.completions.create(model="lrt", messages=turns[:3])
+
+
+def test_models(up: Live):
+    assert [m.id for m in up.client().models.list()] == ["lrt", "bare"]
+    assert up.client().models.retrieve("bare").created > 1.7e9
+    with pytest.raises(openai.NotFoundError, match="choose one of lrt, bare"):
+        up.client().models.retrieve("gpt")
+    with pytest.raises(openai.NotFoundError):
+        up.client().completions.create(model="../lrt", prompt="x")
+
+
+def test_every_documented_parameter_is_known():
+    pairs = (
+        (completion_params.CompletionCreateParamsBase, CompletionBody),
+        (chat_params.CompletionCreateParamsBase, ChatBody),
+    )
+    for theirs, ours in pairs:
+        documented = set(theirs.__annotations__) | {"stream"}
+        assert documented - set(ours.model_fields) == set()
+        assert set(ours.model_fields) - documented <= {"top_k", "prefill"}
+
+
+ASKING = {
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "required",
+    "functions": [{"name": "f"}],
+    "function_call": {"name": "f"},
+    "response_format": {"type": "json_object"},
+    "modalities": ["text", "audio"],
+    "audio": {"voice": "alloy", "format": "wav"},
+    "prediction": {"type": "content", "content": "x"},
+    "moderation": {"model": "m"},
+    "prompt_cache_options": {"ttl": "30m"},
+    "reasoning_effort": "low",
+    "verbosity": "low",
+    "web_search_options": {},
+    "store": True,
+    "service_tier": "priority",
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_what_is_not_supported_is_refused_by_name(up: Live, name: str):
+    asked: dict[str, Any] = {"model": "lrt", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    with pytest.raises(openai.BadRequestError, match=f"{name} is not supported here") as caught:
+        up.client().chat.completions.create(**asked, **{name: ASKING[name]})
+    assert caught.value.param == name
+
+
+def test_what_asks_for_nothing_is_accepted(up: Live):
+    assert set(ASKING) | {"suffix"} == set(UNSUPPORTED)
+    given: dict[str, Any] = {
+        "store": False, "service_tier": "auto", "response_format": {"type": "text"}, "modalities": ["text"],
+        "user": "me", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "k",
+        "prompt_cache_retention": "in_memory",
+        "parallel_tool_calls": True, "tools": [], "tool_choice": "none", "function_call": "none",
+    }  # fmt: skip
+    turns: Any = [{"role": "user", "content": "x"}]
+    done = up.client().chat.completions.create(model="lrt", messages=turns, max_tokens=1, **given)
+    assert done.choices[0].finish_reason in ("length", "stop")
+    with pytest.raises(openai.BadRequestError, match="suffix is not supported here: an LRT writes forwards"):
+        up.client().completions.create(model="lrt", prompt="x", suffix="y")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"max_tokens": 10_000}, "together more than the context of lrt, 256"),
+        ({"prompt": "a " * 3000}, "the context of lrt is 256; shorten it"),
+        ({"n": 40}, "40 continuations are asked for, this server gives 32"),
+        ({"n": 0}, "n: Input should be greater than or equal to 1"),
+        ({"best_of": 1, "n": 2}, "best_of must be at least n"),
+        ({"best_of": 3, "stream": True}, "best_of cannot be streamed"),
+        ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
+        ({"temperature": "1"}, "temperature: Input should be a valid number"),
+        ({"stop": ["a"] * 5}, "stop: "),
+        ({"stop": ""}, "stop: "),
+        ({"logprobs": 21}, "logprobs: "),
+        ({"logit_bias": {"999999": 1}}, "of the bias is not in the vocabulary"),
+        ({"logit_bias": {"e": 1}}, "logit_bias: "),
+        ({"stream_options": {"include_usage": True}}, "stream_options needs stream: true"),
+        ({"extra_body": {"file": "/etc/passwd"}}, "unknown parameter 'file'; leave it out"),
+        ({"extra_body": {"prefill": "quick"}}, "prefill: "),
+    ],
+)
+def test_mistakes_say_what_is_wrong(up: Live, fields: dict[str, Any], said: str):
+    with pytest.raises(openai.BadRequestError, match=said) as caught:
+        up.client().completions.create(**{"model": "lrt", "prompt": "x", "max_tokens": 2, **fields})
+    assert caught.value.type == "invalid_request_error"
+    assert "/" not in caught.value.message.replace("and/or", "")

@@ -1,0 +1,213 @@
+"""One promise: an interrupted run goes on, and ends with the weights of the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrt import MemoryConfig, ModelConfig
+from lrt.data.prepare import prepare
+from lrt.data.prepared import Prepared
+from lrt.model import checkpoint
+from lrt.model.checkpoint import snapshot_path, snapshots
+from lrt.training.config import RunConfig
+from lrt.training.loop import train
+from lrt.training.snapshots import Keeping
+from lrt.training.trainer import Training
+
+MIXTURE = "mixture([(0.5, interleaved(2)), (0.5, settled(0, 1, 1))])"
+
+
+def run_config(tokens: int = 32 * 64) -> RunConfig:
+    """64-token steps of a tiny LRT under a mixture, in two micro-batches; 32 steps."""
+    model = ModelConfig(
+        depth=2, width=32, heads=2, vocab_size=300, context=32, memory=MemoryConfig(source=(0, 2), combine="channels")
+    )
+    return RunConfig(model=model, schedule=MIXTURE, batch_size=2, device_batch=1, horizon=f"tokens={tokens}", seed=3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    folder = tmp_path_factory.mktemp("data")
+    text = folder / "text.txt"
+    text.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(400)))
+    return prepare(folder / "prepared", [text], vocab_size=300, progress=False)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(path)[0].state_dict()
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def stop_after(session: Training, steps: int, out: Path) -> None:
+    """What a kill after `steps` steps leaves: a snapshot of then, and a diary that has gone further."""
+    lines = [json.dumps(session.step()) for _ in range(steps)]
+    session.save(snapshot_path(out, steps), {})
+    lines.append(json.dumps(session.step()))
+    (out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def whole(data: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    train(run_config(), data, out, progress=False)
+    return out
+
+
+def test_resuming_anywhere_gives_the_same_weights_and_diary(data: Prepared, whole: Path, tmp_path: Path) -> None:
+    stop_after(Training(run_config(), data, "cpu"), 11, tmp_path)
+    train(run_config(), data, tmp_path, progress=False)
+    assert_same(weights(tmp_path), weights(whole))
+    kept = ("step", "tokens", "loss", "rate", "flops", "schedule")  # all but the clock
+    diaries = [(out / "metrics.jsonl").read_text().splitlines() for out in (whole, tmp_path)]
+    one, other = ([{k: json.loads(line)[k] for k in kept} for line in lines] for lines in diaries)
+    assert one == other
+    assert len(one) == 32
+
+
+def test_a_run_without_resume_starts_again(data: Prepared, whole: Path, tmp_path: Path) -> None:
+    other = replace(run_config(), seed=9)
+    stop_after(Training(other, data, "cpu"), 5, tmp_path)
+    train(run_config(), data, tmp_path, progress=False, resume_from="never")
+    assert_same(weights(tmp_path), weights(whole))
+
+
+def test_a_fresh_start_leaves_no_snapshot_of_the_old_run(
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(Training(replace(run_config(), seed=9), data, "cpu"), 5, tmp_path)
+    monkeypatch.setattr(Training, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config(), data, tmp_path, progress=False, resume_from="never")
+    assert snapshots(tmp_path) == []
+
+
+def interrupted(self: Training) -> dict[str, object]:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("field", [{"every": -1}, {"last": 0}])
+def test_what_to_keep_is_checked(field: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(field))):
+        Keeping(**field)
+
+
+def test_optimiser_state_matters(data: Prepared, whole: Path, tmp_path: Path) -> None:
+    """The guard of the tests above: weights alone do not give the same run."""
+    session = Training(run_config(), data, "cpu")
+    for _ in range(11):
+        session.step()
+    fresh = Training(run_config(), data, "cpu")
+    fresh.model.load_state_dict(session.model.state_dict())
+    fresh.progress = session.progress
+    while fresh.progress.step < run_config().steps:
+        fresh.step()
+    final = weights(whole)
+    assert any(not torch.equal(p, final[name]) for name, p in fresh.model.state_dict().items())
+
+
+def test_another_run_or_other_data_is_refused(data: Prepared, tmp_path: Path) -> None:
+    stop_after(Training(run_config(), data, "cpu"), 2, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"seed: 3 there, 4 here.*--out"):
+        train(replace(run_config(), seed=4), data, tmp_path / "a", progress=False)
+    text = tmp_path / "other.txt"
+    text.write_text("".join(f"{i} and {i + 1}\n" for i in range(400)))
+    other = prepare(tmp_path / "other", [text], tokenizer=data.path / "tokenizer.json", progress=False)
+    with pytest.raises(ValueError, match="other data"):
+        train(run_config(), other, tmp_path / "a", progress=False)
+
+
+def test_a_damaged_snapshot_is_passed_over(
+    data: Prepared, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = Training(run_config(), data, "cpu")
+    stop_after(session, 4, tmp_path)
+    session.save(snapshot_path(tmp_path, 5), {})
+    damaged = tmp_path / "snapshots" / "step-00000005" / "training.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    train(run_config(), data, tmp_path, progress=False)
+    assert "training.pt" in capsys.readouterr().err
+    assert_same(weights(tmp_path), weights(whole))
+
+
+def test_old_snapshots_go_and_none_is_left_at_the_end(
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    save = Training.save
+
+    def watched(self: Training, path: Path, about: dict[str, object]) -> None:
+        save(self, path, about)
+        seen.append(len(snapshots(tmp_path)))
+
+    monkeypatch.setattr(Training, "save", watched)
+    train(run_config(), data, tmp_path, progress=False, keeping=Keeping(every=5, last=2))
+    assert max(seen) == 3  # two, and the newest before the oldest goes
+    assert snapshots(tmp_path) == []
+    assert (tmp_path / "checkpoint" / "manifest.json").is_file()
+
+
+def command(data: Prepared, out: Path, steps: int) -> list[str]:
+    script = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_resume as t;"
+        "from lrt.data.prepared import Prepared; from lrt.training.snapshots import Keeping;"
+        "from lrt.training.loop import train;"
+        "import torch; torch.set_num_threads(1);"
+        "train(t.run_config(int(sys.argv[4]) * 64), Prepared.open(sys.argv[2]), Path(sys.argv[3]),"
+        " progress=False, keeping=Keeping(every=3))"
+    )
+    return [sys.executable, "-c", script, str(Path(__file__).parent), str(data.path), str(out), str(steps)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_end_cleanly(data: Prepared, tmp_path: Path, number: int) -> None:
+    process = subprocess.Popen(command(data, tmp_path, 100_000), stderr=subprocess.PIPE, text=True)
+    diary = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not snapshots(tmp_path):  # at work
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in error
+    newest = int(snapshots(tmp_path)[-1].name.removeprefix("step-"))
+    assert len(diary.read_text().splitlines()) == newest  # nothing done was lost
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_a_run_ends_with_identical_weights(data: Prepared, tmp_path: Path) -> None:
+    steps = 2000  # far more than twenty kills get through
+    torch.set_num_threads(1)
+    train(run_config(steps * 64), data, tmp_path / "whole", progress=False)
+    out, generator, kills = tmp_path / "killed", random.Random(0), 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    while not (out / "checkpoint").is_dir():
+        process = subprocess.Popen(command(data, out, steps), env=environment)
+        before = len(snapshots(out)) and snapshots(out)[-1].name
+        while process.poll() is None and kills < 20:
+            now = snapshots(out)
+            if now and now[-1].name != before:  # it got further; any moment will do, also in the middle of a save
+                time.sleep(generator.uniform(0, 0.15))
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+            time.sleep(0.002)
+        process.wait()
+    assert kills == 20
+    assert_same(weights(out), weights(tmp_path / "whole"))
