@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.eval.core_metric.benchmark import ORDER, Settings, run_core
-from lrt.eval.core_metric.bundle import OPTIONS, Bundle, Task
+from lrt.eval.core_metric.benchmark import ORDER, CoreSettings, run_core
+from lrt.eval.core_metric.bundle import OPTIONS, Bundle, CoreTask
 from lrt.model.config import ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -47,7 +47,7 @@ def main() -> None:
         model = LatentRecurrentTransformer(config).eval()
         with tempfile.TemporaryDirectory() as out:
             result, problems = run_core(
-                model, tokenizer, bundle, f"random {seed}", Path(out), Settings(chosen.limit, "fast")
+                model, tokenizer, bundle, f"random {seed}", Path(out), CoreSettings(chosen.limit, "fast")
             )
         assert not problems, problems
         for mode in result.values["modes"]:
@@ -70,7 +70,7 @@ def main() -> None:
     print(json.dumps({"rows": rows, "score": score}))
 
 
-def guessing(task: Task, limit: int) -> tuple[int, float, float]:
+def guessing(task: CoreTask, limit: int) -> tuple[int, float, float]:
     """(questions asked, accuracy of guessing, share of them whose first option is right)."""
     items = task.questions()
     random.Random(ORDER).shuffle(items)

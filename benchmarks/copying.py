@@ -21,7 +21,7 @@ from lrt.data.prepared import Prepared
 from lrt.data.windows import windows
 from lrt.eval.scoring import score
 from lrt.experiments.studies import grid, language
-from lrt.experiments.studies.texts import STDLIB, text
+from lrt.experiments.studies.texts import STDLIB, prepared_text
 from lrt.utils.progress import bar
 
 ROWS, LENGTH = 64, 100
@@ -51,14 +51,14 @@ def twice(model: LatentRecurrentTransformer, data: Prepared) -> tuple[float, flo
 def main(arguments: Arguments) -> None:
     known = arguments.out.read_text().splitlines() if arguments.out.exists() else []
     done = {json.loads(line)["cell"] for line in known}
-    for cell in grid.read("scaling", arguments.edition).cells:
+    for cell in grid.read_study("scaling", arguments.edition).cells:
         if cell.seed not in arguments.seeds or not set(arguments.only) <= set(cell.choices) or cell.name in done:
             continue
-        data = text(cell.fields.get("text", STDLIB))
+        data = prepared_text(cell.fields.get("text", STDLIB))
         run = language.run_of(cell.fields, data.vocab_size)
         with bar(cell.name, 1, True) as tell:
-            model, _ = language.train(run, data, "cpu", tell)
-        scores = language.scored(model, data, run, cell.fields)
+            model, _ = language.train_cell(run, data, "cpu", tell)
+        scores = language.score_run(model, data, run, cell.fields)
         first, second = twice(model, data)
         line = {"cell": cell.name, "val": scores["val_live_bpb"], "test": scores["test"]["live_bpb"]}
         line |= {"first": first, "second": second}

@@ -17,9 +17,9 @@ from lrt.data.prepared import Prepared
 from lrt.model.size import count_parameters
 from lrt.training.config import RunConfig
 from lrt.training.loop import train
-from lrt.training.monitor import Watching
-from lrt.training.recipes import DEMO_OPTIM, matched
-from lrt.training.snapshots import Keeping
+from lrt.training.monitor import EvalConfig
+from lrt.training.recipes import DEMO_OPTIM, match_parameters
+from lrt.training.snapshots import SnapshotConfig
 
 CONTEXT = 1280
 SETTLED = "settled(1, 1, 1)"
@@ -30,7 +30,7 @@ def runs(vocab_size: int, tokens: int) -> dict[str, RunConfig]:
     """The two runs by name, parameters matched by the Transformer's MLP."""
     lrt = ModelConfig.from_depth(6, context=CONTEXT, vocab_size=vocab_size)
     plain = ModelConfig.from_depth(6, context=CONTEXT, vocab_size=vocab_size, memory=MemoryConfig(injection="none"))
-    plain = matched(plain, count_parameters(lrt)[0])
+    plain = match_parameters(plain, count_parameters(lrt)[0])
     return {
         name: RunConfig(model, DEMO_OPTIM, schedule, batch_size=2, device_batch=1, horizon=f"tokens={tokens}")
         for name, model, schedule in (("lrt", lrt, SETTLED), ("transformer", plain, "plain()"))
@@ -47,7 +47,7 @@ def main() -> None:
     data = Prepared.open(arguments.data)
     for name, run in runs(data.vocab_size, arguments.tokens).items():
         out = arguments.out / name
-        keeping, watching = Keeping(every=20), Watching(every=60, targets=5_000)
+        keeping, watching = SnapshotConfig(every=20), EvalConfig(every=60, targets=5_000)
         _, done = train(run, data, out, arguments.device, title=name, keeping=keeping, watching=watching)
         print(f"{out}: {count_parameters(run.model)[0]:,} parameters, {done.tokens:,} tokens, loss {done.loss:.4f}")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import tokenizers
 
-from lrt.data.corpus import Place, open_corpus
+from lrt.data.corpus import CorpusPosition, open_corpus
 from lrt.data.prepare import prepare
 from lrt.data.records import Selection
 
@@ -101,7 +101,7 @@ def main() -> None:
     with Peak() as peak:  # before the texts are held in memory for the library
         ours()
     found = open_corpus([options.corpus], None, selection, lambda *_: None)
-    groups = [[piece.text for _, piece in group.pieces] for group in found.groups(Place())]
+    groups = [[piece.text for _, piece in group.pieces] for group in found.groups(CorpusPosition())]
     size = sum(len(text.encode()) for group in groups for text in group)
 
     def library() -> None:

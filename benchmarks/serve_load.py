@@ -65,7 +65,7 @@ class Seen:
 def asked(model: LatentRecurrentTransformer, bos: int, folder: Path, count: int, longest: int) -> list[Asked]:
     """Requests of many lengths, and what each gives alone."""
     r = random.Random(0)
-    known = cost_model.read(folder, model)
+    known = cost_model.read_calibration(folder, model)
     found = []
     for seed in range(count):
         prompt = (bos, *(r.randrange(1, model.config.vocab_size) for _ in range(r.choice((1, 4, 16, 48)))))
@@ -251,7 +251,7 @@ def main(
     longest: int = 64,
 ) -> None:
     """Run the load and judge it."""
-    folder = checkpoint.verified(checkpoint_folder)
+    folder = checkpoint.verify(checkpoint_folder)
     model, tokenizer = checkpoint.load(folder)
     requests = asked(model, tokenizer.bos, folder, pool, longest)
     from lrt.serve.detokenizer import displayed

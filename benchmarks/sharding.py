@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrt import MemoryConfig, ModelConfig, schedules
-from lrt.distributed.parallelize import PARALLEL, start
-from lrt.distributed.single import Alone
+from lrt.distributed.parallelize import PARALLEL, join_ranks
+from lrt.distributed.single import SingleProcess
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.loss import StepLoss
 
@@ -48,7 +48,7 @@ def held(model: nn.Module, shards: int) -> int:
     return shards + sum(p.nbytes for p in model.parameters() if not isinstance(p, DTensor))
 
 
-def measure(ranks: Alone, config: ModelConfig, spelled: str) -> dict[str, Any]:
+def measure(ranks: SingleProcess, config: ModelConfig, spelled: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = LatentRecurrentTransformer(config).to(ranks.device)
     objective = ranks.parallelise(model)
@@ -76,7 +76,7 @@ def measure(ranks: Alone, config: ModelConfig, spelled: str) -> dict[str, Any]:
     }
 
 
-def step(ranks: Alone, objective: nn.Module, loss: Callable[..., Any], tokens: torch.Tensor) -> None:
+def step(ranks: SingleProcess, objective: nn.Module, loss: Callable[..., Any], tokens: torch.Tensor) -> None:
     with ranks.accumulating(objective, last=True):
         objective(loss, tokens, tokens, None).backward()
 
@@ -90,7 +90,7 @@ def main() -> None:
     config = ModelConfig.from_depth(
         arguments.depth, context=CONTEXT, vocab_size=32768, memory=MemoryConfig(projection="layerwise")
     )
-    with start("fsdp", arguments.device) as group:
+    with join_ranks("fsdp", arguments.device) as group:
         for kind in PARALLEL.values():
             ranks = kind(group.device, group.rank, group.ranks)
             for spelled in SCHEDULES:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lrt import load, refine, schedules
 from lrt.data.prepared import Prepared
 from lrt.data.windows import windows
-from lrt.inference.sweeps import Flight, Prompt
+from lrt.inference.sweeps import Prompt, SweepState
 from lrt.model.cross_entropy import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -37,7 +37,7 @@ def trace(
         nats = token_nats(model, hidden[:, :-1], tokens[:, 1:])
         return float(nats.double().sum()) / (math.log(2) * float(sizes.sum()))
 
-    flight = Flight.of(model, Prompt(tokens, [length], [0]), model.empty_state(1, length, tokens=tokens).in_place())
+    flight = SweepState.of(model, Prompt(tokens, [length], [0]), model.empty_state(1, length, tokens=tokens).in_place())
     if full:
         flight.sweep(model, 1, 0)
     lines: list[dict[str, float]] = []

@@ -23,7 +23,7 @@ from lrt.model.size import count_parameters
 from lrt.training import recipes
 from lrt.training.loop import train
 
-BEST = recipes.recommended(4)
+BEST = recipes.recommended_memory(4)
 VARIANTS = {
     "settled(1, 1, 1)": (BEST, "settled(1, 1, 1)"),
     "settled(0, 1, 1)": (BEST, "settled(0, 1, 1)"),
@@ -56,7 +56,7 @@ def main(arguments: Arguments) -> None:
     done = {(line["variant"], line["seed"], line["tokens"]) for line in map(json.loads, known)}
     for seed in arguments.seeds:
         for variant in arguments.variants:
-            run = recipes.demo(
+            run = recipes.demo_recipe(
                 variant if variant in recipes.FAMILIES else "lrt", data.vocab_size, arguments.tokens, seed
             )
             if variant in VARIANTS:

@@ -23,7 +23,7 @@ from lrt.inference.session import Session
 from lrt.model import checkpoint, transformer
 from lrt.training.config import RunConfig
 from lrt.training.loop import train
-from lrt.training.trainer import Training
+from lrt.training.trainer import Trainer
 
 OLD = Path(__file__).parent / "fixtures" / "v0.1.0"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
@@ -53,7 +53,7 @@ def test_a_checkpoint_loads_and_scores_the_same():
 
 def test_a_snapshot_is_restored_bit_for_bit(data: Prepared, run: Path, tmp_path: Path):
     snapshot = run / "snapshots" / "step-00000010"
-    restored = Training(settings(), data, "cpu")
+    restored = Trainer(settings(), data, "cpu")
     restored.restore(snapshot)
     restored.save(tmp_path / "again", checkpoint.about(snapshot))
     one, other = (torch.load(folder / "training.pt", weights_only=True) for folder in (snapshot, tmp_path / "again"))
@@ -108,7 +108,7 @@ def test_measurements_and_calibration_count(tmp_path: Path):
     model, _ = load(OLD / "finished")
     (measured,) = json.loads((OLD / "finished" / "checkpoint" / "calibration.json").read_text())["entries"]
     assert measured["model"] == transformer.fingerprint(model)  # else the calibration would be passed over
-    assert cost_model.read(OLD / "finished" / "checkpoint", model).plans
+    assert cost_model.read_calibration(OLD / "finished" / "checkpoint", model).plans
     report(tmp_path / "report.html", [OLD / "finished"])
     page = (tmp_path / "report.html").read_text()
     live = json.loads((OLD / "finished" / "evaluation" / "bpb-data-val.json").read_text())["values"]["columns"]["live"][

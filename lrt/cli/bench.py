@@ -18,11 +18,11 @@ from lrt.experiments.bench.train import TrainBench
 from lrt.inference import cost_model
 from lrt.inference.calibrate import LENGTH, calibrate, own_text
 from lrt.model import checkpoint
-from lrt.utils.device import chosen_device
+from lrt.utils.device import choose_device
 from lrt.utils.provenance import hardware
 
 
-def given(rows: Sequence[Row], about: dict[str, Any], as_json: bool) -> None:
+def given_pair(rows: Sequence[Row], about: dict[str, Any], as_json: bool) -> None:
     """Rows on standard output: one line of JSON, or a table under the hardware."""
     if as_json:
         print(json.dumps({"rows": [row.to_dict() for row in rows], **about}))
@@ -42,8 +42,8 @@ class Calibrate:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
-        folder = checkpoint.verified(self.checkpoint)
-        model, tokenizer = checkpoint.load(folder, chosen_device(self.device))
+        folder = checkpoint.verify(self.checkpoint)
+        model, tokenizer = checkpoint.load(folder, choose_device(self.device))
         length = min(LENGTH, model.config.context)
         if self.text is None:
             tokens = own_text(model, tokenizer.bos, length)
@@ -51,7 +51,7 @@ class Calibrate:
             ids = [tokenizer.bos, *tokenizer.encode(self.text.read_text(encoding="utf-8"))][:length]
             tokens = torch.tensor([ids], device=model.embedding.weight.device)
         measured = calibrate(model, tokens)
-        cost_model.write(folder, measured)
+        cost_model.write_calibration(folder, measured)
         print(f"{folder / cost_model.FILE}: {measured.device}; a call costs {measured.overhead:.1f} positions more")
         for mode, plan in measured.plans.items():
             edge = measured.break_even(plan, 1)
@@ -76,15 +76,15 @@ class Inference:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
-        data, device = self.data or self.checkpoints / "data", chosen_device(self.device)
-        sections = inference.chosen(self.only)
+        data, device = self.data or self.checkpoints / "data", choose_device(self.device)
+        sections = inference.choose_sections(self.only)
         pair = inference.read_pair(self.checkpoints, data, device, self.rounds)
         rows = [row for section in sections for row in section(pair)]
-        given(rows, {"calibration": pair.calibration.to_dict(), "hardware": hardware(device)}, self.json)
+        given_pair(rows, {"calibration": pair.calibration.to_dict(), "hardware": hardware(device)}, self.json)
 
 
 @dataclass(frozen=True)
-class Equality:
+class BenchEquality:
     """Count the tokens in which forked, cropped, rewound, saved, split and batched texts differ from those alone."""
 
     checkpoint: tyro.conf.Positional[Path]
@@ -99,23 +99,23 @@ class Equality:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
-        device = chosen_device(self.device)
+        device = choose_device(self.device)
         model, tokenizer = checkpoint.load(self.checkpoint, device)
         if self.text is None:
             ids: list[int] = own_text(model, tokenizer.bos, model.config.context)[0].tolist()
         else:
             ids = tokenizer.encode(self.text.read_text(encoding="utf-8"))
-        prompts = equality.pieces(ids, model.config.context - self.new_tokens)
+        prompts = equality.split_prompts(ids, model.config.context - self.new_tokens)
         if len(prompts) == 0:
             raise ValueError(f"{len(ids)} tokens of text are too few; give at least {equality.LENGTHS[0]}")
-        given(equality.rows(model, prompts, self.new_tokens), {"hardware": hardware(device)}, self.json)
+        given_pair(equality.equality_rows(model, prompts, self.new_tokens), {"hardware": hardware(device)}, self.json)
 
 
 Suite = (
     Annotated[TrainBench, tyro.conf.subcommand("train", prefix_name=False)]
     | Annotated[AttentionBench, tyro.conf.subcommand("attention", prefix_name=False)]
     | Annotated[Inference, tyro.conf.subcommand("inference", prefix_name=False)]
-    | Annotated[Equality, tyro.conf.subcommand("equality", prefix_name=False)]
+    | Annotated[BenchEquality, tyro.conf.subcommand("equality", prefix_name=False)]
 )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrt.cli.options import Paths
-from lrt.utils.device import chosen_device
+from lrt.utils.device import choose_device
 
 
 @dataclass(frozen=True)
@@ -29,4 +29,4 @@ class Demo:
     def run(self) -> None:
         from lrt.experiments.demo import demo  # it draws, which --help should not wait for
 
-        demo(self.out, list(self.text) or None, self.tokens, self.seed, chosen_device(self.device), self.prompt)
+        demo(self.out, list(self.text) or None, self.tokens, self.seed, choose_device(self.device), self.prompt)

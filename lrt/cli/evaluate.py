@@ -11,14 +11,14 @@ import tyro
 
 from lrt.cli.options import Paths
 from lrt.data.prepared import Prepared
-from lrt.eval.core_metric.benchmark import Settings as CoreSettings
+from lrt.eval.core_metric.benchmark import CoreSettings as CoreSettings
 from lrt.eval.core_metric.benchmark import run_core
 from lrt.eval.core_metric.bundle import Bundle, download
 from lrt.eval.diagnose import corpus_names, diagnose, score_corpora, subject
 from lrt.eval.report.text import core_lines, lines
 from lrt.model import checkpoint
 from lrt.utils import files
-from lrt.utils.device import chosen_device
+from lrt.utils.device import choose_device
 from lrt.utils.imports import extra
 
 
@@ -66,13 +66,13 @@ class Evaluate:
             return self.run_tasks()
         if self.core is not None:
             return self.run_core(self.core)
-        from lrt.distributed.parallelize import start  # loads much of torch.distributed
+        from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
 
-        checkpoint.verified(self.checkpoint)  # before the corpora: the first thing named is the first looked for
+        checkpoint.verify(self.checkpoint)  # before the corpora: the first thing named is the first looked for
         if len(self.data) == 0:
             raise ValueError("--data names no corpus; give at least one folder that `lrt prepare` wrote")
         out = self.out or self.checkpoint / "evaluation"
-        with start("ddp", chosen_device(self.device)) as ranks:
+        with join_ranks("ddp", choose_device(self.device)) as ranks:
             subjects = [
                 subject(
                     self.checkpoint, Prepared.open(folder), self.split, self.at_least, self.batch_size, out, ranks,
@@ -86,15 +86,15 @@ class Evaluate:
                 print(json.dumps(result.values) if self.json else "\n".join(lines(result)))
 
     def run_core(self, folders: tuple[Path, ...]) -> None:
-        from lrt.distributed.parallelize import start  # loads much of torch.distributed
+        from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
 
         if len(folders) > 1:
             raise ValueError(f"--core is {' '.join(map(str, folders))}; give one folder, or none")
         settings = CoreSettings(self.tasks_limit, self.tasks_prefill, self.batch_size)
-        with start("ddp", chosen_device(self.device)) as ranks:
-            folder = checkpoint.verified(self.checkpoint)
+        with join_ranks("ddp", choose_device(self.device)) as ranks:
+            folder = checkpoint.verify(self.checkpoint)
             model, tokenizer = checkpoint.load(folder, ranks.device)
-            place = folders[0] if folders else ranks.in_turn(lambda: download(Path("runs/data/core")))
+            place = folders[0] if folders else ranks.rank0_first(lambda: download(Path("runs/data/core")))
             weights = files.sha256(folder / "model.safetensors")
             out = self.out or self.checkpoint / "evaluation"
             result, problems = run_core(model, tokenizer, Bundle.open(place), weights, out, settings, ranks)
@@ -108,7 +108,7 @@ class Evaluate:
             from lrt.integrations.lm_eval import run_tasks
         results = run_tasks(
             self.checkpoint, self.tasks, self.tasks_prefill, self.batch_size, self.tasks_limit, self.tasks_shots,
-            self.tasks_include, chosen_device(self.device),
+            self.tasks_include, choose_device(self.device),
         )  # fmt: skip
         if self.json:
             print(json.dumps(results, default=str))
@@ -149,10 +149,10 @@ class Diagnose:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
-        from lrt.distributed.parallelize import start  # loads much of torch.distributed
+        from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
 
         out = self.out or self.checkpoint / "evaluation"
-        with start("ddp", chosen_device(self.device)) as ranks:
+        with join_ranks("ddp", choose_device(self.device)) as ranks:
             for folder, name in zip(self.data, corpus_names(self.data), strict=True):
                 data = Prepared.open(folder)
                 measured = subject(

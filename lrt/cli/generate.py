@@ -12,12 +12,12 @@ import tyro
 from lrt.cli.options import Prefill, Ways
 from lrt.data.tokenizer import Stream, Tokenizer
 from lrt.inference import cost_model
-from lrt.inference.chat import Chat as Conversation
+from lrt.inference.chat import Conversation as Conversation
 from lrt.inference.engine import Engine
 from lrt.inference.request import Event, Request
 from lrt.inference.sampling import Sampling
 from lrt.model import checkpoint
-from lrt.utils.device import chosen_device
+from lrt.utils.device import choose_device
 
 ROWS = 32
 """Continuations that are decoded at once."""
@@ -54,8 +54,8 @@ class Sample:
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         if len(self.prompt) == 0:
             raise ValueError("--prompt names no text; give at least one, or leave it out")
-        folder = checkpoint.verified(self.checkpoint)
-        model, tokenizer = checkpoint.load(folder, chosen_device(self.device))
+        folder = checkpoint.verify(self.checkpoint)
+        model, tokenizer = checkpoint.load(folder, choose_device(self.device))
         prompts = [(tokenizer.bos, *tokenizer.encode(text)) for text in self.prompt]
         if self.n < 1:
             raise ValueError(f"n is {self.n}; it must be at least 1")
@@ -71,12 +71,12 @@ class Sample:
         engine = Engine(
             model,
             rows=min(ROWS, self.n * len(asked)),
-            slots=None if model.config.unbounded else slots,
+            slots=None if model.config.unlimited_context else slots,
             mode=self.mode,
             prefill=self.prefill,
-            calibration=cost_model.read(folder, model),
+            calibration=cost_model.read_calibration(folder, model),
         )
-        written = Writing(tokenizer, list(zip(self.prompt, prompts, strict=True)), self.n)
+        written = TextPrinter(tokenizer, list(zip(self.prompt, prompts, strict=True)), self.n)
         for request in asked:
             engine.submit(request)
         while not engine.idle:
@@ -84,7 +84,7 @@ class Sample:
                 written.tell(event)
 
 
-class Writing:
+class TextPrinter:
     """Several texts that grow at once, written one after another: the first unfinished one as it comes."""
 
     def __init__(self, tokenizer: Tokenizer, prompts: list[tuple[str, tuple[int, ...]]], samples: int) -> None:
@@ -148,9 +148,9 @@ class Chat:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
-        folder = checkpoint.verified(self.checkpoint)
-        model, tokenizer = checkpoint.load(folder, chosen_device(self.device))
-        known = cost_model.read(folder, model)
+        folder = checkpoint.verify(self.checkpoint)
+        model, tokenizer = checkpoint.load(folder, choose_device(self.device))
+        known = cost_model.read_calibration(folder, model)
         chat = Conversation(model, tokenizer, sampling, self.seed, self.template, self.prefill, known)
         if sys.stdin.isatty():
             print(f"template {chat.name}; /undo, /save FOLDER, /load FOLDER, /exit")

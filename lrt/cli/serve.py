@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from lrt.serve.config import Limits
-from lrt.utils.device import chosen_device
+from lrt.utils.device import choose_device
 from lrt.utils.imports import extra
 
 
@@ -58,8 +58,8 @@ class Serve:
         with extra("serve", "serve"):
             from lrt.serve.app import create_app
             from lrt.serve.config import Settings
-            from lrt.serve.metrics import Metrics
-            from lrt.serve.models import Library, names_of, served
+            from lrt.serve.metrics import ServerMetrics
+            from lrt.serve.models import ModelRegistry, load_served, names_of
             from lrt.serve.server import server
         if len(self.checkpoints) == 0:
             raise ValueError("no checkpoint is given; name at least one folder of `lrt train`")
@@ -75,13 +75,13 @@ class Serve:
             raise ValueError(
                 f"{self.host} can be reached from other machines; give --token-file FILE, or --open to serve anybody"
             )
-        names, metrics, device = names_of(self.checkpoints, self.names), Metrics(), chosen_device(self.device)
+        names, metrics, device = names_of(self.checkpoints, self.names), ServerMetrics(), choose_device(self.device)
         settings = Settings(self.rows, self.prefill, self.mode, self.prefixes * 10**6, self.template)
         models = [
-            served(path, name, settings, self.limits, metrics, device)
+            load_served(path, name, settings, self.limits, metrics, device)
             for path, name in zip(self.checkpoints, names, strict=True)
         ]
-        library = Library(models, self.limits, metrics)
+        library = ModelRegistry(models, self.limits, metrics)
         guarded = private and token is None
         app = create_app(library, token, ("localhost", "127.0.0.1", "::1", self.host) if guarded else None)
         for one in models:

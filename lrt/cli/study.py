@@ -32,10 +32,10 @@ class RunStudy:
     def run(self) -> None:
         from lrt.eval.report.table import markdown
         from lrt.experiments.studies import grid, runner
-        from lrt.experiments.studies.figures import saved
+        from lrt.experiments.studies.figures import save_figure
         from lrt.experiments.studies.kinds import kind
 
-        study = grid.read(self.study, self.edition)
+        study = grid.read_study(self.study, self.edition)
         file, runs = self.results / study.results, kind(study.kind)
         if len(self.devices) == 0:
             raise ValueError("no device is given; name at least one, such as cpu")
@@ -44,8 +44,8 @@ class RunStudy:
             same = ["study", self.study, "--edition", self.edition, "--results", str(self.results)]
             runner.on_devices([*same, *(["--only", *self.only] if self.only else [])], self.devices)
         elif not self.show:
-            runner.run(study, runs, file, self.only, device=first)
-        lines = runner.of(study, runner.current(runs, file))
+            runner.run_study(study, runs, file, self.only, device=first)
+        lines = runner.of(study, runner.current_lines(runs, file))
         print(markdown(runs.tables(lines)))
         if lines:
-            saved(lambda: runs.figure(lines), self.figure or file.with_suffix(".svg"))
+            save_figure(lambda: runs.figure(lines), self.figure or file.with_suffix(".svg"))

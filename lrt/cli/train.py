@@ -11,17 +11,17 @@ import tyro
 
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import Alone
+from lrt.distributed.single import SingleProcess
 from lrt.model import checkpoint
 from lrt.model.execution import Execution
 from lrt.model.size import count_parameters
 from lrt.training import recipes
 from lrt.training.config import RunConfig
 from lrt.training.loop import train
-from lrt.training.matching import Other, compare, matched_all
-from lrt.training.monitor import Watching
-from lrt.training.snapshots import Keeping
-from lrt.utils.device import chosen_device
+from lrt.training.matching import Other, compare_runs, match_all
+from lrt.training.monitor import EvalConfig
+from lrt.training.snapshots import SnapshotConfig
+from lrt.utils.device import choose_device
 from lrt.utils.progress import warn
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class Train:
     resume: str = "auto"
     """auto goes on from the newest snapshot in --out; never starts anew; a snapshot's folder goes on from that one,
     also with other rates, schedule or horizon."""
-    keeping: Keeping = dataclasses.field(default_factory=lambda: Keeping(every=200))
+    keeping: SnapshotConfig = dataclasses.field(default_factory=lambda: SnapshotConfig(every=200))
     """Snapshots."""
-    watching: Watching = dataclasses.field(default_factory=Watching)
+    watching: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     """Live scores and the gap while training, and where numbers go."""
     execution: Execution = dataclasses.field(default_factory=Execution)
     """Compiling, and recomputing instead of keeping."""
@@ -62,13 +62,13 @@ class Train:
     has it whole."""
 
     def run(self) -> None:
-        from lrt.distributed.parallelize import start  # loads much of torch.distributed
+        from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
 
-        with start(self.parallel, chosen_device(self.device)) as ranks:
+        with join_ranks(self.parallel, choose_device(self.device)) as ranks:
             self.train(ranks)
 
-    def train(self, ranks: Alone) -> None:
-        data = ranks.in_turn(
+    def train(self, ranks: SingleProcess) -> None:
+        data = ranks.rank0_first(
             lambda: prepare(Path("runs/data/stdlib")) if self.data is None else Prepared.open(self.data)
         )
         # The vocabulary is a fact of the data, not a choice of the run.
@@ -107,10 +107,10 @@ class Train:
             f"packed: {packing['cropped']:,} of {packing['targets']:,} tokens cropped, {share:.2%} of positions padded"
         )
 
-    def matched(self, run: RunConfig, data: Prepared, ranks: Alone) -> RunConfig:
+    def matched(self, run: RunConfig, data: Prepared, ranks: SingleProcess) -> RunConfig:
         """The run after every --match, and on the screen what is equal and what is not."""
         others = [(kind, Other.read(path)) for kind, path in self.match]
-        run = matched_all(run, others, data, ranks, self.out)
+        run = match_all(run, others, data, ranks, self.out)
         for other in {other.path: other for _, other in others}.values() if ranks.first else ():
-            print(f"beside {other.path}:", *map(str, compare(run, other, data, self.out)), sep="\n")
+            print(f"beside {other.path}:", *map(str, compare_runs(run, other, data, self.out)), sep="\n")
         return run

@@ -27,7 +27,7 @@ STDLIB_SKIPS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-p
 """Directories of a Python installation that are not its standard library's own source."""
 
 
-class Place(NamedTuple):
+class CorpusPosition(NamedTuple):
     """How far a corpus was read, as plain data for JSON."""
 
     source: int = 0
@@ -36,12 +36,12 @@ class Place(NamedTuple):
     """Documents taken, in all sources."""
 
 
-class Group(NamedTuple):
+class DocumentGroup(NamedTuple):
     """Consecutive pieces, and the place behind them."""
 
     pieces: list[tuple[int, Piece]]
     """Each with the number of its source."""
-    after: Place
+    after: CorpusPosition
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Corpus:
         sizes = [source.size for source in self.sources]
         return sum(sizes) if all(sizes) and self.limit is None else 0
 
-    def groups(self, after: Place) -> Iterator[Group]:
+    def groups(self, after: CorpusPosition) -> Iterator[DocumentGroup]:
         """The pieces behind `after`, in groups of about `GROUP_BYTES`."""
         pieces, size, place, documents = [], 0, after, after.documents
         for number, source in enumerate(self.sources[after.source :], after.source):
@@ -73,12 +73,12 @@ class Corpus:
                     pieces.append((number, piece))
                     size += piece.size
                     documents += piece.last
-                    place = Place(number, mark, documents)
+                    place = CorpusPosition(number, mark, documents)
                     if size >= GROUP_BYTES:
-                        yield Group(pieces, place)
+                        yield DocumentGroup(pieces, place)
                         pieces, size = [], 0
         if pieces:
-            yield Group(pieces, place)
+            yield DocumentGroup(pieces, place)
 
     def sample(self, limit: int) -> Iterator[str]:
         """At most about `limit` bytes of the training split: every source's beginning, in equal shares.
@@ -123,7 +123,7 @@ def open_corpus(
         described.append([name, *inspect(paths[name])])
         advance(described[-1][1], name)
     sources: list[Source] = []
-    plain = [name for name in names if not structured(paths[name])]
+    plain = [name for name in names if not is_structured(paths[name])]
     if len(plain) == len(names) and dataset is None:
         total = sum(size for _, size, _ in described)
         if total < SMALLEST_TEXT:
@@ -136,7 +136,7 @@ def open_corpus(
         path = paths[name]
         if path.suffix == ".parquet":
             sources.append(Parquet(path, name, size, selection))
-        elif structured(path):
+        elif is_structured(path):
             sources.append(JsonLines(path, name, size, selection))
         elif name in splits:
             sources.append(TextFile(path, name, splits[name], 0, size))
@@ -149,14 +149,14 @@ def open_corpus(
     return Corpus(sources, described, selection.documents)
 
 
-def structured(path: Path) -> bool:
+def is_structured(path: Path) -> bool:
     """Whether the name of a file says that it holds records, not text."""
     return path.name.endswith((*JSON_LINES, ".parquet"))
 
 
 def inspect(path: Path) -> tuple[int, str]:
     """(bytes, SHA-256) of a file; ValueError naming one that cannot be read or, as text, not be used."""
-    if not structured(path):
+    if not is_structured(path):
         for _ in text_chunks(path):
             pass
     with readable(path) as file:

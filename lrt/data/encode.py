@@ -44,7 +44,7 @@ class Encoders:
         self.ahead: int = 2 * max(1, workers)
         """Groups in flight: each worker has one, and the next is ready for it."""
         self._threads = ThreadPoolExecutor(max(1, workers))  # each speaks with one process at a time
-        self._processes = [start(file, self.dtype) for _ in range(workers)]
+        self._processes = [start_worker(file, self.dtype) for _ in range(workers)]
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         for process in self._processes:
             self._idle.put(process)
@@ -90,7 +90,7 @@ class Encoders:
             process.communicate()  # closes its input, which ends it
 
 
-def start(file: Path, dtype: str) -> subprocess.Popen[bytes]:
+def start_worker(file: Path, dtype: str) -> subprocess.Popen[bytes]:
     """A process that runs encode_worker.py, alone on its core."""
     program = [sys.executable, "-P", encode_worker.__file__, str(file), dtype]  # -P: this folder is not for imports
     one_thread = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -20,7 +20,7 @@ AT_ONCE = 1 << 19
 """Characters given to the library at a time: it holds about a hundred bytes per token until they are converted."""
 
 
-def plain(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+def without_processing(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """`inner`, changed to encode text as it is: no truncation, no padding, special tokens in a text stay text."""
     inner.no_truncation()
     inner.no_padding()
@@ -67,7 +67,7 @@ def exactly(stream: IO[bytes], size: int) -> bytes:
 def main() -> None:
     """Serve the process that started this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent closes our input
-    inner, dtype = plain(tokenizers.Tokenizer.from_file(sys.argv[1])), sys.argv[2]
+    inner, dtype = without_processing(tokenizers.Tokenizer.from_file(sys.argv[1])), sys.argv[2]
     while True:
         try:
             texts = [data.decode() for data in receive(sys.stdin.buffer)]

@@ -26,7 +26,7 @@ from typing import Any
 
 import filelock
 
-from lrt.data.corpus import SMALLEST_TEXT, Corpus, Group, Place, open_corpus
+from lrt.data.corpus import SMALLEST_TEXT, Corpus, CorpusPosition, DocumentGroup, open_corpus
 from lrt.data.encode import Encoders, token_dtype
 from lrt.data.hub import Dataset
 from lrt.data.prepared import FORMAT, SPLITS, Prepared, read_manifest
@@ -91,7 +91,7 @@ def prepare(
         if (same := reusable(out, inputs)) is not None:  # another process made it while this one waited
             return same
         if ready is None:
-            ready = trained(part, corpus, vocab_size, progress)
+            ready = train_tokenizer(part, corpus, vocab_size, progress)
         else:
             ready.save(part / "tokenizer.json")
         splits = write_splits(part, corpus, ready, shard_tokens, chosen_workers(workers, corpus), progress)
@@ -105,7 +105,7 @@ def prepare(
             "splits": splits,
         }
         (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        install(part, out)
+        move_into_place(part, out)
     return Prepared.open(out)
 
 
@@ -116,7 +116,7 @@ def chosen_workers(workers: int | None, corpus: Corpus) -> int:
     return 0 if 0 < corpus.size < SMALL else os.cpu_count() or 1
 
 
-def trained(part: Path, corpus: Corpus, vocab_size: int, progress: bool) -> Tokenizer:
+def train_tokenizer(part: Path, corpus: Corpus, vocab_size: int, progress: bool) -> Tokenizer:
     """A tokenizer for the corpus, saved in `part`; the one there, where an earlier call got that far."""
     file = part / "tokenizer.json"
     if not file.is_file():
@@ -161,7 +161,7 @@ def write_splits(
     return entries
 
 
-def write_group(group: Group, encoded: tuple[Any, list[int]], writers: dict[str, SplitWriter]) -> None:
+def write_group(group: DocumentGroup, encoded: tuple[Any, list[int]], writers: dict[str, SplitWriter]) -> None:
     """Add the pieces of a group to the splits they belong to."""
     ids, lengths = encoded
     start = 0
@@ -186,17 +186,17 @@ def check_entries(entries: dict[str, dict[str, Any]]) -> None:
             )
 
 
-def read_state(part: Path) -> tuple[Place, dict[str, Any]]:
+def read_state(part: Path) -> tuple[CorpusPosition, dict[str, Any]]:
     """Where an earlier call stopped, and what its writers need to go on; the beginning, where there is none."""
     file = part / "state.json"
     if not file.is_file():
-        return Place(), {}
+        return CorpusPosition(), {}
     state = json.loads(file.read_text(encoding="utf-8"))
     source, mark, documents = state["place"]
-    return Place(source, Mark(*mark), documents), state["splits"]
+    return CorpusPosition(source, Mark(*mark), documents), state["splits"]
 
 
-def write_state(part: Path, place: Place, splits: dict[str, Any]) -> None:
+def write_state(part: Path, place: CorpusPosition, splits: dict[str, Any]) -> None:
     """Note how far everything is, in one step: a reader finds this state or the one before."""
     (part / "state.tmp").write_text(json.dumps({"place": place, "splits": splits}), encoding="utf-8")
     (part / "state.tmp").replace(part / "state.json")
@@ -253,7 +253,7 @@ def building(out: Path, inputs: str) -> Iterator[Path]:
                 lock.unlink()
 
 
-def install(part: Path, out: Path) -> None:
+def move_into_place(part: Path, out: Path) -> None:
     """Move the finished files to their place; what was there before is gone once they are."""
     new = part / "new"
     new.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrt.data.sources import Mark, Reading, marked, pieces_of, readable
+from lrt.data.sources import Mark, Reading, pieces_of, readable, with_marks
 from lrt.data.splits import by_key
 from lrt.utils.imports import optional_module
 
@@ -90,13 +90,13 @@ class JsonLines:
 
     def read(self, after: Mark | None = None) -> Reading:
         with readable(self.path) as raw:
-            yield from marked(pieces_of(self.documents(raw)), after, raw.tell)
+            yield from with_marks(pieces_of(self.documents(raw)), after, raw.tell)
 
     def documents(self, raw: io.BufferedReader) -> Iterator[tuple[str, str]]:
         """(text, split) of each document; ValueError naming the file and the line where something is wrong."""
         number = 0
         try:
-            with uncompressed(raw, self.path) as stream:
+            with open_uncompressed(raw, self.path) as stream:
                 while line := stream.readline(LONGEST_LINE + 1):
                     number += 1
                     if not line.isspace() and (found := self.document(line, number)) is not None:
@@ -122,7 +122,7 @@ class JsonLines:
         return self.selection.document(record, where)
 
 
-def uncompressed(raw: io.BufferedReader, path: Path) -> io.BufferedIOBase:
+def open_uncompressed(raw: io.BufferedReader, path: Path) -> io.BufferedIOBase:
     """`raw` without the compression that the name of `path` says."""
     match path.suffix:
         case ".gz":
@@ -156,7 +156,7 @@ class Parquet:
                 if (found := self.selection.document(record, f"{self.path} row {row}")) is not None:
                     yield found
 
-        return marked(pieces_of(documents()), after, lambda: done)
+        return with_marks(pieces_of(documents()), after, lambda: done)
 
     def records(self) -> Iterator[tuple[float, dict[str, Any]]]:
         """The wanted columns of every row, with the share of the file that was read."""

@@ -83,7 +83,7 @@ def pieces_of(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
             yield Piece(part, len(part.encode()), split, last)
 
 
-def marked(found: Iterable[Piece], after: Mark | None, at: Callable[[], int]) -> Reading:
+def with_marks(found: Iterable[Piece], after: Mark | None, at: Callable[[], int]) -> Reading:
     """Number the pieces, leaving out those taken before."""
     taken = 0 if after is None else after.pieces
     for number, piece in enumerate(found, 1):
@@ -116,7 +116,7 @@ class TextFile:
                 done += size
                 yield Piece(text, size, self.split, last)
 
-        return marked(found(), after, lambda: done)
+        return with_marks(found(), after, lambda: done)
 
 
 def text_chunks(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:

@@ -21,7 +21,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lrt.data.encode_worker import plain
+from lrt.data.encode_worker import without_processing
 
 BOS = "<|bos|>"
 """The one special token of a tokenizer trained here."""
@@ -39,7 +39,7 @@ class Tokenizer:
 
         ValueError if it has no special token that can open a document; `name` is what the message calls it.
         """
-        self.inner = plain(inner)
+        self.inner = without_processing(inner)
         added = inner.get_added_tokens_decoder()
         self.special: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
         """Ids of the special tokens: no bytes, and no text can spell them."""

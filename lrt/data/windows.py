@@ -81,15 +81,15 @@ def windows(documents: Documents, context: int, at_least: int | None = 50_000, s
     if at_least is not None and int(lengths.sum()) > at_least:
         offset = np.random.default_rng(seed).random()
         count = max(1, math.ceil(at_least / (context - 1)))  # a window cannot hold more targets than that
-        chosen = spread(len(starts), count, offset)
+        chosen = evenly_spaced(len(starts), count, offset)
         while int(lengths[chosen].sum()) < at_least and len(chosen) < len(starts):
             count += max(1, count // 100)
-            chosen = spread(len(starts), count, offset)
+            chosen = evenly_spaced(len(starts), count, offset)
     chosen = chosen[np.argsort(-lengths[chosen], kind="stable")]
     return Windows(documents, starts[chosen], lengths[chosen], complete=len(chosen) == len(starts))
 
 
-def spread(total: int, count: int, offset: float) -> np.ndarray:
+def evenly_spaced(total: int, count: int, offset: float) -> np.ndarray:
     """(min(count, total),) int64: indices below `total`, ascending, evenly spaced; `offset` in [0, 1) shifts all."""
     count = min(count, total)
     return ((np.arange(count) + offset) * total / count).astype(np.int64)

@@ -42,6 +42,6 @@ class Cast(nn.Module):
         return functional_call(self.objective, cast, arguments)
 
 
-def objective(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def make_objective(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The objective of a model that computes in `dtype`."""
     return Objective(model) if dtype == torch.float32 else Cast(Objective(model), dtype)

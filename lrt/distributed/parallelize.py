@@ -25,12 +25,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lrt.distributed.objective import Objective, objective
-from lrt.distributed.single import OPTIMISERS, Alone, M, T
+from lrt.distributed.objective import Objective, make_objective
+from lrt.distributed.single import OPTIMISERS, M, SingleProcess, T
 
 
 @dataclass(frozen=True)
-class Group(Alone):
+class ProcessGroup(SingleProcess):
     """What the ranks of a run have in common, however they share the model."""
 
     PORTION: ClassVar[int] = 4
@@ -41,13 +41,13 @@ class Group(Alone):
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def agreed(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         values = [value]
         dist.broadcast_object_list(values, 0)
         return values[0]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def collective(self) -> Iterator[None]:
         failure = None
         try:
             yield
@@ -65,7 +65,7 @@ class Group(Alone):
         size = self.PORTION * self.ranks
         return [entries[first : first + size] for first in range(0, len(entries), size)]
 
-    def shared(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    def map_stack(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
         share = -(-len(stack) // self.ranks)
         mine = stack[self.rank * share : (self.rank + 1) * share]
         done = stack.new_zeros(share, *stack.shape[1:])
@@ -77,13 +77,13 @@ class Group(Alone):
 
 
 @dataclass(frozen=True)
-class Replicated(Group):
+class DDP(ProcessGroup):
     """DDP: every rank holds the whole model and all of the optimisers' state."""
 
     def parallelise(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
         # Every pass uses every parameter, so DDP need not look for unused ones.
-        wrapped = DistributedDataParallel(objective(model, dtype))
-        wrapped.register_comm_hook(None, summed)
+        wrapped = DistributedDataParallel(make_objective(model, dtype))
+        wrapped.register_comm_hook(None, sum_gradients)
         return wrapped
 
     def accumulating(self, objective: nn.Module, last: bool) -> AbstractContextManager[None]:
@@ -91,7 +91,7 @@ class Replicated(Group):
         return nullcontext() if last else objective.no_sync()
 
 
-def summed(state, bucket):  # DDP looks at the annotations and does not understand postponed ones
+def sum_gradients(state, bucket):  # DDP looks at the annotations and does not understand postponed ones
     """DDP's communication: the sum of a GradBucket's gradients over ranks, as a future. DDP's own is the mean."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
@@ -99,7 +99,7 @@ def summed(state, bucket):  # DDP looks at the annotations and does not understa
 
 
 @dataclass(frozen=True)
-class Sharded(Group):
+class FSDP(ProcessGroup):
     """FSDP2: every rank holds its shard of parameters, gradients and optimiser state.
 
     A unit (a block; the projections; the rest, which is embeddings and head, needed by every pass at both its ends) is
@@ -158,17 +158,17 @@ class Sharded(Group):
                 if not isinstance(p, DTensor) and p.grad is not None:
                     dist.all_reduce(p.grad)
 
-    def evaluable(self, model: M) -> M:
+    def gathered_model(self, model: M) -> M:
         with torch.device("meta"):
             copy = type(model)(model.config)
-        weights = {name: self.whole(p.detach()) for name, p in model.state_dict().items()}
+        weights = {name: self.full_tensor(p.detach()) for name, p in model.state_dict().items()}
         copy.load_state_dict(weights, assign=True)
         return copy.train(model.training)
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def placed(self, tensor: Tensor, like: Tensor) -> Tensor:
+    def shard_like(self, tensor: Tensor, like: Tensor) -> Tensor:
         if not isinstance(like, DTensor):  # α, β, γ
             return tensor.to(like.device)
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -189,7 +189,7 @@ class Sharded(Group):
 
 
 @dataclass(frozen=True)
-class Resharded(Sharded):
+class FSDPReshard(FSDP):
     """FSDP2 that frees a unit after each use: the least memory, two gathers per unit and pass."""
 
     freed: ClassVar[bool] = True
@@ -197,7 +197,7 @@ class Resharded(Sharded):
 
 # The name since torch 2.13; the old one still works there, with a warning.
 gather: Callable[[Tensor, Tensor], Any] = vars(dist).get("all_gather_single", dist.all_gather_into_tensor)
-PARALLEL: dict[str, type[Group]] = {"ddp": Replicated, "fsdp": Sharded, "fsdp-reshard": Resharded}
+PARALLEL: dict[str, type[ProcessGroup]] = {"ddp": DDP, "fsdp": FSDP, "fsdp-reshard": FSDPReshard}
 
 
 def units(objective: nn.Module) -> list[FSDPModule]:
@@ -206,7 +206,7 @@ def units(objective: nn.Module) -> list[FSDPModule]:
 
 
 @contextmanager
-def start(parallel: str = "fsdp", device: str = "cpu") -> Iterator[Alone]:
+def join_ranks(parallel: str = "fsdp", device: str = "cpu") -> Iterator[SingleProcess]:
     """The ranks that torchrun started, joined for the block; `Alone` without it. gloo on the CPU, NCCL on CUDA.
 
     ValueError for an unknown `parallel`, or more processes on a machine than it has GPUs.
@@ -214,7 +214,7 @@ def start(parallel: str = "fsdp", device: str = "cpu") -> Iterator[Alone]:
     if parallel not in PARALLEL:
         raise ValueError(f"parallel is {parallel!r}; choose one of {', '.join(PARALLEL)}")
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        yield Alone(device)
+        yield SingleProcess(device)
         return
     backend = "gloo"
     if torch.device(device).type == "cuda":

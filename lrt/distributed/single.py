@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lrt.distributed.objective import objective
+from lrt.distributed.objective import make_objective
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -29,7 +29,7 @@ OPTIMISERS = "optimisers"
 
 
 @dataclass(frozen=True)
-class Alone:
+class SingleProcess:
     """One process: the neutral object, and the interface of the others."""
 
     device: str = "cpu"
@@ -52,44 +52,44 @@ class Alone:
         """Whether any rank says so."""
         return self.sum([flag])[0] > 0
 
-    def agreed(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         return value
 
-    def together(self) -> AbstractContextManager[None]:
+    def collective(self) -> AbstractContextManager[None]:
         """A block that all ranks leave together. Where it fails on one, it raises OSError on the others."""
         return nullcontext()
 
-    def in_turn(self, make: Callable[[], T]) -> T:
+    def rank0_first(self, make: Callable[[], T]) -> T:
         """`make()`, by rank 0 before the others, who find what it left on the disk."""
         if not self.first:
-            with self.together():
+            with self.collective():
                 pass
             return make()
-        with self.together():
+        with self.collective():
             return make()
 
     # --- the model and its gradients ---------------------------------------------------------------------------
 
     def parallelise(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The objective of a model, which is changed in place, computing in `dtype`. Make optimisers afterwards."""
-        return objective(model, dtype)
+        return make_objective(model, dtype)
 
     def accumulating(self, objective: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch; after the `last` one, gradients are sums over ranks."""
         return nullcontext()
 
-    def evaluable(self, model: M) -> M:
+    def gathered_model(self, model: M) -> M:
         """The model with whole weights, to be called by each rank on its own. All ranks call this."""
         return model
 
     # --- tensors that may be sharded ---------------------------------------------------------------------------
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def full_tensor(self, tensor: Tensor) -> Tensor:
         """The logical tensor. All ranks call it."""
         return tensor
 
-    def placed(self, tensor: Tensor, like: Tensor) -> Tensor:
+    def shard_like(self, tensor: Tensor, like: Tensor) -> Tensor:
         """A logical tensor, which all ranks hold, as `like` has it: this rank's shard, or all of it."""
         return tensor
 
@@ -97,7 +97,7 @@ class Alone:
         """Entries in the portions that `shared` is to have at a time."""
         return [entries]
 
-    def shared(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    def map_stack(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
         """`function` of a stack (N, …) that all ranks hold, each doing its share of the N; the shape stays."""
         return function(stack)
 
@@ -105,7 +105,7 @@ class Alone:
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The whole weights on the CPU of rank 0, nothing elsewhere. All ranks call it."""
-        gathered = ((name, self.whole(p.detach())) for name, p in model.state_dict().items())
+        gathered = ((name, self.full_tensor(p.detach())) for name, p in model.state_dict().items())
         return {name: p.cpu().contiguous() for name, p in gathered if self.first}
 
     def write_training(
@@ -120,14 +120,14 @@ class Alone:
             torch.save({**training, OPTIMISERS: [part.state_dict() for part in parts]}, folder / "training.pt")
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
-def clip(model: nn.Module, max_norm: float | None, ranks: Alone = ALONE) -> Tensor:
+def clip(model: nn.Module, max_norm: float | None, ranks: SingleProcess = SINGLE_PROCESS) -> Tensor:
     """The norm of the gradient over all parameters and shards, as it was; above `max_norm`, it is scaled to that."""
     trained = [p for p in model.parameters() if p.grad is not None]
     kinds = [[p for p in trained if (p.dim() == 1) == flat] for flat in (True, False)]  # whole on every rank, or shards
-    norms = [ranks.whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds]
+    norms = [ranks.full_tensor(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds]
     norm = torch.stack(norms).norm()
     if max_norm is not None:
         for kind in kinds:
@@ -135,10 +135,10 @@ def clip(model: nn.Module, max_norm: float | None, ranks: Alone = ALONE) -> Tens
     return norm
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], ranks: Alone = ALONE) -> None:
+def load_weights(model: nn.Module, weights: dict[str, Tensor], ranks: SingleProcess = SINGLE_PROCESS) -> None:
     """Put whole weights into a model, sharded or not."""
     here = model.state_dict()
-    model.load_state_dict({name: ranks.placed(w, here[name]) if name in here else w for name, w in weights.items()})
+    model.load_state_dict({name: ranks.shard_like(w, here[name]) if name in here else w for name, w in weights.items()})
 
 
 def load_optimisers(
@@ -146,7 +146,7 @@ def load_optimisers(
     training: dict[str, Any],
     model: nn.Module,
     parts: Sequence[torch.optim.Optimizer],
-    ranks: Alone = ALONE,
+    ranks: SingleProcess = SINGLE_PROCESS,
 ) -> None:
     """Put what `write_training` wrote, on any number of ranks, into the optimisers of this run's ranks."""
     if OPTIMISERS not in training:
@@ -156,7 +156,7 @@ def load_optimisers(
         parameters = [p for group in part.param_groups for p in group["params"]]
         state = {
             i: {  # moments lie as their parameter does; a step count is everybody's
-                name: ranks.placed(value, parameters[i]) if value.shape == parameters[i].shape else value
+                name: ranks.shard_like(value, parameters[i]) if value.shape == parameters[i].shape else value
                 for name, value in entries.items()
             }
             for i, entries in saved["state"].items()

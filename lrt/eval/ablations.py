@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lrt.model.memory import Recall
+from lrt.model.memory import MemoryReader
 from lrt.model.state import Positions, State
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -23,7 +23,7 @@ from lrt.model.transformer import LatentRecurrentTransformer
 class Ablation(nn.Module):
     """Reads the memory in place of `recall`, whose parameters it keeps."""
 
-    def __init__(self, recall: Recall) -> None:
+    def __init__(self, recall: MemoryReader) -> None:
         super().__init__()
         self.recall = recall
 
@@ -59,7 +59,7 @@ class ShuffledMemory(Ablation):
 class DelayedMemory(Ablation):
     """Every position reads the memory `more` positions further back; the first of a document read zeros."""
 
-    def __init__(self, recall: Recall, more: int) -> None:
+    def __init__(self, recall: MemoryReader, more: int) -> None:
         super().__init__(recall)
         self.more = more
 
@@ -97,7 +97,7 @@ class OwnMemory(Ablation):
         return self.recall.read(state.read_memory(positions, 0), embedding)
 
 
-ABLATIONS: dict[str, Callable[[Recall], nn.Module]] = {
+ABLATIONS: dict[str, Callable[[MemoryReader], nn.Module]] = {
     "zero": ZeroMemory,
     "embedding": EmbeddingMemory,
     "shuffled": ShuffledMemory,
@@ -107,14 +107,16 @@ ABLATIONS: dict[str, Callable[[Recall], nn.Module]] = {
 }
 
 
-def ablated(model: LatentRecurrentTransformer, name: str) -> LatentRecurrentTransformer:
+def ablate(model: LatentRecurrentTransformer, name: str) -> LatentRecurrentTransformer:
     """The model, parameters shared, with its memory replaced at test time: a name of `ABLATIONS`."""
     if name not in ABLATIONS:
         raise ValueError(f"unknown ablation {name!r}; choose one of {', '.join(ABLATIONS)}")
     return reading(model, ABLATIONS[name])
 
 
-def reading(model: LatentRecurrentTransformer, ablation: Callable[[Recall], nn.Module]) -> LatentRecurrentTransformer:
+def reading(
+    model: LatentRecurrentTransformer, ablation: Callable[[MemoryReader], nn.Module]
+) -> LatentRecurrentTransformer:
     """The model, parameters shared, that reads its memory in another way."""
-    assert isinstance(model.recall, Recall), "an ablation of an ablation"
+    assert isinstance(model.recall, MemoryReader), "an ablation of an ablation"
     return model.with_recall(ablation(model.recall))

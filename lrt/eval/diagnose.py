@@ -14,13 +14,13 @@ import numpy as np
 from lrt.data.prepared import Prepared
 from lrt.data.tokenizer import Tokenizer
 from lrt.data.windows import Windows, windows
-from lrt.distributed.single import ALONE, Alone
+from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
 from lrt.eval.ledger import Ledger
-from lrt.eval.memory_stats import NOISE, coloured, layers, reach, sample, scales
+from lrt.eval.memory_stats import NOISE, layers, memory_reach, sample, scales, token_pieces
 from lrt.eval.results import Result
 from lrt.eval.scoring import EVERY, HEADLINE, Metrics, evaluate
 from lrt.eval.sweep_curve import sweep_curve
-from lrt.eval.token_scores import Columns, TokenScores, bfloat16, standard, summary, token_scores
+from lrt.eval.token_scores import Columns, TokenScores, bfloat16, standard, summarise, token_scores
 from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshot_step, snapshots
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -57,12 +57,12 @@ class Subject:
     """The corpus's fingerprint."""
     out: Path
     """Where results go."""
-    ranks: Alone = ALONE
+    ranks: SingleProcess = SINGLE_PROCESS
 
     @property
     def used(self) -> Schedule:
         """The schedule of parallel scores: `plain` where nothing recurs."""
-        recurs = self.model.config.memory.remembered(self.model.config.depth)
+        recurs = self.model.config.memory.stored_sources(self.model.config.depth)
         return self.schedule if recurs else schedules.plain()
 
     @property
@@ -108,7 +108,7 @@ def subject(
     at_least: int | None,
     batch_size: int,
     out: Path | None = None,
-    ranks: Alone = ALONE,
+    ranks: SingleProcess = SINGLE_PROCESS,
     progress: bool = True,
     schedule: str | None = None,
     name: str | None = None,
@@ -117,7 +117,7 @@ def subject(
 
     None: the schedule it was trained with; the corpus's folder as its name.
     """
-    folder = checkpoint.verified(path)
+    folder = checkpoint.verify(path)
     model, tokenizer = checkpoint.load(folder, ranks.device)
     same_tokenizer(data, tokenizer, folder)
     return Subject(
@@ -159,10 +159,10 @@ def sweeps(s: Subject) -> dict[str, Any]:
 
 def ablations(s: Subject) -> dict[str, Any]:
     """Live, and live with the memory replaced in every way."""
-    return scores(s, EVERY).to_dict()
+    return summary_scores(s, EVERY).to_dict()
 
 
-def scores(s: Subject, replaced: Sequence[str] = HEADLINE) -> Metrics:
+def summary_scores(s: Subject, replaced: Sequence[str] = HEADLINE) -> Metrics:
     """Parallel and live, and live with the memory replaced: what `lrt evaluate` prints."""
     return evaluate(
         s.model, s.windows, s.token_bytes, s.schedule, replaced, s.batch_size, s.progress, s.prefix_bytes, s.keep
@@ -175,16 +175,16 @@ def score_corpora(subjects: Sequence[Subject]) -> Result:
     All ranks call it; nothing is written but what a stopped call goes on from.
     """
     begun = time.perf_counter()
-    corpora = {s.name: scores(s).to_dict() for s in subjects}
+    corpora = {s.name: summary_scores(s).to_dict() for s in subjects}
     first = subjects[0]
     settings = {"complete": all(c["complete"] for c in corpora.values()), "schedule": repr(first.schedule)}
-    values = together(list(corpora.values())) | {"corpora": corpora}
+    values = score_together(list(corpora.values())) | {"corpora": corpora}
     spent = time.perf_counter() - begun
     name = " and ".join(corpora)
     return Result("scores", name, first.weights, settings, values, spent, hardware(first.ranks.device))
 
 
-def together(corpora: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def score_together(corpora: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Scores of several corpora as of one text: nats and bytes added up."""
     size = sum(c["bytes"] for c in corpora)
     found = dict(corpora[0])
@@ -199,7 +199,7 @@ def together(corpora: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def scored(s: Subject, kind: str, columns: Columns) -> TokenScores:
+def score_windows(s: Subject, kind: str, columns: Columns) -> TokenScores:
     """The windows' scores token by token; stopped, they go on."""
     settings = {"checkpoint": s.weights, "data": s.data, "schedule": repr(s.schedule)}
     ledger = s.ledger(kind, settings)
@@ -208,15 +208,15 @@ def scored(s: Subject, kind: str, columns: Columns) -> TokenScores:
 
 def bits(s: Subject) -> dict[str, Any]:
     """BPB in every way, by position and document, with intervals."""
-    scores = scored(s, "bpb", standard(s.used))
-    return {"schedule": repr(s.used)} | summary(scores, (("live", "parallel"), ("off", "live")))
+    scores = score_windows(s, "bpb", standard(s.used))
+    return {"schedule": repr(s.used)} | summarise(scores, (("live", "parallel"), ("off", "live")))
 
 
 def low_precision(s: Subject) -> dict[str, Any]:
     """bfloat16 beside its control."""
-    scores = scored(s, "bfloat16", bfloat16(s.model))
+    scores = score_windows(s, "bfloat16", bfloat16(s.model))
     pairs = (("bfloat16 control", "live"), ("bfloat16 live", "bfloat16 control"))
-    return {"schedule": repr(s.used)} | summary(scores, pairs)
+    return {"schedule": repr(s.used)} | summarise(scores, pairs)
 
 
 def memory(s: Subject) -> dict[str, Any]:
@@ -226,16 +226,16 @@ def memory(s: Subject) -> dict[str, Any]:
     for folder in snapshots(s.run):
         model, _ = checkpoint.load(folder, inputs.device)
         history.append({"step": snapshot_step(folder), "layers": layers(model, inputs), **scales(model)})
-    found = {"layers": layers(s.model, inputs), "reach": reach(s.model, inputs), "noise": NOISE}
+    found = {"layers": layers(s.model, inputs), "reach": memory_reach(s.model, inputs), "noise": NOISE}
     return found | {"snapshots": history, "scales": scales(s.model), "inputs": list(inputs.shape)}
 
 
 def text(s: Subject) -> dict[str, Any]:
     """The beginning of a document, with what recurrence gains on each token."""
-    scores = scored(s, "bpb", standard(s.used))
+    scores = score_windows(s, "bpb", standard(s.used))
     document = int(np.bincount(scores.document).argmax())
     chosen = np.flatnonzero(scores.document == document)[:TEXT]
-    return coloured(
+    return token_pieces(
         s.tokenizer, *(v[chosen].tolist() for v in (scores.tokens, scores.nats["live"], scores.nats["off"]))
     )
 
@@ -262,8 +262,8 @@ def diagnose(s: Subject, measures: Sequence[str] = ("bpb", "sweeps", "ablations"
         if kind not in ALONE_BY_FIRST:
             values = MEASURES[kind](s)
         else:
-            with s.ranks.together():
-                values = s.ranks.agreed(MEASURES[kind](replace(s, ranks=ALONE)) if s.ranks.first else {})
+            with s.ranks.collective():
+                values = s.ranks.broadcast(MEASURES[kind](replace(s, ranks=SINGLE_PROCESS)) if s.ranks.first else {})
         settings = {"targets": s.windows.targets, "complete": s.windows.complete, "schedule": repr(s.schedule)}
         spent = time.perf_counter() - begun
         found.append(Result(kind, s.name, s.weights, settings, values, spent, hardware(s.ranks.device)))

@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrt.distributed.single import ALONE, Alone
+from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
 from lrt.eval.results import slug
 from lrt.utils.provenance import code_version
 
 
-class Unkept:
+class InMemory:
     """Items that are done, in memory alone: the neutral object, and the interface of `Ledger`."""
 
-    def __init__(self, ranks: Alone = ALONE) -> None:
+    def __init__(self, ranks: SingleProcess = SINGLE_PROCESS) -> None:
         self.ranks = ranks
         self.done: dict[str, Any] = {}
         """Key -> what was found, by any rank before this call, by this one in it."""
@@ -34,23 +34,25 @@ class Unkept:
         return self.done
 
 
-Keep = Callable[[str], Unkept]
+Keep = Callable[[str], InMemory]
 """What is measured -> where its items are noted."""
 
 
-def unkept(name: str) -> Unkept:
+def in_memory(name: str) -> InMemory:
     """Notes nothing on the disk."""
-    return Unkept()
+    return InMemory()
 
 
-class Ledger(Unkept):
+class Ledger(InMemory):
     """Items of a long evaluation that are done: key -> what was found, one JSON line each.
 
     Every rank appends to a file of its own and reads those of all, so that any number of ranks goes on from what any
     other number did. What was made with other settings, or by another version of the code, is in other files.
     """
 
-    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any], ranks: Alone = ALONE) -> None:
+    def __init__(
+        self, folder: Path, name: str, settings: Mapping[str, Any], ranks: SingleProcess = SINGLE_PROCESS
+    ) -> None:
         super().__init__(ranks)
         # The code too: a result names the version that measured it, all of it.
         self.settings = json.dumps({**settings, "code": code_version()}, sort_keys=True)
@@ -58,10 +60,10 @@ class Ledger(Unkept):
         self.folder, self.stem = folder, f"{slug(name)}-{digest}"
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / f"{self.stem}.rank{ranks.rank}.jsonl"
-        with ranks.together():
+        with ranks.collective():
             self._mend()
         self.done = self.everybody()
-        with ranks.together():  # nobody adds before all have read: they share what is left to do
+        with ranks.collective():  # nobody adds before all have read: they share what is left to do
             pass
 
     def add(self, found: Mapping[str, Any]) -> None:
@@ -72,7 +74,7 @@ class Ledger(Unkept):
 
     def everybody(self) -> dict[str, Any]:
         """The items of all ranks. All of them call it, when their own are done."""
-        with self.ranks.together():
+        with self.ranks.collective():
             pass
         return self._read()
 

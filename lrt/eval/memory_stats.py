@@ -85,7 +85,7 @@ class BlockInside:
 
 
 @torch.no_grad()
-def inside(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tensor, list[BlockInside]]:
+def live_memory(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tensor, list[BlockInside]]:
     """The memory (C, B, T, D) that each position of inputs (B, T) reads when decoding live, and what blocks add."""
     _, state = settled_state(model, inputs)
     heard: dict[int, tuple[Tensor, Tensor]] = {}
@@ -94,7 +94,7 @@ def inside(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tensor, l
     projected = model.projection(memory)
     with listening(heard, model):
         model(inputs, range(length), dataclasses.replace(state.clone(), write=state.write))
-    injected = model.config.memory.injected(model.config.depth)
+    injected = model.config.memory.injected_layers(model.config.depth)
     found = []
     for number, block in enumerate(blocks_of(model), 1):
         stream, u = heard[number]
@@ -118,7 +118,7 @@ def layers(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[str, 
     Ratios are of root mean squares, gates included: γ m over the residual stream it is added to, U_k m over W_k u, and
     U_v m over W_v u, per channel.
     """
-    memory, blocks = inside(model, inputs)
+    memory, blocks = live_memory(model, inputs)
     found = []
     for block in blocks:
         row: dict[str, Any] = {"layer": block.layer, "injected": block.injected}
@@ -142,7 +142,7 @@ def by_token(model: LatentRecurrentTransformer, inputs: Tensor) -> dict[str, Any
     norm: ‖m‖ / √D of the memory read, by channel (RMS-normalised, a single source has 1; 0 where
     nothing is read); change: ‖m − m before‖ / √D; blocks: mean gates over heads, and the ratios of `layers`.
     """
-    memory, blocks = inside(model, inputs)
+    memory, blocks = live_memory(model, inputs)
     memory = memory[:, 0].float()  # (C, T, D)
     root = memory.shape[-1] ** 0.5
     moved = torch.diff(memory, dim=1, prepend=torch.zeros_like(memory[:, :1]))
@@ -182,7 +182,7 @@ def scales(model: LatentRecurrentTransformer) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def reach(
+def memory_reach(
     model: LatentRecurrentTransformer, inputs: Tensor, back: Sequence[int] = BACK, seed: int = 0
 ) -> list[dict[str, float]]:
     """How far back the memory reaches: inputs (B, T), decoded live with one memory perturbed k tokens before a place.
@@ -224,7 +224,7 @@ def sample(windows: Windows, count: int, device: torch.device) -> Tensor:
     return batch.tokens[:, : max(1, shortest)].to(device)
 
 
-def coloured(
+def token_pieces(
     tokenizer: Tokenizer, tokens: Sequence[int], live: Sequence[float], off: Sequence[float]
 ) -> dict[str, Any]:
     """A text in pieces, each with its surprisal in bits, live and with nothing recurrent read."""

@@ -57,7 +57,7 @@ def slug(text: str) -> str:
     return "".join(c if c.isalnum() or c == "_" else "-" for c in text).strip("-")
 
 
-def read(folder: Path) -> list[Result]:
+def read_results(folder: Path) -> list[Result]:
     """All results of a folder, by file name. ValueError naming a file that is damaged or of another format."""
     found = []
     for file in sorted(folder.glob("*.json")):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lrt.data.batch import IGNORED
 from lrt.data.windows import Windows
-from lrt.eval.ablations import ABLATIONS, OwnMemory, ablated, reading
-from lrt.eval.ledger import Keep, Unkept, unkept
+from lrt.eval.ablations import ABLATIONS, OwnMemory, ablate, reading
+from lrt.eval.ledger import InMemory, Keep, in_memory
 from lrt.inference.decoders import decoder
 from lrt.model.cross_entropy import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -116,7 +116,7 @@ Scorer = Callable[[LatentRecurrentTransformer, Tensor, Advance], Tensor]
 """(model, tokens (B, T), advance) -> nats (B, T-1)."""
 
 
-def live(model: LatentRecurrentTransformer, tokens: Tensor, advance: Advance) -> Tensor:
+def live_scorer(model: LatentRecurrentTransformer, tokens: Tensor, advance: Advance) -> Tensor:
     """The live scorer."""
     return score(model, tokens, advance=advance)
 
@@ -141,7 +141,7 @@ def under(schedule: Schedule) -> Scorer:
     """The scorer of a schedule; a mixture is the probability-weighted mean, stages are their last."""
 
     def scorer(model: LatentRecurrentTransformer, tokens: Tensor, advance: Advance) -> Tensor:
-        nats = torch.stack([p * score_parallel(model, tokens, part) for p, part in schedule.scored()]).sum(0)
+        nats = torch.stack([p * score_parallel(model, tokens, part) for p, part in schedule.scoring_parts()]).sum(0)
         advance(nats.numel())
         return nats
 
@@ -157,7 +157,7 @@ def bits_per_byte(
     title: str = "scoring",
     progress: bool = True,
     prefix_bytes: int = 0,
-    ledger: Unkept | None = None,
+    ledger: InMemory | None = None,
 ) -> tuple[float, int]:
     """(BPB, bytes) of a model over evaluation windows. All ranks of the ledger call it, and share the batches.
 
@@ -169,7 +169,7 @@ def bits_per_byte(
         raise ValueError(
             "this tokenizer has no byte alphabet: score the whole split (at_least=None), so that its size counts"
         )
-    device, ledger = model.embedding.weight.device, Unkept() if ledger is None else ledger
+    device, ledger = model.embedding.weight.device, InMemory() if ledger is None else ledger
     every = portions(windows, batch_size)
     mine = ledger.todo(list(every))
     with bar(title, sum(every[key].positions for key in mine), progress) as tell:
@@ -211,7 +211,7 @@ def evaluate(
     batch_size: int = BATCH,
     progress: bool = True,
     prefix_bytes: int = 0,
-    keep: Keep = unkept,
+    keep: Keep = in_memory,
 ) -> Metrics:
     """Score a model under its training schedule and live, and, where it has a memory, live with that replaced.
 
@@ -222,8 +222,8 @@ def evaluate(
     unknown = sorted(set(ablations) - set(EVERY))
     if unknown:
         raise ValueError(f"unknown ablations {', '.join(unknown)}; choose among {', '.join(EVERY)}")
-    recurrent = bool(model.config.memory.remembered(model.config.depth))
-    schedule = schedule if model.config.recurs else plain()
+    recurrent = bool(model.config.memory.stored_sources(model.config.depth))
+    schedule = schedule if model.config.is_recurrent else plain()
 
     batch_size = shared_batch(batch_size, len(windows), keep("live").ranks.ranks)
     if len(windows) == 1:  # it has no other's memory to read
@@ -240,13 +240,13 @@ def evaluate(
     was_training = model.training
     model.eval()
     parallel, size = bpb(model, under(schedule), "parallel")
-    alive, _ = bpb(model, live, "live")
+    alive, _ = bpb(model, live_scorer, "live")
     replaced: dict[str, float] = {}
     for name in ablations if recurrent else ():
         if name == TWO_FORWARDS:
             replaced["live_bpb_two_forwards"], _ = bpb(model, two_forwards, "two forwards")
         else:
-            replaced[f"live_bpb_memory_{name}"], _ = bpb(ablated(model, name), live, f"memory {name}")
+            replaced[f"live_bpb_memory_{name}"], _ = bpb(ablate(model, name), live_scorer, f"memory {name}")
     model.train(was_training)
     return Metrics(
         repr(schedule), windows.targets, size, windows.complete, parallel, alive, alive - parallel, **replaced

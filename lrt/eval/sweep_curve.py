@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lrt.data.batch import IGNORED
 from lrt.data.windows import Windows
-from lrt.eval.ledger import Keep, unkept
+from lrt.eval.ledger import Keep, in_memory
 from lrt.eval.scoring import BATCH, bits_per_byte, portions, shared_batch, under
 from lrt.model.cross_entropy import token_nats
 from lrt.model.state import State
@@ -136,7 +136,7 @@ def sweep_curve(
     batch_size: int = BATCH,
     progress: bool = True,
     prefix_bytes: int = 0,
-    keep: Keep = unkept,
+    keep: Keep = in_memory,
 ) -> SweepCurve:
     """Score a model after every refinement, up to the largest of `counts`, for each stride of `groups` (1 first).
 
@@ -148,7 +148,7 @@ def sweep_curve(
         raise ValueError(
             f"groups {tuple(groups)} and counts {tuple(counts)} give no verdict; start with 1, and end with n - 1 and n"
         )
-    schedule = schedule if model.config.memory.remembered(model.config.depth) else plain()
+    schedule = schedule if model.config.memory.stored_sources(model.config.depth) else plain()
     ledger = keep("sweeps")
     batch_size = shared_batch(batch_size, len(windows), ledger.ranks.ranks)
     parallel, size = bits_per_byte(
@@ -207,7 +207,7 @@ def _batch(
 
     state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
     out = refine(model, inputs, sequential(), state=state)
-    exact = watched(out.state, out.hidden)
+    exact = compared_states(out.state, out.hidden)
     found: dict[str, list[Any]] = {"live": [nats(out.hidden), square(exact * valid)]}
     tell(len(inputs), "live")
     for g in groups:
@@ -220,7 +220,7 @@ def _batch(
                 before = hidden
                 hidden, state = refinement(model, inputs, state, g)
                 moved, scored = (hidden - before) * valid, nats(hidden)
-            apart = (watched(state, hidden) - exact) * valid
+            apart = (compared_states(state, hidden) - exact) * valid
             far = apart.norm(dim=-1) / exact.norm(dim=-1)
             changed = square(moved) if n > 0 else 0.0
             points.append([*Sums(scored, square(apart), changed, square(hidden * valid), float(far.max()))])
@@ -237,7 +237,7 @@ def refinement(model: LatentRecurrentTransformer, tokens: Tensor, state: State, 
     return hidden, state
 
 
-def watched(state: State, hidden: Tensor) -> Tensor:
+def compared_states(state: State, hidden: Tensor) -> Tensor:
     """(B, T, P·D): the memory that is compared; the final hidden state where nothing is remembered."""
     return state.memory.flatten(2) if state.memory.shape[2] > 0 else hidden
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from lrt.data.batch import IGNORED
 from lrt.data.windows import Windows
-from lrt.eval.ledger import Unkept
+from lrt.eval.ledger import InMemory
 from lrt.eval.scoring import BATCH, score, score_parallel
 from lrt.model.cross_entropy import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -66,11 +66,11 @@ def standard(schedule: Schedule) -> Columns:
     def columns(model: LatentRecurrentTransformer, tokens: Tensor) -> dict[str, Tensor]:
         found = {
             "live": score(model, tokens),
-            "parallel": sum_of([p * score_parallel(model, tokens, part) for p, part in schedule.scored()]),
+            "parallel": sum_of([p * score_parallel(model, tokens, part) for p, part in schedule.scoring_parts()]),
             "off": score_parallel(model, tokens, plain()),
         }
-        if len(schedule.scored()) == 1:
-            found |= pass_nats(model, tokens, schedule.scored()[0][1])
+        if len(schedule.scoring_parts()) == 1:
+            found |= pass_nats(model, tokens, schedule.scoring_parts()[0][1])
         return found
 
     return columns
@@ -108,7 +108,9 @@ def bfloat16(model: LatentRecurrentTransformer) -> Columns:
             state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
             exact = refine(model, inputs, sequential(), state=state)
             given = low.empty_state(len(inputs), inputs.shape[1], tokens=inputs)
-            given = dataclasses.replace(given, memory=exact.state.memory.to(torch.bfloat16), held=exact.state.held)
+            given = dataclasses.replace(
+                given, memory=exact.state.memory.to(torch.bfloat16), slot_positions=exact.state.slot_positions
+            )
             hidden, _ = low(inputs, range(inputs.shape[1]), given)
             return {
                 "live": token_nats(model, exact.hidden, targets),
@@ -124,7 +126,7 @@ def token_scores(
     windows: Windows,
     token_bytes: Tensor | None,
     columns: Columns,
-    ledger: Unkept,
+    ledger: InMemory,
     batch_size: int = BATCH,
     prefix_bytes: int = 0,
     progress: bool = True,
@@ -150,22 +152,22 @@ def token_scores(
             valid = [int((row != IGNORED).sum()) for row in batch.targets]
             ledger.add(
                 {
-                    str(part.starts[i]): {name: encoded(value[row, : valid[row]]) for name, value in nats.items()}
+                    str(part.starts[i]): {name: to_json(value[row, : valid[row]]) for name, value in nats.items()}
                     for row, i in enumerate(rows)
                 }
             )
             first += len(batch.tokens)
             tell(len(batch.tokens))
     model.train(was_training)
-    return gathered(windows, ledger.everybody(), token_bytes.numpy(), prefix_bytes)
+    return gather_rows(windows, ledger.everybody(), token_bytes.numpy(), prefix_bytes)
 
 
-def encoded(values: Tensor) -> list[float | None]:
+def to_json(values: Tensor) -> list[float | None]:
     """Numbers for JSON, which knows no NaN."""
     return [None if math.isnan(v) else v for v in values.tolist()]
 
 
-def gathered(windows: Windows, done: Mapping[str, Any], token_bytes: np.ndarray, prefix_bytes: int) -> TokenScores:
+def gather_rows(windows: Windows, done: Mapping[str, Any], token_bytes: np.ndarray, prefix_bytes: int) -> TokenScores:
     """The windows' scores in the order of the text."""
     order = np.argsort(windows.starts)
     starts, lengths = windows.starts[order], windows.lengths[order]
@@ -230,7 +232,7 @@ def buckets(scores: TokenScores, by: np.ndarray) -> list[dict[str, Any]]:
     return found
 
 
-def summary(scores: TokenScores, pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+def summarise(scores: TokenScores, pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     """All of it as plain data; `pairs` are differences to give intervals of."""
     columns = {}
     for name in scores.nats:

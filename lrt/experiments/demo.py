@@ -56,7 +56,7 @@ def demo(
     source = "the standard library of this Python" if text is None else f"{len(text)} text file(s)"
     console.print(f"Preparing {source} …")
     data = prepare(out / "data", text, progress=progress)
-    prompt = opening(data) if prompt is None else prompt
+    prompt = first_line(data) if prompt is None else prompt
     longest = recipes.CONTEXT - SAMPLE  # and BOS, whose place the last token drawn does not need
     length = len(data.tokenizer.encode(prompt))
     if length > longest:
@@ -67,7 +67,7 @@ def demo(
         tokens = min(recipes.DEMO_TOKENS, EPOCHS * Rows(data.split("train"), recipes.CONTEXT, seed).targets)
     models: dict[str, dict[str, Any]] = {}
     for family in recipes.FAMILIES:
-        run = recipes.demo(family, data.vocab_size, tokens, seed)
+        run = recipes.demo_recipe(family, data.vocab_size, tokens, seed)
         result, fresh = _family(family, run, data, out / family, device, console, progress)
         reused += 0.0 if fresh else result.pop("seconds")
         models[family] = {k: v for k, v in result.items() if k != "seconds"}
@@ -81,10 +81,10 @@ def demo(
     }
     console.print(demo_report.table(summary))
     console.print("\nA sample from the LRT, decoded with its recurrence:\n", style="bold")
-    written = stream(model, tokenizer, prompt, SAMPLE, Sampling(0.8, top_p=0.95), seed)
+    written = print_continuation(model, tokenizer, prompt, SAMPLE, Sampling(0.8, top_p=0.95), seed)
     summary["seconds"] = time.perf_counter() - begun + reused
     diaries = {family: out / family / "metrics.jsonl" for family in models}
-    demo_report.write(out / "report.html", summary, diaries, written)
+    demo_report.write_report(out / "report.html", summary, diaries, written)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     console.print(f"\n{out / 'report.html'} and {out / 'summary.json'} written, {summary['seconds']:.0f} s in all.")
     return summary
@@ -151,13 +151,13 @@ def _finished(path: Path) -> dict[str, Any]:
         return {}
 
 
-def opening(data: Prepared) -> str:
+def first_line(data: Prepared) -> str:
     """The first line of the first validation document: what the sample starts with."""
     first = data.tokenizer.decode(data.split("val")[0][:64].tolist())
     return first.split("\n", 1)[0] + "\n"
 
 
-def stream(
+def print_continuation(
     model: LatentRecurrentTransformer,
     tokenizer: Tokenizer,
     prompt: str,

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from rich.table import Table
 
-from lrt.eval.report.figures import COLOURS, smoothed
+from lrt.eval.report.figures import COLOURS, running_mean
 from lrt.eval.report.html import PAGE, figure
 
 Row = tuple[str, Callable[[Mapping[str, Any]], str]]
@@ -30,7 +30,7 @@ ABLATIONS = (
 )
 
 
-def rows(summary: Mapping[str, Any]) -> list[list[str]]:
+def comparison_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """The comparison as text cells: a row per model, then the ablations; the last column is against the first model."""
     models: Mapping[str, Mapping[str, Any]] = summary["models"]
     base = next(iter(models.values()))["live_bpb"]
@@ -56,12 +56,12 @@ def table(summary: Mapping[str, Any]) -> Table:
     shown = [i for i, title in enumerate(header(summary)) if title not in ("parameters", "tokens", "TFLOPs")]
     for i in shown:
         out.add_column(header(summary)[i], justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows(summary):
+    for row in comparison_rows(summary):
         out.add_row(*[row[i] for i in shown])
     return out
 
 
-def write(path: Path, summary: Mapping[str, Any], diaries: Mapping[str, Path], sample: str) -> None:
+def write_report(path: Path, summary: Mapping[str, Any], diaries: Mapping[str, Path], sample: str) -> None:
     """Write the report: table, loss curves from the runs' metrics.jsonl, a sample, the settings."""
     curves = {name: [json.loads(line) for line in diary.read_text().splitlines()] for name, diary in diaries.items()}
     body = [
@@ -99,7 +99,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
 
 def _html_table(summary: Mapping[str, Any]) -> str:
     cells = "".join(f"<th>{html.escape(t)}</th>" for t in header(summary))
-    lines = ["".join(f"<td>{html.escape(c)}</td>" for c in row) for row in rows(summary)]
+    lines = ["".join(f"<td>{html.escape(c)}</td>" for c in row) for row in comparison_rows(summary)]
     return (
         f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>'
         + "".join(f"<tr>{line}</tr>" for line in lines)
@@ -124,7 +124,7 @@ def _bars(ax: Axes, summary: Mapping[str, Any]) -> None:
 def _losses(ax: Axes, curves: Mapping[str, list[dict[str, Any]]], key: str, unit: float, label: str) -> None:
     after_start: list[float] = []
     for colour, (name, lines) in zip(COLOURS, curves.items(), strict=False):
-        values = smoothed([line["loss"] for line in lines], max(1, len(lines) // 40))
+        values = running_mean([line["loss"] for line in lines], max(1, len(lines) // 40))
         after_start += values[len(values) // 10 :]
         ax.plot([line[key] / unit for line in lines], values, color=colour, label=name.replace("_", " "), linewidth=1.6)
     low, high = min(after_start), max(after_start)  # the first tenth falls so far that it would hide the rest

@@ -8,7 +8,7 @@ from typing import Any
 
 from lrt.model.config import MemoryConfig, ModelConfig
 from lrt.schedules import library as schedules
-from lrt.training.recipes import recommended
+from lrt.training.recipes import recommended_memory
 
 CHUNK = 64
 """Tokens of a chunk of the paper's losing baseline."""
@@ -44,7 +44,7 @@ def rivals(layers: int) -> dict[str, Rival]:
     """
     upper, middle = max(1, round(0.75 * layers)), max(1, layers // 2)
     lrt, thought = "2605.26797", "PonderLM-2, 2509.23184"
-    twice, best = MemoryConfig(source=(0, 0), combine="channels"), recommended(layers)
+    twice, best = MemoryConfig(source=(0, 0), combine="channels"), recommended_memory(layers)
     return {
         "transformer": Rival({}, "plain()", "nanochat"),
         "token shift": Rival({"memory": MemoryConfig(source=0)}, "plain()", "control: the previous embedding"),

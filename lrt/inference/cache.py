@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lrt.inference.decoders import Eager
+from lrt.inference.decoders import EagerDecoder
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -23,9 +23,11 @@ from lrt.model.transformer import LatentRecurrentTransformer
 def row_bytes(model: LatentRecurrentTransformer, slots: int) -> int:
     """Bytes of one row of a State: keys, values, memory, tokens and positions."""
     config = model.config
-    remembered = len(config.memory.remembered(config.depth))
-    numbers = 2 * config.caches * config.groups * config.head_dim + remembered * config.width
-    return slots * config.places * (numbers * model.embedding.weight.element_size() + 2 * torch.long.itemsize)
+    remembered = len(config.memory.stored_sources(config.depth))
+    numbers = 2 * config.kv_layers * config.num_kv_heads * config.head_dim + remembered * config.width
+    return (
+        slots * config.positions_per_token * (numbers * model.embedding.weight.element_size() + 2 * torch.long.itemsize)
+    )
 
 
 def rows_that_fit(model: LatentRecurrentTransformer, available: int, slots: int) -> int:
@@ -38,10 +40,10 @@ def rows_that_fit(model: LatentRecurrentTransformer, available: int, slots: int)
     return available // each
 
 
-class Rows:
+class RowPool:
     """A decoder's rows and the slots they fill."""
 
-    def __init__(self, decoder: Eager) -> None:
+    def __init__(self, decoder: EagerDecoder) -> None:
         self.decoder = decoder
         self.used = 0
         """Rows in use: 0 … used - 1."""
@@ -67,7 +69,7 @@ class Rows:
         last = self.used - 1
         self.used = last
         if row != last:
-            self.copy(row, self.state, last, int(self.state.held[last].max()) + 1)
+            self.copy(row, self.state, last, int(self.state.slot_positions[last].max()) + 1)
         return last
 
     def copy(self, row: int, source: State, its: int, length: int) -> None:
@@ -78,9 +80,9 @@ class Rows:
             for mine, theirs in zip(buffers_of(self.state), buffers_of(source), strict=True):
                 mine[row].narrow(-2, 0, width).copy_(theirs[its].narrow(-2, 0, width))
             self._fill(row, -1)
-            held = source.held[its, :width]
+            held = source.slot_positions[its, :width]
             known = (held >= 0) & (held < length)
-            self.state.held[row, :width] = held.where(known, -1)
+            self.state.slot_positions[row, :width] = held.where(known, -1)
             self.state.tokens[row, :width] = source.tokens[its, :width].where(known, -1)
 
     def snapshot(self, row: int, length: int) -> State:
@@ -88,7 +90,7 @@ class Rows:
         state = self.state
         width = state.slots if state.reusable else max(1, length)
         with torch.no_grad():
-            held = state.held[row : row + 1, :width].clone()
+            held = state.slot_positions[row : row + 1, :width].clone()
             gone = held >= length
             return dataclasses.replace(
                 state,
@@ -96,19 +98,19 @@ class Rows:
                 values=tuple(v[row : row + 1, :, :width].clone() for v in state.values),
                 memory=state.memory[row : row + 1, :width].clone(),
                 tokens=state.tokens[row : row + 1, :width].masked_fill(gone, -1),
-                held=held.masked_fill(gone, -1),
-                filled=0,
-                pending=(),
+                slot_positions=held.masked_fill(gone, -1),
+                written_until=0,
+                pending_strides=(),
             )
 
     def _fill(self, row: int, value: int) -> None:
         with torch.no_grad():
-            self.state.held[row] = value
+            self.state.slot_positions[row] = value
             self.state.tokens[row] = value
 
     def _forget(self) -> None:
         """What Python knows of all rows (`filled`) no longer holds."""
-        self.decoder.state = dataclasses.replace(self.state, filled=0, pending=())
+        self.decoder.state = dataclasses.replace(self.state, written_until=0, pending_strides=())
 
 
 def buffers_of(state: State) -> list[Tensor]:
@@ -116,7 +118,7 @@ def buffers_of(state: State) -> list[Tensor]:
     return [*state.keys, *state.values, state.memory.transpose(1, 2)]
 
 
-class Prefixes:
+class PrefixCache:
     """Snapshots of rows, the least recently used dropped where they exceed a budget."""
 
     def __init__(self, budget: int) -> None:
@@ -136,7 +138,7 @@ class Prefixes:
         reach: where slots are reused, how many positions before n must be intact.
         """
         wanted = tuple(tokens[:-1])
-        shared = {text: common(text, wanted) for text in self.kept}
+        shared = {text: common_prefix(text, wanted) for text in self.kept}
         text = max(shared, key=lambda t: shared[t], default=())
         if not shared or shared[text] == 0:
             return None
@@ -158,17 +160,17 @@ class Prefixes:
             del self.kept[next(iter(self.kept))]
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two texts have in common at their beginning."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def size(state: State) -> int:
     """Bytes of a State's buffers."""
-    parts = (*state.keys, *state.values, state.memory, state.tokens, state.held)
+    parts = (*state.keys, *state.values, state.memory, state.tokens, state.slot_positions)
     return sum(part.numel() * part.element_size() for part in parts)
 
 
 def ends(state: State, length: int) -> Tensor:
     """(1,): a length as `intact` takes it."""
-    return state.held.new_tensor([length])
+    return state.slot_positions.new_tensor([length])

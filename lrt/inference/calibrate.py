@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrt.inference.cost_model import Calibration, Plan, device_name
 from lrt.inference.prefill import TOLERANCES, tolerance
-from lrt.inference.sweeps import Flight, Prompt
+from lrt.inference.sweeps import Prompt, SweepState
 from lrt.model.transformer import LatentRecurrentTransformer, fingerprint
 from lrt.utils.progress import bar
 
@@ -45,7 +45,7 @@ def calibrate(model: LatentRecurrentTransformer, tokens: Tensor, progress: bool 
         raise ValueError(
             f"the prompt has shape {tuple(tokens.shape)}; give one row of at least {2 * STRIDES[0]} tokens"
         )
-    if len(model.config.memory.remembered(model.config.depth)) == 0:
+    if len(model.config.memory.stored_sources(model.config.depth)) == 0:
         raise ValueError(
             "nothing recurs in this model, so that there is nothing to calibrate: it is prefilled in one forward"
         )
@@ -89,7 +89,7 @@ def sweeps_taken(model: LatentRecurrentTransformer, tokens: Tensor, groups: int)
     """(sweeps until each mode has converged, those that do; the time of a sweep over that of a plain forward)."""
     length = tokens.shape[1]
     state = model.empty_state(1, length, tokens=tokens).in_place()
-    flight = Flight.of(model, Prompt(tokens, [length], [0]), state)
+    flight = SweepState.of(model, Prompt(tokens, [length], [0]), state)
     other = model.empty_state(1, length).in_place()
     limits = {mode: tolerance(mode, model) for mode in TOLERANCES}
     taken: dict[str, int] = {}

@@ -52,7 +52,7 @@ class Certificate:
 
 
 @dataclass(frozen=True)
-class Report:
+class PrefillReport:
     """How a prefill went."""
 
     mode: str
@@ -77,7 +77,7 @@ class Report:
         return dataclasses.asdict(self)
 
 
-def merged(parts: list[Certificate]) -> Certificate:
+def merge_certificates(parts: list[Certificate]) -> Certificate:
     """One certificate for the chunks of a long prompt: what the least exact of them vouches for, at the cost of all."""
     if len(parts) == 1:
         return parts[0]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.inference.chat_template import TEMPLATES, Message, specials, template_of, written
+from lrt.inference.chat_template import TEMPLATES, Message, specials, template_of, turn_tokens
 from lrt.inference.cost_model import Calibration
 from lrt.inference.prefill import Mode
 from lrt.inference.sampling import Sampling
@@ -19,7 +19,7 @@ TURNS = "turns.json"
 """Beside a saved session: where its turns began."""
 
 
-class Chat:
+class Conversation:
     """One conversation with one model. Turns are exact continuations of the session, and can be taken back."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Chat:
         """
         before = len(self.session.tokens) if self.session is not None else 0
         ids = self.turn(text)
-        room = max_new_tokens if self.model.config.unbounded else self.model.config.context - before - len(ids)
+        room = max_new_tokens if self.model.config.unlimited_context else self.model.config.context - before - len(ids)
         if room <= 0:
             raise ValueError(
                 f"the conversation has {before} tokens and this turn {len(ids)}, the context is "
@@ -83,9 +83,9 @@ class Chat:
         """The tokens of a turn, up to where the answer begins."""
         parts = self.template.parts([Message("user", text)])
         if self.session is None:
-            return [self.tokenizer.bos, *written(self.tokenizer, self.template, parts)]
+            return [self.tokenizer.bos, *turn_tokens(self.tokenizer, self.template, parts)]
         ended = self.session.tokens[-1] in self.stop  # not where the answer was cut by its limit
-        return written(self.tokenizer, self.template, [*self.template.closing(ended), *parts])
+        return turn_tokens(self.tokenizer, self.template, [*self.template.closing(ended), *parts])
 
     def undo(self) -> None:
         """Take the last turn back, exactly."""

@@ -98,7 +98,7 @@ def specials(tokenizer: Tokenizer) -> dict[str, int]:
     return {added[i].content: i for i in tokenizer.special}
 
 
-def written(tokenizer: Tokenizer, template: Template, parts: Sequence[tuple[str, bool]]) -> list[int]:
+def turn_tokens(tokenizer: Tokenizer, template: Template, parts: Sequence[tuple[str, bool]]) -> list[int]:
     """The tokens of a conversation's pieces: special tokens by their names, except in what somebody said."""
     names, ids = specials(tokenizer), []
     for part, said in parts:

@@ -82,7 +82,7 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} {kind}, {torch.get_num_threads()} threads"
 
 
-def read(folder: str | Path, model: LatentRecurrentTransformer) -> Calibration:
+def read_calibration(folder: str | Path, model: LatentRecurrentTransformer) -> Calibration:
     """The calibration beside a checkpoint for this model and its device; `fallback` where there is none.
 
     Raises ValueError where the file is damaged.
@@ -93,7 +93,7 @@ def read(folder: str | Path, model: LatentRecurrentTransformer) -> Calibration:
     return measured if measured and measured.model == fingerprint(model) else fallback(device)
 
 
-def write(folder: str | Path, calibration: Calibration) -> None:
+def write_calibration(folder: str | Path, calibration: Calibration) -> None:
     """Keep a calibration beside a checkpoint, in the place of an older one for its device."""
     file = Path(folder) / FILE
     entries = {**_entries(file), calibration.device: calibration}

@@ -19,9 +19,9 @@ from types import FunctionType
 import torch
 from torch import Tensor
 
-from lrt.inference.fused_step import Before, Buffers, buffers, locate, logits, recall, step
-from lrt.inference.fused_weights import Layout, Products, packed, packs, products, transposed
-from lrt.model.memory import Recall
+from lrt.inference.fused_step import Before, Buffers, buffers, locate, logits, read_memory, step
+from lrt.inference.fused_weights import FusedWeights, Layout, fuse_weights, packed_layout, packs, transposed_layout
+from lrt.model.memory import MemoryReader
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -29,7 +29,7 @@ BUCKET = 128
 """Where shapes are static (CUDA graphs), the slots in view are a power of two times this."""
 
 
-class Eager:
+class EagerDecoder:
     """The model itself, position by position."""
 
     name = "eager"
@@ -65,26 +65,26 @@ class Eager:
         return self.model.logits(hidden)
 
 
-class Fused(Eager):
+class FusedDecoder(EagerDecoder):
     """The flat step over fused products."""
 
     name = "fused"
 
     def __init__(self, model: LatentRecurrentTransformer, state: State) -> None:
         super().__init__(model, state)
-        self.products = products(model, self.layout(self.state.batch))
+        self.products = fuse_weights(model, self.layout(self.state.batch))
         self.buffers = buffers(self.state)
-        self.memory = self.recalled if type(model.recall) is Recall else self.asked
+        self.memory = self.recalled if type(model.recall) is MemoryReader else self.asked
         self.slides = any(w is not None for w in model.config.windows())
 
     def layout(self, rows: int) -> Layout:
         """How the weights are kept for steps of so many rows."""
-        return transposed
+        return transposed_layout
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         first, last = min(positions), max(positions)
-        slots, places = self.state.slots, self.model.config.places
+        slots, places = self.state.slots, self.model.config.positions_per_token
         if last >= slots // places and not self.state.reusable:
             raise ValueError(f"position {last} exceeds the {slots // places} slots of this state; make a longer one")
         at = torch.tensor(positions, device=tokens.device)
@@ -99,12 +99,12 @@ class Fused(Eager):
         view = torch.arange(width, device=tokens.device)
         place, before = locate(self.products, self.buffers, positions, view, everything)
         memory = self.memory(tokens, positions, before)
-        self.buffers.held.index_copy_(0, place.here, positions)
+        self.buffers.slot_positions.index_copy_(0, place.here, positions)
         return step(self.products, self.buffers, memory, tokens, place, thought)
 
     def recalled(self, tokens: Tensor, positions: Tensor, before: Before) -> Tensor:
         """The memory (C, n, D), read from the buffers."""
-        return recall(self.products, self.buffers, before)
+        return read_memory(self.products, self.buffers, before)
 
     def asked(self, tokens: Tensor, positions: Tensor, before: Before) -> Tensor:
         """The same from a recall module of another kind (an ablation), which reads a State."""
@@ -117,7 +117,7 @@ class Fused(Eager):
         return logits(self.products, hidden)
 
 
-class Packed(Fused):
+class PackedDecoder(FusedDecoder):
     """The flat step over weights in oneDNN's layout: on a CPU, in float32, the faster way for many rows."""
 
     name = "packed"
@@ -128,14 +128,14 @@ class Packed(Fused):
         super().__init__(model, state)
 
     def layout(self, rows: int) -> Layout:
-        return packed(rows)
+        return packed_layout(rows)
 
     @classmethod
     def covers(cls, model: LatentRecurrentTransformer) -> bool:
         return packs(model)
 
 
-class Compiled(Fused):
+class CompiledDecoder(FusedDecoder):
     """The flat step as one compiled graph. The first calls compile, which takes a minute on a CPU."""
 
     name = "compiled"
@@ -147,7 +147,9 @@ class Compiled(Fused):
                 "a model whose recall is replaced (an ablation) is not compiled; decode it with mode='fused'"
             )
         self.static = model.embedding.weight.device.type == "cuda"
-        self.graph = torch.compile(fresh(whole), fullgraph=True, mode="reduce-overhead" if self.static else None)
+        self.graph = torch.compile(
+            with_own_code(full_step), fullgraph=True, mode="reduce-overhead" if self.static else None
+        )
         self.compiled: set[tuple[int, bool, bool, bool, int, bool]] = set()
         """Kinds of steps that were run."""
         if self.static:  # CUDA graphs read and write these where they are, without copies
@@ -156,7 +158,7 @@ class Compiled(Fused):
 
     @classmethod
     def covers(cls, model: LatentRecurrentTransformer) -> bool:
-        return type(model.recall) is Recall
+        return type(model.recall) is MemoryReader
 
     def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool, thought: Tensor | None) -> Tensor:
         if self.static:  # few shapes: a graph for each
@@ -178,8 +180,8 @@ class Compiled(Fused):
         return hidden.clone() if self.static else hidden  # the next run overwrites the graph's own memory
 
 
-def whole(
-    p: Products,
+def full_step(
+    p: FusedWeights,
     b: Buffers,
     tokens: Tensor,
     positions: Tensor,
@@ -189,24 +191,26 @@ def whole(
 ) -> Tensor:
     """A step from tokens to hidden states: what is compiled."""
     place, before = locate(p, b, positions, view, everything)
-    memory = recall(p, b, before)
-    b.held.index_copy_(0, place.here, positions)
+    memory = read_memory(p, b, before)
+    b.slot_positions.index_copy_(0, place.here, positions)
     return step(p, b, memory, tokens, place, thought)
 
 
-def fresh(function: FunctionType) -> FunctionType:
+def with_own_code(function: FunctionType) -> FunctionType:
     """A copy with a code object of its own: torch counts recompilations per code object, over all models."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(COUNTER)}")
     return FunctionType(code, function.__globals__)
 
 
 COUNTER = itertools.count()
-MODES: dict[str, type[Eager]] = {kind.name: kind for kind in (Eager, Fused, Packed, Compiled)}
+MODES: dict[str, type[EagerDecoder]] = {
+    kind.name: kind for kind in (EagerDecoder, FusedDecoder, PackedDecoder, CompiledDecoder)
+}
 
 
 def decoder(
     model: LatentRecurrentTransformer, state: State, mode: str = "fused", candidates: Sequence[str] = ()
-) -> Eager:
+) -> EagerDecoder:
     """A decoder for a State, whose buffers it copies.
 
     mode: a name in MODES; or `best`, which times `candidates` (all by default) here, on copies, and takes the fastest.
@@ -245,7 +249,7 @@ def rows_of(state: State, count: int) -> State:
         values=tuple(v[:count] for v in state.values),
         memory=state.memory[:count],
         tokens=state.tokens[:count],
-        held=state.held[:count],
+        slot_positions=state.slot_positions[:count],
         documents=None if state.documents is None else state.documents[:count],
     )
 

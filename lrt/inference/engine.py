@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lrt.inference.cache import Prefixes, Rows, rows_that_fit
+from lrt.inference.cache import PrefixCache, RowPool, rows_that_fit
 from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration, fallback
 from lrt.inference.decoders import decoder
@@ -82,7 +82,9 @@ class Engine:
         config = model.config
         without_thoughts(config)
         if slots is None:
-            slots = config.reach + (1 if prefill == "exact" else CHUNK) if config.unbounded else config.context
+            slots = (
+                config.lookback + (1 if prefill == "exact" else CHUNK) if config.unlimited_context else config.context
+            )
         fitting = None if memory is None else rows_that_fit(model, memory, slots)
         rows = rows if rows is not None else fitting or 8
         if rows < 1:
@@ -97,10 +99,10 @@ class Engine:
         self.calibration = calibration or fallback(model.embedding.weight.device)
         self.prefill: Mode = prefill
         self.decoder = decoder(model, model.empty_state(rows, slots), mode)
-        self.rows = Rows(self.decoder)
+        self.rows = RowPool(self.decoder)
         self.slots = slots
-        self.limit = None if config.unbounded else slots
-        self.prefixes = Prefixes(prefixes)
+        self.limit = None if config.unlimited_context else slots
+        self.prefixes = PrefixCache(prefixes)
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         """Job i is in row i."""
@@ -213,7 +215,7 @@ class Engine:
             if job.fork is not None:
                 known: tuple[int, State] | None = (len(job.request.tokens) - 1, job.fork)
             else:
-                known = self.prefixes.find(job.tokens, self.model.config.reach)
+                known = self.prefixes.find(job.tokens, self.model.config.lookback)
             if known is not None and known[0] > 0:
                 job.fed = job.reused = known[0]
                 self.rows.copy(row, known[1], 0, job.fed)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrt.inference.fused_weights import LayerProducts, Products
+from lrt.inference.fused_weights import FusedLayer, FusedWeights
 from lrt.model.config import ModelConfig
 from lrt.model.layers import rms, rotary
 from lrt.model.state import Positions, State
@@ -37,7 +37,7 @@ class Buffers(NamedTuple):
     """(B·S, P, D)."""
     tokens: Tensor
     """(B·S,)."""
-    held: Tensor
+    slot_positions: Tensor
     """(B·S,)."""
     documents: Tensor | None
     """(B·S,)."""
@@ -53,7 +53,7 @@ def buffers(state: State) -> Buffers:
         values=tuple(v.view(-1, v.shape[-1]) for v in state.values),
         memory=state.memory.flatten(0, 1),
         tokens=state.tokens.view(-1),
-        held=state.held.view(-1),
+        slot_positions=state.slot_positions.view(-1),
         documents=None if documents is None else documents.contiguous().view(-1),
         slots=state.slots,
     )
@@ -71,7 +71,7 @@ class Part(NamedTuple):
     """(R, 1, last - first, W), bool or added to scores; None where they see everything in view."""
 
 
-class Place(NamedTuple):
+class SlotPlacement(NamedTuple):
     """Where the positions of a step stand."""
 
     rows: int
@@ -95,7 +95,9 @@ class Before(NamedTuple):
     """(n, 1): whether that is a position of the same document."""
 
 
-def locate(p: Products, b: Buffers, positions: Tensor, view: Tensor, everything: bool) -> tuple[Place, Before]:
+def locate(
+    p: FusedWeights, b: Buffers, positions: Tensor, view: Tensor, everything: bool
+) -> tuple[SlotPlacement, Before]:
     """The place of rows decoded in order, at `positions` (n,); `view` (W,) are the slots looked at, 0 … W-1.
 
     everything: all of them are visible to every row, in every layer (one position for all, nothing slides).
@@ -110,13 +112,13 @@ def locate(p: Products, b: Buffers, positions: Tensor, view: Tensor, everything:
     windows = config.windows()
     masks = dict.fromkeys(windows)
     if not everything:
-        masks = {window: visible(b, here, positions, view, window) for window in set(windows)}
+        masks = {window: visibility_mask(b, here, positions, view, window) for window in set(windows)}
     parts = tuple((Part(0, 1, view.shape[0], masks[window]),) for window in windows)
-    place = Place(positions.shape[0], here, cache_slots(p, b, rows, positions), turns(p, positions), parts)
+    place = SlotPlacement(positions.shape[0], here, cache_slots(p, b, rows, positions), turns(p, positions), parts)
     return place, Before(before, inside.unsqueeze(1))
 
 
-def locate_class(p: Products, state: State, positions: Positions) -> Place:
+def locate_class(p: FusedWeights, state: State, positions: Positions) -> SlotPlacement:
     """The place of `positions`, a range or (R, q) int, which an `in_place` State of R rows holds since just now.
 
     On a CPU the queries are taken in runs, each of which looks at no slot behind its own last one: with a mask, its
@@ -140,7 +142,7 @@ def locate_class(p: Products, state: State, positions: Positions) -> Place:
         )
         for window in set(windows)
     }
-    return Place(
+    return SlotPlacement(
         state.batch,
         (rows * b.slots + index % b.slots).flatten(),
         cache_slots(p, b, rows, index),
@@ -151,29 +153,31 @@ def locate_class(p: Products, state: State, positions: Positions) -> Place:
 
 def held_before(state: State, positions: Tensor, width: int, window: int | None, like: Tensor) -> Tensor:
     """(R, 1, q, W), 0 or -inf: position p (R, q) sees held slots <= p within the window, of the first W."""
-    held, here = state.held[:, None, :width], positions.unsqueeze(2)
+    held, here = state.slot_positions[:, None, :width], positions.unsqueeze(2)
     hidden = (held < 0) | (held > here)
     if window is not None:
         hidden = hidden | (held <= here - window)
     return torch.zeros(hidden.shape, device=like.device, dtype=like.dtype).masked_fill_(hidden, -math.inf).unsqueeze(1)
 
 
-def cache_slots(p: Products, b: Buffers, rows: Tensor, positions: Tensor) -> Tensor:
+def cache_slots(p: FusedWeights, b: Buffers, rows: Tensor, positions: Tensor) -> Tensor:
     """(n·G,): the slots of `positions` in a layer's keys and values; rows and positions (n,), or (R, 1) and (R, q)."""
-    heads = torch.arange(p.config.groups, device=positions.device)
-    return ((rows.unsqueeze(-1) * p.config.groups + heads) * b.slots + (positions % b.slots).unsqueeze(-1)).flatten()
+    heads = torch.arange(p.config.num_kv_heads, device=positions.device)
+    return (
+        (rows.unsqueeze(-1) * p.config.num_kv_heads + heads) * b.slots + (positions % b.slots).unsqueeze(-1)
+    ).flatten()
 
 
-def turns(p: Products, positions: Tensor) -> tuple[Tensor, Tensor]:
+def turns(p: FusedWeights, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine, and sine with the first half's sign turned, of positions (n,): (n, 1, K) each."""
     cos, sin = rotary(positions, p.config.head_dim, p.config.rope_base, p.embedding)
     return torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
 
 
-def visible(b: Buffers, here: Tensor, positions: Tensor, view: Tensor, window: int | None) -> Tensor:
+def visibility_mask(b: Buffers, here: Tensor, positions: Tensor, view: Tensor, window: int | None) -> Tensor:
     """(n, 1, 1, W): position p sees held slots <= p of its own document, within the window. Itself included."""
     count, width = positions.shape[0], view.shape[0]
-    held = b.held.view(-1, b.slots)[:count, :width]
+    held = b.slot_positions.view(-1, b.slots)[:count, :width]
     current = positions.unsqueeze(1)
     # The row's own slot is about to be written, whatever it holds now.
     own = view == current % b.slots
@@ -185,10 +189,10 @@ def visible(b: Buffers, here: Tensor, positions: Tensor, view: Tensor, window: i
     return ((mask & ~own) | own).unsqueeze(1).unsqueeze(1)
 
 
-def recall(p: Products, b: Buffers, before: Before) -> Tensor:
+def read_memory(p: FusedWeights, b: Buffers, before: Before) -> Tensor:
     """The memory (C, n, D) that rows decoded in order read: all that lies before them is written."""
     memory = p.config.memory
-    sources, stored = memory.sources(p.config.depth), memory.remembered(p.config.depth)
+    sources, stored = memory.sources(p.config.depth), memory.stored_sources(p.config.depth)
     if not sources:
         return p.embedding.new_zeros(0, before.slots.shape[0], p.config.width)
     held = b.memory.index_select(0, before.slots)
@@ -203,7 +207,7 @@ def recall(p: Products, b: Buffers, before: Before) -> Tensor:
 
 
 def step(
-    p: Products, b: Buffers, memory: Tensor, tokens: Tensor, place: Place, thought: Tensor | None = None
+    p: FusedWeights, b: Buffers, memory: Tensor, tokens: Tensor, place: SlotPlacement, thought: Tensor | None = None
 ) -> Tensor:
     """The final hidden state (n, D) of tokens (n,), whose memory is (C, n, D), at a place. Writes the State.
 
@@ -216,16 +220,16 @@ def step(
     added = p.mix @ torch.cat((x0.unsqueeze(0), memory)).flatten(1)  # (L, n·D)
     # Per channel and set (n, 2, G, K): U_k m and U_v m; no channel's where memory enters the residual stream alone.
     projected = [
-        product(channel, weight).view(count, -1, 2, config.groups, config.head_dim).unbind(1)
+        product(channel, weight).view(count, -1, 2, config.num_kv_heads, config.head_dim).unbind(1)
         for channel, weight in zip(memory, p.projection, strict=False)
     ]
-    remembered = config.memory.remembered(config.depth)
+    remembered = config.memory.stored_sources(config.depth)
     outputs: dict[int, Tensor] = {}
     for i, layer in enumerate(p.layers):
         x = torch.addcmul(added[i].view(count, -1), x, layer.alpha)
         own = [] if layer.projection is None else [sets[layer.projection] for sets in projected]
-        q = write(config, b, layer, i, rms(x), tokens, own, place)
-        y = attended(config, b, i, q.unflatten(0, (place.rows, -1)).transpose(1, 2), place)
+        q = write_layer(config, b, layer, i, rms(x), tokens, own, place)
+        y = attend(config, b, i, q.unflatten(0, (place.rows, -1)).transpose(1, 2), place)
         x = added_product(x, y.transpose(1, 2).reshape(count, -1), layer.out)
         x = added_product(x, F.relu(product(rms(x), layer.up)).square(), layer.down)
         number = i % config.depth + 1
@@ -236,21 +240,21 @@ def step(
     return outputs[config.depth]
 
 
-def write(
+def write_layer(
     config: ModelConfig,
     b: Buffers,
-    layer: LayerProducts,
+    layer: FusedLayer,
     index: int,
     u: Tensor,
     tokens: Tensor,
     projected: Sequence[Tensor],
-    place: Place,
+    place: SlotPlacement,
 ) -> Tensor:
     """Keys and values of one layer into its cache; the queries (n, H, K).
 
     u (n, D) is the block's input, projected what U gives, (n, 2, G, K) per channel that the block adds.
     """
-    heads, groups, size = config.heads, config.groups, config.head_dim
+    heads, groups, size = config.heads, config.num_kv_heads, config.head_dim
     out = product(u, layer.inputs)
     split = (heads + 2 * groups) * size
     gates = torch.sigmoid(out[:, split:]).unflatten(1, (-1, 1, groups, 1)) if out.shape[1] > split else None
@@ -270,17 +274,18 @@ def write(
     return qk[:, :heads]
 
 
-def attended(config: ModelConfig, b: Buffers, index: int, q: Tensor, place: Place) -> Tensor:
+def attend(config: ModelConfig, b: Buffers, index: int, q: Tensor, place: SlotPlacement) -> Tensor:
     """Softmax attention (R, H, q, K) of one layer's queries (R, H, q, K)."""
     outputs = []
     for part in place.parts[index]:
         keys, values = (
-            seen(c, place.rows, config.groups, b.slots, part.width) for c in (b.keys[index], b.values[index])
+            slots_in_view(c, place.rows, config.num_kv_heads, b.slots, part.width)
+            for c in (b.keys[index], b.values[index])
         )
         own = q if len(place.parts[index]) == 1 else q[:, :, part.first : part.last]
         outputs.append(
             F.scaled_dot_product_attention(
-                own, keys, values, attn_mask=part.mask, enable_gqa=config.groups != config.heads
+                own, keys, values, attn_mask=part.mask, enable_gqa=config.num_kv_heads != config.heads
             )
         )
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
@@ -298,12 +303,12 @@ def added_product(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     return x + product(y, weight) if weight.is_mkldnn else torch.addmm(x, y, weight)
 
 
-def seen(cache: Tensor, count: int, groups: int, slots: int, width: int) -> Tensor:
+def slots_in_view(cache: Tensor, count: int, groups: int, slots: int, width: int) -> Tensor:
     """(n, G, W, K): the first rows and slots of a layer's cache."""
     return cache.view(-1, groups, slots, cache.shape[-1])[:count, :, :width]
 
 
-def logits(p: Products, hidden: Tensor) -> Tensor:
+def logits(p: FusedWeights, hidden: Tensor) -> Tensor:
     """Next-token logits (n, V) of hidden states (n, D), soft-capped."""
     cap = p.config.softcap
     return cap * torch.tanh(product(hidden, p.head) / cap)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from lrt.model.attention import Attention, ValueEmbedding
 from lrt.model.config import ModelConfig
 from lrt.model.layers import rms
-from lrt.model.memory import KeyValue, NoMemory, Projection, Recall, Residual
+from lrt.model.memory import KeyValue, MemoryReader, NoMemory, Projection, Residual
 from lrt.model.transformer import Block, LatentRecurrentTransformer
 
 
-class LayerProducts(NamedTuple):
+class FusedLayer(NamedTuple):
     """One block's."""
 
     inputs: Tensor
@@ -41,7 +41,7 @@ class LayerProducts(NamedTuple):
     """Which set of U_k m, U_v m the block adds; None where it adds none."""
 
 
-class Products(NamedTuple):
+class FusedWeights(NamedTuple):
     """A whole model's."""
 
     config: ModelConfig
@@ -53,7 +53,7 @@ class Products(NamedTuple):
     """Per channel (D, sets·2·G·K): U_k and U_v of all layers; doubled, as the gates' factor 2 is taken into them."""
     recall: Tensor | None
     """Learned weights of a summed source."""
-    layers: tuple[LayerProducts, ...]
+    layers: tuple[FusedLayer, ...]
     head: Tensor
     """(D, V)."""
 
@@ -62,12 +62,12 @@ Layout = Callable[[Tensor], Tensor]
 """How a weight (out, in) is kept."""
 
 
-def transposed(weight: Tensor) -> Tensor:
+def transposed_layout(weight: Tensor) -> Tensor:
     """(…, in, out), contiguous."""
     return weight.transpose(-1, -2).contiguous()
 
 
-def packed(rows: int) -> Layout:
+def packed_layout(rows: int) -> Layout:
     """oneDNN's own layout, for steps of about so many rows; only where `packs` says so."""
 
     def pack(weight: Tensor) -> Tensor:
@@ -83,11 +83,11 @@ def packs(model: LatentRecurrentTransformer) -> bool:
 
 
 @torch.no_grad()
-def products(model: LatentRecurrentTransformer, layout: Layout = transposed) -> Products:
+def fuse_weights(model: LatentRecurrentTransformer, layout: Layout = transposed_layout) -> FusedWeights:
     """The products of a model's present weights; `layout` is that of the blocks' and the head's matrices."""
     config = model.config
     channels = config.memory.channels(config.depth)
-    injected = config.memory.injected(config.depth)
+    injected = config.memory.injected_layers(config.depth)
     layered = isinstance(model.projection, Projection) and len(model.projection.weight) > 1
     layers, mix = [], []
     for layer, block in enumerate(model.blocks, start=1):
@@ -95,10 +95,10 @@ def products(model: LatentRecurrentTransformer, layout: Layout = transposed) -> 
         gamma = block.injection.gamma if isinstance(block.injection, Residual) else block.beta.new_zeros(channels)
         mix.append(torch.cat([block.beta, gamma]))
         layers.append(_layer(block, injected.index(layer) if layered and layer in injected else 0, layout))
-    weights = model.recall.weights if isinstance(model.recall, Recall) else None
-    return Products(
+    weights = model.recall.weights if isinstance(model.recall, MemoryReader) else None
+    return FusedWeights(
         config=config,
-        embedding=rms(rows(model.embedding)),
+        embedding=rms(table_rows(model.embedding)),
         mix=torch.stack(mix).repeat(config.loops, 1),
         projection=_projection(model.projection, layout) if isinstance(model.projection, Projection) else (),
         recall=None if weights is None else weights.clone(),
@@ -107,7 +107,7 @@ def products(model: LatentRecurrentTransformer, layout: Layout = transposed) -> 
     )
 
 
-def _layer(block: Block, projection: int, layout: Layout) -> LayerProducts:
+def _layer(block: Block, projection: int, layout: Layout) -> FusedLayer:
     attention, injection = block.attention, block.injection
     assert isinstance(attention, Attention)
     assert isinstance(injection, NoMemory)
@@ -119,13 +119,13 @@ def _layer(block: Block, projection: int, layout: Layout) -> LayerProducts:
         parts.append(matrix(injection.gate))
     if embedded is not None:
         parts.append(matrix(embedded.gate))
-    return LayerProducts(
+    return FusedLayer(
         inputs=layout(torch.cat(parts)),
         out=layout(matrix(attention.out)),
         up=layout(matrix(block.mlp.up)),
         down=layout(matrix(block.mlp.down)),
         alpha=block.alpha.clone(),
-        table=None if embedded is None else rows(embedded.table),
+        table=None if embedded is None else table_rows(embedded.table),
         projection=projection if gated else None,
     )
 
@@ -138,7 +138,7 @@ def matrix(layer: nn.Linear) -> Tensor:
     return layer(torch.eye(layer.in_features, device=weight.device, dtype=weight.dtype)).T
 
 
-def rows(table: nn.Embedding) -> Tensor:
+def table_rows(table: nn.Embedding) -> Tensor:
     """(V, D): the rows of a table, with what an adapter adds to them."""
     if type(table) is nn.Embedding:
         return table.weight

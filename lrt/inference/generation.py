@@ -37,7 +37,7 @@ def generate(
     wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
     if len(wrong):
         raise ValueError(f"token {int(wrong[0])} is not in the vocabulary of {config.vocab_size}; use its tokenizer")
-    room = None if config.unbounded else config.context + 1 - length  # the last token drawn is never fed back
+    room = None if config.unlimited_context else config.context + 1 - length  # the last token drawn is never fed back
     if room is not None and room < max(1, max_new_tokens or 1):
         raise ValueError(
             f"a prompt of {length} tokens and {max_new_tokens or 1} new ones exceed the context of {config.context}; "
@@ -52,8 +52,8 @@ def _generate(
 ) -> Iterator[Tensor]:
     length = tokens.shape[1]
     slots = model.config.context if wanted is None else length + wanted - 1
-    if model.config.unbounded:  # an endless stream reuses its slots
-        slots = min(slots, model.config.reach + 1) if wanted is not None else model.config.reach + 1
+    if model.config.unlimited_context:  # an endless stream reuses its slots
+        slots = min(slots, model.config.lookback + 1) if wanted is not None else model.config.lookback + 1
     generator = torch.Generator(tokens.device).manual_seed(seed)
     with torch.no_grad():
         way = decoder(model, model.empty_state(len(tokens), max(1, slots)))

@@ -18,9 +18,9 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from lrt.inference.certificate import Certificate, Report, merged
+from lrt.inference.certificate import Certificate, PrefillReport, merge_certificates
 from lrt.inference.cost_model import Calibration, fallback
-from lrt.inference.sweeps import Flight, Prompt, among, back, settle
+from lrt.inference.sweeps import Prompt, SweepState, among, back, settle
 from lrt.model.buffers import write_in_place
 from lrt.model.config import ModelConfig
 from lrt.model.state import State
@@ -49,7 +49,7 @@ class Prefilled:
     sequence: Tensor
     """(B, T, D): that of every position, zeros in padding: what scores a whole text."""
     state: State
-    report: Report
+    report: PrefillReport
 
 
 def prefill(
@@ -70,7 +70,7 @@ def prefill(
     """
     if mode not in MODES:
         raise ValueError(f"prefill is {mode!r}; choose one of {', '.join(MODES)}")
-    prompt = checked(model, tokens, state, lengths)
+    prompt = check_prompt(model, tokens, state, lengths)
     chosen = calibration or fallback(tokens.device)
     with torch.no_grad():
         work = state if state.write is write_in_place else state.in_place()
@@ -81,7 +81,7 @@ def prefill(
         work = work.crop(prompt.ends)
         if work.slots != state.slots:
             work = work.resized(state.slots)
-        report = Report(mode, tolerance(mode, model), tuple(rows))
+        report = PrefillReport(mode, tolerance(mode, model), tuple(rows))
         return Prefilled(prompt.last(hidden), hidden, dataclasses.replace(work, write=state.write), report)
 
 
@@ -94,7 +94,7 @@ def tolerance(mode: Mode, model: LatentRecurrentTransformer) -> float | None:
     return None if asked is None else max(asked, torch.finfo(model.embedding.weight.dtype).eps)
 
 
-def checked(model: LatentRecurrentTransformer, tokens: Tensor, state: State, lengths: Tensor | None) -> Prompt:
+def check_prompt(model: LatentRecurrentTransformer, tokens: Tensor, state: State, lengths: Tensor | None) -> Prompt:
     """The prompt, or a ValueError that says what is wrong with it."""
     if tokens.dim() != 2 or tokens.shape[1] <= 0 or tokens.shape[0] != state.batch:
         raise ValueError(
@@ -141,32 +141,32 @@ def in_chunks(
     """All of a prompt; where slots are reused, as much at a time as leaves what the next position reads in place."""
     size = prompt.length
     if state.reusable and max(prompt.starts) + prompt.length > state.slots:  # padding is written as well
-        size = state.slots - model.config.reach
+        size = state.slots - model.config.lookback
         if size < 1:
             raise ValueError(
                 f"a state of {state.slots} slots is too short to be reused: window and delay need "
-                f"{model.config.reach} and a chunk one more; make a longer state"
+                f"{model.config.lookback} and a chunk one more; make a longer state"
             )
     if size >= prompt.length:
-        return computed(model, prompt, state, mode, calibration)
+        return compute(model, prompt, state, mode, calibration)
     hidden = state.memory.new_zeros(prompt.rows, prompt.length, model.config.width)
     certificates: list[list[Certificate]] = [[] for _ in prompt.lengths]
     for begin in range(0, prompt.length, size):
         rows = [i for i, n in enumerate(prompt.lengths) if n > begin]
         part = prompt.select(rows).part(begin, begin + size)
-        new, chunk, found = computed(model, part, among(state, rows), mode, calibration)
+        new, chunk, found = compute(model, part, among(state, rows), mode, calibration)
         hidden[rows, begin : begin + part.length] = new
         state = back(state, rows, chunk)
         for row, certificate in zip(rows, found, strict=True):
             certificates[row].append(certificate)
-    return hidden, state, [merged(found) for found in certificates]
+    return hidden, state, [merge_certificates(found) for found in certificates]
 
 
 def by_tokens(
     model: LatentRecurrentTransformer, mode: Mode, length: int, rows: int, calibration: Calibration
 ) -> str | None:
     """Why a prompt of `length` is computed token by token, among so many rows; None where it is not."""
-    if not model.config.memory.remembered(model.config.depth):
+    if not model.config.memory.stored_sources(model.config.depth):
         return None  # one forward
     if mode == "exact":
         return "asked for"
@@ -174,17 +174,17 @@ def by_tokens(
     return f"token by token is cheaper than sweeps up to {longest:.0f} tokens" if length <= longest else None
 
 
-def computed(
+def compute(
     model: LatentRecurrentTransformer, prompt: Prompt, state: State, mode: Mode, calibration: Calibration
 ) -> Computed:
     """A prompt that the state's slots hold at once: each row on the path that `mode` and the costs choose."""
-    if not model.config.memory.remembered(model.config.depth):
-        return at_once(model, prompt, state)
+    if not model.config.memory.stored_sources(model.config.depth):
+        return one_forward(model, prompt, state)
     reasons = [by_tokens(model, mode, n, prompt.rows, calibration) for n in prompt.lengths]
     single = [i for i, reason in enumerate(reasons) if reason is not None]
     paths: tuple[tuple[list[int], Path], ...] = (
         (single, partial(token_by_token, reason=reasons[single[0]] or "" if single else "")),
-        ([i for i, r in enumerate(reasons) if r is None], partial(swept, mode=mode, calibration=calibration)),
+        ([i for i, r in enumerate(reasons) if r is None], partial(sweep_rows, mode=mode, calibration=calibration)),
     )
     hidden = state.memory.new_zeros(prompt.rows, prompt.length, model.config.width)
     certificates: dict[int, Certificate] = {}
@@ -197,7 +197,7 @@ def computed(
     return hidden, state, [certificates[row] for row in range(prompt.rows)]
 
 
-def at_once(model: LatentRecurrentTransformer, prompt: Prompt, state: State) -> Computed:
+def one_forward(model: LatentRecurrentTransformer, prompt: Prompt, state: State) -> Computed:
     """One plain forward: exact where nothing recurs."""
     hidden, state = model(prompt.tokens, prompt.positions(range(prompt.length)), state)
     return (
@@ -223,7 +223,7 @@ def token_by_token(model: LatentRecurrentTransformer, prompt: Prompt, state: Sta
     return hidden, whole, [Certificate("exact", reason, n) for n in prompt.lengths]
 
 
-def swept(
+def sweep_rows(
     model: LatentRecurrentTransformer, prompt: Prompt, state: State, mode: Mode, calibration: Calibration
 ) -> Computed:
     """Sweeps; then, token by token from the start, the rows that do not converge."""
@@ -245,7 +245,7 @@ def swept(
 
 def single(model: LatentRecurrentTransformer, prompt: Prompt, state: State, groups: int) -> Computed:
     """One sweep, whatever it leaves."""
-    flight = Flight.of(model, prompt, state)
+    flight = SweepState.of(model, prompt, state)
     flight.sweep(model, groups, 0)
     reason = "one sweep, not looked at"
     rows = [Certificate("single", reason, n, groups, 1, None, None, forwards=prompt.length / n) for n in prompt.lengths]

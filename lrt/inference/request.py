@@ -59,7 +59,7 @@ class Request:
         if not all(self.stop_sequences):
             raise ValueError("a stop sequence is empty; give at least one token in each")
         new = 1 if self.max_new_tokens is None else self.max_new_tokens
-        if not config.unbounded and len(self.tokens) + max(new, 1) - 1 > slots:
+        if not config.unlimited_context and len(self.tokens) + max(new, 1) - 1 > slots:
             raise ValueError(
                 f"a prompt of {len(self.tokens)} tokens and {new} new ones exceed the {slots} slots of a row (context "
                 f"of {config.context}); shorten one of them, or use a model in which every layer has a sliding window"

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lrt.inference.certificate import Report
+from lrt.inference.certificate import PrefillReport
 from lrt.inference.cost_model import Calibration
 from lrt.inference.decoders import decoder
 from lrt.inference.prefill import Mode, Prefilled, prefill
@@ -52,7 +52,7 @@ class Session:
     """(1, 1, D): the final hidden state of the last token, from which the next is drawn."""
     seed: int = 0
     """What is drawn at a position depends on the seed and the position alone, not on how it was reached."""
-    report: Report | None = None
+    report: PrefillReport | None = None
     """Of the last prefill; None after a token was drawn."""
 
     @classmethod
@@ -65,7 +65,7 @@ class Session:
         calibration: Calibration | None = None,
     ) -> Session:
         """A session that begins with these tokens. ValueError where there are none, or more than the context holds."""
-        slots = model.config.reach + CHUNK if model.config.unbounded else 1
+        slots = model.config.lookback + CHUNK if model.config.unlimited_context else 1
         empty = model.empty_state(1, slots)
         return _extended(cls(model, (), empty, empty.memory.new_zeros(1, 1, 1), seed), tokens, mode, calibration)
 
@@ -92,10 +92,10 @@ class Session:
         if length == len(self.tokens):
             return self
         before, last = length - 1, self._row(self.tokens[length - 1 : length])
-        if not bool(self.state.intact(last.new_tensor([before]), self.model.config.reach).all()) and before != 0:
+        if not bool(self.state.intact(last.new_tensor([before]), self.model.config.lookback).all()) and before != 0:
             raise ValueError(
                 f"{len(self.tokens)} tokens cannot be cropped to {length}: the {self.state.slots} slots were reused, "
-                f"so that at most {self.state.slots - self.model.config.reach - 1} can be taken back"
+                f"so that at most {self.state.slots - self.model.config.lookback - 1} can be taken back"
             )
         with torch.no_grad():  # the last token anew: its hidden state is not part of the State for every source
             hidden, state = self.model(last, range(before, length), self.state.crop(before))
@@ -132,8 +132,8 @@ class Session:
             hidden = way(self._row([token])[0], [position])
             if token in stop:
                 break
-        known = len(tokens) if self.state.filled == len(self.tokens) else self.state.filled
-        state = dataclasses.replace(way.state, write=self.state.write, filled=known)
+        known = len(tokens) if self.state.written_until == len(self.tokens) else self.state.written_until
+        state = dataclasses.replace(way.state, write=self.state.write, written_until=known)
         hidden = hidden.unsqueeze(1).clone()  # outside inference mode: an ordinary tensor
         return dataclasses.replace(self, tokens=tuple(tokens), state=state, hidden=hidden, report=None)
 
@@ -188,7 +188,7 @@ class Session:
 
     def _room(self, count: int) -> State:
         """The state with slots for `count` more tokens. ValueError where the context has no room for them."""
-        if self.model.config.unbounded:
+        if self.model.config.unlimited_context:
             return self.state
         length, context = len(self.tokens) + count, self.model.config.context
         if length > context:
@@ -218,10 +218,10 @@ def _extended(session: Session, tokens: Sequence[int], mode: Mode, calibration: 
 
 
 def _tensors(session: Session) -> dict[str, Tensor]:
-    state = session.state if session.model.config.unbounded else session.state.resized(len(session.tokens))
+    state = session.state if session.model.config.unlimited_context else session.state.resized(len(session.tokens))
     layers = range(len(state.keys))
     named = {f"keys.{i}": state.keys[i] for i in layers} | {f"values.{i}": state.values[i] for i in layers}
-    named |= {"memory": state.memory, "known": state.tokens, "held": state.held, "hidden": session.hidden}
+    named |= {"memory": state.memory, "known": state.tokens, "held": state.slot_positions, "hidden": session.hidden}
     named["tokens"] = torch.tensor(session.tokens)
     return {name: tensor.contiguous() for name, tensor in named.items()}
 
@@ -238,14 +238,14 @@ def _about(session: Session, folder: Path) -> dict[str, Any]:
 
 
 def _rebuilt(model: LatentRecurrentTransformer, read: dict[str, Tensor], about: dict[str, Any]) -> Session:
-    layers, slots = model.config.caches, read["held"].shape[1]
+    layers, slots = model.config.kv_layers, read["held"].shape[1]
     state = dataclasses.replace(
         model.empty_state(1, slots),
         keys=tuple(read[f"keys.{i}"] for i in range(layers)),
         values=tuple(read[f"values.{i}"] for i in range(layers)),
         memory=read["memory"],
         tokens=read["known"],
-        held=read["held"],
-        filled=read["tokens"].shape[0],
+        slot_positions=read["held"],
+        written_until=read["tokens"].shape[0],
     )
     return Session(model, tuple(read["tokens"].tolist()), state, read["hidden"], int(about["seed"]))

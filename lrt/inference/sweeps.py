@@ -15,7 +15,7 @@ from torch import Tensor
 from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration
 from lrt.inference.fused_step import buffers, locate_class, step
-from lrt.inference.fused_weights import Products, packed, packs, products, transposed
+from lrt.inference.fused_weights import FusedWeights, fuse_weights, packed_layout, packs, transposed_layout
 from lrt.model.buffers import gather
 from lrt.model.state import Positions, State
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -82,14 +82,14 @@ class Prompt:
 
 
 @dataclass
-class Flight:
+class SweepState:
     """The rows that are still swept, and what their last two values at every position are apart."""
 
     rows: list[int]
     """Which rows of the prompt these are."""
     prompt: Prompt
     state: State
-    products: Products
+    products: FusedWeights
     """The model's weights as `lrt.inference.fused_step` takes them."""
     values: Tensor
     """(B, T, Q, D): the newest compared states."""
@@ -104,13 +104,13 @@ class Flight:
     """Positions computed, per row."""
 
     @classmethod
-    def of(cls, model: LatentRecurrentTransformer, prompt: Prompt, state: State) -> Flight:
+    def of(cls, model: LatentRecurrentTransformer, prompt: Prompt, state: State) -> SweepState:
         """`state` is made by `in_place`, and used up."""
         rows, length = prompt.tokens.shape
         compared = 1 + len(below_top(model))
         values = state.memory.new_zeros(rows, length, compared, model.config.width)
         zeros = values.new_zeros(rows, length, compared, dtype=torch.promote_types(values.dtype, torch.float32))
-        weights = products(model, packed(rows * PACKED_FOR) if packs(model) else transposed)
+        weights = fuse_weights(model, packed_layout(rows * PACKED_FOR) if packs(model) else transposed_layout)
         return cls(
             list(range(rows)),
             prompt,
@@ -123,11 +123,11 @@ class Flight:
             [0] * rows,
         )
 
-    def select(self, places: list[int]) -> Flight:
+    def select(self, places: list[int]) -> SweepState:
         """The flight of some rows, by their places in this one."""
         prompt = self.prompt.select(places)
         index, length = torch.tensor(places, device=self.values.device), prompt.length
-        return Flight(
+        return SweepState(
             [self.rows[i] for i in places],
             prompt,
             self.state.select(index),
@@ -147,11 +147,13 @@ class Flight:
         for first in range(begin, min(begin + groups, length)):
             columns, where = range(first, length, groups), slice(first, length, groups)
             positions = self.prompt.positions(columns)
-            hidden, self.state = computed(model, self.products, self.prompt.tokens[:, where], positions, self.state)
+            hidden, self.state = forward_fused(
+                model, self.products, self.prompt.tokens[:, where], positions, self.state
+            )
             memory = gather(self.state.memory, self.state.where(positions), 1)[:, :, others]
             new = torch.cat([hidden.unsqueeze(2), memory], 2)
-            self.moved[:, where] = squared(new - self.values[:, where])
-            self.size[:, where] = squared(new)
+            self.moved[:, where] = squared_norm(new - self.values[:, where])
+            self.size[:, where] = squared_norm(new)
             self.values[:, where] = new
             self.computed += len(columns)
 
@@ -171,18 +173,18 @@ class Flight:
         return self.prompt.inside(self.values[:, :, 0])
 
 
-def computed(
-    model: LatentRecurrentTransformer, weights: Products, tokens: Tensor, positions: Positions, state: State
+def forward_fused(
+    model: LatentRecurrentTransformer, weights: FusedWeights, tokens: Tensor, positions: Positions, state: State
 ) -> tuple[Tensor, State]:
     """What `model(tokens, positions, state)` gives, on the path of decoding: large products, written in place."""
     memory = model.recall(state, positions, model.embedding).flatten(1, 2)
-    state = state.hold(positions)
+    state = state.mark_written(positions)
     place = locate_class(weights, state, positions)
     hidden = step(weights, buffers(state), memory, tokens.flatten(), place)
     return hidden.view(*tokens.shape, -1), state
 
 
-def squared(x: Tensor) -> Tensor:
+def squared_norm(x: Tensor) -> Tensor:
     """The squared norm over the last dimension, in float32 at least."""
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).square()
 
@@ -190,7 +192,7 @@ def squared(x: Tensor) -> Tensor:
 def below_top(model: LatentRecurrentTransformer) -> list[int]:
     """Places, among the remembered sources, of those that are not the final hidden state itself."""
     depth = model.config.depth
-    return [i for i, source in enumerate(model.config.memory.remembered(depth)) if source != depth]
+    return [i for i, source in enumerate(model.config.memory.stored_sources(depth)) if source != depth]
 
 
 def among(state: State, rows: list[int]) -> State:
@@ -229,14 +231,14 @@ def settle(
     Returns the hidden states (B, T, D), the state and the certificates. A row whose path is `fallback` has given
     up: it is to be computed exactly, and the other results mean nothing for it.
     """
-    flight, whole = Flight.of(model, prompt, state), state
+    flight, whole = SweepState.of(model, prompt, state), state
     hidden = flight.values.new_zeros(prompt.rows, prompt.length, model.config.width)
     certificates: dict[int, Certificate] = {}
     sweeps = 0
     while True:
         flight.sweep(model, groups, min(sweeps * groups, flight.prompt.length))
         sweeps += 1
-        leaving = judged(flight, sweeps, groups, tolerance, calibration)
+        leaving = rows_leaving(flight, sweeps, groups, tolerance, calibration)
         certificates |= {flight.rows[place]: certificate for place, certificate in leaving.items()}
         if leaving:
             places = torch.tensor(list(leaving), device=hidden.device)
@@ -248,8 +250,8 @@ def settle(
             flight = flight.select([i for i in range(len(flight.rows)) if i not in leaving])
 
 
-def judged(
-    flight: Flight, sweeps: int, groups: int, tolerance: float, calibration: Calibration
+def rows_leaving(
+    flight: SweepState, sweeps: int, groups: int, tolerance: float, calibration: Calibration
 ) -> dict[int, Certificate]:
     """The certificates, by place, of the rows that leave after so many sweeps."""
     leaving: dict[int, Certificate] = {}

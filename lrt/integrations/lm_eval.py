@@ -15,7 +15,7 @@ from lm_eval.models import huggingface
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
-from lrt.integrations.hf.export import opening, wrap
+from lrt.integrations.hf.export import prepend_bos, wrap
 from lrt.model import checkpoint
 
 # Both are behind decorators whose types the checker cannot read.
@@ -40,7 +40,7 @@ def adapter(source: Path | str, prefill: str = "converged", batch_size: int = 16
     model = wrap(native, tokenizer, checkpoint.about(source).get("schedule", "plain()"), prefill)
     special = tokenizer.inner.id_to_token(tokenizer.bos)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=opening(tokenizer), bos_token=special, eos_token=special, pad_token=special
+        tokenizer_object=prepend_bos(tokenizer), bos_token=special, eos_token=special, pad_token=special
     )
     return Adapter(
         pretrained=model,

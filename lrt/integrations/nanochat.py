@@ -37,8 +37,8 @@ def import_checkpoint(source: Path | str, out: Path | str, tokenizer: Path | str
             f"{tokenizer} is a pickle, which could run code; write its tokenizer.json, for example with transformers' "
             "TikTokenConverter, and give that"
         )
-    weights, meta = read(Path(source))
-    config, schedule = describe(weights, meta)
+    weights, meta = read_weights(Path(source))
+    config, schedule = read_config(weights, meta)
     vocabulary = Tokenizer.load(tokenizer)
     if vocabulary.vocab_size != config.vocab_size:
         raise ValueError(
@@ -58,7 +58,7 @@ def import_checkpoint(source: Path | str, out: Path | str, tokenizer: Path | str
     return model
 
 
-def read(source: Path) -> tuple[Weights, dict[str, Any]]:
+def read_weights(source: Path) -> tuple[Weights, dict[str, Any]]:
     """The state dict, in float32, and the metadata beside it. ValueError that names what is missing or damaged."""
     if source.is_dir():
         found = sorted(source.glob("model_*.pt"), key=lambda file: (len(file.name), file.name))
@@ -85,7 +85,7 @@ def read(source: Path) -> tuple[Weights, dict[str, Any]]:
     return {name.removeprefix("_orig_mod."): w.float() for name, w in weights.items()}, meta
 
 
-def describe(weights: Weights, meta: dict[str, Any]) -> tuple[ModelConfig, str]:
+def read_config(weights: Weights, meta: dict[str, Any]) -> tuple[ModelConfig, str]:
     """The model's configuration and the schedule that it was trained with."""
     given = meta["model_config"]
     lacking = [name for name in ("n_layer", "n_head", "vocab_size", "sequence_len") if name not in given]
@@ -180,7 +180,7 @@ def convert(weights: Weights, config: ModelConfig) -> Weights:
     alpha, beta = take("resid_lambdas", ones), take("x0_lambdas", zeros)
     recurrent = config.memory.injection == "both"
     gamma = take("interleaved_lambdas") if recurrent else zeros
-    tables, groups = embeddings(weights), config.groups
+    tables, groups = embeddings(weights), config.num_kv_heads
     for i in range(config.depth):
         theirs, ours = f"transformer.h.{i}.", f"blocks.{i}."
         for a, b in NAMES.items():

@@ -39,9 +39,9 @@ class ValueEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = (config.groups, config.head_dim)
-        self.table = nn.Embedding(config.vocab_size, config.groups * config.head_dim)
-        self.gate = nn.Linear(config.width, config.groups, bias=False)
+        self.heads = (config.num_kv_heads, config.head_dim)
+        self.table = nn.Embedding(config.vocab_size, config.num_kv_heads * config.head_dim)
+        self.gate = nn.Linear(config.width, config.num_kv_heads, bias=False)
 
     def look_up(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """The tokens' rows (B, T, G, K)."""
@@ -69,7 +69,7 @@ class NoValueEmbedding(nn.Module):
         return v
 
 
-def joined(u: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
+def join_weights(u: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
     """What `layers` without biases give for u (B, T, D), each (B, T, rows), as one product.
 
     A layer that is more than its weight (an adapter was put around it) is called instead.
@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.heads, self.groups, self.size = config.heads, config.groups, config.head_dim
+        self.heads, self.groups, self.size = config.heads, config.num_kv_heads, config.head_dim
         self.query = nn.Linear(config.width, self.heads * self.size, bias=False)
         self.key = nn.Linear(config.width, self.groups * self.size, bias=False)
         self.value = nn.Linear(config.width, self.groups * self.size, bias=False)
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         """q (B, H, T, K), k and v (B, G, T, K) of u (B, T, D), the block's normalised input."""
         gates = injection.gates()
         layers = [self.query, self.key, self.value, *gates, *self.value_embedding.gates()]
-        q, k, v, *logits = joined(u, layers)
+        q, k, v, *logits = join_weights(u, layers)
         q = q.unflatten(-1, (self.heads, self.size))
         k, v = (x.unflatten(-1, (self.groups, self.size)) for x in (k, v))
         k, v = injection.key_value(logits[: len(gates)], k, v, projected)

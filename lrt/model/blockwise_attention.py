@@ -26,7 +26,7 @@ when it is needed, so that few exist at a time."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class AttentionPiece:
     """Queries `rows` against `keys` of one source."""
 
     rows: slice
@@ -48,7 +48,7 @@ class Kernel:
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
-def scores(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+def attention_scores(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
     """(B, H, n, m), at least float32."""
     s = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
     if causal:
@@ -57,15 +57,15 @@ def scores(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
 
 
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    s = scores(q, k, causal, mask)
+    s = attention_scores(q, k, causal, mask)
     lse = s.logsumexp(-1)
-    return (s - visible(lse).unsqueeze(-1)).exp().to(v.dtype) @ v, lse
+    return (s - mask_empty(lse).unsqueeze(-1)).exp().to(v.dtype) @ v, lse
 
 
 def plain_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p = (scores(q, k, causal, mask) - visible(lse).unsqueeze(-1)).exp()
+    p = (attention_scores(q, k, causal, mask) - mask_empty(lse).unsqueeze(-1)).exp()
     dp = (g @ v.mT).to(p.dtype) - (g * out).to(p.dtype).sum(-1, keepdim=True)
     ds = (p * dp / math.sqrt(q.shape[-1])).to(q.dtype)
     return ds @ k, ds.mT @ q, p.to(g.dtype).mT @ g
@@ -82,7 +82,7 @@ def cpu_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return backward(g, q, k, v, out, visible(lse), 0.0, causal, attn_mask=mask)
+    return backward(g, q, k, v, out, mask_empty(lse), 0.0, causal, attn_mask=mask)
 
 
 def cuda_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Any, ...]:
@@ -96,13 +96,13 @@ def cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     first_q, first_k, max_q, max_k, seed, offset = besides
     backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
-    lse = visible(lse).contiguous()  # the kernel takes no strides for it
+    lse = mask_empty(lse).contiguous()  # the kernel takes no strides for it
     return backward(g, q, k, v, out, lse, first_q, first_k, max_q, max_k, 0.0, causal, seed, offset)
 
 
 def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Any, ...]:
     attention = torch.ops.aten._scaled_dot_product_efficient_attention
-    out, lse, *besides = attention(q, k, v, aligned(mask, q), True, 0.0, causal)
+    out, lse, *besides = attention(q, k, v, align_mask(mask, q), True, 0.0, causal)
     lse = lse[:, :, : q.shape[2]]  # it comes padded
     if mask is not None:
         blind = (mask == -math.inf).all(-1)
@@ -122,12 +122,12 @@ def efficient_backward(
     *besides: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
-    lse = F.pad(visible(lse), (0, -lse.shape[-1] % 32)).contiguous()
+    lse = F.pad(mask_empty(lse), (0, -lse.shape[-1] % 32)).contiguous()
     wanted = [True, True, True, False]
-    return backward(g, q, k, v, aligned(mask, q), out, lse, *besides, 0.0, wanted, causal)[:3]
+    return backward(g, q, k, v, align_mask(mask, q), out, lse, *besides, 0.0, wanted, causal)[:3]
 
 
-def aligned(mask: Tensor | None, q: Tensor) -> Tensor | None:
+def align_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
     """The mask for every head, its rows starting at multiples of 16 elements: the kernel loads them in vectors."""
     if mask is None:
         return None
@@ -142,7 +142,7 @@ CUDA = Kernel(cuda_forward, cuda_backward)
 EFFICIENT = Kernel(efficient_forward, efficient_backward)
 
 
-def chosen_kernel(q: Tensor, masked: bool) -> Kernel:
+def choose_kernel(q: Tensor, masked: bool) -> Kernel:
     """The fastest kernel for these queries. CUDA's flash takes half precision and no mask, the other one no float64."""
     if q.device.type == "cpu":
         return CPU
@@ -151,13 +151,13 @@ def chosen_kernel(q: Tensor, masked: bool) -> Kernel:
     return EFFICIENT if masked or q.dtype == torch.float32 else CUDA
 
 
-def visible(lse: Tensor) -> Tensor:
+def mask_empty(lse: Tensor) -> Tensor:
     """A query without a key has log-sum-exp -inf, and scores of -inf; with +inf, exp(s - lse) is 0 and not nan."""
     return lse.masked_fill(lse == -math.inf, math.inf)
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
-def attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
+def attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], pieces: Sequence[AttentionPiece]) -> Tensor:
     """Softmax attention (B, H, n, K) of q (B, H, n, K) over all pieces' keys; sources (B, G, m, K).
 
     The first pieces must reach every query, in order: what comes later is merged into what is there.
@@ -166,7 +166,9 @@ def attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], pieces: 
     return result
 
 
-def attend_reference(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
+def attend_reference(
+    q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], pieces: Sequence[AttentionPiece]
+) -> Tensor:
     """The plain form of `attend`: one softmax over the scores of all pieces."""
     n, parts = q.shape[2], []
     repeat = q.shape[1] // keys[0].shape[1]
@@ -195,14 +197,14 @@ class Attend(torch.autograd.Function):
     """`attend`, with its exact backward."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, pieces: Sequence[Piece], *sources: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, pieces: Sequence[AttentionPiece], *sources: Tensor) -> Tensor:
         keys, values = sources[: len(sources) // 2], sources[len(sources) // 2 :]
         repeat = q.shape[1] // keys[0].shape[1]
         merged, besides = Merged(q), []
         for piece in pieces:
             mask = None if piece.mask is None else piece.mask(q)
-            k, v = (repeated(x[piece.source][:, :, piece.keys], repeat) for x in (keys, values))
-            kernel = chosen_kernel(q, mask is not None)
+            k, v = (repeat_groups(x[piece.source][:, :, piece.keys], repeat) for x in (keys, values))
+            kernel = choose_kernel(q, mask is not None)
             part, lse, *rest = kernel.forward(q[:, :, piece.rows], k, v, piece.causal, mask)
             merged.add(piece.rows, part, lse)
             besides.append((kernel, rest))
@@ -222,21 +224,21 @@ class Attend(torch.autograd.Function):
         for piece, (kernel, rest) in zip(ctx.pieces, ctx.besides, strict=True):
             rows, i = piece.rows, piece.source
             mask = None if piece.mask is None else piece.mask(q)
-            k, v = (repeated(x[i][:, :, piece.keys], repeat) for x in (keys, values))
+            k, v = (repeat_groups(x[i][:, :, piece.keys], repeat) for x in (keys, values))
             taken = [x[:, :, rows] for x in (out, lse)]
             dq, dk, dv = kernel.backward(g[:, :, rows], q[:, :, rows], k, v, *taken, piece.causal, mask, *rest)
             d_q.add(rows, dq)
-            d_keys[i].add(piece.keys, summed(dk, repeat))
-            d_values[i].add(piece.keys, summed(dv, repeat))
+            d_keys[i].add(piece.keys, sum_groups(dk, repeat))
+            d_values[i].add(piece.keys, sum_groups(dv, repeat))
         return d_q.result(), None, *(d.result() for d in d_keys), *(d.result() for d in d_values)
 
 
-def repeated(x: Tensor, repeat: int) -> Tensor:
+def repeat_groups(x: Tensor, repeat: int) -> Tensor:
     """Keys or values (B, G, m, K) for every query head, (B, H, m, K)."""
     return x if repeat == 1 else x.repeat_interleave(repeat, 1)
 
 
-def summed(x: Tensor, repeat: int) -> Tensor:
+def sum_groups(x: Tensor, repeat: int) -> Tensor:
     """The gradient (B, H, m, K) of `repeated`, summed over the query heads that share a key head."""
     return x if repeat == 1 else x.unflatten(1, (-1, repeat)).sum(2)
 

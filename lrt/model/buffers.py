@@ -16,7 +16,7 @@ Writer = Callable[[Tensor, Slots, Tensor, int], Tensor]
 """`write_copy` or `write_in_place`."""
 
 
-def materialised(buffer: Tensor) -> Tensor:
+def materialise(buffer: Tensor) -> Tensor:
     """A copy with memory of its own, also of an expanded tensor."""
     return buffer.clone(memory_format=torch.contiguous_format)
 
@@ -41,7 +41,7 @@ def write_copy(buffer: Tensor, slots: Slots, new: Tensor, dim: int) -> Tensor:
             return buffer.slice_scatter(new, dim, slots.start, slots.stop, slots.step)
         if slots.dim() == 1:
             return buffer.index_copy(dim, slots, new)
-        return write_in_place(materialised(buffer), slots, new, dim)
+        return write_in_place(materialise(buffer), slots, new, dim)
 
 
 def write_in_place(buffer: Tensor, slots: Slots, new: Tensor, dim: int) -> Tensor:

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.distributed.single import ALONE, Alone, load_weights
+from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, load_weights
 from lrt.model.config import ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.utils.files import _flush, free, read_json, recover, sha256, swap
+from lrt.utils.files import _flush, free_megabytes, read_json, recover, sha256, swap
 
 FORMAT = 1
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
@@ -41,7 +41,7 @@ def save(
     about: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
     parts: Sequence[torch.optim.Optimizer] = (),
-    ranks: Alone = ALONE,
+    ranks: SingleProcess = SINGLE_PROCESS,
 ) -> None:
     """Write a checkpoint folder, replacing an older one only once the new one is whole.
 
@@ -52,14 +52,14 @@ def save(
     path = Path(path)
     if path.exists() and not (path / "manifest.json").exists() and any(path.iterdir()):
         raise ValueError(f"{path} holds something that is no checkpoint; choose another folder")
-    fresh = path.with_name(f".{path.name}.saving-{ranks.agreed(os.getpid())}")
+    fresh = path.with_name(f".{path.name}.saving-{ranks.broadcast(os.getpid())}")
     try:
-        with ranks.together():
+        with ranks.collective():
             if ranks.rank == 0:
                 for stale in path.parent.glob(f".{path.name}.saving-*"):  # of a save that was killed
                     shutil.rmtree(stale, ignore_errors=True)
                 fresh.mkdir(parents=True)
-        with ranks.together():
+        with ranks.collective():
             if training is not None:
                 ranks.write_training(fresh, training, model, parts)
             weights = ranks.weights(model)
@@ -72,13 +72,14 @@ def save(
         # What the libraries' writers raise on a full disk says little of it.
         if isinstance(error, safetensors.SafetensorError | RuntimeError | OSError):
             raise OSError(
-                f"cannot save to {path}: {error} ({free(path.parent):,.0f} MB free on that disk, a save needs about "
-                f"{needed(model, training is not None):,.0f}); the previous checkpoint, if any, is untouched"
+                f"cannot save to {path}: {error} ({free_megabytes(path.parent):,.0f} MB free there, a save needs "
+                f"about {megabytes_needed(model, training is not None):,.0f}); the previous checkpoint, if any, is "
+                "untouched"
             ) from error
         raise
 
 
-def needed(model: LatentRecurrentTransformer, training: bool) -> float:
+def megabytes_needed(model: LatentRecurrentTransformer, training: bool) -> float:
     """MB that a save takes: the weights, and for training up to two moments of each."""
     return sum(p.numel() * p.element_size() for p in model.parameters()) * (3 if training else 1) / 1e6
 
@@ -119,7 +120,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRe
 
     Raises ValueError, naming the file, where one is missing, truncated, changed, or belongs to another checkpoint.
     """
-    folder = verified(Path(path))
+    folder = verify(Path(path))
     config, recorded = _config(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.sha256 != recorded:
@@ -157,12 +158,14 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: w.reshape(1) if w.dim() == 0 else w for name, w in weights.items()}
 
 
-def load_training(path: str | Path, model: LatentRecurrentTransformer, ranks: Alone = ALONE) -> dict[str, Any]:
+def load_training(
+    path: str | Path, model: LatentRecurrentTransformer, ranks: SingleProcess = SINGLE_PROCESS
+) -> dict[str, Any]:
     """Put a checkpoint's weights into `model`, in place, and return the `training` that was saved with them.
 
     Raises ValueError where the folder is damaged, holds no training state, or another architecture.
     """
-    folder = verified(Path(path))
+    folder = verify(Path(path))
     saved, _ = _config(folder)
     if saved != model.config:
         theirs, mine = (json.loads(json.dumps(c.to_dict())) for c in (saved, model.config))
@@ -178,10 +181,10 @@ def load_training(path: str | Path, model: LatentRecurrentTransformer, ranks: Al
 
 def about(path: str | Path) -> dict[str, Any]:
     """How the checkpoint came to be: what `save` was given."""
-    return read_json(verified(Path(path)) / "config.json")["about"]
+    return read_json(verify(Path(path)) / "config.json")["about"]
 
 
-def verified(path: Path) -> Path:
+def verify(path: Path) -> Path:
     """The checkpoint's folder, after its files were held against the manifest."""
     recover(path)
     if not (path / "manifest.json").exists():  # a run's folder: its checkpoint, or how far it has come

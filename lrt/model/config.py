@@ -75,7 +75,7 @@ class MemoryConfig:
             return (depth,)
         return self.source if isinstance(self.source, tuple) else (self.source,)
 
-    def remembered(self, depth: int) -> tuple[int, ...]:
+    def stored_sources(self, depth: int) -> tuple[int, ...]:
         """The sources that a State has to store: all but the embedding, which follows from the token."""
         return tuple(s for s in self.sources(depth) if s > 0)
 
@@ -84,7 +84,7 @@ class MemoryConfig:
         sources = self.sources(depth)
         return len(sources) if self.combine == "channels" else min(1, len(sources))
 
-    def injected(self, depth: int) -> tuple[int, ...]:
+    def injected_layers(self, depth: int) -> tuple[int, ...]:
         """The blocks (1..depth) that inject the memory, in order."""
         if self.injection == "none":
             return ()
@@ -139,7 +139,7 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if self.groups < 1 or self.heads % self.groups != 0:
+        if self.num_kv_heads < 1 or self.heads % self.num_kv_heads != 0:
             raise ValueError(f"kv_heads is {self.kv_heads}; it must divide heads ({self.heads})")
         if self.head_size is None and self.width % self.heads != 0:
             raise ValueError(
@@ -169,10 +169,10 @@ class ModelConfig:
                     f"memory.source {source!r} is no layer of this model; use 0 (the embedding) to {self.depth} (the "
                     "last)"
                 )
-        for layer in self.memory.injected(self.depth):
+        for layer in self.memory.injected_layers(self.depth):
             if not 1 <= layer <= self.depth:
                 raise ValueError(f"memory.layers names block {layer}; this model has blocks 1 to {self.depth}")
-        injected = self.memory.injected(self.depth)
+        injected = self.memory.injected_layers(self.depth)
         if len(set(injected)) != len(injected) or (len(injected) == 0 and self.memory.injection != "none"):
             raise ValueError(
                 f"memory.layers is {self.memory.layers}; name each block once, at least one, or use injection='none'"
@@ -190,7 +190,7 @@ class ModelConfig:
             )
 
     @property
-    def groups(self) -> int:
+    def num_kv_heads(self) -> int:
         """Key and value heads, G."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
@@ -216,32 +216,32 @@ class ModelConfig:
         return once * self.loops
 
     @property
-    def caches(self) -> int:
+    def kv_layers(self) -> int:
         """Pairs of keys and values a position leaves: one per block and loop."""
         return self.depth * self.loops
 
     @property
-    def places(self) -> int:
+    def positions_per_token(self) -> int:
         """Positions of a token: its own and its thoughts'."""
         return 1 + self.thoughts
 
     @property
     def forwards(self) -> int:
         """Forwards through the stack of blocks per generated token."""
-        return self.loops * self.places
+        return self.loops * self.positions_per_token
 
     @property
-    def recurs(self) -> bool:
+    def is_recurrent(self) -> bool:
         """Whether one full pass only approximates what decoding computes: a remembered layer, or a latent thought."""
-        return self.thoughts > 0 or len(self.memory.remembered(self.depth)) > 0
+        return self.thoughts > 0 or len(self.memory.stored_sources(self.depth)) > 0
 
     @property
-    def unbounded(self) -> bool:
+    def unlimited_context(self) -> bool:
         """Whether every layer slides, so that the context is no limit and slots may be reused."""
         return "L" not in self.window_pattern[: self.depth]
 
     @property
-    def reach(self) -> int:
+    def lookback(self) -> int:
         """How many earlier positions an endless stream must keep: the longest window, or the memory's delay."""
         return max(max(w or 0 for w in self.windows()) - 1, self.memory.delay)
 

@@ -42,7 +42,7 @@ class Execution:
         choice(self, "compile", ("auto", "always", "never"))
         choice(self, "recompute", ("nothing", "blocks", "passes"))
 
-    def resolved(self, steps: int, device: str | torch.device, unproved: str | None = None) -> tuple[Execution, str]:
+    def resolve(self, steps: int, device: str | torch.device, unproved: str | None = None) -> tuple[Execution, str]:
         """`always` or `never` in place of `auto` for a run of `steps`, and which path that is, in words.
 
         `unproved` names what about the run no test compiles yet: `auto` then does not.
@@ -63,18 +63,18 @@ class Execution:
 
     def function(self, function: F) -> F:
         """A function of tensors and modules, compiled if that is wanted."""
-        return cast(F, compiled(function)) if self.compile == "always" else function
+        return cast(F, compile_once(function)) if self.compile == "always" else function
 
     def block(self, block: nn.Module, *arguments: Any) -> Any:
         """Call a block; keep its arguments only, if blocks are to be recomputed."""
         if self.recompute == "blocks" and torch.is_grad_enabled():
-            return recomputed(block, *arguments)
+            return recompute(block, *arguments)
         return block(*arguments)
 
     def whole_pass(self, model: nn.Module, *arguments: Any) -> Any:
         """Call a model for a pass; keep its arguments only, if passes are to be recomputed."""
         if self.recompute == "passes" and torch.is_grad_enabled():
-            return recomputed(model, *arguments)
+            return recompute(model, *arguments)
         return model(*arguments)
 
 
@@ -83,13 +83,13 @@ EAGER = Execution(compile="never")
 
 
 @functools.cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with static shapes and without graph breaks; each new size or kind of block is compiled once."""
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def recomputed(module: nn.Module, *arguments: Any) -> Any:
+def recompute(module: nn.Module, *arguments: Any) -> Any:
     """`module(*arguments)`, of which only the arguments are kept."""
     # What `Cast` has put in the place of parameters is gone when the backward comes, so it is kept here.
     swapped: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if not p.is_leaf}

@@ -18,20 +18,20 @@ from torch.nn import functional as F
 
 from lrt.model.config import ModelConfig
 from lrt.model.layers import rms
-from lrt.model.state import Positions, Recollection, State
+from lrt.model.state import MemoryRead, Positions, State
 
 Projected = tuple[Tensor, Tensor]
 """U_k m and U_v m of one layer, each (C, B, T, G, K)."""
 
 
-class Recall(nn.Module):
+class MemoryReader(nn.Module):
     """Assemble the memory that positions read: stored sources, the predecessor's embedding, their combination."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         memory = config.memory
         self.sources = memory.sources(config.depth)
-        self.stored = memory.remembered(config.depth)
+        self.stored = memory.stored_sources(config.depth)
         self.delay = memory.delay
         self.stand_in = memory.initial == "embedding" and len(self.stored) > 0
         if isinstance(memory.source, tuple) and self.sources and memory.combine == "sum":
@@ -43,7 +43,7 @@ class Recall(nn.Module):
         """The memory (C, B, T, D) that `positions` read from `state`."""
         return self.read(state.read_memory(positions, self.delay), embedding)
 
-    def read(self, found: Recollection, embedding: nn.Embedding) -> Tensor:
+    def read(self, found: MemoryRead, embedding: nn.Embedding) -> Tensor:
         """The memory (C, B, T, D) assembled from what was found."""
         embedded = zero = found.memory.new_zeros(())
         if 0 in self.sources or self.stand_in:
@@ -58,7 +58,7 @@ class Recall(nn.Module):
         ]
         return self.combine(parts, found.memory)
 
-    def embed(self, found: Recollection, embedding: nn.Embedding) -> Tensor:
+    def embed(self, found: MemoryRead, embedding: nn.Embedding) -> Tensor:
         """x_0 (B, T, D) of the remembered tokens, zeros where unknown or outside the document.
 
         Recomputed at every read, so that gradients reach the embedding under every schedule.
@@ -89,11 +89,13 @@ class Projection(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        layers = len(config.memory.injected(config.depth)) if config.memory.projection == "layerwise" else 1
+        layers = len(config.memory.injected_layers(config.depth)) if config.memory.projection == "layerwise" else 1
         channels = config.memory.channels(config.depth)
-        self.heads = (config.groups, config.head_dim)
+        self.heads = (config.num_kv_heads, config.head_dim)
         # A stack of logical matrices (layers, C, [k, v], G·K, D): the optimiser treats each on its own.
-        self.weight = nn.Parameter(torch.empty(layers, channels, 2, config.groups * config.head_dim, config.width))
+        self.weight = nn.Parameter(
+            torch.empty(layers, channels, 2, config.num_kv_heads * config.head_dim, config.width)
+        )
 
     def forward(self, memory: Tensor) -> tuple[Projected, ...]:
         """(U_k m, U_v m) for each set of projections: one if shared, else one per injected block."""
@@ -161,8 +163,10 @@ class KeyValue(NoMemory):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.groups = config.groups
-        self.gate = nn.Linear(config.width, config.groups * (1 + config.memory.channels(config.depth)), bias=False)
+        self.groups = config.num_kv_heads
+        self.gate = nn.Linear(
+            config.width, config.num_kv_heads * (1 + config.memory.channels(config.depth)), bias=False
+        )
 
     def reset(self) -> None:
         super().reset()

@@ -23,7 +23,7 @@ class Unfilled(TorchFunctionMode):
 
 
 @functools.lru_cache(maxsize=256)
-def sizes(config: ModelConfig) -> dict[str, int]:
+def parameter_sizes(config: ModelConfig) -> dict[str, int]:
     """Numbers of every parameter by name, without allocating them."""
     with torch.device("meta"), Unfilled():
         model = LatentRecurrentTransformer(config)
@@ -37,5 +37,5 @@ def is_table(name: str) -> bool:
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """(all parameters, those outside token-indexed tables and the head)."""
-    found = sizes(config)
+    found = parameter_sizes(config)
     return sum(found.values()), sum(n for name, n in found.items() if not is_table(name))

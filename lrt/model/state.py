@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrt.model.buffers import Slots, Writer, gather, materialised, write_copy, write_in_place
+from lrt.model.buffers import Slots, Writer, gather, materialise, write_copy, write_in_place
 from lrt.model.execution import EAGER, Execution
 
 Positions = range | Tensor
@@ -43,7 +43,7 @@ class Visibility:
 
 
 @dataclass(frozen=True)
-class Recollection:
+class MemoryRead:
     """What `read_memory` found `delay` positions back."""
 
     tokens: Tensor
@@ -74,13 +74,13 @@ class State:
     """(B, S) int, -1 where unknown."""
     documents: Tensor | None
     """(B, S) int, the packed document of each slot; None where a row is one document."""
-    held: Tensor
+    slot_positions: Tensor
     """(B, S) int, the position that each slot holds; -1 where nothing is written."""
     reusable: bool = False
     """Whether slots may be reused, so that positions may exceed S."""
-    filled: int = 0
+    written_until: int = 0
     """Every position below this one is written, in all rows."""
-    pending: tuple[range, ...] = ()
+    pending_strides: tuple[range, ...] = ()
     """Strided classes written since; together they may raise `filled`."""
     write: Writer = dataclasses.field(default_factory=lambda: write_copy)
     execution: Execution = EAGER
@@ -104,7 +104,7 @@ class State:
     @property
     def lengths(self) -> Tensor:
         """(B,) int: one past the last position written, per row."""
-        return self.held.amax(1) + 1
+        return self.slot_positions.amax(1) + 1
 
     @property
     def length(self) -> int:
@@ -115,7 +115,7 @@ class State:
 
     def in_place(self) -> State:
         """A copy whose calls overwrite its buffers: no gradients, and a State given to a call is used up by it."""
-        return dataclasses.replace(self._map(materialised), write=write_in_place)
+        return dataclasses.replace(self._map(materialise), write=write_in_place)
 
     def clone(self) -> State:
         """An independent copy."""
@@ -132,7 +132,7 @@ class State:
             values=tuple(change(v) for v in self.values),
             memory=change(self.memory),
             tokens=change(self.tokens),
-            held=change(self.held),
+            slot_positions=change(self.slot_positions),
         )
 
     # --- rows and lengths --------------------------------------------------------------------------------------
@@ -160,9 +160,9 @@ class State:
             values=tuple(map(replaced, self.values, other.values)),
             memory=replaced(self.memory, other.memory),
             tokens=replaced(self.tokens, other.tokens),
-            held=replaced(self.held, other.held),
-            filled=min(self.filled, other.filled),
-            pending=(),
+            slot_positions=replaced(self.slot_positions, other.slot_positions),
+            written_until=min(self.written_until, other.written_until),
+            pending_strides=(),
         )
 
     def crop(self, lengths: int | Tensor) -> State:
@@ -170,21 +170,21 @@ class State:
 
         Where slots are reused, ask `intact` first: what a forgotten position replaced does not come back.
         """
-        ends = torch.as_tensor(lengths, device=self.held.device).expand(self.batch).unsqueeze(1)
-        held = self.held.masked_fill(self.held >= ends, -1)
+        ends = torch.as_tensor(lengths, device=self.slot_positions.device).expand(self.batch).unsqueeze(1)
+        held = self.slot_positions.masked_fill(self.slot_positions >= ends, -1)
         everything = slice(0, self.slots, 1)
         return dataclasses.replace(
             self,
-            held=self.write(self.held, everything, held, 1),
+            slot_positions=self.write(self.slot_positions, everything, held, 1),
             tokens=self.write(self.tokens, everything, self.tokens.masked_fill(held < 0, -1), 1),
-            filled=min(self.filled, lengths if isinstance(lengths, int) else int(lengths.min())),
-            pending=(),
+            written_until=min(self.written_until, lengths if isinstance(lengths, int) else int(lengths.min())),
+            pending_strides=(),
         )
 
     def intact(self, lengths: Tensor, reach: int) -> Tensor:
         """(B,) bool: whether the last `reach` positions before `lengths` (B,) are all still held."""
-        needed = lengths.unsqueeze(1) - 1 - torch.arange(min(reach, self.slots), device=self.held.device)
-        found = gather(self.held, needed % self.slots, 1) == needed
+        needed = lengths.unsqueeze(1) - 1 - torch.arange(min(reach, self.slots), device=self.slot_positions.device)
+        found = gather(self.slot_positions, needed % self.slots, 1) == needed
         return (found | (needed < 0)).all(1)
 
     def resized(self, slots: int) -> State:
@@ -209,7 +209,7 @@ class State:
             values=tuple(fitted(v, 2) for v in self.values),
             memory=fitted(self.memory, 1),
             tokens=fitted(self.tokens, 1, -1),
-            held=fitted(self.held, 1, -1),
+            slot_positions=fitted(self.slot_positions, 1, -1),
         )
 
     # --- where -------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ class State:
         tokens = tokens.to(self.tokens, copy=True)  # the caller's tensor may change later
         return dataclasses.replace(self, tokens=self.write(self.tokens, self.where(positions), tokens, 1))
 
-    def read_memory(self, positions: Positions, delay: int | Tensor) -> Recollection:
+    def read_memory(self, positions: Positions, delay: int | Tensor) -> MemoryRead:
         """What stands `delay` positions before each of `positions`; a tensor, (T,) or (B, T), gives each its own."""
         index = self.index(positions)
         before = index - delay
@@ -244,21 +244,23 @@ class State:
         if self.documents is not None:
             here = self.where(index)
             inside = inside & (gather(self.documents, here, 1) == gather(self.documents, slots, 1))
-        return Recollection(
+        return MemoryRead(
             gather(self.tokens, slots, 1),
             gather(self.memory, slots, 1),
-            gather(self.held, slots, 1) == before,
+            gather(self.slot_positions, slots, 1) == before,
             inside,
         )
 
-    def hold(self, positions: Positions) -> State:
+    def mark_written(self, positions: Positions) -> State:
         """Mark the positions of a call as written. Keys, values and memory follow in the same call."""
         index = self.index(positions)
-        held = self.write(self.held, self.where(positions), index.to(self.held).expand(self.batch, -1), 1)
+        held = self.write(
+            self.slot_positions, self.where(positions), index.to(self.slot_positions).expand(self.batch, -1), 1
+        )
         if isinstance(positions, Tensor):
-            return dataclasses.replace(self, held=held)
-        filled, pending = extend(self.filled, self.pending, positions)
-        return dataclasses.replace(self, held=held, filled=filled, pending=pending)
+            return dataclasses.replace(self, slot_positions=held)
+        filled, pending = extend(self.written_until, self.pending_strides, positions)
+        return dataclasses.replace(self, slot_positions=held, written_until=filled, pending_strides=pending)
 
     def write_memory(self, positions: Positions, memory: Tensor) -> State:
         """Replace the memory (B, T, P, D) of these positions."""
@@ -272,11 +274,11 @@ class State:
 
     def visible(self, positions: Positions, window: int | None) -> Visibility:
         """Position p sees written slots <= p of its own document, within the window. Call after `hold`."""
-        if isinstance(positions, range) and positions.stop <= self.slots and self.filled > positions[-1]:
+        if isinstance(positions, range) and positions.stop <= self.slots and self.written_until > positions[-1]:
             return self._visible_range(positions, window)
         index = self.index(positions)
         here = index.unsqueeze(-1)  # (T, 1) or (B, T, 1)
-        held = self.held.unsqueeze(1)  # (B, 1, S)
+        held = self.slot_positions.unsqueeze(1)  # (B, 1, S)
         mask = (held >= 0) & (held <= here)
         if window is not None:
             mask = mask & (held > here - window)
@@ -356,6 +358,6 @@ def empty_state(
         memory=zero.expand(batch, slots, *memory_shape),
         tokens=unknown if tokens is None else tokens.to(unknown, copy=True),
         documents=None if documents is None else documents.to(unknown, copy=True),
-        held=unknown,
+        slot_positions=unknown,
         reusable=reusable,
     )

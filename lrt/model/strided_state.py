@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrt.model.blockwise_attention import Piece, attend
+from lrt.model.blockwise_attention import AttentionPiece, attend
 from lrt.model.buffers import write_copy
 from lrt.model.execution import EAGER, Execution
-from lrt.model.state import Positions, Recollection, State, extend
+from lrt.model.state import MemoryRead, Positions, State, extend
 
 TILE = 128
 """Queries and keys of the smallest triangle: the CPU's kernel computes 512 keys at a time, also those that a causal
@@ -53,7 +53,7 @@ Classes = tuple[Held | None, ...]
 class Pieces:
     """What one layer's queries attend to: the pieces, and the class whose tensor is each piece's source."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[AttentionPiece, ...]
     sources: tuple[int, ...]
 
     def attend(self, q: Tensor, keys: Classes, values: Classes) -> Tensor:
@@ -63,7 +63,7 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class PassState:
+class StridedState:
     """What passes over full ranges and residue classes r::S leave behind, for B rows of T positions."""
 
     tokens: Tensor
@@ -85,7 +85,7 @@ class PassState:
     reusable: bool = False
 
     @classmethod
-    def of(cls, state: State, stride: int, execution: Execution = EAGER) -> PassState:
+    def of(cls, state: State, stride: int, execution: Execution = EAGER) -> StridedState:
         """From an empty State, whose slots are the positions."""
         empty: Classes = (None,) * stride
         layers = (empty,) * len(state.keys)
@@ -107,11 +107,11 @@ class PassState:
 
     # --- reading and writing -----------------------------------------------------------------------------------
 
-    def write_tokens(self, positions: Positions, tokens: Tensor) -> PassState:
+    def write_tokens(self, positions: Positions, tokens: Tensor) -> StridedState:
         """Nothing: all tokens are known from the start."""
         return self
 
-    def hold(self, positions: Positions) -> PassState:
+    def mark_written(self, positions: Positions) -> StridedState:
         """Nothing: what is written is what is there."""
         return self
 
@@ -122,21 +122,21 @@ class PassState:
         held = Held(new, whole=False)
         return tuple(held if residue == slots.start else old for residue, old in enumerate(classes))
 
-    def write_cache(self, keys: tuple[Classes, ...], values: tuple[Classes, ...]) -> PassState:
+    def write_cache(self, keys: tuple[Classes, ...], values: tuple[Classes, ...]) -> StridedState:
         return dataclasses.replace(self, keys=keys, values=values)
 
-    def write_memory(self, positions: Positions, memory: Tensor) -> PassState:
+    def write_memory(self, positions: Positions, memory: Tensor) -> StridedState:
         """Replace the memory (B, n, P, D) of these positions."""
         return dataclasses.replace(self, memory=self.write(self.memory, self.where(positions), memory, 1))
 
-    def detach_memory(self) -> PassState:
+    def detach_memory(self) -> StridedState:
         """The same, with the gradient through the memory cut."""
         cut = tuple(
             None if held is None else dataclasses.replace(held, tensor=held.tensor.detach()) for held in self.memory
         )
         return dataclasses.replace(self, memory=cut)
 
-    def read_memory(self, positions: Positions, delay: int) -> Recollection:
+    def read_memory(self, positions: Positions, delay: int) -> MemoryRead:
         """What stands `delay` positions before each of `positions`."""
         assert isinstance(positions, range)
         n, step = len(positions), positions.step
@@ -144,12 +144,14 @@ class PassState:
         shift = (residue + delay - positions.start) // step  # entry i reads entry i - shift of that class
         inside = torch.arange(n, device=self.tokens.device) >= shift
         inside = inside.expand(self.batch, n)
-        tokens = shifted(self.tokens[:, residue::step], n, shift)
+        tokens = shift_back(self.tokens[:, residue::step], n, shift)
         if self.documents is not None:
-            before = shifted(self.documents[:, residue::step], n, shift)
+            before = shift_back(self.documents[:, residue::step], n, shift)
             inside = inside & (self.documents[:, positions.start :: step] == before)
         found, there = self._recalled(residue, step)
-        return Recollection(tokens, shifted(found, n, shift), inside & shifted(there.unsqueeze(0), n, shift), inside)
+        return MemoryRead(
+            tokens, shift_back(found, n, shift), inside & shift_back(there.unsqueeze(0), n, shift), inside
+        )
 
     def _recalled(self, residue: int, step: int) -> tuple[Tensor, Tensor]:
         """Memory (B, m, P, D) of a class, or of all positions, and which of it (m,) is written."""
@@ -187,7 +189,7 @@ class PassState:
 
     def _pieces(
         self, positions: range, residue: int, step: int, source: int, whole: bool, window: int | None
-    ) -> Iterator[Piece]:
+    ) -> Iterator[AttentionPiece]:
         """The pieces of one class's keys, as entries of the class's own tensor or of the whole one."""
         behind = 1 if residue > positions.start else 0  # query i sees keys up to i - behind
         n, m = len(positions), len(range(residue, self.slots, step))
@@ -196,7 +198,7 @@ class PassState:
             tile = TILE if self.tokens.device.type == "cpu" else n
             for rows, keys in triangles(0, min(n - behind, m), tile):
                 shifted_rows = slice(rows.start + behind, rows.stop + behind)
-                yield Piece(shifted_rows, source, where(keys.start, keys.stop), causal=rows == keys)
+                yield AttentionPiece(shifted_rows, source, where(keys.start, keys.stop), causal=rows == keys)
             return
         for first in range(0, n, QUERIES):
             rows = slice(first, min(first + QUERIES, n))
@@ -207,7 +209,7 @@ class PassState:
             for start in range(begin, stop, KEYS):
                 keys = slice(start, min(start + KEYS, stop))
                 band = Band(self.documents, positions[rows], range(residue, self.slots, step)[keys], window)
-                yield Piece(rows, source, where(keys.start, keys.stop), mask=band.mask)
+                yield AttentionPiece(rows, source, where(keys.start, keys.stop), mask=band.mask)
 
     # --- the end -----------------------------------------------------------------------------------------------
 
@@ -226,9 +228,9 @@ class PassState:
             memory=self._buffer(self.memory, 1, self.shape[-2:]),
             tokens=self.tokens,
             documents=self.documents,
-            held=torch.where(there[index % self.stride], index, -1).expand(self.batch, -1),
-            filled=filled,
-            pending=pending,
+            slot_positions=torch.where(there[index % self.stride], index, -1).expand(self.batch, -1),
+            written_until=filled,
+            pending_strides=pending,
             execution=self.execution,
         )
 
@@ -258,8 +260,8 @@ class Band:
 
     def mask(self, like: Tensor) -> Tensor:
         """(1 or B, 1, n, m) to add to scores, 0 or -inf, of the type and on the device of `like`."""
-        here = spread(self.queries, like.device).unsqueeze(1)
-        there = spread(self.keys, like.device)
+        here = index_tensor(self.queries, like.device).unsqueeze(1)
+        there = index_tensor(self.keys, like.device)
         seen = there <= here
         if self.window is not None:
             seen = seen & (there > here - self.window)
@@ -271,7 +273,7 @@ class Band:
         return torch.where(seen, zero, -math.inf).to(like.dtype).unsqueeze(1)
 
 
-def spread(positions: range, device: torch.device) -> Tensor:
+def index_tensor(positions: range, device: torch.device) -> Tensor:
     return torch.arange(positions.start, positions.stop, positions.step, device=device)
 
 
@@ -296,7 +298,7 @@ def entries(residue: int, stride: int, first: int, last: int) -> slice:
     return slice(residue + first * stride, residue + (last - 1) * stride + 1, stride)
 
 
-def shifted(x: Tensor, n: int, shift: int) -> Tensor:
+def shift_back(x: Tensor, n: int, shift: int) -> Tensor:
     """(B, n, …): x (B, m, …) moved back by `shift`, zeros before it."""
     if shift == 0:
         return x[:, :n]

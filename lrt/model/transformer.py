@@ -23,11 +23,11 @@ from lrt.model.buffers import Writer
 from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution
 from lrt.model.layers import MLP, rms, rotary
-from lrt.model.memory import INJECTIONS, NoMemory, NoProjection, Projected, Projection, Recall
+from lrt.model.memory import INJECTIONS, MemoryReader, NoMemory, NoProjection, Projected, Projection
 from lrt.model.state import Positions, State, as_positions
-from lrt.model.strided_state import PassState
+from lrt.model.strided_state import StridedState
 
-AnyState = TypeVar("AnyState", State, PassState)
+AnyState = TypeVar("AnyState", State, StridedState)
 
 
 class Block(nn.Module):
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        injected = layer in config.memory.injected(config.depth)
+        injected = layer in config.memory.injected_layers(config.depth)
         self.alpha = nn.Parameter(torch.empty(1))  # one element, as FSDP2 shards no scalars; used as scalars
         self.beta = nn.Parameter(torch.empty(1))
         self.injection = (INJECTIONS[config.memory.injection] if injected else NoMemory)(config)
@@ -96,7 +96,7 @@ class LatentRecurrentTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.recall: nn.Module = Recall(config)
+        self.recall: nn.Module = MemoryReader(config)
         self.projection = Projection(config) if INJECTIONS[config.memory.injection].projects else NoProjection()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(1, config.depth + 1))
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -134,7 +134,7 @@ class LatentRecurrentTransformer(nn.Module):
         Raises ValueError where `slots` exceeds the context (no limit where every layer slides).
         """
         config = self.config
-        if slots > config.context and not config.unbounded:
+        if slots > config.context and not config.unlimited_context:
             raise ValueError(
                 f"{slots} positions exceed the context of {config.context}; shorten the input, or use a model in "
                 "which every layer has a sliding window (window_pattern='S')"
@@ -145,16 +145,18 @@ class LatentRecurrentTransformer(nn.Module):
                     f"{name} has shape {tuple(value.shape)}; it must be (batch, slots) = ({batch}, {slots})"
                 )
         weight = self.embedding.weight
-        documents, tokens = (None if x is None else x.repeat_interleave(config.places, 1) for x in (documents, tokens))
+        documents, tokens = (
+            None if x is None else x.repeat_interleave(config.positions_per_token, 1) for x in (documents, tokens)
+        )
         return states.empty_state(
-            config.caches,
-            (config.groups, config.head_dim),
-            (len(config.memory.remembered(config.depth)), config.width),
+            config.kv_layers,
+            (config.num_kv_heads, config.head_dim),
+            (len(config.memory.stored_sources(config.depth)), config.width),
             batch,
-            slots * config.places,
+            slots * config.positions_per_token,
             documents,
             tokens,
-            config.unbounded,
+            config.unlimited_context,
             device=weight.device,
             dtype=weight.dtype,
         )
@@ -169,9 +171,11 @@ class LatentRecurrentTransformer(nn.Module):
         if isinstance(positions, Tensor):
             positions = positions.to(tokens.device)
         self._check(tokens, positions, state)
-        hidden, state = self._at(tokens, placed(positions, self.config.places, 0), state, None)
-        for place in range(1, self.config.places):  # latent thoughts
-            hidden, state = self._at(tokens, placed(positions, self.config.places, place), state, hidden)
+        hidden, state = self._at(tokens, state_positions(positions, self.config.positions_per_token, 0), state, None)
+        for place in range(1, self.config.positions_per_token):  # latent thoughts
+            hidden, state = self._at(
+                tokens, state_positions(positions, self.config.positions_per_token, place), state, hidden
+            )
         return hidden, state
 
     def _at(
@@ -180,16 +184,16 @@ class LatentRecurrentTransformer(nn.Module):
         """The blocks at positions of the State, on the tokens' embeddings or, in their place, on thought (B, T, D)."""
         state = state.write_tokens(positions, tokens)
         memory = self.recall(state, positions, self.embedding)
-        state = state.hold(positions)
+        state = state.mark_written(positions)
 
-        config, remembered = self.config, self.config.memory.remembered(self.config.depth)
+        config, remembered = self.config, self.config.memory.stored_sources(self.config.depth)
         projected = self.projection(memory)
         x0 = x = rms(self.embedding(tokens)) if thought is None else thought
         angles = rotary(positions, config.head_dim, config.rope_base, x)
         windows = config.windows()
         visible = {window: state.visible(positions, window) for window in set(windows)}
         slots, run = state.where(positions), state.execution
-        injected = config.memory.injected(config.depth)
+        injected = config.memory.injected_layers(config.depth)
         outputs: dict[int, Tensor] = {}
         caches: list[Cache] = []
         for i, block in enumerate(tuple(self.blocks) * config.loops):
@@ -223,7 +227,7 @@ class LatentRecurrentTransformer(nn.Module):
         other._modules = {**self._modules, "recall": recall}
         return other
 
-    def _check(self, tokens: Tensor, positions: Positions, state: State | PassState) -> None:
+    def _check(self, tokens: Tensor, positions: Positions, state: State | StridedState) -> None:
         """Wrong sizes are the caller's mistake and named; what only the device knows is left to it."""
         batch, length = tokens.shape
         count = len(positions) if isinstance(positions, range) else positions.shape[-1]
@@ -234,10 +238,10 @@ class LatentRecurrentTransformer(nn.Module):
             )
         config = self.config
         expected = (
-            config.caches,
-            config.groups,
+            config.kv_layers,
+            config.num_kv_heads,
             config.head_dim,
-            len(config.memory.remembered(config.depth)),
+            len(config.memory.stored_sources(config.depth)),
             config.width,
         )
         if state.shape != expected:
@@ -248,8 +252,8 @@ class LatentRecurrentTransformer(nn.Module):
                 raise ValueError(f"position {int(ends[0])} is negative; positions count from 0")
             self._check_room(int(ends[1]), length, state)
 
-    def _check_room(self, last: int, length: int, state: State | PassState) -> None:
-        slots = state.slots // self.config.places
+    def _check_room(self, last: int, length: int, state: State | StridedState) -> None:
+        slots = state.slots // self.config.positions_per_token
         if last < slots:
             return
         if not state.reusable:
@@ -262,7 +266,7 @@ class LatentRecurrentTransformer(nn.Module):
                 f"position {last} reuses a slot of this state of {state.slots}, whose documents are fixed; "
                 "make a state with a slot for every position, or without documents"
             )
-        reach = self.config.reach
+        reach = self.config.lookback
         if length + reach > state.slots:
             raise ValueError(
                 f"{length} positions at once need {length + reach} slots (window and delay included), the state has "
@@ -270,7 +274,7 @@ class LatentRecurrentTransformer(nn.Module):
             )
 
 
-def placed(positions: Positions, places: int, place: int) -> Positions:
+def state_positions(positions: Positions, places: int, place: int) -> Positions:
     """Where the State holds place `place` (0: the token, then its thoughts) of tokens at `positions`."""
     if places == 1:
         return positions

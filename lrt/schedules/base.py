@@ -57,11 +57,11 @@ class Schedule(Protocol):
         """The schedule of optimiser step `step` of `steps`: the same on all ranks and micro-batches."""
         ...
 
-    def drawn(self) -> Schedule:
+    def draw(self) -> Schedule:
         """Where there is no step: stages give their last, a mixture draws from torch's generator."""
         ...
 
-    def scored(self) -> tuple[tuple[float, Schedule], ...]:
+    def scoring_parts(self) -> tuple[tuple[float, Schedule], ...]:
         """(probability, schedule) pairs under which `parallel_bpb` is the weighted mean."""
         ...
 
@@ -87,10 +87,10 @@ class Simple:
     def at(self, step: int, steps: int, seed: int) -> Schedule:
         return self
 
-    def drawn(self) -> Schedule:
+    def draw(self) -> Schedule:
         return self
 
-    def scored(self) -> tuple[tuple[float, Schedule], ...]:
+    def scoring_parts(self) -> tuple[tuple[float, Schedule], ...]:
         return ((1.0, self),)
 
     def shares(self) -> tuple[tuple[float, Simple], ...]:
@@ -170,8 +170,8 @@ class Mixture(Composed):
         u = numpy.random.Generator(numpy.random.Philox(key=seed, counter=step)).random()
         return self._pick(u).at(step, steps, seed)
 
-    def drawn(self) -> Schedule:
-        return self._pick(float(torch.rand(()))).drawn()
+    def draw(self) -> Schedule:
+        return self._pick(float(torch.rand(()))).draw()
 
     def _pick(self, u: float) -> Schedule:
         total = 0.0
@@ -181,8 +181,8 @@ class Mixture(Composed):
                 return part
         return self.parts[-1][1]
 
-    def scored(self) -> tuple[tuple[float, Schedule], ...]:
-        return tuple((p * q, s) for p, part in self.parts for q, s in part.scored())
+    def scoring_parts(self) -> tuple[tuple[float, Schedule], ...]:
+        return tuple((p * q, s) for p, part in self.parts for q, s in part.scoring_parts())
 
     def __repr__(self) -> str:
         return f"mixture({list(self.parts)!r})"
@@ -203,11 +203,11 @@ class Stages(Composed):
                 return part.at(step, steps, seed)
         return self.parts[-1][1].at(step, steps, seed)
 
-    def drawn(self) -> Schedule:
-        return self.parts[-1][1].drawn()
+    def draw(self) -> Schedule:
+        return self.parts[-1][1].draw()
 
-    def scored(self) -> tuple[tuple[float, Schedule], ...]:
-        return self.parts[-1][1].scored()
+    def scoring_parts(self) -> tuple[tuple[float, Schedule], ...]:
+        return self.parts[-1][1].scoring_parts()
 
     def __repr__(self) -> str:
         return f"stages({list(self.parts)!r})"

@@ -7,7 +7,7 @@ over the keys that are visible on average, and the head where a pass has a loss.
 from __future__ import annotations
 
 from lrt.model.config import ModelConfig
-from lrt.model.size import is_table, sizes
+from lrt.model.size import is_table, parameter_sizes
 from lrt.schedules.base import Schedule
 
 
@@ -24,12 +24,12 @@ def forward_flops(config: ModelConfig, length: int) -> tuple[float, float]:
     All loops and thoughts are in it; a first pass, which finds no thoughts before a token, is counted like the others.
     As decoding computes the same, it is also the cost of a generated token, on average over a text of `length`.
     """
-    dense = {name: n for name, n in sizes(config).items() if not is_table(name)}
+    dense = {name: n for name, n in parameter_sizes(config).items() if not is_table(name)}
     looped = sum(n for name, n in dense.items() if name.startswith("blocks."))
     products = 2 * (config.loops * looped + sum(dense.values()) - looped)
-    positions = config.places * length
+    positions = config.positions_per_token * length
     attention = sum(4 * config.heads * config.head_dim * visible_keys(positions, w) for w in config.windows())
-    return config.places * (products + attention), 2 * config.width * config.vocab_size
+    return config.positions_per_token * (products + attention), 2 * config.width * config.vocab_size
 
 
 def training_flops(config: ModelConfig, schedule: Schedule, length: int) -> float:

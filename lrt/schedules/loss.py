@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrt.data.batch import IGNORED
-from lrt.distributed.single import ALONE, Alone
+from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
 from lrt.model.cross_entropy import at_least_float32, summed_nats
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -37,7 +37,11 @@ class StepLoss:
 
     @classmethod
     def of(
-        cls, schedule: Schedule, targets: Sequence[Tensor], ranks: Alone = ALONE, execution: Execution = EAGER
+        cls,
+        schedule: Schedule,
+        targets: Sequence[Tensor],
+        ranks: SingleProcess = SINGLE_PROCESS,
+        execution: Execution = EAGER,
     ) -> StepLoss:
         """From one step's schedule and the targets (B, T) of this rank's micro-batches; all ranks' are counted.
 

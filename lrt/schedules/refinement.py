@@ -16,7 +16,7 @@ from torch import Tensor
 from lrt.model.buffers import write_copy
 from lrt.model.execution import EAGER, Execution
 from lrt.model.state import State
-from lrt.model.strided_state import PassState
+from lrt.model.strided_state import StridedState
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.base import Pass, Schedule
 
@@ -32,7 +32,7 @@ class Refined:
     """In order."""
     length: int
     """T."""
-    last: State | PassState
+    last: State | StridedState
     """What the last pass left."""
 
     # Training asks for neither of these: both copy.
@@ -63,7 +63,7 @@ def refine(
     `execution` says how it is computed, not what.
     """
     ran: list[Ran] = []
-    last: State | PassState | None = None
+    last: State | StridedState | None = None
     for p, hidden, current in walk(model, tokens, schedule, documents, state, execution):
         ran.append((p, torch.arange(p.start, p.stop, p.stride), hidden))
         last = current
@@ -78,7 +78,7 @@ def walk(
     documents: Tensor | None = None,
     state: State | None = None,
     execution: Execution = EAGER,
-) -> Iterator[tuple[Pass, Tensor, State | PassState]]:
+) -> Iterator[tuple[Pass, Tensor, State | StridedState]]:
     """The passes of `refine`, one after another: (pass, its hidden states (B, n, D), what it left).
 
     For who does not want all of them at once: of a pass that was let go of, only what later passes read stays.
@@ -88,17 +88,17 @@ def walk(
         raise ValueError("there are no tokens; give at least one position (a BOS token will do)")
     if state is not None and documents is not None:
         raise ValueError("documents come with an empty state; make it with model.empty_state(batch, slots, documents)")
-    offset, places = 0, model.config.places
+    offset, places = 0, model.config.positions_per_token
     if state is not None:
         offset = state.length // places
         if bool((state.lengths != state.length).any()):
             raise ValueError(
                 f"the state's rows have lengths {state.lengths.tolist()}; refine continues rows of one length"
             )
-    passes = schedule.drawn().passes(length)
-    current: State | PassState
+    passes = schedule.draw().passes(length)
+    current: State | StridedState
     if state is None:
-        current = beginning(model.empty_state(batch, length, documents, tokens), passes, execution, places)
+        current = initial_state(model.empty_state(batch, length, documents, tokens), passes, execution, places)
     else:
         current = dataclasses.replace(state, execution=execution)
     for p in passes:
@@ -111,15 +111,15 @@ def walk(
         del hidden  # the next pass runs without it
 
 
-def beginning(empty: State, passes: Sequence[Pass], execution: Execution, places: int = 1) -> State | PassState:
+def initial_state(empty: State, passes: Sequence[Pass], execution: Execution, places: int = 1) -> State | StridedState:
     """The State to run `passes` from: by residue classes where all of them are such, else the general one.
 
-    `places` positions of the State are one of `passes`' (`ModelConfig.places`).
+    `places` positions of the State are one of `passes`' (`ModelConfig.positions_per_token`).
     """
     stride = common_stride(passes, empty.slots // places)
     if stride is None or (stride > 1 and places > 1):  # full passes over places are classes, of one stride only
         return dataclasses.replace(empty, execution=execution)
-    return PassState.of(empty, stride * places, execution)
+    return StridedState.of(empty, stride * places, execution)
 
 
 def last_written(ran: list[tuple[Pass, Tensor, Tensor]], length: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lrt.model.execution import EAGER, Execution
 from lrt.model.layers import rms, rotary
-from lrt.model.memory import Recall
+from lrt.model.memory import MemoryReader
 from lrt.model.transformer import LatentRecurrentTransformer, after_attention, before_attention
 
 CHUNK = 8
@@ -47,30 +47,30 @@ class Carry:
         return Carry(self.memory.detach(), keys, values, self.position)
 
 
-def uncovered(model: LatentRecurrentTransformer) -> str | None:
+def reason_uncovered(model: LatentRecurrentTransformer) -> str | None:
     """Why this module does not compute such a model; None where it does."""
     config = model.config
-    if type(model.recall) is not Recall:
+    if type(model.recall) is not MemoryReader:
         return "a model whose recall is replaced (an ablation)"
     sources = config.memory.sources(config.depth)
     if config.forwards > 1:
         return f"{config.loops} loops and {config.thoughts} thoughts: it needs one forward per token"
     if not sources or 0 in sources or config.memory.delay != 1:
         return f"memory sources {sources} at delay {config.memory.delay}: it needs sources >= 1 at delay 1"
-    if not config.unbounded or max(w or 0 for w in config.windows()) - 1 > CHUNK:
+    if not config.unlimited_context or max(w or 0 for w in config.windows()) - 1 > CHUNK:
         return f"windows {config.windows()}: every layer must slide over at most {CHUNK + 1} positions"
     return None
 
 
-def beginning(model: LatentRecurrentTransformer, batch: int) -> Carry:
+def empty_carry(model: LatentRecurrentTransformer, batch: int) -> Carry:
     """Before the first position of `batch` rows."""
     config = model.config
-    reason = uncovered(model)
+    reason = reason_uncovered(model)
     if reason is not None:
         raise ValueError(f"exact passes in chunks do not cover {reason}; use refine with sequential()")
     place = model.embedding.weight
-    remembered = len(config.memory.remembered(config.depth))
-    empty = place.new_zeros(batch, config.groups, 0, config.head_dim)
+    remembered = len(config.memory.stored_sources(config.depth))
+    empty = place.new_zeros(batch, config.num_kv_heads, 0, config.head_dim)
     return Carry(place.new_zeros(batch, 1, remembered, config.width), (empty,) * config.depth, (empty,) * config.depth)
 
 
@@ -78,15 +78,15 @@ def over(
     model: LatentRecurrentTransformer, tokens: Tensor, backprop: int | None = None, execution: Execution = EAGER
 ) -> Tensor:
     """The hidden states (B, T, D) that `refine(model, tokens, sequential(backprop))` gives."""
-    carry, hidden = beginning(model, tokens.shape[0]), []
+    carry, hidden = empty_carry(model, tokens.shape[0]), []
     for part in tokens.split(tokens.shape[1] if backprop is None else backprop, dim=1):
-        out, carry = run(model, part, carry, execution)
+        out, carry = run_chunks(model, part, carry, execution)
         carry = carry if backprop is None else dataclasses.replace(carry, memory=carry.memory.detach())
         hidden.append(out)
     return torch.cat(hidden, dim=1)
 
 
-def run(
+def run_chunks(
     model: LatentRecurrentTransformer, tokens: Tensor, carry: Carry, execution: Execution = EAGER
 ) -> tuple[Tensor, Carry]:
     """The final hidden states (B, T, D) of tokens (B, T) behind `carry`, and what is carried on."""
@@ -136,7 +136,7 @@ def position(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """One position: what `model` computes, with the last keys and values in place of a State."""
     config = model.config
-    remembered, injected = config.memory.remembered(config.depth), config.memory.injected(config.depth)
+    remembered, injected = config.memory.stored_sources(config.depth), config.memory.injected_layers(config.depth)
     read = model.recall.combine([memory[:, :, remembered.index(s)] for s in model.recall.sources], memory)  # type: ignore[operator]
     projected = model.projection(read)
     x, outputs = x0, {}
@@ -145,7 +145,7 @@ def position(
         index = injected.index(layer) if layer in injected and len(projected) > 1 else 0
         x, q, k, v = before_attention(block, x, x0, read, found[layer - 1], projected[index], angles)  # type: ignore[arg-type]
         k, v = torch.cat((keys[layer - 1], k), 2), torch.cat((values[layer - 1], v), 2)
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=config.groups != config.heads)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=config.num_kv_heads != config.heads)
         x = after_attention(block, x, y)  # type: ignore[arg-type]
         kept = (config.windows()[layer - 1] or 1) - 1
         new_keys.append(k[:, :, max(0, k.shape[2] - kept) :])

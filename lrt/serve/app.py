@@ -13,14 +13,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
 from lrt.serve import request_parsing
-from lrt.serve.errors import ApiError, install
-from lrt.serve.middleware import OPEN, Gate
-from lrt.serve.models import Library, Served
-from lrt.serve.playground import Bench, asked, generated
+from lrt.serve.errors import ApiError, install_handlers
+from lrt.serve.middleware import OPEN, RequestGuard
+from lrt.serve.models import ModelRegistry, ServedModel
+from lrt.serve.playground import MemoryInspector, generate_text, parse_inspection
 from lrt.serve.protocol import (
     ChatBody,
     ChatCompletion,
-    Completion,
     CompletionBody,
     Error,
     GenerateBody,
@@ -28,9 +27,10 @@ from lrt.serve.protocol import (
     InspectBody,
     Model,
     ModelList,
+    TextCompletion,
 )
-from lrt.serve.request_parsing import Ask
-from lrt.serve.responses import streamed, whole
+from lrt.serve.request_parsing import GenerationTask
+from lrt.serve.responses import full_response, stream_response
 
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 EVENTS = {"text/event-stream": {"schema": EVENT}}
@@ -52,7 +52,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 PAGE = files("lrt.serve") / "page.html"
 
 
-def create_app(library: Library, token: str | None = None, hosts: Collection[str] | None = None) -> FastAPI:
+def create_app(library: ModelRegistry, token: str | None = None, hosts: Collection[str] | None = None) -> FastAPI:
     """The ASGI application over a library, whose workers it starts and stops. `token`, `hosts`: see `Gate`."""
 
     @asynccontextmanager
@@ -64,7 +64,7 @@ def create_app(library: Library, token: str | None = None, hosts: Collection[str
             bench.close()
             await library.stop()
 
-    bench = Bench(library)
+    bench = MemoryInspector(library)
     app = FastAPI(
         title="lrt serve",
         version="1",
@@ -74,17 +74,19 @@ def create_app(library: Library, token: str | None = None, hosts: Collection[str
         redoc_url=None,
         responses=ERRORS,
     )
-    install(app)
+    install_handlers(app)
     about_server(app, library)
     about_text(app, library)
     about_memory(app, library, bench)
-    app.openapi = documented(app, token is not None)  # pyright: ignore[reportAttributeAccessIssue]
+    app.openapi = document_errors(app, token is not None)  # pyright: ignore[reportAttributeAccessIssue]
     routes = list(app.openapi()["paths"])
-    app.add_middleware(Gate, limits=library.limits, metrics=library.metrics, token=token, hosts=hosts, routes=routes)
+    app.add_middleware(
+        RequestGuard, limits=library.limits, metrics=library.metrics, token=token, hosts=hosts, routes=routes
+    )
     return app
 
 
-def about_server(app: FastAPI, library: Library) -> None:
+def about_server(app: FastAPI, library: ModelRegistry) -> None:
     """The page, health, metrics."""
 
     @app.head("/", include_in_schema=False)
@@ -109,7 +111,7 @@ def about_server(app: FastAPI, library: Library) -> None:
         return Response(library.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def about_text(app: FastAPI, library: Library) -> None:
+def about_text(app: FastAPI, library: ModelRegistry) -> None:
     """OpenAI's interface."""
 
     @app.get("/v1/models", response_model=ModelList)
@@ -123,12 +125,12 @@ def about_text(app: FastAPI, library: Library) -> None:
         one = library.find(model)
         return Model(id=one.name, created=one.created)
 
-    async def answered(ask: Ask, http: Request) -> Response:
+    async def answered(ask: GenerationTask, http: Request) -> Response:
         if ask.stream:
-            return await stream(streamed(ask, library, http))
-        return JSONResponse((await whole(ask, library, http)).model_dump())
+            return await event_stream(stream_response(ask, library, http))
+        return JSONResponse((await full_response(ask, library, http)).model_dump())
 
-    @app.post("/v1/completions", responses={200: {"model": Completion, "content": EVENTS}})
+    @app.post("/v1/completions", responses={200: {"model": TextCompletion, "content": EVENTS}})
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue a prompt, or several. With `stream`, server-sent events."""
         return await answered(await request_parsing.completion(body, library.find(body.model), library.limits), request)
@@ -139,7 +141,7 @@ def about_text(app: FastAPI, library: Library) -> None:
         return await answered(await request_parsing.chat(body, library.find(body.model), library.limits), request)
 
 
-def about_memory(app: FastAPI, library: Library, bench: Bench) -> None:
+def about_memory(app: FastAPI, library: ModelRegistry, bench: MemoryInspector) -> None:
     """What the page uses."""
 
     @app.get("/playground/models")
@@ -150,9 +152,9 @@ def about_memory(app: FastAPI, library: Library, bench: Bench) -> None:
     @app.post("/playground/generate", response_class=Response, responses={200: {"content": EVENTS}})
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Tokens with their surprisal, as server-sent events."""
-        one: Served = library.find(body.model)
-        ask = await asked(body, one, library)
-        return await stream(generated(ask, library, request))
+        one: ServedModel = library.find(body.model)
+        ask = await parse_inspection(body, one, library)
+        return await event_stream(generate_text(ask, library, request))
 
     @app.post("/playground/inspect")
     async def inspect(body: InspectBody, request: Request) -> dict[str, Any]:
@@ -179,7 +181,7 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def stream(events: AsyncIterator[str]) -> Response:
+async def event_stream(events: AsyncIterator[str]) -> Response:
     """A response of events. What goes wrong before the first of them is an answer of its own."""
     first = await anext(events, None)
     if first is None:
@@ -187,7 +189,7 @@ async def stream(events: AsyncIterator[str]) -> Response:
     return EventStream(first, events)
 
 
-def documented(app: FastAPI, secured: bool) -> Callable[[], dict[str, Any]]:
+def document_errors(app: FastAPI, secured: bool) -> Callable[[], dict[str, Any]]:
     """The OpenAPI document as the server really is: validation answers 400, and it may want a token."""
     make = app.openapi
 

@@ -19,7 +19,7 @@ import torch
 from lrt.inference.engine import Engine
 from lrt.inference.request import Completion, Event, Request
 from lrt.serve.errors import ApiError, internal, unavailable
-from lrt.serve.metrics import Metrics, Speed
+from lrt.serve.metrics import ServerMetrics, Speed
 
 LOG = logging.getLogger("lrt.serve")
 T = TypeVar("T")
@@ -32,7 +32,7 @@ class Done:
     completions: list[Completion]
 
 
-Told = Event | Done | ApiError
+WorkerEvent = Event | Done | ApiError
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class Ticket:
     """One request in the worker's hands."""
 
     request: Request
-    told: asyncio.Queue[tuple[Ticket, Told]]
+    told: asyncio.Queue[tuple[Ticket, WorkerEvent]]
     """Where its events go: tickets of one HTTP request share one."""
     begun: float = field(default_factory=time.monotonic)
     number: int | None = None
@@ -51,10 +51,10 @@ class Ticket:
     """By sample, when its last token came."""
 
 
-class Worker:
+class AsyncEngine:
     """Runs one engine. `start` and all other methods are called in the event loop."""
 
-    def __init__(self, name: str, make: Callable[[], Engine], metrics: Metrics, queue_seconds: float) -> None:
+    def __init__(self, name: str, make: Callable[[], Engine], metrics: ServerMetrics, queue_seconds: float) -> None:
         """make: gives a fresh engine, for the beginning and after one that failed. queue_seconds: how long a request
         may wait for a row."""
         self.name, self.make, self.metrics, self.queue_seconds = name, make, metrics, queue_seconds
@@ -86,7 +86,7 @@ class Worker:
         self._inbox.put(self._stop)
         await asyncio.to_thread(self._thread.join)
 
-    def submit(self, request: Request, told: asyncio.Queue[tuple[Ticket, Told]]) -> Ticket:
+    def submit(self, request: Request, told: asyncio.Queue[tuple[Ticket, WorkerEvent]]) -> Ticket:
         """Hand a request over; it has passed `Request.check`."""
         ticket = Ticket(request, told)
         self.load += request.samples
@@ -209,7 +209,7 @@ class Worker:
                 self._fail(ticket, unavailable(message, "overloaded"))
 
     def _deliver(self, events: list[Event]) -> None:
-        batch: list[tuple[Ticket, Told]] = []
+        batch: list[tuple[Ticket, WorkerEvent]] = []
         ended = drawn = 0
         now = time.monotonic()
         for event in events:
@@ -255,7 +255,7 @@ class Worker:
         self.metrics.rows_in_use.labels(self.name).set(self.engine.rows.used)
         self.metrics.queued.labels(self.name).set(len(self.engine.waiting))
 
-    def _hand(self, batch: list[tuple[Ticket, Told]], ended: int) -> None:
+    def _hand(self, batch: list[tuple[Ticket, WorkerEvent]], ended: int) -> None:
         """In the event loop: everything of a step, to whom it belongs."""
         self.load -= ended
         for ticket, told in batch:

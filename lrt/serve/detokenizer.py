@@ -10,7 +10,7 @@ from lrt.inference.request import Logprob
 
 
 @dataclass(frozen=True)
-class Spoken:
+class EmittedToken:
     """A token that is part of an answer."""
 
     token: int
@@ -20,16 +20,16 @@ class Spoken:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextDelta:
     """What can be shown now."""
 
     text: str
-    spoken: tuple[Spoken, ...]
+    spoken: tuple[EmittedToken, ...]
     ended: bool = False
     """A stop string came: nothing follows."""
 
 
-class Writing:
+class Detokenizer:
     """One answer. What might be the beginning of a stop string is held back until it is known not to be."""
 
     def __init__(self, stream: Stream, stops: Sequence[str], strip: bool = False) -> None:
@@ -38,31 +38,31 @@ class Writing:
         self.shown = 0
         """Characters that were given out."""
         self.held = ""
-        self.waiting: list[Spoken] = []
+        self.waiting: list[EmittedToken] = []
         """Tokens whose text is not given out yet."""
         self.count = 0
         """Tokens that were drawn for it, those held back and a stop token included."""
 
-    def push(self, token: int, logprob: Logprob | None) -> Piece:
+    def push(self, token: int, logprob: Logprob | None) -> TextDelta:
         """What a token lets out."""
         self.count += 1
-        self.waiting.append(Spoken(token, logprob, self.shown + len(self.held)))
+        self.waiting.append(EmittedToken(token, logprob, self.shown + len(self.held)))
         return self._grown(self.stream.push(token))
 
     def stop_token(self) -> None:
         """A token ended the answer that is not part of its text."""
         self.count += 1
 
-    def finish(self) -> Piece:
+    def finish(self) -> TextDelta:
         """The rest, after the last token; an incomplete character is U+FFFD."""
         piece = self._grown(self.stream.finish())
         if piece.ended:
             return piece
         rest, spoken = self.held, tuple(self.waiting)
         self.held, self.waiting = "", []
-        return Piece(piece.text + rest, piece.spoken + spoken)
+        return TextDelta(piece.text + rest, piece.spoken + spoken)
 
-    def _grown(self, text: str) -> Piece:
+    def _grown(self, text: str) -> TextDelta:
         self.held += text
         if self.strip:
             self.held = self.held.lstrip()
@@ -83,9 +83,9 @@ class Writing:
         self.waiting = self.waiting[len(out) :]
         return self._release(free, tuple(out))
 
-    def _release(self, text: str, spoken: tuple[Spoken, ...], ended: bool = False) -> Piece:
+    def _release(self, text: str, spoken: tuple[EmittedToken, ...], ended: bool = False) -> TextDelta:
         self.shown += len(text)
-        return Piece(text, spoken, ended)
+        return TextDelta(text, spoken, ended)
 
 
 def overlap(text: str, stop: str) -> int:

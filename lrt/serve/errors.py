@@ -64,7 +64,7 @@ def internal() -> ApiError:
     return ApiError(500, "the server failed to answer this request; its log says more", "server_error", code="internal")
 
 
-def install(app: FastAPI) -> None:
+def install_handlers(app: FastAPI) -> None:
     """Every error of an app takes this shape."""
 
     @app.exception_handler(ApiError)

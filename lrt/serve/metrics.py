@@ -14,7 +14,7 @@ RECENT = 10.0
 """Seconds that `lrt_tokens_per_second` looks back."""
 
 
-class Metrics:
+class ServerMetrics:
     """One server's. Recorded from the event loop and from the workers' threads."""
 
     def __init__(self) -> None:

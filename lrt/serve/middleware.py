@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lrt.serve.config import Limits
 from lrt.serve.errors import ApiError
-from lrt.serve.metrics import Metrics
+from lrt.serve.metrics import ServerMetrics
 
 OPEN = ("/", "/healthz")
 """Answered without a token: the page itself, which holds no data, and whether the server lives."""
@@ -24,14 +24,14 @@ SLACK = 30.0
 """Seconds after the time limit of a request at which a client that does not read is cut off."""
 
 
-class Gate:
+class RequestGuard:
     """ASGI middleware."""
 
     def __init__(
         self,
         app: ASGIApp,
         limits: Limits,
-        metrics: Metrics,
+        metrics: ServerMetrics,
         token: str | None,
         hosts: Collection[str] | None,
         routes: Collection[str],
@@ -57,7 +57,7 @@ class Gate:
             return
         try:
             async with asyncio.timeout(self.limits.request_seconds + SLACK):
-                await self.app(scope, replayed(body, receive), counted)
+                await self.app(scope, replay(body, receive), counted)
         except TimeoutError:
             return  # the server closes a connection whose answer is not complete
 
@@ -116,7 +116,7 @@ class Gate:
         return counted
 
 
-def replayed(body: bytes, receive: Receive) -> Receive:
+def replay(body: bytes, receive: Receive) -> Receive:
     """The body once, then whatever comes."""
     given = False
 

@@ -17,23 +17,23 @@ from lrt.inference.engine import Engine
 from lrt.model import checkpoint, transformer
 from lrt.model.size import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.serve.async_engine import Worker
+from lrt.serve.async_engine import AsyncEngine
 from lrt.serve.config import Limits, Settings
 from lrt.serve.errors import ApiError, busy, shutting_down, unavailable
-from lrt.serve.metrics import Metrics
+from lrt.serve.metrics import ServerMetrics
 
 PLACES = ("checkpoint", "best")
 """Folders that say nothing of the model in them: its name is their parent's."""
 
 
 @dataclass(eq=False)
-class Served:
+class ServedModel:
     """One model."""
 
     name: str
     model: LatentRecurrentTransformer
     tokenizer: Tokenizer
-    worker: Worker
+    worker: AsyncEngine
     template: Template | None
     """None: there is no chat."""
     created: int
@@ -49,7 +49,7 @@ class Served:
 
     def room(self, prompt: int) -> int | None:
         """How many tokens an answer may have; None: without end."""
-        return None if self.model.config.unbounded else self.slots + 1 - prompt
+        return None if self.model.config.unlimited_context else self.slots + 1 - prompt
 
     def about(self) -> dict[str, Any]:
         """For the page."""
@@ -60,7 +60,7 @@ class Served:
             "parameters": count_parameters(config)[0],
             "depth": config.depth,
             "width": config.width,
-            "context": None if config.unbounded else config.context,
+            "context": None if config.unlimited_context else config.context,
             "vocabulary": config.vocab_size,
             "recurrent": memory.injection != "none",
             "injection": memory.injection,
@@ -69,13 +69,13 @@ class Served:
         }
 
 
-def served(
-    path: Path, name: str, settings: Settings, limits: Limits, metrics: Metrics, device: str | torch.device
-) -> Served:
+def load_served(
+    path: Path, name: str, settings: Settings, limits: Limits, metrics: ServerMetrics, device: str | torch.device
+) -> ServedModel:
     """Load a checkpoint to be served. ValueError where it is damaged, or settings do not fit."""
-    folder = checkpoint.verified(path)
+    folder = checkpoint.verify(path)
     model, tokenizer = checkpoint.load(folder, device)
-    known = cost_model.read(folder, model)
+    known = cost_model.read_calibration(folder, model)
     created = int((folder / "manifest.json").stat().st_mtime)
     return make(name, model, tokenizer, settings, limits, metrics, known, created)
 
@@ -86,10 +86,10 @@ def make(
     tokenizer: Tokenizer,
     settings: Settings,
     limits: Limits,
-    metrics: Metrics,
+    metrics: ServerMetrics,
     known: cost_model.Calibration | None = None,
     created: int = 0,
-) -> Served:
+) -> ServedModel:
     """A model in memory, ready to be served; its worker is not started yet."""
 
     def engine() -> Engine:
@@ -103,12 +103,14 @@ def make(
             prompts=1,
         )
 
-    worker = Worker(name, engine, metrics, limits.queue_seconds)
+    worker = AsyncEngine(name, engine, metrics, limits.queue_seconds)
     mark = transformer.fingerprint(model)[:12]
-    return Served(name, model, tokenizer, worker, chosen(tokenizer, settings.template), created, f"fp_{mark}", settings)
+    return ServedModel(
+        name, model, tokenizer, worker, choose_template(tokenizer, settings.template), created, f"fp_{mark}", settings
+    )
 
 
-def chosen(tokenizer: Tokenizer, name: str | None) -> Template | None:
+def choose_template(tokenizer: Tokenizer, name: str | None) -> Template | None:
     """The template that was asked for, or the tokenizer's own; None where its special tokens name none."""
     if name is None:
         own = TEMPLATES[template_of(tokenizer)]
@@ -138,10 +140,10 @@ def names_of(paths: Sequence[Path], given: Sequence[str] = ()) -> list[str]:
     return names
 
 
-class Library:
+class ModelRegistry:
     """All models of a server, and whether it still takes requests."""
 
-    def __init__(self, models: Sequence[Served], limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, models: Sequence[ServedModel], limits: Limits, metrics: ServerMetrics) -> None:
         self.models = {one.name: one for one in models}
         self.limits, self.metrics = limits, metrics
         self.ending = False
@@ -165,14 +167,14 @@ class Library:
         for one in self.models.values():
             one.worker.interrupt(shutting_down())
 
-    def find(self, name: str) -> Served:
+    def find(self, name: str) -> ServedModel:
         """A model by name. ApiError 404 where there is none."""
         if name not in self.models:
             known = ", ".join(self.models)
             raise ApiError(404, f"there is no such model; choose one of {known}", param="model", code="model_not_found")
         return self.models[name]
 
-    def admit(self, one: Served, samples: int) -> None:
+    def admit(self, one: ServedModel, samples: int) -> None:
         """ApiError 429 or 503 where a model cannot take so many more continuations."""
         if self.ending:
             raise shutting_down()

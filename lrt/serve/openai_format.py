@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.serve.detokenizer import Piece, Spoken, displayed
+from lrt.serve.detokenizer import EmittedToken, TextDelta, displayed
 from lrt.serve.protocol import (
     Alternative,
     ChatAnswer,
@@ -14,26 +14,28 @@ from lrt.serve.protocol import (
     ChatCompletion,
     ChatLogprob,
     ChatLogprobs,
-    Completion,
     CompletionChoice,
     CompletionLogprobs,
     PromptDetails,
+    TextCompletion,
     Usage,
 )
-from lrt.serve.request_parsing import Ask
+from lrt.serve.request_parsing import GenerationTask
 
 
-class Shape(Protocol):
+class ResponseFormat(Protocol):
     """How one route answers."""
 
-    def __init__(self, ask: Ask, head: dict[str, Any]) -> None: ...
-    def choice(self, index: int, prompt: Piece, text: str, spoken: list[Spoken], finish: str) -> Any: ...
+    def __init__(self, ask: GenerationTask, head: dict[str, Any]) -> None: ...
+    def choice(self, index: int, prompt: TextDelta, text: str, spoken: list[EmittedToken], finish: str) -> Any: ...
     def answer(self, choices: list[Any], usage: Usage) -> Any: ...
-    def opening(self, index: int, prompt: Piece) -> dict[str, Any] | None:
+    def opening(self, index: int, prompt: TextDelta) -> dict[str, Any] | None:
         """A choice's first event in a stream, if it has one of its own."""
         ...
 
-    def chunks(self, index: int, prompt: Piece, piece: Piece, finish: str | None) -> Iterable[dict[str, Any]]: ...
+    def chunks(
+        self, index: int, prompt: TextDelta, piece: TextDelta, finish: str | None
+    ) -> Iterable[dict[str, Any]]: ...
     def chunk(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]: ...
 
 
@@ -42,7 +44,7 @@ class Streams:
 
     kind = ""
 
-    def __init__(self, ask: Ask, head: dict[str, Any]) -> None:
+    def __init__(self, ask: GenerationTask, head: dict[str, Any]) -> None:
         self.ask, self.head, self.tokenizer = ask, head, ask.served.tokenizer
 
     def chunk(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
@@ -51,25 +53,27 @@ class Streams:
         return {**self.head, "object": self.kind, "choices": choices, **told}
 
 
-class CompletionShape(Streams):
+class CompletionFormat(Streams):
     kind = "text_completion"
 
-    def choice(self, index: int, prompt: Piece, text: str, spoken: list[Spoken], finish: str) -> CompletionChoice:
+    def choice(
+        self, index: int, prompt: TextDelta, text: str, spoken: list[EmittedToken], finish: str
+    ) -> CompletionChoice:
         listed = self.logprobs([*prompt.spoken, *spoken], len(prompt.spoken), len(prompt.text))
         return CompletionChoice.model_construct(
             text=prompt.text + text, index=index, logprobs=listed, finish_reason=finish
         )
 
-    def answer(self, choices: list[CompletionChoice], usage: Usage) -> Completion:
-        return Completion.model_construct(**self.head, choices=choices, usage=usage)
+    def answer(self, choices: list[CompletionChoice], usage: Usage) -> TextCompletion:
+        return TextCompletion.model_construct(**self.head, choices=choices, usage=usage)
 
-    def opening(self, index: int, prompt: Piece) -> dict[str, Any] | None:
+    def opening(self, index: int, prompt: TextDelta) -> dict[str, Any] | None:
         if not prompt.text and not prompt.spoken:
             return None
         listed = self.logprobs(list(prompt.spoken), len(prompt.spoken), 0)
         return self.chunk([self._piece(index, prompt.text, listed, None)])
 
-    def chunks(self, index: int, prompt: Piece, piece: Piece, finish: str | None) -> Iterable[dict[str, Any]]:
+    def chunks(self, index: int, prompt: TextDelta, piece: TextDelta, finish: str | None) -> Iterable[dict[str, Any]]:
         if piece.text or piece.spoken or finish is not None:
             listed = self.logprobs(list(piece.spoken), 0, len(prompt.text))
             yield self.chunk([self._piece(index, piece.text, listed, finish)])
@@ -78,7 +82,7 @@ class CompletionShape(Streams):
         listed = None if logprobs is None else logprobs.model_dump()
         return {"text": text, "index": index, "logprobs": listed, "finish_reason": finish}
 
-    def logprobs(self, spoken: list[Spoken], own: int, before: int) -> CompletionLogprobs | None:
+    def logprobs(self, spoken: list[EmittedToken], own: int, before: int) -> CompletionLogprobs | None:
         """The list of OpenAI's older interface; the first `own` entries are of the prompt, the rest begins `before`."""
         if not self.ask.scores:
             return None
@@ -91,10 +95,10 @@ class CompletionShape(Streams):
         )
 
 
-class ChatShape(Streams):
+class ChatFormat(Streams):
     kind = "chat.completion.chunk"
 
-    def choice(self, index: int, prompt: Piece, text: str, spoken: list[Spoken], finish: str) -> ChatChoice:
+    def choice(self, index: int, prompt: TextDelta, text: str, spoken: list[EmittedToken], finish: str) -> ChatChoice:
         answer = ChatAnswer(content=text)
         return ChatChoice.model_construct(
             index=index, message=answer, logprobs=self.logprobs(spoken), finish_reason=finish
@@ -103,10 +107,10 @@ class ChatShape(Streams):
     def answer(self, choices: list[ChatChoice], usage: Usage) -> ChatCompletion:
         return ChatCompletion.model_construct(**self.head, choices=choices, usage=usage)
 
-    def opening(self, index: int, prompt: Piece) -> dict[str, Any] | None:
+    def opening(self, index: int, prompt: TextDelta) -> dict[str, Any] | None:
         return self.chunk([self._piece(index, {"role": "assistant", "content": ""}, None, None)])
 
-    def chunks(self, index: int, prompt: Piece, piece: Piece, finish: str | None) -> Iterable[dict[str, Any]]:
+    def chunks(self, index: int, prompt: TextDelta, piece: TextDelta, finish: str | None) -> Iterable[dict[str, Any]]:
         if piece.text or piece.spoken:
             yield self.chunk([self._piece(index, {"content": piece.text}, self.logprobs(list(piece.spoken)), None)])
         if finish is not None:
@@ -118,7 +122,7 @@ class ChatShape(Streams):
         listed = None if logprobs is None else logprobs.model_dump()
         return {"index": index, "delta": delta, "logprobs": listed, "finish_reason": finish}
 
-    def logprobs(self, spoken: list[Spoken]) -> ChatLogprobs | None:
+    def logprobs(self, spoken: list[EmittedToken]) -> ChatLogprobs | None:
         if not self.ask.scores:
             return None
         content = []
@@ -134,11 +138,11 @@ class ChatShape(Streams):
         return Alternative.model_construct(token=displayed(spelling), logprob=finite(value), bytes=list(spelling))
 
 
-SHAPES: dict[bool, type[Shape]] = {False: CompletionShape, True: ChatShape}
+SHAPES: dict[bool, type[ResponseFormat]] = {False: CompletionFormat, True: ChatFormat}
 """By whether it is a chat."""
 
 
-def alternatives(tokenizer: Tokenizer, spoken: Spoken) -> dict[str, float]:
+def alternatives(tokenizer: Tokenizer, spoken: EmittedToken) -> dict[str, float]:
     """The likeliest tokens by their text. Of several that are shown alike the likeliest stays."""
     assert spoken.logprob is not None
     found: dict[str, float] = {}
@@ -152,7 +156,7 @@ def finite(value: float) -> float:
     return max(value, -9999.0)
 
 
-def usage_of(ask: Ask, drawn: int, reused: int) -> Usage:
+def usage_of(ask: GenerationTask, drawn: int, reused: int) -> Usage:
     """The counts of tokens."""
     prompts = sum(len(request.tokens) for request in ask.requests)
     return Usage(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from starlette.requests import Request as HttpRequest
 
-from lrt.eval.ablations import ablated
+from lrt.eval.ablations import ablate
 from lrt.eval.memory_stats import by_token
 from lrt.eval.scoring import score
 from lrt.inference.request import Event, Request
@@ -24,10 +24,10 @@ from lrt.inference.sampling import Sampling
 from lrt.serve.async_engine import Done
 from lrt.serve.detokenizer import displayed
 from lrt.serve.errors import ApiError, busy, shutting_down
-from lrt.serve.models import Library, Served
+from lrt.serve.models import ModelRegistry, ServedModel
 from lrt.serve.protocol import GenerateBody
-from lrt.serve.request_parsing import Ask, encoded, fitted
-from lrt.serve.responses import Gone, Running, running, sse, watched
+from lrt.serve.request_parsing import GenerationTask, encode_text, fit_to_context
+from lrt.serve.responses import ClientDisconnected, Running, running, sse, watch_disconnect
 
 ALTERNATIVES = 5
 BIT = 1 / math.log(2)
@@ -40,23 +40,23 @@ class Cancelled(Exception):
     """Nobody waits for an inspection any more."""
 
 
-async def asked(body: GenerateBody, served: Served, library: Library) -> Ask:
+async def parse_inspection(body: GenerateBody, served: ServedModel, library: ModelRegistry) -> GenerationTask:
     """What the page's form asks for."""
     sampling = Sampling(body.temperature if body.top_p else 0.0, top_p=body.top_p or 1.0)
     bos = served.tokenizer.bos
     request = Request(
-        (bos, *await encoded(served, body.prompt)),
+        (bos, *await encode_text(served, body.prompt)),
         sampling=sampling,
         seed=body.seed,
         stop=frozenset({bos}),
         logprobs=min(ALTERNATIVES, served.model.config.vocab_size),
         prefill=body.prefill,
     )
-    request = fitted(request, body.max_tokens, served, library.limits)
-    return Ask(served, (request,), (), 1, stream=True)
+    request = fit_to_context(request, body.max_tokens, served, library.limits)
+    return GenerationTask(served, (request,), (), 1, stream=True)
 
 
-async def generated(ask: Ask, library: Library, http: HttpRequest) -> AsyncIterator[str]:
+async def generate_text(ask: GenerationTask, library: ModelRegistry, http: HttpRequest) -> AsyncIterator[str]:
     """Server-sent events: `prompt` (its tokens), `prefill`, `token`s, `end`; or `error`."""
     (request,), tokenizer = ask.requests, ask.served.tokenizer
     try:
@@ -66,7 +66,7 @@ async def generated(ask: Ask, library: Library, http: HttpRequest) -> AsyncItera
             yield sse({"type": "prompt", "tokens": list(request.tokens), "texts": texts})
             async for event in events(work):
                 if event.certificate is not None:
-                    yield sse({"type": "prefill", **plain(event.certificate.to_dict())})
+                    yield sse({"type": "prefill", **json_number(event.certificate.to_dict())})
                 if event.token is not None and event.logprob is not None:
                     yield sse(
                         {
@@ -84,7 +84,7 @@ async def generated(ask: Ask, library: Library, http: HttpRequest) -> AsyncItera
                     yield sse({"type": "end", "finish": event.finish, "rest": decoder.finish()})
     except ApiError as error:
         yield sse({"type": "error", **error.error})
-    except Gone:
+    except ClientDisconnected:
         return
 
 
@@ -99,10 +99,10 @@ async def events(work: Running) -> AsyncIterator[Event]:
         yield told
 
 
-class Bench:
+class MemoryInspector:
     """Where texts are looked into: one thread beside the workers, one text at a time."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: ModelRegistry) -> None:
         threads = torch.get_num_threads()
         self.library, self.waiting = library, 0
         self.pool = ThreadPoolExecutor(1, "inspection", lambda: torch.set_num_threads(threads))
@@ -110,10 +110,10 @@ class Bench:
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    async def inspect(self, served: Served, tokens: list[int], http: HttpRequest) -> dict[str, Any]:
+    async def inspect(self, served: ServedModel, tokens: list[int], http: HttpRequest) -> dict[str, Any]:
         """What the memory did with a text. ApiError 400 where it is too long, 429 where too many wait."""
         limit, context = self.library.limits.inspect_tokens, served.model.config.context
-        most = limit if served.model.config.unbounded else min(limit, context + 1)
+        most = limit if served.model.config.unlimited_context else min(limit, context + 1)
         if len(tokens) > most:
             raise ApiError(
                 400, f"the text has {len(tokens)} tokens, {most} are looked into; shorten it", param="tokens"
@@ -127,9 +127,9 @@ class Bench:
             raise busy(f"{self.waiting} texts are looked into or wait; try again later")
         self.waiting += 1
         gone = threading.Event()
-        watch = asyncio.create_task(watched(http, gone.set))
+        watch = asyncio.create_task(watch_disconnect(http, gone.set))
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, inspected, served, tokens, gone)
+            return await asyncio.get_running_loop().run_in_executor(self.pool, inspect_text, served, tokens, gone)
         except Cancelled:
             raise ApiError(499, "the client has gone away") from None
         finally:
@@ -138,7 +138,7 @@ class Bench:
             self.waiting -= 1
 
 
-def inspected(served: Served, tokens: list[int], gone: threading.Event) -> dict[str, Any]:
+def inspect_text(served: ServedModel, tokens: list[int], gone: threading.Event) -> dict[str, Any]:
     """Surprisals in bits of tokens 1…T-1, and what each of them read of the memory when it was predicted.
 
     `live`, and where the model recurs `zero` and `embedding`; `inside` as `diagnostics.by_token` has it. All lists have
@@ -158,18 +158,18 @@ def inspected(served: Served, tokens: list[int], gone: threading.Event) -> dict[
     }
     if model.config.memory.injection != "none":
         for name in ("zero", "embedding"):
-            found["bits"][name] = score(ablated(model, name), row, advance=advance)[0].mul(BIT).tolist()
+            found["bits"][name] = score(ablate(model, name), row, advance=advance)[0].mul(BIT).tolist()
         advance(0)
         found["inside"] = by_token(model, row[:, :-1])
-    return plain(found)
+    return json_number(found)
 
 
-def plain(value: Any) -> Any:
+def json_number(value: Any) -> Any:
     """The same for JSON: rounded, and null for what is no finite number."""
     if isinstance(value, float):
         return (
             (float(f"{value:.{DIGITS}g}") if abs(value) < 1 else round(value, DIGITS)) if math.isfinite(value) else None
         )
     if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: json_number(inner) for key, inner in value.items()}
+    return [json_number(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -204,7 +204,7 @@ class CompletionChoice(BaseModel):
     finish_reason: Literal["stop", "length"]
 
 
-class Completion(BaseModel):
+class TextCompletion(BaseModel):
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int

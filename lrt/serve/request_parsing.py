@@ -7,12 +7,12 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lrt.inference.chat_template import Message, written
+from lrt.inference.chat_template import Message, turn_tokens
 from lrt.inference.request import Request
 from lrt.inference.sampling import Sampling, Steering
 from lrt.serve.config import Limits
 from lrt.serve.errors import ApiError
-from lrt.serve.models import Served
+from lrt.serve.models import ServedModel
 from lrt.serve.protocol import Asked, ChatBody, ChatTurn, CompletionBody
 
 USUAL = 16
@@ -22,10 +22,10 @@ LONG = 4096
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationTask:
     """What one HTTP request wants."""
 
-    served: Served
+    served: ServedModel
     requests: tuple[Request, ...]
     """One per prompt."""
     stops: tuple[str, ...]
@@ -49,7 +49,7 @@ class Ask:
         return sum(request.samples for request in self.requests)
 
 
-async def completion(body: CompletionBody, served: Served, limits: Limits) -> Ask:
+async def completion(body: CompletionBody, served: ServedModel, limits: Limits) -> GenerationTask:
     """What a body of /v1/completions asks for. ApiError 400 where it cannot be served."""
     n = body.n or 1
     drawn = n if body.best_of is None else body.best_of
@@ -62,15 +62,17 @@ async def completion(body: CompletionBody, served: Served, limits: Limits) -> As
     asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
     bare = bool(texts)
     for text in texts:
-        ids.append([served.tokenizer.bos, *await encoded(served, text)])
-    common = shared(body, served)
+        ids.append([served.tokenizer.bos, *await encode_text(served, text)])
+    common = shared_fields(body, served)
     if body.logprobs is not None:
         common = replace(common, logprobs=body.logprobs)
     elif drawn > n:
         common = replace(common, logprobs=0)
-    return Ask(
+    return GenerationTask(
         served,
-        tuple(fitted(replace(common, tokens=tuple(i), samples=drawn), asked, served, limits, USUAL) for i in ids),
+        tuple(
+            fit_to_context(replace(common, tokens=tuple(i), samples=drawn), asked, served, limits, USUAL) for i in ids
+        ),
         stops(body),
         n,
         echo=bool(body.echo),
@@ -95,7 +97,7 @@ def prompts(body: CompletionBody) -> tuple[list[str], list[list[int]]]:
     return texts, lists or ([single] if single else [])
 
 
-async def chat(body: ChatBody, served: Served, limits: Limits) -> Ask:
+async def chat(body: ChatBody, served: ServedModel, limits: Limits) -> GenerationTask:
     """What a body of /v1/chat/completions asks for. ApiError 400 where it cannot be served."""
     template = served.template
     if template is None:
@@ -112,24 +114,24 @@ async def chat(body: ChatBody, served: Served, limits: Limits) -> Ask:
     if None not in (body.max_tokens, body.max_completion_tokens):
         raise ApiError(400, "give max_completion_tokens or max_tokens, not both", param="max_tokens")
     try:
-        parts = template.parts([Message(role_of(turn), said(turn)) for turn in body.messages])
+        parts = template.parts([Message(role_of(turn), message_text(turn)) for turn in body.messages])
     except ValueError as error:
         raise ApiError(400, str(error), param="messages") from error
     tokenizer = served.tokenizer
     size = sum(len(part) for part, _ in parts)
-    work = written(tokenizer, template, parts) if size < LONG else await asyncio.to_thread(
-        written, tokenizer, template, parts
+    work = turn_tokens(tokenizer, template, parts) if size < LONG else await asyncio.to_thread(
+        turn_tokens, tokenizer, template, parts
     )  # fmt: skip
-    common = shared(body, served)
+    common = shared_fields(body, served)
     if template.end is not None:
-        (end,) = written(tokenizer, template, [(template.end, False)])
+        (end,) = turn_tokens(tokenizer, template, [(template.end, False)])
         common = replace(common, stop=common.stop | {end})
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     request = replace(common, tokens=(tokenizer.bos, *work), samples=body.n or 1, logprobs=logprobs)
     most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    return Ask(
+    return GenerationTask(
         served,
-        (fitted(request, most, served, limits),),
+        (fit_to_context(request, most, served, limits),),
         (*stops(body), *(("\n",) if template.end is None else ())),
         body.n or 1,
         chat=True,
@@ -143,17 +145,17 @@ def role_of(turn: ChatTurn) -> Literal["system", "user", "assistant"]:
     return "system" if turn.role == "developer" else turn.role
 
 
-def said(turn: ChatTurn) -> str:
+def message_text(turn: ChatTurn) -> str:
     return turn.content if isinstance(turn.content, str) else "".join(part.text for part in turn.content)
 
 
-async def encoded(served: Served, text: str) -> list[int]:
+async def encode_text(served: ServedModel, text: str) -> list[int]:
     """Tokens of a text; of a long one in a thread."""
     encode = served.tokenizer.encode
     return encode(text) if len(text) < LONG else await asyncio.to_thread(encode, text)
 
 
-def shared(body: Asked, served: Served) -> Request:
+def shared_fields(body: Asked, served: ServedModel) -> Request:
     """A request with what both routes have in common, without its prompt."""
     temperature = 1.0 if body.temperature is None else body.temperature
     top_p = 1.0 if body.top_p is None else body.top_p
@@ -181,7 +183,9 @@ def streaming(body: Asked) -> dict[str, bool]:
     return {"stream": bool(body.stream), "usage": options is not None and options.include_usage}
 
 
-def fitted(request: Request, asked: int | None, served: Served, limits: Limits, usual: int | None = None) -> Request:
+def fit_to_context(
+    request: Request, asked: int | None, served: ServedModel, limits: Limits, usual: int | None = None
+) -> Request:
     """The request with the number of tokens that it may have: as asked for, or what is left, `usual` at most."""
     length, room = len(request.tokens), served.room(len(request.tokens))
     longest = limits.prompt_tokens

@@ -17,30 +17,30 @@ from starlette.requests import Request as HttpRequest
 from lrt.inference.engine import log_probability
 from lrt.inference.prefill import prefill
 from lrt.inference.request import Event, Request
-from lrt.serve.async_engine import Done, Ticket, Told
-from lrt.serve.detokenizer import Piece, Spoken, Writing
+from lrt.serve.async_engine import Done, Ticket, WorkerEvent
+from lrt.serve.detokenizer import Detokenizer, EmittedToken, TextDelta
 from lrt.serve.errors import ApiError, too_long
-from lrt.serve.models import Library, Served
+from lrt.serve.models import ModelRegistry, ServedModel
 from lrt.serve.openai_format import SHAPES, usage_of
-from lrt.serve.protocol import ChatCompletion, Completion
-from lrt.serve.request_parsing import Ask
+from lrt.serve.protocol import ChatCompletion, TextCompletion
+from lrt.serve.request_parsing import GenerationTask
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """The client has gone away."""
 
 
 class Running:
     """An Ask in the worker's hands. Left in whatever way, its rows are free."""
 
-    def __init__(self, ask: Ask, told: asyncio.Queue[Any]) -> None:
+    def __init__(self, ask: GenerationTask, told: asyncio.Queue[Any]) -> None:
         self.ask, self.told = ask, told
         worker = ask.served.worker
         self.tickets = [worker.submit(request, told) for request in ask.requests]
         self.place = {ticket: i for i, ticket in enumerate(self.tickets)}
         decoder = ask.served.tokenizer.decoder
         self.writings = [
-            [Writing(decoder(request.tokens), ask.stops, ask.strip) for _ in range(request.samples)]
+            [Detokenizer(decoder(request.tokens), ask.stops, ask.strip) for _ in range(request.samples)]
             for request in ask.requests
         ]
         self.over = [[False] * request.samples for request in ask.requests]
@@ -51,7 +51,7 @@ class Running:
         """Tokens that belong to the answers."""
         return sum(writing.count for some in self.writings for writing in some)
 
-    async def pieces(self) -> AsyncIterator[tuple[int, int, Piece, str | None]]:
+    async def pieces(self) -> AsyncIterator[tuple[int, int, TextDelta, str | None]]:
         """(prompt, sample, what it lets out, and why it ended) until all have ended. ApiError or Gone ends it early."""
         left = len(self.tickets)
         while left:
@@ -66,7 +66,7 @@ class Running:
             for piece, finish in self._heard(ticket, prompt, told):
                 yield prompt, told.sample, piece, finish
 
-    def _heard(self, ticket: Ticket, prompt: int, event: Event) -> list[tuple[Piece, str | None]]:
+    def _heard(self, ticket: Ticket, prompt: int, event: Event) -> list[tuple[TextDelta, str | None]]:
         if self.over[prompt][event.sample]:  # its stop string came; what was drawn since does not count
             return []
         writing, found = self.writings[prompt][event.sample], []
@@ -92,13 +92,13 @@ class Running:
 
 
 @asynccontextmanager
-async def running(ask: Ask, library: Library, http: HttpRequest) -> AsyncIterator[Running]:
+async def running(ask: GenerationTask, library: ModelRegistry, http: HttpRequest) -> AsyncIterator[Running]:
     """Submit, watch the client and the clock, and clean up."""
     library.admit(ask.served, ask.samples)
-    told: asyncio.Queue[tuple[Ticket | None, Told | Exception]] = asyncio.Queue()
+    told: asyncio.Queue[tuple[Ticket | None, WorkerEvent | Exception]] = asyncio.Queue()
     seconds = library.limits.request_seconds
     alarm = asyncio.get_running_loop().call_later(seconds, told.put_nowait, (None, too_long(seconds)))
-    watch = asyncio.create_task(watched(http, lambda: told.put_nowait((None, Gone()))))
+    watch = asyncio.create_task(watch_disconnect(http, lambda: told.put_nowait((None, ClientDisconnected()))))
     work = Running(ask, told)
     try:
         yield work
@@ -110,20 +110,22 @@ async def running(ask: Ask, library: Library, http: HttpRequest) -> AsyncIterato
             await watch
 
 
-async def watched(http: HttpRequest, gone: Callable[[], None]) -> None:
+async def watch_disconnect(http: HttpRequest, gone: Callable[[], None]) -> None:
     """Tell when the client has gone away."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
     gone()
 
 
-async def whole(ask: Ask, library: Library, http: HttpRequest) -> Completion | ChatCompletion:
+async def full_response(
+    ask: GenerationTask, library: ModelRegistry, http: HttpRequest
+) -> TextCompletion | ChatCompletion:
     """The answer at once."""
     shape = SHAPES[ask.chat](ask, head(ask))
     async with running(ask, library, http) as work:
-        prompts = await echoed(ask)
+        prompts = await echo_prompt(ask)
         texts = [[[""] for _ in range(r.samples)] for r in ask.requests]
-        spoken: list[list[list[Spoken]]] = [[[] for _ in range(r.samples)] for r in ask.requests]
+        spoken: list[list[list[EmittedToken]]] = [[[] for _ in range(r.samples)] for r in ask.requests]
         finish = [[""] * r.samples for r in ask.requests]
         async for prompt, sample, piece, why in work.pieces():
             texts[prompt][sample].append(piece.text)
@@ -131,7 +133,7 @@ async def whole(ask: Ask, library: Library, http: HttpRequest) -> Completion | C
             finish[prompt][sample] = why or finish[prompt][sample]
     choices = []
     for prompt in range(len(ask.requests)):
-        for sample in best(spoken[prompt], ask.kept):
+        for sample in best_samples(spoken[prompt], ask.kept):
             text = "".join(texts[prompt][sample])
             choices.append(
                 shape.choice(len(choices), prompts[prompt], text, spoken[prompt][sample], finish[prompt][sample])
@@ -139,7 +141,7 @@ async def whole(ask: Ask, library: Library, http: HttpRequest) -> Completion | C
     return shape.answer(choices, usage_of(ask, work.drawn, work.reused))
 
 
-def best(spoken: list[list[Spoken]], kept: int) -> list[int]:
+def best_samples(spoken: list[list[EmittedToken]], kept: int) -> list[int]:
     """Which samples are given, in order: all, or those whose tokens are most likely in the mean."""
     if kept == len(spoken):
         return list(range(kept))
@@ -151,13 +153,13 @@ def best(spoken: list[list[Spoken]], kept: int) -> list[int]:
     return sorted(range(len(spoken)), key=lambda i: -mean(i))[:kept]
 
 
-async def streamed(ask: Ask, library: Library, http: HttpRequest) -> AsyncIterator[str]:
+async def stream_response(ask: GenerationTask, library: ModelRegistry, http: HttpRequest) -> AsyncIterator[str]:
     """The answer as server-sent events, the first with the first token. ApiError before that; later it is an event of
     its own, the last."""
     shape, begun = SHAPES[ask.chat](ask, head(ask)), False
     try:
         async with running(ask, library, http) as work:
-            prompts = await echoed(ask)
+            prompts = await echo_prompt(ask)
             async for prompt, sample, piece, why in work.pieces():
                 for index in range(0 if begun else ask.samples):
                     if opening := shape.opening(index, prompts[index // ask.kept]):
@@ -172,23 +174,23 @@ async def streamed(ask: Ask, library: Library, http: HttpRequest) -> AsyncIterat
         if not begun:
             raise
         yield sse(error.body)
-    except Gone:
+    except ClientDisconnected:
         return
 
 
-async def echoed(ask: Ask) -> list[Piece]:
+async def echo_prompt(ask: GenerationTask) -> list[TextDelta]:
     """By prompt, what stands before the answer: its text and, where they are asked for, its tokens' scores."""
     if not ask.echo:
-        return [Piece("", ())] * len(ask.requests)
+        return [TextDelta("", ())] * len(ask.requests)
     found = []
     for request in ask.requests:
         text = ask.served.tokenizer.decode(request.tokens)
         scores = await prompt_scores(ask.served, request, ask.bare) if ask.scores else ()
-        found.append(Piece(text, tuple(scores)))
+        found.append(TextDelta(text, tuple(scores)))
     return found
 
 
-def head(ask: Ask) -> dict[str, Any]:
+def head(ask: GenerationTask) -> dict[str, Any]:
     """What every chunk of an answer begins with."""
     kind = "chatcmpl" if ask.chat else "cmpl"
     return {
@@ -208,19 +210,19 @@ CHUNK = 64
 """Positions whose logits are made at once."""
 
 
-async def prompt_scores(served: Served, request: Request, bare: bool) -> list[Spoken]:
+async def prompt_scores(served: ServedModel, request: Request, bare: bool) -> list[EmittedToken]:
     """One entry per token of the prompt. The first has no log-probability; `bare` leaves it out: nobody wrote it."""
-    found = await served.worker.call(partial(scored, served, request))
+    found = await served.worker.call(partial(score_prompt, served, request))
     return found[1:] if bare else found
 
 
 @torch.no_grad()
-def scored(served: Served, request: Request) -> list[Spoken]:
+def score_prompt(served: ServedModel, request: Request) -> list[EmittedToken]:
     """In the worker's thread: the entries of all tokens of the prompt."""
     model, tokens, alternatives = served.model, request.tokens, request.logprobs
     assert alternatives is not None
     spelling = served.tokenizer.decoder()
-    found = [Spoken(tokens[0], None, 0)]
+    found = [EmittedToken(tokens[0], None, 0)]
     offset = len(spelling.push(tokens[0]))
     if len(tokens) == 1:
         return found
@@ -232,6 +234,6 @@ def scored(served: Served, request: Request) -> list[Spoken]:
     for begin in range(0, len(tokens) - 1, CHUNK):
         for logits in model.logits(done.sequence[0, begin : begin + CHUNK]):
             token = tokens[len(found)]
-            found.append(Spoken(token, log_probability(logits, token, alternatives), offset))
+            found.append(EmittedToken(token, log_probability(logits, token, alternatives), offset))
             offset += len(spelling.push(token))
     return found

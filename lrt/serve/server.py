@@ -12,13 +12,13 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lrt.serve.config import Limits
-from lrt.serve.models import Library
+from lrt.serve.models import ModelRegistry
 
 
 class Server(uvicorn.Server):
     """After SIGTERM or SIGINT: accept nothing, let answers end, and tell those that have not ended in time."""
 
-    def __init__(self, config: uvicorn.Config, library: Library) -> None:
+    def __init__(self, config: uvicorn.Config, library: ModelRegistry) -> None:
         super().__init__(config)
         self.library = library
 
@@ -71,7 +71,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
     return Guarded
 
 
-def server(app: FastAPI, library: Library, host: str, port: int) -> Server:
+def server(app: FastAPI, library: ModelRegistry, host: str, port: int) -> Server:
     """A server for an application, not started yet."""
     limits = library.limits
     config = uvicorn.Config(

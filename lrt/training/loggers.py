@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from lrt.utils.imports import optional_module
 
 
-class Sink(Protocol):
+class Logger(Protocol):
     """Takes the numbers of a step."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -72,7 +72,7 @@ class Trackio:
         self.run.finish()
 
 
-SINKS: dict[str, Callable[[Path, dict[str, Any], int], Sink]] = {
+SINKS: dict[str, Callable[[Path, dict[str, Any], int], Logger]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
     "trackio": Trackio,
@@ -80,7 +80,7 @@ SINKS: dict[str, Callable[[Path, dict[str, Any], int], Sink]] = {
 
 
 @contextmanager
-def opened(
+def open_loggers(
     names: Sequence[str], out: Path, settings: dict[str, Any], step: int
 ) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
     """Open the named sinks for a run that stands at `step`; gives a function that hands a step's numbers to all."""
@@ -102,7 +102,7 @@ def opened(
         yield log
 
 
-def read_diary(out: Path, steps: int) -> list[dict[str, Any]]:
+def read_metrics(out: Path, steps: int) -> list[dict[str, Any]]:
     """The first `steps` lines of a run's metrics.jsonl, one per step; empty where there is none."""
     file = out / "metrics.jsonl"
     lines: list[dict[str, Any]] = []
@@ -114,12 +114,12 @@ def read_diary(out: Path, steps: int) -> list[dict[str, Any]]:
     return lines
 
 
-def rewrite_diary(out: Path, lines: list[dict[str, Any]]) -> None:
+def rewrite_metrics(out: Path, lines: list[dict[str, Any]]) -> None:
     """Make `lines` all of metrics.jsonl: what stands behind a snapshot goes, and a kill now loses none of the rest."""
     rewritten = out / ".metrics.jsonl"
     rewritten.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rewritten.replace(out / "metrics.jsonl")
 
 
-Diary = list[dict[str, Any]]
+MetricsLog = list[dict[str, Any]]
 """One line per step, as in metrics.jsonl."""

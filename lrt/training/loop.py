@@ -16,41 +16,41 @@ from typing import Any
 import torch
 
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import ALONE, Alone
+from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
 from lrt.model import checkpoint
 from lrt.model.checkpoint import drop_snapshots, snapshot_path, snapshot_step, snapshots
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.training import loggers
 from lrt.training.config import RunConfig
-from lrt.training.loggers import Diary, rewrite_diary
+from lrt.training.loggers import MetricsLog, rewrite_metrics
 from lrt.training.monitor import (
     FINAL,
     PATIENCE,
-    Watching,
-    exploded,
-    inside,
+    EvalConfig,
+    gap_warning,
+    has_exploded,
     live_scores,
+    memory_by_layer,
     memory_weight,
     report_divergence,
-    widened,
 )
 from lrt.training.resume import resume
-from lrt.training.snapshots import Keeping
-from lrt.training.trainer import Diverged, Trained, Training
+from lrt.training.snapshots import SnapshotConfig
+from lrt.training.trainer import Diverged, Trained, Trainer
 from lrt.utils.device import peak_flops
 from lrt.utils.progress import Advance, bar, warn
 
 Note = Callable[[dict[str, Any]], None]
 
 
-def recent(lines: Diary) -> float:
+def recent(lines: MetricsLog) -> float:
     """Mean of the last 5 % of the losses."""
     last = lines[-max(1, len(lines) // 20) :]
     return sum(line["loss"] for line in last) / max(1, len(last))
 
 
-def scores(lines: Diary) -> dict[str, float]:
+def newest_scores(lines: MetricsLog) -> dict[str, float]:
     """The newest evaluation in the diary; empty where there was none."""
     found = next((line for line in reversed(lines) if "live_bpb" in line), {})
     return {k: found[k] for k in ("live_bpb", "parallel_bpb", "gap") if k in found}
@@ -63,10 +63,10 @@ def train(
     device: str | torch.device = "cpu",
     progress: bool = True,
     title: str = "training",
-    keeping: Keeping | None = None,
-    watching: Watching | None = None,
+    keeping: SnapshotConfig | None = None,
+    watching: EvalConfig | None = None,
     resume_from: str = "auto",
-    ranks: Alone = ALONE,
+    ranks: SingleProcess = SINGLE_PROCESS,
     execution: Execution = EAGER,
 ) -> tuple[LatentRecurrentTransformer, Trained]:
     """Train into folder `out`: metrics.jsonl (a line per step), snapshots/, best/, and checkpoint/ at the end.
@@ -85,9 +85,9 @@ def train(
         raise ValueError(
             f"the model's vocab_size is {run.model.vocab_size}, the data's {data.vocab_size}; make them equal"
         )
-    keeping, watching = keeping or Keeping(), watching or Watching(every=0)
-    training = Training(run, data, device, ranks, execution)
-    with ranks.together():
+    keeping, watching = keeping or SnapshotConfig(), watching or EvalConfig(every=0)
+    training = Trainer(run, data, device, ranks, execution)
+    with ranks.collective():
         out.mkdir(parents=True, exist_ok=True)
         if watching.every != 0:
             data.split("val")  # a damaged one is an error now, not at the first evaluation
@@ -96,13 +96,13 @@ def train(
         if ranks.first:
             print(f"{title}: {training.path}", file=sys.stderr)
         with bar(title, training.steps, progress and ranks.first) as advance, stop_requests() as stop:
-            with noted(training, out, lines, watching) as note:
+            with open_log(training, out, lines, watching) as note:
                 advance(training.progress.step)
                 loop(training, out, lines, keeping, watching, note, advance, stop)
             if watching.every != 0:
                 advance(0, "scoring live")
-            final = watched(training, max(watching.targets, FINAL)) if watching.every != 0 else {}
-            training.save(out / "checkpoint", training.about(recent(lines)) | {"scores": scores([final])})
+            final = evaluate_step(training, max(watching.targets, FINAL)) if watching.every != 0 else {}
+            training.save(out / "checkpoint", training.about(recent(lines)) | {"scores": newest_scores([final])})
     training.close()
     if ranks.first:
         shutil.rmtree(out / "snapshots", ignore_errors=True)
@@ -110,7 +110,7 @@ def train(
 
 
 @contextmanager
-def noted(training: Training, out: Path, lines: Diary, watching: Watching) -> Iterator[Note]:
+def open_log(training: Trainer, out: Path, lines: MetricsLog, watching: EvalConfig) -> Iterator[Note]:
     """The diary and the sinks of the first rank, open for the block; elsewhere a step is only remembered.
 
     What fails in opening them fails on all ranks.
@@ -118,14 +118,14 @@ def noted(training: Training, out: Path, lines: Diary, watching: Watching) -> It
     ranks, stack = training.ranks, ExitStack()
     with stack:
         write: list[Callable[[int, dict[str, Any]], object]] = []
-        with ranks.together():
+        with ranks.collective():
             if ranks.first:
-                rewrite_diary(out, lines)
+                rewrite_metrics(out, lines)
                 diary = stack.enter_context((out / "metrics.jsonl").open("a"))
                 settings, step = training.run.to_dict(), training.progress.step
                 write.append(lambda _, line: diary.write(json.dumps(line) + "\n"))
                 write.append(lambda *_: diary.flush())  # never behind a snapshot, and there to be followed
-                write.append(stack.enter_context(loggers.opened(watching.log_to, out, settings, step)))
+                write.append(stack.enter_context(loggers.open_loggers(watching.log_to, out, settings, step)))
 
         def note(line: dict[str, Any]) -> None:
             lines.append(line)
@@ -136,11 +136,11 @@ def noted(training: Training, out: Path, lines: Diary, watching: Watching) -> It
 
 
 def loop(
-    training: Training,
+    training: Trainer,
     out: Path,
-    lines: Diary,
-    keeping: Keeping,
-    watching: Watching,
+    lines: MetricsLog,
+    keeping: SnapshotConfig,
+    watching: EvalConfig,
     note: Note,
     advance: Advance,
     stop: Stop,
@@ -150,30 +150,30 @@ def loop(
     failure: OSError | None = None
     while (step := training.progress.step) < training.steps:
         try:
-            if exploded(lines, run.model.vocab_size):
+            if has_exploded(lines, run.model.vocab_size):
                 reason = f"the loss at step {step - 1} is {lines[-1]['loss']:.3f}, worse than knowing nothing"
                 raise Diverged(reason, step - PATIENCE - 1)  # the first of them was computed with spoilt weights
             line = training.step()
         except Diverged as error:
             if error.good == step and not snapshots(out):  # the update was not made: these weights are the last good
                 snapshot(training, out, lines)
-            raise Diverged(diagnosed(training, out, lines, error), error.good) from error
+            raise Diverged(report_failure(training, out, lines, error), error.good) from error
         if ranks.first:  # only now, when the newest one has shown that its loss is finite
             drop_snapshots(snapshots(out)[: -keeping.last])
         if watching.due(step + 1, training.steps):
             advance(0, "scoring live")
-            line |= watched(training, watching.targets)
-            if keeping.best and line["live_bpb"] < best(lines):
-                about = training.about(recent([*lines, line])) | {"scores": scores([line])}
+            line |= evaluate_step(training, watching.targets)
+            if keeping.best and line["live_bpb"] < best_live_bpb(lines):
+                about = training.about(recent([*lines, line])) | {"scores": newest_scores([line])}
                 checkpoint.save(out / "best", training.model, training.data.tokenizer, about, ranks=ranks)
         measure(training, lines, line)
         try:
             note(line)
         except OSError as error:  # a full disk: the other ranks are told, and all stop together
             failure = error
-        if "gap" in line and ranks.first and (warning := widened(lines)):
+        if "gap" in line and ranks.first and (warning := gap_warning(lines)):
             warn(warning)
-        advance(1, describe(lines))
+        advance(1, progress_text(lines))
         stopping = ranks.any(stop.requested or failure is not None)
         if stopping or (keeping.every and training.progress.step % keeping.every == 0):
             try:
@@ -188,12 +188,12 @@ def loop(
             raise KeyboardInterrupt
 
 
-def snapshot(training: Training, out: Path, lines: Diary) -> None:
+def snapshot(training: Trainer, out: Path, lines: MetricsLog) -> None:
     """Save where the run stands. Older snapshots stay until the next step has shown that this one is sound."""
     training.save(snapshot_path(out, training.progress.step), training.about(recent(lines)))
 
 
-def measure(training: Training, lines: Diary, line: dict[str, Any]) -> None:
+def measure(training: Trainer, lines: MetricsLog, line: dict[str, Any]) -> None:
     """Add what a step's line says beside the one before: tokens per second and, on a known GPU, MFU."""
     run, before = training.run, lines[-1] if lines else {"seconds": 0.0, "flops": 0.0}
     seconds = line["seconds"] - before["seconds"]
@@ -203,23 +203,23 @@ def measure(training: Training, lines: Diary, line: dict[str, Any]) -> None:
         line["mfu"] = (line["flops"] - before["flops"]) / seconds / (peak * training.ranks.ranks)
 
 
-def watched(training: Training, targets: int) -> dict[str, Any]:
+def evaluate_step(training: Trainer, targets: int) -> dict[str, Any]:
     """Live scores, the memory's weight and its inside. All ranks call it; the first's numbers are everybody's."""
-    model = training.ranks.evaluable(training.model)
-    with training.ranks.together():
+    model = training.ranks.gathered_model(training.model)
+    with training.ranks.collective():
         found: dict[str, Any] = {}
         if training.ranks.first:
             found = live_scores(model, training.data, training.schedule, targets, False)
-            found |= memory_weight(model) | inside(model, training.data)
-    return training.ranks.agreed(found)
+            found |= memory_weight(model) | memory_by_layer(model, training.data)
+    return training.ranks.broadcast(found)
 
 
-def best(lines: Diary) -> float:
+def best_live_bpb(lines: MetricsLog) -> float:
     """The best live score in the diary."""
     return min((line["live_bpb"] for line in lines if "live_bpb" in line), default=math.inf)
 
 
-def diagnosed(training: Training, out: Path, lines: Diary, error: Diverged) -> str:
+def report_failure(training: Trainer, out: Path, lines: MetricsLog, error: Diverged) -> str:
     """Report a divergence; returns what to tell the user. Snapshots of spoilt weights go: no run can use them."""
     if not training.ranks.first:
         return str(error)
@@ -228,9 +228,9 @@ def diagnosed(training: Training, out: Path, lines: Diary, error: Diverged) -> s
     return report_divergence(out, str(error), lines, good[0] if good else None, training.run.to_dict())
 
 
-def describe(lines: Diary) -> str:
+def progress_text(lines: MetricsLog) -> str:
     """The text beside the bar."""
-    line, found = lines[-1], scores(lines)
+    line, found = lines[-1], newest_scores(lines)
     text = f"loss {recent(lines):.3f} |g| {line['gradient_norm']:.2f}"
     gamma = next((each["memory_gamma"] for each in reversed(lines) if "memory_gamma" in each), None)
     if found:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import Alone
+from lrt.distributed.single import SingleProcess
 from lrt.model import checkpoint
 from lrt.model.size import count_parameters
 from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
-from lrt.training.recipes import matched
-from lrt.training.trainer import Training
+from lrt.training.recipes import match_parameters
+from lrt.training.trainer import Trainer
 
 KINDS = ("parameters", "tokens", "compute", "wall_clock")
 PAIRS = 12
@@ -48,8 +48,8 @@ class Other:
         return cls(path, RunConfig.from_dict(about["run"]), about.get("data", ""))
 
 
-def matched_all(
-    run: RunConfig, others: Sequence[tuple[str, Other]], data: Prepared, ranks: Alone, out: Path
+def match_all(
+    run: RunConfig, others: Sequence[tuple[str, Other]], data: Prepared, ranks: SingleProcess, out: Path
 ) -> RunConfig:
     """`run` after every match, whatever their order: width first, as step times and FLOPs follow from it."""
     for kind, other in sorted(others, key=lambda pair: KINDS.index(pair[0])):
@@ -57,7 +57,7 @@ def matched_all(
     return run
 
 
-def match(run: RunConfig, kind: str, other: Other, data: Prepared, ranks: Alone, out: Path) -> RunConfig:
+def match(run: RunConfig, kind: str, other: Other, data: Prepared, ranks: SingleProcess, out: Path) -> RunConfig:
     """`run` with its MLP width (`parameters`) or its horizon (the others) set to match `other`.
 
     A ratio of step times is measured once and kept in `out`, so that a run that goes on has the same horizon.
@@ -71,7 +71,7 @@ def match(run: RunConfig, kind: str, other: Other, data: Prepared, ranks: Alone,
                 f"this model has {mine:,} parameters, more than the {theirs:,} of {other.path}; the smaller one is "
                 "widened: train this one first, and match the other to it"
             )
-        return dataclasses.replace(run, model=matched(run.model, theirs))
+        return dataclasses.replace(run, model=match_parameters(run.model, theirs))
     if kind == "tokens":
         return dataclasses.replace(run, horizon=f"tokens={other.run.tokens}")
     if kind == "compute":
@@ -80,37 +80,37 @@ def match(run: RunConfig, kind: str, other: Other, data: Prepared, ranks: Alone,
     return dataclasses.replace(run, horizon=f"tokens={max(1, round(other.run.tokens / ratio))}")
 
 
-def kept_ratio(run: RunConfig, other: Other, data: Prepared, ranks: Alone, file: Path) -> float:
+def kept_ratio(run: RunConfig, other: Other, data: Prepared, ranks: SingleProcess, file: Path) -> float:
     """The ratio of step times that `file` has of these two runs; measured, and written there, if it has none."""
     asked = json.loads(json.dumps({"run": {**run.to_dict(), "horizon": ""}, "beside": other.run.to_dict()}))
-    with ranks.together():
+    with ranks.collective():
         known = json.loads(file.read_text()) if ranks.first and file.is_file() else {}
-    known = ranks.agreed(known)
+    known = ranks.broadcast(known)
     if known.get("of") == asked:
         return known["ratio"]
     ratio = step_time_ratio(run, other.run, data, ranks)
-    with ranks.together():
+    with ranks.collective():
         if ranks.first:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"ratio": ratio, "pairs": PAIRS, "of": asked}, indent=2) + "\n")
     return ratio
 
 
-def step_time_ratio(run: RunConfig, other: RunConfig, data: Prepared, ranks: Alone) -> float:
+def step_time_ratio(run: RunConfig, other: RunConfig, data: Prepared, ranks: SingleProcess) -> float:
     """Seconds per token of `run` over those of `other`, optimiser included: the median of alternated pairs of steps."""
     # The vocabulary is a fact of the data, here as in training.
     other = dataclasses.replace(other, model=dataclasses.replace(other.model, vocab_size=data.vocab_size))
-    trainings = [Training(r, data, ranks.device, ranks) for r in (run, other)]
+    trainings = [Trainer(r, data, ranks.device, ranks) for r in (run, other)]
     for training in trainings:
         for _ in range(WARM):
             seconds_per_token(training)
     ratios = [seconds_per_token(trainings[0]) / seconds_per_token(trainings[1]) for _ in range(PAIRS)]
     for training in trainings:
         training.close()
-    return ranks.agreed(statistics.median(ratios))
+    return ranks.broadcast(statistics.median(ratios))
 
 
-def seconds_per_token(training: Training) -> float:
+def seconds_per_token(training: Trainer) -> float:
     """One optimiser step, timed: of a mixture or of stages one of each part, weighted by its share of training."""
     total = 0.0
     for share, part in parse(training.run.schedule).shares():
@@ -141,21 +141,21 @@ class Comparison:
             return f"  {'unknown':9} {self.name:24} {UNMEASURED}"
         verdict, sides = (
             "equal" if self.equal else "MISMATCH",
-            f"{spelled(self.mine)} here, {spelled(self.theirs)} there",
+            f"{spell(self.mine)} here, {spell(self.theirs)} there",
         )
         if not self.equal and not isinstance(self.mine, str) and not isinstance(self.theirs, str):
             sides += f" ({self.mine / self.theirs - 1:+.1%})"
         return f"  {verdict:9} {self.name:24} {sides}"
 
 
-def spelled(value: float | str) -> str:
+def spell(value: float | str) -> str:
     """A value for people: FLOPs in short, counts in full."""
     if isinstance(value, str):
         return value
     return f"{value:.3e}" if isinstance(value, float) else f"{value:,}"
 
 
-def compare(run: RunConfig, other: Other, data: Prepared, out: Path) -> list[Comparison]:
+def compare_runs(run: RunConfig, other: Other, data: Prepared, out: Path) -> list[Comparison]:
     """What a fair pair has in common, and what it does not: sizes, tokens, FLOPs, time, seed, order of data, rates."""
     mine, theirs = (sides(r) for r in (run, other.run))
     mine["data"], theirs["data"] = data.fingerprint[:12], other.data[:12]

@@ -35,7 +35,7 @@ AT_ONCE = 16384
 
 
 @dataclass(frozen=True)
-class Watching:
+class EvalConfig:
     """What is measured while a run goes on. Nothing of it changes what is trained."""
 
     every: int | None = None
@@ -81,7 +81,7 @@ def live_scores(
     return {"live_bpb": metrics.live_bpb, "parallel_bpb": metrics.parallel_bpb, "gap": metrics.gap}
 
 
-def inside(model: LatentRecurrentTransformer, data: Prepared) -> dict[str, Any]:
+def memory_by_layer(model: LatentRecurrentTransformer, data: Prepared) -> dict[str, Any]:
     """γ, gates and the memory's share by block, over a little validation text: the same at every call."""
     if model.config.memory.injection == "none":
         return {}
@@ -105,7 +105,7 @@ def memory_weight(model: LatentRecurrentTransformer) -> dict[str, float]:
     return found
 
 
-def widened(lines: Sequence[dict[str, Any]]) -> str | None:
+def gap_warning(lines: Sequence[dict[str, Any]]) -> str | None:
     """A warning where the last evaluation's gap has grown, else None. `lines` are the diary so far."""
     gaps = [line["gap"] for line in lines if "gap" in line]
     if not gaps or gaps[-1] - max(0.0, min(gaps)) <= WIDENED:
@@ -117,7 +117,7 @@ def widened(lines: Sequence[dict[str, Any]]) -> str | None:
     )
 
 
-def exploded(lines: Sequence[dict[str, Any]], vocab_size: int) -> bool:
+def has_exploded(lines: Sequence[dict[str, Any]], vocab_size: int) -> bool:
     """Whether the last steps of a diary are all worse than knowing nothing, by EXPLODED nats."""
     last = [line["loss"] for line in lines[-PATIENCE:]]
     return len(last) == PATIENCE and min(last) > max(math.log(vocab_size), lines[0]["loss"]) + EXPLODED

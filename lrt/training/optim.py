@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lrt.distributed.single import ALONE, Alone
+from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class Row:
+class ParameterRow:
     """One line of the table: parameters whose name matches, and how they are trained."""
 
     pattern: str
@@ -74,14 +74,14 @@ class Row:
 
 
 TABLE = (
-    Row(r"(^|\.)embedding\.weight$", "adamw", "embedding_lr"),
-    Row(r"value_embedding\.table\.weight$", "adamw", "embedding_lr"),
-    Row(r"^head\.weight$", "adamw", "head_lr"),
-    Row(r"\.(query|key|value|out|up|down|gate)\.weight$", "muon", "matrix_lr"),
-    Row(r"^projection\.weight$", "muon", "matrix_lr"),
-    Row(r"\.alpha$", "adamw", "scalar_lr", factor=0.01),
-    Row(r"\.(beta|gamma)$", "adamw", "scalar_lr", betas=(0.96, 0.95)),
-    Row(r"^recall\.weights$", "adamw", "scalar_lr", betas=(0.96, 0.95)),
+    ParameterRow(r"(^|\.)embedding\.weight$", "adamw", "embedding_lr"),
+    ParameterRow(r"value_embedding\.table\.weight$", "adamw", "embedding_lr"),
+    ParameterRow(r"^head\.weight$", "adamw", "head_lr"),
+    ParameterRow(r"\.(query|key|value|out|up|down|gate)\.weight$", "muon", "matrix_lr"),
+    ParameterRow(r"^projection\.weight$", "muon", "matrix_lr"),
+    ParameterRow(r"\.alpha$", "adamw", "scalar_lr", factor=0.01),
+    ParameterRow(r"\.(beta|gamma)$", "adamw", "scalar_lr", betas=(0.96, 0.95)),
+    ParameterRow(r"^recall\.weights$", "adamw", "scalar_lr", betas=(0.96, 0.95)),
 )
 
 
@@ -121,7 +121,7 @@ class Muon(torch.optim.Optimizer):
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
-        ranks: Alone = ALONE,
+        ranks: SingleProcess = SINGLE_PROCESS,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.ranks = ranks
@@ -138,11 +138,11 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), entries in by_shape.items():
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for portion in self.ranks.portions(entries):
-                    stacks = [self.ranks.whole(update).reshape(-1, rows, columns) for _, update in portion]
-                    updates = self.ranks.shared(newton_schulz, torch.cat(stacks)).split([len(s) for s in stacks])
+                    stacks = [self.ranks.full_tensor(update).reshape(-1, rows, columns) for _, update in portion]
+                    updates = self.ranks.map_stack(newton_schulz, torch.cat(stacks)).split([len(s) for s in stacks])
                     for (p, _), update in zip(portion, updates, strict=True):
                         p.mul_(1 - group["lr"] * group["weight_decay"])
-                        p.add_(self.ranks.placed(update.view(p.shape), p), alpha=-rate)
+                        p.add_(self.ranks.shard_like(update.view(p.shape), p), alpha=-rate)
 
     def _momentum(self, p: Tensor, momentum: float) -> Tensor:
         """Nesterov momentum of the gradient."""
@@ -152,9 +152,9 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(buffer, momentum)
 
 
-def place(model: nn.Module) -> list[tuple[Row, list[Tensor]]]:
+def place(model: nn.Module) -> list[tuple[ParameterRow, list[Tensor]]]:
     """The parameters of each row. A name that no row or several rows match is an error that says so."""
-    placed: dict[Row, list[Tensor]] = {row: [] for row in TABLE}
+    placed: dict[ParameterRow, list[Tensor]] = {row: [] for row in TABLE}
     for name, parameter in model.named_parameters():
         rows = [row for row in TABLE if re.search(row.pattern, name)]
         if len(rows) != 1:
@@ -170,7 +170,13 @@ class Optimiser:
     """Muon and AdamW over a model, with their rates as a function of the step."""
 
     def __init__(
-        self, model: nn.Module, width: int, batch_tokens: int, steps: int, config: OptimConfig, ranks: Alone = ALONE
+        self,
+        model: nn.Module,
+        width: int,
+        batch_tokens: int,
+        steps: int,
+        config: OptimConfig,
+        ranks: SingleProcess = SINGLE_PROCESS,
     ) -> None:
         self.config, self.steps = config, steps
         batch = (batch_tokens / config.reference_batch) ** 0.5

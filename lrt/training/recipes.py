@@ -18,7 +18,7 @@ DEMO_TOKENS = 800_000
 """The demo's horizon: what two CPU cores train, three times, in about six minutes."""
 
 
-def recommended(layers: int) -> MemoryConfig:
+def recommended_memory(layers: int) -> MemoryConfig:
     """The memory that scored best live so far (docs/log.md): the previous embedding and the final state as channels,
     with projections of each layer's own."""
     return MemoryConfig(projection="layerwise", source=(0, layers), combine="channels", initial="embedding")
@@ -29,7 +29,7 @@ def families(layers: int) -> dict[str, tuple[MemoryConfig, str]]:
     return {
         "transformer": (MemoryConfig(injection="none"), "plain()"),
         "token_shift": (MemoryConfig(source=0), "plain()"),
-        "lrt": (recommended(layers), schedules.DEFAULT),
+        "lrt": (recommended_memory(layers), schedules.DEFAULT),
     }
 
 
@@ -37,7 +37,7 @@ FAMILIES = families(4)
 """The demo's."""
 
 
-def matched(config: ModelConfig, parameters: int) -> ModelConfig:
+def match_parameters(config: ModelConfig, parameters: int) -> ModelConfig:
     """`config` with the MLP width, a multiple of 8 if that is near enough, that brings its total to `parameters`.
 
     Raises ValueError where 0.5 % (contract, section 5) cannot be met: the model is already larger, or too coarse.
@@ -64,7 +64,7 @@ def demo_models(vocab_size: int) -> dict[str, ModelConfig]:
         for name, (memory, _) in FAMILIES.items()
     }
     largest = max(count_parameters(model)[0] for model in models.values())
-    return {name: matched(model, largest) for name, model in models.items()}
+    return {name: match_parameters(model, largest) for name, model in models.items()}
 
 
 DEMO_OPTIM = OptimConfig(
@@ -72,7 +72,7 @@ DEMO_OPTIM = OptimConfig(
 )
 
 
-def demo(family: str, vocab_size: int = 2048, tokens: int = DEMO_TOKENS, seed: int = 0) -> RunConfig:
+def demo_recipe(family: str, vocab_size: int = 2048, tokens: int = DEMO_TOKENS, seed: int = 0) -> RunConfig:
     """One of the demo's runs: 4 layers, width 128, context 256, 2048 tokens a step."""
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
@@ -126,9 +126,9 @@ def depth(layers: int, family: str = "lrt") -> RunConfig:
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    "demo-transformer": partial(demo, "transformer"),
-    "demo-token-shift": partial(demo, "token_shift"),
-    "demo-lrt": partial(demo, "lrt"),
+    "demo-transformer": partial(demo_recipe, "transformer"),
+    "demo-token-shift": partial(demo_recipe, "token_shift"),
+    "demo-lrt": partial(demo_recipe, "lrt"),
     **{
         f"d{layers}" + ("" if family == "lrt" else f"-{family.replace('_', '-')}"): partial(depth, layers, family)
         for layers in LADDER

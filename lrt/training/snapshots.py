@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Keeping:
+class SnapshotConfig:
     """What is kept on disk while a run goes on."""
 
     every: int = 0

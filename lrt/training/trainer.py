@@ -16,7 +16,7 @@ import torch
 from lrt.data.batch import Batch
 from lrt.data.loader import Position, Rows, prefetch
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import ALONE, Alone, clip, load_optimisers
+from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, clip, load_optimisers
 from lrt.model import checkpoint
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -56,7 +56,7 @@ class Progress:
     flops: float = 0.0
 
 
-class Training:
+class Trainer:
     """A run in memory. Each of `ranks` has one; their methods are called by all."""
 
     def __init__(
@@ -64,13 +64,13 @@ class Training:
         run: RunConfig,
         data: Prepared,
         device: str | torch.device,
-        ranks: Alone = ALONE,
+        ranks: SingleProcess = SINGLE_PROCESS,
         execution: Execution = EAGER,
     ) -> None:
         torch.manual_seed(run.seed)
         self.run, self.data, self.device, self.ranks = run, data, device, ranks
         unproved = "bfloat16" if run.precision != "float32" else "several processes" if ranks.ranks > 1 else None
-        self.execution, self.path = execution.resolved(run.steps, device, unproved)
+        self.execution, self.path = execution.resolve(run.steps, device, unproved)
         self.micro_batches = run.micro_batches(ranks.ranks)
         self.model = LatentRecurrentTransformer(run.model).to(device).train()
         self.objective = ranks.parallelise(self.model, DTYPES[run.precision])

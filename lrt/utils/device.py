@@ -7,7 +7,7 @@ import re
 import torch
 
 
-def chosen_device(name: str) -> str:
+def choose_device(name: str) -> str:
     """`auto` is CUDA, then Apple's MPS, then the CPU; anything else is torch's own spelling, checked."""
     if name == "auto":
         if torch.cuda.is_available():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-def free(path: Path) -> float:
+def free_megabytes(path: Path) -> float:
     """MB free on the disk of `path`, or of the nearest of its parents that exists."""
     return shutil.disk_usage(next(p for p in [path, *path.absolute().parents] if p.exists())).free / 1e6
 

@@ -49,14 +49,14 @@ def alternate(
     with bar(title, len(names) * (rounds + warmup), progress) as tell:
         for turn in range(rounds + warmup):
             for name in names if turn % 2 == 0 else reversed(names):
-                spent = timed(candidates[name], device)
+                spent = time_once(candidates[name], device)
                 if turn >= warmup:
                     seconds[name].append(spent)
                 tell(1, name)
     return {name: Timing(tuple(spent)) for name, spent in seconds.items()}
 
 
-def timed(work: Work, device: str | torch.device = "cpu") -> float:
+def time_once(work: Work, device: str | torch.device = "cpu") -> float:
     """Seconds that one call takes, a GPU's queue run dry before and after."""
     synchronise(device)
     begin = time.perf_counter()

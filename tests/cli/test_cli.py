@@ -24,7 +24,7 @@ from lrt.cli import demo, evaluate, train
 from lrt.cli import main as cli
 from lrt.cli.main import main
 from lrt.data.corpus import stdlib_files
-from lrt.eval.results import read
+from lrt.eval.results import read_results
 from lrt.model.checkpoint import about, load, save
 from lrt.model.config import MemoryConfig, ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -255,12 +255,12 @@ def test_several_corpora_are_scored_in_one_call(
     size = sum(one["bytes"] for one in alone)
     assert found["bytes"] == size
     assert found["live_bpb"] == pytest.approx(sum(one["live_bpb"] * one["bytes"] for one in alone) / size)
-    (result,) = read(out)
+    (result,) = read_results(out)
     assert (result.kind, result.values) == ("scores", found)
     main(
         ["diagnose", str(run), "--data", str(data), str(other), "--out", str(out), "--only", "bpb", "--split", "train"]
     )
-    assert len([r for r in read(out) if r.kind == "bpb"]) == 2
+    assert len([r for r in read_results(out) if r.kind == "bpb"]) == 2
     main(["evaluate", str(run), "--data", str(data), str(other), "--out", str(out), "--split", "train"])
     assert "\ntogether\n" in capsys.readouterr().out
 
@@ -506,7 +506,7 @@ def test_diagnose_prints_and_keeps_its_results(
     out = tmp_path / "found"
     main(["diagnose", str(run), "--data", str(data), "--at-least", "200", "--out", str(out)])
     text = capsys.readouterr().out
-    results = {result.kind: result for result in read(out)}
+    results = {result.kind: result for result in read_results(out)}
     assert {"sweeps", "ablations"} <= set(results)
     assert f"verdict: {results['sweeps'].values['verdict']}" in text
     assert f"live                   {results['ablations'].values['live_bpb']:.4f}" in text
@@ -522,7 +522,7 @@ def test_evaluate_runs_core_from_a_folder(run: Path, tmp_path: Path, capsys: pyt
     text = capsys.readouterr().out
     assert "partial CORE (3/22)" in text
     assert "one sweep" in text
-    (result,) = read(out)
+    (result,) = read_results(out)
     file = bundle / "eval_data" / "some" / "winograd.jsonl"
     file.write_text("{")
     arguments = ["evaluate", str(run), "--core", str(bundle), "--out", str(out), "--device", "cpu", "--json"]
@@ -554,7 +554,7 @@ def test_two_ranks_diagnose_and_answer_as_one_does(run: Path, data: Path, tmp_pa
         command = [*torchrun, "-m", "lrt", *verb, "--device", "cpu", "--out", str(tmp_path / "two")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
-    one, two = ({r.kind: r.values for r in read(tmp_path / name)} for name in ("one", "two"))
+    one, two = ({r.kind: r.values for r in read_results(tmp_path / name)} for name in ("one", "two"))
     assert set(one) == set(two) == {"bpb", "text", "core", "scores"}
     for name in ("live_bpb", "parallel_bpb", "live_bpb_memory_zero"):
         assert two["scores"][name] == pytest.approx(one["scores"][name], abs=1e-4)

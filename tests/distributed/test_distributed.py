@@ -22,14 +22,14 @@ from torch import Tensor
 from lrt import MemoryConfig, ModelConfig
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import ALONE, Alone, clip
+from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, clip
 from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshots
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.training.config import RunConfig
 from lrt.training.loop import train
 from lrt.training.optim import Muon, OptimConfig
-from lrt.training.trainer import Training
+from lrt.training.trainer import Trainer
 
 SCHEDULES = {
     "plain": "plain()",
@@ -53,28 +53,28 @@ def run_config(schedule: str, device_batch: int | None = 1) -> RunConfig:
     return RunConfig(model, optim, SCHEDULES[schedule], ROWS, device_batch, f"steps={STEPS}")
 
 
-def losses(session: Training, until: int) -> list[float]:
+def losses(session: Trainer, until: int) -> list[float]:
     return [session.step()["loss"] for _ in range(until - session.progress.step)]
 
 
-def moments(session: Training) -> dict[str, Tensor]:
+def moments(session: Trainer) -> dict[str, Tensor]:
     """All of the optimisers' state, whole, by parameter's name. All ranks call it."""
     found: dict[str, Tensor] = {}
     for name, parameter in session.model.named_parameters():
         for part in session.optimiser.parts:
             for key, value in part.state.get(parameter, {}).items():
-                found[f"{name} {key}"] = session.ranks.whole(value).clone()  # steps go on in place
+                found[f"{name} {key}"] = session.ranks.full_tensor(value).clone()  # steps go on in place
     return found
 
 
 # What the two processes run
 
 
-def muon_and_clip(ranks: Alone) -> dict[str, Any]:
+def muon_and_clip(ranks: SingleProcess) -> dict[str, Any]:
     """Largest difference of three sharded updates to unsharded ones, in float64; and of norm and clipped gradients."""
     config = replace(run_config("plain").model, heads=2, mlp_width=37)  # rows that two ranks cannot share evenly
     models, parts, worst = [], [], 0.0
-    for group in (ALONE, ranks):
+    for group in (SINGLE_PROCESS, ranks):
         torch.manual_seed(5)
         model = LatentRecurrentTransformer(config).double()
         group.parallelise(model)
@@ -85,31 +85,31 @@ def muon_and_clip(ranks: Alone) -> dict[str, Any]:
     for _ in range(3):
         for mine, other in zip(*(model.parameters() for model in models), strict=True):
             mine.grad = torch.randn(mine.shape, generator=generator, dtype=torch.float64)
-            other.grad = ranks.placed(mine.grad.clone(), other)
+            other.grad = ranks.shard_like(mine.grad.clone(), other)
         gradients = torch.cat([p.grad.flatten() for p in models[0].parameters() if p.grad is not None])
-        norms = [float(clip(model, 2.0, group)) for model, group in zip(models, (ALONE, ranks), strict=True)]
+        norms = [float(clip(model, 2.0, group)) for model, group in zip(models, (SINGLE_PROCESS, ranks), strict=True)]
         worst = max(worst, *(abs(norm - float(gradients.norm())) for norm in norms))
         for mine, other in zip(*(model.parameters() for model in models), strict=True):
             assert mine.grad is not None
             assert other.grad is not None
-            worst = max(worst, float((mine.grad - ranks.whole(other.grad)).abs().max()))
+            worst = max(worst, float((mine.grad - ranks.full_tensor(other.grad)).abs().max()))
         for part in parts:
             part.step()
     weights = zip(models[0].parameters(), models[1].parameters(), strict=True)
-    worst = max(worst, *(float((a - ranks.whole(b)).abs().max()) for a, b in weights))
+    worst = max(worst, *(float((a - ranks.full_tensor(b)).abs().max()) for a, b in weights))
     return {"worst": worst, "norm": norms[0]}
 
 
-def in_bfloat16(ranks: Alone, data: Prepared) -> list[float]:
+def in_bfloat16(ranks: SingleProcess, data: Prepared) -> list[float]:
     """The losses of float32 weights that compute in bfloat16; equal micro-batches, so that equal sums are rounded."""
     run = replace(run_config("mixture", 2), precision="bfloat16")
-    return losses(Training(run, data, "cpu", ranks), STEPS)
+    return losses(Trainer(run, data, "cpu", ranks), STEPS)
 
 
-def resuming(ranks: Alone, data: Prepared, folder: Path, kind: str) -> dict[str, Any]:
+def resuming(ranks: SingleProcess, data: Prepared, folder: Path, kind: str) -> dict[str, Any]:
     """Two ranks go on from a snapshot of one rank, save, and go on from that."""
     run = run_config("mixture")
-    session = Training(run, data, "cpu", ranks)
+    session = Trainer(run, data, "cpu", ranks)
     session.restore(folder / "one")
     if ranks.first:
         torch.save(session.progress.step, folder / f"{kind}-step.pt")
@@ -118,39 +118,39 @@ def resuming(ranks: Alone, data: Prepared, folder: Path, kind: str) -> dict[str,
     session.save(folder / f"two-{kind}", {})
     state = moments(session)
     after = losses(session, 12)
-    again = Training(run, data, "cpu", ranks)
+    again = Trainer(run, data, "cpu", ranks)
     again.restore(folder / f"two-{kind}")
     identical = losses(again, 12) == after
     pairs = zip(session.model.parameters(), again.model.parameters(), strict=True)
-    identical = identical and all(torch.equal(ranks.whole(a), ranks.whole(b)) for a, b in pairs)
+    identical = identical and all(torch.equal(ranks.full_tensor(a), ranks.full_tensor(b)) for a, b in pairs)
     if ranks.first:
         torch.save((begun, state), folder / f"moments-{kind}.pt")
     return {"losses": first + after, "identical": identical}
 
 
-def stopped(ranks: Alone, data: Prepared, out: Path) -> dict[str, Any]:
+def stopped(ranks: SingleProcess, data: Prepared, out: Path) -> dict[str, Any]:
     """SIGTERM, twice, to rank 1 alone before step 5; then the run goes on to its end."""
-    step = Training.step
+    step = Trainer.step
 
-    def watched(self: Training) -> dict[str, Any]:
+    def watched(self: Trainer) -> dict[str, Any]:
         if self.progress.step == 5 and ranks.rank == 1:
             for _ in range(2):  # a scheduler's, and torchrun's
                 os.kill(os.getpid(), signal.SIGTERM)
         return step(self)
 
-    Training.step = watched
+    Trainer.step = watched
     try:
         train(run_config("interleaved"), data, out, progress=False, ranks=ranks)
         raise AssertionError("nobody stopped")
     except KeyboardInterrupt:
         found = [path.name for path in snapshots(out)]
     finally:
-        Training.step = step
+        Trainer.step = step
     model, done = train(run_config("interleaved"), data, out, progress=False, ranks=ranks)
     whole = ranks.weights(model)
     saved, _ = checkpoint.load(out)
     same = not ranks.first or all(torch.equal(whole[name], p) for name, p in saved.state_dict().items())
-    alone = ranks.evaluable(model)
+    alone = ranks.gathered_model(model)
     if ranks.first:  # the others have no part in this
         tokens = torch.arange(8)[None]
         with torch.no_grad():
@@ -159,10 +159,10 @@ def stopped(ranks: Alone, data: Prepared, out: Path) -> dict[str, Any]:
     return {"snapshots": found, "same": same, "tokens": done.tokens, "lines": len(read_losses(out))}
 
 
-def failing(ranks: Alone) -> str:
+def failing(ranks: SingleProcess) -> str:
     """What rank 0 is told of a failure of rank 1."""
     try:
-        with ranks.together():
+        with ranks.collective():
             if ranks.rank == 1:
                 raise OSError("the disk is full")
     except OSError as error:
@@ -170,25 +170,25 @@ def failing(ranks: Alone) -> str:
     return "nothing"
 
 
-def refused(ranks: Alone, data: Prepared) -> str:
+def refused(ranks: SingleProcess, data: Prepared) -> str:
     try:
-        Training(replace(run_config("plain"), batch_size=6, device_batch=2), data, "cpu", ranks)
+        Trainer(replace(run_config("plain"), batch_size=6, device_batch=2), data, "cpu", ranks)
     except ValueError as error:
         return str(error)
     return "nothing"
 
 
 def main(folder: Path) -> None:
-    from lrt.distributed.parallelize import PARALLEL, start
+    from lrt.distributed.parallelize import PARALLEL, join_ranks
 
     torch.set_num_threads(1)
     data = Prepared.open(folder / "prepared")
-    with start("fsdp") as fsdp:
+    with join_ranks("fsdp") as fsdp:
         kinds = {name: kind("cpu", fsdp.rank, fsdp.ranks) for name, kind in PARALLEL.items()}
         results: dict[str, Any] = {"failing": failing(fsdp), "refused": refused(fsdp, data)}
         results |= {f"muon-{name}": muon_and_clip(ranks) for name, ranks in kinds.items() if name != "fsdp-reshard"}
         results["losses"] = {
-            f"{parallel} {name}": losses(Training(run_config(name), data, "cpu", kinds[parallel]), STEPS)
+            f"{parallel} {name}": losses(Trainer(run_config(name), data, "cpu", kinds[parallel]), STEPS)
             for parallel, name in CASES
         }
         results["bfloat16"] = {name: in_bfloat16(kinds[name], data) for name in ("ddp", "fsdp")}
@@ -218,7 +218,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = folder / "text.txt"
     text.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(400)))
     data = prepare(folder / "prepared", [text], vocab_size=300, progress=False)
-    session = Training(run_config("mixture"), data, "cpu")
+    session = Trainer(run_config("mixture"), data, "cpu")
     losses(session, HALF)
     session.save(folder / "one", {})
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
@@ -254,7 +254,7 @@ def results(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def alone(data: Prepared) -> dict[str, list[float]]:
     """The losses of one process, which has each rank's rows as micro-batches or at once."""
-    return {name: losses(Training(run_config(name, None), data, "cpu"), STEPS) for name in SCHEDULES}
+    return {name: losses(Trainer(run_config(name, None), data, "cpu"), STEPS) for name in SCHEDULES}
 
 
 @pytest.mark.parametrize(("parallel", "name"), CASES)
@@ -274,7 +274,7 @@ def test_the_losses_tell_runs_apart(alone: dict[str, list[float]]) -> None:
 
 
 def test_bfloat16_on_two_ranks(results: dict[str, Any], data: Prepared, alone: dict[str, list[float]]) -> None:
-    one, found = in_bfloat16(ALONE, data), results["bfloat16"]
+    one, found = in_bfloat16(SINGLE_PROCESS, data), results["bfloat16"]
     assert found["ddp"] == pytest.approx(one, abs=1e-5, rel=0)
     assert found["fsdp"] == pytest.approx(one, abs=1e-3, rel=0)  # its own cast: 3.5e-4 at most, over 20 steps
     assert one != pytest.approx(alone["mixture"], abs=1e-4, rel=0)  # it was bfloat16
@@ -291,7 +291,7 @@ def test_muon_and_clipping_are_exact_under_sharding(results: dict[str, Any], par
 def test_a_snapshot_goes_from_one_rank_to_two_and_back(
     folder: Path, data: Prepared, results: dict[str, Any], alone: dict[str, list[float]], parallel: str
 ) -> None:
-    one = Training(run_config("mixture"), data, "cpu")
+    one = Trainer(run_config("mixture"), data, "cpu")
     one.restore(folder / "one")
     begun, later = torch.load(folder / f"moments-{parallel}.pt")
     assert_equal(moments(one), begun)
@@ -299,7 +299,7 @@ def test_a_snapshot_goes_from_one_rank_to_two_and_back(
     assert results[parallel]["losses"] == pytest.approx(alone["mixture"][HALF:12], abs=1e-5, rel=0)
     two = folder / f"two-{parallel}"
     assert (two / "optimisers").is_dir() == (parallel == "fsdp")
-    back = Training(run_config("mixture"), data, "cpu")
+    back = Trainer(run_config("mixture"), data, "cpu")
     back.restore(two)
     assert back.progress.step == LATER
     assert_equal(moments(back), later)
@@ -320,7 +320,7 @@ def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path) -> None:
     try:
         shard.write_bytes(whole[:-5])
         with pytest.raises(ValueError, match=r"__1_0\.distcp has .* truncated"):
-            checkpoint.verified(folder / "two-fsdp")
+            checkpoint.verify(folder / "two-fsdp")
     finally:
         shard.write_bytes(whole)
 
@@ -346,7 +346,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(results: dict[str, Any]) -> 
 def test_more_ranks_than_rows_are_refused(data: Prepared) -> None:
     run = replace(run_config("plain"), batch_size=5000, device_batch=1)
     with pytest.raises(ValueError, match=r"ranks is 5000, but .* rows .*at most as many ranks as rows"):
-        Training(run, data, "cpu", Alone(rank=0, ranks=5000))
+        Trainer(run, data, "cpu", SingleProcess(rank=0, ranks=5000))
 
 
 def test_torchrun_trains_from_the_command_line(folder: Path, tmp_path: Path) -> None:

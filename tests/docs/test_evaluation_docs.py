@@ -12,7 +12,7 @@ from support.runs import TINY
 
 from lrt.cli.main import main
 from lrt.data.corpus import stdlib_files
-from lrt.eval.results import read
+from lrt.eval.results import read_results
 
 GUIDE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
@@ -42,7 +42,7 @@ def test_the_guide_s_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         fewer = ["--at-least", "150"] if command[0] == "diagnose" else []
         device = [] if command[0] == "report" else ["--device", "cpu"]
         main([*command, *fewer, *device])
-    kinds = {(result.kind, result.subject) for result in read(Path("runs/mine/evaluation"))}
+    kinds = {(result.kind, result.subject) for result in read_results(Path("runs/mine/evaluation"))}
     assert {("bpb", "mine-val"), ("bpb", "other-val"), ("bfloat16", "other-val"), ("core", "CORE")} <= kinds
     assert {kind for kind, _ in kinds} == {
         *("scores", "bpb", "bfloat16", "sweeps", "ablations", "memory", "text", "core")

@@ -20,14 +20,14 @@ from support.models import configuration as any_configuration
 from support.models import random_model
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.distributed.single import Alone
+from lrt.distributed.single import SingleProcess
 from lrt.eval.core_metric.answers import MODES, Answer, On, Scored, answer, score_alone, score_questions
-from lrt.eval.core_metric.benchmark import Settings, run_core
-from lrt.eval.core_metric.bundle import OFFICIAL, Bundle, Task, download, read_sums
+from lrt.eval.core_metric.benchmark import CoreSettings, run_core
+from lrt.eval.core_metric.bundle import OFFICIAL, Bundle, CoreTask, download, read_sums
 from lrt.eval.core_metric.questions import (
     Question,
     common,
-    cropped,
+    crop,
     examples,
     language_modeling,
     multiple_choice,
@@ -35,7 +35,7 @@ from lrt.eval.core_metric.questions import (
     schema,
 )
 from lrt.eval.report.text import core_lines
-from lrt.eval.results import read
+from lrt.eval.results import read_results
 from lrt.model.config import MemoryConfig, ModelConfig
 from lrt.utils.files import sha256
 
@@ -89,8 +89,8 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["the cat and the dog sat on the mat. question answer"] * 4, V)
 
 
-def task(kind: str, shots: int = 0, file: Path = Path("x.jsonl"), **fields: Any) -> Task:
-    return Task(
+def task(kind: str, shots: int = 0, file: Path = Path("x.jsonl"), **fields: Any) -> CoreTask:
+    return CoreTask(
         "made", file, kind, shots, fields.pop("delimiter", " "), fields.pop("random", 0.25), fields.pop("sha", None)
     )
 
@@ -121,13 +121,13 @@ def test_an_option_that_begins_another_has_a_scored_token():
 
 def test_a_long_question_loses_its_beginning_but_not_bos():
     rows = [[9, 1, 2, 3, 4, 5, 6, 7], [9, 1, 2, 3, 4, 8]]
-    found = cropped(0, rows, [5, 5], 5, 1, 6)
+    found = crop(0, rows, [5, 5], 5, 1, 6)
     assert found.rows == ((9, 3, 4, 5, 6, 7), (9, 3, 4, 8))
     assert (found.starts, found.shared, found.cropped) == ((3, 3), 3, True)
-    found = cropped(0, rows, [5, 5], 5, 1, 3)  # not even the options fit
+    found = crop(0, rows, [5, 5], 5, 1, 3)  # not even the options fit
     assert found.rows == ((9, 6, 7), (9, 8))
     assert (found.starts, found.shared) == ((1, 1), 1)
-    assert not cropped(0, rows, [5, 5], 5, 1, 8).cropped
+    assert not crop(0, rows, [5, 5], 5, 1, 8).cropped
 
 
 # Answers
@@ -222,13 +222,13 @@ def test_centred_accuracy():
     assert task("schema", random=0.62).centred(0.552294) == pytest.approx(-0.178175, abs=1e-5)  # GPT-2's boolq
 
 
-def run(bundle: Path, out: Path, tokenizer: Tokenizer, settings: Settings | None = None, **memory: Any) -> Any:
+def run(bundle: Path, out: Path, tokenizer: Tokenizer, settings: CoreSettings | None = None, **memory: Any) -> Any:
     torch.manual_seed(0)
     return run_core(model_of(**memory), tokenizer, Bundle.open(bundle), "weights", out, settings, progress=False)
 
 
 def test_a_run_is_every_question_asked_alone(bundle: Path, tmp_path: Path, tokenizer: Tokenizer):
-    result, problems = run(bundle, tmp_path / "out", tokenizer, Settings(prefill="exact"))
+    result, problems = run(bundle, tmp_path / "out", tokenizer, CoreSettings(prefill="exact"))
     assert problems == []
     values = result.values
     assert values["name"] == "partial CORE (3/22)"
@@ -246,7 +246,7 @@ def test_a_run_is_every_question_asked_alone(bundle: Path, tmp_path: Path, token
     easy = values["tasks"]["arc_easy"]
     assert easy["centred"]["on"] == pytest.approx((easy["accuracy"]["on"] - 0.33) / 0.67)
     assert values["score"]["on"] == pytest.approx(sum(t["centred"]["on"] for t in values["tasks"].values()) / 3)
-    assert read(tmp_path / "out") == [result]
+    assert read_results(tmp_path / "out") == [result]
     text = "\n".join(core_lines(values))
     assert "partial CORE (3/22)" in text
     assert "not in the bundle: squad" in text
@@ -270,10 +270,10 @@ def test_a_stopped_run_goes_on(bundle: Path, tmp_path: Path, tokenizer: Tokenize
 
     monkeypatch.setattr("lrt.eval.core_metric.benchmark.score_questions", counting)
     with pytest.raises(KeyboardInterrupt):
-        run(bundle, tmp_path / "out", tokenizer, Settings(rows=9))
+        run(bundle, tmp_path / "out", tokenizer, CoreSettings(rows=9))
     assert asked == [3, 3]
     asked[:] = [0, 0, 0]  # never two again
-    again, _ = run(bundle, tmp_path / "out", tokenizer, Settings(rows=9))
+    again, _ = run(bundle, tmp_path / "out", tokenizer, CoreSettings(rows=9))
     assert again.values == whole.values
     assert sum(asked) == 3 * (12 + 8 + 6) - 6
     asked[:] = [0, 0, 0]
@@ -285,7 +285,7 @@ def test_ranks_share_the_questions(bundle: Path, tmp_path: Path, tokenizer: Toke
     alone, _ = run(bundle, tmp_path / "alone", tokenizer)
     torch.manual_seed(0)
     model, opened = model_of(), Bundle.open(bundle)
-    ranks = [Alone(rank=r, ranks=2) for r in range(2)]
+    ranks = [SingleProcess(rank=r, ranks=2) for r in range(2)]
     # One after the other: the first has its half only, which the second's ledger finds.
     with pytest.raises(KeyError):
         run_core(model, tokenizer, opened, "weights", tmp_path / "both", None, ranks[1], progress=False)
@@ -297,7 +297,7 @@ def test_ranks_share_the_questions(bundle: Path, tmp_path: Path, tokenizer: Toke
 
 
 def test_a_limit_makes_it_partial(bundle: Path, tmp_path: Path, tokenizer: Tokenizer):
-    result, _ = run(bundle, tmp_path / "out", tokenizer, Settings(limit=4))
+    result, _ = run(bundle, tmp_path / "out", tokenizer, CoreSettings(limit=4))
     assert result.values["name"] == "partial CORE (3/22, 4 questions each)"
     assert result.values["tasks"]["arc_easy"]["items"] == 4
 
@@ -337,7 +337,7 @@ def test_a_folder_without_checksums_is_held_against_the_published_ones(bundle: P
     sums = {"core.yaml": sha256(bundle / "core.yaml"), "eval_data/some/winograd.jsonl": sha256(file)}
     file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:-2]))
 
-    def winograd() -> Task:
+    def winograd() -> CoreTask:
         return next(t for t in Bundle.open(bundle).tasks if t.label == "winograd")
 
     assert len(winograd().questions()) == 6  # a bundle of somebody's own

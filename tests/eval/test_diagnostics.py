@@ -12,7 +12,7 @@ from support.scoring import BYTES, LRT, NONE, SHIFT, V, configuration, cut
 
 from lrt import schedules
 from lrt.data.tokenizer import Tokenizer
-from lrt.eval.memory_stats import coloured, layers, reach, sample, scales, settled_state
+from lrt.eval.memory_stats import layers, memory_reach, sample, scales, settled_state, token_pieces
 from lrt.model.config import ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -58,7 +58,7 @@ def test_every_kind_of_memory_is_described(memory: dict[str, Any]):
 
 def test_reach_is_what_a_changed_memory_does():
     model, tokens = random_model(LRT), inputs(8)
-    found = {point["back"]: point for point in reach(model, tokens, (1, 2, 4, 6))}
+    found = {point["back"]: point for point in memory_reach(model, tokens, (1, 2, 4, 6))}
     assert set(found) == {1, 2, 4}  # the place is 5: six tokens ago there is nothing
     assert all(point["kl"] > 0 for point in found.values())
     # γ = 0 and U = 0: nothing arrives, from however far.
@@ -66,9 +66,9 @@ def test_reach_is_what_a_changed_memory_does():
         for name, p in model.named_parameters():
             if name.endswith(".gamma") or name == "projection.weight":
                 p.zero_()
-    assert all(point["kl"] < 1e-12 and point["moved"] == 0 for point in reach(model, tokens, (1, 2, 4)))
-    assert reach(random_model(NONE), tokens) == []
-    assert reach(random_model(SHIFT), tokens) == []
+    assert all(point["kl"] < 1e-12 and point["moved"] == 0 for point in memory_reach(model, tokens, (1, 2, 4)))
+    assert memory_reach(random_model(NONE), tokens) == []
+    assert memory_reach(random_model(SHIFT), tokens) == []
 
 
 def test_reach_of_delay_two_skips_a_token():
@@ -77,7 +77,7 @@ def test_reach_of_delay_two_skips_a_token():
     with torch.no_grad():
         for block in model.blocks:
             block.attention.out.weight.zero_()
-    found = {point["back"]: point["moved"] for point in reach(model, inputs(8), (1, 2, 3, 4))}
+    found = {point["back"]: point["moved"] for point in memory_reach(model, inputs(8), (1, 2, 3, 4))}
     assert found[1] == found[3] == 0
     assert min(found[2], found[4]) > 0
 
@@ -101,6 +101,6 @@ def test_the_sample_is_whole_windows():
 def test_pieces_of_a_text_join_to_it():
     tokenizer = Tokenizer.train(["größer 🙂 and more text"] * 3, 300)
     ids = tokenizer.encode("größer 🙂 and")
-    found = coloured(tokenizer, ids, [1.0] * len(ids), [2.0] * len(ids))
+    found = token_pieces(tokenizer, ids, [1.0] * len(ids), [2.0] * len(ids))
     assert "".join(found["pieces"]) == "größer 🙂 and"
     assert found["off"][0] == pytest.approx(2.8854, abs=1e-4)

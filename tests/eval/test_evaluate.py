@@ -24,10 +24,10 @@ from torch import Tensor
 from lrt import ModelConfig, refine, schedules, score
 from lrt.data.tokenizer import Tokenizer
 from lrt.data.windows import Windows, windows
-from lrt.distributed.single import Alone
-from lrt.eval.ablations import ABLATIONS, ablated
+from lrt.distributed.single import SingleProcess
+from lrt.eval.ablations import ABLATIONS, ablate
 from lrt.eval.ledger import Ledger
-from lrt.eval.scoring import EVERY, Metrics, bits_per_byte, evaluate, live, score_parallel, two_forwards, under
+from lrt.eval.scoring import EVERY, Metrics, bits_per_byte, evaluate, live_scorer, score_parallel, two_forwards, under
 from lrt.model.cross_entropy import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -69,8 +69,8 @@ def test_bits_per_byte_by_hand(schedule: Any):
 def test_live_bits_per_byte_by_hand():
     model = random_model(LRT)
     nats, size = by_hand(model, schedules.sequential())
-    assert bpb(model, live) == pytest.approx(nats / (math.log(2) * size), rel=TOLERANCE[torch.float64])
-    assert abs(bpb(model, live) - bpb(model, under(schedules.plain()))) > VISIBLE
+    assert bpb(model, live_scorer) == pytest.approx(nats / (math.log(2) * size), rel=TOLERANCE[torch.float64])
+    assert abs(bpb(model, live_scorer) - bpb(model, under(schedules.plain()))) > VISIBLE
 
 
 def test_a_uniform_model_needs_log2_v_bits_per_token():
@@ -79,14 +79,14 @@ def test_a_uniform_model_needs_log2_v_bits_per_token():
         model.head.weight.zero_()
     documents = text()
     size = int(BYTES[torch.from_numpy(documents.tokens.astype(np.int64))].sum())
-    assert bpb(model, live) == pytest.approx(math.log2(V) * len(documents.tokens) / size, rel=1e-6)
+    assert bpb(model, live_scorer) == pytest.approx(math.log2(V) * len(documents.tokens) / size, rel=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_no_score_depends_on_the_batch_size(batch_size: int):
     model = random_model(LRT)
     assert len(cut()) == 7  # full windows and short ones, so that batches are padded
-    for scorer in (live, under(MIXED)):
+    for scorer in (live_scorer, under(MIXED)):
         expected = bpb(model, scorer, batch_size=64)
         assert bpb(model, scorer, batch_size=batch_size) == pytest.approx(expected, rel=TOLERANCE[torch.float64])
 
@@ -121,10 +121,12 @@ def test_live_is_the_oracle_s_for_every_batch_size_row_order_and_number_of_ranks
     assert abs(expected - bpb(model, under(schedules.plain()))) > VISIBLE
     for batch_size in (1, 2, 3, 7, 64):
         for found in (cut(), shuffled(cut(), 0), shuffled(cut(), 1)):
-            assert bpb(model, live, found, batch_size=batch_size) == pytest.approx(expected, abs=SAME[dtype])
+            assert bpb(model, live_scorer, found, batch_size=batch_size) == pytest.approx(expected, abs=SAME[dtype])
     for count in (1, 2, 3):
         folder = tmp_path / str(count)
-        found = on_ranks(count, lambda r, at=folder: bpb(model, live, batch_size=2, ledger=Ledger(at, "live", {}, r)))
+        found = on_ranks(
+            count, lambda r, at=folder: bpb(model, live_scorer, batch_size=2, ledger=Ledger(at, "live", {}, r))
+        )
         assert found == pytest.approx([expected] * count, abs=SAME[dtype])
         assert len(list(folder.glob("*.jsonl"))) == count  # each had its share
 
@@ -136,12 +138,14 @@ def test_a_stopped_score_goes_on(tmp_path: Path):
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.append(len(tokens))
-        return live(model, tokens, advance)
+        return live_scorer(model, tokens, advance)
 
     with pytest.raises(KeyboardInterrupt):
         bpb(model, stopping, batch_size=2, ledger=Ledger(tmp_path, "live", {}))
     asked[:] = [0, 0, 0]  # never two again
-    assert bpb(model, stopping, batch_size=2, ledger=Ledger(tmp_path, "live", {})) == bpb(model, live, batch_size=2)
+    assert bpb(model, stopping, batch_size=2, ledger=Ledger(tmp_path, "live", {})) == bpb(
+        model, live_scorer, batch_size=2
+    )
     assert asked[3:] == [2, 1]  # three of seven windows were left
 
 
@@ -152,7 +156,7 @@ def test_a_shuffled_memory_is_the_same_shared_and_resumed(tmp_path: Path):
     fields: dict[str, Any] = {"ablations": ("shuffled",), "batch_size": 2}
     alone = metrics(model, schedules.plain(), **fields)
 
-    def of_rank(ranks: Alone) -> Metrics:
+    def of_rank(ranks: SingleProcess) -> Metrics:
         return metrics(model, schedules.plain(), keep=lambda name: Ledger(tmp_path, name, {}, ranks), **fields)
 
     assert on_ranks(2, of_rank) == [alone, alone]
@@ -173,9 +177,11 @@ def test_a_sample_of_windows_counts_its_own_bytes():
     assert not sampled.complete
     assert 50 <= sampled.targets < whole.targets
     model = LatentRecurrentTransformer(LRT)
-    found, size = bits_per_byte(model, sampled, BYTES, live, progress=False)
-    assert size < bits_per_byte(model, whole, BYTES, live, progress=False)[1]
-    assert found == pytest.approx(bpb(model, live, whole), rel=0.2)  # an untrained model: bits per token over bytes
+    found, size = bits_per_byte(model, sampled, BYTES, live_scorer, progress=False)
+    assert size < bits_per_byte(model, whole, BYTES, live_scorer, progress=False)[1]
+    assert found == pytest.approx(
+        bpb(model, live_scorer, whole), rel=0.2
+    )  # an untrained model: bits per token over bytes
 
 
 def test_a_space_that_the_tokenizer_puts_before_every_document_is_no_byte_of_it():
@@ -185,8 +191,8 @@ def test_a_space_that_the_tokenizer_puts_before_every_document_is_no_byte_of_it(
     assert every.openings == 3 < len(every)
     assert windows(documents, CONTEXT, at_least=10).openings < 3
     model = LatentRecurrentTransformer(LRT)
-    found, size = bits_per_byte(model, every, BYTES, live, progress=False)
-    stripped, smaller = bits_per_byte(model, every, BYTES, live, progress=False, prefix_bytes=2)
+    found, size = bits_per_byte(model, every, BYTES, live_scorer, progress=False)
+    stripped, smaller = bits_per_byte(model, every, BYTES, live_scorer, progress=False, prefix_bytes=2)
     assert smaller == size - 6
     assert stripped * smaller == pytest.approx(found * size, rel=1e-9)
     assert metrics(model, schedules.plain(), every, prefix_bytes=2).bytes == smaller
@@ -234,10 +240,10 @@ def test_metrics_are_consistent_and_plain_data():
     assert found.complete
     assert found.bytes == by_hand(model, schedules.plain())[1]
     assert found.parallel_bpb == bpb(model, under(schedules.interleaved(2)))
-    assert found.live_bpb == bpb(model, live)
+    assert found.live_bpb == bpb(model, live_scorer)
     assert found.gap == found.live_bpb - found.parallel_bpb
-    assert found.live_bpb_memory_zero == bpb(ablated(model, "zero"), live)
-    assert found.live_bpb_memory_embedding == bpb(ablated(model, "embedding"), live)
+    assert found.live_bpb_memory_zero == bpb(ablate(model, "zero"), live_scorer)
+    assert found.live_bpb_memory_embedding == bpb(ablate(model, "embedding"), live_scorer)
     assert Metrics(**json.loads(json.dumps(found.to_dict()))) == found
     assert "live_bpb_memory_frozen" not in found.to_dict()  # only when asked for
     assert len({found.live_bpb, found.live_bpb_memory_zero, found.live_bpb_memory_embedding}) == 3
@@ -295,7 +301,7 @@ def test_memory_zero_is_a_model_that_adds_none(memory: dict[str, Any]):
         for name, p in without.named_parameters():
             if name.endswith(".gamma") or name == "projection.weight":
                 p.zero_()
-    assert_scores_like(ablated(model, "zero"), without)
+    assert_scores_like(ablate(model, "zero"), without)
     tokens, _ = example()
     assert_differs(score(without, tokens), score(model, tokens))
 
@@ -312,7 +318,7 @@ def test_memory_embedding_is_token_shift_with_the_same_weights(memory: dict[str,
         # rms(Σ w · x_0) = ± x_0, by the sign of the weights' sum.
         shift = copied(model, model.config)
         shift.recall = Signed(shift.recall)
-    assert_scores_like(ablated(model, "embedding"), shift)
+    assert_scores_like(ablate(model, "embedding"), shift)
     tokens, _ = example()
     assert_differs(score(shift, tokens), score(model, tokens))
 
@@ -348,7 +354,7 @@ def test_an_ablation_shares_the_parameters_and_leaves_the_original_alone(name: s
     model = random_model(LRT)
     tokens, _ = example()
     before, modules = score(model, tokens), dict(model.named_modules())
-    other = ablated(model, name)
+    other = ablate(model, name)
     assert_differs(score(other, tokens), before)
     assert torch.equal(score(model, tokens), before)
     assert dict(model.named_modules()) == modules
@@ -362,7 +368,7 @@ def reads(memory: dict[str, Any], name: str, read: Any) -> None:
     model = random_model(configuration(**memory))
     by_hand = copied(model, model.config)
     by_hand.recall = ByHand(by_hand.recall, read)
-    assert_scores_like(ablated(model, name), by_hand)
+    assert_scores_like(ablate(model, name), by_hand)
 
 
 class ByHand(torch.nn.Module):
@@ -393,7 +399,7 @@ def test_delayed_memory_is_read_further_back():
 
     reads({}, "delayed_1", read(1))
     model, tokens = random_model(LRT), torch.randint(1, V, (2, CONTEXT), generator=torch.Generator().manual_seed(3))
-    assert_same(score(ablated(model, "delayed_8"), tokens), score(ablated(model, "zero"), tokens))  # 8 positions only
+    assert_same(score(ablate(model, "delayed_8"), tokens), score(ablate(model, "zero"), tokens))  # 8 positions only
 
 
 def test_frozen_memory_is_the_first_of_the_document():
@@ -412,7 +418,7 @@ def test_shuffled_memory_is_another_row_s():
     reads({}, "shuffled", read)
     model = random_model(LRT)
     with pytest.raises(ValueError, match="score at least 2 windows at once"):
-        score(ablated(model, "shuffled"), example()[0][:1])
+        score(ablate(model, "shuffled"), example()[0][:1])
 
 
 def test_every_ablation_can_be_asked_for():
@@ -444,7 +450,7 @@ def test_two_forwards_read_what_the_first_one_wrote():
 
 def test_an_unknown_ablation_is_told_the_known_ones():
     with pytest.raises(ValueError, match="unknown ablation 'noise'; choose one of zero, embedding"):
-        ablated(random_model(LRT), "noise")
+        ablate(random_model(LRT), "noise")
 
 
 # Tokenizers without bytes

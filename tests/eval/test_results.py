@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lrt.distributed.single import Alone
+from lrt.distributed.single import SingleProcess
 from lrt.eval.ledger import Ledger
-from lrt.eval.results import Result, read
+from lrt.eval.results import Result, read_results
 
 RESULT = Result("bpb", "books/val", "ab12", {"targets": 3}, {"live_bpb": 1.5}, 2.0, {"device": "cpu"})
 
@@ -20,15 +20,15 @@ def test_results_are_read_as_written_and_replaced_by_kind_and_subject(tmp_path: 
     replace(RESULT, kind="sweeps").write(tmp_path / "new")
     newer = replace(RESULT, values={"live_bpb": 1.25})
     newer.write(tmp_path / "new")
-    assert read(tmp_path / "new") == [newer, replace(RESULT, kind="sweeps")]
-    assert read(tmp_path / "nowhere") == []
+    assert read_results(tmp_path / "new") == [newer, replace(RESULT, kind="sweeps")]
+    assert read_results(tmp_path / "nowhere") == []
 
 
 @pytest.mark.parametrize("content", ['{"format": 1, "ki', '{"format": 2}', "[]", '{"format": 1}'])
 def test_a_damaged_result_is_named(tmp_path: Path, content: str):
     RESULT.write(tmp_path).write_text(content)
     with pytest.raises(ValueError, match=r"bpb-books-val\.json is no result of this version"):
-        read(tmp_path)
+        read_results(tmp_path)
 
 
 def test_a_ledger_goes_on_where_it_was_cut(tmp_path: Path):
@@ -53,7 +53,7 @@ def test_what_another_version_measured_is_not_gone_on_from(tmp_path: Path, monke
 
 
 def test_ranks_share_a_ledger(tmp_path: Path):
-    ranks = [Ledger(tmp_path, "bpb", {}, Alone(rank=r, ranks=2)) for r in range(2)]
+    ranks = [Ledger(tmp_path, "bpb", {}, SingleProcess(rank=r, ranks=2)) for r in range(2)]
     ranks[0].add({"0": 0.5})
     ranks[1].add({"1": 1.5})
     assert ranks[0].everybody() == ranks[1].everybody() == {"0": 0.5, "1": 1.5}

@@ -18,8 +18,8 @@ from support.runs import TINY
 from lrt.cli.main import main
 from lrt.data.corpus import stdlib_files
 from lrt.eval.report.page import report
-from lrt.eval.report.sections import span
-from lrt.eval.results import Result, read
+from lrt.eval.report.sections import token_span
+from lrt.eval.results import Result, read_results
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_the_report_is_whole_and_alone(page: Path, runs: list[Path]):
     for title in ("Training", "Bits per byte", "Sweep curves", "The memory replaced", "Inside the memory", "CORE"):
         assert f"<h2>{title}" in text, title
     assert "token by token</h2>" in text
-    found = {result.kind: result for result in read(runs[0] / "evaluation")}
+    found = {result.kind: result for result in read_results(runs[0] / "evaluation")}
     assert set(found) == {"bpb", "sweeps", "ablations", "memory", "text", "core"}
     assert found["sweeps"].values["verdict"] in parsed.cells
     for name, row in found["bpb"].values["columns"].items():
@@ -138,11 +138,11 @@ def test_blocks_are_shown_over_training(runs: list[Path], page: Path):
 
 def test_tokens_are_escaped_and_coloured_by_their_gain():
     assert (
-        span("<b>", 1.0, 3.0)
+        token_span("<b>", 1.0, 3.0)
         == '<span style="background:rgba(46,160,67,0.70)" title="1.00 bits, +2.00">&lt;b&gt;</span>'
     )
-    assert "218,54,51" in span("x", 2.0, 1.0)
-    assert "style" not in span("x", 1.0, 1.0)
+    assert "218,54,51" in token_span("x", 2.0, 1.0)
+    assert "style" not in token_span("x", 1.0, 1.0)
 
 
 def test_a_result_says_what_code_made_it(tmp_path: Path):

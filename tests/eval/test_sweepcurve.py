@@ -14,9 +14,9 @@ from support.scoring import BYTES, LRT, NONE, SHIFT, V, bpb, on_ranks, text
 
 from lrt import MemoryConfig, ModelConfig, schedules
 from lrt.data.windows import windows
-from lrt.distributed.single import Alone
+from lrt.distributed.single import SingleProcess
 from lrt.eval.ledger import Ledger
-from lrt.eval.scoring import live, under
+from lrt.eval.scoring import live_scorer, under
 from lrt.eval.sweep_curve import SweepCurve, contraction, judge, sweep_curve
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -73,7 +73,7 @@ def test_the_points_are_the_schedules_scores():
     found = curve(model, schedules.interleaved(2), groups=(1, 2, 4), counts=(0, 1, 2, 3, 7, 8), batch_size=2)
     scored = windows(text((19, 3, 11)), 8)
     assert found.parallel_bpb == bpb(model, under(schedules.interleaved(2)), scored)
-    assert found.live_bpb == pytest.approx(bpb(model, live, scored), abs=1e-12)
+    assert found.live_bpb == pytest.approx(bpb(model, live_scorer, scored), abs=1e-12)
     assert found.targets == 33
     for g, points in found.curves.items():
         for n, point in zip((0, 1, 2, 3, 7, 8), points, strict=True):
@@ -93,7 +93,7 @@ def test_ranks_share_a_curve_and_a_stopped_one_goes_on(tmp_path: Path):
     model, fields = random_model(LRT), {"groups": (1, 2), "counts": (0, 1, 2, 3), "batch_size": 2}
     whole = curve(model, schedules.interleaved(2), **fields)
 
-    def of_rank(ranks: Alone) -> Any:
+    def of_rank(ranks: SingleProcess) -> Any:
         return curve(model, schedules.interleaved(2), keep=lambda name: Ledger(tmp_path, name, {}, ranks), **fields)
 
     assert on_ranks(2, of_rank) == [whole, whole]

@@ -14,18 +14,18 @@ from support.scoring import BYTES, CONTEXT, LRT, NONE, bpb, cut, text
 
 from lrt import schedules
 from lrt.data.windows import windows
-from lrt.distributed.single import Alone
+from lrt.distributed.single import SingleProcess
 from lrt.eval.ledger import Ledger
 from lrt.eval.report.text import bpb_lines
-from lrt.eval.scoring import live, under
-from lrt.eval.token_scores import TokenScores, bfloat16, buckets, interval, pass_nats, standard, summary, token_scores
+from lrt.eval.scoring import live_scorer, under
+from lrt.eval.token_scores import TokenScores, bfloat16, buckets, interval, pass_nats, standard, summarise, token_scores
 from lrt.eval.token_scores import bpb as column_bpb
 
 SCHEDULE = schedules.interleaved(2)
 
 
 def scored(folder: Path, model: Any = None, found: Any = None, columns: Any = None, **fields: Any) -> TokenScores:
-    ledger = Ledger(folder, "bpb", {}, fields.pop("ranks", Alone()))
+    ledger = Ledger(folder, "bpb", {}, fields.pop("ranks", SingleProcess()))
     chosen = random_model(LRT) if model is None else model
     return token_scores(chosen, found or cut(), BYTES, columns or standard(SCHEDULE), ledger, progress=False, **fields)
 
@@ -33,7 +33,7 @@ def scored(folder: Path, model: Any = None, found: Any = None, columns: Any = No
 def test_the_columns_sum_to_the_scores_of_evaluate(tmp_path: Path):
     model = random_model(LRT)
     scores = scored(tmp_path, model)
-    assert column_bpb(scores, "live") == pytest.approx(bpb(model, live), rel=1e-12)
+    assert column_bpb(scores, "live") == pytest.approx(bpb(model, live_scorer), rel=1e-12)
     assert column_bpb(scores, "parallel") == pytest.approx(bpb(model, under(SCHEDULE)), rel=1e-12)
     assert column_bpb(scores, "off") == pytest.approx(bpb(model, under(schedules.plain())), rel=1e-12)
     assert scores.tokens.tolist() == text().tokens.tolist()  # the order of the text
@@ -63,7 +63,7 @@ def test_every_pass_scores_its_own_positions(tmp_path: Path):
 def test_no_score_depends_on_batches_or_ranks(tmp_path: Path, batch_size: int):
     model = random_model(LRT)
     whole = scored(tmp_path / "whole", model)
-    half = Ledger(tmp_path / "halves", "bpb", {}, Alone(rank=1, ranks=2))
+    half = Ledger(tmp_path / "halves", "bpb", {}, SingleProcess(rank=1, ranks=2))
     with pytest.raises(KeyError):  # the other rank's half is not there
         token_scores(model, cut(), BYTES, standard(SCHEDULE), half, batch_size, progress=False)
     again = scored(tmp_path / "halves", model, batch_size=batch_size)
@@ -114,7 +114,7 @@ def test_an_interval_covers_the_truth_and_knows_documents():
 
 def test_one_document_has_no_interval(tmp_path: Path):
     """Drawn anew, it is always the same: a width of nothing would pass for certainty."""
-    values = summary(scored(tmp_path, found=windows(text((30,)), CONTEXT)), (("live", "parallel"),))
+    values = summarise(scored(tmp_path, found=windows(text((30,)), CONTEXT)), (("live", "parallel"),))
     row = values["columns"]["live"]
     assert (row["low"], row["high"]) == (None, None)
     assert bpb_lines({**values, "schedule": "plain()"})[1].endswith("  one document has none")
@@ -133,7 +133,7 @@ def test_bfloat16_stands_beside_its_control(tmp_path: Path):
 
 
 def test_a_summary_is_plain_data(tmp_path: Path):
-    values = summary(scored(tmp_path), (("live", "parallel"),))
+    values = summarise(scored(tmp_path), (("live", "parallel"),))
     assert values["targets"] == 34
     assert values["documents"] == 4
     assert values["bytes"] == int(BYTES[torch.from_numpy(text().tokens.astype(np.int64))].sum())

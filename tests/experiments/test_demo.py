@@ -27,7 +27,7 @@ MODELS = ("transformer", "token_shift", "lrt")
 # What the issue promises of every model; more may stand beside it.
 PROMISED = {"parameters", "tokens", "train_seconds", "training_flops", "parallel_bpb", "live_bpb"}
 ABLATED = {"live_bpb_memory_zero", "live_bpb_memory_embedding"}
-STEP = recipes.demo("lrt").batch_tokens
+STEP = recipes.demo_recipe("lrt").batch_tokens
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_the_report_has_the_numbers_of_the_summary(page: str, summary: dict[str,
 
 def test_the_sample_is_text_and_escaped(tmp_path: Path, summary: dict[str, Any], made: Path):
     diaries = {name: made / name / "metrics.jsonl" for name in MODELS}
-    demo_report.write(tmp_path / "report.html", summary, diaries, "<script>alert(1)</script> & größer 🙂")
+    demo_report.write_report(tmp_path / "report.html", summary, diaries, "<script>alert(1)</script> & größer 🙂")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; größer 🙂" in page
     assert "script" not in Page(page).tags

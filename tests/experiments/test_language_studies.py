@@ -24,7 +24,7 @@ from lrt.eval.report.table import Table, markdown
 from lrt.experiments.studies import comparisons, figures, grid, language, runner, texts
 from lrt.experiments.studies.kinds import KINDS
 from lrt.model.size import count_parameters
-from lrt.training.trainer import Diverged, Training
+from lrt.training.trainer import Diverged, Trainer
 
 OPTIM = {"matrix_lr": 0.02, "embedding_lr": 0.2, "head_lr": 0.01, "scalar_lr": 0.02, "reference_batch": 2048}
 FIELDS: dict[str, Any] = {
@@ -61,11 +61,11 @@ def test_equal_tokens_compute_and_wall_clock():
     run = language.run_of(FIELDS, 300)
     other = language.baseline(run, FIELDS)
     assert other.schedule == "plain()"
-    assert language.equalled(run, other, "tokens", 2.0).tokens == other.tokens
-    assert language.equalled(run, other, "compute", 2.0).flops == pytest.approx(other.flops, rel=0.01)
-    assert language.equalled(run, other, "wall_clock", 2.0).tokens == other.tokens / 2
+    assert language.match_wall_clock(run, other, "tokens", 2.0).tokens == other.tokens
+    assert language.match_wall_clock(run, other, "compute", 2.0).flops == pytest.approx(other.flops, rel=0.01)
+    assert language.match_wall_clock(run, other, "wall_clock", 2.0).tokens == other.tokens / 2
     with pytest.raises(ValueError, match="equal is 'luck'; choose one of tokens, compute, wall_clock"):
-        language.equalled(run, other, "luck", 2.0)
+        language.match_wall_clock(run, other, "luck", 2.0)
 
 
 @pytest.mark.parametrize("family", ["transformer", "loop 3", "ponder", "middle recurrence", "recommended"])
@@ -82,7 +82,7 @@ def test_mistakes_in_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         language.run_of({**FIELDS, "family": "lstm"}, 300)
     monkeypatch.setattr(texts, "TEXTS", tmp_path)
     with pytest.raises(ValueError, match="the text 'poems' is not there; prepare it with: lrt prepare"):
-        texts.text("poems")
+        texts.prepared_text("poems")
 
 
 # --- sweeps and claims -------------------------------------------------------------------------------------------
@@ -130,12 +130,12 @@ class Scores:
 @pytest.fixture
 def swept(tmp_path: Path) -> grid.Study:
     (tmp_path / "mine.yaml").write_text(GRID)
-    return grid.read(str(tmp_path / "mine.yaml"), "tiny")
+    return grid.read_study(str(tmp_path / "mine.yaml"), "tiny")
 
 
 def test_later_seeds_run_at_the_best_rate(swept: grid.Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     kind = Scores({"a 0.5": 2.0, "a 1": 1.0, "b 0.5": 1.0, "b 1": 2.0})
-    runner.run(swept, kind, tmp_path / swept.results, progress=False, device="cpu:0")
+    runner.run_study(swept, kind, tmp_path / swept.results, progress=False, device="cpu:0")
     assert "6 cells to run, about 12 minutes in all" in capsys.readouterr().out
     assert kind.ran[:4] == [(name, 0, "cpu:0") for name in ("a 0.5", "b 0.5", "a 1", "b 1")]
     assert sorted(kind.ran[4:]) == [("a 1", 1, "cpu:0"), ("b 0.5", 1, "cpu:0")]
@@ -161,7 +161,7 @@ def test_what_another_process_runs_is_left_to_it(swept: grid.Study, tmp_path: Pa
             os.utime(mine, (old, old))
 
         monkeypatch.setattr(runner.time, "sleep", wait)
-        runner.run(swept, kind, file, progress=False)
+        runner.run_study(swept, kind, file, progress=False)
     (before,) = waits
     assert [(name, seed) for name, seed, _ in before] == [("b 0.5", 0), ("a 1", 0), ("b 1", 0), ("b 0.5", 1)]
     assert [(name, seed) for name, seed, _ in kind.ran[4:]] == [("a 0.5", 0), ("a 1", 1)]
@@ -170,18 +170,18 @@ def test_what_another_process_runs_is_left_to_it(swept: grid.Study, tmp_path: Pa
 def test_a_cell_that_fails_stops_no_other(swept: grid.Study, tmp_path: Path):
     kind = Scores({"a 1": 1.0, "b 0.5": 1.0, "b 1": 2.0})
     with pytest.raises(ValueError, match=r"1 cells failed, .* half/a/0: KeyError: 'a 0.5'"):
-        runner.run(swept, kind, tmp_path / swept.results, progress=False)
-    assert len(runner.finished(tmp_path / swept.results)) == 5
+        runner.run_study(swept, kind, tmp_path / swept.results, progress=False)
+    assert len(runner.finished_cells(tmp_path / swept.results)) == 5
     kind.by_cell["a 0.5"] = 3.0
-    assert len(runner.run(swept, kind, tmp_path / swept.results, progress=False)) == 6
+    assert len(runner.run_study(swept, kind, tmp_path / swept.results, progress=False)) == 6
 
 
 def test_words_that_are_no_choice(swept: grid.Study, tmp_path: Path):
     with pytest.raises(ValueError, match="no cell has the choice c; choose among 0, 1, a, b, half, one"):
-        runner.run(swept, Scores({}), tmp_path / swept.results, only=("c",), progress=False)
+        runner.run_study(swept, Scores({}), tmp_path / swept.results, only=("c",), progress=False)
     (tmp_path / "bad.yaml").write_text(GRID.replace("    axes:", "    without: [[a, hlaf]]\n    axes:"))
     with pytest.raises(ValueError, match="`without` has 'hlaf', which is no choice; the choices are a, b, half, one"):
-        grid.read(str(tmp_path / "bad.yaml"), "tiny")
+        grid.read_study(str(tmp_path / "bad.yaml"), "tiny")
 
 
 def test_the_claim_of_a_dead_process_of_this_machine_is_nobodys(swept: grid.Study, tmp_path: Path):
@@ -192,16 +192,16 @@ def test_the_claim_of_a_dead_process_of_this_machine_is_nobodys(swept: grid.Stud
     gone = dead.stdout.strip()
     for owner, held in ((f"{platform.node()} {gone}", False), (f"elsewhere {gone}", True)):
         path.write_text(owner)
-        assert runner.claimed(path) is held
+        assert runner.is_claimed(path) is held
     path.write_text(f"{platform.node()} {os.getpid()}")
-    assert runner.claimed(path)
+    assert runner.is_claimed(path)
 
 
 @pytest.mark.parametrize("edition", ["tiny", "small"])
 @pytest.mark.parametrize("study", ["source", "injection"])
 def test_source_and_injection_share_the_rivals_runs(study: str, edition: str):
-    rivals = {cell.key: cell.choices[-1] for cell in grid.read("rivals", edition).cells}
-    mine = grid.read(study, edition)
+    rivals = {cell.key: cell.choices[-1] for cell in grid.read_study("rivals", edition).cells}
+    mine = grid.read_study(study, edition)
     shared = {cell.choices[-1]: rivals[cell.key] for cell in mine.cells if cell.key in rivals}
     depth = mine.cells[0].fields["size"]["depth"]
     alike = ["transformer", "token shift", "token shift, 2 channels"]
@@ -217,7 +217,7 @@ def test_source_and_injection_share_the_rivals_runs(study: str, edition: str):
 def test_a_swept_axis_must_be_there(tmp_path: Path):
     (tmp_path / "bad.yaml").write_text(GRID.replace("axis: rate", "axis: pace"))
     with pytest.raises(ValueError, match="sweeps over pace, which is none of its axes: rate, family"):
-        grid.read(str(tmp_path / "bad.yaml"), "tiny")
+        grid.read_study(str(tmp_path / "bad.yaml"), "tiny")
 
 
 # --- tables and figures ------------------------------------------------------------------------------------------
@@ -294,10 +294,10 @@ def test_a_diverged_run_is_counted_not_hidden():
 def test_figures_are_drawn(tmp_path: Path):
     lines = [line(name, s, value + s / 50) for name, value in (("transformer", 2.0), ("shared", 1.8)) for s in (0, 1)]
     for number, draw in enumerate((figures.frontier, figures.source_curve)):
-        figures.saved(lambda draw=draw: draw(lines), tmp_path / f"{number}.svg")
+        figures.save_figure(lambda draw=draw: draw(lines), tmp_path / f"{number}.svg")
         text = (tmp_path / f"{number}.svg").read_text()
         assert "shared" in text
-        figures.saved(lambda draw=draw: draw(lines), tmp_path / "again.svg")
+        figures.save_figure(lambda draw=draw: draw(lines), tmp_path / "again.svg")
         assert (tmp_path / "again.svg").read_text() == text
     assert (tmp_path / "0.svg").read_text().count("<path") > 10
 
@@ -356,7 +356,7 @@ def test_scaling_gives_a_multiplier_with_its_interval(tmp_path: Path):
         assert value == pytest.approx(expected, rel=0.1)
     itself = next(r for r in table.body if r[:2] == ["transformer", "9"])
     assert itself[4:6] == ["1 [1, 1]"] * 2
-    figures.saved(lambda: figures.scaling_curves(lines), tmp_path / "curves.svg")
+    figures.save_figure(lambda: figures.scaling_curves(lines), tmp_path / "curves.svg")
     assert (tmp_path / "curves.svg").stat().st_size > 1000
 
 
@@ -370,7 +370,7 @@ def test_laws_are_compared_over_the_sizes_that_both_have():
     fewer = list(scaling_lines(9))
     row = {name: comparisons.scaling_table(lines).body[1] for name, lines in (("lacking", lacking), ("fewer", fewer))}
     assert row["lacking"] == row["fewer"]
-    one, other = (comparisons.sizes(lacking)[family] for family in ("transformer", "shared"))
+    one, other = (comparisons.sizes_by_family(lacking)[family] for family in ("transformer", "shared"))
     assert [size.group for size in other] == [size.group for size in one][:9]
 
 
@@ -464,15 +464,15 @@ def test_a_long_cell_goes_on_where_it_was_left(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.usefixtures("story")
 def test_a_cell_that_diverges_keeps_no_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    whole, seen = Training.step, []
+    whole, seen = Trainer.step, []
 
-    def step(self: Training) -> dict[str, float]:
+    def step(self: Trainer) -> dict[str, float]:
         if self.progress.step == 3:
             seen.extend((tmp_path / "unfinished").iterdir())
             raise Diverged("at step 3 the loss is nan", 2)
         return whole(self)
 
-    monkeypatch.setattr(Training, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(language, "KEEP_EVERY", 0.0)
     found = language.Language().run({**SMALL, "seed": 0, "family": "transformer"}, lambda *_: None, "cpu")
     assert found["diverged"] == "at step 3 the loss is nan"
@@ -501,7 +501,7 @@ editions:
     out = capsys.readouterr().out
     assert "4 cells to run" in out
     assert "1 cells are left out: the text 'poems' is not there; prepare it with: lrt prepare" in out
-    lines = {r["choices"]["family"]: r for r in runner.finished(tmp_path / "mine.tiny.jsonl")}
+    lines = {r["choices"]["family"]: r for r in runner.finished_cells(tmp_path / "mine.tiny.jsonl")}
     plain, ponder, mine = (lines[name]["result"] for name in ("transformer", "ponder", "recommended"))
     assert plain["tokens"] == ponder["tokens"] == 160
     assert mine["training_flops"] == pytest.approx(plain["training_flops"], rel=0.2)  # whole steps
@@ -513,7 +513,7 @@ editions:
     assert "verdict" in mine
     assert plain["step_ratio"] == 1
     assert ponder["step_ratio"] > 1.2
-    done, kind = runner.finished(tmp_path / "mine.tiny.jsonl")[-1], KINDS["language"]
+    done, kind = runner.finished_cells(tmp_path / "mine.tiny.jsonl")[-1], KINDS["language"]
     assert kind.current(done)
     assert not kind.current({**done, "result": {**done["result"], "data": "another text"}})
     older = {**done["result"]["run"], "schedule": "multi_refinement(2)"}  # what the recipe said then
@@ -529,7 +529,7 @@ editions:
     (tmp_path / "mine.tiny.jsonl").unlink()
     main([*arguments, "--only", "ponder"])
     assert (tmp_path / "ratios.json").stat().st_mtime == 1  # not measured again: horizons stay what they were
-    again = runner.finished(tmp_path / "mine.tiny.jsonl")[0]["result"]
+    again = runner.finished_cells(tmp_path / "mine.tiny.jsonl")[0]["result"]
     assert again["step_ratio"] == ponder["step_ratio"]
     assert again["test"] == ponder["test"]
     assert statistics.fmean(r["seconds"] for r in lines.values()) < 60

@@ -54,7 +54,7 @@ def test_a_multiplier_is_how_much_more_compute_the_other_needs():
     better = PowerLaw(LAW.floor, LAW.scale, LAW.exponent, LAW.unit / 2)
     noise = noisy(1, 0.0002)
     loss = [better.loss(c) / LAW.loss(c) * n for c, n in zip(COMPUTE, noise, strict=True)]
-    mine, other = power_law.fitted(COMPUTE, noise), power_law.fitted(COMPUTE, loss)
+    mine, other = power_law.fit_with_bootstrap(COMPUTE, noise), power_law.fit_with_bootstrap(COMPUTE, loss)
     found = power_law.multiplier(*mine, *other, 1e16, 1e16)
     assert found.value == pytest.approx(2, rel=0.02)
     assert found.low <= 2.02

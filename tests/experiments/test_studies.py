@@ -22,7 +22,7 @@ from lrt.eval.report.table import Table, markdown
 from lrt.experiments.studies import grid, runner
 from lrt.experiments.studies.kinds import KINDS, kind
 from lrt.experiments.studies.language import run_of
-from lrt.experiments.studies.state_tracking import StateTracking, recipe, spread, tracking_run
+from lrt.experiments.studies.state_tracking import StateTracking, mean_and_deviation, recipe, tracking_run
 from lrt.utils.progress import Advance
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ editions:
 @pytest.fixture
 def study(tmp_path: Path) -> grid.Study:
     (tmp_path / "mine.yaml").write_text(GRID)
-    return grid.read(str(tmp_path / "mine.yaml"), "tiny")
+    return grid.read_study(str(tmp_path / "mine.yaml"), "tiny")
 
 
 class Counting:
@@ -94,59 +94,59 @@ def test_cells_are_the_product_of_the_axes(study: grid.Study):
 
 def test_a_choice_may_run_with_fewer_seeds(study: grid.Study, tmp_path: Path):
     (tmp_path / "fewer.yaml").write_text(GRID.replace("deep: {", "deep: {seeds: [0, 9], "))
-    fewer = grid.read(str(tmp_path / "fewer.yaml"), "tiny")
+    fewer = grid.read_study(str(tmp_path / "fewer.yaml"), "tiny")
     assert [cell.key for cell in fewer.cells] == [
         cell.key for cell in study.cells if "deep" not in cell.choices or cell.seed == 0
     ]
     (tmp_path / "bad.yaml").write_text(GRID.replace("deep: {", "deep: {seeds: [7], "))
     with pytest.raises(ValueError, match=r"easy/deep has seeds \[7\], none of the edition's"):
-        grid.read(str(tmp_path / "bad.yaml"), "tiny")
+        grid.read_study(str(tmp_path / "bad.yaml"), "tiny")
 
 
 def test_a_stopped_study_goes_on(study: grid.Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "results" / study.results
     stopped = Counting(fail_at=3)
     with pytest.raises(KeyboardInterrupt):
-        runner.run(study, stopped, file, progress=False)
+        runner.run_study(study, stopped, file, progress=False)
     assert "10 cells to run, about 42 minutes in all; 0 are done already" in capsys.readouterr().out
     with file.open("a") as cut:
         cut.write('{"cell": "hard/l')  # the machine went down while writing
     goes_on = Counting()
-    lines = runner.run(study, goes_on, file, progress=False)
+    lines = runner.run_study(study, goes_on, file, progress=False)
     assert "7 cells to run" in capsys.readouterr().out
     assert [line["cell"] for line in lines] == [cell.name for cell in study.cells]
     assert stopped.ran + goes_on.ran == [cell.fields for cell in study.cells]
-    assert runner.run(study, Counting(fail_at=0), file, progress=False) == lines
+    assert runner.run_study(study, Counting(fail_at=0), file, progress=False) == lines
 
 
 def test_only_some_cells_and_changed_ones_again(study: grid.Study, tmp_path: Path):
     file = tmp_path / study.results
-    runner.run(study, Counting(), file, only=("hard", "deep"), progress=False)
-    assert [line["cell"] for line in runner.finished(file)] == ["hard/deep/0", "hard/deep/1"]
+    runner.run_study(study, Counting(), file, only=("hard", "deep"), progress=False)
+    assert [line["cell"] for line in runner.finished_cells(file)] == ["hard/deep/0", "hard/deep/1"]
     sliced = [dataclasses.replace(cell, choices=(cell.choices[0], "1/2")) for cell in study.cells[:2]]
-    assert len(runner.left(dataclasses.replace(study, cells=tuple(sliced)), [], ("1/2", "0"))) == 2
+    assert len(runner.cells_left(dataclasses.replace(study, cells=tuple(sliced)), [], ("1/2", "0"))) == 2
     first = study.cells[4]
     changed = dataclasses.replace(first, fields={**first.fields, "steps": 10})
     other = dataclasses.replace(study, cells=(*study.cells[:4], changed, *study.cells[5:]))
-    assert changed.name in [cell.name for cell in runner.left(other, runner.finished(file))]
+    assert changed.name in [cell.name for cell in runner.cells_left(other, runner.finished_cells(file))]
 
 
 def test_a_cell_that_another_study_ran_is_taken(study: grid.Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "other.yaml").write_text(GRID.replace("[0, 1]", "[0]").replace("deep:", "tall:"))
-    other = grid.read(str(tmp_path / "other.yaml"), "tiny")
-    ran = runner.run(other, Counting(), tmp_path / other.results, progress=False)
+    other = grid.read_study(str(tmp_path / "other.yaml"), "tiny")
+    ran = runner.run_study(other, Counting(), tmp_path / other.results, progress=False)
     capsys.readouterr()
     mine = Counting()
-    lines = runner.run(study, mine, tmp_path / study.results, progress=False)
+    lines = runner.run_study(study, mine, tmp_path / study.results, progress=False)
     assert "10 cells to run, about 21 minutes in all" in capsys.readouterr().out
     assert [fields["seed"] for fields in mine.ran] == [1] * 5
     assert [line["result"] for line in lines[:5]] == [line["result"] for line in ran]
-    assert lines[1] == {**ran[1], **runner.labelled(study, study.cells[1]), "from": "other.tiny easy/tall/0"}
+    assert lines[1] == {**ran[1], **runner.label(study, study.cells[1]), "from": "other.tiny easy/tall/0"}
     assert "from" not in lines[5]
 
 
 def test_the_recipes_of_state_tracking_are_the_studys():
-    cell = next(c for c in grid.read("state-tracking", "tiny").cells if c.name == "S5 by swaps/sequential/2")
+    cell = next(c for c in grid.read_study("state-tracking", "tiny").cells if c.name == "S5 by swaps/sequential/2")
     assert recipe("S5 by swaps", seed=2) == tracking_run(cell.fields)
     with pytest.raises(ValueError, match="has no 'parity' under 'magic'; it has 'parity' 'sequential', "):
         recipe("parity", "magic")
@@ -163,19 +163,19 @@ def test_the_python_of_the_page_on_state_tracking_runs(capsys: pytest.CaptureFix
 
 def test_a_users_mistakes(tmp_path: Path):
     with pytest.raises(ValueError, match="unknown study 'nothing'; choose one of injection, rivals"):
-        grid.read("nothing", "tiny")
+        grid.read_study("nothing", "tiny")
     with pytest.raises(ValueError, match="has no edition 'huge'"):
-        grid.read("state-tracking", "huge")
+        grid.read_study("state-tracking", "huge")
     (tmp_path / "bad.yaml").write_text("kind: tracking\neditions: {tiny: {seeds: [0], axis: {}}}")
     with pytest.raises(ValueError, match="it needs seeds and axes"):
-        grid.read(str(tmp_path / "bad.yaml"), "tiny")
+        grid.read_study(str(tmp_path / "bad.yaml"), "tiny")
     with pytest.raises(ValueError, match="unknown kind of study 'dance'"):
         kind("dance")
 
 
-@pytest.mark.parametrize(("name", "edition"), [(n, e) for n in grid.known() for e in grid.editions(n)])
+@pytest.mark.parametrize(("name", "edition"), [(n, e) for n in grid.known_studies() for e in grid.editions(n)])
 def test_the_studies_that_come_with_the_library_can_be_run(name: str, edition: str):
-    study = grid.read(name, edition)
+    study = grid.read_study(name, edition)
     assert study.kind in KINDS
     assert len({cell.name for cell in study.cells}) == len(study.cells)
     most = (30 if study.kind == "tracking" else 10) if edition == "tiny" else 10_000
@@ -247,7 +247,7 @@ def test_a_tracking_cell_measures_what_it_can_read_and_says_when_it_diverges(mon
     def lost(*_: Any, **__: Any) -> Any:
         raise FloatingPointError("at step 3 the loss is nan")
 
-    monkeypatch.setattr("lrt.experiments.studies.state_tracking.train", lost)
+    monkeypatch.setattr("lrt.experiments.studies.state_tracking.train_tracking", lost)
     assert StateTracking().run(TRACKED, untold, "cpu")["diverged"] == "at step 3 the loss is nan"
 
 
@@ -277,7 +277,7 @@ def test_two_processes_are_killed_and_the_study_goes_on(tmp_path: Path):
     (tmp_path / "mine.yaml").write_text(
         json.dumps({"kind": "tracking", "editions": {"tiny": {"seeds": seeds, "base": base, "axes": {"m": {"a": {}}}}}})
     )
-    study, out = grid.read(str(tmp_path / "mine.yaml"), "tiny"), tmp_path / "out"
+    study, out = grid.read_study(str(tmp_path / "mine.yaml"), "tiny"), tmp_path / "out"
     file, claims = out / study.results, (out / study.results).with_suffix(".claims")
     command = [sys.executable, "-m", "lrt", "study", str(tmp_path / "mine.yaml"), "--results", str(out)]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
@@ -285,25 +285,25 @@ def test_two_processes_are_killed_and_the_study_goes_on(tmp_path: Path):
     process = subprocess.Popen([*command, "--devices", "cpu", "cpu"], start_new_session=True, **both)
     try:
         patience = time.monotonic() + 200
-        while not (runner.finished(file) and claims.exists() and len(list(claims.iterdir())) == 2):
+        while not (runner.finished_cells(file) and claims.exists() and len(list(claims.iterdir())) == 2):
             assert process.poll() is None, "it was done before both were seen at work"
             assert time.monotonic() < patience
             time.sleep(0.01)
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # all of them at once: the plug is pulled
         process.wait()
-    before = runner.finished(file)
+    before = runner.finished_cells(file)
     assert 0 < len(before) < len(seeds)
     assert list(claims.iterdir())
     done = subprocess.run([*command, "--devices", "cpu", "cpu"], timeout=400, text=True, **both)
     assert done.returncode == 0
     assert f"2 processes on cpu, OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // 2)} each" in done.stdout
-    lines = runner.finished(file)
+    lines = runner.finished_cells(file)
     assert lines[: len(before)] == before
     assert sorted(line["seed"] for line in lines) == seeds
     assert {line["hardware"]["threads"] for line in lines} == {max(1, (os.cpu_count() or 1) // 2)}
     assert not list(claims.iterdir())
-    alone = runner.run(study, StateTracking(), tmp_path / study.results, progress=False)
+    alone = runner.run_study(study, StateTracking(), tmp_path / study.results, progress=False)
     assert {line["seed"]: accuracies(line) for line in lines} == {line["seed"]: accuracies(line) for line in alone}
 
 
@@ -331,7 +331,7 @@ def test_tables_from_lines_alone():
         for a, n in ((0.9, 40), (1.0, 50))
     ]
     table = markdown(StateTracking().tables(lines))
-    assert spread([0.9, 1.0]) == "95.0 ± 7.1"
+    assert mean_and_deviation([0.9, 1.0]) == "95.0 ± 7.1"
     lost = {**lines[0], "seed": 2, "result": {"chance": 0.5, "diverged": "at step 3 the loss is nan"}}
     assert "| lrt | 2, 1 diverged | 95.0 ± 7.1 |" in markdown(StateTracking().tables([*lines, lost]))
     assert "| lrt | 0, 1 diverged |" in markdown(StateTracking().tables([lost]))

@@ -11,7 +11,7 @@ import torch
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, refine, schedules
 from lrt.data.batch import IGNORED
-from lrt.eval.ablations import ablated
+from lrt.eval.ablations import ablate
 from lrt.experiments.tracking import measure
 from lrt.experiments.tracking.tasks import (
     CLOSE,
@@ -28,10 +28,10 @@ from lrt.experiments.tracking.tasks import (
     alternating,
     expression,
     flat_values,
-    products,
+    prefix_products,
     symmetric,
 )
-from lrt.experiments.tracking.training import STRIDE, TrackingRun, objective, train
+from lrt.experiments.tracking.training import STRIDE, TrackingRun, step_loss, train_tracking
 from lrt.model.execution import Execution
 from lrt.model.layers import rotary
 from lrt.schedules import unrolled
@@ -75,7 +75,7 @@ def test_groups_by_hand():
     assert s3.table[cycle, swap] == number[0, 2, 1]
     assert s3.elements[s3.identity] == (0, 1, 2)
     assert len(S5.small(2)) == 11
-    assert products(s3, torch.tensor([[swap, swap, cycle, cycle, cycle]])).tolist() == [
+    assert prefix_products(s3, torch.tensor([[swap, swap, cycle, cycle, cycle]])).tolist() == [
         [swap, 0, cycle, number[2, 0, 1], 0]
     ]
 
@@ -160,7 +160,7 @@ def test_rows_repeat_with_their_seed_and_guessing_gives_chance(name: str):
 def test_tests_draw_rows_that_training_cannot():
     """A generator knows 32 bits of its seed: those of training end where those of tests begin."""
     seeds = [
-        measure.fresh(purpose, TASKS[name], length, seed).initial_seed()
+        measure.test_generator(purpose, TASKS[name], length, seed).initial_seed()
         for purpose in ("last state", "reads", "stream")
         for name in ("parity", "s5")
         for length in (40, 256)
@@ -232,7 +232,7 @@ def test_the_fast_loss_is_the_loss_of_the_step():
     tokens, classes = TASKS["mod5"].sample(4, 21, seeded())
     config = dataclasses.replace(small(), vocab_size=8)
     model = awake(config)
-    fast, final = objective(model, tokens, classes, schedules.sequential())
+    fast, final = step_loss(model, tokens, classes, schedules.sequential())
     hidden = refine(model, tokens, schedules.sequential()).hidden
     plain = torch.nn.functional.cross_entropy(
         model.logits(hidden).flatten(0, 1), classes.flatten(), ignore_index=IGNORED
@@ -245,7 +245,7 @@ def test_mastery_is_that_of_the_last_pass():
     model = awake(dataclasses.replace(small(), vocab_size=8))
     tokens, classes = TASKS["mod5"].sample(4, 21, seeded())
     schedule = schedules.multi_refinement(2)
-    loss, final = objective(model, tokens, classes, schedule)
+    loss, final = step_loss(model, tokens, classes, schedule)
     nats = [
         torch.nn.functional.cross_entropy(model.logits(h).flatten(0, 1), classes.flatten(), ignore_index=IGNORED)
         for _, _, h in refine(model, tokens, schedule).passes
@@ -258,9 +258,9 @@ def test_a_carry_is_constant_in_size_and_can_be_carried_on():
     model = awake(small())
     tokens = torch.randint(7, (2, 60), generator=seeded())
     whole = unrolled.over(model, tokens)
-    carry, hidden = unrolled.beginning(model, 2), []
+    carry, hidden = unrolled.empty_carry(model, 2), []
     for part in tokens.split([1, 7, 20, 32], 1):
-        out, carry = unrolled.run(model, part, carry)
+        out, carry = unrolled.run_chunks(model, part, carry)
         hidden.append(out)
     assert (torch.cat(hidden, 1) - whole).abs().max() < 1e-10
     assert [k.shape[2] for k in carry.keys] == [4, 4]
@@ -278,7 +278,7 @@ def test_models_that_chunks_do_not_cover_say_why():
         with pytest.raises(ValueError, match=words):
             unrolled.over(LatentRecurrentTransformer(config), torch.zeros(1, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="recall is replaced"):
-        unrolled.over(ablated(awake(small()), "zero"), torch.zeros(1, 2, dtype=torch.long))
+        unrolled.over(ablate(awake(small()), "zero"), torch.zeros(1, 2, dtype=torch.long))
 
 
 REACH = {
@@ -345,13 +345,13 @@ def test_parity_is_learned_and_carried_on():
         depth=1, width=32, heads=1, vocab_size=2, context=64, window_pattern="S", window=4, mlp_ratio=2.0
     )
     run = TrackingRun("parity", model, OPTIM, steps=120, rows=64, longest=16)
-    done = train(run)
+    done = train_tracking(run)
     assert list(done.grown) == run.lengths() == [2, 4, 6, 8, 10, 12, 14, 16]
     starts = [*done.grown.values(), 120]
     assert done.tokens == 64 * sum(n * (b - a) for n, a, b in zip(done.grown, starts[:-1], starts[1:], strict=True))
     assert measure.final_state(done.model, TASKS["parity"], 100, rows=200).accuracy > 0.99
     # A run's first steps do not depend on how many follow; not so the rates.
-    assert train(dataclasses.replace(run, steps=3)).losses[0] == done.losses[0]
+    assert train_tracking(dataclasses.replace(run, steps=3)).losses[0] == done.losses[0]
 
 
 def test_lengths_grow():
@@ -381,8 +381,8 @@ def test_a_million_positions_on_nothing_has_changed():
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
         model = awake(small()).to(dtype)
         tokens = torch.randint(7, (2, 30), generator=seeded())
-        near, _ = unrolled.run(model, tokens, unrolled.beginning(model, 2))
-        far, _ = unrolled.run(model, tokens, dataclasses.replace(unrolled.beginning(model, 2), position=FAR))
+        near, _ = unrolled.run_chunks(model, tokens, unrolled.empty_carry(model, 2))
+        far, _ = unrolled.run_chunks(model, tokens, dataclasses.replace(unrolled.empty_carry(model, 2), position=FAR))
         assert (near - far).abs().max() < tolerance
 
 
@@ -404,23 +404,23 @@ def test_reused_slots_give_what_a_carry_gives():
     """Contract 7: where every layer slides, a State of a few slots serves an endless stream."""
     model = awake(small())
     tokens = torch.randint(7, (2, 25), generator=seeded())
-    state, hidden = model.empty_state(2, model.config.reach + 1).in_place(), []
+    state, hidden = model.empty_state(2, model.config.lookback + 1).in_place(), []
     with torch.no_grad():
         for t in range(25):
             out, state = model(tokens[:, t : t + 1], range(FAR + t, FAR + t + 1), state)
             hidden.append(out)
-        carry = dataclasses.replace(unrolled.beginning(model, 2), position=FAR)
-        assert (torch.cat(hidden, 1) - unrolled.run(model, tokens, carry)[0]).abs().max() < 1e-9
+        carry = dataclasses.replace(unrolled.empty_carry(model, 2), position=FAR)
+        assert (torch.cat(hidden, 1) - unrolled.run_chunks(model, tokens, carry)[0]).abs().max() < 1e-9
     assert state.slots == 5
 
 
 def test_streams_are_counted_in_parts():
     model = awake(dataclasses.replace(small(), vocab_size=2))
     tokens, classes = TASKS["parity"].sample(2, 50, seeded())
-    found = measure.stream(model, tokens, classes, parts=4)
+    found = measure.stream_answers(model, tokens, classes, parts=4)
     assert [part.asked for part in found.parts] == [26, 26, 26, 22]
     assert found.carried == 16 + 2 * 2 * 4 * 16  # the memory; keys and values of 4 positions in 2 layers
-    expected = measure.every(measure.live(model, tokens), classes)
+    expected = measure.every(measure.live_answers(model, tokens), classes)
     assert sum(part.right for part in found.parts) == expected.right
 
 

@@ -12,8 +12,8 @@ from tokenizers import AddedToken
 
 from lrt import LatentRecurrentTransformer, ModelConfig, Sampling
 from lrt.data.tokenizer import Tokenizer
-from lrt.inference.chat import Chat
-from lrt.inference.chat_template import TEMPLATES, Message, specials, template_of, written
+from lrt.inference.chat import Conversation
+from lrt.inference.chat_template import TEMPLATES, Message, specials, template_of, turn_tokens
 
 GREEDY = Sampling(temperature=0)
 
@@ -25,7 +25,7 @@ def tokenizer(*special: str) -> Tokenizer:
     return Tokenizer(inner)
 
 
-def talking(words: Tokenizer, **fields: Any) -> Chat:
+def talking(words: Tokenizer, **fields: Any) -> Conversation:
     torch.manual_seed(0)
     model = LatentRecurrentTransformer(
         ModelConfig(depth=2, width=16, heads=2, vocab_size=words.vocab_size, context=256)
@@ -34,7 +34,7 @@ def talking(words: Tokenizer, **fields: Any) -> Chat:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.3)
-    return Chat(model, words, GREEDY, prefill="exact", **fields)
+    return Conversation(model, words, GREEDY, prefill="exact", **fields)
 
 
 NAMES = {name: sorted(template.special) for name, template in TEMPLATES.items()}
@@ -113,7 +113,7 @@ def test_a_conversation_is_written_as_its_turns_were():
     for name, template in TEMPLATES.items():
         words = tokenizer(*NAMES[name])
         turns = [Message("user", "hello"), Message("assistant", "there"), Message("user", "<|bos|>")]
-        ids = written(words, template, template.parts(turns))
+        ids = turn_tokens(words, template, template.parts(turns))
         end = template.end or "\n"
         expected = [*template.user, "hello", *template.assistant, "there", end, *template.user, "", *template.assistant]
         names = specials(words)
@@ -136,11 +136,11 @@ def test_an_answer_that_was_cut_is_closed_before_the_next_turn(name: str):
     chat.say("hello", 2, str)
     assert chat.session is not None
     assert chat.session.tokens[-1] not in chat.stop  # cut by its limit
-    closed = written(words, template, [(template.end or "\n", False), (template.between, False)])
+    closed = turn_tokens(words, template, [(template.end or "\n", False), (template.between, False)])
     assert chat.turn("there")[: len(closed)] == closed
-    ended = chat.session.extend(written(words, template, [(template.end or "\n", False)]), "exact")
+    ended = chat.session.extend(turn_tokens(words, template, [(template.end or "\n", False)]), "exact")
     chat.session = ended
-    after = written(words, template, [(template.between, False), *template.parts([Message("user", "there")])])
+    after = turn_tokens(words, template, [(template.between, False), *template.parts([Message("user", "there")])])
     assert chat.turn("there") == after
 
 

@@ -25,18 +25,18 @@ from support.models import (
 from torch import Tensor
 
 from lrt import ModelConfig
-from lrt.inference.decoders import MODES, Eager, Packed, bucket, decoder, fastest
+from lrt.inference.decoders import MODES, EagerDecoder, PackedDecoder, bucket, decoder, fastest
 
 EVERY = {**PAIRWISE, **PRODUCT, "none": NONE}
 
 
-def decoded(way: Eager, tokens: Tensor) -> Tensor:
+def decoded(way: EagerDecoder, tokens: Tensor) -> Tensor:
     """All rows token by token at one position (B, T, D)."""
     count, length = tokens.shape
     return torch.stack([way(tokens[:, t], [t] * count) for t in range(length)], 1)
 
 
-def raggedly(way: Eager, tokens: Tensor, begins: list[int]) -> Tensor:
+def raggedly(way: EagerDecoder, tokens: Tensor, begins: list[int]) -> Tensor:
     """The same (B, T, D), row b starting begins[b] steps late; rows start in the order of the batch."""
     count, length = tokens.shape
     hidden: list[list[Tensor]] = [[] for _ in range(count)]
@@ -60,7 +60,7 @@ def test_each_mode_equals_the_oracle(config: ModelConfig, mode: str):
         made = decoder(model, model.empty_state(BATCH, LENGTH + 3), mode)
         assert made.name == mode
         assert_same(way(made, tokens), expected, mode)
-        assert torch.equal(made.state.held[:, :LENGTH], torch.arange(LENGTH).expand(BATCH, -1))
+        assert torch.equal(made.state.slot_positions[:, :LENGTH], torch.arange(LENGTH).expand(BATCH, -1))
         assert torch.equal(made.state.tokens[:, :LENGTH], tokens)
 
 
@@ -74,16 +74,16 @@ def test_packed_documents(config: ModelConfig, mode: str):
 
 @pytest.mark.parametrize("mode", ["eager", "fused"])
 def test_slots_are_reused_where_every_layer_slides(mode: str):
-    for config in (c for c in EVERY.values() if c.unbounded):
+    for config in (c for c in EVERY.values() if c.unlimited_context):
         model, tokens = random_model(config), random_tokens()
-        way = decoder(model, model.empty_state(BATCH, config.reach + 1), mode)
+        way = decoder(model, model.empty_state(BATCH, config.lookback + 1), mode)
         assert_same(raggedly(way, tokens, [0, 2]), oracle_rows(model, tokens))
 
 
 @over(PAIRWISE)
 def test_packed_weights_give_the_same_in_float32(config: ModelConfig):
     model, tokens = random_model(config, torch.float32), random_tokens()
-    if not Packed.covers(model):
+    if not PackedDecoder.covers(model):
         pytest.skip("oneDNN is not there")
     found, expected = (
         raggedly(decoder(model, model.empty_state(BATCH, LENGTH + 3), mode), tokens, [0, 3])
@@ -124,11 +124,11 @@ def test_a_state_goes_from_one_mode_to_the_next():
 
 
 def test_a_model_with_another_recall_is_decoded_too():
-    from lrt.eval.scoring import ablated
+    from lrt.eval.scoring import ablate
 
     model, tokens = random_model(next(iter(PAIRWISE.values()))), random_tokens()
     for name in ("zero", "embedding"):
-        other = ablated(model, name)
+        other = ablate(model, name)
         hidden = [decoded(decoder(other, other.empty_state(BATCH, LENGTH), m), tokens) for m in ("eager", "fused")]
         assert_same(hidden[1], hidden[0], name)
         with pytest.raises(ValueError, match="not compiled; decode it with mode='fused'"):

@@ -90,7 +90,7 @@ def test_prompts_that_begin_alike_reuse_what_was_computed(config: ModelConfig):
         ((done,),) = engine.complete([request])
         assert list(done.tokens) == alone(model, request)
     reused = done.reused_tokens
-    assert reused == 5 if not model.config.unbounded else reused in (0, 5)
+    assert reused == 5 if not model.config.unlimited_context else reused in (0, 5)
     engine.prefixes.budget = 1
     engine.prefixes.keep((1, 2), next(iter(engine.prefixes.kept.values())))
     assert (1, 2) not in engine.prefixes.kept
@@ -203,7 +203,7 @@ def test_the_memory_budget_says_how_many_rows_fit():
     model = random_model(CONFIGS["both"])
     engine = Engine(model, rows=2)
     state = engine.rows.state
-    parts = (*state.keys, *state.values, state.memory, state.tokens, state.held)
+    parts = (*state.keys, *state.values, state.memory, state.tokens, state.slot_positions)
     assert sum(p.numel() * p.element_size() for p in parts) == 2 * row_bytes(model, CONTEXT)
     assert rows_that_fit(model, 5 * row_bytes(model, CONTEXT) + 1, CONTEXT) == 5
     assert Engine(model, memory=3 * row_bytes(model, CONTEXT)).rows.free == 3

@@ -16,7 +16,7 @@ from support.models import TOLERANCE, VISIBLE, assert_same, documents_of, random
 from torch import Tensor
 
 from lrt import MemoryConfig, ModelConfig, Sampling, generate, refine, schedules, score
-from lrt.inference.decoders import Fused
+from lrt.inference.decoders import FusedDecoder
 from lrt.model.transformer import LatentRecurrentTransformer
 
 GREEDY = Sampling(temperature=0)
@@ -136,7 +136,7 @@ def test_a_sliding_model_keeps_a_window_only(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(LatentRecurrentTransformer, "empty_state", counted)
     drawn(model, prompt(), 200, GREEDY)
     next(generate(model, prompt()))
-    assert slots == [model.config.reach + 1] * 2
+    assert slots == [model.config.lookback + 1] * 2
 
 
 # Drawing
@@ -264,13 +264,13 @@ def test_a_prompt_without_a_batch_is_an_error():
 
 def test_generation_is_lazy(monkeypatch: pytest.MonkeyPatch):
     model, calls = random_model(CONFIGS["both"]), []
-    step = Fused.__call__
+    step = FusedDecoder.__call__
 
     def counted(self: Any, tokens: Tensor, positions: Any) -> Any:
         calls.extend(set(positions))
         return step(self, tokens, positions)
 
-    monkeypatch.setattr(Fused, "__call__", counted)
+    monkeypatch.setattr(FusedDecoder, "__call__", counted)
     tokens = generate(model, prompt(length=4), 10)
     assert calls == []  # nothing before it is asked for
     next(tokens)

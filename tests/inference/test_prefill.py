@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, refine, schedules
 from lrt.inference.calibrate import STRIDES, calibrate, own_text, sweeps_taken
-from lrt.inference.certificate import Certificate, merged
-from lrt.inference.cost_model import FILE, Calibration, Plan, fallback, read, write
+from lrt.inference.certificate import Certificate, merge_certificates
+from lrt.inference.cost_model import FILE, Calibration, Plan, fallback, read_calibration, write_calibration
 from lrt.inference.generation import generate
 from lrt.inference.prefill import TOLERANCES, Mode, Prefilled, prefill
 from lrt.model.state import State
@@ -92,7 +92,7 @@ def test_exact_equals_the_oracle_and_decoding_goes_on(model: LatentRecurrentTran
         torch.testing.assert_close(following[row], expected[20:], rtol=0, atol=1e-10)
     assert done.report.converged
     assert done.report.forwards == 1
-    assert done.state.filled == 20
+    assert done.state.written_until == 20
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -226,7 +226,7 @@ def test_split_prefill_equals_the_whole_within_the_tolerance(model: LatentRecurr
     begun = prefill(model, tokens[:, :50], model.empty_state(2, 100), mode, calibration=PARALLEL)
     done = prefill(model, tokens[:, 50:], begun.state, mode, calibration=PARALLEL)
     assert {row.path for row in (*begun.report.rows, *done.report.rows)} == {"sweeps"}
-    assert done.state.filled == 100, "known to be whole, so that decoding needs no mask"
+    assert done.state.written_until == 100, "known to be whole, so that decoding needs no mask"
     for row in range(2):
         assert distance(done.hidden[row, 0], exact(model, tokens[row])[-1]) <= TOLERANCES[mode]
 
@@ -245,7 +245,7 @@ def test_a_long_prompt_where_every_layer_slides(mode: Mode, memory: str) -> None
     model = model_of(MEMORIES[memory], window_pattern="S", window=6, context=16)
     lengths = torch.tensor([160, 97, 12])
     tokens = prompts(3, 160)
-    slots = model.config.reach + 45
+    slots = model.config.lookback + 45
     done = prefill(model, tokens, model.empty_state(3, slots), mode, lengths, PARALLEL)
     assert done.state.lengths.tolist() == lengths.tolist()
     limit = {"exact": 1e-10, "one_sweep": math.inf}.get(mode, TOLERANCES.get(mode, 0.0))
@@ -341,7 +341,7 @@ def test_chunks_vouch_for_the_least_exact() -> None:
         Certificate("sweeps", "within 0.001", 30, 4, 5, 5e-4, 1e-3, 17, 0.1, 5.0),
         Certificate("sweeps", "within 0.001", 10, 4, 3, 2e-4, 1e-3, 44, 0.1, 3.0),
     ]
-    whole = merged(parts)
+    whole = merge_certificates(parts)
     assert (whole.path, whole.residual, whole.worst_position, whole.tokens) == ("sweeps", 5e-4, 17, 50)
     assert whole.sweeps == 8
     assert whole.forwards == pytest.approx((10 + 150 + 30) / 50)
@@ -367,7 +367,7 @@ def test_rows_are_chosen_and_put_back(model: LatentRecurrentTransformer) -> None
     other = run(model, prompts(1, 7, seed=3), "exact").state
     mixed = state.put(torch.tensor([1]), other)
     assert mixed.lengths.tolist() == [12, 7, 12]
-    assert mixed.filled == 7
+    assert mixed.written_until == 7
     assert state.lengths.tolist() == [12, 12, 12], "a state that is not in place stays as it was"
     after = decode(model, mixed, further)
     expected = exact(model, torch.cat([prompts(1, 7, seed=3)[0], further[1]]))[7:]
@@ -440,11 +440,11 @@ def test_a_calibration_is_kept(tmp_path: Path) -> None:
     assert text[0, 0] == 3
     measured = calibrate(model, text, progress=False)
     assert {plan.groups for plan in measured.plans.values()} <= set(STRIDES)
-    write(tmp_path, measured)
-    assert read(tmp_path, model) == measured
-    assert read(tmp_path, model_of(MEMORIES["channels"])) == fallback(torch.device("cpu"))
-    write(tmp_path, dataclasses.replace(measured, device="elsewhere"))
-    assert read(tmp_path, model) == measured, "one entry per device"
+    write_calibration(tmp_path, measured)
+    assert read_calibration(tmp_path, model) == measured
+    assert read_calibration(tmp_path, model_of(MEMORIES["channels"])) == fallback(torch.device("cpu"))
+    write_calibration(tmp_path, dataclasses.replace(measured, device="elsewhere"))
+    assert read_calibration(tmp_path, model) == measured, "one entry per device"
 
 
 def test_a_model_that_does_not_contract_is_calibrated_to_token_by_token() -> None:
@@ -455,7 +455,7 @@ def test_a_model_that_does_not_contract_is_calibrated_to_token_by_token() -> Non
 
 def test_damaged_or_useless_calibrations(tmp_path: Path) -> None:
     model = model_of(MEMORIES["final"])
-    assert read(tmp_path, model) == fallback(torch.device("cpu"))
+    assert read_calibration(tmp_path, model) == fallback(torch.device("cpu"))
     good = Calibration(3.0, {"converged": Plan(4, 2), "fast": Plan(4, 1)}, "x").to_dict()
     useless = [
         {**good, "plans": {**good["plans"], "fast": {"groups": 0, "sweeps": 1}}},
@@ -466,7 +466,7 @@ def test_damaged_or_useless_calibrations(tmp_path: Path) -> None:
     for text in ("{", "[]", '{"format": 9, "entries": []}', '{"format": 1, "entries": [{"device": "x"}]}', *texts):
         (tmp_path / FILE).write_text(text)
         with pytest.raises(ValueError, match=FILE):
-            read(tmp_path, model)
+            read_calibration(tmp_path, model)
     with pytest.raises(ValueError, match="at least 8 tokens"):
         calibrate(model, prompts(1, 7), progress=False)
     with pytest.raises(ValueError, match="nothing recurs"):
@@ -478,7 +478,7 @@ def test_padding_does_not_overwrite_what_is_still_read(mode: Mode) -> None:
     """Where slots are reused: one row nearly fills them, beside a short one that goes on far behind."""
     model = model_of(MemoryConfig(), strength=30.0, window_pattern="S", window=6)
     eager = Calibration(1e6, {"converged": Plan(2, 1), "fast": Plan(2, 1)})  # sweeps, whatever they give
-    slots, behind, more = model.config.reach + 57, 35, 20
+    slots, behind, more = model.config.lookback + 57, 35, 20
     known, tokens = prompts(2, behind), prompts(2, slots - 1, seed=5)
     state = prefill(model, known, model.empty_state(2, slots), "exact").state.crop(torch.tensor([1, behind]))
     done = prefill(model, tokens, state, mode, torch.tensor([slots - 1, more]), eager)

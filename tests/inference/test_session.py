@@ -103,7 +103,13 @@ def test_forks_are_independent(model: LatentRecurrentTransformer) -> None:
 
 def test_nothing_changes_a_session(model: LatentRecurrentTransformer) -> None:
     start = Session.start(model, PROMPT, "exact").generate(3)
-    buffers = (*start.state.keys, *start.state.values, start.state.memory, start.state.tokens, start.state.held)
+    buffers = (
+        *start.state.keys,
+        *start.state.values,
+        start.state.memory,
+        start.state.tokens,
+        start.state.slot_positions,
+    )
     kept = [buffer.clone() for buffer in buffers]
     start.generate(5), start.extend([1, 2]), start.crop(4).generate(4), start.fork(9).generate(2)
     assert all(torch.equal(now, then) for now, then in zip(buffers, kept, strict=True))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lrt import ModelConfig
 from lrt.inference.fused_step import SHORTEST
-from lrt.inference.fused_weights import packed, products, transposed
-from lrt.inference.sweeps import computed
+from lrt.inference.fused_weights import fuse_weights, packed_layout, transposed_layout
+from lrt.inference.sweeps import forward_fused
 from lrt.model.state import Positions, State
 
 ROWS, GROUPS = 2, 3
@@ -31,9 +31,9 @@ def longer(config: ModelConfig) -> ModelConfig:
 
 
 def assert_same_state(found: State, expected: State) -> None:
-    assert torch.equal(found.held, expected.held)
+    assert torch.equal(found.slot_positions, expected.slot_positions)
     assert torch.equal(found.tokens, expected.tokens)
-    assert found.filled == expected.filled
+    assert found.written_until == expected.written_until
     for name in ("keys", "values"):
         for one, other in zip(getattr(found, name), getattr(expected, name), strict=True):
             assert_same(one, other, name)
@@ -45,12 +45,12 @@ def assert_same_state(found: State, expected: State) -> None:
 @torch.no_grad()
 def test_sweeps_equal_the_model(config: ModelConfig):
     model, tokens = random_model(longer(config)), tokens_of(LENGTH)
-    weights = products(model)
+    weights = fuse_weights(model)
     ours, its = (model.empty_state(ROWS, LENGTH + 7, tokens=padded(tokens, 7)).in_place() for _ in range(2))
     for _ in range(2):  # the first sweep finds nothing written, the second what the first one left
         for first in range(GROUPS):
             positions, some = range(first, LENGTH, GROUPS), tokens[:, first::GROUPS]
-            found, ours = computed(model, weights, some, positions, ours)
+            found, ours = forward_fused(model, weights, some, positions, ours)
             expected, its = model(some, positions, its)
             assert_same(found, expected, f"class {first}")
     assert_same_state(ours, its)
@@ -61,12 +61,12 @@ def test_sweeps_equal_the_model(config: ModelConfig):
 def test_rows_that_stand_at_different_positions(config: ModelConfig):
     model, tokens = random_model(longer(config)), tokens_of(LENGTH)
     starts = torch.tensor([[0], [11]])
-    weights = products(model)
+    weights = fuse_weights(model)
     ours, its = (model.empty_state(ROWS, 2 * LENGTH).in_place() for _ in range(2))
     for first in range(GROUPS):
         positions: Positions = starts + torch.arange(first, LENGTH, GROUPS)
         some = tokens[:, first::GROUPS]
-        found, ours = computed(model, weights, some, positions, ours)
+        found, ours = forward_fused(model, weights, some, positions, ours)
         expected, its = model(some, positions, its)
         assert_same(found, expected, f"class {first}")
     assert_same_state(ours, its)
@@ -74,16 +74,16 @@ def test_rows_that_stand_at_different_positions(config: ModelConfig):
 
 @torch.no_grad()
 def test_slots_that_are_reused():
-    sliding = [c for c in EVERY.values() if c.unbounded]
+    sliding = [c for c in EVERY.values() if c.unlimited_context]
     assert sliding
     for config in sliding:
         model, tokens = random_model(config), tokens_of(40)
-        weights, slots = products(model), 20 + config.reach
+        weights, slots = fuse_weights(model), 20 + config.lookback
         ours, its = (model.empty_state(ROWS, slots).in_place() for _ in range(2))
         for begin in (0, 20):
             for first in range(begin, begin + GROUPS):
                 positions, some = range(first, begin + 20, GROUPS), tokens[:, first : begin + 20 : GROUPS]
-                found, ours = computed(model, weights, some, positions, ours)
+                found, ours = forward_fused(model, weights, some, positions, ours)
                 expected, its = model(some, positions, its)
                 assert_same(found, expected, f"class {first}")
         assert_same_state(ours, its)
@@ -94,14 +94,14 @@ def test_slots_that_are_reused():
 def test_packed_weights_give_the_same_in_float32(config: ModelConfig):
     model, tokens = random_model(longer(config), torch.float32), tokens_of(LENGTH)
     found = [
-        computed(
+        forward_fused(
             model,
-            products(model, layout),
+            fuse_weights(model, layout),
             tokens,
             range(LENGTH),
             model.empty_state(ROWS, LENGTH, tokens=tokens).in_place(),
         )[0]
-        for layout in (transposed, packed(128))
+        for layout in (transposed_layout, packed_layout(128))
     ]
     assert_same(found[1], found[0])
 

@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, Sampling, generate, refine, schedules, score
 from lrt.data.tokenizer import Tokenizer
 from lrt.integrations.hf import LRTConfig, LRTForCausalLM
-from lrt.integrations.hf.cache import decoded, encoded
+from lrt.integrations.hf.cache import decode_digits, encode_digits
 from lrt.integrations.hf.export import export
 from lrt.model import checkpoint
 from lrt.schedules.loss import StepLoss
@@ -384,7 +384,7 @@ def test_what_does_not_work_is_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_every_type_holds_every_token(dtype):
     tokens = torch.tensor([[-1, 0, 1, 255, 256, 257, 50_303, 199_999, 2**31 - 5]])
-    assert torch.equal(decoded(encoded(tokens, dtype)), tokens)
+    assert torch.equal(decode_digits(encode_digits(tokens, dtype)), tokens)
 
 
 def test_caches_of_other_kinds_are_refused():

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, score
 from lrt.data.tokenizer import Tokenizer
 from lrt.integrations.hf import LRTForCausalLM
-from lrt.integrations.hf.export import opening, wrap
+from lrt.integrations.hf.export import prepend_bos, wrap
 
 TEXTS = [f"the state of token {i} is what token {i + 1} remembers" for i in range(40)]
 NEW = [f"token {i + 1} remembers what the state of token {i} is" for i in range(40, 50)]
@@ -31,7 +31,7 @@ def make() -> tuple[LRTForCausalLM, PreTrainedTokenizerFast]:
     model = wrap(LatentRecurrentTransformer(config), TOKENIZER, "settled(0, 1, 1)", "exact")
     special = TOKENIZER.inner.id_to_token(TOKENIZER.bos)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=opening(TOKENIZER), bos_token=special, eos_token=special, pad_token="<pad>"
+        tokenizer_object=prepend_bos(TOKENIZER), bos_token=special, eos_token=special, pad_token="<pad>"
     )
     fast.pad_token = special
     return model, fast

@@ -12,7 +12,7 @@ import pytest
 from lrt import MemoryConfig, ModelConfig
 from lrt.model.size import count_parameters
 from lrt.training.config import RunConfig
-from lrt.training.recipes import FAMILIES, RECIPES, demo, demo_models, matched
+from lrt.training.recipes import FAMILIES, RECIPES, demo_models, demo_recipe, match_parameters
 
 # Contract, section 5: how far apart the totals of compared models may lie.
 MATCHED = 0.005
@@ -156,30 +156,30 @@ def test_unknown_fields_are_named_with_the_known_ones():
 def test_sources_and_layers_are_numbered_as_in_the_paper():
     memory = MemoryConfig()
     assert memory.sources(5) == (5,)  # None is the last layer
-    assert memory.injected(5) == (1, 2, 3, 4, 5)
+    assert memory.injected_layers(5) == (1, 2, 3, 4, 5)
     assert memory.channels(5) == 1
     several = MemoryConfig(source=(3, 0), layers=(4, 2))
     assert several.sources(5) == (3, 0)  # the order of channels and weights is the user's
-    assert several.remembered(5) == (3,)  # layer 0 follows from the token
-    assert several.injected(5) == (2, 4)
+    assert several.stored_sources(5) == (3,)  # layer 0 follows from the token
+    assert several.injected_layers(5) == (2, 4)
     assert several.channels(5) == 1
     assert replace(several, combine="channels").channels(5) == 2
-    assert MemoryConfig(source=0).remembered(5) == ()
+    assert MemoryConfig(source=0).stored_sources(5) == ()
     none = MemoryConfig(injection="none", source=(0, 2))
-    assert (none.sources(5), none.remembered(5), none.channels(5), none.injected(5)) == ((), (), 0, ())
+    assert (none.sources(5), none.stored_sources(5), none.channels(5), none.injected_layers(5)) == ((), (), 0, ())
 
 
 def test_windows_reach_and_value_embeddings_by_layer():
     config = ModelConfig(depth=5, window_pattern="SSL", window=7, context=20, value_embeddings="alternate")
     assert config.windows() == (7, 7, None, 7, 7)
-    assert not config.unbounded
+    assert not config.unlimited_context
     assert [layer for layer in range(1, 6) if config.has_value_embedding(layer)] == [1, 3, 5]
     assert [layer for layer in range(1, 5) if replace(config, depth=4).has_value_embedding(layer)] == [2, 4]
     sliding = replace(config, window_pattern="S")
-    assert sliding.unbounded
-    assert sliding.reach == 6  # the window, without the position itself
-    assert replace(sliding, memory=MemoryConfig(delay=9)).reach == 9
-    assert replace(config, depth=2).unbounded  # the L of the pattern is never reached
+    assert sliding.unlimited_context
+    assert sliding.lookback == 6  # the window, without the position itself
+    assert replace(sliding, memory=MemoryConfig(delay=9)).lookback == 9
+    assert replace(config, depth=2).unlimited_context  # the L of the pattern is never reached
     assert replace(config, window=None).sliding_window == 10
 
 
@@ -199,7 +199,7 @@ def test_the_one_dial():
 def by_hand(config: ModelConfig) -> int:
     """The number of parameters, from the specification; `injection` none or both, one source."""
     L, D, V = config.depth, config.width, config.vocab_size
-    G, K, M = config.groups, config.head_dim, config.mlp_dim
+    G, K, M = config.num_kv_heads, config.head_dim, config.mlp_dim
     attention = 2 * config.heads * K * D + 2 * G * K * D  # query and out; key and value
     total = 2 * V * D + L * (attention + 2 * D * M + 2)  # embedding and head; α and β per block
     tables = {"none": 0, "alternate": (L + 1) // 2, "all": L}[config.value_embeddings]
@@ -238,7 +238,7 @@ def test_parameters_are_counted_exactly(value_embeddings: Any, kv_heads: int | N
     )
     total, dense = count_parameters(config)
     assert total == by_hand(config)
-    tables = {"none": 0, "alternate": 2, "all": 3}[value_embeddings] * 50 * config.groups * 10
+    tables = {"none": 0, "alternate": 2, "all": 3}[value_embeddings] * 50 * config.num_kv_heads * 10
     assert dense == total - 2 * 50 * 24 - tables
 
 
@@ -246,7 +246,7 @@ def test_parameters_are_counted_exactly(value_embeddings: Any, kv_heads: int | N
 def test_matched_widens_the_mlp_and_nothing_else(target: float):
     config = ModelConfig(vocab_size=512, memory=MemoryConfig(injection="none"))
     wanted = int(target * count_parameters(config)[0])
-    found = matched(config, wanted)
+    found = match_parameters(config, wanted)
     assert found.mlp_dim > config.mlp_dim
     assert replace(found, mlp_width=None) == config
     assert abs(count_parameters(found)[0] - wanted) <= MATCHED * wanted
@@ -255,9 +255,9 @@ def test_matched_widens_the_mlp_and_nothing_else(target: float):
 def test_matched_says_where_it_cannot():
     config = ModelConfig(vocab_size=512)
     with pytest.raises(ValueError, match=r"within 0\.5 % of 1000"):
-        matched(config, 1000)  # below the model without any MLP
+        match_parameters(config, 1000)  # below the model without any MLP
     with pytest.raises(ValueError, match=r"within 0\.5 % of 20000"):
-        matched(ModelConfig(depth=1, width=1024, heads=8, vocab_size=2), 20000)
+        match_parameters(ModelConfig(depth=1, width=1024, heads=8, vocab_size=2), 20000)
 
 
 @pytest.mark.parametrize("vocab_size", [400, 2048, 32768])
@@ -272,12 +272,12 @@ def test_the_models_of_the_demo_are_comparable(vocab_size: int):
         assert replace(model, memory=MemoryConfig(), mlp_width=None) == ModelConfig(vocab_size=vocab_size)
     assert models["transformer"].memory.sources(4) == ()
     assert models["token_shift"].memory.sources(4) == (0,)
-    assert models["lrt"].memory.remembered(4) == (4,)
+    assert models["lrt"].memory.stored_sources(4) == (4,)
 
 
 def test_the_runs_of_the_demo_are_comparable():
-    runs = {family: demo(family, 512, 10_000, seed=3) for family in FAMILIES}
+    runs = {family: demo_recipe(family, 512, 10_000, seed=3) for family in FAMILIES}
     shared = {replace(run, model=ModelConfig(), schedule="plain()") for run in runs.values()}
     assert len(shared) == 1
     with pytest.raises(ValueError, match="unknown family 'rnn'; choose one of transformer, token_shift, lrt"):
-        demo("rnn")
+        demo_recipe("rnn")

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from lrt import ModelConfig, refine, schedules
-from lrt.distributed.objective import objective
+from lrt.distributed.objective import make_objective
 from lrt.experiments.bench.train import LiveBytes
 from lrt.model.execution import EAGER, Execution, missing_compiler
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -47,23 +47,23 @@ def step(model: Any, schedule: Any, execution: Execution, dtype: torch.dtype = t
     """Loss and gradients of one step."""
     tokens, targets = batch(length=16)
     model.zero_grad()
-    loss = objective(model, dtype)(StepLoss.of(schedule, [targets], execution=execution), tokens, targets, None)
+    loss = make_objective(model, dtype)(StepLoss.of(schedule, [targets], execution=execution), tokens, targets, None)
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {**found, "loss": loss.detach()}
 
 
 def test_auto_is_for_long_runs():
-    never, words = Execution().resolved(999, "cpu")
+    never, words = Execution().resolve(999, "cpu")
     assert (never.compile, words) == ("never", "uncompiled passes (999 steps are fewer than 1,000)")
     if missing_compiler("cpu") is None:
-        always, words = Execution(recompute="passes").resolved(1000, "cpu")
+        always, words = Execution(recompute="passes").resolve(1000, "cpu")
         assert always == Execution("always", "passes")
         assert words == "compiled passes (1,000 steps are at least 1,000), recomputing passes"
-    assert Execution("never").resolved(10**6, "cpu")[1] == "uncompiled passes (compile is never)"
-    assert Execution().resolved(10**6, "mps")[0].compile == "never"
-    assert Execution().resolved(10**6, "cpu", "bfloat16")[1] == "uncompiled passes (compiling bfloat16 is not tested)"
-    assert Execution("always").resolved(10**6, "cpu", "bfloat16")[0].compile == "always"
+    assert Execution("never").resolve(10**6, "cpu")[1] == "uncompiled passes (compile is never)"
+    assert Execution().resolve(10**6, "mps")[0].compile == "never"
+    assert Execution().resolve(10**6, "cpu", "bfloat16")[1] == "uncompiled passes (compiling bfloat16 is not tested)"
+    assert Execution("always").resolve(10**6, "cpu", "bfloat16")[0].compile == "always"
     for wrong in ({"compile": "sometimes"}, {"recompute": "all"}):
         with pytest.raises(ValueError, match="choose one of"):
             Execution(**wrong)  # type: ignore[arg-type]

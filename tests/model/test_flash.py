@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lrt import MemoryConfig, ModelConfig, refine, schedules
 from lrt.model import blockwise_attention, strided_state
-from lrt.model.blockwise_attention import CPU, PLAIN, Kernel, Piece, attend, attend_reference
-from lrt.model.strided_state import Band, PassState, triangles
+from lrt.model.blockwise_attention import CPU, PLAIN, AttentionPiece, Kernel, attend, attend_reference
+from lrt.model.strided_state import Band, StridedState, triangles
 from lrt.schedules import refinement
 from lrt.schedules.refinement import common_stride
 
@@ -48,41 +48,47 @@ def hiding(rows: list[int], n: int, m: int) -> Callable[[Tensor], Tensor]:
     return mask
 
 
-PLANS: dict[str, tuple[int, list[int], list[Piece]]] = {
-    "one triangle": (6, [6], [Piece(slice(0, 6), 0, slice(0, 6), causal=True)]),
+PLANS: dict[str, tuple[int, list[int], list[AttentionPiece]]] = {
+    "one triangle": (6, [6], [AttentionPiece(slice(0, 6), 0, slice(0, 6), causal=True)]),
     "two sources, one shifted": (
         6,
         [6, 6],
-        [Piece(slice(0, 6), 0, slice(0, 6), causal=True), Piece(slice(1, 6), 1, slice(0, 5), causal=True)],
+        [
+            AttentionPiece(slice(0, 6), 0, slice(0, 6), causal=True),
+            AttentionPiece(slice(1, 6), 1, slice(0, 5), causal=True),
+        ],
     ),
     "every other key": (
         4,
         [4, 9],
-        [Piece(slice(0, 4), 0, slice(0, 4), causal=True), Piece(slice(0, 4), 1, slice(1, 8, 2), causal=True)],
+        [
+            AttentionPiece(slice(0, 4), 0, slice(0, 4), causal=True),
+            AttentionPiece(slice(0, 4), 1, slice(1, 8, 2), causal=True),
+        ],
     ),
     "tiles and a rectangle": (
         8,
         [8],
         [
-            Piece(slice(0, 4), 0, slice(0, 4), causal=True),
-            Piece(slice(4, 8), 0, slice(4, 8), causal=True),
-            Piece(slice(4, 8), 0, slice(0, 4)),
+            AttentionPiece(slice(0, 4), 0, slice(0, 4), causal=True),
+            AttentionPiece(slice(4, 8), 0, slice(4, 8), causal=True),
+            AttentionPiece(slice(4, 8), 0, slice(0, 4)),
         ],
     ),
     "rows without a key in one piece": (
         5,
         [5, 5],
         [
-            Piece(slice(0, 5), 0, slice(0, 5), mask=hiding([0, 3], 5, 5)),
-            Piece(slice(0, 5), 1, slice(0, 5), causal=True),
+            AttentionPiece(slice(0, 5), 0, slice(0, 5), mask=hiding([0, 3], 5, 5)),
+            AttentionPiece(slice(0, 5), 1, slice(0, 5), causal=True),
         ],
     ),
     "a row without any key": (
         5,
         [5, 5],
         [
-            Piece(slice(0, 5), 0, slice(0, 5), mask=hiding([0, 3], 5, 5)),
-            Piece(slice(0, 5), 1, slice(0, 5), mask=hiding([3, 4], 5, 5)),
+            AttentionPiece(slice(0, 5), 0, slice(0, 5), mask=hiding([0, 3], 5, 5)),
+            AttentionPiece(slice(0, 5), 1, slice(0, 5), mask=hiding([3, 4], 5, 5)),
         ],
     ),
 }
@@ -92,7 +98,7 @@ PLANS: dict[str, tuple[int, list[int], list[Piece]]] = {
 @pytest.mark.parametrize("groups", [H, G], ids=["heads", "grouped"])
 @pytest.mark.parametrize("name", list(PLANS))
 def test_pieces_equal_one_softmax(name: str, groups: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(blockwise_attention, "chosen_kernel", lambda q, masked: kernel)
+    monkeypatch.setattr(blockwise_attention, "choose_kernel", lambda q, masked: kernel)
     n, sizes, pieces = PLANS[name]
     sources = [random(groups, m, seed) for seed, m in enumerate(sizes * 2)]
     inputs = [random(H, n, 7), *sources]
@@ -189,7 +195,7 @@ def test_passes_by_classes_equal_passes_by_masks(
     borders = torch.rand(2, length, generator=generator) < 0.05
     for documents in (None, borders.long().cumsum(1)):
         found = refine(model, tokens, schedule, documents)
-        assert isinstance(found.last, PassState)
+        assert isinstance(found.last, StridedState)
         with monkeypatch.context() as patch:
             by_masks(patch)
             expected = refine(model, tokens, schedule, documents)
@@ -200,8 +206,11 @@ def test_passes_by_classes_equal_passes_by_masks(
         ):
             if b.numel():
                 assert_same(a, b, "state")
-        assert torch.equal(found.state.held, expected.state.held)
-        assert (found.state.filled, found.state.pending) == (expected.state.filled, expected.state.pending)
+        assert torch.equal(found.state.slot_positions, expected.state.slot_positions)
+        assert (found.state.written_until, found.state.pending_strides) == (
+            expected.state.written_until,
+            expected.state.pending_strides,
+        )
 
 
 @pytest.mark.parametrize("memory", [{"injection": "none"}, {"source": 0}, {"source": None}], ids=["none", "0", "L"])
@@ -212,7 +221,7 @@ def test_what_passes_leave_can_be_continued(memory: dict[str, Any]):
     tokens = torch.randint(config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(3))
     exact = refine(model, tokens, schedules.sequential()).hidden
     state = refine(model, tokens[:, :11], schedules.multi_refinement(11)).state
-    assert state.length == state.filled == 11
+    assert state.length == state.written_until == 11
     hidden, _ = model(tokens[:, 11:], range(11, 12), state.resized(12))
     assert_same(hidden, exact[:, 11:])
 
@@ -243,7 +252,7 @@ def test_a_pass_replaces_and_copies_nothing():
     config = replace(PAIRWISE[next(iter(PAIRWISE))], context=512)
     model = random_model(config)
     tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
-    state = PassState.of(model.empty_state(1, 64, tokens=tokens), 2)
+    state = StridedState.of(model.empty_state(1, 64, tokens=tokens), 2)
     held = []
     for p in schedules.interleaved(2).passes(64):
         _, state = model(tokens[:, p.slice], p.positions, state)
@@ -260,9 +269,12 @@ def test_a_pass_replaces_and_copies_nothing():
 def test_the_comparison_would_notice_a_wrong_shift():
     """Were class 1 to see class 0 shifted as class 0 sees class 1, the result would differ visibly."""
     q, *kv = random(1, 6, 0), *(random(1, 6, seed) for seed in range(1, 5))
-    own = Piece(slice(0, 6), 0, slice(0, 6), causal=True)
+    own = AttentionPiece(slice(0, 6), 0, slice(0, 6), causal=True)
     right, wrong = (
         attend(q, kv[:2], kv[2:], [own, other])
-        for other in (Piece(slice(0, 6), 1, slice(0, 6), causal=True), Piece(slice(1, 6), 1, slice(0, 5), causal=True))
+        for other in (
+            AttentionPiece(slice(0, 6), 1, slice(0, 6), causal=True),
+            AttentionPiece(slice(1, 6), 1, slice(0, 5), causal=True),
+        )
     )
     assert float((right - wrong).detach().norm() / right.detach().norm()) > VISIBLE

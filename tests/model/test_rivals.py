@@ -324,7 +324,7 @@ def test_every_rival_trains(name: str):
     model = random_model(rival.model(replace(NONE, mlp_width=20)))
     tokens = random_tokens()
     # A chunk as long as the text would leave the memory unread.
-    passes = schedules.parse(rival.schedule.replace("chunked(64)", "chunked(4)")).drawn()
+    passes = schedules.parse(rival.schedule.replace("chunked(64)", "chunked(4)")).draw()
     loss = StepLoss.of(passes, [tokens])(model, tokens, tokens, None)
     found = torch.autograd.grad(loss, list(model.parameters()))
     assert all(float(g.abs().max()) > 0 for g in found)

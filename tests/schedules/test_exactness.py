@@ -57,7 +57,7 @@ EVERY = {**PAIRWISE, **PRODUCT, "none": NONE}
 
 def recurs(config: ModelConfig) -> bool:
     """Whether a memory depends on the memory before it: some source lies at or above the first injected block."""
-    first = min(config.memory.injected(config.depth))
+    first = min(config.memory.injected_layers(config.depth))
     return any(source >= first for source in config.memory.sources(config.depth))
 
 
@@ -105,7 +105,7 @@ class Given:
 
     listed: Passes
 
-    def drawn(self) -> Given:
+    def draw(self) -> Given:
         return self
 
     def passes(self, length: int) -> Passes:

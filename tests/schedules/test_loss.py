@@ -340,7 +340,7 @@ class Given:
     def passes(self, length: int) -> Passes:
         return self.listed
 
-    def drawn(self) -> Given:
+    def draw(self) -> Given:
         return self
 
 

@@ -283,8 +283,8 @@ def test_mistakes_in_a_call_are_value_errors():
 def test_simple_schedules_are_the_same_at_every_step():
     for schedule, _, _ in EXPANDED:
         assert schedule.at(7, 10, 3) is schedule
-        assert schedule.drawn() is schedule
-        assert schedule.scored() == ((1.0, schedule),)
+        assert schedule.draw() is schedule
+        assert schedule.scoring_parts() == ((1.0, schedule),)
 
 
 THREE = {plain(): 0.2, interleaved(2): 0.5, settled(0, 1, 1): 0.3}
@@ -347,22 +347,22 @@ def test_mixtures_and_stages_nest():
 
 def test_without_a_step_a_mixture_draws_from_torch_and_stages_give_their_last():
     torch.manual_seed(0)
-    first = [MIXED.drawn() for _ in range(STEPS)]
+    first = [MIXED.draw() for _ in range(STEPS)]
     torch.manual_seed(0)
-    assert first == [MIXED.drawn() for _ in range(STEPS)]
+    assert first == [MIXED.draw() for _ in range(STEPS)]
     counts = Counter(first)
     for schedule, p in THREE.items():
         assert abs(counts[schedule] / STEPS - p) < 5 * math.sqrt(p * (1 - p) / STEPS)
-    assert NESTED.drawn() == settled(0, 1, 1)
-    assert stages([(0.5, plain()), (0.5, MIXED)]).drawn() in THREE
+    assert NESTED.draw() == settled(0, 1, 1)
+    assert stages([(0.5, plain()), (0.5, MIXED)]).draw() in THREE
 
 
 def test_a_mixture_is_scored_in_proportion_and_stages_by_their_last():
-    assert MIXED.scored() == tuple((p, s) for s, p in THREE.items())
-    assert NESTED.scored() == ((1.0, settled(0, 1, 1)),)
-    assert stages([(0.5, plain()), (0.5, MIXED)]).scored() == MIXED.scored()
+    assert MIXED.scoring_parts() == tuple((p, s) for s, p in THREE.items())
+    assert NESTED.scoring_parts() == ((1.0, settled(0, 1, 1)),)
+    assert stages([(0.5, plain()), (0.5, MIXED)]).scoring_parts() == MIXED.scoring_parts()
     nested = mixture([(0.25, MIXED), (0.75, plain())])
-    assert nested.scored() == (*((0.25 * p, s) for s, p in THREE.items()), (0.75, plain()))
+    assert nested.scoring_parts() == (*((0.25 * p, s) for s, p in THREE.items()), (0.75, plain()))
 
 
 def test_passes_of_a_mixture_need_a_step():

@@ -20,7 +20,7 @@ from support.server import EXACT, Live, live, saved
 
 from lrt.cli.main import main
 from lrt.serve.config import Limits, Settings
-from lrt.serve.detokenizer import Writing, overlap
+from lrt.serve.detokenizer import Detokenizer, overlap
 from lrt.serve.models import names_of
 from lrt.serve.protocol import CompletionBody
 
@@ -294,7 +294,7 @@ class Letters:
 def test_writing_shows_what_is_before_the_first_stop(stops: tuple[str, ...]):
     for number in range(3**7):
         text = "".join("abc"[number // 3**i % 3] for i in range(7))
-        writing, shown, ended = Writing(Letters(), stops), "", False
+        writing, shown, ended = Detokenizer(Letters(), stops), "", False
         for letter in text:
             piece = writing.push(ord(letter), None)
             shown += piece.text

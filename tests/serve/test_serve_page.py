@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from support.server import Live, live, saved
 
 from lrt import MemoryConfig
-from lrt.eval.ablations import ablated
+from lrt.eval.ablations import ablate
 from lrt.eval.memory_stats import by_token, layers
 from lrt.eval.scoring import score
 from lrt.model.checkpoint import load
@@ -170,7 +170,7 @@ def test_what_is_shown_is_what_is_measured(up: Live, folders: list[Path]):
     tokens = [words.bos, *words.encode("the end of it all, naïve 漢字")]
     row = torch.tensor([tokens])
     found = httpx.post(f"{up.url}/playground/inspect", json={"model": "lrt", "tokens": tokens}, timeout=60).json()
-    ways: dict[str, Any] = {"live": model, "zero": ablated(model, "zero"), "embedding": ablated(model, "embedding")}
+    ways: dict[str, Any] = {"live": model, "zero": ablate(model, "zero"), "embedding": ablate(model, "embedding")}
     assert set(found["bits"]) == set(ways)
     for name, way in ways.items():
         expected = score(way, row)[0] / torch.log(torch.tensor(2.0))

@@ -152,7 +152,7 @@ def enter_block(
     """The residual stream (D,) as block `layer` receives it: α x + β x0 + Σ γ m."""
     name = f"blocks.{layer - 1}"
     x = weights[f"{name}.alpha"] * x + weights[f"{name}.beta"] * x0
-    if config.memory.injection in ("residual", "both") and layer in config.memory.injected(config.depth):
+    if config.memory.injection in ("residual", "both") and layer in config.memory.injected_layers(config.depth):
         for c, m in enumerate(memory):
             x = x + weights[f"{name}.injection.gamma"][c] * m
     return x
@@ -162,12 +162,12 @@ def query_key_value(
     weights: Weights, config: ModelConfig, layer: int, u: Tensor, token: Tensor, memory: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query (H, K), key and value (G, K) of one position, before rotation."""
-    name, groups, size = f"blocks.{layer - 1}", config.groups, config.head_dim
+    name, groups, size = f"blocks.{layer - 1}", config.num_kv_heads, config.head_dim
     q = (weights[f"{name}.attention.query.weight"] @ u).view(config.heads, size)
     k = (weights[f"{name}.attention.key.weight"] @ u).view(groups, size)
     v = (weights[f"{name}.attention.value.weight"] @ u).view(groups, size)
 
-    injected = config.memory.injected(config.depth)
+    injected = config.memory.injected_layers(config.depth)
     if config.memory.injection in ("key_value", "both") and layer in injected:
         gates = 2 * torch.sigmoid(weights[f"{name}.injection.gate.weight"] @ u)
         gates = gates.view(1 + len(memory), groups, 1)  # row 0 is local, row 1 + c is channel c

@@ -15,7 +15,7 @@ import torch
 from lrt import MemoryConfig, ModelConfig
 from lrt.data.prepared import Documents
 from lrt.data.windows import Windows, windows
-from lrt.distributed.single import Alone
+from lrt.distributed.single import SingleProcess
 from lrt.eval.scoring import bits_per_byte
 
 V, CONTEXT = 31, 8
@@ -48,18 +48,18 @@ def bpb(model: Any, scorer: Any, found: Windows | None = None, **fields: Any) ->
 
 
 @dataclass(frozen=True)
-class Thread(Alone):
+class Thread(SingleProcess):
     """A rank that is a thread of this process."""
 
     barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def collective(self) -> Iterator[None]:
         yield
         self.barrier.wait(60)
 
 
-def on_ranks(count: int, work: Callable[[Alone], Any]) -> list[Any]:
+def on_ranks(count: int, work: Callable[[SingleProcess], Any]) -> list[Any]:
     """What `work` gives on each of several ranks at once."""
     barrier = threading.Barrier(count)
     with ThreadPoolExecutor(count) as pool:

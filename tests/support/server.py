@@ -21,8 +21,8 @@ from lrt.data.tokenizer import Tokenizer
 from lrt.model import checkpoint
 from lrt.serve.app import create_app
 from lrt.serve.config import Limits, Settings
-from lrt.serve.metrics import Metrics
-from lrt.serve.models import Library, names_of, served
+from lrt.serve.metrics import ServerMetrics
+from lrt.serve.models import ModelRegistry, load_served, names_of
 from lrt.serve.server import Server, server
 
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -51,7 +51,7 @@ class Live:
     """A server that runs."""
 
     url: str
-    library: Library
+    library: ModelRegistry
     server: Server
 
     def client(self, key: str = "none", **fields: Any) -> openai.OpenAI:
@@ -73,10 +73,10 @@ def live(
     *paths: Path, settings: Settings = EXACT, limits: Limits | None = None, token: str | None = None, hosts: Any = None
 ) -> Iterator[Live]:
     """A server over checkpoints, in a thread of this process, on a port of its own."""
-    limits, metrics = limits or Limits(), Metrics()
+    limits, metrics = limits or Limits(), ServerMetrics()
     device = torch.device("cpu")
-    models = [served(p, n, settings, limits, metrics, device) for p, n in zip(paths, names_of(paths), strict=True)]
-    library = Library(models, limits, metrics)
+    models = [load_served(p, n, settings, limits, metrics, device) for p, n in zip(paths, names_of(paths), strict=True)]
+    library = ModelRegistry(models, limits, metrics)
     running = server(create_app(library, token, hosts), library, "127.0.0.1", 0)
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()

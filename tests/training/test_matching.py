@@ -12,7 +12,7 @@ from lrt import MemoryConfig, ModelConfig
 from lrt.cli.main import main
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import ALONE
+from lrt.distributed.single import SINGLE_PROCESS
 from lrt.model.size import count_parameters
 from lrt.training import recipes
 from lrt.training.config import RunConfig
@@ -22,13 +22,13 @@ from lrt.training.matching import (
     PAIRS,
     WARM,
     Other,
-    compare,
+    compare_runs,
     match,
-    matched_all,
+    match_all,
     seconds_per_token,
     step_time_ratio,
 )
-from lrt.training.trainer import Training
+from lrt.training.trainer import Trainer
 
 
 def config(memory: MemoryConfig, **fields: Any) -> RunConfig:
@@ -56,12 +56,12 @@ def other(data: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Other:
 
 
 def mismatches(run: RunConfig, other: Other, data: Prepared) -> set[str]:
-    return {c.name for c in compare(run, other, data, Path()) if not c.equal}
+    return {c.name for c in compare_runs(run, other, data, Path()) if not c.equal}
 
 
 def test_parameters(data: Prepared, other: Other, tmp_path: Path):
     assert "parameters" in mismatches(TRANSFORMER, other, data)
-    run = match(TRANSFORMER, "parameters", other, data, ALONE, tmp_path)
+    run = match(TRANSFORMER, "parameters", other, data, SINGLE_PROCESS, tmp_path)
     mine, theirs = count_parameters(run.model)[0], count_parameters(LRT.model)[0]
     assert abs(mine - theirs) <= 0.005 * theirs
     assert replace(run.model, mlp_width=None) == TRANSFORMER.model  # nothing but the MLP
@@ -71,14 +71,14 @@ def test_parameters(data: Prepared, other: Other, tmp_path: Path):
 def test_the_smaller_model_is_widened_not_the_larger_narrowed(data: Prepared, tmp_path: Path):
     train(TRANSFORMER, data, tmp_path, progress=False)
     with pytest.raises(ValueError, match="the smaller one is widened: train this one first"):
-        match(LRT, "parameters", Other.read(tmp_path), data, ALONE, tmp_path)
+        match(LRT, "parameters", Other.read(tmp_path), data, SINGLE_PROCESS, tmp_path)
 
 
 def test_tokens_shut_the_trap_of_equal_ratios(data: Prepared, other: Other, tmp_path: Path):
     """Spec 5.5: at an equal ratio of tokens to parameters the larger LRT gets more tokens."""
     assert LRT.tokens > TRANSFORMER.tokens
     assert "tokens" in mismatches(TRANSFORMER, other, data)
-    run = match(TRANSFORMER, "tokens", other, data, ALONE, tmp_path)
+    run = match(TRANSFORMER, "tokens", other, data, SINGLE_PROCESS, tmp_path)
     assert run.tokens == LRT.tokens
     assert "tokens" not in mismatches(run, other, data)
 
@@ -91,7 +91,7 @@ def test_a_baseline_with_fewer_value_embeddings_is_said(data: Prepared, other: O
 
 def test_compute_counts_every_pass(data: Prepared, other: Other, tmp_path: Path):
     """Spec 5.4: of FLOPs that leave the extra passes out, the baseline would get as many tokens as the LRT."""
-    run = match(TRANSFORMER, "compute", other, data, ALONE, tmp_path)
+    run = match(TRANSFORMER, "compute", other, data, SINGLE_PROCESS, tmp_path)
     assert run.flops == pytest.approx(LRT.flops, rel=0.5 / run.steps)
     assert run.tokens > 1.3 * LRT.tokens
     assert "training FLOPs" not in mismatches(run, other, data)
@@ -103,52 +103,52 @@ def test_wall_clock_divides_the_tokens_by_the_ratio_of_paired_steps(
     seconds = {LRT.schedule: 3.0, TRANSFORMER.schedule: 2.0}
     asked: list[str] = []
 
-    def measured(session: Training) -> float:
+    def measured(session: Trainer) -> float:
         asked.append(session.run.schedule)
         return seconds[session.run.schedule] * (1 + 0.3 * (len(asked) // 2 % 3 == 0))  # a clock that drifts
 
     monkeypatch.setattr("lrt.training.matching.seconds_per_token", measured)
-    run = match(TRANSFORMER, "wall_clock", other, data, ALONE, tmp_path)
+    run = match(TRANSFORMER, "wall_clock", other, data, SINGLE_PROCESS, tmp_path)
     assert run.horizon == f"tokens={round(LRT.tokens * 1.5)}"
     paired = asked[2 * WARM :]
     assert paired == [TRANSFORMER.schedule, LRT.schedule] * PAIRS
     # A run that goes on has the horizon that it began with, whatever the clock says by now.
     seconds[TRANSFORMER.schedule] = 9.0
-    assert match(TRANSFORMER, "wall_clock", other, data, ALONE, tmp_path) == run
+    assert match(TRANSFORMER, "wall_clock", other, data, SINGLE_PROCESS, tmp_path) == run
     other_model = replace(TRANSFORMER, seed=7)
-    assert match(other_model, "wall_clock", other, data, ALONE, tmp_path).horizon != run.horizon
+    assert match(other_model, "wall_clock", other, data, SINGLE_PROCESS, tmp_path).horizon != run.horizon
 
 
 def test_the_width_comes_before_what_is_measured_of_it(data: Prepared, other: Other, tmp_path: Path, monkeypatch):
     widths: list[int | None] = []
 
-    def measured(session: Training) -> float:
+    def measured(session: Trainer) -> float:
         widths.append(session.run.model.mlp_width)
         return 1.0
 
     monkeypatch.setattr("lrt.training.matching.seconds_per_token", measured)
-    run = matched_all(TRANSFORMER, [("wall_clock", other), ("parameters", other)], data, ALONE, tmp_path)
+    run = match_all(TRANSFORMER, [("wall_clock", other), ("parameters", other)], data, SINGLE_PROCESS, tmp_path)
     assert run.model.mlp_width is not None
     assert set(widths) == {run.model.mlp_width, LRT.model.mlp_width}
-    assert compare(run, other, data, tmp_path)[-1].equal
-    assert "not measured" in str(compare(run, other, data, tmp_path / "elsewhere")[-1])
+    assert compare_runs(run, other, data, tmp_path)[-1].equal
+    assert "not measured" in str(compare_runs(run, other, data, tmp_path / "elsewhere")[-1])
 
 
 def test_a_step_of_a_mixture_costs_the_mean_of_its_parts(data: Prepared, monkeypatch: pytest.MonkeyPatch):
     cost = {"plain()": 1.0, "interleaved(2)": 2.0}
 
-    def step(self: Training) -> dict[str, Any]:
+    def step(self: Trainer) -> dict[str, Any]:
         self.progress = replace(self.progress, seconds=self.progress.seconds + cost[repr(self.schedule)])
         return {}
 
-    monkeypatch.setattr(Training, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     mixed = replace(LRT, schedule="stages([(0.5, plain()), (0.5, mixture([(0.75, plain()), (0.25, interleaved(2))]))])")
-    assert seconds_per_token(Training(mixed, data, "cpu")) == pytest.approx((0.875 * 1 + 0.125 * 2) / 64)
+    assert seconds_per_token(Trainer(mixed, data, "cpu")) == pytest.approx((0.875 * 1 + 0.125 * 2) / 64)
 
 
 def test_two_runs_of_one_kind_take_equal_time(data: Prepared):
     """No clock is judged; that the ratio of a run to itself is near 1 shows that both sides are measured alike."""
-    assert 0.2 < step_time_ratio(TRANSFORMER, TRANSFORMER, data, ALONE) < 5
+    assert 0.2 < step_time_ratio(TRANSFORMER, TRANSFORMER, data, SINGLE_PROCESS) < 5
 
 
 def test_a_run_of_this_version_is_read_back(other: Other):
@@ -158,7 +158,7 @@ def test_a_run_of_this_version_is_read_back(other: Other):
 
 def test_what_cannot_be_matched_is_said(data: Prepared, other: Other, tmp_path: Path):
     with pytest.raises(ValueError, match=f"choose one of {', '.join(KINDS)}"):
-        match(TRANSFORMER, "karma", other, data, ALONE, tmp_path)
+        match(TRANSFORMER, "karma", other, data, SINGLE_PROCESS, tmp_path)
     with pytest.raises(ValueError, match=r"no manifest\.json"):
         Other.read(tmp_path)
 

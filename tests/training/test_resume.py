@@ -22,8 +22,8 @@ from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshot_path, snapshots
 from lrt.training.config import RunConfig
 from lrt.training.loop import train
-from lrt.training.snapshots import Keeping
-from lrt.training.trainer import Training
+from lrt.training.snapshots import SnapshotConfig
+from lrt.training.trainer import Trainer
 
 MIXTURE = "mixture([(0.5, interleaved(2)), (0.5, settled(0, 1, 1))])"
 
@@ -54,7 +54,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert torch.equal(one[name], other[name]), name
 
 
-def stop_after(session: Training, steps: int, out: Path) -> None:
+def stop_after(session: Trainer, steps: int, out: Path) -> None:
     """What a kill after `steps` steps leaves: a snapshot of then, and a diary that has gone further."""
     lines = [json.dumps(session.step()) for _ in range(steps)]
     session.save(snapshot_path(out, steps), {})
@@ -70,7 +70,7 @@ def whole(data: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_resuming_anywhere_gives_the_same_weights_and_diary(data: Prepared, whole: Path, tmp_path: Path) -> None:
-    stop_after(Training(run_config(), data, "cpu"), 11, tmp_path)
+    stop_after(Trainer(run_config(), data, "cpu"), 11, tmp_path)
     train(run_config(), data, tmp_path, progress=False)
     assert_same(weights(tmp_path), weights(whole))
     kept = ("step", "tokens", "loss", "rate", "flops", "schedule")  # all but the clock
@@ -82,7 +82,7 @@ def test_resuming_anywhere_gives_the_same_weights_and_diary(data: Prepared, whol
 
 def test_a_run_without_resume_starts_again(data: Prepared, whole: Path, tmp_path: Path) -> None:
     other = replace(run_config(), seed=9)
-    stop_after(Training(other, data, "cpu"), 5, tmp_path)
+    stop_after(Trainer(other, data, "cpu"), 5, tmp_path)
     train(run_config(), data, tmp_path, progress=False, resume_from="never")
     assert_same(weights(tmp_path), weights(whole))
 
@@ -90,29 +90,29 @@ def test_a_run_without_resume_starts_again(data: Prepared, whole: Path, tmp_path
 def test_a_fresh_start_leaves_no_snapshot_of_the_old_run(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop_after(Training(replace(run_config(), seed=9), data, "cpu"), 5, tmp_path)
-    monkeypatch.setattr(Training, "step", interrupted)
+    stop_after(Trainer(replace(run_config(), seed=9), data, "cpu"), 5, tmp_path)
+    monkeypatch.setattr(Trainer, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(run_config(), data, tmp_path, progress=False, resume_from="never")
     assert snapshots(tmp_path) == []
 
 
-def interrupted(self: Training) -> dict[str, object]:
+def interrupted(self: Trainer) -> dict[str, object]:
     raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("field", [{"every": -1}, {"last": 0}])
 def test_what_to_keep_is_checked(field: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(field))):
-        Keeping(**field)
+        SnapshotConfig(**field)
 
 
 def test_optimiser_state_matters(data: Prepared, whole: Path, tmp_path: Path) -> None:
     """The guard of the tests above: weights alone do not give the same run."""
-    session = Training(run_config(), data, "cpu")
+    session = Trainer(run_config(), data, "cpu")
     for _ in range(11):
         session.step()
-    fresh = Training(run_config(), data, "cpu")
+    fresh = Trainer(run_config(), data, "cpu")
     fresh.model.load_state_dict(session.model.state_dict())
     fresh.progress = session.progress
     while fresh.progress.step < run_config().steps:
@@ -122,7 +122,7 @@ def test_optimiser_state_matters(data: Prepared, whole: Path, tmp_path: Path) ->
 
 
 def test_another_run_or_other_data_is_refused(data: Prepared, tmp_path: Path) -> None:
-    stop_after(Training(run_config(), data, "cpu"), 2, tmp_path / "a")
+    stop_after(Trainer(run_config(), data, "cpu"), 2, tmp_path / "a")
     with pytest.raises(ValueError, match=r"seed: 3 there, 4 here.*--out"):
         train(replace(run_config(), seed=4), data, tmp_path / "a", progress=False)
     text = tmp_path / "other.txt"
@@ -135,7 +135,7 @@ def test_another_run_or_other_data_is_refused(data: Prepared, tmp_path: Path) ->
 def test_a_damaged_snapshot_is_passed_over(
     data: Prepared, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    session = Training(run_config(), data, "cpu")
+    session = Trainer(run_config(), data, "cpu")
     stop_after(session, 4, tmp_path)
     session.save(snapshot_path(tmp_path, 5), {})
     damaged = tmp_path / "snapshots" / "step-00000005" / "training.pt"
@@ -149,14 +149,14 @@ def test_old_snapshots_go_and_none_is_left_at_the_end(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    save = Training.save
+    save = Trainer.save
 
-    def watched(self: Training, path: Path, about: dict[str, object]) -> None:
+    def watched(self: Trainer, path: Path, about: dict[str, object]) -> None:
         save(self, path, about)
         seen.append(len(snapshots(tmp_path)))
 
-    monkeypatch.setattr(Training, "save", watched)
-    train(run_config(), data, tmp_path, progress=False, keeping=Keeping(every=5, last=2))
+    monkeypatch.setattr(Trainer, "save", watched)
+    train(run_config(), data, tmp_path, progress=False, keeping=SnapshotConfig(every=5, last=2))
     assert max(seen) == 3  # two, and the newest before the oldest goes
     assert snapshots(tmp_path) == []
     assert (tmp_path / "checkpoint" / "manifest.json").is_file()
@@ -165,11 +165,11 @@ def test_old_snapshots_go_and_none_is_left_at_the_end(
 def command(data: Prepared, out: Path, steps: int) -> list[str]:
     script = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_resume as t;"
-        "from lrt.data.prepared import Prepared; from lrt.training.snapshots import Keeping;"
+        "from lrt.data.prepared import Prepared; from lrt.training.snapshots import SnapshotConfig;"
         "from lrt.training.loop import train;"
         "import torch; torch.set_num_threads(1);"
         "train(t.run_config(int(sys.argv[4]) * 64), Prepared.open(sys.argv[2]), Path(sys.argv[3]),"
-        " progress=False, keeping=Keeping(every=3))"
+        " progress=False, keeping=SnapshotConfig(every=3))"
     )
     return [sys.executable, "-c", script, str(Path(__file__).parent), str(data.path), str(out), str(steps)]
 

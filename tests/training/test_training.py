@@ -27,11 +27,11 @@ from lrt.schedules.loss import StepLoss
 from lrt.training import loggers, recipes
 from lrt.training.config import Horizon, RunConfig
 from lrt.training.loop import measure, train
-from lrt.training.monitor import PATIENCE, Watching, exploded, memory_weight, widened
+from lrt.training.monitor import PATIENCE, EvalConfig, gap_warning, has_exploded, memory_weight
 from lrt.training.optim import OptimConfig, Optimiser
 from lrt.training.resume import resume
-from lrt.training.snapshots import Keeping
-from lrt.training.trainer import Diverged, Training
+from lrt.training.snapshots import SnapshotConfig
+from lrt.training.trainer import Diverged, Trainer
 from lrt.utils import imports
 from lrt.utils.device import known_peak
 
@@ -180,7 +180,7 @@ def test_one_dial_sets_every_rung():
 def test_bfloat16_passes_train_float32_weights(data: Prepared, schedule: str):
     losses = {}
     for precision in ("float32", "bfloat16"):
-        session = Training(run_config(precision=precision, schedule=schedule), data, "cpu")
+        session = Trainer(run_config(precision=precision, schedule=schedule), data, "cpu")
         losses[precision] = [session.step()["loss"] for _ in range(4)]
         assert {p.dtype for p in session.model.parameters()} == {torch.float32}
         states = [v for part in session.optimiser.parts for s in part.state.values() for v in s.values()]
@@ -194,7 +194,7 @@ def test_bfloat16_passes_train_float32_weights(data: Prepared, schedule: str):
 def test_gradients_of_bfloat16_passes_are_float32s_within_its_rounding(data: Prepared, schedule: str):
     found = {}
     for precision in ("float32", "bfloat16"):
-        session = Training(run_config(precision=precision, schedule=schedule), data, "cpu")
+        session = Trainer(run_config(precision=precision, schedule=schedule), data, "cpu")
         for _ in range(3):  # zero-initialised outputs hide most gradients at first
             session.step()
         session.optimiser.step = lambda step: 1.0  # type: ignore[method-assign]  # keeps the gradients
@@ -208,7 +208,7 @@ def test_gradients_of_bfloat16_passes_are_float32s_within_its_rounding(data: Pre
 
 def test_clipping_scales_the_whole_gradient_down(data: Prepared):
     free, held = (
-        Training(run_config(optim=replace(run_config().optim, clip=clip)), data, "cpu") for clip in (None, 1e-3)
+        Trainer(run_config(optim=replace(run_config().optim, clip=clip)), data, "cpu") for clip in (None, 1e-3)
     )
     norms = []
     for session in (free, held):
@@ -230,7 +230,7 @@ def test_clipping_scales_the_whole_gradient_down(data: Prepared):
 
 def test_live_scores_on_the_way_change_nothing_that_is_trained(data: Prepared, tmp_path: Path):
     train(run_config(), data, tmp_path / "plain", progress=False)
-    train(run_config(), data, tmp_path / "watched", progress=False, watching=Watching(every=3, targets=500))
+    train(run_config(), data, tmp_path / "watched", progress=False, watching=EvalConfig(every=3, targets=500))
     assert same(weights(tmp_path / "plain"), weights(tmp_path / "watched"))
     lines = diary(tmp_path / "watched")
     scored = [line["step"] for line in lines if "live_bpb" in line]
@@ -256,7 +256,7 @@ def test_best_is_the_best_not_the_last(data: Prepared, tmp_path: Path, monkeypat
         return {"live_bpb": value, "parallel_bpb": value, "gap": 0.0}
 
     monkeypatch.setattr("lrt.training.loop.live_scores", scores)
-    train(run_config(), data, tmp_path, progress=False, watching=Watching(every=2))
+    train(run_config(), data, tmp_path, progress=False, watching=EvalConfig(every=2))
     about = checkpoint.about(tmp_path / "best")
     assert about["scores"]["live_bpb"] == 2.0
     assert about["trained"]["tokens"] == 4 * 64
@@ -264,13 +264,15 @@ def test_best_is_the_best_not_the_last(data: Prepared, tmp_path: Path, monkeypat
 
 def test_a_growing_gap_is_warned_of():
     lines = [{"gap": 0.002}, {}, {"gap": 0.001}]
-    assert widened(lines) is None
-    warning = widened([*lines, {"gap": 0.0115}])
+    assert gap_warning(lines) is None
+    warning = gap_warning([*lines, {"gap": 0.0115}])
     assert warning is not None
     assert "+0.0115" in warning
     assert "settled(1, 1, 1)" in warning
-    assert widened([{"gap": -0.05}, {"gap": 0.004}]) is None  # live better than parallel is no reason to worry later
-    assert widened([]) is None
+    assert (
+        gap_warning([{"gap": -0.05}, {"gap": 0.004}]) is None
+    )  # live better than parallel is no reason to worry later
+    assert gap_warning([]) is None
 
 
 def test_what_the_memory_weighs():
@@ -283,7 +285,7 @@ def test_what_the_memory_weighs():
 @pytest.mark.parametrize(("field", "value"), [("every", -1), ("targets", 0)])
 def test_what_to_watch_is_checked(field: str, value: int):
     with pytest.raises(ValueError, match=f"{field} is {value}"):
-        Watching(**{field: value})
+        EvalConfig(**{field: value})
 
 
 # Divergence
@@ -305,11 +307,11 @@ def test_spoilt_weights_stop_the_run_with_a_snapshot_from_before(
     with monkeypatch.context() as patch:
         patch.setattr(Optimiser, "step", spoilt)
         with pytest.raises(Diverged, match=r"loss at step 6 is nan.*optim\.clip.*--resume .*step-00000005"):
-            train(run_config(), data, tmp_path, progress=False, keeping=Keeping(every=1, last=last))
+            train(run_config(), data, tmp_path, progress=False, keeping=SnapshotConfig(every=1, last=last))
     report = json.loads((tmp_path / "diverged.json").read_text())
     assert report["snapshot"] == str(snapshot_path(tmp_path, 5))
     assert [line["step"] for line in report["last"]] == [0, 1, 2, 3, 4, 5]
-    again = Training(run_config(), data, "cpu")
+    again = Trainer(run_config(), data, "cpu")
     resume(again, tmp_path, report["snapshot"])
     assert math.isfinite(again.step()["loss"])
 
@@ -325,7 +327,7 @@ def test_without_a_snapshot_from_before_the_report_says_so(
 
 
 def test_a_gradient_that_is_not_finite_leaves_a_snapshot(data: Prepared, tmp_path: Path, monkeypatch):
-    reference = Training(run_config(), data, "cpu")
+    reference = Trainer(run_config(), data, "cpu")
     for _ in range(5):
         reference.step()
     calls = iter(range(10**6))
@@ -347,7 +349,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(data: Prepared, monkeypatch: pytest.MonkeyPatch):
-    session = Training(run_config(), data, "cpu")
+    session = Trainer(run_config(), data, "cpu")
     session.step()
     before = {k: v.clone() for k, v in session.model.state_dict().items()}
     next(session.model.parameters()).register_hook(lambda grad: grad * math.inf)
@@ -359,25 +361,25 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(data: Prepared,
 
 def test_an_exploding_loss_stops_the_run(data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lines = [{"loss": 5.0}] * 3
-    assert not exploded([*lines, *[{"loss": 6.5}] * PATIENCE], vocab_size=300)  # ln 300 = 5.70
-    assert exploded([*lines, *[{"loss": 6.8}] * PATIENCE], vocab_size=300)
-    assert not exploded([*lines, *[{"loss": 6.8}] * (PATIENCE - 1)], vocab_size=300)
-    assert not exploded([], vocab_size=300)
-    step = Training.step
+    assert not has_exploded([*lines, *[{"loss": 6.5}] * PATIENCE], vocab_size=300)  # ln 300 = 5.70
+    assert has_exploded([*lines, *[{"loss": 6.8}] * PATIENCE], vocab_size=300)
+    assert not has_exploded([*lines, *[{"loss": 6.8}] * (PATIENCE - 1)], vocab_size=300)
+    assert not has_exploded([], vocab_size=300)
+    step = Trainer.step
 
-    def worse(self: Training) -> dict[str, Any]:
+    def worse(self: Trainer) -> dict[str, Any]:
         line = step(self)
         return {**line, "loss": line["loss"] + 9.0 * (line["step"] >= 8)}
 
     run = run_config(horizon="steps=30")
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "step", worse)
+        patch.setattr(Trainer, "step", worse)
         with pytest.raises(Diverged, match=r"loss at step 12 is .*worse than knowing nothing"):
-            train(run, data, tmp_path, progress=False, keeping=Keeping(every=1, last=50))
+            train(run, data, tmp_path, progress=False, keeping=SnapshotConfig(every=1, last=50))
     good = json.loads((tmp_path / "diverged.json").read_text())["snapshot"]
     assert good == str(snapshot_path(tmp_path, 7))  # what step 8 computed with was spoilt: the weights after 8 updates
     assert snapshots(tmp_path)[-1] == snapshot_path(tmp_path, 7)
-    again = Training(run, data, "cpu")
+    again = Trainer(run, data, "cpu")
     resume(again, tmp_path, good)
     assert again.step()["loss"] < math.log(300)
 
@@ -388,7 +390,7 @@ def test_an_exploding_loss_stops_the_run(data: Prepared, tmp_path: Path, monkeyp
 def test_a_finished_run_is_not_trained_again(data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _, first = train(run_config(), data, tmp_path, progress=False)
     before, lines = weights(tmp_path), diary(tmp_path)
-    monkeypatch.setattr(Training, "step", None)
+    monkeypatch.setattr(Trainer, "step", None)
     model, again = train(run_config(), data, tmp_path, progress=False)
     assert again == first
     assert same(before, model.state_dict())
@@ -398,13 +400,13 @@ def test_a_finished_run_is_not_trained_again(data: Prepared, tmp_path: Path, mon
 
 
 def test_going_on_from_a_snapshot_with_other_rates(data: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    session = Training(run_config(), data, "cpu")
+    session = Trainer(run_config(), data, "cpu")
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(session.step()) + "\n" for _ in range(4)))
     session.save(snapshot_path(tmp_path, 4), {})
     session.step()
     session.save(snapshot_path(tmp_path, 5), {})
     gentle = run_config(optim=replace(run_config().optim, matrix_lr=0.001), horizon="steps=12")
-    other = Training(gentle, data, "cpu")
+    other = Trainer(gentle, data, "cpu")
     lines = resume(other, tmp_path, str(snapshot_path(tmp_path, 4)))
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert other.progress.step == 4
@@ -413,22 +415,22 @@ def test_going_on_from_a_snapshot_with_other_rates(data: Prepared, tmp_path: Pat
     other.step()
     assert other.optimiser.muon.param_groups[0]["lr"] == pytest.approx(0.001)
     with pytest.raises(ValueError, match="another run"):
-        resume(Training(replace(gentle, seed=5), data, "cpu"), tmp_path, str(snapshot_path(tmp_path, 4)))
+        resume(Trainer(replace(gentle, seed=5), data, "cpu"), tmp_path, str(snapshot_path(tmp_path, 4)))
     narrow = replace(gentle, model=replace(gentle.model, width=16))
     with pytest.raises(ValueError, match="another architecture"):
-        resume(Training(narrow, data, "cpu"), tmp_path, str(snapshot_path(tmp_path, 4)))
+        resume(Trainer(narrow, data, "cpu"), tmp_path, str(snapshot_path(tmp_path, 4)))
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """A SIGTERM during step `at`."""
-    step = Training.step
+    step = Trainer.step
 
-    def told(self: Training) -> dict[str, Any]:
+    def told(self: Trainer) -> dict[str, Any]:
         if self.progress.step == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self)
 
-    monkeypatch.setattr(Training, "step", told)
+    monkeypatch.setattr(Trainer, "step", told)
 
 
 def test_a_fresh_start_that_is_interrupted_goes_on_itself(data: Prepared, tmp_path: Path, monkeypatch):
@@ -459,23 +461,23 @@ def test_a_longer_horizon_from_a_finished_run_goes_on_after_an_interruption(
         with pytest.raises(KeyboardInterrupt):
             train(longer, data, tmp_path, progress=False, resume_from=str(tmp_path / "checkpoint"))
     for source in ("auto", str(tmp_path / "checkpoint")):
-        training = Training(longer, data, "cpu")
+        training = Trainer(longer, data, "cpu")
         resume(training, tmp_path, source)
         assert training.progress.step == 11
     train(longer, data, tmp_path, progress=False)
     assert checkpoint.about(tmp_path)["trained"]["tokens"] == 14 * 64
-    monkeypatch.setattr(Training, "step", None)
+    monkeypatch.setattr(Trainer, "step", None)
     train(longer, data, tmp_path, progress=False)  # finished: nothing is done again
 
 
 def test_a_request_to_stop_during_the_last_save_loses_nothing(data: Prepared, tmp_path: Path, monkeypatch):
-    save = Training.save
+    save = Trainer.save
 
-    def interrupted(self: Training, path: Path, about: dict[str, Any]) -> None:
+    def interrupted(self: Trainer, path: Path, about: dict[str, Any]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         save(self, path, about)
 
-    monkeypatch.setattr(Training, "save", interrupted)
+    monkeypatch.setattr(Trainer, "save", interrupted)
     train(run_config(), data, tmp_path, progress=False)
     assert checkpoint.about(tmp_path)["trained"]["tokens"] == 8 * 64
 
@@ -491,7 +493,7 @@ def test_a_snapshot_that_cannot_be_saved_is_warned_of_and_tried_again(
         save(*arguments)
 
     monkeypatch.setattr(checkpoint, "save", full)
-    train(run_config(), data, tmp_path, progress=False, keeping=Keeping(every=2))
+    train(run_config(), data, tmp_path, progress=False, keeping=SnapshotConfig(every=2))
     assert "no space left. Going on; the next try is 2 steps from here" in capsys.readouterr().err
     assert len(diary(tmp_path)) == 8
 
@@ -499,7 +501,7 @@ def test_a_snapshot_that_cannot_be_saved_is_warned_of_and_tried_again(
 def test_what_killed_saves_left_is_cleared_and_a_damaged_line_is_left_out(
     data: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    session = Training(run_config(), data, "cpu")
+    session = Trainer(run_config(), data, "cpu")
     lines = [json.dumps(session.step()) for _ in range(3)]
     session.save(snapshot_path(tmp_path, 3), session.about(1.0))
     lines[1] = lines[1][:20]
@@ -517,7 +519,7 @@ def test_another_architecture_is_said_field_by_field(data: Prepared, tmp_path: P
     with pytest.raises(ValueError, match=r"another architecture \(model\.mlp_ratio: 4\.0 there, 3\.0 here\); choose"):
         train(other, data, tmp_path, progress=False)
     with pytest.raises(ValueError, match="holds prepared data, not a checkpoint"):
-        checkpoint.verified(data.path)
+        checkpoint.verify(data.path)
 
 
 @pytest.mark.parametrize(
@@ -541,7 +543,7 @@ def test_peaks_are_of_whole_names():
 
 def test_mfu_is_of_the_steps_own_passes_over_all_ranks(data: Prepared, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("lrt.training.loop.peak_flops", lambda _: 1e12)
-    training = Training(run_config(), data, "cpu")
+    training = Trainer(run_config(), data, "cpu")
     training.ranks = replace(training.ranks, ranks=4)
     line = {"seconds": 5.0, "flops": 9e12}
     measure(training, [{"seconds": 3.0, "flops": 1e12}], line)
@@ -554,9 +556,9 @@ def test_a_damaged_validation_split_is_found_before_the_first_step(data: Prepare
     shutil.copytree(data.path, copy)
     shard = copy / "val.00000.tokens.npy"
     shard.write_bytes(shard.read_bytes()[:-2])
-    monkeypatch.setattr(Training, "step", None)
+    monkeypatch.setattr(Trainer, "step", None)
     with pytest.raises(ValueError, match=shard.name):
-        train(run_config(), Prepared.open(copy), tmp_path / "out", progress=False, watching=Watching())
+        train(run_config(), Prepared.open(copy), tmp_path / "out", progress=False, watching=EvalConfig())
 
 
 # Sinks
@@ -566,7 +568,7 @@ def test_tensorboard_gets_every_number(data: Prepared, tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(
-        run_config(), data, tmp_path, progress=False, watching=Watching(every=4, targets=300, log_to=("tensorboard",))
+        run_config(), data, tmp_path, progress=False, watching=EvalConfig(every=4, targets=300, log_to=("tensorboard",))
     )
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -579,10 +581,10 @@ def test_tensorboard_gets_every_number(data: Prepared, tmp_path: Path):
 
 def test_sinks_are_named_or_missing_packages_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="cannot log to mlflow"):
-        Watching(log_to=("mlflow",))
+        EvalConfig(log_to=("mlflow",))
     with (
         pytest.raises(ValueError, match="cannot log to mlflow; choose among tensorboard, wandb, trackio"),
-        loggers.opened(["mlflow"], tmp_path, {}, 0),
+        loggers.open_loggers(["mlflow"], tmp_path, {}, 0),
     ):
         pass
     with pytest.raises(
@@ -607,7 +609,7 @@ def test_every_sink_is_closed_when_a_run_fails(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(loggers.SINKS, "notebook", Notebook)
 
     def interrupted() -> None:
-        with loggers.opened(["notebook"], tmp_path, {"a": 1}, 3) as log:
+        with loggers.open_loggers(["notebook"], tmp_path, {"a": 1}, 3) as log:
             log(3, {"loss": 1.5, "schedule": "plain()"})
             raise KeyboardInterrupt
 

@@ -99,7 +99,7 @@ class Off:
     def __call__(
         self, model: LatentRecurrentTransformer, tokens: Tensor, lengths: Tensor, states: tuple[State, ...]
     ) -> tuple[Tensor, tuple[State, ...]]:
-        hidden, state = at_once(reading(model, UnwrittenMemory), tokens, lengths, states[0])
+        hidden, state = forward_ragged(reading(model, UnwrittenMemory), tokens, lengths, states[0])
         return hidden, (state,)
 
 
@@ -118,7 +118,7 @@ class OneSweep:
         _, (first,) = Off()(model, tokens, lengths, states[:1])
         # The second forward attends to second keys and values, and reads first memory.
         second = dataclasses.replace(first, keys=states[1].keys, values=states[1].values)
-        hidden, second = at_once(model, tokens, lengths, second, states[0].lengths)
+        hidden, second = forward_ragged(model, tokens, lengths, second, states[0].lengths)
         return hidden, (first, second)
 
 
@@ -128,12 +128,12 @@ MODES: dict[str, type[On] | type[Off] | type[OneSweep]] = {"on": On, "off": Off,
 def nothing(model: LatentRecurrentTransformer, batch: int, slots: int) -> State:
     """An empty State; only the padding of ragged rows may lie behind the context."""
     config = model.config
-    allowed = slots if config.unbounded else min(slots, config.context)
+    allowed = slots if config.unlimited_context else min(slots, config.context)
     state = model.empty_state(batch, allowed)
     return state if allowed == slots else state.resized(slots)
 
 
-def at_once(
+def forward_ragged(
     model: LatentRecurrentTransformer, tokens: Tensor, lengths: Tensor, state: State, starts: Tensor | None = None
 ) -> tuple[Tensor, State]:
     """One forward of ragged rows, from `starts` on (None: behind what the state holds), padding forgotten."""
@@ -148,7 +148,7 @@ def score_questions(model: LatentRecurrentTransformer, questions: Sequence[Quest
     device = model.embedding.weight.device
     own = [row[q.shared : -1] for q in questions for row in q.rows]  # a row's last token is only predicted
     longest = max(q.shared for q in questions) + max(map(len, own))
-    tokens, lengths = padded([q.rows[0][: q.shared] for q in questions], device)
+    tokens, lengths = pad_rows([q.rows[0][: q.shared] for q in questions], device)
     with torch.no_grad():
         hidden, states = mode(model, tokens, lengths, mode.begin(model, len(questions), longest))
         last = hidden[torch.arange(len(questions), device=device), lengths - 1]  # predicts each option's first token
@@ -156,7 +156,7 @@ def score_questions(model: LatentRecurrentTransformer, questions: Sequence[Quest
         going = torch.tensor([i for i, tail in enumerate(own) if tail], dtype=torch.long, device=device)
         after: dict[int, Tensor] = {}
         if len(going) > 0:
-            tokens, lengths = padded([own[i] for i in going.tolist()], device)
+            tokens, lengths = pad_rows([own[i] for i in going.tolist()], device)
             forked = tuple(state.select(asked[going]) for state in states)
             hidden, _ = mode(model, tokens, lengths, forked)
             after = {i: h[:n] for i, h, n in zip(going.tolist(), hidden, lengths.tolist(), strict=True)}
@@ -164,7 +164,7 @@ def score_questions(model: LatentRecurrentTransformer, questions: Sequence[Quest
         found = []
         for i, (q, row, start) in enumerate(rows):
             predicting = torch.cat([last[asked[i]].unsqueeze(0), after.get(i, last[:0])])
-            found.append(scored(model, predicting[start - q.shared :], row[start:]))
+            found.append(score_tokens(model, predicting[start - q.shared :], row[start:]))
     results = iter(found)
     return [[next(results) for _ in q.rows] for q in questions]
 
@@ -177,11 +177,11 @@ def score_alone(model: LatentRecurrentTransformer, question: Question, mode: Mod
             tokens = torch.tensor([row], device=model.embedding.weight.device)
             state = model.empty_state(1, len(row) - 1, tokens=tokens[:, :-1]).in_place()
             hidden = refine(model, tokens[:, :-1], mode.schedule, state=state).hidden[0]
-            found.append(scored(model, hidden[start - 1 :], row[start:]))
+            found.append(score_tokens(model, hidden[start - 1 :], row[start:]))
     return found
 
 
-def scored(model: LatentRecurrentTransformer, hidden: Tensor, tokens: Sequence[int]) -> Scored:
+def score_tokens(model: LatentRecurrentTransformer, hidden: Tensor, tokens: Sequence[int]) -> Scored:
     """Tokens (n,) under the hidden states (n, D) that predict them."""
     logits = model.logits(hidden).to(at_least_float32(hidden))
     wanted = torch.tensor(tokens, device=logits.device)
@@ -197,7 +197,7 @@ def answer(question: Question, rows: Sequence[Scored]) -> Answer:
     return Answer(chosen, correct, nats)
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_rows(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows as (B, T) int, padded on the right, and their lengths (B,)."""
     lengths = torch.tensor([len(row) for row in rows], device=device)
     tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long, device=device)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.distributed.single import ALONE, Alone
+from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
 from lrt.eval.core_metric.answers import MODES, Mode, On, answer, score_questions
-from lrt.eval.core_metric.bundle import TASKS, Bundle, Task, digest_of
+from lrt.eval.core_metric.bundle import TASKS, Bundle, CoreTask, digest_of
 from lrt.eval.core_metric.questions import Question, question
 from lrt.eval.ledger import Ledger
 from lrt.eval.results import Result
@@ -32,7 +32,7 @@ ROWS = 64
 
 
 @dataclass(frozen=True)
-class Settings:
+class CoreSettings:
     """How CORE is run."""
 
     limit: int | None = None
@@ -52,8 +52,8 @@ def run_core(
     bundle: Bundle,
     weights: str,
     out: Path,
-    settings: Settings | None = None,
-    ranks: Alone = ALONE,
+    settings: CoreSettings | None = None,
+    ranks: SingleProcess = SINGLE_PROCESS,
     progress: bool = True,
 ) -> tuple[Result, list[str]]:
     """Answer the bundle's questions; returns the result, and what is wrong with the tasks that could not be run.
@@ -61,8 +61,8 @@ def run_core(
     Every answer is kept in `out`/partial as soon as it is there: a stopped run goes on, and a task with a damaged file
     leaves the others' results alone. `weights` is the checkpoint's SHA-256. All ranks call it.
     """
-    settings, begun = settings or Settings(), time.perf_counter()
-    recurs = bool(model.config.memory.remembered(model.config.depth))
+    settings, begun = settings or CoreSettings(), time.perf_counter()
+    recurs = bool(model.config.memory.stored_sources(model.config.depth))
     modes = tuple(MODES) if recurs else ("off",)
     found, problems = {}, []
     for task in bundle.tasks:
@@ -87,13 +87,13 @@ def run_core(
 def run_task(
     model: LatentRecurrentTransformer,
     tokenizer: Tokenizer,
-    task: Task,
+    task: CoreTask,
     items: Sequence[dict[str, Any]],
     modes: Sequence[str],
     weights: str,
     out: Path,
-    settings: Settings,
-    ranks: Alone,
+    settings: CoreSettings,
+    ranks: SingleProcess,
     progress: bool,
 ) -> dict[str, Any]:
     """Accuracy of one task by mode, of `items` in the order in which they are numbered."""
@@ -139,7 +139,7 @@ def run_task(
 
 
 def batches(
-    task: Task, items: Sequence[dict[str, Any]], todo: Sequence[int], tokenizer: Tokenizer, context: int, rows: int
+    task: CoreTask, items: Sequence[dict[str, Any]], todo: Sequence[int], tokenizer: Tokenizer, context: int, rows: int
 ) -> Iterator[list[Question]]:
     """Questions of similar length, at most `rows` options together (or one question)."""
     for first in range(0, len(todo), AHEAD):

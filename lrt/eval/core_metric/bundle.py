@@ -96,7 +96,7 @@ OFFICIAL_OF = {OFFICIAL["core.yaml"]: OFFICIAL}
 
 
 @dataclass(frozen=True)
-class Task:
+class CoreTask:
     """One task of the bundle."""
 
     label: str
@@ -152,7 +152,7 @@ class Bundle:
     """The tasks of a folder."""
 
     folder: Path
-    tasks: tuple[Task, ...]
+    tasks: tuple[CoreTask, ...]
     """Those whose file is there, in the bundle's order."""
     missing: tuple[str, ...]
     """Labels of those whose file is not."""
@@ -186,7 +186,7 @@ class Bundle:
         return cls(folder, present, missing, read_references(folder))
 
 
-def read_tasks(folder: Path, sums: Mapping[str, str]) -> list[Task]:
+def read_tasks(folder: Path, sums: Mapping[str, str]) -> list[CoreTask]:
     """All tasks that core.yaml names."""
     random = read_baselines(folder / "eval_meta_data.csv")
     try:
@@ -197,7 +197,7 @@ def read_tasks(folder: Path, sums: Mapping[str, str]) -> list[Task]:
                 raise ValueError(f"its type {entry['icl_task_type']!r} is none of {', '.join(TYPES)}")
             name = f"eval_data/{entry['dataset_uri']}"
             found.append(
-                Task(
+                CoreTask(
                     entry["label"],
                     folder / name,
                     entry["icl_task_type"],

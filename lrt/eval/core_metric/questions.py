@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.eval.core_metric.bundle import Task
+from lrt.eval.core_metric.bundle import CoreTask
 
 SEED = 1234
 
@@ -37,7 +37,9 @@ class Question:
     """Whether the context was too short for all of it."""
 
 
-def question(task: Task, items: Sequence[dict[str, Any]], index: int, tokenizer: Tokenizer, context: int) -> Question:
+def question(
+    task: CoreTask, items: Sequence[dict[str, Any]], index: int, tokenizer: Tokenizer, context: int
+) -> Question:
     """Question `index` of a task's items, in at most `context` tokens per row."""
     item = items[index]
     prompts = PROMPTS[task.type](item, examples(items, index, task.shots), task.delimiter)
@@ -45,19 +47,17 @@ def question(task: Task, items: Sequence[dict[str, Any]], index: int, tokenizer:
     if task.type == "language_modeling":
         without, whole = rows
         start = min(common(without, whole), len(whole) - 1)  # a tokenizer may join what the prompt ends with
-        return cropped(index, [whole], [start], start, None, context)
+        return crop(index, [whole], [start], start, None, context)
     shared = min(common(*rows), min(map(len, rows)) - 1)
     starts = [shared] * len(rows)
     if task.type == "schema":
         suffix = min(common(*(row[::-1] for row in rows)), min(map(len, rows)) - 1)
         starts = [len(row) - suffix for row in rows]
         shared = min(shared, *starts)
-    return cropped(index, rows, starts, shared, int(item["gold"]), context)
+    return crop(index, rows, starts, shared, int(item["gold"]), context)
 
 
-def cropped(
-    index: int, rows: list[list[int]], starts: list[int], shared: int, gold: int | None, context: int
-) -> Question:
+def crop(index: int, rows: list[list[int]], starts: list[int], shared: int, gold: int | None, context: int) -> Question:
     """The question with its beginning left out where a row exceeds the context: BOS stays, and all rows lose the same.
 
     nanochat crops every row for itself, BOS first, so that options of one question may see different contexts.

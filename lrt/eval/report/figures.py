@@ -16,7 +16,7 @@ Diary = Sequence[Mapping[str, Any]]
 Curves = Mapping[str, Diary]
 
 
-def coloured(names: Sequence[str]) -> dict[str, str]:
+def colours_by_name(names: Sequence[str]) -> dict[str, str]:
     """A colour per name, the same in every figure."""
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
@@ -25,7 +25,7 @@ def losses(ax: Axes, curves: Curves, colours: Mapping[str, str], key: str, unit:
     """Training loss, smoothed, against a quantity of the diary."""
     shown: list[float] = []
     for name, lines in curves.items():
-        values = smoothed([line["loss"] for line in lines], max(1, len(lines) // 40))
+        values = running_mean([line["loss"] for line in lines], max(1, len(lines) // 40))
         shown += values[len(values) // 10 :]
         ax.plot([line[key] / unit for line in lines], values, color=colours[name], label=name, linewidth=1.6)
     low, high = min(shown), max(shown)  # the first tenth falls so far that it would hide the rest
@@ -35,7 +35,7 @@ def losses(ax: Axes, curves: Curves, colours: Mapping[str, str], key: str, unit:
     ax.legend()
 
 
-def watched(
+def draw_measured(
     ax: Axes, curves: Curves, colours: Mapping[str, str], value: str, key: str, unit: float, label: str, name: str
 ) -> None:
     """A quantity that was measured while training, against another of the diary."""
@@ -53,19 +53,19 @@ def by_block(ax: Axes, points: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]
     blocks = [row["layer"] for row in points[0][1] if key in row]
     shades = colormaps["viridis"](np.linspace(0.1, 0.85, len(blocks)))
     for block, shade in zip(blocks, shades, strict=True):
-        line = [(step, averaged(rows[block - 1], key)) for step, rows in points]
+        line = [(step, mean_curve(rows[block - 1], key)) for step, rows in points]
         ax.plot(*zip(*line, strict=True), color=shade, marker="o", markersize=3, linewidth=1.4, label=f"block {block}")
     ax.set_xlabel("training step")
     ax.set_ylabel(name)
     ax.legend(ncols=2 if len(blocks) <= 8 else 4, fontsize=7)
 
 
-def averaged(row: Mapping[str, Any], key: str) -> float:
+def mean_curve(row: Mapping[str, Any], key: str) -> float:
     """Of one block: γ, a ratio, or the memory's gates (the first of `gates` is the local one)."""
     return float(np.mean(row[key][1:] if key == "gates" else row[key]))
 
 
-def sweeps(ax: Axes, values: Mapping[str, Any]) -> None:
+def draw_sweeps(ax: Axes, values: Mapping[str, Any]) -> None:
     """Bits per byte by refinements, a line per stride, live and parallel beside."""
     for colour, (groups, points) in zip(PALETTE, values["curves"].items(), strict=False):
         label = "full" if int(groups) == 1 else f"stride {groups}"
@@ -114,7 +114,7 @@ def gates(ax: Axes, values: Mapping[str, Any]) -> None:
     ax.figure.colorbar(image, ax=ax, label="mean gate (starts at 1)")
 
 
-def reach(ax: Axes, values: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> None:
+def draw_reach(ax: Axes, values: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> None:
     """Divergence of the next token's distribution by how long ago a memory was perturbed."""
     for name, found in values.items():
         points = [(p["back"], max(p["kl"], 1e-16)) for p in found["reach"]]
@@ -144,7 +144,7 @@ def gains(ax: Axes, values: Mapping[str, Mapping[str, Any]], colours: Mapping[st
     ax.legend()
 
 
-def smoothed(values: list[float], span: int) -> list[float]:
+def running_mean(values: list[float], span: int) -> list[float]:
     """Running mean over the last `span` values (fewer at the start)."""
     out, total = [], 0.0
     for i, value in enumerate(values):

@@ -87,7 +87,7 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}".replace("-0.0000", "0.0000")
 
 
-def drawn(*figures: tuple[Callable[..., None], str], caption: str) -> str:
+def figure_row(*figures: tuple[Callable[..., None], str], caption: str) -> str:
     """Figures side by side, with one caption."""
     inside = "".join(f"<div>{figure(draw, title)}</div>" for draw, title in figures)
     return f'<figure><div class="pair">{inside}</div><figcaption>{html.escape(caption)}</figcaption></figure>'

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt.eval.report import figures
-from lrt.eval.report.html import PAGE, drawn, table
+from lrt.eval.report.html import PAGE, figure_row, table
 from lrt.eval.report.sections import Run, ablation_table, core, memories, scores, sweep_curves, texts
 from lrt.model.config import ModelConfig
 from lrt.model.size import count_parameters
@@ -48,17 +48,17 @@ def report(path: Path, folders: Sequence[Path], studies: Sequence[str] = ()) -> 
         raise ValueError(
             "no run is given; name at least one folder of `lrt train`, or a study's results, STUDY.EDITION.jsonl"
         )
-    runs = named([Run.read(folder) for folder in folders], folders)
+    runs = unique_names([Run.read(folder) for folder in folders], folders)
     parts = ["<h1>Latent recurrence: " + ("runs compared" if runs else "studies") + "</h1>"]
-    parts += [*(compared(runs) if runs else ()), *studies]
+    parts += [*(comparison_section(runs) if runs else ()), *studies]
     page = PAGE.replace("</head>", STYLE + "</head>").replace("{body}", "\n".join(parts))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
 
 
-def compared(runs: Sequence[Run]) -> list[str]:
+def comparison_section(runs: Sequence[Run]) -> list[str]:
     """Everything that is known of runs, side by side."""
-    colours = figures.coloured([run.name for run in runs])
+    colours = figures.colours_by_name([run.name for run in runs])
     return [
         overview(runs),
         *training(runs, colours),
@@ -72,7 +72,7 @@ def compared(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def named(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
+def unique_names(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
     """The runs, by the folder's whole path where two have one name."""
     names = [run.name for run in runs]
     return [
@@ -127,23 +127,23 @@ def training(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
     axes = (("tokens", 1e6, "million tokens"), ("flops", 1e12, "training TFLOPs"), ("seconds", 60, "minutes"))
     parts = ["<section><h2>Training</h2>"]
     loss = [(partial(draw_losses, thin, colours, axis), f"Loss against {axis[2]}") for axis in axes]
-    parts.append(drawn(*loss, caption="Training loss, smoothed, mean over the passes that have a loss."))
+    parts.append(figure_row(*loss, caption="Training loss, smoothed, mean over the passes that have a loss."))
     live = watchable(curves, "live_bpb")
     if live:
         pictures = [
-            (partial(draw_watched, live, colours, "live_bpb", "live bits per byte", axis), f"Live, {axis[2]}")
+            (partial(draw_measurement, live, colours, "live_bpb", "live bits per byte", axis), f"Live, {axis[2]}")
             for axis in axes
         ]
-        parts.append(drawn(*pictures, caption="Live bits per byte while training."))
+        parts.append(figure_row(*pictures, caption="Live bits per byte while training."))
     others = (("gap", "gap, bits per byte"), ("memory_gamma", "mean |γ|"), ("memory_projection", "RMS of U"))
     pictures = [
-        (partial(draw_watched, having, colours, value, name, axes[0]), name)
+        (partial(draw_measurement, having, colours, value, name, axes[0]), name)
         for value, name in others
         if (having := watchable(curves, value))
     ]
     if pictures:
         caption = "While training: live less parallel bits per byte; how strongly the memory is wired in."
-        parts.append(drawn(*pictures, caption=caption))
+        parts.append(figure_row(*pictures, caption=caption))
     return [*parts, "</section>"]
 
 
@@ -159,8 +159,8 @@ def draw_losses(curves: Any, colours: Any, axis: Axis, ax: Any) -> None:
     figures.losses(ax, curves, colours, *axis)
 
 
-def draw_watched(curves: Any, colours: Any, value: str, name: str, axis: Axis, ax: Any) -> None:
-    figures.watched(ax, curves, colours, value, *axis, name)
+def draw_measurement(curves: Any, colours: Any, value: str, name: str, axis: Axis, ax: Any) -> None:
+    figures.draw_measured(ax, curves, colours, value, *axis, name)
 
 
 def settings(runs: Sequence[Run]) -> list[str]:

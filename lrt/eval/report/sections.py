@@ -12,7 +12,7 @@ from typing import Any
 
 from lrt.eval import results
 from lrt.eval.report import figures
-from lrt.eval.report.html import drawn, number, table
+from lrt.eval.report.html import figure_row, number, table
 from lrt.eval.report.text import ROUNDING
 from lrt.eval.results import Result
 
@@ -34,7 +34,7 @@ class Run:
         lines = [json.loads(line) for line in diary.read_text().splitlines()] if diary.is_file() else []
         configs = [f for f in (folder / "checkpoint" / "config.json", folder / "config.json") if f.is_file()]
         about = json.loads(configs[0].read_text()) if configs else {}
-        found = results.read(folder / "evaluation")
+        found = results.read_results(folder / "evaluation")
         if not bool(lines or about or found):
             raise ValueError(
                 f"{folder} is no run: it has no metrics.jsonl, checkpoint or evaluation; give a folder of `lrt train`"
@@ -77,7 +77,7 @@ def scores(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
         *plain,
         table(["run", "corpus", "scored", "BPB", "low", "high"], body),
         "<p>Intervals of 95 % over documents drawn anew. <i>off</i>: nothing recurrent is read, one forward.</p>",
-        drawn(*pictures, caption="What recurrence gains: bits per byte with nothing recurrent read, less live.")
+        figure_row(*pictures, caption="What recurrence gains: bits per byte with nothing recurrent read, less live.")
         if gains
         else "",
         "</section>",
@@ -119,8 +119,8 @@ def sweep_curves(runs: Sequence[Run]) -> list[str]:
             factors = ", ".join(f"{g}: {value:.2f}" for g, value in values["contraction"].items())
             parts += [
                 f"<h3>{html.escape(run.name)}: {html.escape(values['verdict'])}</h3>",
-                drawn(
-                    (partial(lambda v, ax: figures.sweeps(ax, v), values), f"Sweep curve of {run.name}"),
+                figure_row(
+                    (partial(lambda v, ax: figures.draw_sweeps(ax, v), values), f"Sweep curve of {run.name}"),
                     (partial(lambda v, ax: figures.distances(ax, v), values), f"Distances of {run.name}"),
                     caption=f"{result.subject}. 64 against 63 full refinements: {values['even_odd']:+.4f} bits per "
                     f"byte. Contraction by stride: {factors}.",
@@ -176,7 +176,7 @@ def over_training(run: Run) -> list[str]:
         for key, name in INSIDE
         if any(key in row for row in points[0][1])
     ]
-    return [drawn(*pictures, caption="Over training, by block, on validation text.")] if pictures else []
+    return [figure_row(*pictures, caption="Over training, by block, on validation text.")] if pictures else []
 
 
 def memories(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
@@ -194,7 +194,7 @@ def memories(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
         values = having[name]
         if any("gates" in row for row in rows_known):
             draw = partial(lambda v, ax: figures.gates(ax, v), values)
-            parts.append(drawn((draw, f"Gates of {name}"), caption="Mean gates over text."))
+            parts.append(figure_row((draw, f"Gates of {name}"), caption="Mean gates over text."))
         rows = [
             [
                 str(row["layer"]),
@@ -207,11 +207,11 @@ def memories(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
             head = ["block", "γ by channel", "memory over residual stream", "over local keys", "over local values"]
             parts.append(table(head, rows))
     if reaching:
-        pictures = (partial(lambda v, ax: figures.reach(ax, v, colours), reaching), "Reach of the memory")
+        pictures = (partial(lambda v, ax: figures.draw_reach(ax, v, colours), reaching), "Reach of the memory")
         caption = (
             "How far back the memory reaches: one memory gets noise of a tenth of its norm, live decoding goes on."
         )
-        parts.append(drawn(pictures, caption=caption))
+        parts.append(figure_row(pictures, caption=caption))
     return ["<section><h2>Inside the memory</h2>", *parts, "</section>"] if parts else []
 
 
@@ -221,13 +221,13 @@ def texts(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         values = run.values("text")
         if values and any(abs(a - b) > ROUNDING for a, b in zip(values["live"], values["off"], strict=True)):
-            spans = map(span, values["pieces"], values["live"], values["off"])
+            spans = map(token_span, values["pieces"], values["live"], values["off"])
             parts.append(f'<h3>{html.escape(run.name)}</h3><div class="text">{"".join(spans)}</div>')
     note = "<p>Green: recurrence makes the token likelier; red: less likely. The strongest colour is 2 bits.</p>"
     return ["<section><h2>What recurrence gains, token by token</h2>", note, *parts, "</section>"] if parts else []
 
 
-def span(piece: str, live: float, off: float) -> str:
+def token_span(piece: str, live: float, off: float) -> str:
     """One token; a tooltip gives the numbers."""
     gain = off - live
     colour, strength = ("46,160,67" if gain > 0 else "218,54,51"), min(1.0, abs(gain) / 2)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrt.model.state import State, empty_state
-from lrt.model.strided_state import PassState
+from lrt.model.strided_state import StridedState
 from lrt.schedules import library as schedules
 from lrt.schedules.base import Pass, Schedule
 from lrt.schedules.parse import parse
@@ -87,11 +87,11 @@ class AttentionBench:
             raise ValueError(f"{schedule!r} has passes that are neither full nor classes r::S; choose another")
 
         def work() -> None:
-            state: State | PassState = PassState.of(empty, stride) if by_pieces else dataclasses.replace(empty)
+            state: State | StridedState = StridedState.of(empty, stride) if by_pieces else dataclasses.replace(empty)
             total = torch.zeros((), device=self.device)
             for p, (q, k, v) in zip(passes, inputs, strict=True):
                 with torch.set_grad_enabled(p.grad):
-                    state = state.hold(p.positions)
+                    state = state.mark_written(p.positions)
                     slots: object = state.where(p.positions)
                     keys, values = state.write(state.keys[0], slots, k, 2), state.write(state.values[0], slots, v, 2)  # type: ignore[arg-type]
                     seen = state.visible(p.positions, self.window)

@@ -82,7 +82,7 @@ class PlainModel(nn.Module):
             or memory.source not in (None, config.depth)
             or memory.layers is not None
             or (config.value_embeddings != "none")
-            or (config.groups != config.heads)
+            or (config.num_kv_heads != config.heads)
             or (config.heads * config.head_dim != config.width)
             or any(config.windows())
         ):
@@ -145,7 +145,7 @@ def transformers_generate(config: ModelConfig, device: str | torch.device) -> Ge
         intermediate_size=config.mlp_dim,
         num_hidden_layers=config.depth,
         num_attention_heads=config.heads,
-        num_key_value_heads=config.groups,
+        num_key_value_heads=config.num_kv_heads,
         max_position_embeddings=config.context,
         eos_token_id=None,
         pad_token_id=0,

@@ -13,7 +13,7 @@ import torch
 from lrt.experiments.bench.baselines import transformers_generate
 from lrt.experiments.bench.rows import Row
 from lrt.inference.cost_model import Calibration
-from lrt.inference.decoders import Eager, decoder, fastest
+from lrt.inference.decoders import EagerDecoder, decoder, fastest
 from lrt.inference.engine import Engine
 from lrt.inference.prefill import Mode
 from lrt.inference.request import Request
@@ -32,7 +32,7 @@ NEW = 24
 """Tokens drawn behind each of them, on average."""
 
 
-def best(model: LatentRecurrentTransformer, batch: int, candidates: Sequence[str]) -> Eager:
+def fastest_decoder(model: LatentRecurrentTransformer, batch: int, candidates: Sequence[str]) -> EagerDecoder:
     """The fastest way of `candidates` to decode so many rows, compiled and warm."""
     state = model.empty_state(batch, STEPS + 1)
     way = decoder(model, state, fastest(model, state, candidates))
@@ -40,7 +40,7 @@ def best(model: LatentRecurrentTransformer, batch: int, candidates: Sequence[str
     return way
 
 
-def greedy(way: Eager, batch: int) -> Work:
+def greedy(way: EagerDecoder, batch: int) -> Work:
     """STEPS tokens for each row, from a one-token prompt, each fed back."""
     first = torch.zeros(batch, dtype=torch.long, device=way.state.tokens.device)
 
@@ -65,7 +65,10 @@ def decode_rows(
     rival = transformers_generate(transformer.config, device)
     rows = []
     for batch in BATCHES:
-        ways = {"lrt": best(lrt, batch, candidates), "transformer": best(transformer, batch, candidates)}
+        ways = {
+            "lrt": fastest_decoder(lrt, batch, candidates),
+            "transformer": fastest_decoder(transformer, batch, candidates),
+        }
         prompt = torch.zeros(batch, 1, dtype=torch.long, device=device)
         works: dict[str, Work] = {name: greedy(way, batch) for name, way in ways.items()}
         works["transformers"] = lambda prompt=prompt: rival(prompt, STEPS)

@@ -36,7 +36,7 @@ Way = Callable[[LatentRecurrentTransformer, Sequence[Tokens], int], list[Tokens]
 """(model, prompts, n) -> each prompt and its n greedy tokens."""
 
 
-def pieces(text: Sequence[int], room: int) -> list[Tokens]:
+def split_prompts(text: Sequence[int], room: int) -> list[Tokens]:
     """Prompts out of a text of tokens: one after another, as long as LENGTHS say and `room` allows."""
     found: list[Tokens] = []
     for length in LENGTHS:
@@ -51,7 +51,7 @@ def alone(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: i
     return [Session.start(model, prompt, "exact").generate(count, GREEDY).tokens for prompt in prompts]
 
 
-def forked(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
+def by_forking(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
     """By a fork, after the session itself went another way, and by the session after the fork did."""
     found = []
     for row, prompt in enumerate(prompts):
@@ -62,7 +62,7 @@ def forked(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: 
     return found
 
 
-def cropped(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
+def by_cropping(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
     """From a longer session cut back to the prompt."""
     longer = [Session.start(model, p, "exact").generate(count, Sampling(temperature=2.0)) for p in prompts]
     return [s.crop(len(p)).generate(count, GREEDY).tokens for s, p in zip(longer, prompts, strict=True)]
@@ -79,7 +79,7 @@ def rewound(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count:
     return found
 
 
-def reloaded(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
+def by_reloading(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
     """Saved, and read again."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +101,7 @@ def split(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: i
     return found
 
 
-def ragged(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
+def by_ragged_batch(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
     """Prefilled at once, padded, and decoded by the model itself."""
     device = model.embedding.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -119,31 +119,31 @@ def ragged(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: 
     return [(*prompt, *more) for prompt, more in zip(prompts, following, strict=True)]
 
 
-def served(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int, rows: int) -> list[Tokens]:
+def by_engine(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int, rows: int) -> list[Tokens]:
     """By the engine, with so many rows."""
     requests = [Request(prompt, count, GREEDY) for prompt in prompts]
     answers = Engine(model, rows, slots=max(map(len, prompts)) + count).complete(requests)
     return [(*prompt, *answer.tokens) for prompt, (answer,) in zip(prompts, answers, strict=True)]
 
 
-def together(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
+def by_batching(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
     """All in the engine at once."""
-    return served(model, prompts, count, len(prompts))
+    return by_engine(model, prompts, count, len(prompts))
 
 
-def replaced(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
+def by_replacing(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], count: int) -> list[Tokens]:
     """In the engine with two rows, which are taken by those waiting as soon as they are free."""
-    return served(model, prompts, count, 2)
+    return by_engine(model, prompts, count, 2)
 
 
 WAYS: dict[str, Way] = {
-    "rows of a ragged batch": together,
-    "rows that replace others": replaced,
-    "rows of a ragged prefill": ragged,
-    "forked": forked,
-    "cropped": cropped,
+    "rows of a ragged batch": by_batching,
+    "rows that replace others": by_replacing,
+    "rows of a ragged prefill": by_ragged_batch,
+    "forked": by_forking,
+    "cropped": by_cropping,
     "rewound": rewound,
-    "saved and reloaded": reloaded,
+    "saved and reloaded": by_reloading,
     "split prefill": split,
 }
 
@@ -163,7 +163,7 @@ class Equality:
         return all(margin < MARGIN for margin in self.margins)
 
 
-def compare(
+def compare_continuations(
     model: LatentRecurrentTransformer, expected: Sequence[Tokens], found: Sequence[Tokens], begins: Sequence[int]
 ) -> Equality:
     """Continuations from position begins[i] of each text, held against the expected ones."""
@@ -181,7 +181,7 @@ def compare(
     return Equality(compared, tuple(margins))
 
 
-def rows(
+def equality_rows(
     model: LatentRecurrentTransformer,
     prompts: Sequence[Tokens],
     count: int = NEW,
@@ -195,7 +195,7 @@ def rows(
         expected = alone(model, prompts, count)
         tell(1)
         for name, way in chosen.items():
-            equality = compare(model, expected, way(model, prompts, count), [len(p) for p in prompts])
+            equality = compare_continuations(model, expected, way(model, prompts, count), [len(p) for p in prompts])
             wrong = sum(margin >= MARGIN for margin in equality.margins)
             about = {"tokens": equality.compared, "differing": len(equality.margins), "margins": equality.margins}
             found.append(Row(f"{name}: tokens that differ", wrong, at_most=0, about=about))

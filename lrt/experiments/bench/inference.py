@@ -45,13 +45,13 @@ class Pair:
 
 def measured_calibration(path: Path, device: str, progress: bool = True) -> Calibration:
     """The calibration beside a checkpoint for this device; where there is none it is measured, and kept there."""
-    folder = checkpoint.verified(path)
+    folder = checkpoint.verify(path)
     model, tokenizer = checkpoint.load(folder, device)
-    found = cost_model.read(folder, model)
+    found = cost_model.read_calibration(folder, model)
     if not found.device:
         text = own_text(model, tokenizer.bos, min(LENGTH, model.config.context))
         found = calibrate(model, text, progress)
-        cost_model.write(folder, found)
+        cost_model.write_calibration(folder, found)
     return found
 
 
@@ -66,7 +66,7 @@ def read_pair(folder: Path, data: Path, device: str, rounds: int, progress: bool
     for name, its in (("transformer's", other.sha256), (f"{data}'s", prepared.tokenizer.sha256)):
         if its != tokenizer.sha256:
             raise ValueError(f"{folder}: the {name} tokenizer is not the LRT's; train both on one data set")
-    if len(lrt.config.memory.remembered(lrt.config.depth)) == 0:
+    if len(lrt.config.memory.stored_sources(lrt.config.depth)) == 0:
         raise ValueError(
             f"{folder / 'lrt'} holds a model in which nothing recurs; train the pair with "
             "benchmarks/inference_models.py"
@@ -79,12 +79,12 @@ def read_pair(folder: Path, data: Path, device: str, rounds: int, progress: bool
     return Pair(lrt, transformer, tokenizer, found, batch.tokens.to(device), rounds, progress)
 
 
-def decode_rows(pair: Pair) -> list[Row]:
+def decode_section(pair: Pair) -> list[Row]:
     """How fast single tokens follow each other."""
     return decode.decode_rows(pair.lrt, pair.transformer, pair.rounds, progress=pair.progress)
 
 
-def ragged_rows(pair: Pair) -> list[Row]:
+def ragged_section(pair: Pair) -> list[Row]:
     """What serving many prompts at once gains."""
     text = pair.prompts.flatten().tolist()
     return decode.ragged_rows(pair.lrt, text, max(1, pair.rounds // 3), pair.calibration, pair.progress)
@@ -96,25 +96,25 @@ def prefill_rows(pair: Pair) -> list[Row]:
     if token_bytes is None:
         raise ValueError("this tokenizer has no byte alphabet, so that no bits per byte can be told")
     assert token_bytes is not None
-    return prefill.rows(pair.lrt, pair.prompts, token_bytes, pair.calibration, pair.rounds, pair.progress)
+    return prefill.prefill_rows(pair.lrt, pair.prompts, token_bytes, pair.calibration, pair.rounds, pair.progress)
 
 
 def equality_rows(pair: Pair) -> list[Row]:
     """What forks, crops, saves, splits and batches change: nothing."""
-    prompts = equality.pieces(pair.prompts.flatten().tolist(), pair.lrt.config.context - equality.NEW)
-    return equality.rows(pair.lrt, prompts, progress=pair.progress)
+    prompts = equality.split_prompts(pair.prompts.flatten().tolist(), pair.lrt.config.context - equality.NEW)
+    return equality.equality_rows(pair.lrt, prompts, progress=pair.progress)
 
 
 Section = Callable[[Pair], list[Row]]
 SECTIONS: dict[str, Section] = {
-    "decode": decode_rows,
-    "ragged": ragged_rows,
+    "decode": decode_section,
+    "ragged": ragged_section,
     "prefill": prefill_rows,
     "equality": equality_rows,
 }
 
 
-def chosen(names: Sequence[str]) -> list[Section]:
+def choose_sections(names: Sequence[str]) -> list[Section]:
     """The sections of these names, or all. ValueError for one that is unknown."""
     unknown = sorted(set(names) - set(SECTIONS))
     if unknown:

@@ -17,7 +17,7 @@ from lrt.inference.calibrate import STRIDES
 from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration
 from lrt.inference.prefill import Mode, prefill
-from lrt.inference.sweeps import Flight, Prompt
+from lrt.inference.sweeps import Prompt, SweepState
 from lrt.model.cross_entropy import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.progress import bar
@@ -29,7 +29,7 @@ LOOKED_AT = 6
 """Sweeps after which the score is taken, at most."""
 
 
-def rows(
+def prefill_rows(
     model: LatentRecurrentTransformer,
     prompts: Tensor,
     token_bytes: Tensor,
@@ -48,8 +48,8 @@ def rows(
         model(first, range(length), model.empty_state(1, model.config.context).in_place())
 
     def swept() -> None:
-        state = model.empty_state(1, model.config.context, tokens=padded(first, model.config.context)).in_place()
-        flight = Flight.of(model, Prompt(first, [length], [0]), state)
+        state = model.empty_state(1, model.config.context, tokens=pad_to(first, model.config.context)).in_place()
+        flight = SweepState.of(model, Prompt(first, [length], [0]), state)
         for sweep in range(sweeps):
             flight.sweep(model, groups, sweep * groups)
 
@@ -103,7 +103,7 @@ def gaps_to_live(
         live = float(score(model, prompts, advance=tell).double().sum()) / size
         for groups in strides:
             state = model.empty_state(batch, length, tokens=prompts).in_place()
-            flight = Flight.of(model, Prompt(prompts, [length] * batch, [0] * batch), state)
+            flight = SweepState.of(model, Prompt(prompts, [length] * batch, [0] * batch), state)
             gaps[groups] = []
             for sweep in range(min(LOOKED_AT, length // groups)):
                 flight.sweep(model, groups, sweep * groups)
@@ -119,6 +119,6 @@ def sweeps_needed(gaps: Sequence[float]) -> int:
     return (far[-1] if far else 0) + 1
 
 
-def padded(tokens: Tensor, slots: int) -> Tensor:
+def pad_to(tokens: Tensor, slots: int) -> Tensor:
     """Tokens (B, T) with the unknown behind them, (B, S)."""
     return torch.nn.functional.pad(tokens, (0, slots - tokens.shape[1]), value=-1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lrt.distributed.objective import objective
+from lrt.distributed.objective import make_objective
 from lrt.experiments.bench.baselines import PlainModel
 from lrt.model.config import MemoryConfig, ModelConfig
 from lrt.model.execution import Execution
@@ -206,7 +206,7 @@ class TrainBench:
         execution: Execution,
     ) -> Work:
         loss = StepLoss.of(schedule, [targets], execution=execution)
-        wrapped = objective(model, torch.bfloat16 if self.precision == "bfloat16" else torch.float32)
+        wrapped = make_objective(model, torch.bfloat16 if self.precision == "bfloat16" else torch.float32)
 
         def work() -> None:
             model.zero_grad()

@@ -31,7 +31,7 @@ PUBLISHED = {
 """Validation BPB at 20 layers, 10 tokens per parameter (arXiv 2605.26797; spec, section 3): another text and size."""
 
 
-def bpb(line: Line) -> float:
+def live_bpb_of(line: Line) -> float:
     """Live, on test; infinite where the run diverged."""
     return line["result"]["test"]["live_bpb"] if "test" in line["result"] else math.inf
 
@@ -41,7 +41,7 @@ def on_val(line: Line) -> float:
     return line["result"].get("val_live_bpb", math.inf)
 
 
-def grouped(lines: Sequence[Line]) -> dict[tuple[str, ...], Rows]:
+def group_by_axes(lines: Sequence[Line]) -> dict[tuple[str, ...], Rows]:
     """(choices of the other axes) -> choice of the compared axis -> its lines, one per seed.
 
     A group without a Transformer of its own, on the axis EQUAL, has that of the group beside it.
@@ -71,7 +71,7 @@ def at_best_rate(lines: Sequence[Line]) -> list[Line]:
     return sorted((line for line in lines if line["choices"].get(RATE) == best), key=lambda line: line["seed"])
 
 
-def tried(lines: Sequence[Line], group: tuple[str, ...], choice: str) -> list[float]:
+def trials(lines: Sequence[Line], group: tuple[str, ...], choice: str) -> list[float]:
     """The rates that a choice was tried at, as factors."""
     found = set()
     for line in lines:
@@ -84,7 +84,7 @@ def tried(lines: Sequence[Line], group: tuple[str, ...], choice: str) -> list[fl
 def tables(lines: Sequence[Line], published: Mapping[str, float] | None = None) -> list[Table]:
     """One per group. Choices are made by the column of val; test is reported; the last column is what was published."""
     parts = []
-    for group, rows in grouped(lines).items():
+    for group, rows in group_by_axes(lines).items():
         against = [name for name in AGAINST if name in rows] or [next(iter(rows))]
         head = [
             "model", "rate (of)", "seeds", "parameters", "without tables", "forwards / token", "FLOPs / token",
@@ -93,7 +93,10 @@ def tables(lines: Sequence[Line], published: Mapping[str, float] | None = None) 
             "published, 20L",
         ]  # fmt: skip
         body = [
-            [*row(name, each, rows, against, tried(lines, group, name)), spelled((published or {}).get(name), ".3f")]
+            [
+                *row(name, each, rows, against, trials(lines, group, name)),
+                format_value((published or {}).get(name), ".3f"),
+            ]
             for name, each in rows.items()
         ]
         parts.append(Table(", ".join(group), head, body))
@@ -105,11 +108,11 @@ def glances(lines: Sequence[Line]) -> list[Table]:
 
     The cost in FLOPs is that of the first group which has the model; *step* and *decode* are one measurement.
     """
-    groups = grouped(lines)
+    groups = group_by_axes(lines)
     axes = [axis for axis in (lines[0]["choices"] if lines else ()) if axis != RATE][:-1]
     tables = []
-    for equal in dict.fromkeys(kept(key, axes) for key in groups):
-        mine = {", ".join(rest(key, axes)): rows for key, rows in groups.items() if kept(key, axes) == equal}
+    for equal in dict.fromkeys(complete_seeds(key, axes) for key in groups):
+        mine = {", ".join(rest(key, axes)): rows for key, rows in groups.items() if complete_seeds(key, axes) == equal}
         names = list(dict.fromkeys(name for rows in mine.values() for name in rows))
         controls = [name for name in AGAINST if name in names]
         against = controls[:2] + controls[2:][-1:]
@@ -120,20 +123,20 @@ def glances(lines: Sequence[Line]) -> list[Table]:
             first, rows = next((each[name], each) for each in mine.values() if name in each)
             counted, base = first[0]["result"], rows[against[0]][0]["result"] if against else {}
             costs = [
-                spelled(ratio_of(counted, base, "training_flops"), ".2f"),
-                *(spelled(counted.get(key), ".2f") for key in ("step_ratio", "decode_ratio")),
+                format_value(ratio_of(counted, base, "training_flops"), ".2f"),
+                *(format_value(counted.get(key), ".2f") for key in ("step_ratio", "decode_ratio")),
             ]
             scores = []
             for rows in mine.values():
                 whole = [line for line in rows.get(name, ()) if "test" in line["result"]]
-                scores.append(f"{statistics.fmean(map(bpb, whole)):.4f}" if whole else "")
-                scores += ["" if a == name else said(difference(whole, rows.get(a, ()))) for a in against]
+                scores.append(f"{statistics.fmean(map(live_bpb_of, whole)):.4f}" if whole else "")
+                scores += ["" if a == name else format_difference(difference(whole, rows.get(a, ()))) for a in against]
             body.append([name, str(counted["forwards"]), *costs, *scores])
         tables.append(Table(f"equal {equal}" if equal else "", head, body))
     return tables
 
 
-def kept(group: Sequence[str], axes: Sequence[str]) -> str:
+def complete_seeds(group: Sequence[str], axes: Sequence[str]) -> str:
     """What is equal in a group; nothing where the study does not say."""
     return next((choice for choice, axis in zip(group, axes, strict=True) if axis == EQUAL), "")
 
@@ -153,7 +156,7 @@ def row(name: str, lines: Sequence[Line], rows: Rows, against: Sequence[str], ra
     base = next((line["result"] for line in rows[against[0]] if "test" in line["result"]), {})
     seeds = f"{len(whole)}" + (f", {len(lines) - len(whole)} diverged" if len(whole) < len(lines) else "")
     counts = [f"{counted['parameters']:,}", f"{counted['parameters_without_tables']:,}", str(counted["forwards"])]
-    start = [name, rate, seeds, *counts, spelled(ratio_of(counted, base, "flops_per_generated_token"), ".2f")]
+    start = [name, rate, seeds, *counts, format_value(ratio_of(counted, base, "flops_per_generated_token"), ".2f")]
     if not whole:
         return start + [""] * (11 + len(against))
 
@@ -163,27 +166,27 @@ def row(name: str, lines: Sequence[Line], rows: Rows, against: Sequence[str], ra
 
     return [
         *start,
-        spelled(ratio_of(counted, base, "training_flops"), ".2f"),
-        spelled(mean(lambda r: r.get("step_ratio")), ".2f"),
-        spelled(mean(lambda r: r.get("schedule_ratio")), ".2f"),
-        spelled(mean(lambda r: r.get("decode_ratio")), ".2f"),
+        format_value(ratio_of(counted, base, "training_flops"), ".2f"),
+        format_value(mean(lambda r: r.get("step_ratio")), ".2f"),
+        format_value(mean(lambda r: r.get("schedule_ratio")), ".2f"),
+        format_value(mean(lambda r: r.get("decode_ratio")), ".2f"),
         f"{counted['tokens']:,}",
-        spelled(mean(lambda r: r["val_live_bpb"]), ".4f"),
-        spelled(mean(lambda r: r["test"]["parallel_bpb"]), ".4f"),
-        "**" + spelled(mean(lambda r: r["test"]["live_bpb"]), ".4f") + "**",
-        *(said(difference(whole, rows[other])) if other != name else "" for other in against),
-        spelled(mean(lambda r: r["test"].get("live_bpb_memory_zero")), ".4f"),
-        spelled(mean(lambda r: r["test"].get("live_bpb_memory_embedding")), ".4f"),
+        format_value(mean(lambda r: r["val_live_bpb"]), ".4f"),
+        format_value(mean(lambda r: r["test"]["parallel_bpb"]), ".4f"),
+        "**" + format_value(mean(lambda r: r["test"]["live_bpb"]), ".4f") + "**",
+        *(format_difference(difference(whole, rows[other])) if other != name else "" for other in against),
+        format_value(mean(lambda r: r["test"].get("live_bpb_memory_zero")), ".4f"),
+        format_value(mean(lambda r: r["test"].get("live_bpb_memory_embedding")), ".4f"),
         ", ".join(sorted({r["verdict"] for r in (line["result"] for line in whole) if "verdict" in r})),
     ]
 
 
-def spelled(value: float | None, form: str) -> str:
+def format_value(value: float | None, form: str) -> str:
     """A number, or nothing."""
     return "" if value is None else format(value, form)
 
 
-def said(found: Difference | None) -> str:
+def format_difference(found: Difference | None) -> str:
     """A difference, or nothing."""
     return "" if found is None else str(found)
 
@@ -210,8 +213,12 @@ class Difference:
 
 def difference(mine: Sequence[Line], others: Sequence[Line]) -> Difference | None:
     """Of the seeds that both have."""
-    theirs = {line["seed"]: bpb(line) for line in others if "test" in line["result"]}
-    pairs = [(bpb(line), theirs[line["seed"]]) for line in mine if "test" in line["result"] and line["seed"] in theirs]
+    theirs = {line["seed"]: live_bpb_of(line) for line in others if "test" in line["result"]}
+    pairs = [
+        (live_bpb_of(line), theirs[line["seed"]])
+        for line in mine
+        if "test" in line["result"] and line["seed"] in theirs
+    ]
     if not pairs:
         return None
     unit = statistics.fmean(other for _, other in pairs) / 100
@@ -243,10 +250,10 @@ class Size:
     """The FLOPs of the Transformer in as long a training, by the paired ratio of step times."""
 
 
-def sizes(lines: Sequence[Line]) -> dict[str, list[Size]]:
+def sizes_by_family(lines: Sequence[Line]) -> dict[str, list[Size]]:
     """family -> its sizes, in the order of the Transformer's FLOPs, or of its own where that was not run."""
     found: dict[str, list[Size]] = defaultdict(list)
-    for group, rows in grouped(lines).items():
+    for group, rows in group_by_axes(lines).items():
         plain = [line["result"]["training_flops"] for line in rows.get(AGAINST[0], ()) if "test" in line["result"]]
         for name, each in rows.items():
             whole = [line for line in each if "test" in line["result"]]
@@ -254,7 +261,7 @@ def sizes(lines: Sequence[Line]) -> dict[str, list[Size]]:
                 ratio = statistics.fmean(line["result"]["step_ratio"] for line in whole)
                 flops = statistics.fmean(line["result"]["training_flops"] for line in whole)
                 base = plain[0] if plain else None
-                loss = statistics.fmean(bpb(line) for line in whole)
+                loss = statistics.fmean(live_bpb_of(line) for line in whole)
                 found[name].append(Size(group, flops, loss, base, base and base * ratio))
     return {name: sorted(points, key=lambda size: size.tokens or size.flops) for name, points in found.items()}
 
@@ -267,7 +274,7 @@ def scaling_table(lines: Sequence[Line]) -> Table:
     the family's time. Law against law over the sizes that both have, fit by fit of the two bootstraps, in which size
     stands by size: against itself a family has exactly 1.
     """
-    found = sizes(lines)
+    found = sizes_by_family(lines)
     head = ["family", "sizes", "floor", "exponent", "× at equal tokens", "× at equal FLOPs", "× at equal time"]
     body = []
     for name, every in found.items():
@@ -276,8 +283,8 @@ def scaling_table(lines: Sequence[Line]) -> Table:
         if len(points) < power_law.FEWEST:
             body.append([name, str(len(points)), f"{power_law.FEWEST} sizes are needed", "", "", "", ""])
             continue
-        law, drawn = power_law.fitted([p.flops for p in points], [p.loss for p in points])
-        there, laws_there = power_law.fitted([p.flops for p in base], [p.loss for p in base])
+        law, drawn = power_law.fit_with_bootstrap([p.flops for p in points], [p.loss for p in points])
+        there, laws_there = power_law.fit_with_bootstrap([p.flops for p in base], [p.loss for p in base])
         floor, exponent = (power_law.estimate(law, drawn, q) for q in (lambda p: p.floor, lambda p: p.exponent))
         last = points[-1]
         gains = [

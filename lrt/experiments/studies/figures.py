@@ -13,13 +13,23 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from lrt.experiments.studies import power_law
-from lrt.experiments.studies.comparisons import AGAINST, RATE, Rows, difference, grouped, kept, on_val, rest, sizes
+from lrt.experiments.studies.comparisons import (
+    AGAINST,
+    RATE,
+    Rows,
+    complete_seeds,
+    difference,
+    group_by_axes,
+    on_val,
+    rest,
+    sizes_by_family,
+)
 from lrt.experiments.studies.runner import Line
 
 Draw = Callable[[Sequence[Line]], Figure]
 
 
-def saved(make: Callable[[], Figure], path: Path) -> None:
+def save_figure(make: Callable[[], Figure], path: Path) -> None:
     """Draw into an SVG file: small, and the same bytes from the same lines."""
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lrt"}):
         make().savefig(path, format="svg", metadata={"Date": None})
@@ -30,7 +40,7 @@ def frontier(lines: Sequence[Line]) -> Figure:
     deviation over seeds. Names stand beside the panel, the cheapest first: in it they would lie on each other."""
     groups = {
         key: {n: r for n, r in rows.items() if any("test" in x["result"] for x in r)}
-        for key, rows in grouped(lines).items()
+        for key, rows in group_by_axes(lines).items()
     }
     figure, panels = panels_for([", ".join(key) for key in groups], width=7.0)
     for panel, rows in zip(panels, groups.values(), strict=True):
@@ -58,8 +68,8 @@ def leads(lines: Sequence[Line]) -> Figure:
     equal wall-clock. Bars are the 95 % t-interval over seeds."""
     axes = [axis for axis in (lines[0]["choices"] if lines else ()) if axis != RATE][:-1]
     panels_of: dict[str, dict[str, Rows]] = {}
-    for key, rows in grouped(lines).items():
-        panels_of.setdefault(", ".join(rest(key, axes)), {})[kept(key, axes)] = rows
+    for key, rows in group_by_axes(lines).items():
+        panels_of.setdefault(", ".join(rest(key, axes)), {})[complete_seeds(key, axes)] = rows
     figure, panels = panels_for(list(panels_of))
     every = dict.fromkeys(name for by_equal in panels_of.values() for rows in by_equal.values() for name in rows)
     names = [name for name in every if name != AGAINST[0]]
@@ -87,7 +97,7 @@ def leads(lines: Sequence[Line]) -> Figure:
 
 def source_curve(lines: Sequence[Line]) -> Figure:
     """Live BPB on val against the source layer, in the order of the choices; bars are the deviation over seeds."""
-    groups = grouped(lines)
+    groups = group_by_axes(lines)
     figure, panels = panels_for([", ".join(key) for key in groups])
     for panel, rows in zip(panels, groups.values(), strict=True):
         found = {name: [on_val(line) for line in each if "test" in line["result"]] for name, each in rows.items()}
@@ -104,7 +114,7 @@ def scaling_curves(lines: Sequence[Line]) -> Figure:
     """Live BPB against training FLOPs, a power law through each family of at least 4 sizes, with the bootstrap's band
     from 8 on. Nothing is drawn beyond what was run."""
     figure, (panel,) = panels_for(["scaling"])
-    for number, (name, points) in enumerate(sizes(lines).items()):
+    for number, (name, points) in enumerate(sizes_by_family(lines).items()):
         compute, loss = [p.flops for p in points], [p.loss for p in points]
         colour = f"C{number}"
         panel.plot(compute, loss, "o", color=colour, label=name)

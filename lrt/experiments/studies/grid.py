@@ -86,7 +86,7 @@ class Study:
         return f"{self.name}.{self.edition}.jsonl"
 
 
-def known() -> tuple[str, ...]:
+def known_studies() -> tuple[str, ...]:
     """The studies that come with the library."""
     return tuple(sorted(path.stem for path in HERE.glob("*.yaml")))
 
@@ -96,11 +96,11 @@ def editions(study: str) -> tuple[str, ...]:
     return tuple(yaml.safe_load((HERE / f"{study}.yaml").read_text())["editions"])
 
 
-def read(study: str, edition: str) -> Study:
+def read_study(study: str, edition: str) -> Study:
     """A study by its name, or from a file of one's own. ValueError that names what is wrong."""
-    path = HERE / f"{study}.yaml" if study in known() else Path(study)
+    path = HERE / f"{study}.yaml" if study in known_studies() else Path(study)
     if path.suffix != ".yaml":
-        raise ValueError(f"unknown study {study!r}; choose one of {', '.join(known())}, or give a .yaml file")
+        raise ValueError(f"unknown study {study!r}; choose one of {', '.join(known_studies())}, or give a .yaml file")
     data = yaml.safe_load(path.read_text())
     if not isinstance(data, dict) or set(data) != {"kind", "editions"} or edition not in data["editions"]:
         raise ValueError(

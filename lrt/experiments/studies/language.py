@@ -26,13 +26,13 @@ from typing import Any
 from lrt.data.prepared import Prepared
 from lrt.data.windows import Windows, windows
 from lrt.eval.report.table import Table
-from lrt.eval.scoring import bits_per_byte, evaluate, live
+from lrt.eval.scoring import bits_per_byte, evaluate, live_scorer
 from lrt.eval.sweep_curve import sweep_curve
 from lrt.experiments import rivals
 from lrt.experiments.studies import comparisons, figures, texts, timing
 from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.runner import Line
-from lrt.experiments.studies.texts import text
+from lrt.experiments.studies.texts import prepared_text
 from lrt.model.config import ModelConfig
 from lrt.model.size import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -41,7 +41,7 @@ from lrt.schedules.parse import parse
 from lrt.training import recipes
 from lrt.training.config import RunConfig
 from lrt.training.optim import OptimConfig
-from lrt.training.trainer import Diverged, Trained, Training
+from lrt.training.trainer import Diverged, Trained, Trainer
 from lrt.utils import files
 from lrt.utils.progress import Advance
 
@@ -71,7 +71,7 @@ def model_of(fields: Fields, vocab_size: int) -> ModelConfig:
     memory = {**dataclasses.asdict(model.memory), **changes.get("memory", {})}
     model = ModelConfig.from_dict({**model.to_dict(), **changes, "memory": memory})
     if (widest := fields.get("widened_to")) is not None:
-        model = recipes.matched(model, count_parameters(families[widest].model(base))[0])
+        model = recipes.match_parameters(model, count_parameters(families[widest].model(base))[0])
     return model
 
 
@@ -107,7 +107,7 @@ def baseline(run: RunConfig, fields: Fields) -> RunConfig:
     return run_of({**plain, "family": BASELINE}, run.model.vocab_size)
 
 
-def equalled(run: RunConfig, other: RunConfig, equal: str, ratio: float) -> RunConfig:
+def match_wall_clock(run: RunConfig, other: RunConfig, equal: str, ratio: float) -> RunConfig:
     """`run` for as many tokens, FLOPs or seconds as `other`; `ratio` is its time of a step over the other's."""
     if equal not in EQUAL:
         raise ValueError(f"equal is {equal!r}; choose one of {', '.join(EQUAL)}")
@@ -133,26 +133,26 @@ class Language:
 
     def current(self, line: Line) -> bool:
         """Whether the line's run is what its fields come to now, and its text, where that is here, the same."""
-        return current(
+        return is_current(
             json.dumps(line["fields"], sort_keys=True), json.dumps(line["result"]["run"]), line["result"]["data"]
         )
 
     def minutes(self, cell: Cell, device: str) -> float:
         """From a few timed steps and decoded tokens; seeds and rates take as long as each other."""
-        return estimated(json.dumps({**cell.fields, "seed": 0, "rate": 1}, sort_keys=True), device)
+        return estimate_cell(json.dumps({**cell.fields, "seed": 0, "rate": 1}, sort_keys=True), device)
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
-        data = text(fields.get("text", texts.STDLIB))
+        data = prepared_text(fields.get("text", texts.STDLIB))
         run = run_of(fields, data.vocab_size)
         other = baseline(run, fields)
         ratios = timing.ratios(run, other, data, device)
-        run = equalled(run, other, fields.get("equal", "tokens"), ratios["step"])
-        result = {"run": run.to_dict(), "data": data.fingerprint, **sizes(run)}
+        run = match_wall_clock(run, other, fields.get("equal", "tokens"), ratios["step"])
+        result = {"run": run.to_dict(), "data": data.fingerprint, **count_costs(run)}
         result |= {f"{name}_ratio": value for name, value in ratios.items()}
         try:
-            model, trained = train(run, data, device, advance)
+            model, trained = train_cell(run, data, device, advance)
         except Diverged as error:
-            shutil.rmtree(unfinished(run, data), ignore_errors=True)
+            shutil.rmtree(unfinished_step(run, data), ignore_errors=True)
             return {**result, "diverged": str(error)}
         result |= {
             "loss": trained.loss,
@@ -160,8 +160,8 @@ class Language:
             "training_flops": trained.flops,
             "train_seconds": round(trained.seconds, 1),
         }
-        result |= scored(model, data, run, fields)
-        shutil.rmtree(unfinished(run, data), ignore_errors=True)
+        result |= score_run(model, data, run, fields)
+        shutil.rmtree(unfinished_step(run, data), ignore_errors=True)
         advance(1 - TRAINING, f"live {result['test']['live_bpb']:.4f}")
         return result
 
@@ -184,11 +184,11 @@ class Scaling(Language):
 
 
 @functools.cache
-def current(cell: str, run: str, data: str) -> bool:
+def is_current(cell: str, run: str, data: str) -> bool:
     """See `Language.current`. Horizons may differ: a measured ratio of times is in some."""
     fields, found = json.loads(cell), json.loads(run)
     name = fields.get("text", texts.STDLIB)
-    if texts.is_here(name) and text(name).fingerprint != data:
+    if texts.is_here(name) and prepared_text(name).fingerprint != data:
         return False
     try:
         now = json.loads(json.dumps(run_of(fields, found["model"]["vocab_size"]).to_dict()))
@@ -197,7 +197,7 @@ def current(cell: str, run: str, data: str) -> bool:
     return {**now, "horizon": ""} == {**found, "horizon": ""}
 
 
-def sizes(run: RunConfig) -> dict[str, Any]:
+def count_costs(run: RunConfig) -> dict[str, Any]:
     """What a model costs, counted."""
     total, dense = count_parameters(run.model)
     return {
@@ -208,16 +208,18 @@ def sizes(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def unfinished(run: RunConfig, data: Prepared) -> Path:
+def unfinished_step(run: RunConfig, data: Prepared) -> Path:
     """Where a long training's newest snapshot is kept, until its cell is scored or has diverged: beside the texts."""
     about = json.dumps([run.to_dict(), data.fingerprint], sort_keys=True)
     return texts.TEXTS.parent / "unfinished" / hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
-def train(run: RunConfig, data: Prepared, device: str, advance: Advance) -> tuple[LatentRecurrentTransformer, Trained]:
+def train_cell(
+    run: RunConfig, data: Prepared, device: str, advance: Advance
+) -> tuple[LatentRecurrentTransformer, Trained]:
     """A run from where it was left to its end; what it came to has the losses since then."""
-    training = Training(run, data, device)
-    kept = unfinished(run, data)
+    training = Trainer(run, data, device)
+    kept = unfinished_step(run, data)
     files.recover(kept)
     if kept.exists():
         training.restore(kept)
@@ -236,7 +238,7 @@ def train(run: RunConfig, data: Prepared, device: str, advance: Advance) -> tupl
     return training.model, training.trained(sum(last) / len(last))
 
 
-def scored(model: LatentRecurrentTransformer, data: Prepared, run: RunConfig, fields: Fields) -> dict[str, Any]:
+def score_run(model: LatentRecurrentTransformer, data: Prepared, run: RunConfig, fields: Fields) -> dict[str, Any]:
     """Live on val, by which a rate is chosen; everything on test, which is reported; and whether it settles."""
     count, size, prefix = fields.get("targets", TARGETS), data.tokenizer.token_bytes(), data.tokenizer.prefix_bytes("a")
     schedule = parse(run.schedule)
@@ -244,11 +246,11 @@ def scored(model: LatentRecurrentTransformer, data: Prepared, run: RunConfig, fi
     def chosen(split: str, targets: int) -> Windows:
         return windows(data.split(split), run.model.context, targets)
 
-    val, _ = bits_per_byte(model, chosen("val", count), size, live, progress=False, prefix_bytes=prefix)
+    val, _ = bits_per_byte(model, chosen("val", count), size, live_scorer, progress=False, prefix_bytes=prefix)
     test = evaluate(model, chosen("test", count), size, schedule, progress=False, prefix_bytes=prefix)
     found: dict[str, Any] = {"val_live_bpb": val, "test": test.to_dict()}
     settling = fields.get("settling", 0)
-    if settling and model.config.memory.remembered(model.config.depth):
+    if settling and model.config.memory.stored_sources(model.config.depth):
         curve = sweep_curve(
             model, chosen("val", settling), size, schedule, groups=(1,), progress=False, prefix_bytes=prefix
         )
@@ -257,11 +259,11 @@ def scored(model: LatentRecurrentTransformer, data: Prepared, run: RunConfig, fi
 
 
 @functools.cache
-def estimated(cell: str, device: str) -> float:
+def estimate_cell(cell: str, device: str) -> float:
     """Minutes of a cell, by its fields in JSON; its ratio of step times is taken as that of the FLOPs."""
     fields: Fields = json.loads(cell)
-    data = text(fields.get("text", texts.STDLIB))
+    data = prepared_text(fields.get("text", texts.STDLIB))
     run = run_of(fields, data.vocab_size)
     other = baseline(run, fields)
-    run = equalled(run, other, fields.get("equal", "tokens"), run.flops_per_token / other.flops_per_token)
-    return timing.estimated(run, data, fields.get("targets", TARGETS), fields.get("settling", 0), device)
+    run = match_wall_clock(run, other, fields.get("equal", "tokens"), run.flops_per_token / other.flops_per_token)
+    return timing.estimate_minutes(run, data, fields.get("targets", TARGETS), fields.get("settling", 0), device)

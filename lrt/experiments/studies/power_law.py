@@ -102,7 +102,7 @@ def bootstrap(
     ]
 
 
-def fitted(compute: Sequence[float], loss: Sequence[float]) -> tuple[PowerLaw, list[PowerLaw]]:
+def fit_with_bootstrap(compute: Sequence[float], loss: Sequence[float]) -> tuple[PowerLaw, list[PowerLaw]]:
     """The law and its bootstrap."""
     return fit(compute, loss), bootstrap(compute, loss)
 

@@ -66,7 +66,7 @@ class Kind(Protocol):
         ...
 
 
-def finished(file: Path) -> list[Line]:
+def finished_cells(file: Path) -> list[Line]:
     """The lines of a file of results; none where it does not exist. A line that was cut short is passed over."""
     lines = []
     for text in file.read_text().splitlines() if file.exists() else ():
@@ -77,9 +77,9 @@ def finished(file: Path) -> list[Line]:
     return lines
 
 
-def current(kind: Kind, file: Path) -> list[Line]:
+def current_lines(kind: Kind, file: Path) -> list[Line]:
     """The lines that a cell would still come to, with the code and the data that are here."""
-    return [line for line in finished(file) if kind.current(line)]
+    return [line for line in finished_cells(file) if kind.current(line)]
 
 
 def of(study: Study, lines: Sequence[Line]) -> list[Line]:
@@ -93,7 +93,7 @@ def newest(lines: Sequence[Line]) -> list[Line]:
     return list({line["cell"]: line for line in lines}.values())
 
 
-def left(study: Study, lines: Sequence[Line], only: Sequence[str] = ()) -> list[Cell]:
+def cells_left(study: Study, lines: Sequence[Line], only: Sequence[str] = ()) -> list[Cell]:
     """The cells still to run; with `only`, those whose names hold all of these words.
 
     Of a sweep's later seeds, only the best choice of the first one; where that is not known yet, the first choice
@@ -103,12 +103,12 @@ def left(study: Study, lines: Sequence[Line], only: Sequence[str] = ()) -> list[
     done = {line["cell"] for line in known}
     chosen = [c for c in study.cells if all(word in (*c.choices, str(c.seed)) for word in only)]
     if study.sweep is not None:
-        best = swept(study, known)
+        best = best_by_sweep(study, known)
         chosen = [c for c in chosen if c.seed == study.cells[0].seed or best[study.apart_from_sweep(c)] == c.choices]
     return [c for c in chosen if c.name not in done]
 
 
-def swept(study: Study, lines: Sequence[Line]) -> dict[tuple[str, ...], tuple[str, ...]]:
+def best_by_sweep(study: Study, lines: Sequence[Line]) -> dict[tuple[str, ...], tuple[str, ...]]:
     """For each combination of the axes not swept, the choices of its cell that was best with the first seed."""
     assert study.sweep is not None
     scores = {line["cell"]: line["result"].get(study.sweep.by, math.inf) for line in lines}
@@ -121,12 +121,12 @@ def swept(study: Study, lines: Sequence[Line]) -> dict[tuple[str, ...], tuple[st
     return {key: cell.choices for key, cell in best.items()}
 
 
-def announced(minutes: float, cells: int, done: int) -> str:
+def announce(minutes: float, cells: int, done: int) -> str:
     """What is said before the first cell runs."""
     return f"{cells} cells to run, about {minutes:,.0f} minutes in all; {done} are done already"
 
 
-def run(
+def run_study(
     study: Study,
     kind: Kind,
     file: Path,
@@ -143,45 +143,49 @@ def run(
     unknown = [word for word in only if word not in words]
     if unknown:
         raise ValueError(f"no cell has the choice {', '.join(unknown)}; choose among {', '.join(sorted(words))}")
-    waiting = left(study, current(kind, file), only)
+    waiting = cells_left(study, current_lines(kind, file), only)
     missing = {cell.name: lack for cell in waiting if (lack := kind.missing(cell)) is not None}
     for lack in sorted(set(missing.values())):
         print(f"{sum(each == lack for each in missing.values())} cells are left out: {lack}", flush=True)
     minutes = {
-        cell.name: 0.0 if taken(study, kind, cell, file) else kind.minutes(cell, device)
+        cell.name: 0.0 if take_shared(study, kind, cell, file) else kind.minutes(cell, device)
         for cell in waiting
         if cell.name not in missing
     }
     total = sum(minutes.values())
-    print(announced(total, len(minutes), len(of(study, current(kind, file)))), flush=True)
+    print(announce(total, len(minutes), len(of(study, current_lines(kind, file)))), flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     with bar(study.name, max(1e-9, total), progress) as advance:
-        while cells := [c for c in left(study, current(kind, file), only) if c.name not in {*missing, *failed}]:
-            cell = free(study, cells, file)
+        while cells := [
+            c for c in cells_left(study, current_lines(kind, file), only) if c.name not in {*missing, *failed}
+        ]:
+            cell = next_unclaimed(study, cells, file)
             if cell is None:
                 advance(0, f"waiting for what other processes run ({claim_file(file, cells[0]).parent})")
                 time.sleep(WAIT)
                 continue
             each = minutes.get(cell.name, 1.0)  # of a sweep's later seeds another choice may have been announced
             with claim(file, cell) as mine:
-                if mine is None or cell not in left(study, current(kind, file), only):  # another process was faster
+                if mine is None or cell not in cells_left(
+                    study, current_lines(kind, file), only
+                ):  # another process was faster
                     continue
                 try:
-                    line = taken(study, kind, cell, file) or finish(
+                    line = take_shared(study, kind, cell, file) or finish(
                         study, cell, kind, telling(advance, cell, each, mine), device
                     )
                 except Exception as error:
                     failed[cell.name] = f"{type(error).__name__}: {error}"
                     print(f"{cell.name} failed: {failed[cell.name]}", flush=True)
                 else:
-                    append(file, line)
+                    append_line(file, line)
     if failed:
         raise ValueError(
             f"{len(failed)} cells failed, the others are done; they run again with the same command: "
             + "; ".join(f"{name}: {error}" for name, error in failed.items())
         )
-    return of(study, current(kind, file))
+    return of(study, current_lines(kind, file))
 
 
 def telling(advance: Advance, cell: Cell, minutes: float, mine: Path) -> Advance:
@@ -195,19 +199,19 @@ def telling(advance: Advance, cell: Cell, minutes: float, mine: Path) -> Advance
     return told
 
 
-def free(study: Study, cells: Sequence[Cell], file: Path) -> Cell | None:
+def next_unclaimed(study: Study, cells: Sequence[Cell], file: Path) -> Cell | None:
     """The next of these cells that nobody has claimed. A later seed waits for the sweep of its own choices."""
     first = study.cells[0].seed
     unknown = {study.apart_from_sweep(c) for c in cells if c.seed == first} if study.sweep is not None else set()
     ready = (c for c in cells if c.seed == first or study.apart_from_sweep(c) not in unknown)
-    return next((c for c in ready if not claimed(claim_file(file, c))), None)
+    return next((c for c in ready if not is_claimed(claim_file(file, c))), None)
 
 
 def claim_file(file: Path, cell: Cell) -> Path:
     return file.with_suffix(".claims") / f"{cell.key}.{cell.name.replace('/', '.').replace(' ', '-')}"
 
 
-def claimed(path: Path) -> bool:
+def is_claimed(path: Path) -> bool:
     """Whether a process works on a cell."""
     try:
         host, _, process = path.read_text().partition(" ")
@@ -236,7 +240,7 @@ def claim(file: Path, cell: Cell) -> Iterator[Path | None]:
     path = claim_file(file, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(file.with_suffix(".lock")):  # looking and taking are one step
-        mine = not claimed(path)
+        mine = not is_claimed(path)
         if mine:
             path.write_text(f"{platform.node()} {os.getpid()}")
     try:
@@ -246,7 +250,7 @@ def claim(file: Path, cell: Cell) -> Iterator[Path | None]:
             path.unlink(missing_ok=True)
 
 
-def append(file: Path, line: Line) -> None:
+def append_line(file: Path, line: Line) -> None:
     """Add a line, on its own also where the last one was cut short."""
     with filelock.FileLock(file.with_suffix(".lock")):
         whole = not file.exists() or file.read_text()[-1:] in ("", "\n")
@@ -259,7 +263,7 @@ def finish(study: Study, cell: Cell, kind: Kind, advance: Advance, device: str =
     begun = time.perf_counter()
     result = kind.run(cell.fields, advance, device)
     return {
-        **labelled(study, cell),
+        **label(study, cell),
         "result": result,
         "seconds": round(time.perf_counter() - begun, 1),
         "code": code_version(),
@@ -267,7 +271,7 @@ def finish(study: Study, cell: Cell, kind: Kind, advance: Advance, device: str =
     }
 
 
-def labelled(study: Study, cell: Cell) -> Line:
+def label(study: Study, cell: Cell) -> Line:
     """Which cell of which study, as a line says it."""
     return {
         "study": study.name,
@@ -281,12 +285,12 @@ def labelled(study: Study, cell: Cell) -> Line:
     }
 
 
-def taken(study: Study, kind: Kind, cell: Cell, file: Path) -> Line | None:
+def take_shared(study: Study, kind: Kind, cell: Cell, file: Path) -> Line | None:
     """A cell's line from that of another study beside `file` with the same fields, which says whose it was."""
     for other in sorted(set(file.parent.glob("*.jsonl")) - {file}):
-        for line in reversed(finished(other)):
+        for line in reversed(finished_cells(other)):
             if line["key"] == cell.key and kind.current(line):
-                return {**line, **labelled(study, cell), "from": f"{line['study']}.{line['edition']} {line['cell']}"}
+                return {**line, **label(study, cell), "from": f"{line['study']}.{line['edition']} {line['cell']}"}
     return None
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lrt.eval.ablations import ablated
+from lrt.eval.ablations import ablate
 from lrt.eval.report.table import Table
 from lrt.experiments.studies import grid
 from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.runner import Line
 from lrt.experiments.tracking import measure
 from lrt.experiments.tracking.tasks import TASKS, Task
-from lrt.experiments.tracking.training import TrackingRun, train
+from lrt.experiments.tracking.training import TrackingRun, train_tracking
 from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution, missing_compiler
 from lrt.model.size import count_parameters
@@ -62,7 +62,7 @@ class StateTracking:
             missing = missing_compiler(device)
             if missing is not None:
                 raise ValueError(f"{cell.name} compiles its stream, but {missing}; set compile: never")
-        if stream and unrolled.uncovered(LatentRecurrentTransformer(run.model)) is not None:
+        if stream and unrolled.reason_uncovered(LatentRecurrentTransformer(run.model)) is not None:
             raise ValueError(
                 f"{cell.name}: a stream needs a memory, and in every layer a window of at most "
                 f"{unrolled.CHUNK + 1} positions"
@@ -74,7 +74,7 @@ class StateTracking:
         task, sequences = TASKS[run.task], fields.get("sequences", measure.SEQUENCES)
         result: dict[str, Any] = {"parameters": count_parameters(run.model)[0], "chance": task.chance}
         try:
-            done = train(run, lambda steps, text: advance(TRAINING * steps / run.steps, text), device=device)
+            done = train_tracking(run, lambda steps, text: advance(TRAINING * steps / run.steps, text), device=device)
         except FloatingPointError as error:
             return {**result, "diverged": str(error)}
         result |= {
@@ -87,7 +87,7 @@ class StateTracking:
             "reads": {},
             "ablated": {},
         }
-        longest = math.inf if run.model.unbounded else run.model.context
+        longest = math.inf if run.model.unlimited_context else run.model.context
         tests, extra = [n for n in fields.get("tests", []) if n <= longest], fields.get("reads", {})
         share = (1 - TRAINING) / max(1, len(tests) + len(extra) + ("stream" in fields))
         for wanted in tests:
@@ -99,21 +99,21 @@ class StateTracking:
             found = measure.reads(done.model, TASKS[name], wanted["length"], wanted["reads"], run.seed)
             result["reads"][name] = {"length": wanted["length"], "reads": found.asked, "errors": found.errors}
             advance(share, f"{name}: {found.errors} errors")
-        if tests and run.model.memory.remembered(run.model.depth):
+        if tests and run.model.memory.stored_sources(run.model.depth):
             for name in ABLATED:
-                found = measure.final_state(ablated(done.model, name), task, task.length(tests[0]), FEW, run.seed)
+                found = measure.final_state(ablate(done.model, name), task, task.length(tests[0]), FEW, run.seed)
                 result["ablated"][name] = {"sequences": FEW, "accuracy": found.accuracy}
         if "stream" in fields:
-            result["stream"] = streamed(
+            result["stream"] = score_stream(
                 done.model, task, fields["stream"], run.seed, lambda amount, text="": advance(share * amount, text)
             )
         return result
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
         """All tasks at a glance; each, mean and standard deviation over seeds; errors among all reads; streams."""
-        tasks = [task_table(task, found) for (task,), found in grouped(lines, "task").items()]
+        tasks = [task_table(task, found) for (task,), found in group_by_choices(lines, "task").items()]
         whole = [line for line in lines if "diverged" not in line["result"]]
-        return [summary(lines), *tasks, reads_rows(whole), stream_rows(whole)]
+        return [summary_table(lines), *tasks, reads_rows(whole), stream_rows(whole)]
 
     def figure(self, lines: Sequence[Line]) -> Figure:
         """Accuracy of the last state against length, a panel per task, a line per model: mean and deviation."""
@@ -128,7 +128,7 @@ class StateTracking:
         for panel, (task, by_model) in zip(panels, curves.items(), strict=False):
             for model, points in by_model.items():
                 draw(panel, models.index(model), model, points)
-            first = next(line for line in lines if named(line, "task") == task)
+            first = next(line for line in lines if choice_on(line, "task") == task)
             panel.axhline(100 * TASKS[first["fields"]["task"]].chance, color="grey", linewidth=0.8, linestyle=":")
             panel.axvspan(1, first["fields"]["longest"], color="grey", alpha=0.12, linewidth=0)
             panel.set(title=task, xlabel="length (grey: trained on)", ylabel="last state right, %", ylim=(0, 104))
@@ -143,14 +143,14 @@ class StateTracking:
         return figure
 
 
-def streamed(
+def score_stream(
     model: LatentRecurrentTransformer, task: Task, stream: Fields, seed: int, advance: Advance
 ) -> dict[str, Any]:
     """The accuracy of a stream, whole and in tenths, and how it was run."""
-    generator = measure.fresh("stream", task, stream["symbols"], seed)
-    tokens, classes = measure.drawn(model, task, stream["rows"], stream["symbols"] // stream["rows"], generator)
+    generator = measure.test_generator("stream", task, stream["symbols"], seed)
+    tokens, classes = measure.draw_rows(model, task, stream["rows"], stream["symbols"] // stream["rows"], generator)
     begun = time.perf_counter()
-    found = measure.stream(model, tokens, classes, execution=Execution(stream["compile"]), advance=advance)
+    found = measure.stream_answers(model, tokens, classes, execution=Execution(stream["compile"]), advance=advance)
     return {
         "symbols": tokens.numel(),
         "rows": stream["rows"],
@@ -188,7 +188,7 @@ def recipe(task: str, model: str = "sequential", edition: str = "tiny", seed: in
 
     ValueError for choices that the study has not.
     """
-    study = grid.read("state-tracking", edition)
+    study = grid.read_study("state-tracking", edition)
     found = next((cell for cell in study.cells if cell.choices == (task, model)), None)
     pairs = ", ".join(f"{a!r} {b!r}" for a, b in dict.fromkeys(cell.choices for cell in study.cells))
     if found is None:
@@ -202,23 +202,23 @@ def accuracies(lines: Sequence[Line]) -> dict[tuple[str, str], dict[int, list[fl
     found: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         for length, score in line["result"].get("last_state", {}).items():
-            found[named(line, "task"), named(line, "model")][int(length)].append(score["accuracy"])
+            found[choice_on(line, "task"), choice_on(line, "model")][int(length)].append(score["accuracy"])
     return found
 
 
-def summary(lines: Sequence[Line]) -> Table:
+def summary_table(lines: Sequence[Line]) -> Table:
     """A row per model, a column per task and length: accuracy of the last state. No rows where there is one task.
 
     Of fewer seeds than the most that a cell has, how many stands behind.
     """
     scores = accuracies(lines)
     columns = list(dict.fromkeys((task, n) for (task, _), by_length in scores.items() for n in sorted(by_length)))
-    models = list(dict.fromkeys(named(line, "model") for line in lines))
+    models = list(dict.fromkeys(choice_on(line, "model") for line in lines))
     most = max((len(v) for by_length in scores.values() for v in by_length.values()), default=0)
 
     def entry(values: Sequence[float]) -> str:
         fewer = f" ({len(values)} seed{'s' * (len(values) > 1)})" if len(values) < most else ""
-        return (spread(values).removesuffix(" ± 0.0") + fewer) if values else ""
+        return (mean_and_deviation(values).removesuffix(" ± 0.0") + fewer) if values else ""
 
     body = [[m, *(entry(scores.get((task, m), {}).get(n, [])) for task, n in columns)] for m in models]
     head = ["last state right, %", *(f"{task}, {n}" for task, n in columns)]
@@ -236,17 +236,19 @@ def task_table(task: str, lines: Sequence[Line]) -> Table:
     names = {"zero": "memory zero", "embedding": "memory embedding"}
     head = ["model", "seeds", *map(str, lengths), *(names[a] for a in ABLATED), "rows grew to (of)", "training FLOPs"]
     body = []
-    for (model,), every in grouped(lines, "model").items():
+    for (model,), every in group_by_choices(lines, "model").items():
         found = [line for line in every if "diverged" not in line["result"]]
         seeds = f"{len(found)}" + (f", {len(every) - len(found)} diverged" if len(found) < len(every) else "")
         if not found:
             body.append([model, seeds, *[""] * (len(head) - 2)])
             continue
         measured = [line["result"]["ablated"] for line in found if line["result"].get("ablated")]  # the first have none
-        replaced = [spread([each[name]["accuracy"] for each in measured]) if measured else "" for name in ABLATED]
+        replaced = [
+            mean_and_deviation([each[name]["accuracy"] for each in measured]) if measured else "" for name in ABLATED
+        ]
         grown = ", ".join(max(line["result"]["grown"], key=int) for line in found)
         by_length = scores[task, model]
-        at = [spread(by_length[length]) if by_length.get(length) else "" for length in lengths]
+        at = [mean_and_deviation(by_length[length]) if by_length.get(length) else "" for length in lengths]
         flops = statistics.fmean(line["result"]["training_flops"] for line in found)
         body.append([model, seeds, *at, *replaced, f"{grown} ({found[0]['fields']['longest']})", f"{flops:.1e}"])
     chance = lines[0]["result"]["chance"]
@@ -256,7 +258,7 @@ def task_table(task: str, lines: Sequence[Line]) -> Table:
 def reads_rows(lines: Sequence[Line]) -> Table:
     """Errors among all answers of longer or other sequences."""
     rows = []
-    for (task, model), found in grouped(lines, "task", "model").items():
+    for (task, model), found in group_by_choices(lines, "task", "model").items():
         for test in found[0]["result"]["reads"]:
             reads = [line["result"]["reads"][test] for line in found]
             errors = ", ".join(f"{read['errors']:,} / {read['reads']:,}" for read in reads)
@@ -269,28 +271,28 @@ def stream_rows(lines: Sequence[Line]) -> Table:
     rows = []
     for line in lines:
         if "stream" in line["result"]:
-            found, task, model = line["result"]["stream"], named(line, "task"), named(line, "model")
+            found, task, model = line["result"]["stream"], choice_on(line, "task"), choice_on(line, "model")
             scores = [f"{100 * each:.4f}" for each in (found["accuracy"], min(found["tenths"]))]
             rows.append([task, model, str(line["seed"]), f"{found['symbols']:,}", *scores])
     return Table("", ["stream", "model", "seed", "symbols", "right, %", "worst tenth, %"], rows)
 
 
-def grouped(lines: Sequence[Line], *axes: str) -> dict[tuple[str, ...], list[Line]]:
+def group_by_choices(lines: Sequence[Line], *axes: str) -> dict[tuple[str, ...], list[Line]]:
     """Lines by their choices on these axes, in order."""
     found: dict[tuple[str, ...], list[Line]] = defaultdict(list)
     for line in lines:
-        found[tuple(named(line, axis) for axis in axes)].append(line)
+        found[tuple(choice_on(line, axis) for axis in axes)].append(line)
     return found
 
 
-def named(line: Line, axis: str) -> str:
+def choice_on(line: Line, axis: str) -> str:
     """A line's choice on an axis; in a study without that axis, the task or the schedule that it ran."""
     if axis in line["choices"]:
         return line["choices"][axis]
     return line["fields"]["task"] if axis == "task" else line["fields"].get("schedule", TrackingRun.schedule)
 
 
-def spread(values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
     """Mean ± standard deviation, in per cent."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{100 * statistics.fmean(values):.1f} ± {100 * deviation:.1f}"

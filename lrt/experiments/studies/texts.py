@@ -14,7 +14,7 @@ STDLIB, VOCABULARY = "stdlib", 2048
 
 
 @functools.cache
-def text(name: str) -> Prepared:
+def prepared_text(name: str) -> Prepared:
     """A text by its name, prepared. ValueError that says how where it is not there."""
     if name == STDLIB:
         return prepare(TEXTS / name, None, VOCABULARY)

@@ -15,8 +15,8 @@ import filelock
 import torch
 
 from lrt.data.prepared import Prepared
-from lrt.distributed.objective import objective
-from lrt.distributed.single import Alone
+from lrt.distributed.objective import make_objective
+from lrt.distributed.single import SingleProcess
 from lrt.eval.scoring import BATCH
 from lrt.experiments.studies import texts
 from lrt.inference.decoders import decoder
@@ -28,7 +28,7 @@ from lrt.schedules.loss import StepLoss
 from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
 from lrt.training.matching import PAIRS, seconds_per_token, step_time_ratio
-from lrt.training.trainer import Training
+from lrt.training.trainer import Trainer
 from lrt.utils.provenance import hardware
 from lrt.utils.timing import Work, alternate
 
@@ -60,7 +60,7 @@ def ratios(run: RunConfig, other: RunConfig, data: Prepared, device: str) -> Rat
         known: dict[str, Ratios] = json.loads(file.read_text()) if file.exists() else {}
         if key not in known:
             known[key] = {
-                "step": step_time_ratio(run, other, data, Alone(device)),
+                "step": step_time_ratio(run, other, data, SingleProcess(device)),
                 "schedule": schedule_ratio(run, device),
                 "decode": decode_ratio(run, other, device),
             }
@@ -79,7 +79,7 @@ def schedule_ratio(run: RunConfig, device: str) -> float:
     model = LatentRecurrentTransformer(run.model).to(device).train()
     rows = run.device_batch or run.batch_size
     tokens = torch.randint(run.model.vocab_size, (2, rows, run.model.context), device=device)
-    wrapped = objective(model, torch.bfloat16 if run.precision == "bfloat16" else torch.float32)
+    wrapped = make_objective(model, torch.bfloat16 if run.precision == "bfloat16" else torch.float32)
 
     def step(schedule: Schedule) -> Work:
         loss = StepLoss.of(schedule, [tokens[1]])
@@ -133,15 +133,15 @@ def decoding(model: LatentRecurrentTransformer, rows: int, count: int) -> Work:
     return work
 
 
-def estimated(run: RunConfig, data: Prepared, targets: int, settling: int, device: str) -> float:
+def estimate_minutes(run: RunConfig, data: Prepared, targets: int, settling: int, device: str) -> float:
     """Minutes of a cell: training by one step of each part of its schedule, scores by some decoded tokens."""
-    training = Training(run, data, device)
+    training = Trainer(run, data, device)
     training.step()
     each = seconds_per_token(training)
     training.close()
     model = training.model.eval()
     decoded = alternate({"": decoding(model, BATCH, DECODED)}, 1, 1, device, progress=False)[""].median
-    has_memory = bool(model.config.memory.remembered(model.config.depth))
+    has_memory = bool(model.config.memory.stored_sources(model.config.depth))
     live = (4 if has_memory else 2) * targets * decoded / (DECODED * BATCH)  # val, test, and test with two ablations
     forward = each * sum(forward_flops(run.model, run.model.context)) / run.flops_per_token
     length = run.model.context

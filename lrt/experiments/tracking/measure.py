@@ -47,25 +47,27 @@ class Answers:
 
 
 @torch.no_grad()
-def live(model: LatentRecurrentTransformer, tokens: Tensor) -> Tensor:
+def live_answers(model: LatentRecurrentTransformer, tokens: Tensor) -> Tensor:
     """Answers (B, T): the likeliest class at each position, decoded token by token.
 
     A model without a stored memory needs no recurrence: one plain pass gives the same.
     """
-    if unrolled.uncovered(model) is None:
+    if unrolled.reason_uncovered(model) is None:
         return model.logits(unrolled.over(model, tokens)).argmax(-1)
-    remembered = model.config.memory.remembered(model.config.depth)
+    remembered = model.config.memory.stored_sources(model.config.depth)
     schedule = schedules.sequential() if remembered else schedules.plain()
     return model.logits(refine(model, tokens, schedule).hidden).argmax(-1)
 
 
-def fresh(purpose: str, task: Task, length: int, seed: int) -> torch.Generator:
+def test_generator(purpose: str, task: Task, length: int, seed: int) -> torch.Generator:
     """The generator of a test's rows: another one for each test, and none that training draws from."""
     spelled = f"{purpose}/{task.name}/{length}/{seed}"
     return torch.Generator().manual_seed(HELD_OUT + int(hashlib.sha256(spelled.encode()).hexdigest(), 16) % HELD_OUT)
 
 
-def drawn(model: LatentRecurrentTransformer, task: Task, rows: int, length: int, generator: torch.Generator) -> Drawn:
+def draw_rows(
+    model: LatentRecurrentTransformer, task: Task, rows: int, length: int, generator: torch.Generator
+) -> Drawn:
     """Fresh tokens and classes (B, T), where the model is."""
     tokens, classes = task.sample(rows, length, generator)
     return tokens.to(model.embedding.weight.device), classes.to(model.embedding.weight.device)
@@ -89,10 +91,10 @@ def final_state(
     model: LatentRecurrentTransformer, task: Task, length: int, rows: int = SEQUENCES, seed: int = 0, batch: int = 1000
 ) -> Answers:
     """The last position's state over `rows` fresh sequences."""
-    generator, found = fresh("last state", task, length, seed), []
+    generator, found = test_generator("last state", task, length, seed), []
     for start in range(0, rows, batch):
-        tokens, classes = drawn(model, task, min(batch, rows - start), length, generator)
-        found.append(last(live(model, tokens), classes))
+        tokens, classes = draw_rows(model, task, min(batch, rows - start), length, generator)
+        found.append(last(live_answers(model, tokens), classes))
     return Answers(sum(f.asked for f in found), sum(f.right for f in found))
 
 
@@ -100,11 +102,11 @@ def reads(
     model: LatentRecurrentTransformer, task: Task, length: int, wanted: int, seed: int = 0, batch: int = 1000
 ) -> Answers:
     """All answers in fresh sequences, until at least `wanted` were asked for: errors are what counts."""
-    generator = fresh("reads", task, length, seed)
+    generator = test_generator("reads", task, length, seed)
     asked = right = 0
     while asked < wanted:
-        tokens, classes = drawn(model, task, batch, length, generator)
-        found = every(live(model, tokens), classes)
+        tokens, classes = draw_rows(model, task, batch, length, generator)
+        found = every(live_answers(model, tokens), classes)
         asked, right = asked + found.asked, right + found.right
     return Answers(asked, right)
 
@@ -124,7 +126,7 @@ class Streamed:
 
 
 @torch.no_grad()
-def stream(
+def stream_answers(
     model: LatentRecurrentTransformer,
     tokens: Tensor,
     classes: Tensor,
@@ -137,13 +139,13 @@ def stream(
 
     Only models that `exact` covers; the rows may be as long as one likes.
     """
-    carry = dataclasses.replace(unrolled.beginning(model, tokens.shape[0]), position=first)
+    carry = dataclasses.replace(unrolled.empty_carry(model, tokens.shape[0]), position=first)
     found = []
     size = -(-tokens.shape[1] // parts)
     for part, asked in zip(tokens.split(size, 1), classes.split(size, 1), strict=True):
         right = counted = 0
         for some, wanted in zip(part.split(BLOCK, 1), asked.split(BLOCK, 1), strict=True):
-            hidden, carry = unrolled.run(model, some, carry, execution)
+            hidden, carry = unrolled.run_chunks(model, some, carry, execution)
             answers = every(model.logits(hidden).argmax(-1), wanted)
             right, counted = right + answers.right, counted + answers.asked
             advance(some.shape[1] / tokens.shape[1], f"position {carry.position:,}")

@@ -183,12 +183,12 @@ def word_problem(group: Group, letters: tuple[int, ...]) -> Draw:
     def draw(rows: int, length: int, generator: torch.Generator) -> Rows:
         alphabet = torch.tensor(letters)
         drawn = integers(len(letters), (rows, length), generator)
-        return drawn, products(group, alphabet[drawn])
+        return drawn, prefix_products(group, alphabet[drawn])
 
     return draw
 
 
-def products(group: Group, elements: Tensor) -> Tensor:
+def prefix_products(group: Group, elements: Tensor) -> Tensor:
     """Products (B, T) of all prefixes of elements (B, T): each new one acts after those before it."""
     reached = torch.full_like(elements[:, 0], group.identity)
     found = []
@@ -268,7 +268,7 @@ def tracked_retrieval(group: Group) -> Draw:
         values = integers(VALUES, (rows, ITEMS), generator)
         moves = integers(len(swaps), (rows, length - ITEMS - 1), generator)
         place = integers(ITEMS, (rows,), generator)
-        reached = products(group, swaps[moves])[:, -1] if moves.shape[1] else torch.full((rows,), group.identity)
+        reached = prefix_products(group, swaps[moves])[:, -1] if moves.shape[1] else torch.full((rows,), group.identity)
         tokens = torch.cat((values, VALUES + ITEMS + moves, VALUES + place.unsqueeze(1)), 1)
         asked = nowhere(tokens)
         # Element g takes what is in place i to place g(i).

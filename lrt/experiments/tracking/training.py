@@ -102,7 +102,7 @@ class TrainedTracker:
     seconds: float
 
 
-def train(
+def train_tracking(
     run: TrackingRun,
     advance: Callable[[float, str], object] = lambda *_: None,
     execution: Execution = EAGER,
@@ -120,7 +120,7 @@ def train(
     for step in range(run.steps):
         generator = torch.Generator().manual_seed(STRIDE * run.seed + step)
         drawn, asked = (x.to(device) for x in task.sample(run.rows, lengths[len(reached) - 1], generator))
-        loss, final = objective(model, drawn, asked, schedule.at(step, run.steps, run.seed), execution)
+        loss, final = step_loss(model, drawn, asked, schedule.at(step, run.steps, run.seed), execution)
         loss.backward()
         norm = float(clip(model, run.optim.clip))
         if not math.isfinite(norm + final + float(loss.detach())):
@@ -136,7 +136,7 @@ def train(
     return TrainedTracker(model.eval(), losses, grown, tokens, time.perf_counter() - begun)
 
 
-def objective(
+def step_loss(
     model: LatentRecurrentTransformer, tokens: Tensor, asked: Tensor, schedule: Schedule, execution: Execution = EAGER
 ) -> tuple[Tensor, float]:
     """The loss of a step over tokens, asked (B, T), by the fast way for sequential passes; and what shows mastery.
@@ -144,7 +144,7 @@ def objective(
     That is the mean nats under what the schedule leaves in the end: its earlier passes need not be good.
     """
     count = max(1, int((asked != IGNORED).sum()))
-    if isinstance(schedule, Simple) and schedule.name == "sequential" and unrolled.uncovered(model) is None:
+    if isinstance(schedule, Simple) and schedule.name == "sequential" and unrolled.reason_uncovered(model) is None:
         (backprop,) = schedule.arguments or (None,)
         hidden = unrolled.over(model, tokens, backprop, execution)
         loss = summed_nats(model, hidden, asked, execution=execution) / count

@@ -26,13 +26,13 @@ DIGITS, BASE = 4, 256
 """A token is stored as its digits, which bfloat16 too holds exactly; all zeros are padding."""
 
 
-def encoded(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+def encode_digits(tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Tokens (B, S), -1 for padding, as digits (B, S, DIGITS)."""
     places = BASE ** torch.arange(DIGITS, device=tokens.device)
     return ((tokens.unsqueeze(-1) + 1) // places % BASE).to(dtype)
 
 
-def decoded(digits: Tensor) -> Tensor:
+def decode_digits(digits: Tensor) -> Tensor:
     """The inverse of `encoded`."""
     return (digits.long() * BASE ** torch.arange(DIGITS, device=digits.device)).sum(-1) - 1
 
@@ -74,7 +74,7 @@ class Columns:
         return torch.zeros_like(kept).scatter(dim, self.order.view(shape).expand_as(kept), kept)
 
 
-def checked(cache: Cache, depth: int) -> Cache:
+def check_cache(cache: Cache, depth: int) -> Cache:
     """The cache, with its layer for the memory. ValueError where it is of a kind that could not be exact."""
     if not isinstance(cache, DynamicCache | StaticCache):
         raise ValueError(
@@ -108,16 +108,16 @@ def columns_of(cache: Cache, layer: int) -> tuple[Tensor, Tensor]:
 
 def past(cache: Cache, depth: int) -> Tensor | None:
     """Tokens (B, S) of the columns that the cache holds, -1 for padding; None where it is empty."""
-    return decoded(columns_of(cache, depth)[1][:, 0]) if int(cache.get_seq_length()) else None
+    return decode_digits(columns_of(cache, depth)[1][:, 0]) if int(cache.get_seq_length()) else None
 
 
-def read(
+def read_cache(
     cache: Cache | None, config: ModelConfig, tokens: Tensor, columns: Columns, like: Tensor
 ) -> tuple[State, Tensor]:
     """(State with room for tokens (B, T) behind what the cache holds, (B,) positions it holds already)."""
     batch, new = tokens.shape
-    known = None if cache is None else past(cache, config.caches)
-    sources = len(config.memory.remembered(config.depth))
+    known = None if cache is None else past(cache, config.kv_layers)
+    sources = len(config.memory.stored_sources(config.depth))
     before = Columns.of(torch.ones(batch, 0, dtype=torch.bool) if known is None else known >= 0)
     start = before.lengths.to(tokens.device)
     held = 0 if known is None else known.shape[1]
@@ -137,9 +137,9 @@ def read(
             buffer.narrow(dim, 0, held).copy_(before.compact(old, dim))
         return buffer
 
-    layers = range(config.caches + 1)
+    layers = range(config.kv_layers + 1)
     old = [(None, None) for _ in layers] if cache is None or known is None else [columns_of(cache, i) for i in layers]
-    heads = (batch, config.groups, slots, config.head_dim)
+    heads = (batch, config.num_kv_heads, slots, config.head_dim)
     keys = tuple(room(heads, 2, k) for k, _ in old[:-1])
     values = tuple(room(heads, 2, v) for _, v in old[:-1])
     history = old[-1][0]
@@ -153,9 +153,9 @@ def read(
         written[:, :held] = before.compact(known, 1)
     alike = before.order is None
     state = State(
-        keys, values, memory, written, None, positions, filled=held if alike else 0, write=write_in_place
+        keys, values, memory, written, None, positions, written_until=held if alike else 0, write=write_in_place
     )  # fmt: skip
-    if not config.unbounded and int((start + columns.lengths).max()) > config.context:
+    if not config.unlimited_context and int((start + columns.lengths).max()) > config.context:
         raise ValueError(
             f"{int((start + columns.lengths).max())} positions exceed the context of {config.context}; shorten the "
             "prompt or max_new_tokens, or use a model in which every layer has a sliding window"
@@ -181,11 +181,11 @@ def append(cache: Cache, config: ModelConfig, state: State, start: Tensor, token
     history = taken(state.memory, 1).flatten(2).unsqueeze(1)
     if history.shape[-1] == 0:  # nothing remembered: the layer still has to know its length
         history = state.memory.new_zeros(batch, 1, new, 1)
-    real = columns.spread(torch.ones_like(tokens, dtype=torch.bool) & inside(columns, tokens), 1)
+    real = columns.spread(torch.ones_like(tokens, dtype=torch.bool) & is_real(columns, tokens), 1)
     known = torch.where(real, columns.spread(tokens, 1), -1)
-    cache.update(history, encoded(known, history.dtype).unsqueeze(1), config.caches)
+    cache.update(history, encode_digits(known, history.dtype).unsqueeze(1), config.kv_layers)
 
 
-def inside(columns: Columns, tokens: Tensor) -> Tensor:
+def is_real(columns: Columns, tokens: Tensor) -> Tensor:
     """(B, T) bool: which of the compacted positions are real."""
     return torch.arange(tokens.shape[1], device=tokens.device) < columns.lengths.to(tokens.device).unsqueeze(1)

@@ -40,9 +40,9 @@ class LRTConfig(PreTrainedConfig):
         self.vocab_size = model.vocab_size
         self.hidden_size = model.width
         self.intermediate_size = model.mlp_dim
-        self.num_hidden_layers = model.caches
+        self.num_hidden_layers = model.kv_layers
         self.num_attention_heads = model.heads
-        self.num_key_value_heads = model.groups
+        self.num_key_value_heads = model.num_kv_heads
         self.head_dim = model.head_dim
         self.max_position_embeddings = model.context
         self.final_logit_softcapping = model.softcap

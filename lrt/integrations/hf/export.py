@@ -41,7 +41,7 @@ def export(source: Path | str, out: Path | str, prefill: str = "converged", remo
         raise ValueError(f"{out} holds something that is no exported LRT; choose another folder")
     fresh = out.with_name(f".{out.name}.saving-{os.getpid()}")
     try:
-        model = write(source, fresh, prefill, remote_code)
+        model = write_folder(source, fresh, prefill, remote_code)
         files.swap(fresh, out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -56,7 +56,7 @@ def is_export(folder: Path) -> bool:
     return files.read_json(file).get("model_type") == LRTConfig.model_type
 
 
-def write(source: Path | str, out: Path, prefill: str, remote_code: bool) -> LRTForCausalLM:
+def write_folder(source: Path | str, out: Path, prefill: str, remote_code: bool) -> LRTForCausalLM:
     """Write a checkpoint as a folder that does not exist yet."""
     native, tokenizer = checkpoint.load(source)
     about = checkpoint.about(source)
@@ -64,7 +64,7 @@ def write(source: Path | str, out: Path, prefill: str, remote_code: bool) -> LRT
     model.save_pretrained(out)
     special = tokenizer.inner.id_to_token(tokenizer.bos)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=opening(tokenizer),
+        tokenizer_object=prepend_bos(tokenizer),
         bos_token=special,
         eos_token=special,
         pad_token=special,
@@ -95,7 +95,7 @@ def wrap(native: Any, tokenizer: Tokenizer, schedule: str, prefill: str) -> LRTF
     return model.eval()
 
 
-def opening(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+def prepend_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer with BOS before every text, as the model was trained."""
     inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     bos = inner.id_to_token(tokenizer.bos)
@@ -107,7 +107,7 @@ def opening(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 def write_code(out: Path) -> None:
     """The modules that a folder needs to work alone, and where transformers finds them (config.json's auto_map)."""
-    modules = needed(list(ENTRIES.values()))
+    modules = modules_needed(list(ENTRIES.values()))
     names = {module: flat(module) for module in modules}
     for module in modules:
         source = relative(Path(module_file(module)).read_text(encoding="utf-8"), names)
@@ -157,7 +157,7 @@ def is_module(name: str) -> bool:
         return False
 
 
-def needed(entries: list[str]) -> list[str]:
+def modules_needed(entries: list[str]) -> list[str]:
     """`entries` and all modules of lrt that they import, directly or not."""
     found, todo = [], list(entries)
     while todo:

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lrt.data.batch import IGNORED
 from lrt.inference.prefill import prefill
-from lrt.integrations.hf.cache import Columns, append, checked, past, read
+from lrt.integrations.hf.cache import Columns, append, check_cache, past, read_cache
 from lrt.integrations.hf.configuration import LRTConfig
 from lrt.model.cross_entropy import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -83,7 +83,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{', '.join(map(str, CACHES))}"
             )
         prompt = kwargs.get("input_ids") if inputs is None else inputs
-        if prompt is not None and not self.config.model.unbounded:
+        if prompt is not None and not self.config.model.unlimited_context:
             check_room(self.config.model.context, prompt, kwargs.get("attention_mask"), config)
         return super().generate(inputs, generation_config, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -157,7 +157,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             with torch.no_grad():
                 wants = self.config.use_cache if use_cache is None else use_cache
-                if cache is None and wants and not packed(input_ids, attention_mask, position_ids):
+                if cache is None and wants and not is_packed(input_ids, attention_mask, position_ids):
                     cache = DynamicCache(config=self.config)
                 hidden = self._recur(input_ids, attention_mask, position_ids, cache)
                 loss = None if labels is None else self._loss(hidden, input_ids, labels, attention_mask, position_ids)
@@ -172,18 +172,18 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         """Hidden states (B, T, D) of new columns behind those of the cache, with true recurrence; zeros in padding."""
         config = self.config.model
         if cache is None:
-            rows = Rows.of(ids, mask, position_ids)
+            rows = Unpadded.of(ids, mask, position_ids)
             tokens, lengths = rows.split(ids, 0), (rows.index >= 0).sum(1)
-            if not config.unbounded and tokens.shape[1] > config.context:
+            if not config.unlimited_context and tokens.shape[1] > config.context:
                 raise ValueError(
                     f"{tokens.shape[1]} positions exceed the context of {config.context}; shorten the text"
                 )
             state = self.model.empty_state(tokens.shape[0], tokens.shape[1]).in_place()
             return rows.join(prefill(self.model, tokens, state, self.config.prefill, lengths).sequence, ids.shape)
-        known = past(checked(cache, config.caches), config.caches)
+        known = past(check_cache(cache, config.kv_layers), config.kv_layers)
         columns = Columns.of(real_columns(ids, mask, known))
         tokens = columns.compact(ids, 1)
-        state, start = read(cache, config, tokens, columns, self.model.embedding.weight)
+        state, start = read_cache(cache, config, tokens, columns, self.model.embedding.weight)
         check_positions(position_ids, start, columns)
         if bool((columns.lengths == 0).all()):
             raise ValueError("attention_mask leaves no token of this call; give at least one per row (BOS will do)")
@@ -198,9 +198,9 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Mean nats of the labels (B, T) under live hidden states (B, T, D); nothing foretells a text's first token."""
         new = None if mask is None else mask[:, -ids.shape[1] :]
-        begun = position_ids if packed(ids, new, position_ids) else None
-        rows = Rows.of(ids, new, begun)
-        targets = shifted(rows.split(labels, HF_IGNORED))
+        begun = position_ids if is_packed(ids, new, position_ids) else None
+        rows = Unpadded.of(ids, new, begun)
+        targets = shift_labels(rows.split(labels, HF_IGNORED))
         nats = token_nats(self.model, hidden.flatten(0, 1)[rows.index.clamp(min=0)], targets)
         return nats.sum() / (targets != IGNORED).sum()
 
@@ -216,10 +216,10 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         """Hidden states (B, T, D) by the last pass of the training schedule, and the loss over its passes."""
         if cache is not None:
             raise ValueError("a cache holds no gradients; train on whole sequences, or call model.eval() to continue")
-        rows = Rows.of(ids, mask, position_ids)
+        rows = Unpadded.of(ids, mask, position_ids)
         tokens = rows.split(ids, 0)
-        targets = None if labels is None else shifted(rows.split(labels, HF_IGNORED))
-        schedule = parse(self.config.schedule).drawn()
+        targets = None if labels is None else shift_labels(rows.split(labels, HF_IGNORED))
+        schedule = parse(self.config.schedule).draw()
         out = refine(self.model, tokens, schedule)
         loss = None
         if targets is not None and items is not None and bool((targets == IGNORED).all()):
@@ -232,14 +232,14 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 @dataclass(frozen=True)
-class Rows:
+class Unpadded:
     """A batch taken apart into rows that each hold one text from its beginning, padded on the right."""
 
     index: Tensor
     """(rows, length) int: where in the flattened batch each token stands, -1 for padding."""
 
     @classmethod
-    def of(cls, ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Rows:
+    def of(cls, ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Unpadded:
         """From a batch (B, T). Positions that begin anew start a packed text; what the mask hides is left out."""
         real = real_columns(ids, mask, None)
         begins = torch.zeros_like(real) if position_ids is None else (position_ids == 0).expand_as(ids) & real
@@ -291,7 +291,7 @@ def real_columns(ids: Tensor, mask: Tensor | None, known: Tensor | None) -> Tens
     return mask[:, -new:].bool()
 
 
-def packed(ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> bool:
+def is_packed(ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> bool:
     """Whether positions begin anew within a row, so that it holds several texts."""
     if position_ids is None or ids.shape[1] < 2:
         return False
@@ -322,7 +322,7 @@ def check_positions(position_ids: Tensor | None, start: Tensor, columns: Columns
         raise ValueError(COUNT)
 
 
-def shifted(labels: Tensor) -> Tensor:
+def shift_labels(labels: Tensor) -> Tensor:
     """Targets (B, T) from labels (B, T): the next one, IGNORED at the end and where transformers ignores."""
     targets = torch.cat((labels[:, 1:], labels.new_full((len(labels), 1), HF_IGNORED)), dim=1)
     return targets.masked_fill(targets == HF_IGNORED, IGNORED)
