@@ -24,6 +24,7 @@ from lrt.inference.fused_weights import FusedWeights, Layout, fuse_weights, pack
 from lrt.model.memory import MemoryReader
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils import torch_private
 
 BUCKET = 128
 """Where shapes are static (CUDA graphs), the slots in view are a power of two times this."""
@@ -154,7 +155,7 @@ class CompiledDecoder(FusedDecoder):
         """Kinds of steps that were run."""
         if self.static:  # CUDA graphs read and write these where they are, without copies
             for tensor in tensors_of(self.products, self.buffers):
-                torch._dynamo.mark_static_address(tensor)
+                torch_private.mark_static_address(tensor)
 
     @classmethod
     def covers(cls, model: LatentRecurrentTransformer) -> bool:
@@ -167,14 +168,14 @@ class CompiledDecoder(FusedDecoder):
             torch.compiler.cudagraph_mark_step_begin()
         view = torch.arange(width, device=tokens.device)
         if not self.static:
-            torch._dynamo.maybe_mark_dynamic(view, 0)
+            torch_private.mark_maybe_dynamic(view, 0)
         given = (self.products, self.buffers, tokens, positions, view, everything, thought)
         whole_view, static_width = width == self.state.slots, width if self.static else 0
         kind = (len(tokens), everything, width == 1, whole_view, static_width, thought is None)
         if kind in self.compiled:
             hidden = self.graph(*given)
         else:  # may compile: each kind of step has a graph of its own
-            with torch._dynamo.config.patch(recompile_limit=len(self.compiled) + 8):
+            with torch_private.recompile_limit(len(self.compiled) + 8):
                 hidden = self.graph(*given)
             self.compiled.add(kind)
         return hidden.clone() if self.static else hidden  # the next run overwrites the graph's own memory

@@ -22,6 +22,7 @@ from lrt.inference.fused_weights import FusedLayer, FusedWeights
 from lrt.model.config import ModelConfig
 from lrt.model.layers import rms, rotary
 from lrt.model.state import Positions, State
+from lrt.utils.torch_private import packed_linear
 
 RUNS, SHORTEST = 4, 16
 """A class's queries are taken in so many runs, none shorter than this."""
@@ -294,7 +295,7 @@ def attend(config: ModelConfig, b: Buffers, index: int, q: Tensor, place: SlotPl
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (n, in) times a weight (in, out), or one packed for the CPU."""
     if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")
+        return packed_linear(x, weight)
     return x @ weight
 
 

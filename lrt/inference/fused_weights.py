@@ -10,6 +10,7 @@ Matrices are (in, out) and contiguous (with one row, the faster layout), or pack
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from lrt.model.config import ModelConfig
 from lrt.model.layers import rms
 from lrt.model.memory import KeyValue, MemoryReader, NoMemory, Projection, Residual
 from lrt.model.transformer import Block, LatentRecurrentTransformer
+from lrt.utils.torch_private import pack_linear, packs_linear
 
 
 class FusedLayer(NamedTuple):
@@ -69,17 +71,13 @@ def transposed_layout(weight: Tensor) -> Tensor:
 
 def packed_layout(rows: int) -> Layout:
     """oneDNN's own layout, for steps of about so many rows; only where `packs` says so."""
-
-    def pack(weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-
-    return pack
+    return partial(pack_linear, rows=rows)
 
 
 def packs(model: LatentRecurrentTransformer) -> bool:
     """Whether this model's weights can be packed: float32 on a CPU."""
     weight = model.embedding.weight
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and packs_linear()
 
 
 @torch.no_grad()

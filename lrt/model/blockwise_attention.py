@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lrt.utils import torch_private
+
 Mask = Callable[[Tensor], Tensor]
 """Makes a mask (1 or B, 1, n, m) to add to the scores, 0 or -inf, of the type and on the device of what it is given:
 when it is needed, so that few exist at a time."""
@@ -45,6 +47,8 @@ class Kernel:
     """(q, k, v, causal, mask) -> output (B, H, n, K), log-sum-exp (B, H, n), and what its backward wants besides."""
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """(gradient, q, k, v, output, log-sum-exp, causal, mask, *besides) -> gradients of q, k, v."""
+    operators: tuple[torch_private.Operator, ...] = ()
+    """torch's private operators that it calls."""
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -72,7 +76,7 @@ def plain_backward(
 
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+    out, lse = torch_private.CPU_FLASH(q, k, v, 0.0, causal, attn_mask=mask)
     if mask is not None:  # where nothing is visible, the kernel says 0
         lse = lse.masked_fill((mask == -math.inf).all(-1), -math.inf)
     return out, lse
@@ -81,13 +85,13 @@ def cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | No
 def cpu_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    backward = torch_private.CPU_FLASH_BACKWARD
     return backward(g, q, k, v, out, mask_empty(lse), 0.0, causal, attn_mask=mask)
 
 
 def cuda_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Any, ...]:
     assert mask is None
-    out, lse, *besides, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+    out, lse, *besides, _ = torch_private.CUDA_FLASH(q, k, v, 0.0, causal)
     return out, lse, *besides
 
 
@@ -95,13 +99,13 @@ def cuda_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: None, *besides: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     first_q, first_k, max_q, max_k, seed, offset = besides
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    backward = torch_private.CUDA_FLASH_BACKWARD
     lse = mask_empty(lse).contiguous()  # the kernel takes no strides for it
     return backward(g, q, k, v, out, lse, first_q, first_k, max_q, max_k, 0.0, causal, seed, offset)
 
 
 def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Any, ...]:
-    attention = torch.ops.aten._scaled_dot_product_efficient_attention
+    attention = torch_private.CUDA_EFFICIENT
     out, lse, *besides = attention(q, k, v, align_mask(mask, q), True, 0.0, causal)
     lse = lse[:, :, : q.shape[2]]  # it comes padded
     if mask is not None:
@@ -121,7 +125,7 @@ def efficient_backward(
     mask: Tensor | None,
     *besides: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+    backward = torch_private.CUDA_EFFICIENT_BACKWARD
     lse = F.pad(mask_empty(lse), (0, -lse.shape[-1] % 32)).contiguous()
     wanted = [True, True, True, False]
     return backward(g, q, k, v, align_mask(mask, q), out, lse, *besides, 0.0, wanted, causal)[:3]
@@ -137,18 +141,27 @@ def align_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 PLAIN = Kernel(plain_forward, plain_backward)
 """Written out: the reference of the others, and what serves where there is none."""
-CPU = Kernel(cpu_forward, cpu_backward)
-CUDA = Kernel(cuda_forward, cuda_backward)
-EFFICIENT = Kernel(efficient_forward, efficient_backward)
+CPU = Kernel(cpu_forward, cpu_backward, (torch_private.CPU_FLASH, torch_private.CPU_FLASH_BACKWARD))
+CUDA = Kernel(cuda_forward, cuda_backward, (torch_private.CUDA_FLASH, torch_private.CUDA_FLASH_BACKWARD))
+EFFICIENT = Kernel(
+    efficient_forward, efficient_backward, (torch_private.CUDA_EFFICIENT, torch_private.CUDA_EFFICIENT_BACKWARD)
+)
 
 
 def choose_kernel(q: Tensor, masked: bool) -> Kernel:
     """The fastest kernel for these queries. CUDA's flash takes half precision and no mask, the other one no float64."""
     if q.device.type == "cpu":
-        return CPU
-    if q.device.type != "cuda" or q.dtype == torch.float64 or q.shape[-1] % 8:
+        kernel = CPU
+    elif q.device.type != "cuda" or q.dtype == torch.float64 or q.shape[-1] % 8:
+        kernel = PLAIN
+    else:
+        kernel = EFFICIENT if masked or q.dtype == torch.float32 else CUDA
+    if not torch_private.available(*kernel.operators):
+        torch_private.warn_missing(
+            f"its attention kernel for {q.device.type}", "plain attention is used, which is slower"
+        )
         return PLAIN
-    return EFFICIENT if masked or q.dtype == torch.float32 else CUDA
+    return kernel
 
 
 def mask_empty(lse: Tensor) -> Tensor:

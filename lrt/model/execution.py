@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from lrt.utils.torch_private import missing_compiler, raise_recompile_limit
 from lrt.utils.validation import choice
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -85,7 +86,7 @@ EAGER = Execution(compile="never")
 @functools.cache
 def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with static shapes and without graph breaks; each new size or kind of block is compiled once."""
-    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    raise_recompile_limit(VARIANTS)
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -98,22 +99,3 @@ def recompute(module: nn.Module, *arguments: Any) -> Any:
         return functional_call(module, swapped, arguments) if swapped else module(*arguments)
 
     return checkpoint(call, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-
-def missing_compiler(device: str | torch.device) -> str | None:
-    """Why nothing can be compiled for this device; None where it can."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        from torch.utils._triton import has_triton
-
-        return None if has_triton() else "Triton is not installed"
-    if kind != "cpu":
-        return f"compiling for {kind} is not tried"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "there is no C++ compiler"
-    return None

@@ -29,9 +29,10 @@ from torch._dynamo.utils import counters
 from lrt import ModelConfig, refine, schedules
 from lrt.distributed.objective import make_objective
 from lrt.experiments.bench.train import LiveBytes
-from lrt.model.execution import EAGER, Execution, missing_compiler
+from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.loss import StepLoss
+from lrt.utils.torch_private import missing_compiler
 
 compiles = pytest.mark.skipif(missing_compiler("cpu") is not None, reason="needs a C++ compiler")
 CONFIG = configuration({**CORNER, "value_embeddings": "alternate"})

@@ -14,8 +14,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lrt.distributed.objective import make_objective
 from lrt.experiments.bench.baselines import PlainModel
@@ -29,6 +27,7 @@ from lrt.schedules.parse import parse
 from lrt.utils.device import peak_flops
 from lrt.utils.provenance import hardware
 from lrt.utils.timing import Work, alternate
+from lrt.utils.torch_private import TorchDispatchMode, tree_leaves
 
 MODELS: dict[str, MemoryConfig] = {
     "transformer": MemoryConfig(injection="none"),

@@ -21,7 +21,7 @@ from lrt.experiments.tracking import measure
 from lrt.experiments.tracking.tasks import TASKS, Task
 from lrt.experiments.tracking.training import TrackingRun, train_tracking
 from lrt.model.config import ModelConfig
-from lrt.model.execution import Execution, missing_compiler
+from lrt.model.execution import Execution
 from lrt.model.size import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules import unrolled
@@ -29,6 +29,7 @@ from lrt.schedules.flops import training_flops
 from lrt.schedules.parse import parse
 from lrt.training.optim import OptimConfig
 from lrt.utils.progress import Advance
+from lrt.utils.torch_private import missing_compiler
 
 TRAINING = 0.8
 """The part of a cell's time that training takes, for the bar."""
