@@ -19,7 +19,7 @@ from types import FunctionType
 import torch
 from torch import Tensor
 
-from lrt.inference.fused_step import Before, Buffers, buffers, locate, logits, read_memory, step
+from lrt.inference.fused_step import Buffers, buffers, locate_memory, logits, occupy, read_memory, step
 from lrt.inference.fused_weights import FusedWeights, Layout, fuse_weights, packed_layout, packs, transposed_layout
 from lrt.model.memory import MemoryReader
 from lrt.model.state import State
@@ -73,9 +73,9 @@ class FusedDecoder(EagerDecoder):
 
     def __init__(self, model: LatentRecurrentTransformer, state: State) -> None:
         super().__init__(model, state)
-        self.products = fuse_weights(model, self.layout(self.state.batch))
+        self.weights = fuse_weights(model, self.layout(self.state.batch))
         self.buffers = buffers(self.state)
-        self.memory = self.recalled if type(model.recall) is MemoryReader else self.asked
+        self.read = self.read_buffers if type(model.recall) is MemoryReader else self.ask_reader
         self.slides = any(w is not None for w in model.config.windows())
 
     def layout(self, rows: int) -> Layout:
@@ -98,24 +98,23 @@ class FusedDecoder(EagerDecoder):
     def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool, thought: Tensor | None) -> Tensor:
         """One position of the State for each row, on the tokens' embeddings or, in their place, on thought (n, D)."""
         view = torch.arange(width, device=tokens.device)
-        place, before = locate(self.products, self.buffers, positions, view, everything)
-        memory = self.memory(tokens, positions, before)
-        self.buffers.slot_positions.index_copy_(0, place.here, positions)
-        return step(self.products, self.buffers, memory, tokens, place, thought)
+        memory = self.read(tokens, positions)
+        place = occupy(self.weights, self.buffers, positions, view, everything)
+        return step(self.weights, self.buffers, memory, tokens, place, thought)
 
-    def recalled(self, tokens: Tensor, positions: Tensor, before: Before) -> Tensor:
-        """The memory (C, n, D), read from the buffers."""
-        return read_memory(self.products, self.buffers, before)
+    def read_buffers(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The memory (C, n, D) that `positions` (n,) read."""
+        return read_memory(self.weights, self.buffers, locate_memory(self.weights, self.buffers, positions))
 
-    def asked(self, tokens: Tensor, positions: Tensor, before: Before) -> Tensor:
-        """The same from a recall module of another kind (an ablation), which reads a State."""
+    def ask_reader(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The same from a reader of another kind (an ablation), which wants a State."""
         state, values = rows_of(self.state, len(tokens)), set(positions.tolist())
         at = range(min(values), max(values) + 1) if len(values) == 1 else positions.unsqueeze(1)
         return self.model.recall(state, at, self.model.embedding).squeeze(2)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        return logits(self.products, hidden)
+        return logits(self.weights, hidden)
 
 
 class PackedDecoder(FusedDecoder):
@@ -154,7 +153,7 @@ class CompiledDecoder(FusedDecoder):
         self.compiled: set[tuple[int, bool, bool, bool, int, bool]] = set()
         """Kinds of steps that were run."""
         if self.static:  # CUDA graphs read and write these where they are, without copies
-            for tensor in tensors_of(self.products, self.buffers):
+            for tensor in tensors_of(self.weights, self.buffers):
                 torch_private.mark_static_address(tensor)
 
     @classmethod
@@ -169,14 +168,14 @@ class CompiledDecoder(FusedDecoder):
         view = torch.arange(width, device=tokens.device)
         if not self.static:
             torch_private.mark_maybe_dynamic(view, 0)
-        given = (self.products, self.buffers, tokens, positions, view, everything, thought)
+        arguments = (self.weights, self.buffers, tokens, positions, view, everything, thought)
         whole_view, static_width = width == self.state.slots, width if self.static else 0
         kind = (len(tokens), everything, width == 1, whole_view, static_width, thought is None)
         if kind in self.compiled:
-            hidden = self.graph(*given)
+            hidden = self.graph(*arguments)
         else:  # may compile: each kind of step has a graph of its own
             with torch_private.recompile_limit(len(self.compiled) + 8):
-                hidden = self.graph(*given)
+                hidden = self.graph(*arguments)
             self.compiled.add(kind)
         return hidden.clone() if self.static else hidden  # the next run overwrites the graph's own memory
 
@@ -191,9 +190,8 @@ def full_step(
     thought: Tensor | None,
 ) -> Tensor:
     """A step from tokens to hidden states: what is compiled."""
-    place, before = locate(p, b, positions, view, everything)
-    memory = read_memory(p, b, before)
-    b.slot_positions.index_copy_(0, place.here, positions)
+    memory = read_memory(p, b, locate_memory(p, b, positions))
+    place = occupy(p, b, positions, view, everything)
     return step(p, b, memory, tokens, place, thought)
 
 
@@ -225,7 +223,7 @@ def decoder(
 
 def fastest(model: LatentRecurrentTransformer, state: State, candidates: Sequence[str], steps: int = 8) -> str:
     """The name of the mode that decodes all rows of such a State fastest, each by its best of `steps` steps."""
-    taken: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for name in candidates:
         if not MODES[name].covers(model):
             continue
@@ -236,8 +234,8 @@ def fastest(model: LatentRecurrentTransformer, state: State, candidates: Sequenc
             begin = time.perf_counter()
             trial.logits(trial(tokens, [position] * state.batch)).sum().item()  # a number, so that a GPU is waited for
             spent.append(time.perf_counter() - begin)
-        taken[name] = min(spent)
-    return min(taken, key=lambda name: taken[name])
+        seconds[name] = min(spent)
+    return min(seconds, key=lambda name: seconds[name])
 
 
 def rows_of(state: State, count: int) -> State:
@@ -262,10 +260,10 @@ def bucket(width: int) -> int:
 
 def tensors_of(*parts: object) -> list[Tensor]:
     """All tensors in nested tuples."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for part in parts:
         if isinstance(part, Tensor):
-            found.append(part)
+            tensors.append(part)
         elif isinstance(part, tuple):
-            found.extend(tensors_of(*part))
-    return found
+            tensors.extend(tensors_of(*part))
+    return tensors

@@ -1,7 +1,7 @@
 """Some positions of each of the first rows of a State, as a flat function: a decoded token, or a class of a sweep.
 
 The same numbers as `model(tokens, positions, state)`, over `fused_weights.py`; the State's buffers are overwritten.
-`locate` says where tokens stand that are decoded in order, one for each row, and `locate_class` where the positions of
+`occupy` says where tokens stand that are decoded in order, one for each row, and `locate_class` where the positions of
 a strided class do.
 
 Shapes: R rows of this step, q positions of each, n = R·q (q = 1 when decoding), B rows, S slots, D width, C channels,
@@ -10,7 +10,6 @@ P remembered sources, H query heads, G key/value heads, K head size, W slots in 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from lrt.inference.fused_weights import FusedLayer, FusedWeights
 from lrt.model.config import ModelConfig
 from lrt.model.layers import rms, rotary
 from lrt.model.state import Positions, State
+from lrt.model.visibility import additive, visible_keys
 from lrt.utils.torch_private import packed_linear
 
 RUNS, SHORTEST = 4, 16
@@ -87,7 +87,7 @@ class SlotPlacement(NamedTuple):
     """What is visible in each layer."""
 
 
-class Before(NamedTuple):
+class MemoryPlace(NamedTuple):
     """Where the memory of decoded rows is read from."""
 
     slots: Tensor
@@ -96,27 +96,32 @@ class Before(NamedTuple):
     """(n, 1): whether that is a position of the same document."""
 
 
-def locate(
-    p: FusedWeights, b: Buffers, positions: Tensor, view: Tensor, everything: bool
-) -> tuple[SlotPlacement, Before]:
-    """The place of rows decoded in order, at `positions` (n,); `view` (W,) are the slots looked at, 0 … W-1.
-
-    everything: all of them are visible to every row, in every layer (one position for all, nothing slides).
-    """
-    config = p.config
+def locate_memory(p: FusedWeights, b: Buffers, positions: Tensor) -> MemoryPlace:
+    """Where rows decoded in order, at `positions` (n,), read their memory."""
     rows = torch.arange(positions.shape[0], device=positions.device)
-    earlier = positions - config.memory.delay
-    here, before = rows * b.slots + positions % b.slots, rows * b.slots + earlier.clamp(min=0) % b.slots
+    earlier = positions - p.config.memory.delay
+    slots = rows * b.slots + earlier.clamp(min=0) % b.slots
     inside = earlier >= 0
     if b.documents is not None:
-        inside = inside & (b.documents[here] == b.documents[before])
-    windows = config.windows()
-    masks = dict.fromkeys(windows)
+        inside = inside & (b.documents[rows * b.slots + positions % b.slots] == b.documents[slots])
+    return MemoryPlace(slots, inside.unsqueeze(1))
+
+
+def occupy(p: FusedWeights, b: Buffers, positions: Tensor, view: Tensor, everything: bool) -> SlotPlacement:
+    """Mark `positions` (n,) of rows decoded in order as written; where they stand, and what of `view` (W,) they see.
+
+    The slots in view are 0 … W-1. everything: all of them are visible to every row, in every layer (one position for
+    all, nothing slides).
+    """
+    rows = torch.arange(positions.shape[0], device=positions.device)
+    here = rows * b.slots + positions % b.slots
+    b.slot_positions.index_copy_(0, here, positions)
+    windows = p.config.windows()
+    masks: dict[int | None, Tensor | None] = dict.fromkeys(windows)
     if not everything:
-        masks = {window: visibility_mask(b, here, positions, view, window) for window in set(windows)}
+        masks = {window: rows_in_view(b, here, positions, view, window) for window in set(windows)}
     parts = tuple((Part(0, 1, view.shape[0], masks[window]),) for window in windows)
-    place = SlotPlacement(positions.shape[0], here, cache_slots(p, b, rows, positions), turns(p, positions), parts)
-    return place, Before(before, inside.unsqueeze(1))
+    return SlotPlacement(positions.shape[0], here, cache_slots(p, b, rows, positions), rotations(p, positions), parts)
 
 
 def locate_class(p: FusedWeights, state: State, positions: Positions) -> SlotPlacement:
@@ -138,7 +143,7 @@ def locate_class(p: FusedWeights, state: State, positions: Positions) -> SlotPla
         runs = [(first, last, w if w <= b.slots else b.slots) for first, last, w in zip(cuts, ends, wide, strict=True)]
     parts = {
         window: tuple(
-            Part(first, last, width, held_before(state, index[:, first:last], width, window, p.embedding))
+            Part(first, last, width, class_mask(state, index[:, first:last], width, window, p.embedding))
             for first, last, width in runs
         )
         for window in set(windows)
@@ -147,18 +152,15 @@ def locate_class(p: FusedWeights, state: State, positions: Positions) -> SlotPla
         state.batch,
         (rows * b.slots + index % b.slots).flatten(),
         cache_slots(p, b, rows, index),
-        turns(p, index.flatten()),
+        rotations(p, index.flatten()),
         tuple(parts[window] for window in windows),
     )
 
 
-def held_before(state: State, positions: Tensor, width: int, window: int | None, like: Tensor) -> Tensor:
-    """(R, 1, q, W), 0 or -inf: position p (R, q) sees held slots <= p within the window, of the first W."""
-    held, here = state.slot_positions[:, None, :width], positions.unsqueeze(2)
-    hidden = (held < 0) | (held > here)
-    if window is not None:
-        hidden = hidden | (held <= here - window)
-    return torch.zeros(hidden.shape, device=like.device, dtype=like.dtype).masked_fill_(hidden, -math.inf).unsqueeze(1)
+def class_mask(state: State, positions: Tensor, width: int, window: int | None, like: Tensor) -> Tensor:
+    """(R, 1, q, W), 0 or -inf: what positions (R, q) see of the first W slots."""
+    held = state.slot_positions[:, None, :width]
+    return additive(visible_keys(positions.unsqueeze(2), held, window), like).unsqueeze(1)
 
 
 def cache_slots(p: FusedWeights, b: Buffers, rows: Tensor, positions: Tensor) -> Tensor:
@@ -169,28 +171,23 @@ def cache_slots(p: FusedWeights, b: Buffers, rows: Tensor, positions: Tensor) ->
     ).flatten()
 
 
-def turns(p: FusedWeights, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rotations(p: FusedWeights, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine, and sine with the first half's sign turned, of positions (n,): (n, 1, K) each."""
     cos, sin = rotary(positions, p.config.head_dim, p.config.rope_base, p.embedding)
     return torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
 
 
-def visibility_mask(b: Buffers, here: Tensor, positions: Tensor, view: Tensor, window: int | None) -> Tensor:
-    """(n, 1, 1, W): position p sees held slots <= p of its own document, within the window. Itself included."""
+def rows_in_view(b: Buffers, here: Tensor, positions: Tensor, view: Tensor, window: int | None) -> Tensor:
+    """(n, 1, 1, W) bool: what each row's position (n,), written since just now, sees of the slots in view."""
     count, width = positions.shape[0], view.shape[0]
     held = b.slot_positions.view(-1, b.slots)[:count, :width]
-    current = positions.unsqueeze(1)
-    # The row's own slot is about to be written, whatever it holds now.
-    own = view == current % b.slots
-    mask = (held >= 0) & (held < current)
-    if window is not None:
-        mask = mask & (held > current - window)
+    own = documents = None
     if b.documents is not None:
-        mask = mask & (b.documents.view(-1, b.slots)[:count, :width] == b.documents[here].unsqueeze(1))
-    return ((mask & ~own) | own).unsqueeze(1).unsqueeze(1)
+        own, documents = b.documents[here].unsqueeze(1), b.documents.view(-1, b.slots)[:count, :width]
+    return visible_keys(positions.unsqueeze(1), held, window, own, documents).unsqueeze(1).unsqueeze(1)
 
 
-def read_memory(p: FusedWeights, b: Buffers, before: Before) -> Tensor:
+def read_memory(p: FusedWeights, b: Buffers, before: MemoryPlace) -> Tensor:
     """The memory (C, n, D) that rows decoded in order read: all that lies before them is written."""
     memory = p.config.memory
     sources, stored = memory.sources(p.config.depth), memory.stored_sources(p.config.depth)

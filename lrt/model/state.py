@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lrt.model.buffers import Slots, Writer, gather, materialise, write_copy, write_in_place
 from lrt.model.execution import EAGER, Execution
+from lrt.model.visibility import visible_keys
 
 Positions = range | Tensor
 """Positions of one call: a range (known to Python, the fast path) or an int tensor (T,) or (B, T)."""
@@ -273,17 +274,15 @@ class State:
     # --- attention ---------------------------------------------------------------------------------------------
 
     def visible(self, positions: Positions, window: int | None) -> Visibility:
-        """Position p sees written slots <= p of its own document, within the window. Call after `hold`."""
+        """What `visible_keys` says of these positions. Call after `mark_written`."""
         if isinstance(positions, range) and positions.stop <= self.slots and self.written_until > positions[-1]:
             return self._visible_range(positions, window)
         index = self.index(positions)
-        here = index.unsqueeze(-1)  # (T, 1) or (B, T, 1)
-        held = self.slot_positions.unsqueeze(1)  # (B, 1, S)
-        mask = (held >= 0) & (held <= here)
-        if window is not None:
-            mask = mask & (held > here - window)
-        if self.documents is not None:
-            mask = mask & (gather(self.documents, self.where(index), 1).unsqueeze(2) == self.documents.unsqueeze(1))
+        documents, own = self.documents, None
+        if documents is not None:
+            own, documents = gather(documents, self.where(index), 1).unsqueeze(2), documents.unsqueeze(1)
+        # (T, 1) or (B, T, 1) against (B, 1, S)
+        mask = visible_keys(index.unsqueeze(-1), self.slot_positions.unsqueeze(1), window, own, documents)
         return Visibility(slice(0, self.slots), mask=mask.unsqueeze(1))
 
     def _visible_range(self, positions: range, window: int | None) -> Visibility:
@@ -299,13 +298,10 @@ class State:
                 return Visibility(view)
         here = self.index(positions).unsqueeze(1)
         there = torch.arange(begin, stop, device=here.device)
-        mask = there <= here
-        if slides and window is not None:
-            mask = mask & (there > here - window)
-        if self.documents is not None:
-            own = self.documents[:, positions.start : positions.stop : positions.step, None]
-            mask = (mask & (own == self.documents[:, None, view])).unsqueeze(1)
-        return Visibility(view, mask=mask)
+        if self.documents is None:
+            return Visibility(view, mask=visible_keys(here, there, window))
+        own = self.documents[:, positions.start : positions.stop : positions.step, None]
+        return Visibility(view, mask=visible_keys(here, there, window, own, self.documents[:, None, view]).unsqueeze(1))
 
 
 def as_positions(positions: Positions) -> Positions:

@@ -23,6 +23,7 @@ from lrt.model.blockwise_attention import AttentionPiece, attend
 from lrt.model.buffers import write_copy
 from lrt.model.execution import EAGER, Execution
 from lrt.model.state import MemoryRead, Positions, State, extend
+from lrt.model.visibility import additive, visible_keys
 
 TILE = 128
 """Queries and keys of the smallest triangle: the CPU's kernel computes 512 keys at a time, also those that a causal
@@ -262,15 +263,12 @@ class Band:
         """(1 or B, 1, n, m) to add to scores, 0 or -inf, of the type and on the device of `like`."""
         here = index_tensor(self.queries, like.device).unsqueeze(1)
         there = index_tensor(self.keys, like.device)
-        seen = there <= here
-        if self.window is not None:
-            seen = seen & (there > here - self.window)
-        seen = seen.unsqueeze(0)
+        own = other = None
         if self.documents is not None:
             own, other = (self.documents[:, r.start : r.stop : r.step] for r in (self.queries, self.keys))
-            seen = seen & (own.unsqueeze(2) == other.unsqueeze(1))
-        zero = torch.zeros((), device=like.device, dtype=like.dtype)
-        return torch.where(seen, zero, -math.inf).to(like.dtype).unsqueeze(1)
+            own, other = own.unsqueeze(2), other.unsqueeze(1)
+        mask = visible_keys(here, there, self.window, own, other)
+        return additive(mask if mask.dim() == 3 else mask.unsqueeze(0), like).unsqueeze(1)
 
 
 def index_tensor(positions: range, device: torch.device) -> Tensor:
