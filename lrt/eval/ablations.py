@@ -119,4 +119,4 @@ def reading(
 ) -> LatentRecurrentTransformer:
     """The model, parameters shared, that reads its memory in another way."""
     assert isinstance(model.recall, MemoryReader), "an ablation of an ablation"
-    return model.with_recall(ablation(model.recall))
+    return model.with_memory_reader(ablation(model.recall))

@@ -62,7 +62,7 @@ class Subject:
     @property
     def used(self) -> Schedule:
         """The schedule of parallel scores: `plain` where nothing recurs."""
-        recurs = self.model.config.memory.stored_sources(self.model.config.depth)
+        recurs = self.model.config.stored_sources
         return self.schedule if recurs else schedules.plain()
 
     @property

@@ -94,7 +94,7 @@ def live_memory(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tens
     projected = model.projection(memory)
     with listening(heard, model):
         model(inputs, range(length), dataclasses.replace(state.clone(), write=state.write))
-    injected = model.config.memory.injected_layers(model.config.depth)
+    injected = model.config.injected_layers
     found = []
     for number, block in enumerate(blocks_of(model), 1):
         stream, u = heard[number]

@@ -222,7 +222,7 @@ def evaluate(
     unknown = sorted(set(ablations) - set(EVERY))
     if unknown:
         raise ValueError(f"unknown ablations {', '.join(unknown)}; choose among {', '.join(EVERY)}")
-    recurrent = bool(model.config.memory.stored_sources(model.config.depth))
+    recurrent = bool(model.config.stored_sources)
     schedule = schedule if model.config.is_recurrent else plain()
 
     batch_size = shared_batch(batch_size, len(windows), keep("live").ranks.ranks)

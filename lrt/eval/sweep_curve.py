@@ -148,7 +148,7 @@ def sweep_curve(
         raise ValueError(
             f"groups {tuple(groups)} and counts {tuple(counts)} give no verdict; start with 1, and end with n - 1 and n"
         )
-    schedule = schedule if model.config.memory.stored_sources(model.config.depth) else plain()
+    schedule = schedule if model.config.stored_sources else plain()
     ledger = keep("sweeps")
     batch_size = shared_batch(batch_size, len(windows), ledger.ranks.ranks)
     parallel, size = bits_per_byte(

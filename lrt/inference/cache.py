@@ -23,7 +23,7 @@ from lrt.model.transformer import LatentRecurrentTransformer
 def row_bytes(model: LatentRecurrentTransformer, slots: int) -> int:
     """Bytes of one row of a State: keys, values, memory, tokens and positions."""
     config = model.config
-    remembered = len(config.memory.stored_sources(config.depth))
+    remembered = len(config.stored_sources)
     numbers = 2 * config.kv_layers * config.num_kv_heads * config.head_dim + remembered * config.width
     return (
         slots * config.positions_per_token * (numbers * model.embedding.weight.element_size() + 2 * torch.long.itemsize)

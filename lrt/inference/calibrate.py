@@ -45,7 +45,7 @@ def calibrate(model: LatentRecurrentTransformer, tokens: Tensor, progress: bool 
         raise ValueError(
             f"the prompt has shape {tuple(tokens.shape)}; give one row of at least {2 * STRIDES[0]} tokens"
         )
-    if len(model.config.memory.stored_sources(model.config.depth)) == 0:
+    if len(model.config.stored_sources) == 0:
         raise ValueError(
             "nothing recurs in this model, so that there is nothing to calibrate: it is prefilled in one forward"
         )

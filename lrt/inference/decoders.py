@@ -76,7 +76,7 @@ class FusedDecoder(EagerDecoder):
         self.weights = fuse_weights(model, self.layout(self.state.batch))
         self.buffers = buffers(self.state)
         self.read = self.read_buffers if type(model.recall) is MemoryReader else self.ask_reader
-        self.slides = any(w is not None for w in model.config.windows())
+        self.slides = any(w is not None for w in model.config.windows)
 
     def layout(self, rows: int) -> Layout:
         """How the weights are kept for steps of so many rows."""

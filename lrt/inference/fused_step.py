@@ -116,7 +116,7 @@ def occupy(p: FusedWeights, b: Buffers, positions: Tensor, view: Tensor, everyth
     rows = torch.arange(positions.shape[0], device=positions.device)
     here = rows * b.slots + positions % b.slots
     b.slot_positions.index_copy_(0, here, positions)
-    windows = p.config.windows()
+    windows = p.config.windows
     masks: dict[int | None, Tensor | None] = dict.fromkeys(windows)
     if not everything:
         masks = {window: rows_in_view(b, here, positions, view, window) for window in set(windows)}
@@ -133,7 +133,7 @@ def locate_class(p: FusedWeights, state: State, positions: Positions) -> SlotPla
     config, b = p.config, buffers(state)
     index = state.index(positions).expand(state.batch, -1)
     rows = torch.arange(state.batch, device=index.device).unsqueeze(1)
-    windows, runs = config.windows(), [(0, index.shape[1], state.slots)]
+    windows, runs = config.windows, [(0, index.shape[1], state.slots)]
     if index.device.type == "cpu":
         count = index.shape[1]
         cuts = range(0, count, max(SHORTEST, -(-count // RUNS)))
@@ -189,8 +189,7 @@ def rows_in_view(b: Buffers, here: Tensor, positions: Tensor, view: Tensor, wind
 
 def read_memory(p: FusedWeights, b: Buffers, before: MemoryPlace) -> Tensor:
     """The memory (C, n, D) that rows decoded in order read: all that lies before them is written."""
-    memory = p.config.memory
-    sources, stored = memory.sources(p.config.depth), memory.stored_sources(p.config.depth)
+    sources, stored = p.config.sources, p.config.stored_sources
     if not sources:
         return p.embedding.new_zeros(0, before.slots.shape[0], p.config.width)
     held = b.memory.index_select(0, before.slots)
@@ -221,7 +220,7 @@ def step(
         product(channel, weight).view(count, -1, 2, config.num_kv_heads, config.head_dim).unbind(1)
         for channel, weight in zip(memory, p.projection, strict=False)
     ]
-    remembered = config.memory.stored_sources(config.depth)
+    remembered = config.stored_sources
     outputs: dict[int, Tensor] = {}
     for i, layer in enumerate(p.layers):
         x = torch.addcmul(added[i].view(count, -1), x, layer.alpha)

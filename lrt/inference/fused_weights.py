@@ -84,8 +84,8 @@ def packs(model: LatentRecurrentTransformer) -> bool:
 def fuse_weights(model: LatentRecurrentTransformer, layout: Layout = transposed_layout) -> FusedWeights:
     """The products of a model's present weights; `layout` is that of the blocks' and the head's matrices."""
     config = model.config
-    channels = config.memory.channels(config.depth)
-    injected = config.memory.injected_layers(config.depth)
+    channels = config.channels
+    injected = config.injected_layers
     layered = isinstance(model.projection, Projection) and len(model.projection.weight) > 1
     layers, mix = [], []
     for layer, block in enumerate(model.blocks, start=1):

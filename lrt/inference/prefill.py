@@ -21,7 +21,6 @@ from torch import Tensor
 from lrt.inference.certificate import Certificate, PrefillReport, merge_certificates
 from lrt.inference.cost_model import Calibration, fallback
 from lrt.inference.sweeps import Prompt, SweepState, among, back, settle
-from lrt.model.buffers import write_in_place
 from lrt.model.config import ModelConfig
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -73,7 +72,7 @@ def prefill(
     prompt = check_prompt(model, tokens, state, lengths)
     chosen = calibration or fallback(tokens.device)
     with torch.no_grad():
-        work = state if state.write is write_in_place else state.in_place()
+        work = state.writable()
         needed = max(prompt.starts) + prompt.length
         if needed > work.slots and not work.reusable:  # only padding stands out
             work = work.resized(needed)
@@ -166,7 +165,7 @@ def by_tokens(
     model: LatentRecurrentTransformer, mode: Mode, length: int, rows: int, calibration: Calibration
 ) -> str | None:
     """Why a prompt of `length` is computed token by token, among so many rows; None where it is not."""
-    if not model.config.memory.stored_sources(model.config.depth):
+    if not model.config.stored_sources:
         return None  # one forward
     if mode == "exact":
         return "asked for"
@@ -178,7 +177,7 @@ def compute(
     model: LatentRecurrentTransformer, prompt: Prompt, state: State, mode: Mode, calibration: Calibration
 ) -> Computed:
     """A prompt that the state's slots hold at once: each row on the path that `mode` and the costs choose."""
-    if not model.config.memory.stored_sources(model.config.depth):
+    if not model.config.stored_sources:
         return one_forward(model, prompt, state)
     reasons = [by_tokens(model, mode, n, prompt.rows, calibration) for n in prompt.lengths]
     single = [i for i, reason in enumerate(reasons) if reason is not None]

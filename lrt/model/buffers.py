@@ -5,15 +5,25 @@ Shapes: B batch, T positions of one call, S slots; slots are a buffer's dimensio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Slots = slice | Tensor
 """Positions of one call as slots: a slice, or an index tensor (T,) or (B, T)."""
-Writer = Callable[[Tensor, Slots, Tensor, int], Tensor]
-"""`write_copy` or `write_in_place`."""
+
+
+class Writer(Protocol):
+    """How a State replaces slots of its buffers."""
+
+    def __call__(self, buffer: Tensor, slots: Slots, new: Tensor, dim: int) -> Tensor:
+        """The buffer with these slots of dimension `dim` (1 or 2) replaced by `new`."""
+        ...
+
+    def owned(self, buffer: Tensor) -> Tensor:
+        """The buffer as one that may be overwritten."""
+        ...
 
 
 def materialise(buffer: Tensor) -> Tensor:
@@ -54,3 +64,26 @@ def write_in_place(buffer: Tensor, slots: Slots, new: Tensor, dim: int) -> Tenso
         rows = torch.arange(buffer.shape[0], device=buffer.device).unsqueeze(1)
         buffer.movedim(dim, 1)[rows, slots] = new.movedim(dim, 1)
     return buffer
+
+
+class Copying:
+    """Writes to a copy: gradients flow, and older States stay valid."""
+
+    def __call__(self, buffer: Tensor, slots: Slots, new: Tensor, dim: int) -> Tensor:
+        return write_copy(buffer, slots, new, dim)
+
+    def owned(self, buffer: Tensor) -> Tensor:
+        return materialise(buffer)
+
+
+class Overwriting:
+    """Writes in place: for decoding, where a State is used once."""
+
+    def __call__(self, buffer: Tensor, slots: Slots, new: Tensor, dim: int) -> Tensor:
+        return write_in_place(buffer, slots, new, dim)
+
+    def owned(self, buffer: Tensor) -> Tensor:
+        return buffer
+
+
+COPYING, OVERWRITING = Copying(), Overwriting()

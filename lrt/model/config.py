@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from lrt.utils.validation import choice
@@ -161,18 +162,21 @@ class ModelConfig:
             raise ValueError(f"softcap is {self.softcap}; it must be above 0")
         self._check_memory()
         self._check_thoughts()
+        # Asked for now, so that they are plain attributes: torch's compiler cannot compute a cached property.
+        _ = (self.windows, self.sources, self.stored_sources, self.injected_layers, self.channels)
+        _ = (self.projection_sets, self.lookback)
 
     def _check_memory(self) -> None:
-        for source in self.memory.sources(self.depth):
+        for source in self.sources:
             if not isinstance(source, int) or not 0 <= source <= self.depth:
                 raise ValueError(
                     f"memory.source {source!r} is no layer of this model; use 0 (the embedding) to {self.depth} (the "
                     "last)"
                 )
-        for layer in self.memory.injected_layers(self.depth):
+        for layer in self.injected_layers:
             if not 1 <= layer <= self.depth:
                 raise ValueError(f"memory.layers names block {layer}; this model has blocks 1 to {self.depth}")
-        injected = self.memory.injected_layers(self.depth)
+        injected = self.injected_layers
         if len(set(injected)) != len(injected) or (len(injected) == 0 and self.memory.injection != "none"):
             raise ValueError(
                 f"memory.layers is {self.memory.layers}; name each block once, at least one, or use injection='none'"
@@ -209,11 +213,41 @@ class ModelConfig:
         """Tokens an S layer sees, itself included."""
         return max(1, self.context // 2) if self.window is None else self.window
 
+    # What follows from the fields is computed once, when it is first asked for: a served token asks often.
+
+    @cached_property
     def windows(self) -> tuple[int | None, ...]:
         """The attention window of each application of a block, loop after loop; None for the full context."""
         pattern = self.window_pattern
         once = tuple(self.sliding_window if pattern[i % len(pattern)] == "S" else None for i in range(self.depth))
         return once * self.loops
+
+    @cached_property
+    def sources(self) -> tuple[int, ...]:
+        """The layers whose output is remembered, 0 (the embedding) to L; empty with injection `none`."""
+        return self.memory.sources(self.depth)
+
+    @cached_property
+    def stored_sources(self) -> tuple[int, ...]:
+        """Those of them that a State has to store: all but the embedding, which follows from the token."""
+        return self.memory.stored_sources(self.depth)
+
+    @cached_property
+    def injected_layers(self) -> tuple[int, ...]:
+        """The blocks (1..L) that inject the memory, in order."""
+        return self.memory.injected_layers(self.depth)
+
+    @cached_property
+    def channels(self) -> int:
+        """How many memory vectors a position reads, C."""
+        return self.memory.channels(self.depth)
+
+    @cached_property
+    def projection_sets(self) -> tuple[int, ...]:
+        """For each block, which set of U_k and U_v it adds: its own if layerwise, else the only one."""
+        own = self.memory.projection == "layerwise"
+        layers = range(1, self.depth + 1)
+        return tuple(self.injected_layers.index(i) if own and i in self.injected_layers else 0 for i in layers)
 
     @property
     def kv_layers(self) -> int:
@@ -233,17 +267,17 @@ class ModelConfig:
     @property
     def is_recurrent(self) -> bool:
         """Whether one full pass only approximates what decoding computes: a remembered layer, or a latent thought."""
-        return self.thoughts > 0 or len(self.memory.stored_sources(self.depth)) > 0
+        return self.thoughts > 0 or len(self.stored_sources) > 0
 
     @property
     def unlimited_context(self) -> bool:
         """Whether every layer slides, so that the context is no limit and slots may be reused."""
         return "L" not in self.window_pattern[: self.depth]
 
-    @property
+    @cached_property
     def lookback(self) -> int:
         """How many earlier positions an endless stream must keep: the longest window, or the memory's delay."""
-        return max(max(w or 0 for w in self.windows()) - 1, self.memory.delay)
+        return max(max(w or 0 for w in self.windows) - 1, self.memory.delay)
 
     def has_value_embedding(self, layer: int) -> bool:
         """Whether block `layer` (1..L) has a value embedding."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lrt.model.config import ModelConfig
 from lrt.model.layers import rms
-from lrt.model.state import MemoryRead, Positions, State
+from lrt.model.state import MemoryRead, ModelState, Positions
 
 Projected = tuple[Tensor, Tensor]
 """U_k m and U_v m of one layer, each (C, B, T, G, K)."""
@@ -30,8 +30,8 @@ class MemoryReader(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         memory = config.memory
-        self.sources = memory.sources(config.depth)
-        self.stored = memory.stored_sources(config.depth)
+        self.sources = config.sources
+        self.stored = config.stored_sources
         self.delay = memory.delay
         self.stand_in = memory.initial == "embedding" and len(self.stored) > 0
         if isinstance(memory.source, tuple) and self.sources and memory.combine == "sum":
@@ -39,7 +39,7 @@ class MemoryReader(nn.Module):
         else:
             self.register_parameter("weights", None)
 
-    def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
+    def forward(self, state: ModelState, positions: Positions, embedding: nn.Embedding) -> Tensor:
         """The memory (C, B, T, D) that `positions` read from `state`."""
         return self.read(state.read_memory(positions, self.delay), embedding)
 
@@ -79,9 +79,13 @@ class MemoryReader(nn.Module):
 class NoProjection(nn.Module):
     """Absent projections: nothing to project, nothing to add."""
 
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.sets = 1 + max(config.projection_sets)
+
     def forward(self, memory: Tensor) -> tuple[Projected, ...]:
         empty = memory.new_zeros(0)
-        return ((empty, empty),)
+        return ((empty, empty),) * self.sets
 
 
 class Projection(nn.Module):
@@ -89,8 +93,8 @@ class Projection(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        layers = len(config.memory.injected_layers(config.depth)) if config.memory.projection == "layerwise" else 1
-        channels = config.memory.channels(config.depth)
+        layers = len(config.injected_layers) if config.memory.projection == "layerwise" else 1
+        channels = config.channels
         self.heads = (config.num_kv_heads, config.head_dim)
         # A stack of logical matrices (layers, C, [k, v], G·K, D): the optimiser treats each on its own.
         self.weight = nn.Parameter(
@@ -144,7 +148,7 @@ class Residual(NoMemory):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.init = config.memory.residual_init
-        self.gamma = nn.Parameter(torch.empty(config.memory.channels(config.depth)))
+        self.gamma = nn.Parameter(torch.empty(config.channels))
 
     def reset(self) -> None:
         super().reset()
@@ -164,9 +168,7 @@ class KeyValue(NoMemory):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.groups = config.num_kv_heads
-        self.gate = nn.Linear(
-            config.width, config.num_kv_heads * (1 + config.memory.channels(config.depth)), bias=False
-        )
+        self.gate = nn.Linear(config.width, config.num_kv_heads * (1 + config.channels), bias=False)
 
     def reset(self) -> None:
         super().reset()

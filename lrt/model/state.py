@@ -12,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrt.model.buffers import Slots, Writer, gather, materialise, write_copy, write_in_place
+from lrt.model.buffers import COPYING, OVERWRITING, Slots, Writer, gather, materialise
 from lrt.model.execution import EAGER, Execution
 from lrt.model.visibility import visible_keys
 
@@ -57,6 +57,84 @@ class MemoryRead:
     """(B, T) bool: whether that position exists and belongs to the same document."""
 
 
+class ModelState(Protocol):
+    """What the model asks of a State, and all that it knows of one.
+
+    Four things are such: `State` (slots), `StridedState` (residue classes, for training), `RollingState` (windows, of
+    constant size), and a Hugging Face cache, read into slots and back around each call. tests/model/test_states.py
+    runs over all of them. Methods that change something return another State.
+    """
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def slots(self) -> int:
+        """S: positions that can be held at once."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(layers, G, K, P, D): what the model that made it must have."""
+        ...
+
+    @property
+    def reusable(self) -> bool:
+        """Whether slots may be reused, so that positions may exceed S."""
+        ...
+
+    @property
+    def documents(self) -> Tensor | None:
+        """(B, S) int, the packed document of each slot; None where a row is one document."""
+        ...
+
+    @property
+    def execution(self) -> Execution:
+        """How calls compute; decides no numbers."""
+        ...
+
+    # `keys` and `values`, one entry per layer, are the State's own affair: the model hands them on to `write` and
+    # `attend`.
+    @property
+    def keys(self) -> tuple[Any, ...]: ...
+
+    @property
+    def values(self) -> tuple[Any, ...]: ...
+
+    @property
+    def write(self) -> Callable[[Any, Any, Tensor, int], Any]:
+        """(a layer's keys or values, `where`, new (B, G, T, K), dimension 2) -> the layer's keys or values."""
+        ...
+
+    def where(self, positions: Positions) -> Any:
+        """Where these positions stand, as `write` takes it."""
+        ...
+
+    def write_tokens(self, positions: Positions, tokens: Tensor) -> Self:
+        """Note the tokens (B, T) of a call: source 0 of their successors is known from now on."""
+        ...
+
+    def read_memory(self, positions: Positions, delay: int) -> MemoryRead:
+        """What stands `delay` positions before each of `positions`."""
+        ...
+
+    def mark_written(self, positions: Positions) -> Self:
+        """Mark the positions of a call as written. Keys, values and memory follow in the same call."""
+        ...
+
+    def visible(self, positions: Positions, window: int | None) -> Any:
+        """What attends to the keys that `visible_keys` names (`Visible` in attention.py). Call after `mark_written`."""
+        ...
+
+    def write_cache(self, keys: tuple[Any, ...], values: tuple[Any, ...]) -> Self:
+        """The same with the layers' keys and values that a call has written."""
+        ...
+
+    def write_memory(self, positions: Positions, memory: Tensor) -> Self:
+        """Replace the memory (B, T, P, D) of these positions."""
+        ...
+
+
 @dataclass(frozen=True)
 class State:
     """Keys, values, memory, tokens and documents of S slots, for B sequences. Calls return a new one.
@@ -83,7 +161,8 @@ class State:
     """Every position below this one is written, in all rows."""
     pending_strides: tuple[range, ...] = ()
     """Strided classes written since; together they may raise `filled`."""
-    write: Writer = dataclasses.field(default_factory=lambda: write_copy)
+    write: Writer = COPYING
+    """How calls replace what the buffers hold."""
     execution: Execution = EAGER
     """How calls compute; decides no numbers."""
 
@@ -116,7 +195,11 @@ class State:
 
     def in_place(self) -> State:
         """A copy whose calls overwrite its buffers: no gradients, and a State given to a call is used up by it."""
-        return dataclasses.replace(self._map(materialise), write=write_in_place)
+        return dataclasses.replace(self._map(materialise), write=OVERWRITING)
+
+    def writable(self) -> State:
+        """A State whose calls overwrite its buffers: this one where they do already, else a copy."""
+        return dataclasses.replace(self._map(self.write.owned), write=OVERWRITING)
 
     def clone(self) -> State:
         """An independent copy."""

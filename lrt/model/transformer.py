@@ -12,22 +12,60 @@ import copy
 import hashlib
 import json
 import math
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lrt.model import state as states
 from lrt.model.attention import Attention, Cache, ValueEmbedding, Visible
-from lrt.model.buffers import Writer
 from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution
 from lrt.model.layers import MLP, rms, rotary
 from lrt.model.memory import INJECTIONS, MemoryReader, NoMemory, NoProjection, Projected, Projection
-from lrt.model.state import Positions, State, as_positions
-from lrt.model.strided_state import StridedState
+from lrt.model.state import ModelState, Positions, State, as_positions
 
-AnyState = TypeVar("AnyState", State, StridedState)
+AnyState = TypeVar("AnyState", bound=ModelState)
+
+
+class Inputs(Protocol):
+    """What is looked up in tables for the positions of a call."""
+
+    @property
+    def x0(self) -> Tensor:
+        """(B, T, D): the normalised embeddings, or the latent thoughts that stand in their place."""
+        ...
+
+    def value_rows(self, block: Block) -> tuple[Tensor, ...]:
+        """The rows (B, T, G, K) of the block's value embedding; none where it has none."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """Tokens (B, T), whose rows a block looks up itself: under FSDP2 its tables are whole only while it runs."""
+
+    tokens: Tensor
+    x0: Tensor
+
+    def value_rows(self, block: Block) -> tuple[Tensor, ...]:
+        return block.attention.value_embedding.look_up(self.tokens)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all blocks share in one call of the model."""
+
+    inputs: Inputs
+    memory: Tensor
+    """(C, B, T, D)."""
+    angles: tuple[Tensor, Tensor]
+    slots: Any
+    """Where the State holds the call's positions."""
+    write: Any
+    """How the State replaces them in a layer's keys and values."""
+    execution: Execution
 
 
 class Block(nn.Module):
@@ -35,7 +73,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        injected = layer in config.memory.injected_layers(config.depth)
+        injected = layer in config.injected_layers
         self.alpha = nn.Parameter(torch.empty(1))  # one element, as FSDP2 shards no scalars; used as scalars
         self.beta = nn.Parameter(torch.empty(1))
         self.injection = (INJECTIONS[config.memory.injection] if injected else NoMemory)(config)
@@ -43,25 +81,15 @@ class Block(nn.Module):
         self.mlp = MLP(config.width, config.mlp_dim)
 
     def forward(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        tokens: Tensor,
-        memory: Tensor,
-        projected: Projected,
-        angles: tuple[Tensor, Tensor],
-        visible: Visible,
-        cache: Cache,
-        slots: Any,
-        write: Writer,
-        execution: Execution,
+        self, x: Tensor, call: Call, projected: Projected, visible: Visible, cache: Cache
     ) -> tuple[Tensor, Cache]:
-        """x, x0 (B, T, D), memory (C, B, T, D) -> the residual stream after the block, and its cache."""
-        found = self.attention.value_embedding.look_up(tokens)
-        x, q, k, v = execution.function(before_attention)(self, x, x0, memory, found, projected, angles)
-        keys, values = write(cache[0], slots, k, 2), write(cache[1], slots, v, 2)
+        """x (B, T, D) -> the residual stream after the block, and its cache with this call's keys and values."""
+        rows = call.inputs.value_rows(self)
+        run = call.execution
+        x, q, k, v = run.function(before_attention)(self, x, call.inputs.x0, call.memory, rows, projected, call.angles)
+        keys, values = call.write(cache[0], call.slots, k, 2), call.write(cache[1], call.slots, v, 2)
         y = visible.attend(q, keys, values)
-        return execution.function(after_attention)(self, x, y), (keys, values)
+        return run.function(after_attention)(self, x, y), (keys, values)
 
 
 # The two halves of a block, functions so that one compiled form serves all blocks. Lookups in tables stay outside:
@@ -71,13 +99,16 @@ def before_attention(
     x: Tensor,
     x0: Tensor,
     memory: Tensor,
-    found: tuple[Tensor, ...],
+    rows: tuple[Tensor, ...],
     projected: Projected,
     angles: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The residual stream with the memory injected (B, T, D); q (B, H, T, K), k and v (B, G, T, K)."""
+    """The residual stream with the memory injected (B, T, D); q (B, H, T, K), k and v (B, G, T, K).
+
+    x <- α·x + β·x_0 + Σ_c γ_c·m_c (paper, section 3); rows are what the value embedding looked up.
+    """
     x = block.injection.residual(block.alpha.squeeze() * x + block.beta.squeeze() * x0, memory)
-    return x, *block.attention.query_key_value(rms(x), found, block.injection, projected, angles)
+    return x, *block.attention.query_key_value(rms(x), rows, block.injection, projected, angles)
 
 
 def after_attention(block: Block, x: Tensor, y: Tensor) -> Tensor:
@@ -97,7 +128,7 @@ class LatentRecurrentTransformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.recall: nn.Module = MemoryReader(config)
-        self.projection = Projection(config) if INJECTIONS[config.memory.injection].projects else NoProjection()
+        self.projection = Projection(config) if INJECTIONS[config.memory.injection].projects else NoProjection(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(1, config.depth + 1))
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.reset()
@@ -151,7 +182,7 @@ class LatentRecurrentTransformer(nn.Module):
         return states.empty_state(
             config.kv_layers,
             (config.num_kv_heads, config.head_dim),
-            (len(config.memory.stored_sources(config.depth)), config.width),
+            (len(config.stored_sources), config.width),
             batch,
             slots * config.positions_per_token,
             documents,
@@ -183,33 +214,36 @@ class LatentRecurrentTransformer(nn.Module):
     ) -> tuple[Tensor, AnyState]:
         """The blocks at positions of the State, on the tokens' embeddings or, in their place, on thought (B, T, D)."""
         state = state.write_tokens(positions, tokens)
+        x0 = rms(self.embedding(tokens)) if thought is None else thought
+        angles = rotary(positions, self.config.head_dim, self.config.rope_base, x0)
+        return self.run_blocks(TokenInputs(tokens, x0), angles, positions, state)
+
+    def run_blocks(
+        self, inputs: Inputs, angles: tuple[Tensor, Tensor], positions: Positions, state: AnyState
+    ) -> tuple[Tensor, AnyState]:
+        """Read the memory, run the blocks, write the sources: the final hidden state (B, T, D), and the new State."""
         memory = self.recall(state, positions, self.embedding)
         state = state.mark_written(positions)
 
-        config, remembered = self.config, self.config.memory.stored_sources(self.config.depth)
+        config = self.config
         projected = self.projection(memory)
-        x0 = x = rms(self.embedding(tokens)) if thought is None else thought
-        angles = rotary(positions, config.head_dim, config.rope_base, x)
-        windows = config.windows()
-        visible = {window: state.visible(positions, window) for window in set(windows)}
-        slots, run = state.where(positions), state.execution
-        injected = config.memory.injected_layers(config.depth)
+        visible = {window: state.visible(positions, window) for window in dict.fromkeys(config.windows)}
+        call = Call(inputs, memory, angles, state.where(positions), state.write, state.execution)
+        x = inputs.x0
         outputs: dict[int, Tensor] = {}
         caches: list[Cache] = []
         for i, block in enumerate(tuple(self.blocks) * config.loops):
             layer = i % config.depth + 1
-            index = injected.index(layer) if layer in injected and len(projected) > 1 else 0
+            own = projected[config.projection_sets[layer - 1]]
             cache = state.keys[i], state.values[i]
-            seen = visible[windows[i]]
-            given = (x, x0, tokens, memory, projected[index], angles, seen, cache, slots, state.write, run)
-            x, cache = run.block(block, *given)
+            x, cache = state.execution.block(block, x, call, own, visible[config.windows[i]], cache)
             caches.append(cache)
-            if layer in remembered or layer == config.depth:
+            if layer in config.stored_sources or layer == config.depth:
                 outputs[layer] = rms(x)  # the last loop's stays
 
         state = state.write_cache(tuple(k for k, _ in caches), tuple(v for _, v in caches))
-        if remembered:
-            state = state.write_memory(positions, torch.stack([outputs[s] for s in remembered], dim=2))
+        if config.stored_sources:
+            state = state.write_memory(positions, torch.stack([outputs[s] for s in config.stored_sources], dim=2))
         return outputs[config.depth], state
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -221,13 +255,13 @@ class LatentRecurrentTransformer(nn.Module):
         """The modules that FSDP2 gathers one at a time; embeddings and head, which every pass needs, are the rest."""
         return (*self.blocks, self.projection)
 
-    def with_recall(self, recall: nn.Module) -> LatentRecurrentTransformer:
+    def with_memory_reader(self, recall: nn.Module) -> LatentRecurrentTransformer:
         """This model, all parameters shared, reading its memory through `recall` (for ablations at test time)."""
         other = copy.copy(self)
         other._modules = {**self._modules, "recall": recall}
         return other
 
-    def _check(self, tokens: Tensor, positions: Positions, state: State | StridedState) -> None:
+    def _check(self, tokens: Tensor, positions: Positions, state: ModelState) -> None:
         """Wrong sizes are the caller's mistake and named; what only the device knows is left to it."""
         batch, length = tokens.shape
         count = len(positions) if isinstance(positions, range) else positions.shape[-1]
@@ -241,7 +275,7 @@ class LatentRecurrentTransformer(nn.Module):
             config.kv_layers,
             config.num_kv_heads,
             config.head_dim,
-            len(config.memory.stored_sources(config.depth)),
+            len(config.stored_sources),
             config.width,
         )
         if state.shape != expected:
@@ -252,7 +286,7 @@ class LatentRecurrentTransformer(nn.Module):
                 raise ValueError(f"position {int(ends[0])} is negative; positions count from 0")
             self._check_room(int(ends[1]), length, state)
 
-    def _check_room(self, last: int, length: int, state: State | StridedState) -> None:
+    def _check_room(self, last: int, length: int, state: ModelState) -> None:
         slots = state.slots // self.config.positions_per_token
         if last < slots:
             return

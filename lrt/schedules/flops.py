@@ -28,7 +28,7 @@ def forward_flops(config: ModelConfig, length: int) -> tuple[float, float]:
     looped = sum(n for name, n in dense.items() if name.startswith("blocks."))
     products = 2 * (config.loops * looped + sum(dense.values()) - looped)
     positions = config.positions_per_token * length
-    attention = sum(4 * config.heads * config.head_dim * visible_keys(positions, w) for w in config.windows())
+    attention = sum(4 * config.heads * config.head_dim * visible_keys(positions, w) for w in config.windows)
     return config.positions_per_token * (products + attention), 2 * config.width * config.vocab_size
 
 

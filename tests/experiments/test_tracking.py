@@ -277,7 +277,7 @@ def test_models_that_chunks_do_not_cover_say_why():
     ):
         with pytest.raises(ValueError, match=words):
             unrolled.over(LatentRecurrentTransformer(config), torch.zeros(1, 2, dtype=torch.long))
-    with pytest.raises(ValueError, match="recall is replaced"):
+    with pytest.raises(ValueError, match="memory reader is replaced"):
         unrolled.over(ablate(awake(small()), "zero"), torch.zeros(1, 2, dtype=torch.long))
 
 

@@ -171,7 +171,7 @@ def test_sources_and_layers_are_numbered_as_in_the_paper():
 
 def test_windows_reach_and_value_embeddings_by_layer():
     config = ModelConfig(depth=5, window_pattern="SSL", window=7, context=20, value_embeddings="alternate")
-    assert config.windows() == (7, 7, None, 7, 7)
+    assert config.windows == (7, 7, None, 7, 7)
     assert not config.unlimited_context
     assert [layer for layer in range(1, 6) if config.has_value_embedding(layer)] == [1, 3, 5]
     assert [layer for layer in range(1, 5) if replace(config, depth=4).has_value_embedding(layer)] == [2, 4]

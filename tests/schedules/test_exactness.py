@@ -57,8 +57,8 @@ EVERY = {**PAIRWISE, **PRODUCT, "none": NONE}
 
 def recurs(config: ModelConfig) -> bool:
     """Whether a memory depends on the memory before it: some source lies at or above the first injected block."""
-    first = min(config.memory.injected_layers(config.depth))
-    return any(source >= first for source in config.memory.sources(config.depth))
+    first = min(config.injected_layers)
+    return any(source >= first for source in config.sources)
 
 
 RECURRENT = {name: config for name, config in PAIRWISE.items() if recurs(config)}

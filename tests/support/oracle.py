@@ -82,10 +82,8 @@ def read_memory(
     slot = t - config.memory.delay
     if not same_document(documents, slot, t):
         zeros = weights["embedding.weight"].new_zeros(width)
-        return [zeros for _ in range(config.memory.channels(config.depth))]
-    parts = [
-        read_part(weights, config, tokens, slot, layer, remembered) for layer in config.memory.sources(config.depth)
-    ]
+        return [zeros for _ in range(config.channels)]
+    parts = [read_part(weights, config, tokens, slot, layer, remembered) for layer in config.sources]
     if isinstance(config.memory.source, tuple) and config.memory.combine == "sum" and parts:
         total = torch.zeros_like(parts[0])
         for i, part in enumerate(parts):
@@ -127,7 +125,7 @@ def compute(
         q, k = rms(rotate(q, t, config.rope_base)), rms(rotate(k, t, config.rope_base))
         keys.append(k)
         values.append(v)
-        window = config.windows()[layer - 1]
+        window = config.windows[layer - 1]
         seen = [
             s
             for s in sorted(written)
@@ -152,7 +150,7 @@ def enter_block(
     """The residual stream (D,) as block `layer` receives it: α x + β x0 + Σ γ m."""
     name = f"blocks.{layer - 1}"
     x = weights[f"{name}.alpha"] * x + weights[f"{name}.beta"] * x0
-    if config.memory.injection in ("residual", "both") and layer in config.memory.injected_layers(config.depth):
+    if config.memory.injection in ("residual", "both") and layer in config.injected_layers:
         for c, m in enumerate(memory):
             x = x + weights[f"{name}.injection.gamma"][c] * m
     return x
@@ -167,7 +165,7 @@ def query_key_value(
     k = (weights[f"{name}.attention.key.weight"] @ u).view(groups, size)
     v = (weights[f"{name}.attention.value.weight"] @ u).view(groups, size)
 
-    injected = config.memory.injected_layers(config.depth)
+    injected = config.injected_layers
     if config.memory.injection in ("key_value", "both") and layer in injected:
         gates = 2 * torch.sigmoid(weights[f"{name}.injection.gate.weight"] @ u)
         gates = gates.view(1 + len(memory), groups, 1)  # row 0 is local, row 1 + c is channel c

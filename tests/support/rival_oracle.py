@@ -55,7 +55,7 @@ def position(
             x = enter_block(weights, config, layer, x, entered, memory)
             q, k, v = query_key_value(weights, config, layer, rms(x), tokens[t], memory)
             q, k = rms(rotate(q, place, config.rope_base)), rms(rotate(k, place, config.rope_base))
-            window = config.windows()[layer - 1]  # in tokens: thoughts have full attention
+            window = config.windows[layer - 1]  # in tokens: thoughts have full attention
             near = [(ks[turn], vs[turn]) for s, ks, vs in seen if window is None or s > t - window]
             attended = attend(q, [ks for ks, _ in near] + [k], [vs for _, vs in near] + [v])
             x = x + weights[f"{name}.attention.out.weight"] @ attended

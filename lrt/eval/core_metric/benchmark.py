@@ -62,7 +62,7 @@ def run_core(
     leaves the others' results alone. `weights` is the checkpoint's SHA-256. All ranks call it.
     """
     settings, begun = settings or CoreSettings(), time.perf_counter()
-    recurs = bool(model.config.memory.stored_sources(model.config.depth))
+    recurs = bool(model.config.stored_sources)
     modes = tuple(MODES) if recurs else ("off",)
     found, problems = {}, []
     for task in bundle.tasks:

@@ -84,7 +84,7 @@ class PlainModel(nn.Module):
             or (config.value_embeddings != "none")
             or (config.num_kv_heads != config.heads)
             or (config.heads * config.head_dim != config.width)
-            or any(config.windows())
+            or any(config.windows)
         ):
             raise ValueError(f"plain modules are written for the shared LRT without options, not for {config}")
         self.config = config

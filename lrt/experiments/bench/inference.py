@@ -66,7 +66,7 @@ def read_pair(folder: Path, data: Path, device: str, rounds: int, progress: bool
     for name, its in (("transformer's", other.sha256), (f"{data}'s", prepared.tokenizer.sha256)):
         if its != tokenizer.sha256:
             raise ValueError(f"{folder}: the {name} tokenizer is not the LRT's; train both on one data set")
-    if len(lrt.config.memory.stored_sources(lrt.config.depth)) == 0:
+    if len(lrt.config.stored_sources) == 0:
         raise ValueError(
             f"{folder / 'lrt'} holds a model in which nothing recurs; train the pair with "
             "benchmarks/inference_models.py"

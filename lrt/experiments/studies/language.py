@@ -250,7 +250,7 @@ def score_run(model: LatentRecurrentTransformer, data: Prepared, run: RunConfig,
     test = evaluate(model, chosen("test", count), size, schedule, progress=False, prefix_bytes=prefix)
     found: dict[str, Any] = {"val_live_bpb": val, "test": test.to_dict()}
     settling = fields.get("settling", 0)
-    if settling and model.config.memory.stored_sources(model.config.depth):
+    if settling and model.config.stored_sources:
         curve = sweep_curve(
             model, chosen("val", settling), size, schedule, groups=(1,), progress=False, prefix_bytes=prefix
         )

@@ -100,7 +100,7 @@ class StateTracking:
             found = measure.reads(done.model, TASKS[name], wanted["length"], wanted["reads"], run.seed)
             result["reads"][name] = {"length": wanted["length"], "reads": found.asked, "errors": found.errors}
             advance(share, f"{name}: {found.errors} errors")
-        if tests and run.model.memory.stored_sources(run.model.depth):
+        if tests and run.model.stored_sources:
             for name in ABLATED:
                 found = measure.final_state(ablate(done.model, name), task, task.length(tests[0]), FEW, run.seed)
                 result["ablated"][name] = {"sequences": FEW, "accuracy": found.accuracy}

@@ -141,7 +141,7 @@ def estimate_minutes(run: RunConfig, data: Prepared, targets: int, settling: int
     training.close()
     model = training.model.eval()
     decoded = alternate({"": decoding(model, BATCH, DECODED)}, 1, 1, device, progress=False)[""].median
-    has_memory = bool(model.config.memory.stored_sources(model.config.depth))
+    has_memory = bool(model.config.stored_sources)
     live = (4 if has_memory else 2) * targets * decoded / (DECODED * BATCH)  # val, test, and test with two ablations
     forward = each * sum(forward_flops(run.model, run.model.context)) / run.flops_per_token
     length = run.model.context

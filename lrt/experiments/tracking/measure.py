@@ -54,7 +54,7 @@ def live_answers(model: LatentRecurrentTransformer, tokens: Tensor) -> Tensor:
     """
     if unrolled.reason_uncovered(model) is None:
         return model.logits(unrolled.over(model, tokens)).argmax(-1)
-    remembered = model.config.memory.stored_sources(model.config.depth)
+    remembered = model.config.stored_sources
     schedule = schedules.sequential() if remembered else schedules.plain()
     return model.logits(refine(model, tokens, schedule).hidden).argmax(-1)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from lrt.model.buffers import write_in_place
+from lrt.model.buffers import OVERWRITING
 from lrt.model.config import ModelConfig
 from lrt.model.state import State
 
@@ -117,7 +117,7 @@ def read_cache(
     """(State with room for tokens (B, T) behind what the cache holds, (B,) positions it holds already)."""
     batch, new = tokens.shape
     known = None if cache is None else past(cache, config.kv_layers)
-    sources = len(config.memory.stored_sources(config.depth))
+    sources = len(config.stored_sources)
     before = Columns.of(torch.ones(batch, 0, dtype=torch.bool) if known is None else known >= 0)
     start = before.lengths.to(tokens.device)
     held = 0 if known is None else known.shape[1]
@@ -153,7 +153,7 @@ def read_cache(
         written[:, :held] = before.compact(known, 1)
     alike = before.order is None
     state = State(
-        keys, values, memory, written, None, positions, written_until=held if alike else 0, write=write_in_place
+        keys, values, memory, written, None, positions, written_until=held if alike else 0, write=OVERWRITING
     )  # fmt: skip
     if not config.unlimited_context and int((start + columns.lengths).max()) > config.context:
         raise ValueError(
