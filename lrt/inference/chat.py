@@ -72,7 +72,7 @@ class Conversation:
             pieces.append(decoder.push(token))
             tell(pieces[-1])
 
-        session = session.generate(min(max_new_tokens, room), self.sampling, self.stop, told)
+        session = session.generate(min(max_new_tokens, room), self.sampling, self.stop, on_token=told)
         pieces.append(decoder.finish())
         tell(pieces[-1])
         self.session = session

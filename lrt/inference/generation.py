@@ -1,19 +1,20 @@
 """Generation with true recurrence: exact prefill, then one step per token with keys, values and memory in a State.
 
-For prompts of one length; `lrt.inference.engine` serves many of any lengths.
+For prompts of one length; `engine.py` serves many of any lengths, and draws the same tokens for the same seeds.
 
 Shapes: B batch, T prompt positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from lrt.inference.decoders import decoder
-from lrt.inference.sampling import Sampling
+from lrt.inference.decoders import EagerDecoder, decoder
+from lrt.inference.sampling import Sampling, draw_rows
 from lrt.model.transformer import LatentRecurrentTransformer
 
 
@@ -26,8 +27,9 @@ def generate(
 ) -> Iterator[Tensor]:
     """Continue tokens (B, T) int, T >= 1; yields each next token (B,) as soon as it is drawn.
 
-    `max_new_tokens` None goes on to the end of the context, or for ever where every layer slides. Equal seeds give
-    equal tokens. Raises ValueError, before any work, on an empty prompt or one that the context cannot hold.
+    `max_new_tokens` None goes on to the end of the context, or for ever where every layer slides. Row i is drawn with
+    seed + i, and gets what `Session` and `Engine` draw with that seed. Raises ValueError, before any work, on an empty
+    prompt or one that the context cannot hold.
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"the prompt has shape {tuple(tokens.shape)}; give (batch, at least one token): BOS will do")
@@ -50,24 +52,31 @@ def generate(
 def _generate(
     model: LatentRecurrentTransformer, tokens: Tensor, wanted: int | None, sampling: Sampling, seed: int
 ) -> Iterator[Tensor]:
-    length = tokens.shape[1]
+    rows, length = tokens.shape
     slots = model.config.context if wanted is None else length + wanted - 1
     if model.config.unlimited_context:  # an endless stream reuses its slots
         slots = min(slots, model.config.lookback + 1) if wanted is not None else model.config.lookback + 1
-    generator = torch.Generator(tokens.device).manual_seed(seed)
     with torch.no_grad():
-        way = decoder(model, model.empty_state(len(tokens), max(1, slots)))
-    rows = len(tokens)
-    hidden = way(tokens[:, 0], [0] * rows)
+        step = decoder(model, model.empty_state(rows, max(1, slots)))
+    hidden = step(tokens[:, 0], [0] * rows)
     for position in range(1, length):
-        hidden = way(tokens[:, position], [position] * rows)
-    position = length
-    while True:
+        hidden = step(tokens[:, position], [position] * rows)
+    yield from continuation(step, hidden, length, sampling, range(seed, seed + rows), wanted)
+
+
+def continuation(
+    step: EagerDecoder, hidden: Tensor, position: int, sampling: Sampling, seeds: Sequence[int], count: int | None
+) -> Iterator[Tensor]:
+    """Draw `count` tokens for each row, from `position` on; None goes on for ever. Yields each (B,) as it is drawn.
+
+    hidden (B, D): the final hidden states of the position before. What row i gets at a position is a function of its
+    logits, seeds[i] and that position alone (`draw_rows`). The last token is not fed to `step`: nobody reads what it
+    leaves.
+    """
+    for here in itertools.count(position) if count is None else range(position, position + count):
         with torch.inference_mode():
-            following = sampling.draw(way.logits(hidden), generator)
-        following = following.clone()  # outside inference mode: an ordinary tensor, which training may use
-        yield following
-        position += 1
-        if wanted is not None and position >= length + wanted:
-            return
-        hidden = way(following, [position - 1] * rows)
+            drawn = draw_rows(step.logits(hidden), [sampling] * len(seeds), [(seed, here) for seed in seeds])
+        tokens = drawn.clone()  # outside inference mode: an ordinary tensor, which training may use
+        yield tokens
+        if count is None or here + 1 < position + count:
+            hidden = step(tokens, [here] * len(seeds))

@@ -36,13 +36,6 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
 
-    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """The next tokens (n,) from logits (n, V)."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        drawn = torch.rand(len(logits), generator=generator, device=generator.device, dtype=widest(generator.device))
-        return self.pick(logits, drawn.to(logits.device))
-
     def pick(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """The tokens (n,) at which the cumulated distributions of logits (n, V) pass `uniform` (n,) in [0, 1)."""
         if self.temperature == 0:
@@ -111,11 +104,8 @@ def draw_rows(logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[tup
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     for sampling, rows in groups.items():
         part = logits if len(rows) == len(logits) else logits[rows]
-        if sampling.temperature == 0:
-            tokens[rows] = part.argmax(-1)
-            continue
-        drawn = torch.cat([uniform(*seeds[row]) for row in rows])
-        tokens[rows] = sampling.pick(part, drawn.to(logits.device, widest(logits.device)))
+        numbers = torch.cat([uniform(*seeds[row]) for row in rows])
+        tokens[rows] = sampling.pick(part, numbers.to(logits.device, widest(logits.device)))
     return tokens
 
 

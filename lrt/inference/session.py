@@ -28,8 +28,9 @@ from torch import Tensor
 from lrt.inference.certificate import PrefillReport
 from lrt.inference.cost_model import Calibration
 from lrt.inference.decoders import decoder
+from lrt.inference.generation import continuation
 from lrt.inference.prefill import Mode, Prefilled, prefill
-from lrt.inference.sampling import Sampling, draw_rows
+from lrt.inference.sampling import Sampling
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer, fingerprint
 from lrt.utils.files import read_json, recover, sha256, swap
@@ -112,28 +113,26 @@ class Session:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop: frozenset[int] = frozenset(),
-        tell: Callable[[int], None] | None = None,
+        on_token: Callable[[int], None] | None = None,
     ) -> Session:
         """The session continued by up to `max_new_tokens` drawn tokens; it ends with the first one in `stop`.
 
-        `tell` is told each token as soon as it is drawn. ValueError where the context has no room for them.
+        `on_token` is called with each token as soon as it is drawn. ValueError where the context has no room for them.
         """
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
-        sampling = sampling or Sampling()
+        step = decoder(self.model, self._room(max_new_tokens))
         tokens, hidden = list(self.tokens), self.hidden.squeeze(1)
-        way = decoder(self.model, self._room(max_new_tokens))
-        for _ in range(max_new_tokens):
-            position = len(tokens)
-            token = int(draw_rows(way.logits(hidden), [sampling], [(self.seed, position)]))
-            tokens.append(token)
-            if tell is not None:
-                tell(token)
-            hidden = way(self._row([token])[0], [position])
-            if token in stop:
+        for token in continuation(step, hidden, len(tokens), sampling or Sampling(), [self.seed], max_new_tokens):
+            tokens.append(int(token))
+            if on_token is not None:
+                on_token(tokens[-1])
+            if tokens[-1] in stop:
                 break
-        known = len(tokens) if self.state.written_until == len(self.tokens) else self.state.written_until
-        state = dataclasses.replace(way.state, write=self.state.write, written_until=known)
+        if len(tokens) > len(self.tokens):  # a session holds its last token too
+            hidden = step(self._row(tokens[-1:])[0], [len(tokens) - 1])
+        written = len(tokens) if self.state.written_until == len(self.tokens) else self.state.written_until
+        state = dataclasses.replace(step.state, write=self.state.write, written_until=written)
         hidden = hidden.unsqueeze(1).clone()  # outside inference mode: an ordinary tensor
         return dataclasses.replace(self, tokens=tuple(tokens), state=state, hidden=hidden, report=None)
 
@@ -221,6 +220,7 @@ def _tensors(session: Session) -> dict[str, Tensor]:
     state = session.state if session.model.config.unlimited_context else session.state.resized(len(session.tokens))
     layers = range(len(state.keys))
     named = {f"keys.{i}": state.keys[i] for i in layers} | {f"values.{i}": state.values[i] for i in layers}
+    # The names are those of the file (format 1), older than those of the State.
     named |= {"memory": state.memory, "known": state.tokens, "held": state.slot_positions, "hidden": session.hidden}
     named["tokens"] = torch.tensor(session.tokens)
     return {name: tensor.contiguous() for name, tensor in named.items()}

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from lrt import MemoryConfig, ModelConfig, Sampling, generate, refine, schedules, score
 from lrt.inference.decoders import FusedDecoder
+from lrt.inference.engine import Engine
+from lrt.inference.request import Request
+from lrt.inference.session import Session
 from lrt.model.transformer import LatentRecurrentTransformer
 
 GREEDY = Sampling(temperature=0)
@@ -68,11 +71,11 @@ def test_greedy_generation_is_the_argmax_recomputed_from_scratch(config: ModelCo
 class Recording(Sampling):
     """Draws as it should, and keeps the logits."""
 
-    seen: list[Tensor] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list, compare=False)
 
-    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+    def pick(self, logits: Tensor, uniform: Tensor) -> Tensor:
         self.seen.append(logits)
-        return super().draw(logits, generator)
+        return super().pick(logits, uniform)
 
 
 @every_model
@@ -140,6 +143,21 @@ def test_a_sliding_model_keeps_a_window_only(monkeypatch: pytest.MonkeyPatch):
 
 
 # Drawing
+@every_model
+def test_generate_a_session_and_the_engine_draw_the_same_tokens(config: ModelConfig):
+    """Row i with seed + i, which is also sample i of a request: a draw is a function of (seed, position)."""
+    model, text, seed = random_model(config), prompt(batch=1), 7
+    sampling = Sampling(temperature=3.0, top_p=0.95)
+    rows = drawn(model, text.expand(3, -1), 8, sampling, seed=seed).tolist()
+    assert len(set(map(tuple, rows))) == 3
+    start = tuple(text[0].tolist())
+    for i, row in enumerate(rows):
+        session = Session.start(model, start, "exact", seed + i).generate(8, sampling)
+        assert list(session.tokens[len(start) :]) == row
+    (samples,) = Engine(model, rows=2, slots=CONTEXT).complete([Request(start, 8, sampling, seed, samples=3)])
+    assert [list(sample.tokens) for sample in samples] == rows
+
+
 def test_equal_seeds_give_equal_tokens_and_others_do_not():
     model, tokens = random_model(CONFIGS["both"]), prompt()
     sampling = Sampling(temperature=3.0)
