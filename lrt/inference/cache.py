@@ -32,12 +32,12 @@ def row_bytes(model: LatentRecurrentTransformer, slots: int) -> int:
 
 def rows_that_fit(model: LatentRecurrentTransformer, available: int, slots: int) -> int:
     """How many rows of `slots` slots fit into so many bytes, beside the weights. ValueError where none does."""
-    each = row_bytes(model, slots)
-    if available < each:
+    row_size = row_bytes(model, slots)
+    if available < row_size:
         raise ValueError(
-            f"a row of {slots} slots takes {each:,} bytes, and {available:,} are given; give more, or fewer slots"
+            f"a row of {slots} slots takes {row_size:,} bytes, and {available:,} are given; give more, or fewer slots"
         )
-    return available // each
+    return available // row_size
 
 
 class RowPool:
@@ -72,18 +72,18 @@ class RowPool:
             self.copy(row, self.state, last, int(self.state.slot_positions[last].max()) + 1)
         return last
 
-    def copy(self, row: int, source: State, its: int, length: int) -> None:
-        """Row `row` becomes the first `length` positions of row `its` of another State (or of this one)."""
+    def copy(self, row: int, source: State, source_row: int, length: int) -> None:
+        """Row `row` becomes the first `length` positions of row `source_row` of another State (or of this one)."""
         self._forget()
         width = min(length, source.slots, self.state.slots)
         with torch.no_grad():
-            for mine, theirs in zip(buffers_of(self.state), buffers_of(source), strict=True):
-                mine[row].narrow(-2, 0, width).copy_(theirs[its].narrow(-2, 0, width))
+            for buffer, other in zip(buffers_of(self.state), buffers_of(source), strict=True):
+                buffer[row].narrow(-2, 0, width).copy_(other[source_row].narrow(-2, 0, width))
             self._fill(row, -1)
-            held = source.slot_positions[its, :width]
+            held = source.slot_positions[source_row, :width]
             known = (held >= 0) & (held < length)
             self.state.slot_positions[row, :width] = held.where(known, -1)
-            self.state.tokens[row, :width] = source.tokens[its, :width].where(known, -1)
+            self.state.tokens[row, :width] = source.tokens[source_row, :width].where(known, -1)
 
     def snapshot(self, row: int, length: int) -> State:
         """The first `length` positions of a row as a State of its own, of as many slots where none is reused."""

@@ -268,9 +268,9 @@ class Engine:
         logits = self.decoder.logits(hidden)
         seeds = [(job.seed, len(job.tokens)) for job in jobs]
         steered = self._steered(jobs, logits)
-        drawn = draw_rows(steered, [job.request.sampling for job in jobs], seeds).tolist()
+        tokens = draw_rows(steered, [job.request.sampling for job in jobs], seeds).tolist()
         events = []
-        for i, (job, token) in enumerate(zip(jobs, drawn, strict=True)):
+        for i, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
             if job.sample == 0 and not job.new:
                 self._fork(job)
             certificate = None if job.new else job.certificate
@@ -292,7 +292,7 @@ class Engine:
             return logits
         pairs = zip(jobs, logits, strict=True)
         return torch.stack(
-            [row if (s := job.request.steering).neutral else s.applied(row, job.new) for job, row in pairs]
+            [row if (s := job.request.steering).neutral else s.apply(row, job.new) for job, row in pairs]
         )
 
     def _fork(self, job: Job) -> None:

@@ -193,10 +193,10 @@ def read_memory(p: FusedWeights, b: Buffers, before: MemoryPlace) -> Tensor:
     if not sources:
         return p.embedding.new_zeros(0, before.slots.shape[0], p.config.width)
     held = b.memory.index_select(0, before.slots)
-    found = {s: held[:, i] for i, s in enumerate(stored)}
+    by_source = {s: held[:, i] for i, s in enumerate(stored)}
     if 0 in sources:
-        found[0] = p.embedding[b.tokens.index_select(0, before.slots).clamp(min=0)]
-    parts = [found[s] for s in sources]
+        by_source[0] = p.embedding[b.tokens.index_select(0, before.slots).clamp(min=0)]
+    parts = [by_source[s] for s in sources]
     inside = before.inside.to(p.embedding)
     if p.recall is None:
         return torch.stack([part * inside for part in parts])

@@ -75,8 +75,8 @@ def continuation(
     """
     for here in itertools.count(position) if count is None else range(position, position + count):
         with torch.inference_mode():
-            drawn = draw_rows(step.logits(hidden), [sampling] * len(seeds), [(seed, here) for seed in seeds])
-        tokens = drawn.clone()  # outside inference mode: an ordinary tensor, which training may use
+            tokens = draw_rows(step.logits(hidden), [sampling] * len(seeds), [(seed, here) for seed in seeds])
+        tokens = tokens.clone()  # outside inference mode: an ordinary tensor, which training may use
         yield tokens
         if count is None or here + 1 < position + count:
             hidden = step(tokens, [here] * len(seeds))

@@ -86,9 +86,9 @@ class Steering:
         """Whether it changes nothing."""
         return self.frequency == 0 and self.presence == 0 and not self.bias
 
-    def applied(self, logits: Tensor, drawn: Sequence[int]) -> Tensor:
+    def apply(self, logits: Tensor, emitted: Sequence[int]) -> Tensor:
         """Logits (V,) after the tokens drawn so far (the prompt is not counted)."""
-        counts = torch.bincount(torch.tensor(drawn, dtype=torch.long), minlength=len(logits)).to(logits)
+        counts = torch.bincount(torch.tensor(emitted, dtype=torch.long), minlength=len(logits)).to(logits)
         logits = logits - self.frequency * counts - self.presence * (counts > 0).to(logits)
         if self.bias:
             tokens, values = zip(*self.bias, strict=True)

@@ -50,10 +50,10 @@ class ValueEmbedding(nn.Module):
     def gates(self) -> list[nn.Linear]:
         return [self.gate]
 
-    def add(self, v: Tensor, gates: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
-        """v (B, T, G, K) with what `look_up` found, through gates (B, T, G)."""
-        (logits,), (rows,) = gates, found
-        return v + 2 * torch.sigmoid(logits).unsqueeze(-1) * rows
+    def add(self, v: Tensor, gates: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+        """v (B, T, G, K) with what `look_up` rows, through gates (B, T, G)."""
+        (logits,), (own,) = gates, rows
+        return v + 2 * torch.sigmoid(logits).unsqueeze(-1) * own
 
 
 class NoValueEmbedding(nn.Module):
@@ -65,7 +65,7 @@ class NoValueEmbedding(nn.Module):
     def gates(self) -> list[nn.Linear]:
         return []
 
-    def add(self, v: Tensor, gates: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
+    def add(self, v: Tensor, gates: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
         return v
 
 
@@ -97,7 +97,7 @@ class Attention(nn.Module):
     def query_key_value(
         self,
         u: Tensor,
-        found: Sequence[Tensor],
+        rows: Sequence[Tensor],
         injection: NoMemory,
         projected: Projected,
         angles: tuple[Tensor, Tensor],
@@ -109,6 +109,6 @@ class Attention(nn.Module):
         q = q.unflatten(-1, (self.heads, self.size))
         k, v = (x.unflatten(-1, (self.groups, self.size)) for x in (k, v))
         k, v = injection.key_value(logits[: len(gates)], k, v, projected)
-        v = self.value_embedding.add(v, logits[len(gates) :], found)
+        v = self.value_embedding.add(v, logits[len(gates) :], rows)
         q, k = rms(rotate(q, angles)), rms(rotate(k, angles))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

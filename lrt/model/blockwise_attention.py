@@ -175,8 +175,8 @@ def attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], pieces: 
 
     The first pieces must reach every query, in order: what comes later is merged into what is there.
     """
-    result: Tensor = Attend.apply(q, pieces, *keys, *values)  # type: ignore[assignment]
-    return result
+    out: Tensor = Attend.apply(q, pieces, *keys, *values)  # type: ignore[assignment]
+    return out
 
 
 def attend_reference(

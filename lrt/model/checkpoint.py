@@ -84,14 +84,14 @@ def megabytes_needed(model: LatentRecurrentTransformer, training: bool) -> float
     return sum(p.numel() * p.element_size() for p in model.parameters()) * (3 if training else 1) / 1e6
 
 
-def differences(theirs: Any, mine: Any, name: str) -> str:
+def differences(saved: Any, current: Any, name: str) -> str:
     """What differs between two values that JSON can write, field by field."""
-    if not (isinstance(theirs, dict) and isinstance(mine, dict)):
-        return f"{name}: {theirs} there, {mine} here"
+    if not (isinstance(saved, dict) and isinstance(current, dict)):
+        return f"{name}: {saved} there, {current} here"
     return "; ".join(
-        differences(theirs.get(k), mine.get(k), f"{name}.{k}")
-        for k in {**theirs, **mine}
-        if theirs.get(k) != mine.get(k)
+        differences(saved.get(k), current.get(k), f"{name}.{k}")
+        for k in {**saved, **current}
+        if saved.get(k) != current.get(k)
     )
 
 
@@ -168,10 +168,10 @@ def load_training(
     folder = verify(Path(path))
     saved, _ = _config(folder)
     if saved != model.config:
-        theirs, mine = (json.loads(json.dumps(c.to_dict())) for c in (saved, model.config))
-        found = differences(theirs, mine, "model")
+        there, here = (json.loads(json.dumps(c.to_dict())) for c in (saved, model.config))
+        differing = differences(there, here, "model")
         raise ValueError(
-            f"{folder} holds another architecture ({found}); choose another --out, or start anew with --resume never"
+            f"{folder} holds another architecture ({differing}); choose another --out, or start anew with --resume never"
         )
     if not (folder / "training.pt").is_file():
         raise ValueError(f"{folder} cannot be trained on: it has no training.pt; take a folder of snapshots/")

@@ -51,8 +51,8 @@ def summed_nats(
         )
         return (nats * counted.flatten()).sum()
     arguments = (hidden.flatten(0, -2), model.head.weight, targets.flatten(), counted.flatten())
-    result: Tensor = LinearCrossEntropy.apply(*arguments, model.config.softcap, execution)  # type: ignore[assignment]
-    return result
+    nats: Tensor = LinearCrossEntropy.apply(*arguments, model.config.softcap, execution)  # type: ignore[assignment]
+    return nats
 
 
 def summed_nats_reference(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -43,28 +43,28 @@ class MemoryReader(nn.Module):
         """The memory (C, B, T, D) that `positions` read from `state`."""
         return self.read(state.read_memory(positions, self.delay), embedding)
 
-    def read(self, found: MemoryRead, embedding: nn.Embedding) -> Tensor:
-        """The memory (C, B, T, D) assembled from what was found."""
-        embedded = zero = found.memory.new_zeros(())
+    def read(self, past: MemoryRead, embedding: nn.Embedding) -> Tensor:
+        """The memory (C, B, T, D) assembled from what stands `delay` positions back."""
+        embedded = zero = past.memory.new_zeros(())
         if 0 in self.sources or self.stand_in:
-            embedded = self.embed(found, embedding)
+            embedded = self.embed(past, embedding)
         unwritten = embedded if self.stand_in else zero
-        inside, written = found.inside.unsqueeze(-1), found.written.unsqueeze(-1)
+        inside, written = past.inside.unsqueeze(-1), past.written.unsqueeze(-1)
         parts = [
-            torch.where(inside, torch.where(written, found.memory[:, :, self.stored.index(s)], unwritten), zero)
+            torch.where(inside, torch.where(written, past.memory[:, :, self.stored.index(s)], unwritten), zero)
             if s > 0
             else embedded
             for s in self.sources
         ]
-        return self.combine(parts, found.memory)
+        return self.combine(parts, past.memory)
 
-    def embed(self, found: MemoryRead, embedding: nn.Embedding) -> Tensor:
+    def embed(self, past: MemoryRead, embedding: nn.Embedding) -> Tensor:
         """x_0 (B, T, D) of the remembered tokens, zeros where unknown or outside the document.
 
         Recomputed at every read, so that gradients reach the embedding under every schedule.
         """
-        known = found.inside & (found.tokens >= 0)
-        return rms(embedding(found.tokens.clamp(min=0))) * known.unsqueeze(-1)
+        known = past.inside & (past.tokens >= 0)
+        return rms(embedding(past.tokens.clamp(min=0))) * known.unsqueeze(-1)
 
     def combine(self, parts: list[Tensor], like: Tensor) -> Tensor:
         """Parts (B, T, D), one per source, to channels (C, B, T, D)."""

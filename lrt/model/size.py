@@ -16,10 +16,10 @@ class Unfilled(TorchFunctionMode):
     """No random weights are drawn: for meta tensors torch would import its compiler, which takes a second."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
+        arguments = kwargs or {}
         if function in (torch.nn.init.normal_, torch.nn.init.uniform_):
-            return args[0] if args else given["tensor"]
-        return function(*args, **given)
+            return args[0] if args else arguments["tensor"]
+        return function(*args, **arguments)
 
 
 @functools.lru_cache(maxsize=256)
@@ -37,5 +37,5 @@ def is_table(name: str) -> bool:
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """(all parameters, those outside token-indexed tables and the head)."""
-    found = parameter_sizes(config)
-    return sum(found.values()), sum(n for name, n in found.items() if not is_table(name))
+    sizes = parameter_sizes(config)
+    return sum(sizes.values()), sum(n for name, n in sizes.items() if not is_table(name))

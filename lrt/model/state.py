@@ -223,9 +223,9 @@ class State:
 
     def select(self, rows: Tensor) -> State:
         """A State of these rows (n,) int in this order, independent of this one; a row named twice is forked."""
-        chosen = self._map(lambda buffer: buffer.index_select(0, rows))
+        selected = self._map(lambda buffer: buffer.index_select(0, rows))
         documents = None if self.documents is None else self.documents.index_select(0, rows)
-        return dataclasses.replace(chosen, documents=documents)
+        return dataclasses.replace(selected, documents=documents)
 
     def put(self, rows: Tensor, other: State) -> State:
         """This State with its rows `rows` (n,) int replaced by those of `other`, which has as many slots."""
@@ -268,8 +268,8 @@ class State:
     def intact(self, lengths: Tensor, reach: int) -> Tensor:
         """(B,) bool: whether the last `reach` positions before `lengths` (B,) are all still held."""
         needed = lengths.unsqueeze(1) - 1 - torch.arange(min(reach, self.slots), device=self.slot_positions.device)
-        found = gather(self.slot_positions, needed % self.slots, 1) == needed
-        return (found | (needed < 0)).all(1)
+        held = gather(self.slot_positions, needed % self.slots, 1) == needed
+        return (held | (needed < 0)).all(1)
 
     def resized(self, slots: int) -> State:
         """A copy with another number of slots. ValueError where they cannot hold every position written so far."""

@@ -149,17 +149,17 @@ class StridedState:
         if self.documents is not None:
             before = shift_back(self.documents[:, residue::step], n, shift)
             inside = inside & (self.documents[:, positions.start :: step] == before)
-        found, there = self._recalled(residue, step)
+        memory, there = self._memory_of(residue, step)
         return MemoryRead(
-            tokens, shift_back(found, n, shift), inside & shift_back(there.unsqueeze(0), n, shift), inside
+            tokens, shift_back(memory, n, shift), inside & shift_back(there.unsqueeze(0), n, shift), inside
         )
 
-    def _recalled(self, residue: int, step: int) -> tuple[Tensor, Tensor]:
+    def _memory_of(self, residue: int, step: int) -> tuple[Tensor, Tensor]:
         """Memory (B, m, P, D) of a class, or of all positions, and which of it (m,) is written."""
-        chosen = self.memory if step == 1 else (self.memory[residue],)
-        there = torch.tensor([held is not None for held in chosen], device=self.tokens.device)
+        classes = self.memory if step == 1 else (self.memory[residue],)
+        there = torch.tensor([held is not None for held in classes], device=self.tokens.device)
         m = len(range(residue, self.slots, step))
-        there = there.repeat(-(-m // len(chosen)))[:m]
+        there = there.repeat(-(-m // len(classes)))[:m]
         if step == 1:
             return self._buffer(self.memory, 1, self.shape[-2:]), there
         held = self.memory[residue]

@@ -127,11 +127,11 @@ def bind(expand: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     unknown = sorted((set(kwargs) - set(names)) | (set(kwargs) & set(names[: len(args)])))  # or given twice
     if unknown or len(args) > len(names):
         raise ValueError(f"{expand.__name__} takes ({', '.join(names)}), not {args} {kwargs or ''}")
-    given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-    missing = [n for n in names if n not in given]
+    bound = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+    missing = [n for n in names if n not in bound]
     if missing:
         raise ValueError(f"{expand.__name__} needs {', '.join(missing)}; for example {expand.__name__}(2)")
-    values = [tuple(given[n]) if isinstance(given[n], list) else given[n] for n in names]
+    values = [tuple(bound[n]) if isinstance(bound[n], list) else bound[n] for n in names]
     while values and names[len(values) - 1] in defaults and values[-1] == defaults[names[len(values) - 1]]:
         values.pop()
     return tuple(values)
@@ -150,7 +150,7 @@ class Composed:
     parts: tuple[tuple[float, Schedule], ...]
 
     def passes(self, length: int) -> Passes:
-        raise ValueError(f"{self!r} changes over training: take .at(step, steps, seed), or .drawn(), and its passes")
+        raise ValueError(f"{self!r} changes over training: take .at(step, steps, seed), or .draw(), and its passes")
 
     def shares(self) -> tuple[tuple[float, Simple], ...]:
         return tuple((p * q, s) for p, part in self.parts for q, s in part.shares())

@@ -43,8 +43,8 @@ def multi_refinement(
 ) -> list[Pass]:
     """`refinements` + 1 full passes; each reads the last one's memory (Jacobi). `detach` cuts its gradient."""
     count("refinements", refinements, 0)
-    chosen = loss_weights(weights, refinements + 1)
-    return [Pass(0, T, 1, w, True, detach and k < refinements) for k, w in enumerate(chosen)]
+    per_pass = loss_weights(weights, refinements + 1)
+    return [Pass(0, T, 1, w, True, detach and k < refinements) for k, w in enumerate(per_pass)]
 
 
 @schedule

@@ -59,7 +59,7 @@ def refine(
     """Run `schedule` over tokens (B, T).
 
     documents (B, T) int says which packed document each token belongs to. With a `state`, the tokens continue behind
-    what it holds; its own documents serve. A mixture or stages without a step are drawn (`schedule.drawn`).
+    what it holds; its own documents serve. A mixture or stages without a step are drawn (`schedule.draw`).
     `execution` says how it is computed, not what.
     """
     ran: list[Ran] = []
