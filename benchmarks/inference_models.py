@@ -47,9 +47,10 @@ def main() -> None:
     data = Prepared.open(arguments.data)
     for name, run in runs(data.vocab_size, arguments.tokens).items():
         out = arguments.out / name
-        keeping, watching = SnapshotConfig(every=20), EvalConfig(every=60, targets=5_000)
-        _, done = train(run, data, out, arguments.device, title=name, keeping=keeping, watching=watching)
-        print(f"{out}: {count_parameters(run.model)[0]:,} parameters, {done.tokens:,} tokens, loss {done.loss:.4f}")
+        snapshots, evaluation = SnapshotConfig(every=20), EvalConfig(every=60, targets=5_000)
+        _, summary = train(run, data, out, arguments.device, title=name, snapshots=snapshots, evaluation=evaluation)
+        size = count_parameters(run.model)[0]
+        print(f"{out}: {size:,} parameters, {summary.tokens:,} tokens, loss {summary.loss:.4f}")
 
 
 if __name__ == "__main__":

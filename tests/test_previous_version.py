@@ -6,16 +6,18 @@ finished, with its measurements and its calibration, a session, and an exported 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from lrt import Sampling, load, score
+from lrt import MemoryConfig, ModelConfig, Sampling, load, score
 from lrt.data.prepared import Prepared
 from lrt.eval.report.page import report
 from lrt.inference import cost_model
@@ -56,10 +58,10 @@ def test_a_snapshot_is_restored_bit_for_bit(data: Prepared, run: Path, tmp_path:
     restored = Trainer(settings(), data, "cpu")
     restored.restore(snapshot)
     restored.save(tmp_path / "again", checkpoint.about(snapshot))
-    one, other = (torch.load(folder / "training.pt", weights_only=True) for folder in (snapshot, tmp_path / "again"))
-    assert flat(one) == flat(other)
-    one, other = (load(folder)[0].state_dict() for folder in (snapshot, tmp_path / "again"))
-    assert flat(one) == flat(other)
+    before, after = (torch.load(folder / "training.pt", weights_only=True) for folder in (snapshot, tmp_path / "again"))
+    assert flat(before) == flat(after)
+    before, after = (load(folder)[0].state_dict() for folder in (snapshot, tmp_path / "again"))
+    assert flat(before) == flat(after)
 
 
 def flat(tree: object) -> object:
@@ -97,11 +99,44 @@ def test_an_exported_folder_without_code_loads_beside_lrt():
         "ids = torch.tensor([json.loads(sys.argv[2])])\n"
         "print(float(model(ids, labels=ids).loss))\n"
     )
-    given = [str(OLD / "exported"), json.dumps(EXPECTED["prompt"])]
-    done = subprocess.run([sys.executable, "-c", program, *given], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    arguments = [str(OLD / "exported"), json.dumps(EXPECTED["prompt"])]
+    process = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     nats = EXPECTED["nats"]
-    assert float(done.stdout) == pytest.approx(sum(nats) / len(nats), abs=CLOSE)
+    assert float(process.stdout) == pytest.approx(sum(nats) / len(nats), abs=CLOSE)
+
+
+def test_fingerprints_stay_as_they_were():
+    """Sessions and calibrations name one. Later fields are hashed only where they are not at their default."""
+    model, _ = load(OLD / "finished")
+    recorded = json.loads((OLD / "session" / "session.json").read_text())["model"]
+    assert recorded == "d7ce7483e579e01896dadf80aa42c215519190ca5daa941293eb5a9e67e7b87f"
+    assert transformer.fingerprint(model) == recorded
+    fields = json.loads((OLD / "finished" / "checkpoint" / "config.json").read_text())["model"]
+    assert set(fields) == transformer.HASHED_ALWAYS
+    assert set(fields["memory"]) == transformer.MEMORY_HASHED_ALWAYS
+    memory = LaterMemory(**dataclasses.asdict(model.config.memory))
+    later = LaterConfig(**{**dataclasses.asdict(model.config), "memory": memory})
+    model.config = later
+    assert transformer.fingerprint(model) == recorded
+    for changed in (replace(later, rope_scale=2.0), replace(later, memory=replace(memory, decay=0.5))):
+        model.config = changed
+        assert transformer.fingerprint(model) != recorded
+
+
+@dataclass(frozen=True)
+class LaterMemory(MemoryConfig):
+    """As a later version may have it: one more field."""
+
+    decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class LaterConfig(ModelConfig):
+    """Likewise."""
+
+    memory: MemoryConfig = field(default_factory=LaterMemory)
+    rope_scale: float | None = None
 
 
 def test_measurements_and_calibration_count(tmp_path: Path):
@@ -111,7 +146,5 @@ def test_measurements_and_calibration_count(tmp_path: Path):
     assert cost_model.read_calibration(OLD / "finished" / "checkpoint", model).plans
     report(tmp_path / "report.html", [OLD / "finished"])
     page = (tmp_path / "report.html").read_text()
-    live = json.loads((OLD / "finished" / "evaluation" / "bpb-data-val.json").read_text())["values"]["columns"]["live"][
-        "bpb"
-    ]
-    assert f"{live:.4f}" in page
+    scores = json.loads((OLD / "finished" / "evaluation" / "bpb-data-val.json").read_text())["values"]
+    assert f"{scores['columns']['live']['bpb']:.4f}" in page

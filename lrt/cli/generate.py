@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from lrt.cli.options import Prefill, Ways
+from lrt.cli.options import DecodeMode, Prefill
 from lrt.data.tokenizer import Stream, Tokenizer
 from lrt.inference import cost_model
 from lrt.inference.chat import Conversation as Conversation
@@ -45,7 +45,7 @@ class Sample:
     """Equal seeds give equal text, whatever else is continued beside it."""
     prefill: Prefill = "converged"
     """How prompts are computed: token by token, or in parallel until converged (1e-5), fast (1e-3), or one sweep."""
-    mode: Ways = "fused"
+    mode: DecodeMode = "fused"
     """Which path decodes. compiled takes a while to compile; best measures all."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""

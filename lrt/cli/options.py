@@ -1,4 +1,4 @@
-"""Types of options that several verbs have."""
+"""Types of options that several verbs have. Names in a Literal are what the library takes; --help lists them."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ import tyro
 
 Paths = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE…")]
 Prefill = Literal["exact", "converged", "fast", "one_sweep"]
-Ways = Literal["eager", "fused", "packed", "compiled", "best"]
+DecodeMode = Literal["eager", "fused", "packed", "compiled", "best"]

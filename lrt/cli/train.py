@@ -17,10 +17,12 @@ from lrt.model.execution import Execution
 from lrt.model.size import count_parameters
 from lrt.training import recipes
 from lrt.training.config import RunConfig
+from lrt.training.loggers import check_loggers
 from lrt.training.loop import train
-from lrt.training.matching import Other, compare_runs, match_all
+from lrt.training.matching import ReferenceRun, compare_runs, match_all
 from lrt.training.monitor import EvalConfig
 from lrt.training.snapshots import SnapshotConfig
+from lrt.training.trainer import TrainingSummary
 from lrt.utils.device import choose_device
 from lrt.utils.progress import warn
 
@@ -49,10 +51,12 @@ class Train:
     resume: str = "auto"
     """auto goes on from the newest snapshot in --out; never starts anew; a snapshot's folder goes on from that one,
     also with other rates, schedule or horizon."""
-    keeping: SnapshotConfig = dataclasses.field(default_factory=lambda: SnapshotConfig(every=200))
-    """Snapshots."""
-    watching: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    """Live scores and the gap while training, and where numbers go."""
+    snapshots: SnapshotConfig = dataclasses.field(default_factory=lambda: SnapshotConfig(every=200))
+    """What is saved on the way."""
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    """Live scores and the gap while training."""
+    log_to: tuple[str, ...] = ()
+    """Where numbers go beside metrics.jsonl: tensorboard, wandb, trackio (each to be installed)."""
     execution: Execution = dataclasses.field(default_factory=Execution)
     """Compiling, and recomputing instead of keeping."""
     device: str = "auto"
@@ -61,6 +65,9 @@ class Train:
     """How the processes of torchrun share the model: in shards, gathered once per step or anew for every pass; or each
     has it whole."""
 
+    def __post_init__(self) -> None:
+        check_loggers(self.log_to)  # before any work
+
     def run(self) -> None:
         from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
 
@@ -68,49 +75,59 @@ class Train:
             self.train(ranks)
 
     def train(self, ranks: SingleProcess) -> None:
+        """All of the verb, on each of `ranks`; the first prints."""
         data = ranks.rank0_first(
             lambda: prepare(Path("runs/data/stdlib")) if self.data is None else Prepared.open(self.data)
         )
         # The vocabulary is a fact of the data, not a choice of the run.
         model = dataclasses.replace(self.recipe.model, vocab_size=data.vocab_size)
-        run = self.matched(dataclasses.replace(self.recipe, model=model), data, ranks)
-        total, dense = count_parameters(run.model)
-        held = data.manifest["splits"]["train"]["tokens"]
+        run = self.match_runs(dataclasses.replace(self.recipe, model=model), data, ranks)
         if ranks.first:
-            print(
-                f"{total:,} parameters ({dense:,} without tables and head), {run.schedule}, {run.steps:,} steps of "
-                f"{run.batch_tokens:,} tokens: {run.tokens:,} tokens ({run.tokens / held:.2f} epochs of {held:,}), "
-                f"{run.flops:.3g} training FLOPs"
-            )
-            if run.tokens > held:
-                warn(f"{run.tokens:,} tokens go {run.tokens / held:.1f} times through the {held:,} of the data")
-        _, done = train(
+            print_plan(run, data)
+        _, summary = train(
             run,
             data,
             self.out,
             ranks.device,
-            keeping=self.keeping,
-            watching=self.watching,
+            snapshots=self.snapshots,
+            evaluation=self.eval,
+            log_to=self.log_to,
             resume_from=self.resume,
             ranks=ranks,
             execution=self.execution,
         )
-        if not ranks.first:
-            return
-        print(f"{self.out / 'checkpoint'}: {done.tokens:,} tokens in {done.seconds:.0f} s, loss {done.loss:.4f}")
-        about = checkpoint.about(self.out / "checkpoint")
-        if scores := about.get("scores"):
-            print("live {live_bpb:.4f} bits per byte, parallel {parallel_bpb:.4f}, gap {gap:+.4f}".format(**scores))
-        packing = about["packing"]
-        share = packing["padded"] / max(1, packing["padded"] + packing["targets"])  # 0 rows: resumed at its end
-        print(
-            f"packed: {packing['cropped']:,} of {packing['targets']:,} tokens cropped, {share:.2%} of positions padded"
-        )
+        if ranks.first:
+            print_summary(self.out / "checkpoint", summary)
 
-    def matched(self, run: RunConfig, data: Prepared, ranks: SingleProcess) -> RunConfig:
+    def match_runs(self, run: RunConfig, data: Prepared, ranks: SingleProcess) -> RunConfig:
         """The run after every --match, and on the screen what is equal and what is not."""
-        others = [(kind, Other.read(path)) for kind, path in self.match]
-        run = match_all(run, others, data, ranks, self.out)
-        for other in {other.path: other for _, other in others}.values() if ranks.first else ():
-            print(f"beside {other.path}:", *map(str, compare_runs(run, other, data, self.out)), sep="\n")
+        references = [(kind, ReferenceRun.read(path)) for kind, path in self.match]
+        run = match_all(run, references, data, ranks, self.out)
+        by_path = {reference.path: reference for _, reference in references}
+        for reference in by_path.values() if ranks.first else ():
+            print(f"beside {reference.path}:", *map(str, compare_runs(run, reference, data, self.out)), sep="\n")
         return run
+
+
+def print_plan(run: RunConfig, data: Prepared) -> None:
+    """What is about to be trained, and a warning where the horizon goes more than once through the data."""
+    total, dense = count_parameters(run.model)
+    available = data.manifest["splits"]["train"]["tokens"]
+    print(
+        f"{total:,} parameters ({dense:,} without tables and head), {run.schedule}, {run.steps:,} steps of "
+        f"{run.batch_tokens:,} tokens: {run.tokens:,} tokens ({run.tokens / available:.2f} epochs of {available:,}), "
+        f"{run.flops:.3g} training FLOPs"
+    )
+    if run.tokens > available:
+        warn(f"{run.tokens:,} tokens go {run.tokens / available:.1f} times through the {available:,} of the data")
+
+
+def print_summary(folder: Path, summary: TrainingSummary) -> None:
+    """What a run came to; scores and packing are what its checkpoint says of itself."""
+    print(f"{folder}: {summary.tokens:,} tokens in {summary.seconds:.0f} s, loss {summary.loss:.4f}")
+    about = checkpoint.about(folder)
+    if scores := about.get("scores"):
+        print("live {live_bpb:.4f} bits per byte, parallel {parallel_bpb:.4f}, gap {gap:+.4f}".format(**scores))
+    packing = about["packing"]
+    padded = packing["padded"] / max(1, packing["padded"] + packing["targets"])  # 0 rows: resumed at its end
+    print(f"packed: {packing['cropped']:,} of {packing['targets']:,} tokens cropped, {padded:.2%} of positions padded")

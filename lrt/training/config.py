@@ -1,4 +1,9 @@
-"""What decides a training run, apart from the data: RunConfig and its horizon. Plain data, which a checkpoint keeps."""
+"""What decides a training run, apart from the data: RunConfig and its horizon. Plain data, which a checkpoint keeps.
+
+RunConfig holds what decides numbers, and is compared when a run goes on. What stays on disk (SnapshotConfig), what is
+measured on the way (EvalConfig) and how a step is computed (Execution: no number depends on it beyond rounding) are
+not in it, and may change from one call to the next. `device_batch` is in it, although it only splits a step.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +25,10 @@ UNITS = ("steps", "tokens", "ratio", "flops")
 
 @dataclass(frozen=True)
 class Horizon:
-    """How long a run trains, in one of four units."""
+    """How long a run trains, in one of four units.
+
+    In a configuration it is text (`ratio=10`), as a schedule is: one field, so that two units never contradict.
+    """
 
     unit: str
     """`steps` of the optimiser, `tokens`, `ratio` (tokens per block and head parameter, the paper's R), or training
@@ -32,15 +40,15 @@ class Horizon:
         """Read `unit=amount`, for example tokens=3e8 or ratio=10. ValueError with the text and the units."""
         unit, _, amount = text.partition("=")
         try:
-            value = float(amount.replace("_", "").replace(",", ""))
+            number = float(amount.replace("_", "").replace(",", ""))
         except ValueError:
-            value = math.nan
-        if unit not in UNITS or not value > 0 or (not math.isfinite(value)):
+            number = math.nan
+        if unit not in UNITS or not number > 0 or (not math.isfinite(number)):
             raise ValueError(
                 f"horizon is {text!r}; write {', '.join(f'{u}=…' for u in UNITS)} with a number above 0, such as "
                 "ratio=10"
             )
-        return cls(unit, value)
+        return cls(unit, number)
 
     def steps(self, run: RunConfig) -> int:
         """Optimiser steps of `run`: whole ones, rounded up for tokens and ratio, to the nearest for FLOPs."""
@@ -84,7 +92,7 @@ class RunConfig:
         self.micro_batches(1)
 
     def micro_batches(self, ranks: int) -> int:
-        """Forwards of each of `ranks` devices per step. ValueError where the rows do not divide."""
+        """Micro-batches of each of `ranks` devices per step. ValueError where the rows do not divide."""
         if self.batch_size % ranks != 0:
             raise ValueError(
                 f"batch_size is {self.batch_size}; it must be a multiple of the {ranks} ranks that share it"
@@ -134,9 +142,18 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunConfig:
-        """The inverse of `to_dict`. ValueError where a field is missing, unknown or out of range."""
+        """The inverse of `to_dict`. ValueError where a field is unknown or out of range.
+
+        A field that is missing has its default: what wrote `data` was older than the field (contract, section 1). So
+        what runs did before a field existed has to be that field's default. Saved runs are compared as values of this
+        class, never as JSON.
+        """
         try:
-            rest = {k: v for k, v in data.items() if k not in ("model", "optim")}
-            return cls(model=ModelConfig.from_dict(data["model"]), optim=OptimConfig(**data["optim"]), **rest)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"this describes no run of this version ({error!r})") from error
+            fields = {**data}
+            model = ModelConfig.from_dict(fields.pop("model", {}))
+            optim = OptimConfig(**fields.pop("optim", {}))
+            return cls(model=model, optim=optim, **fields)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(
+                f"this describes no run of this version ({error}); read it with the one that wrote it"
+            ) from error

@@ -1,4 +1,8 @@
-"""Train a model: steps, live scores on the way, snapshots, a diary. It knows an objective, not recurrence."""
+"""Train a model into a folder: steps, live scores on the way, snapshots, a metrics log. It knows no recurrence.
+
+`train` opens or resumes a run; `run_steps` is its loop; below it stand the parts of one step, in their order. The
+optimiser step itself is `Trainer.step`, and what is measured on the way is in `monitor`.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +26,10 @@ from lrt.model import checkpoint
 from lrt.model.checkpoint import drop_snapshots, snapshot_path, snapshot_step, snapshots
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.training import loggers
 from lrt.training.config import RunConfig
-from lrt.training.loggers import MetricsLog, rewrite_metrics
+from lrt.training.loggers import LogStep, MetricsLine, MetricsLog, check_loggers, open_loggers, rewrite_metrics
 from lrt.training.monitor import (
-    FINAL,
+    FINAL_TARGETS,
     PATIENCE,
     EvalConfig,
     gap_warning,
@@ -37,23 +41,22 @@ from lrt.training.monitor import (
 )
 from lrt.training.resume import resume
 from lrt.training.snapshots import SnapshotConfig
-from lrt.training.trainer import Diverged, Trained, Trainer
+from lrt.training.trainer import Diverged, Trainer, TrainingSummary
 from lrt.utils.device import peak_flops
 from lrt.utils.progress import Advance, bar, warn
 
-Note = Callable[[dict[str, Any]], None]
 
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run on disk: what computes it, its folder, its metrics log, and what is saved and measured on the way."""
 
-def recent(lines: MetricsLog) -> float:
-    """Mean of the last 5 % of the losses."""
-    last = lines[-max(1, len(lines) // 20) :]
-    return sum(line["loss"] for line in last) / max(1, len(last))
-
-
-def newest_scores(lines: MetricsLog) -> dict[str, float]:
-    """The newest evaluation in the diary; empty where there was none."""
-    found = next((line for line in reversed(lines) if "live_bpb" in line), {})
-    return {k: found[k] for k in ("live_bpb", "parallel_bpb", "gap") if k in found}
+    trainer: Trainer
+    out: Path
+    """The run's folder: metrics.jsonl, snapshots/, best/, checkpoint/."""
+    lines: MetricsLog
+    """The metrics log so far, also of the steps before this process. Grows with every step, on every rank."""
+    snapshot_config: SnapshotConfig
+    eval_config: EvalConfig
 
 
 def train(
@@ -63,20 +66,21 @@ def train(
     device: str | torch.device = "cpu",
     progress: bool = True,
     title: str = "training",
-    keeping: SnapshotConfig | None = None,
-    watching: EvalConfig | None = None,
+    snapshots: SnapshotConfig | None = None,
+    evaluation: EvalConfig | None = None,
     resume_from: str = "auto",
     ranks: SingleProcess = SINGLE_PROCESS,
     execution: Execution = EAGER,
-) -> tuple[LatentRecurrentTransformer, Trained]:
+    log_to: Sequence[str] = (),
+) -> tuple[LatentRecurrentTransformer, TrainingSummary]:
     """Train into folder `out`: metrics.jsonl (a line per step), snapshots/, best/, and checkpoint/ at the end.
 
     Interrupted (Ctrl-C, SIGTERM), it ends its step, saves a snapshot and raises KeyboardInterrupt; called again, it
     goes on from the newest snapshot, bit for bit on a CPU; of a finished run nothing is done again. `resume_from` is
-    `auto`, `never` or a snapshot's folder. `execution` says how steps are computed, on which no number depends beyond
-    rounding; which path runs is said on standard error. Without `watching` nothing is scored on the way. A loss or
-    gradient that is not finite, or a loss that explodes, raises Diverged, naming the step and the last good snapshot,
-    which stays.
+    `auto`, `never` or a snapshot's folder. `log_to` names loggers that get the numbers too. `execution` says how steps
+    are computed, on which no number depends beyond rounding; which path runs is said on standard error. Without
+    `evaluation` nothing is scored on the way. A loss or gradient that is not finite, or a loss that explodes, raises
+    Diverged, naming the step and the last good snapshot, which stays.
 
     All `ranks` call it, with one folder on a disk they share; the first writes. The model that comes back is this
     rank's, under FSDP2 its shards.
@@ -85,156 +89,198 @@ def train(
         raise ValueError(
             f"the model's vocab_size is {run.model.vocab_size}, the data's {data.vocab_size}; make them equal"
         )
-    keeping, watching = keeping or SnapshotConfig(), watching or EvalConfig(every=0)
-    training = Trainer(run, data, device, ranks, execution)
+    check_loggers(log_to)
+    evaluation = evaluation or EvalConfig(every=0)
+    trainer = Trainer(run, data, device, ranks, execution)
     with ranks.collective():
         out.mkdir(parents=True, exist_ok=True)
-        if watching.every != 0:
+        if evaluation.every != 0:
             data.split("val")  # a damaged one is an error now, not at the first evaluation
-    lines = resume(training, out, resume_from)
-    if training.progress.step < training.steps:
+    training = TrainingRun(trainer, out, resume(trainer, out, resume_from), snapshots or SnapshotConfig(), evaluation)
+    if trainer.progress.step < trainer.steps:
         if ranks.first:
-            print(f"{title}: {training.path}", file=sys.stderr)
-        with bar(title, training.steps, progress and ranks.first) as advance, stop_requests() as stop:
-            with open_log(training, out, lines, watching) as note:
-                advance(training.progress.step)
-                loop(training, out, lines, keeping, watching, note, advance, stop)
-            if watching.every != 0:
-                advance(0, "scoring live")
-            final = evaluate_step(training, max(watching.targets, FINAL)) if watching.every != 0 else {}
-            training.save(out / "checkpoint", training.about(recent(lines)) | {"scores": newest_scores([final])})
-    training.close()
+            print(f"{title}: {trainer.path}", file=sys.stderr)
+        with bar(title, trainer.steps, progress and ranks.first) as advance, stop_requests() as stop:
+            advance(trainer.progress.step)
+            with open_log(training, log_to) as log:
+                run_steps(training, log, advance, stop)
+            save_result(training, advance)
+    trainer.close()
     if ranks.first:
         shutil.rmtree(out / "snapshots", ignore_errors=True)
-    return training.model, training.trained(recent(lines))
+    return trainer.model, trainer.summary(recent_loss(training.lines))
 
 
 @contextmanager
-def open_log(training: Trainer, out: Path, lines: MetricsLog, watching: EvalConfig) -> Iterator[Note]:
-    """The diary and the sinks of the first rank, open for the block; elsewhere a step is only remembered.
+def open_log(training: TrainingRun, log_to: Sequence[str]) -> Iterator[Callable[[MetricsLine], None]]:
+    """The metrics log and the loggers of the first rank, open for the block; elsewhere a step is only remembered.
 
     What fails in opening them fails on all ranks.
     """
-    ranks, stack = training.ranks, ExitStack()
-    with stack:
-        write: list[Callable[[int, dict[str, Any]], object]] = []
-        with ranks.collective():
-            if ranks.first:
+    trainer, out, lines = training.trainer, training.out, training.lines
+    with ExitStack() as stack:
+        writers: list[LogStep] = []
+        with trainer.ranks.collective():
+            if trainer.ranks.first:
                 rewrite_metrics(out, lines)
-                diary = stack.enter_context((out / "metrics.jsonl").open("a"))
-                settings, step = training.run.to_dict(), training.progress.step
-                write.append(lambda _, line: diary.write(json.dumps(line) + "\n"))
-                write.append(lambda *_: diary.flush())  # never behind a snapshot, and there to be followed
-                write.append(stack.enter_context(loggers.open_loggers(watching.log_to, out, settings, step)))
+                file = stack.enter_context((out / "metrics.jsonl").open("a"))
+                settings, step = trainer.run.to_dict(), trainer.progress.step
+                writers.append(lambda _, line: file.write(json.dumps(line) + "\n"))
+                writers.append(lambda *_: file.flush())  # never behind a snapshot, and there to be followed
+                writers.append(stack.enter_context(open_loggers(log_to, out, settings, step)))
 
-        def note(line: dict[str, Any]) -> None:
+        def log(line: MetricsLine) -> None:
             lines.append(line)
-            for each in write:
-                each(line["step"], line)
+            for write in writers:
+                write(line["step"], line)
 
-        yield note
+        yield log
 
 
-def loop(
-    training: Trainer,
-    out: Path,
-    lines: MetricsLog,
-    keeping: SnapshotConfig,
-    watching: EvalConfig,
-    note: Note,
-    advance: Advance,
-    stop: Stop,
-) -> None:
+def run_steps(training: TrainingRun, log: Callable[[MetricsLine], None], advance: Advance, stop: Stop) -> None:
     """Steps, evaluations and snapshots, until the horizon, a request to stop, or divergence."""
-    run, ranks = training.run, training.ranks
-    failure: OSError | None = None
-    while (step := training.progress.step) < training.steps:
-        try:
-            if has_exploded(lines, run.model.vocab_size):
-                reason = f"the loss at step {step - 1} is {lines[-1]['loss']:.3f}, worse than knowing nothing"
-                raise Diverged(reason, step - PATIENCE - 1)  # the first of them was computed with spoilt weights
-            line = training.step()
-        except Diverged as error:
-            if error.good == step and not snapshots(out):  # the update was not made: these weights are the last good
-                snapshot(training, out, lines)
-            raise Diverged(report_failure(training, out, lines, error), error.good) from error
+    trainer, ranks = training.trainer, training.trainer.ranks
+    while trainer.progress.step < trainer.steps:
+        line = step_or_report(training)
         if ranks.first:  # only now, when the newest one has shown that its loss is finite
-            drop_snapshots(snapshots(out)[: -keeping.last])
-        if watching.due(step + 1, training.steps):
+            drop_snapshots(snapshots(training.out)[: -training.snapshot_config.last])
+        if training.eval_config.due(line["step"] + 1, trainer.steps):
             advance(0, "scoring live")
-            line |= evaluate_step(training, watching.targets)
-            if keeping.best and line["live_bpb"] < best_live_bpb(lines):
-                about = training.about(recent([*lines, line])) | {"scores": newest_scores([line])}
-                checkpoint.save(out / "best", training.model, training.data.tokenizer, about, ranks=ranks)
-        measure(training, lines, line)
+            line |= evaluate_step(training, training.eval_config.targets)
+            save_if_best(training, line)
+        line |= throughput(trainer, training.lines, line)
+        log_error = None
         try:
-            note(line)
-        except OSError as error:  # a full disk: the other ranks are told, and all stop together
-            failure = error
-        if "gap" in line and ranks.first and (warning := gap_warning(lines)):
+            log(line)
+        except OSError as error:  # a full disk
+            log_error = error
+        if "gap" in line and ranks.first and (warning := gap_warning(training.lines)):
             warn(warning)
-        advance(1, progress_text(lines))
-        stopping = ranks.any(stop.requested or failure is not None)
-        if stopping or (keeping.every and training.progress.step % keeping.every == 0):
-            try:
-                snapshot(training, out, lines)
-            except OSError as error:  # on all ranks alike
-                if stopping:
-                    raise
-                warn(f"{error}. Going on; the next try is {keeping.every} steps from here")
-        if failure is not None:
-            raise failure
+        advance(1, progress_text(training.lines))
+        # A signal reaches one process, or a disk is full for one: all ranks stop at the same step.
+        stopping = ranks.any(stop.requested or log_error is not None)
+        save_if_due(training, stopping)
+        if log_error is not None:
+            raise log_error
         if stopping:
             raise KeyboardInterrupt
 
 
-def snapshot(training: Trainer, out: Path, lines: MetricsLog) -> None:
-    """Save where the run stands. Older snapshots stay until the next step has shown that this one is sound."""
-    training.save(snapshot_path(out, training.progress.step), training.about(recent(lines)))
+def step_or_report(training: TrainingRun) -> MetricsLine:
+    """One optimiser step's line. Where it diverges, the last good weights are saved and Diverged says how to go on."""
+    trainer, lines = training.trainer, training.lines
+    step = trainer.progress.step
+    try:
+        if has_exploded(lines, trainer.run.model.vocab_size):
+            reason = f"the loss at step {step - 1} is {lines[-1]['loss']:.3f}, worse than knowing nothing"
+            # The first of the PATIENCE bad losses, of step - PATIENCE, was computed with spoilt weights.
+            raise Diverged(reason, step - PATIENCE - 1)
+        return trainer.step()
+    except Diverged as error:
+        # The update was not made: these weights are the last good ones.
+        if error.last_good_step == step and not snapshots(training.out):
+            save_snapshot(training)
+        raise Diverged(report_failure(training, error), error.last_good_step) from error
 
 
-def measure(training: Trainer, lines: MetricsLog, line: dict[str, Any]) -> None:
-    """Add what a step's line says beside the one before: tokens per second and, on a known GPU, MFU."""
-    run, before = training.run, lines[-1] if lines else {"seconds": 0.0, "flops": 0.0}
+def report_failure(training: TrainingRun, error: Diverged) -> str:
+    """Report a divergence; returns what to tell the user. Snapshots of spoilt weights go: no run can use them."""
+    trainer, out = training.trainer, training.out
+    if not trainer.ranks.first:
+        return str(error)
+    drop_snapshots([s for s in snapshots(out) if snapshot_step(s) > error.last_good_step])
+    last_good = next(reversed(snapshots(out)), None)
+    return report_divergence(out, str(error), training.lines, last_good, trainer.run.to_dict())
+
+
+def evaluate_step(training: TrainingRun, targets: int) -> dict[str, Any]:
+    """Live scores on `targets` tokens, the memory's weight, and its part by layer.
+
+    All ranks call it; the first's numbers are everybody's.
+    """
+    trainer = training.trainer
+    model = trainer.ranks.gathered_model(trainer.model)  # under FSDP2 no rank has whole weights by itself
+    with trainer.ranks.collective():
+        scores: dict[str, Any] = {}
+        if trainer.ranks.first:
+            scores = live_scores(model, trainer.data, trainer.schedule, targets, False)
+            scores |= memory_weight(model) | memory_by_layer(model, trainer.data)
+    return trainer.ranks.broadcast(scores)
+
+
+def save_if_best(training: TrainingRun, line: MetricsLine) -> None:
+    """Write best/ where the live score of `line` is the best so far: weights only, not to be trained on."""
+    trainer, lines = training.trainer, training.lines
+    if training.snapshot_config.best and line["live_bpb"] < best_live_bpb(lines):
+        about = trainer.about(recent_loss([*lines, line])) | {"scores": newest_scores([line])}
+        checkpoint.save(training.out / "best", trainer.model, trainer.data.tokenizer, about, ranks=trainer.ranks)
+
+
+def throughput(trainer: Trainer, lines: MetricsLog, line: MetricsLine) -> dict[str, float]:
+    """Tokens per second of a step, whose line follows `lines`, and on a known GPU its MFU, over all ranks."""
+    before = lines[-1] if lines else {"seconds": 0.0, "flops": 0.0}
     seconds = line["seconds"] - before["seconds"]
-    line["tokens_per_second"] = run.batch_tokens / seconds
-    peak = peak_flops(training.device)
+    speed = {"tokens_per_second": trainer.run.batch_tokens / seconds}
+    peak = peak_flops(trainer.device)
     if peak is not None:
-        line["mfu"] = (line["flops"] - before["flops"]) / seconds / (peak * training.ranks.ranks)
+        speed["mfu"] = (line["flops"] - before["flops"]) / seconds / (peak * trainer.ranks.ranks)
+    return speed
 
 
-def evaluate_step(training: Trainer, targets: int) -> dict[str, Any]:
-    """Live scores, the memory's weight and its inside. All ranks call it; the first's numbers are everybody's."""
-    model = training.ranks.gathered_model(training.model)
-    with training.ranks.collective():
-        found: dict[str, Any] = {}
-        if training.ranks.first:
-            found = live_scores(model, training.data, training.schedule, targets, False)
-            found |= memory_weight(model) | memory_by_layer(model, training.data)
-    return training.ranks.broadcast(found)
+def save_if_due(training: TrainingRun, stopping: bool) -> None:
+    """Save a snapshot where one is due, or the run stops. A full disk stops no run that was not stopping anyway."""
+    every = training.snapshot_config.every
+    if not stopping and not (every and training.trainer.progress.step % every == 0):
+        return
+    try:
+        save_snapshot(training)
+    except OSError as error:  # on all ranks alike
+        if stopping:
+            raise
+        warn(f"{error}. Going on; the next try is {every} steps from here")
+
+
+def save_snapshot(training: TrainingRun) -> None:
+    """Save where the run stands. Older snapshots stay until the next step has shown that this one is sound."""
+    trainer = training.trainer
+    trainer.save(snapshot_path(training.out, trainer.progress.step), trainer.about(recent_loss(training.lines)))
+
+
+def save_result(training: TrainingRun, advance: Advance) -> None:
+    """Score the final weights, where anything is scored, and write checkpoint/, which can be trained on."""
+    trainer = training.trainer
+    scores: dict[str, Any] = {}
+    if training.eval_config.every != 0:
+        advance(0, "scoring live")
+        scores = evaluate_step(training, max(training.eval_config.targets, FINAL_TARGETS))
+    about = trainer.about(recent_loss(training.lines)) | {"scores": newest_scores([scores])}
+    trainer.save(training.out / "checkpoint", about)
+
+
+def recent_loss(lines: MetricsLog) -> float:
+    """Mean of the last 5 % of the losses."""
+    last = lines[-max(1, len(lines) // 20) :]  # one at least
+    return sum(line["loss"] for line in last) / max(1, len(last))
+
+
+def newest_scores(lines: MetricsLog) -> dict[str, float]:
+    """The newest evaluation in the metrics log; empty where there was none."""
+    newest = next((line for line in reversed(lines) if "live_bpb" in line), {})
+    return {name: newest[name] for name in ("live_bpb", "parallel_bpb", "gap") if name in newest}
 
 
 def best_live_bpb(lines: MetricsLog) -> float:
-    """The best live score in the diary."""
+    """The best live score in the metrics log; infinite where there was none."""
     return min((line["live_bpb"] for line in lines if "live_bpb" in line), default=math.inf)
 
 
-def report_failure(training: Trainer, out: Path, lines: MetricsLog, error: Diverged) -> str:
-    """Report a divergence; returns what to tell the user. Snapshots of spoilt weights go: no run can use them."""
-    if not training.ranks.first:
-        return str(error)
-    drop_snapshots([s for s in snapshots(out) if snapshot_step(s) > error.good])
-    good = snapshots(out)[-1:]
-    return report_divergence(out, str(error), lines, good[0] if good else None, training.run.to_dict())
-
-
 def progress_text(lines: MetricsLog) -> str:
-    """The text beside the bar."""
-    line, found = lines[-1], newest_scores(lines)
-    text = f"loss {recent(lines):.3f} |g| {line['gradient_norm']:.2f}"
-    gamma = next((each["memory_gamma"] for each in reversed(lines) if "memory_gamma" in each), None)
-    if found:
-        text += f" live {found['live_bpb']:.4f} gap {found['gap']:+.4f}"
+    """The text beside the bar: the newest step, and the newest evaluation."""
+    line, scores = lines[-1], newest_scores(lines)
+    text = f"loss {recent_loss(lines):.3f} |g| {line['gradient_norm']:.2f}"
+    gamma = next((past["memory_gamma"] for past in reversed(lines) if "memory_gamma" in past), None)
+    if scores:
+        text += f" live {scores['live_bpb']:.4f} gap {scores['gap']:+.4f}"
     if gamma is not None:
         text += f" γ {gamma:.2f}"
     text += f" {line['tokens_per_second']:,.0f} tok/s"

@@ -1,4 +1,7 @@
-"""Watch a run while it trains: live quality and the gap, what the memory weighs, and whether it diverges."""
+"""What is measured of a run while it trains: live scores and the gap, what the memory weighs, whether it diverges.
+
+Nothing here changes what is trained; every call scores the same windows.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,18 @@ from lrt.eval.scoring import evaluate
 from lrt.model.memory import Projection, Residual
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.base import Schedule
-from lrt.training.loggers import SINKS
 
-WIDENED = 0.01
-"""A gap that has grown by this many bits per byte above the smallest seen is warned of (contract, section 6)."""
-EXPLODED = 1.0
+GAP_GROWTH = 0.01
+"""A gap that has grown by more than so many bits per byte above the smallest seen is warned of."""
+EXPLOSION = 1.0
 """Nats above the loss of knowing nothing (or the first loss, if larger) at which a run has exploded …"""
 PATIENCE = 5
 """… when so many steps in a row are there."""
-FINAL = 50_000
+FINAL_TARGETS = 50_000
 """Tokens that a result is scored on, at least (contract, section 4)."""
-LOOKED_AT = (2, 256)
+MEMORY_SAMPLE = (2, 256)
 """Windows and tokens of each, at most, over which gates are averaged while training."""
-AT_ONCE = 16384
+BATCH_TOKENS = 16384
 """Tokens scored at once, at most."""
 
 
@@ -42,17 +44,12 @@ class EvalConfig:
     """Score live every so many steps, and at the end. None: about ten times a run; 0: never."""
     targets: int = 10_000
     """Score so many tokens of the validation split each time; at the end at least 50,000, or all of it."""
-    log_to: tuple[str, ...] = ()
-    """Where numbers go beside metrics.jsonl: tensorboard, wandb, trackio (each to be installed)."""
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 0:
             raise ValueError(f"every is {self.every}; give a number of steps, or 0 for no evaluation")
         if self.targets < 1:
             raise ValueError(f"targets is {self.targets}; score at least 1 token")
-        unknown = sorted(set(self.log_to) - set(SINKS))
-        if unknown:
-            raise ValueError(f"cannot log to {', '.join(unknown)}; choose among {', '.join(SINKS)}")
 
     def due(self, step: int, steps: int) -> bool:
         """Whether to score after `step` of `steps`."""
@@ -63,18 +60,18 @@ class EvalConfig:
 def live_scores(
     model: LatentRecurrentTransformer, data: Prepared, schedule: Schedule, targets: int, progress: bool
 ) -> dict[str, float]:
-    """live_bpb, parallel_bpb and gap on validation windows: the same ones at every call."""
+    """live_bpb, parallel_bpb and gap, in bits per byte, on `targets` tokens of validation windows."""
     context = model.config.context
     token_bytes = data.tokenizer.token_bytes()
     # Without a byte alphabet only the whole split has a size in bytes.
-    found = windows(data.split("val"), context, None if token_bytes is None else targets)
+    val = windows(data.split("val"), context, None if token_bytes is None else targets)
     metrics = evaluate(
         model,
-        found,
+        val,
         token_bytes,
         schedule,
         ablations=(),
-        batch_size=max(1, AT_ONCE // context),
+        batch_size=max(1, BATCH_TOKENS // context),
         progress=progress,
         prefix_bytes=data.tokenizer.prefix_bytes("a"),
     )
@@ -82,12 +79,12 @@ def live_scores(
 
 
 def memory_by_layer(model: LatentRecurrentTransformer, data: Prepared) -> dict[str, Any]:
-    """γ, gates and the memory's share by block, over a little validation text: the same at every call."""
+    """`memory_layers`: γ, gates and the memory's share by block, over a little validation text."""
     if model.config.memory.injection == "none":
         return {}
-    rows, length = LOOKED_AT
-    found = windows(data.split("val"), model.config.context, rows * model.config.context)
-    return {"memory_layers": layers(model, sample(found, rows, model.embedding.weight.device)[:, :length])}
+    rows, length = MEMORY_SAMPLE
+    val = windows(data.split("val"), model.config.context, rows * model.config.context)
+    return {"memory_layers": layers(model, sample(val, rows, model.embedding.weight.device)[:, :length])}
 
 
 @torch.no_grad()
@@ -96,19 +93,20 @@ def memory_weight(model: LatentRecurrentTransformer) -> dict[str, float]:
 
     The memory itself is RMS-normalised, so that its own norm is always sqrt(D) and says nothing.
     """
-    found: dict[str, float] = {}
+    weight: dict[str, float] = {}
     gammas = [m.gamma.abs().mean() for m in model.modules() if isinstance(m, Residual)]
     if gammas:
-        found["memory_gamma"] = float(torch.stack(gammas).mean())
+        weight["memory_gamma"] = float(torch.stack(gammas).mean())
     if isinstance(model.projection, Projection):
-        found["memory_projection"] = float(model.projection.weight.square().mean().sqrt())
-    return found
+        weight["memory_projection"] = float(model.projection.weight.square().mean().sqrt())
+    return weight
 
 
 def gap_warning(lines: Sequence[dict[str, Any]]) -> str | None:
-    """A warning where the last evaluation's gap has grown, else None. `lines` are the diary so far."""
+    """A warning where the last evaluation's gap has grown, else None. `lines` are the metrics log so far."""
     gaps = [line["gap"] for line in lines if "gap" in line]
-    if not gaps or gaps[-1] - max(0.0, min(gaps)) <= WIDENED:
+    # Live better than parallel (a gap below zero) is no reason to worry later.
+    if not gaps or gaps[-1] - max(0.0, min(gaps)) <= GAP_GROWTH:
         return None
     return (
         f"the gap between live and parallel quality has grown to {gaps[-1]:+.4f} bits per byte (smallest so far "
@@ -118,21 +116,27 @@ def gap_warning(lines: Sequence[dict[str, Any]]) -> str | None:
 
 
 def has_exploded(lines: Sequence[dict[str, Any]], vocab_size: int) -> bool:
-    """Whether the last steps of a diary are all worse than knowing nothing, by EXPLODED nats."""
+    """Whether the last PATIENCE steps of a metrics log are all worse than knowing nothing, by EXPLOSION nats."""
     last = [line["loss"] for line in lines[-PATIENCE:]]
-    return len(last) == PATIENCE and min(last) > max(math.log(vocab_size), lines[0]["loss"]) + EXPLODED
+    # To know nothing is a uniform distribution: ln V nats per token.
+    return len(last) == PATIENCE and min(last) > max(math.log(vocab_size), lines[0]["loss"]) + EXPLOSION
 
 
 def report_divergence(
-    out: Path, reason: str, lines: Sequence[dict[str, Any]], good: Path | None, run: dict[str, Any]
+    out: Path, reason: str, lines: Sequence[dict[str, Any]], snapshot: Path | None, run: dict[str, Any]
 ) -> str:
-    """Write diverged.json (reason, last steps, last good snapshot, settings); returns what to tell the user."""
-    about = {"reason": reason, "snapshot": None if good is None else str(good), "last": list(lines[-50:]), "run": run}
-    (out / "diverged.json").write_text(json.dumps(about, indent=2) + "\n")
+    """Write diverged.json (reason, last 50 steps, last good `snapshot`, settings); returns what to tell the user."""
+    report = {
+        "reason": reason,
+        "snapshot": None if snapshot is None else str(snapshot),
+        "last": list(lines[-50:]),
+        "run": run,
+    }
+    (out / "diverged.json").write_text(json.dumps(report, indent=2) + "\n")
     again = (
-        f"go on from the last good snapshot with --resume {good}"
-        if good
-        else "start again with another --out (there is no snapshot from before; --keeping.every N makes them)"
+        f"go on from the last good snapshot with --resume {snapshot}"
+        if snapshot
+        else "start again with another --out (there is no snapshot from before; --snapshots.every N makes them)"
     )
     return (
         f"{reason}; {out / 'diverged.json'} has the last steps. Lower the rates (--optim.matrix-lr, …) or limit the "

@@ -1,7 +1,8 @@
 """Which optimiser trains which parameter, and how its rate moves.
 
-Muon (Jordan et al. 2024; newton_schulz as in torch.optim.Muon) for matrices, AdamW for everything else. The table
-below is the whole placement: every parameter matches exactly one row, or construction fails and says which.
+Muon (Jordan et al. 2024; newton_schulz as in torch.optim.Muon) for matrices, AdamW for everything else. TABLE is the
+whole placement: every parameter matches exactly one row, or construction fails and says which. A new parameter of the
+model that no pattern covers needs a row there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Rates at the reference batch and width (nanochat's); `scale_rates` moves them to the run's."""
+    """Rates at the reference batch and width (nanochat's); Optimiser scales them to the run's.
+
+    All grow with the square root of the batch over `reference_batch`; those of embeddings and head fall with the
+    square root of the width over 768.
+    """
 
     matrix_lr: float = 0.02
     """Muon's rate, for matrices."""
@@ -48,9 +53,9 @@ class OptimConfig:
         if self.clip is not None and (not self.clip > 0):
             raise ValueError(f"clip is {self.clip}; give a norm above 0, or None for no limit")
         for name in ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "weight_decay", "momentum_steps"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be a finite number of at least 0")
+            number = getattr(self, name)
+            if not 0 <= number < math.inf:
+                raise ValueError(f"{name} is {number}; it must be a finite number of at least 0")
         if self.reference_batch < 1:
             raise ValueError(f"reference_batch is {self.reference_batch}; give tokens, at least 1")
         if len(self.momentum) != 2 or not all(0 <= m < 1 for m in self.momentum):
@@ -70,15 +75,19 @@ class ParameterRow:
     optimiser: Literal["muon", "adamw"]
     rate: Literal["matrix_lr", "embedding_lr", "head_lr", "scalar_lr"]
     factor: float = 1.0
+    """What the rate is multiplied with for these parameters."""
     betas: tuple[float, float] = (0.8, 0.95)
+    """AdamW's, of the mean and of the square."""
 
 
+# Rates and betas are nanochat's. Order does not matter: no name may match twice.
 TABLE = (
     ParameterRow(r"(^|\.)embedding\.weight$", "adamw", "embedding_lr"),
     ParameterRow(r"value_embedding\.table\.weight$", "adamw", "embedding_lr"),
     ParameterRow(r"^head\.weight$", "adamw", "head_lr"),
     ParameterRow(r"\.(query|key|value|out|up|down|gate)\.weight$", "muon", "matrix_lr"),
     ParameterRow(r"^projection\.weight$", "muon", "matrix_lr"),
+    # α multiplies the residual stream itself, and moves at a hundredth of the rate; β and γ scale what is added to it.
     ParameterRow(r"\.alpha$", "adamw", "scalar_lr", factor=0.01),
     ParameterRow(r"\.(beta|gamma)$", "adamw", "scalar_lr", betas=(0.96, 0.95)),
     ParameterRow(r"^recall\.weights$", "adamw", "scalar_lr", betas=(0.96, 0.95)),
@@ -91,12 +100,13 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     On the CPU in float32 or better: bfloat16 there is slower than the rest of the step, and turns differences of
     1e-7 into 1e-4 within 20 steps. On a GPU in bfloat16, as torch.optim.Muon does everywhere.
     """
+    # On singular values σ -> aσ + bσ³ + cσ⁵. Steep at 0, so that small ones grow fast; they end near 1, not at it.
     a, b, c = 3.4445, -4.7750, 2.0315
     dtype = torch.bfloat16 if matrices.is_cuda else torch.promote_types(matrices.dtype, torch.float32)
     x = matrices.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
-        x = x.mT
+        x = x.mT  # the smaller Gram matrix
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -111,8 +121,10 @@ class Muon(torch.optim.Optimizer):
     rate of a tall matrix grows with sqrt(rows / columns), as in torch.optim.Muon("original"). Ours because that one
     takes no stacks and has its Newton-Schulz fixed to bfloat16; a test holds the two against each other.
 
-    Sharded matrices are gathered, a portion at a time, and each rank orthogonalises its share of them: the update is
-    that of the whole matrix, however many `ranks` there are.
+    Sharded matrices are gathered, a few per rank at a time, and each rank orthogonalises its share of them: the update
+    is that of the whole matrix, however many `ranks` there are, to 1e-10 in float64. torch.optim.Muon (2.13) on FSDP2's
+    DTensors is right too, up to its bfloat16, but sends 11 to 16 collectives per matrix, and every rank does all of the
+    work. Microsoft's dion, the library for this, is not on PyPI.
     """
 
     def __init__(
@@ -128,8 +140,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of all parameters that have a gradient."""
+        """One update of all parameters that have a gradient. All ranks call it."""
         for group in self.param_groups:
+            # Matrices of one shape, also those of different parameters, are one stack: (parameter, its update).
             by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:
@@ -141,11 +154,11 @@ class Muon(torch.optim.Optimizer):
                     stacks = [self.ranks.full_tensor(update).reshape(-1, rows, columns) for _, update in portion]
                     updates = self.ranks.map_stack(newton_schulz, torch.cat(stacks)).split([len(s) for s in stacks])
                     for (p, _), update in zip(portion, updates, strict=True):
-                        p.mul_(1 - group["lr"] * group["weight_decay"])
+                        p.mul_(1 - group["lr"] * group["weight_decay"])  # decoupled, as AdamW's
                         p.add_(self.ranks.shard_like(update.view(p.shape), p), alpha=-rate)
 
     def _momentum(self, p: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum of the gradient."""
+        """Nesterov momentum of the gradient: the running mean, looked at one step ahead."""
         assert p.grad is not None
         buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
         buffer.lerp_(p.grad, 1 - momentum)
@@ -179,13 +192,13 @@ class Optimiser:
         ranks: SingleProcess = SINGLE_PROCESS,
     ) -> None:
         self.config, self.steps = config, steps
-        batch = (batch_tokens / config.reference_batch) ** 0.5
-        breadth = (width / 768) ** -0.5
+        batch_factor = (batch_tokens / config.reference_batch) ** 0.5
+        width_factor = (width / 768) ** -0.5
         rates = {
-            "matrix_lr": config.matrix_lr * batch,
-            "embedding_lr": config.embedding_lr * breadth * batch,
-            "head_lr": config.head_lr * breadth * batch,
-            "scalar_lr": config.scalar_lr * batch,
+            "matrix_lr": config.matrix_lr * batch_factor,
+            "embedding_lr": config.embedding_lr * width_factor * batch_factor,
+            "head_lr": config.head_lr * width_factor * batch_factor,
+            "scalar_lr": config.scalar_lr * batch_factor,
         }
         muon: list[dict[str, Any]] = []
         adamw: list[dict[str, Any]] = []
@@ -193,16 +206,19 @@ class Optimiser:
             group = {"params": parameters, "lr": rates[row.rate] * row.factor}
             muon.append(group) if row.optimiser == "muon" else adamw.append({**group, "betas": row.betas})
         self.muon = Muon(muon, ranks=ranks)
+        # eps as in nanochat. No decay: what is no matrix has none.
         self.adamw = torch.optim.AdamW(adamw, eps=1e-10, weight_decay=0.0, fused=True)
-        self.rates = [[g["lr"] for g in o.param_groups] for o in self.parts]
+        self.rates = [[group["lr"] for group in part.param_groups] for part in self.parts]
+        """The peak rate of every group of each part; `step` sets the groups' own from it."""
 
     @property
     def parts(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+        """The two optimisers, in the order in which a snapshot saves their state."""
         return self.muon, self.adamw
 
     def zero_grad(self) -> None:
-        for optimiser in self.parts:
-            optimiser.zero_grad(set_to_none=True)
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
 
     def fraction(self, step: int) -> float:
         """What the rates are multiplied with at `step`: 1, then a straight line to 0 at the end."""
@@ -210,17 +226,20 @@ class Optimiser:
         return min(1.0, left / self.config.warmdown) if self.config.warmdown > 0 else 1.0
 
     def step(self, step: int) -> float:
-        """Update with the rates of `step`; returns their fraction of the peak."""
+        """Update with the rates of `step` and forget the gradients; returns the rates' fraction of the peak.
+
+        Rates, momentum and decay are functions of the step, so that a run that goes on needs no state of them.
+        """
         fraction = self.fraction(step)
-        for optimiser, rates in zip(self.parts, self.rates, strict=True):
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+        for part, rates in zip(self.parts, self.rates, strict=True):
+            for group, rate in zip(part.param_groups, rates, strict=True):
                 group["lr"] = rate * fraction
         start, end = self.config.momentum
-        done = min(1.0, step / max(1, self.config.momentum_steps))
+        risen = min(1.0, step / max(1, self.config.momentum_steps))
         for group in self.muon.param_groups:
-            group["momentum"] = start + (end - start) * done
+            group["momentum"] = start + (end - start) * risen
             group["weight_decay"] = self.config.weight_decay * (1 - step / max(1, self.steps))
-        for optimiser in self.parts:
-            optimiser.step()
+        for part in self.parts:
+            part.step()
         self.zero_grad()
         return fraction

@@ -14,6 +14,7 @@ from lrt.training.config import RunConfig
 from lrt.training.optim import OptimConfig
 
 CONTEXT = 256
+"""The demo's, in tokens."""
 DEMO_TOKENS = 800_000
 """The demo's horizon: what two CPU cores train, three times, in about six minutes."""
 
@@ -34,7 +35,7 @@ def families(layers: int) -> dict[str, tuple[MemoryConfig, str]]:
 
 
 FAMILIES = families(4)
-"""The demo's."""
+"""Those of the demo's depth."""
 
 
 def match_parameters(config: ModelConfig, parameters: int) -> ModelConfig:
@@ -46,6 +47,7 @@ def match_parameters(config: ModelConfig, parameters: int) -> ModelConfig:
     def total(mlp_width: int) -> int:
         return count_parameters(dataclasses.replace(config, mlp_width=mlp_width))[0]
 
+    # The MLP has two matrices per block, so that the total is linear in the width: one point and the slope are enough.
     base, per_unit = total(8), 2 * config.depth * config.width
     exact = 8 + (parameters - base) / per_unit
     for unit in (8, 1):
@@ -70,10 +72,11 @@ def demo_models(vocab_size: int) -> dict[str, ModelConfig]:
 DEMO_OPTIM = OptimConfig(
     matrix_lr=0.02, embedding_lr=0.2, head_lr=0.01, scalar_lr=0.02, momentum_steps=100, reference_batch=2048
 )
+"""Rates at the demo's own batch of 2048 tokens, so that nothing scales them with it."""
 
 
 def demo_recipe(family: str, vocab_size: int = 2048, tokens: int = DEMO_TOKENS, seed: int = 0) -> RunConfig:
-    """One of the demo's runs: 4 layers, width 128, context 256, 2048 tokens a step."""
+    """One of the demo's runs: 4 layers, width 128, context 256, 2048 tokens a step. ValueError if it is unknown."""
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
     return RunConfig(
@@ -97,11 +100,11 @@ def batch_tokens(layers: int) -> int:
 
     Tokens at a fixed ratio grow with the cube of the depth too, so that every rung takes a few thousand steps.
     """
-    wanted = PUBLISHED_BATCH * min(1.0, (layers / 12) ** 3)
-    return max(4096, 2 ** math.floor(math.log2(wanted)))
+    scaled = PUBLISHED_BATCH * min(1.0, (layers / 12) ** 3)
+    return max(4096, 2 ** math.floor(math.log2(scaled)))
 
 
-def depth(layers: int, family: str = "lrt") -> RunConfig:
+def depth_recipe(layers: int, family: str = "lrt") -> RunConfig:
     """A rung of the ladder: `layers` blocks of width 64 · layers, value embeddings everywhere, the published rates.
 
     Published (spec, sections 1 and 3; nanochat): Muon 0.02 with momentum 0.85 to 0.95 over 300 steps, embeddings 0.3
@@ -130,8 +133,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "demo-token-shift": partial(demo_recipe, "token_shift"),
     "demo-lrt": partial(demo_recipe, "lrt"),
     **{
-        f"d{layers}" + ("" if family == "lrt" else f"-{family.replace('_', '-')}"): partial(depth, layers, family)
+        f"d{layers}{suffix}": partial(depth_recipe, layers, family)
         for layers in LADDER
-        for family in ("lrt", "transformer", "token_shift")
+        for suffix, family in (("", "lrt"), ("-transformer", "transformer"), ("-token-shift", "token_shift"))
     },
 }

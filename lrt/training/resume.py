@@ -1,8 +1,11 @@
-"""Where a run is resumed: which snapshot it goes on from, and what may differ from it."""
+"""Where a run is resumed: which snapshot it goes on from, and what may differ from it.
+
+Saved configurations are compared with the run's as values of RunConfig, which fills in what older versions did not
+write: a snapshot from before a field existed goes on as long as the field has its default.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +18,65 @@ from lrt.training.trainer import Trainer
 from lrt.utils import files
 from lrt.utils.progress import warn
 
-FREE = ("optim", "schedule", "horizon")
-"""What may differ from the snapshot that `resume` names; with `auto` everything must be the same."""
+MAY_DIFFER = ("optim", "schedule", "horizon")
+"""Fields of RunConfig that may differ from the snapshot that `resume` names; with `auto` all must be the same."""
 
 
-def resume(training: Trainer, out: Path, source: str) -> MetricsLog:
-    """Bring a run to where `source` says (`auto`, `never`, a snapshot's folder); returns the diary up to there.
+def resume(trainer: Trainer, out: Path, source: str) -> MetricsLog:
+    """Bring a run to where `source` says (`auto`, `never`, a snapshot's folder); returns the metrics log up to there.
 
     `auto` takes what this very run left that is whole and furthest, and starts anew where there is nothing. A named
     snapshot may have been trained at other rates, under another schedule or for another horizon; once that run has
     snapshots of its own in `out`, the newest of them is taken, so that the same command always goes on.
+
+    All ranks call it. Raises ValueError where only another run's snapshots are there, or the data differ.
     """
-    ranks = training.ranks
+    ranks = trainer.ranks
     with ranks.collective():
-        found = choose_snapshot(out, source, training.run) if ranks.first else None
-    path = ranks.broadcast(found)
+        path = choose_snapshot(out, source, trainer.run) if ranks.first else None
+    path = ranks.broadcast(path)
     if path is None:
         return []
     with ranks.collective():
-        training.restore(path, () if source == "auto" else FREE)
-        step = training.progress.step
+        trainer.restore(path, () if source == "auto" else MAY_DIFFER)
+        step = trainer.progress.step
         if source != "auto" and ranks.first:  # later ones are of a path not taken
             drop_snapshots([s for s in snapshots(out) if snapshot_step(s) > step])
         return read_metrics(path.parent.parent if path.parent.name == "snapshots" else path.parent, step)
 
 
 def choose_snapshot(out: Path, source: str, run: RunConfig) -> Path | None:
-    """The checkpoint to go on from; None to start anew."""
+    """The checkpoint to go on from; None to start anew, for which an old result is set aside."""
     clear_unfinished(out)
     if source == "never":
         set_aside(out)
         return None
     named = None if source == "auto" else checkpoint.verify(Path(source))
-    settings = json.loads(json.dumps(run.to_dict()))
-    whole = []
+    named_tokens = -1 if named is None else tokens_trained(checkpoint.about(named))
+    others = []
     files.recover(out / "checkpoint")
+    # A finished run's result first, then its snapshots, newest first.
     for path in [*(out / "checkpoint",) * (out / "checkpoint").exists(), *reversed(snapshots(out))]:
         try:
             about = checkpoint.about(path)
         except ValueError as error:
             warn(f"passing over a damaged snapshot: {error}")
             continue
-        if about.get("run") == settings and (named is None or tokens_of(about) > tokens_of(checkpoint.about(named))):
+        if is_of_run(about, run) and tokens_trained(about) > named_tokens:
             return path
-        whole.append(path)
+        others.append(path)
     # Nothing of this run: the snapshot that was named, or what `restore` will refuse, saying what differs.
-    return named or next(iter(whole), None)
+    return named or next(iter(others), None)
 
 
-def tokens_of(about: dict[str, Any]) -> int:
+def is_of_run(about: dict[str, Any], run: RunConfig) -> bool:
+    """Whether a checkpoint says that it is of this very run."""
+    try:
+        return RunConfig.from_dict(about["run"]) == run
+    except (KeyError, ValueError):  # it does not say, or not so that this version understands it
+        return False
+
+
+def tokens_trained(about: dict[str, Any]) -> int:
     """Tokens that a checkpoint was trained on, as it says itself."""
     return about.get("trained", {}).get("tokens", 0)

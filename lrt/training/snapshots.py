@@ -1,4 +1,8 @@
-"""What a run keeps on disk while it goes on, and how it is asked to end."""
+"""What a run saves on disk while it goes on, and what a fresh start removes or sets aside.
+
+A snapshot is a checkpoint in snapshots/step-… that the run can go on from; best/ holds the weights with the best live
+score so far. Where they lie is `lrt.model.checkpoint`'s knowledge; what is in them, `Trainer.save`'s.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class SnapshotConfig:
-    """What is kept on disk while a run goes on."""
+    """What is saved on disk while a run goes on. Nothing of it changes what is trained."""
 
     every: int = 0
     """Save a snapshot every so many steps; 0 saves none before the end. An interruption always saves one."""
@@ -27,9 +31,9 @@ class SnapshotConfig:
 
 def clear_unfinished(out: Path) -> None:
     """Remove what saves that were killed left behind: each may be a whole checkpoint in size."""
-    for place in (out, out / "snapshots"):
-        for stale in place.glob(".*.saving-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+    for folder in (out, out / "snapshots"):
+        for unfinished in folder.glob(".*.saving-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def set_aside(out: Path) -> None:

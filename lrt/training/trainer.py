@@ -1,4 +1,11 @@
-"""A run in memory: model, objective, optimiser, data and progress; its steps, what it saves and restores."""
+"""A run in memory: model, objective, optimiser, data and progress; its steps, what it saves and restores.
+
+A snapshot is a checkpoint with training.pt: the optimisers' state and where the run stands, tensors and plain data,
+read with `weights_only=True`. There is no other state, since schedule draws and data order are functions of the seed
+and the step. So a run goes on from a snapshot bit for bit on a CPU.
+
+Gates and scores over training are in the metrics log, not read off snapshots: those go when a run ends.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +36,13 @@ from lrt.training.optim import Optimiser
 from lrt.utils.progress import warn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What passes compute in. A cast around the objective, not code in the model: the State takes the weights' dtype, and
+gradients arrive in float32, in which weights and optimisers stay."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a run came to."""
+class TrainingSummary:
+    """What a run came to: tokens, time, compute and loss."""
 
     tokens: int
     seconds: float
@@ -41,7 +50,7 @@ class Trained:
     flops: float
     """Training FLOPs, all passes counted."""
     loss: float
-    """Mean of the last 5 % of the steps' losses."""
+    """Mean of the last 5 % of the steps' losses, in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,9 @@ class Progress:
     position: Position = field(default_factory=Position)
     """The next row of data."""
     seconds: float = 0.0
+    """Wall-clock of the steps."""
     flops: float = 0.0
+    """Training FLOPs, all passes counted, of the schedules that were drawn."""
 
 
 class Trainer:
@@ -67,12 +78,14 @@ class Trainer:
         ranks: SingleProcess = SINGLE_PROCESS,
         execution: Execution = EAGER,
     ) -> None:
-        torch.manual_seed(run.seed)
+        torch.manual_seed(run.seed)  # for the weights; data order and schedule draws take the seed themselves
         self.run, self.data, self.device, self.ranks = run, data, device, ranks
-        unproved = "bfloat16" if run.precision != "float32" else "several processes" if ranks.ranks > 1 else None
-        self.execution, self.path = execution.resolve(run.steps, device, unproved)
+        # No test holds compiled steps of these against uncompiled ones.
+        untested = "bfloat16" if run.precision != "float32" else "several processes" if ranks.ranks > 1 else None
+        self.execution, self.path = execution.resolve(run.steps, device, untested)
         self.micro_batches = run.micro_batches(ranks.ranks)
         self.model = LatentRecurrentTransformer(run.model).to(device).train()
+        # Shards the model in place, so that the optimisers below see what they are to update.
         self.objective = ranks.parallelise(self.model, DTYPES[run.precision])
         self.optimiser = Optimiser(self.model, run.model.width, run.batch_tokens, run.steps, run.optim, ranks)
         self.rows = Rows(data.split("train"), run.model.context, run.seed, ranks.rank, ranks.ranks)
@@ -81,51 +94,70 @@ class Trainer:
         self.progress = Progress()
         self.loader: Generator[tuple[Batch, Position], None, None] | None = None
         """Batches from `progress` on, read in advance; begun by the first step."""
-        self.costs: dict[Schedule, float] = {}
+        self._flops_per_token: dict[Schedule, float] = {}
+        """Of the schedules that were drawn so far."""
 
     def step(self) -> dict[str, Any]:
-        """One optimiser step; returns its line of the diary. Raises Diverged, weights untouched, if it cannot be."""
-        run, done, begun = self.run, self.progress, time.perf_counter()
-        current = self.schedule.at(done.step, self.steps, run.seed)
+        """One optimiser step; returns its line of the metrics log.
+
+        Loss and gradient norm are looked at before the update: nothing that is not finite reaches the weights. Raises
+        Diverged then, weights untouched.
+        """
+        run, before, started = self.run, self.progress, time.perf_counter()
+        schedule = self.schedule.at(before.step, self.steps, run.seed)
         batches, position = self._batches()
-        step_loss = StepLoss.of(current, [b.targets for b in batches], self.ranks, self.execution)
-        shares = []
-        for batch in batches:
-            with self.ranks.accumulating(self.objective, last=batch is batches[-1]):
-                share = self.objective(step_loss, batch.tokens, batch.targets, batch.documents)
-                share.backward()
-            shares.append(share.detach())
-        (loss,) = self.ranks.sum([float(torch.stack(shares).sum())])
+        loss = self._accumulate_gradients(schedule, batches)
         norm = float(clip(self.model, run.optim.clip, self.ranks))
-        # A loss that is not finite says that the weights are spoilt already; a gradient only, that they must be kept.
-        for name, value, good in (("loss", loss, done.step - 1), ("norm of the gradient", norm, done.step)):
-            if not math.isfinite(value):
-                self.optimiser.zero_grad()
-                raise Diverged(f"the {name} at step {done.step} is {value}", good)
-        rate = self.optimiser.step(done.step)
-        if current not in self.costs:
-            self.costs[current] = training_flops(run.model, current, run.model.context)
+        self._check_finite(loss, norm)
+        rate = self.optimiser.step(before.step)
         self.progress = Progress(
-            done.step + 1,
+            before.step + 1,
             position,
-            done.seconds + time.perf_counter() - begun,
-            done.flops + self.costs[current] * run.batch_tokens,
+            before.seconds + time.perf_counter() - started,
+            before.flops + self._training_flops(schedule) * run.batch_tokens,
         )
         return {
-            "step": done.step,
+            "step": before.step,
             "tokens": self.progress.step * run.batch_tokens,
             "loss": loss,
             "rate": rate,
             "gradient_norm": norm,
             "seconds": self.progress.seconds,
             "flops": self.progress.flops,
-            "schedule": repr(current),
+            "schedule": repr(schedule),
         }
+
+    def _accumulate_gradients(self, schedule: Schedule, batches: list[Batch]) -> float:
+        """Forward and backward of all micro-batches; returns the step's loss, over all ranks."""
+        step_loss = StepLoss.of(schedule, [batch.targets for batch in batches], self.ranks, self.execution)
+        shares = []  # each micro-batch's share of the step's loss, whose targets are counted once: sums, not means
+        for batch in batches:
+            with self.ranks.accumulating(self.objective, last=batch is batches[-1]):
+                share = self.objective(step_loss, batch.tokens, batch.targets, batch.documents)
+                share.backward()
+            shares.append(share.detach())
+        (loss,) = self.ranks.sum([float(torch.stack(shares).sum())])
+        return loss
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        """Raise Diverged unless both are finite."""
+        step = self.progress.step
+        # A loss that is not finite says that the weights are spoilt already; a gradient only, that they must be kept.
+        for name, number, last_good_step in (("loss", loss, step - 1), ("norm of the gradient", norm, step)):
+            if not math.isfinite(number):
+                self.optimiser.zero_grad()
+                raise Diverged(f"the {name} at step {step} is {number}", last_good_step)
+
+    def _training_flops(self, schedule: Schedule) -> float:
+        """Training FLOPs per token of a step's schedule."""
+        if schedule not in self._flops_per_token:
+            self._flops_per_token[schedule] = training_flops(self.run.model, schedule, self.run.model.context)
+        return self._flops_per_token[schedule]
 
     def _batches(self) -> tuple[list[Batch], Position]:
         """This rank's micro-batches of the next step, and the position after them."""
         if self.loader is None:
-            rows = self.run.batch_size // (self.ranks.ranks * self.micro_batches)
+            rows = self.run.batch_size // (self.ranks.ranks * self.micro_batches)  # of one micro-batch
             self.loader = prefetch(self.rows, self.progress.position, rows)
         batches, position = [], self.progress.position
         for _ in range(self.micro_batches):
@@ -139,22 +171,23 @@ class Trainer:
             self.loader.close()
             self.loader = None
 
-    def trained(self, loss: float) -> Trained:
-        done = self.progress
-        return Trained(done.step * self.run.batch_tokens, done.seconds, done.flops, loss)
+    def summary(self, loss: float) -> TrainingSummary:
+        """What the run has come to so far; `loss` is the mean that it is reported with."""
+        progress = self.progress
+        return TrainingSummary(progress.step * self.run.batch_tokens, progress.seconds, progress.flops, loss)
 
     def about(self, loss: float) -> dict[str, Any]:
-        """How the weights came to be: what a checkpoint says of itself."""
+        """How the weights came to be: what a checkpoint says of itself in its config.json."""
         return {
             "run": self.run.to_dict(),
             "schedule": self.run.schedule,
-            "trained": dataclasses.asdict(self.trained(loss)),
+            "trained": dataclasses.asdict(self.summary(loss)),
             "data": self.data.fingerprint,
             "packing": dataclasses.asdict(self.rows.packing),  # of the shards read since the run was last begun
         }
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
-        """A checkpoint that can be trained on."""
+        """Write a checkpoint that can be trained on. All ranks call it; OSError, on all, where the disk is full."""
         training = {
             "run": json.dumps(self.run.to_dict(), sort_keys=True),
             "data": self.data.fingerprint,
@@ -163,30 +196,39 @@ class Trainer:
         checkpoint.save(path, self.model, self.data.tokenizer, about, training, self.optimiser.parts, self.ranks)
 
     def restore(self, path: Path, may_differ: tuple[str, ...] = ()) -> None:
-        """Go on from a checkpoint that `save` wrote. Raises ValueError where it is of another run, or of other data."""
+        """Go on from a checkpoint that `save` wrote.
+
+        Raises ValueError where it is of other data, or of a run that differs in other fields of RunConfig than
+        `may_differ`, and says in which.
+        """
         training = checkpoint.load_training(path, self.model, self.ranks)
-        mine = json.loads(json.dumps(self.run.to_dict()))
-        theirs = json.loads(training["run"])
-        differing = [k for k in mine if mine[k] != theirs.get(k)]
-        spelled = "; ".join(checkpoint.differences(theirs.get(k), mine[k], k) for k in differing)
-        if not set(differing) <= set(may_differ):
-            raise ValueError(
-                f"{path} is of another run ({spelled}); choose another --out, or start anew with --resume never"
-            )
-        if differing and self.ranks.first:
-            warn(f"going on from {path} with other settings ({spelled})")
+        self._check_same_run(path, RunConfig.from_dict(json.loads(training["run"])), may_differ)
         if training["data"] != self.data.fingerprint:
             raise ValueError(f"{path} was trained on other data; choose another --out")
+        # Onto any number of ranks, whatever number saved it.
         load_optimisers(path, training, self.model, self.optimiser.parts, self.ranks)
-        saved = training["progress"]
+        progress = training["progress"]
         self.close()
-        self.progress = Progress(**{**saved, "position": Position(**saved["position"])})
+        self.progress = Progress(**{**progress, "position": Position(**progress["position"])})
+
+    def _check_same_run(self, path: Path, saved: RunConfig, may_differ: tuple[str, ...]) -> None:
+        """ValueError unless the run saved in `path` is this one but for `may_differ`, of which it warns."""
+        names = [field.name for field in dataclasses.fields(RunConfig)]
+        differing = [name for name in names if getattr(saved, name) != getattr(self.run, name)]
+        there, here = (json.loads(json.dumps(run.to_dict())) for run in (saved, self.run))
+        differences = "; ".join(checkpoint.differences(there[name], here[name], name) for name in differing)
+        if not set(differing) <= set(may_differ):
+            raise ValueError(
+                f"{path} is of another run ({differences}); choose another --out, or start anew with --resume never"
+            )
+        if differing and self.ranks.first:
+            warn(f"going on from {path} with other settings ({differences})")
 
 
 class Diverged(FloatingPointError):
     """A run that cannot go on: its loss or gradient is not finite, or has exploded."""
 
-    def __init__(self, reason: str, good: int) -> None:
+    def __init__(self, reason: str, last_good_step: int) -> None:
         super().__init__(reason)
-        self.good = good
+        self.last_good_step = last_good_step
         """Steps after which the weights still gave a finite, sensible loss; later ones may be spoilt."""

@@ -23,6 +23,7 @@ from support.core_bundle import make_bundle
 from lrt.cli import demo, evaluate, train
 from lrt.cli import main as cli
 from lrt.cli.main import main
+from lrt.cli.renamed import RENAMED
 from lrt.data.corpus import stdlib_files
 from lrt.eval.results import read_results
 from lrt.model.checkpoint import about, load, save
@@ -175,7 +176,7 @@ def test_prepare_says_what_it_made(data: Path, texts: list[Path], capsys: pytest
     assert counted == sum(path.stat().st_size for path in texts)
 
 
-def test_train_writes_a_diary_and_a_checkpoint(run: Path):
+def test_train_writes_a_metrics_log_and_a_checkpoint(run: Path):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["tokens"] for line in lines] == [128 * (i + 1) for i in range(32)]  # 4000 rounded up to whole steps
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -199,7 +200,7 @@ def test_a_recipe_may_come_with_another_schedule_and_memory(data: Path, tmp_path
 def test_flags_may_stand_before_or_behind_the_recipe(data: Path, tmp_path: Path):
     for place in ("before", "behind"):
         own = ("--data", str(data), "--out", str(tmp_path / place), "--device", "cpu")
-        rest = (*TINY, "--horizon", "steps=2", "--watching.every", "0")
+        rest = (*TINY, "--horizon", "steps=2", "--eval.every", "0")
         main(["train", *own, "d2", *rest] if place == "before" else ["train", "d2", *rest, *own])
     before, behind = (load(tmp_path / place)[0].state_dict() for place in ("before", "behind"))
     assert all(torch.equal(before[name], behind[name]) for name in before)
@@ -213,28 +214,28 @@ def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, 
 
 
 def test_evaluate_prints_one_json_object(run: Path, data: Path, capsys: pytest.CaptureFixture[str]):
-    found = evaluated(capsys, str(run), "--data", str(data))
-    assert found["schedule"] == RECIPES["d2"]().schedule  # the one trained with
-    assert found["complete"] is True
-    assert found["gap"] == found["live_bpb"] - found["parallel_bpb"]
-    assert 1 < found["live_bpb"] < 8
-    assert None not in found.values()
+    scores = evaluated(capsys, str(run), "--data", str(data))
+    assert scores["schedule"] == RECIPES["d2"]().schedule  # the one trained with
+    assert scores["complete"] is True
+    assert scores["gap"] == scores["live_bpb"] - scores["parallel_bpb"]
+    assert 1 < scores["live_bpb"] < 8
+    assert None not in scores.values()
     # The checkpoint's own folder is as good, and no score depends on the batch size.
     again = evaluated(
         capsys, str(run / "checkpoint"), "--data", str(data), "--batch-size", "3", "--schedule", "plain()"
     )
     assert again["schedule"] == "plain()"
-    assert again["live_bpb"] == pytest.approx(found["live_bpb"], rel=1e-5)
+    assert again["live_bpb"] == pytest.approx(scores["live_bpb"], rel=1e-5)
     test = evaluated(capsys, str(run), "--data", str(data), "--split", "test")
-    assert test["live_bpb"] != found["live_bpb"]
+    assert test["live_bpb"] != scores["live_bpb"]
 
 
 def test_evaluate_prints_text(run: Path, data: Path, capsys: pytest.CaptureFixture[str]):
-    found = evaluated(capsys, str(run), "--data", str(data))
+    scores = evaluated(capsys, str(run), "--data", str(data))
     main(["evaluate", str(run), "--data", str(data)])
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert set(lines) == set(found)
-    assert lines["live_bpb"] == f"{found['live_bpb']:.4f}"
+    assert set(lines) == set(scores)
+    assert lines["live_bpb"] == f"{scores['live_bpb']:.4f}"
 
 
 def test_several_corpora_are_scored_in_one_call(
@@ -243,20 +244,20 @@ def test_several_corpora_are_scored_in_one_call(
     """Each by itself, and all as one text; folders of one name stay apart."""
     other = tmp_path / data.name
     main(["prepare", str(other), "--text", str(texts[0]), "--tokenizer", str(data / "tokenizer.json")])
-    out = tmp_path / "found"
-    found = evaluated(capsys, str(run), "--data", str(data), str(other), "--out", str(out), "--split", "train")
-    assert list(found["corpora"]) == [f"{data}-train", f"{other}-train"]
+    out = tmp_path / "results"
+    scores = evaluated(capsys, str(run), "--data", str(data), str(other), "--out", str(out), "--split", "train")
+    assert list(scores["corpora"]) == [f"{data}-train", f"{other}-train"]
     alone = [
         evaluated(capsys, str(run), "--data", str(folder), "--out", str(tmp_path / "alone"), "--split", "train")
         for folder in (data, other)
     ]
-    for one, each in zip(alone, found["corpora"].values(), strict=True):
-        assert each == {name: value for name, value in one.items() if name != "corpora"}
+    for one, corpus in zip(alone, scores["corpora"].values(), strict=True):
+        assert corpus == {name: value for name, value in one.items() if name != "corpora"}
     size = sum(one["bytes"] for one in alone)
-    assert found["bytes"] == size
-    assert found["live_bpb"] == pytest.approx(sum(one["live_bpb"] * one["bytes"] for one in alone) / size)
+    assert scores["bytes"] == size
+    assert scores["live_bpb"] == pytest.approx(sum(one["live_bpb"] * one["bytes"] for one in alone) / size)
     (result,) = read_results(out)
-    assert (result.kind, result.values) == ("scores", found)
+    assert (result.kind, result.values) == ("scores", scores)
     main(
         ["diagnose", str(run), "--data", str(data), str(other), "--out", str(out), "--only", "bpb", "--split", "train"]
     )
@@ -351,6 +352,7 @@ def test_chat_through_a_pipe(
         (("train", "d2", "--schedule", "3"), "3"),
         (("train", "d2", "--model.heads", "3"), "width 128 is not a multiple of heads 3"),
         (("train", "d2", "--horizon", "tokens=0"), "horizon is 'tokens=0'"),
+        (("train", "d2", "--log-to", "mlflow"), "cannot log to mlflow; choose among tensorboard, wandb, trackio"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -418,6 +420,21 @@ def test_a_mistake_is_one_line_on_standard_error(
     assert all(part in printed.err for part in named), printed.err
 
 
+@pytest.mark.parametrize(("verb", "old"), [(verb, old) for verb, flags in RENAMED.items() for old in flags])
+def test_a_renamed_flag_answers_with_its_new_name(
+    verb: str, old: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    new = RENAMED[verb][old]
+    assert one_line(capsys, verb, old, "5", "d2") == f"lrt: {old} is now {new}\n"
+    assert one_line(capsys, verb, "d2", f"{old.replace('-to', '_to')}=5") == f"lrt: {old} is now {new}\n"
+    monkeypatch.setenv("COLUMNS", "200")
+    helptext = helped(capsys, verb)
+    assert new in helptext
+    assert old not in helptext
+    changelog = Path(__file__).parents[2] / "CHANGELOG.md"
+    assert f"| `{old}` | `{new}` |" in changelog.read_text()
+
+
 def test_data_of_another_tokenizer_is_refused(
     run: Path, texts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -452,14 +469,15 @@ import sys
 import torch
 torch.set_num_threads(1)
 from lrt.cli.main import main
+from lrt.cli.renamed import RENAMED
 from lrt.training.optim import Optimiser
 step = Optimiser.step
-def told(self, number):
+def announcing(self, number):
     fraction = step(self, number)
     if number == 5:
         print("five", flush=True)
     return fraction
-Optimiser.step = told
+Optimiser.step = announcing
 main(sys.argv[1:])
 """
 
@@ -503,7 +521,7 @@ def test_ctrl_c_during_training_keeps_a_loadable_checkpoint(data: Path, tmp_path
 def test_diagnose_prints_and_keeps_its_results(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    out = tmp_path / "found"
+    out = tmp_path / "results"
     main(["diagnose", str(run), "--data", str(data), "--at-least", "200", "--out", str(out)])
     text = capsys.readouterr().out
     results = {result.kind: result for result in read_results(out)}
@@ -517,7 +535,7 @@ def test_diagnose_prints_and_keeps_its_results(
 
 
 def test_evaluate_runs_core_from_a_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    bundle, out = make_bundle(tmp_path), tmp_path / "found"
+    bundle, out = make_bundle(tmp_path), tmp_path / "results"
     main(["evaluate", str(run), "--core", str(bundle), "--out", str(out), "--device", "cpu"])
     text = capsys.readouterr().out
     assert "partial CORE (3/22)" in text
@@ -575,6 +593,6 @@ def test_an_interruption_says_what_is_kept(
     with pytest.raises(SystemExit) as ended:
         cli.main([verb])
     assert ended.value.code == 130
-    told = capsys.readouterr().err
-    assert told.startswith("lrt: interrupted")
-    assert ("the same command goes on from there" in told) == kept
+    message = capsys.readouterr().err
+    assert message.startswith("lrt: interrupted")
+    assert ("the same command goes on from there" in message) == kept

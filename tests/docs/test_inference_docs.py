@@ -23,7 +23,7 @@ PAGE = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
 TINY = "--model.width 16 --model.heads 2 --model.context 96 --model.mlp-width 24 --batch-size 4 --device-batch 4 "
-TRAINED = TINY + "--horizon tokens=2000 --device cpu --watching.every 0"
+TRAINED = TINY + "--horizon tokens=2000 --device cpu --eval.every 0"
 
 
 @pytest.fixture(scope="module")

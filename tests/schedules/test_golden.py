@@ -39,7 +39,7 @@ def documents(vocab_size: int) -> Documents:
 
 
 def losses() -> list[float]:
-    run = replace(recipes.depth(2), horizon=f"steps={STEPS}")
+    run = replace(recipes.depth_recipe(2), horizon=f"steps={STEPS}")
     torch.manual_seed(run.seed)
     model = LatentRecurrentTransformer(run.model)
     optimiser = Optimiser(model, run.model.width, run.batch_tokens, STEPS, run.optim)
@@ -59,10 +59,11 @@ def losses() -> list[float]:
 def test_the_losses_are_the_golden_ones():
     golden = json.loads(FILE.read_text())
     found = losses()
-    assert golden["recipe"] == repr(recipes.depth(2)), "the recipe has changed: write the golden file anew, and say why"
+    recipe = repr(recipes.depth_recipe(2))
+    assert golden["recipe"] == recipe, "the recipe has changed: write the golden file anew, and say why"
     assert found == pytest.approx(golden["losses"], abs=TOLERANCE)
     assert golden["losses"][0] - golden["losses"][-1] > 0.1  # it learns, so the steps matter
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps({"recipe": repr(recipes.depth(2)), "losses": losses()}, indent=1) + "\n")
+    FILE.write_text(json.dumps({"recipe": repr(recipes.depth_recipe(2)), "losses": losses()}, indent=1) + "\n")

@@ -49,14 +49,14 @@ def test_every_parameter_is_placed_once(memory: MemoryConfig, value_embeddings: 
 def placement(model: nn.Module) -> dict[str, tuple[str, str, float]]:
     """Parameter name -> (optimiser, rate, factor)."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return {names[id(p)]: (row.optimiser, row.rate, row.factor) for row, found in place(model) for p in found}
+    return {names[id(p)]: (row.optimiser, row.rate, row.factor) for row, parameters in place(model) for p in parameters}
 
 
 def test_what_goes_where():
     memory = MemoryConfig(injection="both", source=(0, 1), combine="sum")
-    found = placement(LatentRecurrentTransformer(tiny(depth=1, value_embeddings="all", memory=memory)))
+    rows = placement(LatentRecurrentTransformer(tiny(depth=1, value_embeddings="all", memory=memory)))
     muon, block = ("muon", "matrix_lr", 1.0), "blocks.0."
-    assert found == {
+    assert rows == {
         "embedding.weight": ("adamw", "embedding_lr", 1.0),
         "head.weight": ("adamw", "head_lr", 1.0),
         "recall.weights": ("adamw", "scalar_lr", 1.0),
@@ -249,7 +249,7 @@ def test_a_parameter_without_a_gradient_stays():
 # Rates
 
 
-def optimiser(total: int = 100, **fields: Any) -> Optimiser:
+def make_optimiser(total: int = 100, **fields: Any) -> Optimiser:
     model = LatentRecurrentTransformer(tiny(memory=MemoryConfig(source=(0, 2))))
     return Optimiser(model, 12, 64, total, OptimConfig(**{"reference_batch": 64, **fields}))
 
@@ -264,32 +264,33 @@ def optimiser(total: int = 100, **fields: Any) -> Optimiser:
     ],
 )
 def test_rates_are_constant_then_fall_in_a_straight_line_to_0(warmdown: float, expected: list[float]):
-    found = optimiser(10, warmdown=warmdown)
-    assert [found.fraction(step) for step in range(10)] == pytest.approx(expected)
-    assert found.fraction(10) == (0 if warmdown else 1)
+    optimiser = make_optimiser(10, warmdown=warmdown)
+    assert [optimiser.fraction(step) for step in range(10)] == pytest.approx(expected)
+    assert optimiser.fraction(10) == (0 if warmdown else 1)
 
 
-def rates(found: Optimiser) -> list[float]:
-    return [group["lr"] for part in found.parts for group in part.param_groups]
+def rates(optimiser: Optimiser) -> list[float]:
+    return [group["lr"] for part in optimiser.parts for group in part.param_groups]
 
 
 def test_a_step_uses_and_returns_its_fraction_of_the_peak():
-    found = optimiser(10)
-    peak = rates(found)
+    optimiser = make_optimiser(10)
+    peak = rates(optimiser)
     for step in range(10):
-        assert found.step(step) == pytest.approx(found.fraction(step))
-        assert rates(found) == pytest.approx(
-            [rate * found.fraction(step) for rate in peak]
+        assert optimiser.step(step) == pytest.approx(optimiser.fraction(step))
+        assert rates(optimiser) == pytest.approx(
+            [rate * optimiser.fraction(step) for rate in peak]
         )  # of the peak, not the last
 
 
 def test_rates_scale_with_batch_and_width():
     model = LatentRecurrentTransformer(tiny(memory=MemoryConfig(source=(0, 2)), value_embeddings="all"))
-    found = Optimiser(
+    optimiser = Optimiser(
         model, 192, 4096, 10, OptimConfig(reference_batch=16384)
     )  # half the batch rate, twice the width's
     names = {id(p): name for name, p in model.named_parameters()}
-    rate = {names[id(p)]: group["lr"] for part in found.parts for group in part.param_groups for p in group["params"]}
+    groups = [group for part in optimiser.parts for group in part.param_groups]
+    rate = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
     assert rate["blocks.0.mlp.up.weight"] == pytest.approx(0.02 / 2)
     assert rate["embedding.weight"] == pytest.approx(0.3 * 2 / 2)
     assert rate["blocks.0.attention.value_embedding.table.weight"] == pytest.approx(0.3 * 2 / 2)
@@ -299,13 +300,13 @@ def test_rates_scale_with_batch_and_width():
 
 
 def test_momentum_rises_and_decay_falls_in_straight_lines():
-    found = optimiser(10, momentum=(0.8, 0.9), momentum_steps=4, weight_decay=0.2)
+    optimiser = make_optimiser(10, momentum=(0.8, 0.9), momentum_steps=4, weight_decay=0.2)
     momenta, decays = [], []
     for step in range(10):
-        found.step(step)
-        momenta += [{group["momentum"] for group in found.muon.param_groups}]
-        decays += [{group["weight_decay"] for group in found.muon.param_groups}]
-        assert all(group["weight_decay"] == 0 for group in found.adamw.param_groups)  # matrices only
+        optimiser.step(step)
+        momenta += [{group["momentum"] for group in optimiser.muon.param_groups}]
+        decays += [{group["weight_decay"] for group in optimiser.muon.param_groups}]
+        assert all(group["weight_decay"] == 0 for group in optimiser.adamw.param_groups)  # matrices only
     assert all(len(values) == 1 for values in itertools.chain(momenta, decays))
     expected = [0.8, 0.825, 0.85, 0.875, *[0.9] * 6]
     assert [v for values in momenta for v in values] == pytest.approx(expected)
@@ -315,9 +316,9 @@ def test_momentum_rises_and_decay_falls_in_straight_lines():
 def test_a_step_moves_every_parameter_and_forgets_the_gradients():
     model = LatentRecurrentTransformer(tiny(memory=MemoryConfig(source=(0, 2)), value_embeddings="all"))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    found = Optimiser(model, 12, 64, 10, OptimConfig(reference_batch=64))
+    optimiser = Optimiser(model, 12, 64, 10, OptimConfig(reference_batch=64))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    found.step(0)
+    optimiser.step(0)
     assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
     assert all(p.grad is None for p in model.parameters())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import random
@@ -9,8 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +26,10 @@ from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshot_path, snapshots
 from lrt.training.config import RunConfig
 from lrt.training.loop import train
+from lrt.training.resume import choose_snapshot
 from lrt.training.snapshots import SnapshotConfig
 from lrt.training.trainer import Trainer
+from lrt.utils.files import sha256
 
 MIXTURE = "mixture([(0.5, interleaved(2)), (0.5, settled(0, 1, 1))])"
 
@@ -54,11 +60,11 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert torch.equal(one[name], other[name]), name
 
 
-def stop_after(session: Trainer, steps: int, out: Path) -> None:
-    """What a kill after `steps` steps leaves: a snapshot of then, and a diary that has gone further."""
-    lines = [json.dumps(session.step()) for _ in range(steps)]
-    session.save(snapshot_path(out, steps), {})
-    lines.append(json.dumps(session.step()))
+def stop_after(trainer: Trainer, steps: int, out: Path) -> None:
+    """What a kill after `steps` steps leaves: a snapshot of then, and a metrics log that has gone further."""
+    lines = [json.dumps(trainer.step()) for _ in range(steps)]
+    trainer.save(snapshot_path(out, steps), {})
+    lines.append(json.dumps(trainer.step()))
     (out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -69,13 +75,13 @@ def whole(data: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_resuming_anywhere_gives_the_same_weights_and_diary(data: Prepared, whole: Path, tmp_path: Path) -> None:
+def test_resuming_anywhere_gives_the_same_weights_and_metrics(data: Prepared, whole: Path, tmp_path: Path) -> None:
     stop_after(Trainer(run_config(), data, "cpu"), 11, tmp_path)
     train(run_config(), data, tmp_path, progress=False)
     assert_same(weights(tmp_path), weights(whole))
-    kept = ("step", "tokens", "loss", "rate", "flops", "schedule")  # all but the clock
-    diaries = [(out / "metrics.jsonl").read_text().splitlines() for out in (whole, tmp_path)]
-    one, other = ([{k: json.loads(line)[k] for k in kept} for line in lines] for lines in diaries)
+    compared = ("step", "tokens", "loss", "rate", "flops", "schedule")  # all but the clock
+    metrics_logs = [(out / "metrics.jsonl").read_text().splitlines() for out in (whole, tmp_path)]
+    one, other = ([{k: json.loads(line)[k] for k in compared} for line in lines] for lines in metrics_logs)
     assert one == other
     assert len(one) == 32
 
@@ -102,19 +108,19 @@ def interrupted(self: Trainer) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("field", [{"every": -1}, {"last": 0}])
-def test_what_to_keep_is_checked(field: dict[str, int]) -> None:
+def test_the_snapshot_config_is_checked(field: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(field))):
         SnapshotConfig(**field)
 
 
 def test_optimiser_state_matters(data: Prepared, whole: Path, tmp_path: Path) -> None:
     """The guard of the tests above: weights alone do not give the same run."""
-    session = Trainer(run_config(), data, "cpu")
+    trainer = Trainer(run_config(), data, "cpu")
     for _ in range(11):
-        session.step()
+        trainer.step()
     fresh = Trainer(run_config(), data, "cpu")
-    fresh.model.load_state_dict(session.model.state_dict())
-    fresh.progress = session.progress
+    fresh.model.load_state_dict(trainer.model.state_dict())
+    fresh.progress = trainer.progress
     while fresh.progress.step < run_config().steps:
         fresh.step()
     final = weights(whole)
@@ -132,12 +138,84 @@ def test_another_run_or_other_data_is_refused(data: Prepared, tmp_path: Path) ->
         train(run_config(), other, tmp_path / "a", progress=False)
 
 
+def defaults(config: Any, *path: str) -> list[tuple[str, ...]]:
+    """The fields of a configuration, and of those inside it, that are at their default: what could be missing."""
+    paths: list[tuple[str, ...]] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            paths += defaults(value, *path, field.name)
+        elif value == getattr(type(config)(), field.name):
+            paths.append((*path, field.name))
+    return paths
+
+
+def without(tree: dict[str, Any], *path: str) -> dict[str, Any]:
+    """A copy of plain data without one entry."""
+    name, *rest = path
+    return {k: without(v, *rest) if k == name else v for k, v in tree.items() if rest or k != name}
+
+
+def test_a_field_that_a_saved_run_lacks_has_its_default() -> None:
+    run = run_config()
+    plain = json.loads(json.dumps(run.to_dict()))
+    missing = defaults(run)
+    assert {("precision",), ("optim", "clip"), ("model", "loops"), ("model", "memory", "delay")} <= set(missing)
+    for path in missing:
+        assert RunConfig.from_dict(without(plain, *path)) == run, path
+    assert RunConfig.from_dict(without(plain, "seed")) == replace(run, seed=0) != run
+    with pytest.raises(ValueError, match=r"describes no run of this version.*karma"):
+        RunConfig.from_dict({**plain, "karma": 1})
+
+
+def rewrite(snapshot: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change what a snapshot says of its run and its model, everywhere that it does, and its manifest with it."""
+    config = json.loads((snapshot / "config.json").read_text())
+    config["about"]["run"] = change(config["about"]["run"])
+    config["model"] = config["about"]["run"]["model"]
+    (snapshot / "config.json").write_text(json.dumps(config))
+    training = torch.load(snapshot / "training.pt", weights_only=True)
+    torch.save({**training, "run": json.dumps(change(json.loads(training["run"])))}, snapshot / "training.pt")
+    manifest = {
+        name: {"bytes": (snapshot / name).stat().st_size, "sha256": sha256(snapshot / name)}
+        for name in json.loads((snapshot / "manifest.json").read_text())
+    }
+    (snapshot / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("source", ["auto", "named"])
+def test_a_snapshot_from_before_a_field_existed_goes_on(
+    data: Prepared, whole: Path, tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All fields at their default are missing, of the run, of its rates, its model and its memory."""
+    trainer = Trainer(run_config(), data, "cpu")
+    stop_after(trainer, 4, tmp_path)
+    snapshot = snapshot_path(tmp_path, 5)
+    trainer.save(snapshot, trainer.about(1.0))
+    missing = defaults(run_config())
+    rewrite(snapshot, lambda run: functools.reduce(lambda tree, path: without(tree, *path), missing, run))
+    assert "clip" not in (snapshot / "config.json").read_text()
+    assert choose_snapshot(tmp_path, "auto", run_config()) == snapshot
+    train(run_config(), data, tmp_path, progress=False, resume_from="auto" if source == "auto" else str(snapshot))
+    assert "other settings" not in capsys.readouterr().err
+    assert_same(weights(tmp_path), weights(whole))
+
+
+def test_a_missing_field_is_not_every_value(data: Prepared, tmp_path: Path) -> None:
+    trainer = Trainer(run_config(), data, "cpu")
+    stop_after(trainer, 2, tmp_path)
+    trainer.save(snapshot_path(tmp_path, 3), trainer.about(1.0))
+    rewrite(snapshot_path(tmp_path, 3), lambda run: without(run, "seed"))  # 3 here, 0 by default
+    with pytest.raises(ValueError, match=r"seed: 0 there, 3 here.*--out"):
+        train(run_config(), data, tmp_path, progress=False)
+
+
 def test_a_damaged_snapshot_is_passed_over(
     data: Prepared, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    session = Trainer(run_config(), data, "cpu")
-    stop_after(session, 4, tmp_path)
-    session.save(snapshot_path(tmp_path, 5), {})
+    trainer = Trainer(run_config(), data, "cpu")
+    stop_after(trainer, 4, tmp_path)
+    trainer.save(snapshot_path(tmp_path, 5), {})
     damaged = tmp_path / "snapshots" / "step-00000005" / "training.pt"
     damaged.write_bytes(damaged.read_bytes()[:-7])
     train(run_config(), data, tmp_path, progress=False)
@@ -148,16 +226,16 @@ def test_a_damaged_snapshot_is_passed_over(
 def test_old_snapshots_go_and_none_is_left_at_the_end(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[int] = []
+    counts: list[int] = []
     save = Trainer.save
 
-    def watched(self: Trainer, path: Path, about: dict[str, object]) -> None:
+    def counting_save(self: Trainer, path: Path, about: dict[str, object]) -> None:
         save(self, path, about)
-        seen.append(len(snapshots(tmp_path)))
+        counts.append(len(snapshots(tmp_path)))
 
-    monkeypatch.setattr(Trainer, "save", watched)
-    train(run_config(), data, tmp_path, progress=False, keeping=SnapshotConfig(every=5, last=2))
-    assert max(seen) == 3  # two, and the newest before the oldest goes
+    monkeypatch.setattr(Trainer, "save", counting_save)
+    train(run_config(), data, tmp_path, progress=False, snapshots=SnapshotConfig(every=5, last=2))
+    assert max(counts) == 3  # two, and the newest before the oldest goes
     assert snapshots(tmp_path) == []
     assert (tmp_path / "checkpoint" / "manifest.json").is_file()
 
@@ -169,7 +247,7 @@ def command(data: Prepared, out: Path, steps: int) -> list[str]:
         "from lrt.training.loop import train;"
         "import torch; torch.set_num_threads(1);"
         "train(t.run_config(int(sys.argv[4]) * 64), Prepared.open(sys.argv[2]), Path(sys.argv[3]),"
-        " progress=False, keeping=SnapshotConfig(every=3))"
+        " progress=False, snapshots=SnapshotConfig(every=3))"
     )
     return [sys.executable, "-c", script, str(Path(__file__).parent), str(data.path), str(out), str(steps)]
 
@@ -177,7 +255,7 @@ def command(data: Prepared, out: Path, steps: int) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_end_cleanly(data: Prepared, tmp_path: Path, number: int) -> None:
     process = subprocess.Popen(command(data, tmp_path, 100_000), stderr=subprocess.PIPE, text=True)
-    diary = tmp_path / "metrics.jsonl"
+    metrics_file = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not snapshots(tmp_path):  # at work
         assert process.poll() is None, process.communicate()[1]
@@ -187,7 +265,7 @@ def test_signals_save_and_end_cleanly(data: Prepared, tmp_path: Path, number: in
     error = process.communicate(timeout=60)[1]
     assert "KeyboardInterrupt" in error
     newest = int(snapshots(tmp_path)[-1].name.removeprefix("step-"))
-    assert len(diary.read_text().splitlines()) == newest  # nothing done was lost
+    assert len(metrics_file.read_text().splitlines()) == newest  # nothing done was lost
 
 
 @pytest.mark.slow

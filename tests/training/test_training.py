@@ -1,4 +1,4 @@
-"""Training as people rely on it: horizons, precision, clipping, live scores on the way, divergence, diaries."""
+"""Training as people rely on it: horizons, precision, clipping, live scores on the way, divergence, the log."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lrt.schedules.flops import forward_flops, training_flops
 from lrt.schedules.loss import StepLoss
 from lrt.training import loggers, recipes
 from lrt.training.config import Horizon, RunConfig
-from lrt.training.loop import measure, train
+from lrt.training.loop import throughput, train
 from lrt.training.monitor import PATIENCE, EvalConfig, gap_warning, has_exploded, memory_weight
 from lrt.training.optim import OptimConfig, Optimiser
 from lrt.training.resume import resume
@@ -57,7 +57,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return prepare(folder / "prepared", [text], vocab_size=300, progress=False)
 
 
-def diary(out: Path) -> list[dict[str, Any]]:
+def read_log(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -166,7 +166,7 @@ def test_one_dial_sets_every_rung():
             assert replace(other.model, memory=run.model.memory) == run.model
             assert (other.optim, other.batch_size, other.seed) == (run.optim, run.batch_size, run.seed)
     sizes = {
-        layers: count_parameters(replace(recipes.depth(layers, "transformer").model, vocab_size=32768))[0]
+        layers: count_parameters(replace(recipes.depth_recipe(layers, "transformer").model, vocab_size=32768))[0]
         for layers in (20, 24)
     }
     assert sizes[20] == pytest.approx(1.3e9, rel=0.03)  # the paper's two
@@ -180,10 +180,10 @@ def test_one_dial_sets_every_rung():
 def test_bfloat16_passes_train_float32_weights(data: Prepared, schedule: str):
     losses = {}
     for precision in ("float32", "bfloat16"):
-        session = Trainer(run_config(precision=precision, schedule=schedule), data, "cpu")
-        losses[precision] = [session.step()["loss"] for _ in range(4)]
-        assert {p.dtype for p in session.model.parameters()} == {torch.float32}
-        states = [v for part in session.optimiser.parts for s in part.state.values() for v in s.values()]
+        trainer = Trainer(run_config(precision=precision, schedule=schedule), data, "cpu")
+        losses[precision] = [trainer.step()["loss"] for _ in range(4)]
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+        states = [v for part in trainer.optimiser.parts for s in part.state.values() for v in s.values()]
         assert all(v.dtype == torch.float32 for v in states if isinstance(v, torch.Tensor))
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
@@ -192,17 +192,19 @@ def test_bfloat16_passes_train_float32_weights(data: Prepared, schedule: str):
 
 @pytest.mark.parametrize("schedule", ["interleaved(2)", "settled(0, 1, 1)"])
 def test_gradients_of_bfloat16_passes_are_float32s_within_its_rounding(data: Prepared, schedule: str):
-    found = {}
+    start: dict[str, torch.Tensor] = {}
+    gradients = {}
     for precision in ("float32", "bfloat16"):
-        session = Trainer(run_config(precision=precision, schedule=schedule), data, "cpu")
+        trainer = Trainer(run_config(precision=precision, schedule=schedule), data, "cpu")
         for _ in range(3):  # zero-initialised outputs hide most gradients at first
-            session.step()
-        session.optimiser.step = lambda step: 1.0  # type: ignore[method-assign]  # keeps the gradients
-        session.model.load_state_dict(found.setdefault("weights", session.model.state_dict()))
-        session.step()
-        found[precision] = torch.cat([p.grad.flatten() for p in session.model.parameters() if p.grad is not None])
-    assert found["bfloat16"].dtype == torch.float32
-    error = (found["bfloat16"] - found["float32"]).norm() / found["float32"].norm()
+            trainer.step()
+        trainer.optimiser.step = lambda step: 1.0  # type: ignore[method-assign]  # keeps the gradients
+        start = start or trainer.model.state_dict()
+        trainer.model.load_state_dict(start)
+        trainer.step()
+        gradients[precision] = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    assert gradients["bfloat16"].dtype == torch.float32
+    error = (gradients["bfloat16"] - gradients["float32"]).norm() / gradients["float32"].norm()
     assert 1e-4 < error < 0.05
 
 
@@ -211,9 +213,9 @@ def test_clipping_scales_the_whole_gradient_down(data: Prepared):
         Trainer(run_config(optim=replace(run_config().optim, clip=clip)), data, "cpu") for clip in (None, 1e-3)
     )
     norms = []
-    for session in (free, held):
-        session.optimiser.step = lambda step: 1.0  # type: ignore[method-assign]
-        norms.append(session.step()["gradient_norm"])
+    for trainer in (free, held):
+        trainer.optimiser.step = lambda step: 1.0  # type: ignore[method-assign]
+        norms.append(trainer.step()["gradient_norm"])
     assert norms[0] == norms[1] > 1e-3  # reported as it was
     left = [
         math.sqrt(sum(float(p.grad.square().sum()) for p in s.model.parameters() if p.grad is not None))
@@ -225,26 +227,26 @@ def test_clipping_scales_the_whole_gradient_down(data: Prepared):
         OptimConfig(clip=0)
 
 
-# Watching
+# Evaluation
 
 
 def test_live_scores_on_the_way_change_nothing_that_is_trained(data: Prepared, tmp_path: Path):
     train(run_config(), data, tmp_path / "plain", progress=False)
-    train(run_config(), data, tmp_path / "watched", progress=False, watching=EvalConfig(every=3, targets=500))
-    assert same(weights(tmp_path / "plain"), weights(tmp_path / "watched"))
-    lines = diary(tmp_path / "watched")
+    train(run_config(), data, tmp_path / "evaluated", progress=False, evaluation=EvalConfig(every=3, targets=500))
+    assert same(weights(tmp_path / "plain"), weights(tmp_path / "evaluated"))
+    lines = read_log(tmp_path / "evaluated")
     scored = [line["step"] for line in lines if "live_bpb" in line]
     assert scored == [2, 5, 7]  # after every third step, and at the end
     last = lines[-1]
     assert last["gap"] == last["live_bpb"] - last["parallel_bpb"]
     assert last["memory_gamma"] > 0
     assert last["memory_projection"] > 0
-    result = checkpoint.about(tmp_path / "watched")["scores"]  # of the whole split, which has fewer than 50,000 tokens
-    model, tokenizer = checkpoint.load(tmp_path / "watched")
+    scores = checkpoint.about(tmp_path / "evaluated")["scores"]  # of the whole split: it has fewer than 50,000 tokens
+    model, tokenizer = checkpoint.load(tmp_path / "evaluated")
     whole = windows(data.split("val"), 32, None)
-    assert result["live_bpb"] == pytest.approx(evaluate(model, whole, tokenizer.token_bytes(), SETTLED).live_bpb)
+    assert scores["live_bpb"] == pytest.approx(evaluate(model, whole, tokenizer.token_bytes(), SETTLED).live_bpb)
     best = min(line["live_bpb"] for line in lines if "live_bpb" in line)
-    assert checkpoint.about(tmp_path / "watched" / "best")["scores"]["live_bpb"] == best
+    assert checkpoint.about(tmp_path / "evaluated" / "best")["scores"]["live_bpb"] == best
     assert not (tmp_path / "plain" / "best").exists()
 
 
@@ -256,7 +258,7 @@ def test_best_is_the_best_not_the_last(data: Prepared, tmp_path: Path, monkeypat
         return {"live_bpb": value, "parallel_bpb": value, "gap": 0.0}
 
     monkeypatch.setattr("lrt.training.loop.live_scores", scores)
-    train(run_config(), data, tmp_path, progress=False, watching=EvalConfig(every=2))
+    train(run_config(), data, tmp_path, progress=False, evaluation=EvalConfig(every=2))
     about = checkpoint.about(tmp_path / "best")
     assert about["scores"]["live_bpb"] == 2.0
     assert about["trained"]["tokens"] == 4 * 64
@@ -283,7 +285,7 @@ def test_what_the_memory_weighs():
 
 
 @pytest.mark.parametrize(("field", "value"), [("every", -1), ("targets", 0)])
-def test_what_to_watch_is_checked(field: str, value: int):
+def test_the_eval_config_is_checked(field: str, value: int):
     with pytest.raises(ValueError, match=f"{field} is {value}"):
         EvalConfig(**{field: value})
 
@@ -307,7 +309,7 @@ def test_spoilt_weights_stop_the_run_with_a_snapshot_from_before(
     with monkeypatch.context() as patch:
         patch.setattr(Optimiser, "step", spoilt)
         with pytest.raises(Diverged, match=r"loss at step 6 is nan.*optim\.clip.*--resume .*step-00000005"):
-            train(run_config(), data, tmp_path, progress=False, keeping=SnapshotConfig(every=1, last=last))
+            train(run_config(), data, tmp_path, progress=False, snapshots=SnapshotConfig(every=1, last=last))
     report = json.loads((tmp_path / "diverged.json").read_text())
     assert report["snapshot"] == str(snapshot_path(tmp_path, 5))
     assert [line["step"] for line in report["last"]] == [0, 1, 2, 3, 4, 5]
@@ -349,14 +351,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(data: Prepared, monkeypatch: pytest.MonkeyPatch):
-    session = Trainer(run_config(), data, "cpu")
-    session.step()
-    before = {k: v.clone() for k, v in session.model.state_dict().items()}
-    next(session.model.parameters()).register_hook(lambda grad: grad * math.inf)
+    trainer = Trainer(run_config(), data, "cpu")
+    trainer.step()
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    next(trainer.model.parameters()).register_hook(lambda grad: grad * math.inf)
     with pytest.raises(Diverged, match="gradient at step 1"):
-        session.step()
-    assert same(before, session.model.state_dict())
-    assert session.progress.step == 1
+        trainer.step()
+    assert same(before, trainer.model.state_dict())
+    assert trainer.progress.step == 1
 
 
 def test_an_exploding_loss_stops_the_run(data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -375,7 +377,7 @@ def test_an_exploding_loss_stops_the_run(data: Prepared, tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", worse)
         with pytest.raises(Diverged, match=r"loss at step 12 is .*worse than knowing nothing"):
-            train(run, data, tmp_path, progress=False, keeping=SnapshotConfig(every=1, last=50))
+            train(run, data, tmp_path, progress=False, snapshots=SnapshotConfig(every=1, last=50))
     good = json.loads((tmp_path / "diverged.json").read_text())["snapshot"]
     assert good == str(snapshot_path(tmp_path, 7))  # what step 8 computed with was spoilt: the weights after 8 updates
     assert snapshots(tmp_path)[-1] == snapshot_path(tmp_path, 7)
@@ -389,22 +391,22 @@ def test_an_exploding_loss_stops_the_run(data: Prepared, tmp_path: Path, monkeyp
 
 def test_a_finished_run_is_not_trained_again(data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _, first = train(run_config(), data, tmp_path, progress=False)
-    before, lines = weights(tmp_path), diary(tmp_path)
+    before, lines = weights(tmp_path), read_log(tmp_path)
     monkeypatch.setattr(Trainer, "step", None)
     model, again = train(run_config(), data, tmp_path, progress=False)
     assert again == first
     assert same(before, model.state_dict())
-    assert diary(tmp_path) == lines
+    assert read_log(tmp_path) == lines
     with pytest.raises(ValueError, match=r"is of another run .*seed: 0 there, 1 here.*--resume never"):
         train(run_config(seed=1), data, tmp_path, progress=False)
 
 
 def test_going_on_from_a_snapshot_with_other_rates(data: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    session = Trainer(run_config(), data, "cpu")
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(session.step()) + "\n" for _ in range(4)))
-    session.save(snapshot_path(tmp_path, 4), {})
-    session.step()
-    session.save(snapshot_path(tmp_path, 5), {})
+    trainer = Trainer(run_config(), data, "cpu")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(trainer.step()) + "\n" for _ in range(4)))
+    trainer.save(snapshot_path(tmp_path, 4), {})
+    trainer.step()
+    trainer.save(snapshot_path(tmp_path, 5), {})
     gentle = run_config(optim=replace(run_config().optim, matrix_lr=0.001), horizon="steps=12")
     other = Trainer(gentle, data, "cpu")
     lines = resume(other, tmp_path, str(snapshot_path(tmp_path, 4)))
@@ -425,12 +427,12 @@ def stopped(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """A SIGTERM during step `at`."""
     step = Trainer.step
 
-    def told(self: Trainer) -> dict[str, Any]:
+    def stopping(self: Trainer) -> dict[str, Any]:
         if self.progress.step == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self)
 
-    monkeypatch.setattr(Trainer, "step", told)
+    monkeypatch.setattr(Trainer, "step", stopping)
 
 
 def test_a_fresh_start_that_is_interrupted_goes_on_itself(data: Prepared, tmp_path: Path, monkeypatch):
@@ -461,9 +463,9 @@ def test_a_longer_horizon_from_a_finished_run_goes_on_after_an_interruption(
         with pytest.raises(KeyboardInterrupt):
             train(longer, data, tmp_path, progress=False, resume_from=str(tmp_path / "checkpoint"))
     for source in ("auto", str(tmp_path / "checkpoint")):
-        training = Trainer(longer, data, "cpu")
-        resume(training, tmp_path, source)
-        assert training.progress.step == 11
+        trainer = Trainer(longer, data, "cpu")
+        resume(trainer, tmp_path, source)
+        assert trainer.progress.step == 11
     train(longer, data, tmp_path, progress=False)
     assert checkpoint.about(tmp_path)["trained"]["tokens"] == 14 * 64
     monkeypatch.setattr(Trainer, "step", None)
@@ -493,24 +495,24 @@ def test_a_snapshot_that_cannot_be_saved_is_warned_of_and_tried_again(
         save(*arguments)
 
     monkeypatch.setattr(checkpoint, "save", full)
-    train(run_config(), data, tmp_path, progress=False, keeping=SnapshotConfig(every=2))
+    train(run_config(), data, tmp_path, progress=False, snapshots=SnapshotConfig(every=2))
     assert "no space left. Going on; the next try is 2 steps from here" in capsys.readouterr().err
-    assert len(diary(tmp_path)) == 8
+    assert len(read_log(tmp_path)) == 8
 
 
 def test_what_killed_saves_left_is_cleared_and_a_damaged_line_is_left_out(
     data: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    session = Trainer(run_config(), data, "cpu")
-    lines = [json.dumps(session.step()) for _ in range(3)]
-    session.save(snapshot_path(tmp_path, 3), session.about(1.0))
+    trainer = Trainer(run_config(), data, "cpu")
+    lines = [json.dumps(trainer.step()) for _ in range(3)]
+    trainer.save(snapshot_path(tmp_path, 3), trainer.about(1.0))
     lines[1] = lines[1][:20]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "snapshots" / ".step-00000002.saving-99").mkdir()
     train(run_config(), data, tmp_path, progress=False)
     assert not list(tmp_path.rglob("*.saving-*"))
     assert "line 2 is damaged" in capsys.readouterr().err
-    assert [line["step"] for line in diary(tmp_path)] == [0, 2, 3, 4, 5, 6, 7]
+    assert [line["step"] for line in read_log(tmp_path)] == [0, 2, 3, 4, 5, 6, 7]
 
 
 def test_another_architecture_is_said_field_by_field(data: Prepared, tmp_path: Path):
@@ -543,12 +545,10 @@ def test_peaks_are_of_whole_names():
 
 def test_mfu_is_of_the_steps_own_passes_over_all_ranks(data: Prepared, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("lrt.training.loop.peak_flops", lambda _: 1e12)
-    training = Trainer(run_config(), data, "cpu")
-    training.ranks = replace(training.ranks, ranks=4)
-    line = {"seconds": 5.0, "flops": 9e12}
-    measure(training, [{"seconds": 3.0, "flops": 1e12}], line)
-    assert line["mfu"] == pytest.approx(8e12 / 2.0 / 4e12)
-    assert line["tokens_per_second"] == 32
+    trainer = Trainer(run_config(), data, "cpu")
+    trainer.ranks = replace(trainer.ranks, ranks=4)
+    speed = throughput(trainer, [{"seconds": 3.0, "flops": 1e12}], {"seconds": 5.0, "flops": 9e12})
+    assert speed == {"mfu": pytest.approx(8e12 / 2.0 / 4e12), "tokens_per_second": 32}
 
 
 def test_a_damaged_validation_split_is_found_before_the_first_step(data: Prepared, tmp_path: Path, monkeypatch):
@@ -558,30 +558,30 @@ def test_a_damaged_validation_split_is_found_before_the_first_step(data: Prepare
     shard.write_bytes(shard.read_bytes()[:-2])
     monkeypatch.setattr(Trainer, "step", None)
     with pytest.raises(ValueError, match=shard.name):
-        train(run_config(), Prepared.open(copy), tmp_path / "out", progress=False, watching=EvalConfig())
+        train(run_config(), Prepared.open(copy), tmp_path / "out", progress=False, evaluation=EvalConfig())
 
 
-# Sinks
+# Loggers
 
 
 def test_tensorboard_gets_every_number(data: Prepared, tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(
-        run_config(), data, tmp_path, progress=False, watching=EvalConfig(every=4, targets=300, log_to=("tensorboard",))
-    )
+    evaluation = EvalConfig(every=4, targets=300)
+    train(run_config(), data, tmp_path, progress=False, evaluation=evaluation, log_to=("tensorboard",))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    lines = diary(tmp_path)
+    lines = read_log(tmp_path)
     for name in ("loss", "gradient_norm", "live_bpb", "gap", "memory_gamma"):
         expected = [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines if name in line]
         assert [(event.step, event.value) for event in events.Scalars(name)] == expected
     assert "schedule" not in events.Tags()["scalars"]
 
 
-def test_sinks_are_named_or_missing_packages_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_unknown_logger_or_a_missing_package_is_named(data: Prepared, tmp_path: Path):
     with pytest.raises(ValueError, match="cannot log to mlflow"):
-        EvalConfig(log_to=("mlflow",))
+        train(run_config(), data, tmp_path / "run", log_to=("mlflow",))
+    assert not (tmp_path / "run").exists()  # before any work
     with (
         pytest.raises(ValueError, match="cannot log to mlflow; choose among tensorboard, wandb, trackio"),
         loggers.open_loggers(["mlflow"], tmp_path, {}, 0),
@@ -593,20 +593,20 @@ def test_sinks_are_named_or_missing_packages_are(tmp_path: Path, monkeypatch: py
         imports.optional_module("nothing_of_that_name", "wandb", "logging to it")
 
 
-def test_every_sink_is_closed_when_a_run_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    seen: list[Any] = []
+def test_every_logger_is_closed_when_a_run_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls: list[Any] = []
 
     class Notebook:
         def __init__(self, out: Path, settings: dict[str, Any], step: int) -> None:
-            seen.append(("opened", settings, step))
+            calls.append(("opened", settings, step))
 
-        def log(self, step: int, values: Any) -> None:
-            seen.append((step, dict(values)))
+        def log(self, step: int, numbers: Any) -> None:
+            calls.append((step, dict(numbers)))
 
         def close(self) -> None:
-            seen.append("closed")
+            calls.append("closed")
 
-    monkeypatch.setitem(loggers.SINKS, "notebook", Notebook)
+    monkeypatch.setitem(loggers.LOGGERS, "notebook", Notebook)
 
     def interrupted() -> None:
         with loggers.open_loggers(["notebook"], tmp_path, {"a": 1}, 3) as log:
@@ -615,4 +615,4 @@ def test_every_sink_is_closed_when_a_run_fails(tmp_path: Path, monkeypatch: pyte
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert seen == [("opened", {"a": 1}, 3), (3, {"loss": 1.5}), "closed"]
+    assert calls == [("opened", {"a": 1}, 3), (3, {"loss": 1.5}), "closed"]

@@ -41,7 +41,7 @@ from lrt.schedules.parse import parse
 from lrt.training import recipes
 from lrt.training.config import RunConfig
 from lrt.training.optim import OptimConfig
-from lrt.training.trainer import Diverged, Trained, Trainer
+from lrt.training.trainer import Diverged, Trainer, TrainingSummary
 from lrt.utils import files
 from lrt.utils.progress import Advance
 
@@ -216,7 +216,7 @@ def unfinished_step(run: RunConfig, data: Prepared) -> Path:
 
 def train_cell(
     run: RunConfig, data: Prepared, device: str, advance: Advance
-) -> tuple[LatentRecurrentTransformer, Trained]:
+) -> tuple[LatentRecurrentTransformer, TrainingSummary]:
     """A run from where it was left to its end; what it came to has the losses since then."""
     training = Trainer(run, data, device)
     kept = unfinished_step(run, data)
@@ -235,7 +235,7 @@ def train_cell(
     finally:
         training.close()
     last = losses[-max(1, run.steps // 20) :]
-    return training.model, training.trained(sum(last) / len(last))
+    return training.model, training.summary(sum(last) / len(last))
 
 
 def score_run(model: LatentRecurrentTransformer, data: Prepared, run: RunConfig, fields: Fields) -> dict[str, Any]:
