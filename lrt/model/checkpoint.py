@@ -171,7 +171,8 @@ def load_training(
         there, here = (json.loads(json.dumps(c.to_dict())) for c in (saved, model.config))
         differing = differences(there, here, "model")
         raise ValueError(
-            f"{folder} holds another architecture ({differing}); choose another --out, or start anew with --resume never"
+            f"{folder} holds another architecture ({differing}); choose another --out, or start anew with "
+            "--resume never"
         )
     if not (folder / "training.pt").is_file():
         raise ValueError(f"{folder} cannot be trained on: it has no training.pt; take a folder of snapshots/")
