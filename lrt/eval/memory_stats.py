@@ -41,9 +41,9 @@ def listening(heard: dict[int, tuple[Tensor, Tensor]], model: LatentRecurrentTra
 
     def note(number: int) -> Callable[..., None]:
         def before(block: Block, inputs: tuple[Any, ...]) -> None:
-            x, x0, _, memory = inputs[:4]
-            stream = block.alpha.squeeze() * x + block.beta.squeeze() * x0
-            heard[number] = stream.detach(), rms(block.injection.residual(stream, memory)).detach()
+            x, call = inputs[:2]
+            stream = block.alpha.squeeze() * x + block.beta.squeeze() * call.inputs.x0
+            heard[number] = stream.detach(), rms(block.injection.residual(stream, call.memory)).detach()
 
         return before
 

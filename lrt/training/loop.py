@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from lrt.training.monitor import (
     memory_weight,
     report_divergence,
 )
-from lrt.training.resume import resume
+from lrt.training.resume import is_of_run, resume, tokens_trained
 from lrt.training.snapshots import SnapshotConfig
 from lrt.training.trainer import Diverged, Trainer, TrainingSummary
 from lrt.utils.device import peak_flops
@@ -97,7 +97,7 @@ def train(
         if evaluation.every != 0:
             data.split("val")  # a damaged one is an error now, not at the first evaluation
     training = TrainingRun(trainer, out, resume(trainer, out, resume_from), snapshots or SnapshotConfig(), evaluation)
-    if trainer.progress.step < trainer.steps:
+    if not result_is_saved(training):
         if ranks.first:
             print(f"{title}: {trainer.path}", file=sys.stderr)
         with bar(title, trainer.steps, progress and ranks.first) as advance, stop_requests() as stop:
@@ -106,7 +106,7 @@ def train(
                 run_steps(training, log, advance, stop)
             save_result(training, advance)
     trainer.close()
-    if ranks.first:
+    if result_is_saved(training) and ranks.first:  # nothing goes before what replaces it is whole
         shutil.rmtree(out / "snapshots", ignore_errors=True)
     return trainer.model, trainer.summary(recent_loss(training.lines))
 
@@ -255,6 +255,18 @@ def save_result(training: TrainingRun, advance: Advance) -> None:
         scores = evaluate_step(training, max(training.eval_config.targets, FINAL_TARGETS))
     about = trainer.about(recent_loss(training.lines)) | {"scores": newest_scores([scores])}
     trainer.save(training.out / "checkpoint", about)
+
+
+def result_is_saved(training: TrainingRun) -> bool:
+    """Whether checkpoint/ is whole, of this very run, and of its last step. All ranks call it."""
+    trainer, path = training.trainer, training.out / "checkpoint"
+    saved = False
+    with trainer.ranks.collective():
+        if trainer.ranks.first and path.exists():
+            with suppress(ValueError):  # damaged: it is made again
+                about = checkpoint.about(path)
+                saved = is_of_run(about, trainer.run) and tokens_trained(about) == trainer.run.tokens
+    return trainer.ranks.broadcast(saved)
 
 
 def recent_loss(lines: MetricsLog) -> float:

@@ -29,7 +29,8 @@ def resume(trainer: Trainer, out: Path, source: str) -> MetricsLog:
     snapshot may have been trained at other rates, under another schedule or for another horizon; once that run has
     snapshots of its own in `out`, the newest of them is taken, so that the same command always goes on.
 
-    All ranks call it. Raises ValueError where only another run's snapshots are there, or the data differ.
+    All ranks call it. Raises ValueError where only another run's snapshots are there, the data differ, or the horizon
+    is passed already; nothing was removed then.
     """
     ranks = trainer.ranks
     with ranks.collective():
@@ -40,6 +41,11 @@ def resume(trainer: Trainer, out: Path, source: str) -> MetricsLog:
     with ranks.collective():
         trainer.restore(path, () if source == "auto" else MAY_DIFFER)
         step = trainer.progress.step
+        if step > trainer.steps:
+            raise ValueError(
+                f"{path} stands at step {step:,}, behind the horizon of {trainer.steps:,} steps "
+                f"({trainer.run.horizon}); give a horizon that is further, or resume from an earlier snapshot"
+            )
         if source != "auto" and ranks.first:  # later ones are of a path not taken
             drop_snapshots([s for s in snapshots(out) if snapshot_step(s) > step])
         return read_metrics(path.parent.parent if path.parent.name == "snapshots" else path.parent, step)

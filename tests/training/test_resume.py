@@ -26,6 +26,7 @@ from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshot_path, snapshots
 from lrt.training.config import RunConfig
 from lrt.training.loop import train
+from lrt.training.monitor import EvalConfig
 from lrt.training.resume import choose_snapshot
 from lrt.training.snapshots import SnapshotConfig
 from lrt.training.trainer import Trainer
@@ -289,3 +290,69 @@ def test_killed_at_twenty_random_moments_a_run_ends_with_identical_weights(data:
         process.wait()
     assert kills == 20
     assert_same(weights(out), weights(tmp_path / "whole"))
+
+
+# --- nothing is lost at the end -----------------------------------------------------------------------------------
+
+
+def stop_at_the_end(data: Prepared, out: Path) -> RunConfig:
+    """What a kill after the last step and before the final save leaves: the last step's snapshot, no checkpoint."""
+    run = run_config(tokens=6 * 64)
+    stop_after_all(Trainer(run, data, "cpu"), out)
+    return run
+
+
+def stop_after_all(trainer: Trainer, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(trainer.step()) for _ in range(trainer.steps)]
+    (out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    trainer.save(snapshot_path(out, trainer.steps), trainer.about(1.0))
+    trainer.close()
+
+
+def test_a_run_that_was_killed_before_its_final_save_is_scored_and_saved(data: Prepared, tmp_path: Path) -> None:
+    run = stop_at_the_end(data, tmp_path / "killed")
+    train(run, data, tmp_path / "killed", progress=False, evaluation=EvalConfig(targets=200))
+    train(run, data, tmp_path / "whole", progress=False, evaluation=EvalConfig(targets=200))
+    assert_same(weights(tmp_path / "killed" / "checkpoint"), weights(tmp_path / "whole" / "checkpoint"))
+    scores = [checkpoint.about(tmp_path / name)["scores"] for name in ("killed", "whole")]
+    assert scores[0] == scores[1]
+    assert scores[0]["live_bpb"] > 0
+    assert not (tmp_path / "killed" / "snapshots").exists()
+
+
+def test_a_damaged_result_is_made_again_before_snapshots_go(data: Prepared, tmp_path: Path) -> None:
+    run = stop_at_the_end(data, tmp_path)
+    train(run, data, tmp_path, progress=False)
+    expected = weights(tmp_path / "checkpoint")
+    stop_after_all(Trainer(run, data, "cpu"), tmp_path)  # the snapshot is there again, as the kill left it
+    file = tmp_path / "checkpoint" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    train(run, data, tmp_path, progress=False)
+    assert_same(weights(tmp_path / "checkpoint"), expected)
+
+
+def test_a_full_disk_at_the_final_save_loses_no_snapshot(
+    data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stop_at_the_end(data, tmp_path)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lrt.training.loop.save_result", full)
+        with pytest.raises(OSError, match="no space left"):
+            train(run, data, tmp_path, progress=False)
+    assert len(snapshots(tmp_path)) == 1
+    train(run, data, tmp_path, progress=False)
+    assert len(weights(tmp_path / "checkpoint")) > 0
+
+
+def test_a_horizon_that_is_passed_is_an_error_and_removes_nothing(data: Prepared, tmp_path: Path) -> None:
+    stop_at_the_end(data, tmp_path)
+    (named,) = snapshots(tmp_path)
+    with pytest.raises(ValueError, match=r"stands at step 6, behind the horizon of 2 steps .*; give a horizon"):
+        train(run_config(tokens=2 * 64), data, tmp_path, progress=False, resume_from=str(named))
+    assert snapshots(tmp_path) == [named]
+    assert weights(named)
