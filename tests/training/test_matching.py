@@ -11,7 +11,6 @@ import pytest
 
 from lrt import MemoryConfig, ModelConfig
 from lrt.cli.main import main
-from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.distributed.single import SINGLE_PROCESS
 from lrt.model.size import count_parameters
@@ -39,14 +38,6 @@ def config(memory: MemoryConfig, **fields: Any) -> RunConfig:
 
 LRT = config(MemoryConfig(source=(0, 2), combine="channels", projection="layerwise"), schedule="settled(0, 1, 1)")
 TRANSFORMER = config(MemoryConfig(injection="none"), schedule="plain()")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    folder = tmp_path_factory.mktemp("data")
-    text = folder / "text.txt"
-    text.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(400)))
-    return prepare(folder / "prepared", [text], vocab_size=300, progress=False)
 
 
 @pytest.fixture(scope="module")

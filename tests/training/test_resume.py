@@ -43,14 +43,6 @@ def run_config(tokens: int = 32 * 64) -> RunConfig:
     return RunConfig(model=model, schedule=MIXTURE, batch_size=2, device_batch=1, horizon=f"tokens={tokens}", seed=3)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    folder = tmp_path_factory.mktemp("data")
-    text = folder / "text.txt"
-    text.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(400)))
-    return prepare(folder / "prepared", [text], vocab_size=300, progress=False)
-
-
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load(path)[0].state_dict()
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, schedules
-from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.data.windows import windows
 from lrt.eval.scoring import evaluate
@@ -47,14 +46,6 @@ def run_config(**fields: Any) -> RunConfig:
     optim = OptimConfig(reference_batch=64, scalar_lr=0.02)
     defaults = {"model": model, "optim": optim, "schedule": "settled(0, 1, 1)", "batch_size": 2, "horizon": "steps=8"}
     return RunConfig(**{**defaults, **fields})
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    folder = tmp_path_factory.mktemp("data")
-    text = folder / "text.txt"
-    text.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(400)))
-    return prepare(folder / "prepared", [text], vocab_size=300, progress=False)
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
