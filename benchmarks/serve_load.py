@@ -254,11 +254,11 @@ def main(
     folder = checkpoint.verify(checkpoint_folder)
     model, tokenizer = checkpoint.load(folder)
     requests = asked(model, tokenizer.bos, folder, pool, longest)
-    from lrt.serve.detokenizer import displayed
+    from lrt.serve.detokenizer import display_token
 
     for one in requests:
         shown = [t for t in one.tokens if t != tokenizer.bos]
-        SPELLED[one.request.seed] = [displayed(tokenizer.spelling(t)) for t in shown]
+        SPELLED[one.request.seed] = [display_token(tokenizer.spelling(t)) for t in shown]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     serve = [sys.executable, "-m", "lrt", "serve", str(checkpoint_folder), "--names", "loaded"]

@@ -16,7 +16,7 @@ from lrt.experiments.bench.attention import AttentionBench
 from lrt.experiments.bench.rows import Row, show
 from lrt.experiments.bench.train import TrainBench
 from lrt.inference import cost_model
-from lrt.inference.calibrate import LENGTH, calibrate, own_text
+from lrt.inference.calibrate import LENGTH, calibrate, sample_text
 from lrt.model import checkpoint
 from lrt.utils.device import choose_device
 from lrt.utils.provenance import hardware
@@ -46,7 +46,7 @@ class Calibrate:
         model, tokenizer = checkpoint.load(folder, choose_device(self.device))
         length = min(LENGTH, model.config.context)
         if self.text is None:
-            tokens = own_text(model, tokenizer.bos, length)
+            tokens = sample_text(model, tokenizer.bos, length)
         else:
             ids = [tokenizer.bos, *tokenizer.encode(self.text.read_text(encoding="utf-8"))][:length]
             tokens = torch.tensor([ids], device=model.embedding.weight.device)
@@ -102,7 +102,7 @@ class BenchEquality:
         device = choose_device(self.device)
         model, tokenizer = checkpoint.load(self.checkpoint, device)
         if self.text is None:
-            ids: list[int] = own_text(model, tokenizer.bos, model.config.context)[0].tolist()
+            ids: list[int] = sample_text(model, tokenizer.bos, model.config.context)[0].tolist()
         else:
             ids = tokenizer.encode(self.text.read_text(encoding="utf-8"))
         prompts = equality.split_prompts(ids, model.config.context - self.new_tokens)

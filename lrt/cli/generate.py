@@ -1,4 +1,4 @@
-"""`lrt sample` and `lrt chat`: dataclasses that run themselves, as in cli.py."""
+"""`lrt sample` and `lrt chat`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tyro
 from lrt.cli.options import DecodeMode, Prefill
 from lrt.data.tokenizer import Stream, Tokenizer
 from lrt.inference import cost_model
-from lrt.inference.chat import Conversation as Conversation
+from lrt.inference.chat import Conversation
 from lrt.inference.engine import Engine
 from lrt.inference.request import Event, Request
 from lrt.inference.sampling import Sampling
@@ -59,49 +59,53 @@ class Sample:
         prompts = [(tokenizer.bos, *tokenizer.encode(text)) for text in self.prompt]
         if self.n < 1:
             raise ValueError(f"n is {self.n}; it must be at least 1")
-        asked = [
+        requests = [
             Request(ids, self.max_new_tokens, sampling, self.seed, self.n, frozenset({tokenizer.bos}))
             for ids in prompts
         ]
         slots = model.config.context
-        for request in asked:  # before any work
+        for request in requests:  # before any work
             request.check(model.config, slots)
-        if self.max_new_tokens is not None:  # no longer than needed
+        if self.max_new_tokens is not None:  # no more slots than needed
             slots = min(slots, max(len(ids) for ids in prompts) + max(1, self.max_new_tokens))
         engine = Engine(
             model,
-            rows=min(ROWS, self.n * len(asked)),
+            rows=min(ROWS, self.n * len(requests)),
             slots=None if model.config.unlimited_context else slots,
             mode=self.mode,
             prefill=self.prefill,
             calibration=cost_model.read_calibration(folder, model),
         )
-        written = TextPrinter(tokenizer, list(zip(self.prompt, prompts, strict=True)), self.n)
-        for request in asked:
+        printer = TextPrinter(tokenizer, list(zip(self.prompt, prompts, strict=True)), self.n)
+        for request in requests:
             engine.submit(request)
         while not engine.idle:
             for event in engine.step():
-                written.tell(event)
+                printer.write(event)
 
 
 class TextPrinter:
-    """Several texts that grow at once, written one after another: the first unfinished one as it comes."""
+    """Several texts that grow at once, written one after another: the first unfinished one as it comes.
+
+    Texts are named by (request, sample), as events are.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompts: list[tuple[str, tuple[int, ...]]], samples: int) -> None:
-        self.order = [(text, i) for text in range(len(prompts)) for i in range(samples)]
+        self.order = [(request, sample) for request in range(len(prompts)) for sample in range(samples)]
         self.streams: dict[tuple[int, int], Stream] = {key: tokenizer.decoder(prompts[key[0]][1]) for key in self.order}
-        self.held: dict[tuple[int, int], list[str]] = {key: [prompts[key[0]][0]] for key in self.order}
+        self.pending: dict[tuple[int, int], list[str]] = {key: [prompts[key[0]][0]] for key in self.order}
         self.ended: set[tuple[int, int]] = set()
         self.current = 0
+        """The place, in `order`, of the text that is being written."""
         self._open()
 
-    def tell(self, event: Event) -> None:
+    def write(self, event: Event) -> None:
         """Write what an event adds, now or when its text's turn comes."""
         key = (event.request, event.sample)
         if event.token is not None:
-            self.held[key].append(self.streams[key].push(event.token))
+            self.pending[key].append(self.streams[key].push(event.token))
         if event.finish is not None:
-            self.held[key].append(self.streams[key].finish() + "\n")
+            self.pending[key].append(self.streams[key].finish() + "\n")
             self.ended.add(key)
         self._flush()
 
@@ -113,9 +117,9 @@ class TextPrinter:
 
     def _flush(self) -> None:
         key = self.order[self.current]
-        sys.stdout.write("".join(self.held[key]))
+        sys.stdout.write("".join(self.pending[key]))
         sys.stdout.flush()
-        self.held[key].clear()
+        self.pending[key].clear()
         if key in self.ended and self.current + 1 < len(self.order):
             self.current += 1
             self._open()
@@ -150,8 +154,8 @@ class Chat:
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         folder = checkpoint.verify(self.checkpoint)
         model, tokenizer = checkpoint.load(folder, choose_device(self.device))
-        known = cost_model.read_calibration(folder, model)
-        chat = Conversation(model, tokenizer, sampling, self.seed, self.template, self.prefill, known)
+        calibration = cost_model.read_calibration(folder, model)
+        chat = Conversation(model, tokenizer, sampling, self.seed, self.template, self.prefill, calibration)
         if sys.stdin.isatty():
             print(f"template {chat.name}; /undo, /save FOLDER, /load FOLDER, /exit")
         while True:
@@ -161,12 +165,12 @@ class Chat:
             if not line or line.strip() == "/exit":
                 return
             try:
-                self.turn(chat, line.strip())
+                self.handle_line(chat, line.strip())
             except (ValueError, OSError) as error:  # the conversation goes on
                 print(f"lrt: {error}", file=sys.stderr)
 
-    def turn(self, chat: Conversation, line: str) -> None:
-        """What one line of input asks for."""
+    def handle_line(self, chat: Conversation, line: str) -> None:
+        """A command, or the user's text of a turn. ValueError or OSError where it cannot be carried out."""
         verb, _, rest = line.partition(" ")
         if verb == "/undo":
             chat.undo()

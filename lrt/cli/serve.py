@@ -59,8 +59,8 @@ class Serve:
             from lrt.serve.app import create_app
             from lrt.serve.config import Settings
             from lrt.serve.metrics import ServerMetrics
-            from lrt.serve.models import ModelRegistry, load_served, names_of
-            from lrt.serve.server import server
+            from lrt.serve.models import ModelRegistry, load_served_model, model_names
+            from lrt.serve.server import create_server
         if len(self.checkpoints) == 0:
             raise ValueError("no checkpoint is given; name at least one folder of `lrt train`")
         if self.rows < 1:
@@ -69,32 +69,33 @@ class Serve:
             raise ValueError(f"prefixes is {self.prefixes}; give 0 (keep none) or more megabytes")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port is {self.port}; it must be 0 to 65535")
-        token = None if self.token_file is None else secret(self.token_file)
-        private = loopback(self.host)
+        token = None if self.token_file is None else read_token(self.token_file)
+        private = is_loopback(self.host)
         if not private and token is None and (not self.open):
             raise ValueError(
                 f"{self.host} can be reached from other machines; give --token-file FILE, or --open to serve anybody"
             )
-        names, metrics, device = names_of(self.checkpoints, self.names), ServerMetrics(), choose_device(self.device)
+        names, metrics, device = model_names(self.checkpoints, self.names), ServerMetrics(), choose_device(self.device)
         settings = Settings(self.rows, self.prefill, self.mode, self.prefixes * 10**6, self.template)
         models = [
-            load_served(path, name, settings, self.limits, metrics, device)
+            load_served_model(path, name, settings, self.limits, metrics, device)
             for path, name in zip(self.checkpoints, names, strict=True)
         ]
-        library = ModelRegistry(models, self.limits, metrics)
-        guarded = private and token is None
-        app = create_app(library, token, ("localhost", "127.0.0.1", "::1", self.host) if guarded else None)
-        for one in models:
-            chat = "with chat" if one.template is not None else "no chat template"
-            print(f"{one.name}: {one.about()['parameters']:,} parameters, {one.worker.rows} rows, {chat}")
-        ready = server(app, library, self.host, self.port)
+        registry = ModelRegistry(models, self.limits, metrics)
+        # Against DNS rebinding: a page could point a name of its own at this machine, and read what is served.
+        hosts = ("localhost", "127.0.0.1", "::1", self.host) if private and token is None else None
+        app = create_app(registry, token, hosts)
+        for model in models:
+            chat = "with chat" if model.template is not None else "no chat template"
+            print(f"{model.name}: {model.summary()['parameters']:,} parameters, {model.engine.rows} rows, {chat}")
+        server = create_server(app, registry, self.host, self.port)
         with suppress(SystemExit):  # uvicorn's, where it cannot listen
-            ready.run()
-        if not ready.started:
+            server.run()
+        if not server.started:
             raise ValueError(f"cannot listen on {self.host} port {self.port}; choose another with --port")
 
 
-def loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Whether an address is this machine's own."""
     if host == "localhost":
         return True
@@ -104,7 +105,7 @@ def loopback(host: str) -> bool:
         return False
 
 
-def secret(file: Path) -> str:
+def read_token(file: Path) -> str:
     """The token in a file. ValueError where it is too short to be one."""
     lines = file.read_text(encoding="utf-8").splitlines()
     token = lines[0].strip() if lines else ""

@@ -1,4 +1,7 @@
-"""Measure, in some seconds, how a model is best prefilled here: which stride, how many sweeps, what a call costs."""
+"""Measure, in some seconds, how a model is best prefilled here: which stride, how many sweeps, what a call costs.
+
+Times are ratios of calls made in turn, which a busy machine slows alike; of several, the median.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +24,29 @@ LENGTH = 512
 LONGEST = 16
 """A stride that has not converged after so many sweeps is passed over."""
 PAIRS = 5
-"""Times are ratios of calls made in turn, which a busy machine slows alike; of several, the median."""
+"""Ratios of which the median counts."""
 STEPS = 32
 """Tokens decoded one after another to time a call with one position: in a row, as what the caches hold matters."""
 
 
-def own_text(model: LatentRecurrentTransformer, first: int, length: int, seed: int = 0) -> Tensor:
+def sample_text(model: LatentRecurrentTransformer, first: int, length: int, seed: int = 0) -> Tensor:
     """Tokens (1, length) that the model itself continues `first` with: a typical prompt, without any data."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.tensor([[first]], device=model.embedding.weight.device)
+    tokens = [torch.tensor([[first]], device=model.embedding.weight.device)]
     with torch.no_grad():
-        state, drawn = model.empty_state(1, length).in_place(), [tokens]
+        state = model.empty_state(1, length).in_place()
         for t in range(length - 1):
-            hidden, state = model(drawn[-1], range(t, t + 1), state)
-            chances = model.logits(hidden[:, -1]).float().softmax(-1).cpu()
-            drawn.append(torch.multinomial(chances, 1, generator=generator).to(tokens))
-    return torch.cat(drawn, 1)
+            hidden, state = model(tokens[-1], range(t, t + 1), state)
+            probabilities = model.logits(hidden[:, -1]).float().softmax(-1).cpu()
+            tokens.append(torch.multinomial(probabilities, 1, generator=generator).to(tokens[0]))
+    return torch.cat(tokens, 1)
 
 
 def calibrate(model: LatentRecurrentTransformer, tokens: Tensor, progress: bool = True) -> Calibration:
-    """The calibration of a model on its device, measured with one prompt (1, T): `own_text`, or text like yours."""
+    """The calibration of a model on its device, measured with one prompt (1, T): `sample_text`, or text like yours.
+
+    ValueError where the prompt is too short, or where nothing recurs.
+    """
     if tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] < 2 * STRIDES[0]:
         raise ValueError(
             f"the prompt has shape {tuple(tokens.shape)}; give one row of at least {2 * STRIDES[0]} tokens"
@@ -51,18 +57,19 @@ def calibrate(model: LatentRecurrentTransformer, tokens: Tensor, progress: bool 
         )
     length, device = tokens.shape[1], tokens.device
     strides = [g for g in STRIDES if 2 * g <= length]
+    # By mode: the plans that converge, with their cost in plain forwards.
     costs: dict[str, dict[Plan, float]] = {mode: {} for mode in TOLERANCES}
-    with torch.no_grad(), bar("calibrating", len(strides) + 1, progress) as tell:
+    with torch.no_grad(), bar("calibrating", len(strides) + 1, progress) as advance:
         overhead = call_overhead(model, tokens)
-        tell(1)
+        advance(1)
         for groups in strides:
-            taken, ratio = sweeps_taken(model, tokens, groups)
-            for mode, sweeps in taken.items():
+            needed, ratio = count_sweeps(model, tokens, groups)
+            for mode, sweeps in needed.items():
                 costs[mode][Plan(groups, sweeps)] = sweeps * ratio
-            tell(1, f"stride {groups}")
+            advance(1, f"stride {groups}")
     # What did not converge takes as many sweeps as make everything exact: token by token is then cheaper.
     never = Plan(16, max(1, length // 16))
-    plans = {mode: min(found, key=found.__getitem__, default=never) for mode, found in costs.items()}
+    plans = {mode: min(by_plan, key=by_plan.__getitem__, default=never) for mode, by_plan in costs.items()}
     return Calibration(overhead, plans, device_name(device), fingerprint(model))
 
 
@@ -81,37 +88,38 @@ def call_overhead(model: LatentRecurrentTransformer, tokens: Tensor) -> float:
         model(tokens, range(length), state)
 
     # Per position: single = overhead + 1, whole = overhead / length + 1; their ratio q gives the overhead.
-    q = statistics.median(seconds(one_by_one, tokens) / seconds(at_once, tokens) for _ in range(PAIRS)) * length / steps
+    ratio = statistics.median(time_call(one_by_one, tokens) / time_call(at_once, tokens) for _ in range(PAIRS))
+    q = ratio * length / steps
     return max(0.0, length * (q - 1) / max(1.0, length - q))
 
 
-def sweeps_taken(model: LatentRecurrentTransformer, tokens: Tensor, groups: int) -> tuple[dict[str, int], float]:
+def count_sweeps(model: LatentRecurrentTransformer, tokens: Tensor, groups: int) -> tuple[dict[str, int], float]:
     """(sweeps until each mode has converged, those that do; the time of a sweep over that of a plain forward)."""
     length = tokens.shape[1]
     state = model.empty_state(1, length, tokens=tokens).in_place()
-    flight = SweepState.of(model, Prompt(tokens, [length], [0]), state)
-    other = model.empty_state(1, length).in_place()
+    rows = SweepState.of(model, Prompt(tokens, [length], [0]), state)
+    plain_state = model.empty_state(1, length).in_place()
     limits = {mode: tolerance(mode, model) for mode in TOLERANCES}
-    taken: dict[str, int] = {}
+    needed: dict[str, int] = {}
     ratios: list[float] = []
     for sweep in range(1, min(LONGEST, length // groups) + 1):
-        spent = seconds(lambda: flight.sweep(model, groups, 0), tokens)
-        ratios.append(spent / seconds(lambda: model(tokens, range(length), other), tokens))
-        ((residual,), _, _) = flight.measure()
-        if sweep > 1:
+        seconds = time_call(lambda: rows.sweep(model, groups, 0), tokens)
+        ratios.append(seconds / time_call(lambda: model(tokens, range(length), plain_state), tokens))
+        ((residual,), _, _) = rows.measure()
+        if sweep > 1:  # the first has nothing to be compared with
             reached = [mode for mode, limit in limits.items() if limit is not None and residual <= limit]
-            taken = {**dict.fromkeys(reached, sweep), **taken}
-        if len(taken) == len(TOLERANCES):
+            needed = {**dict.fromkeys(reached, sweep), **needed}
+        if len(needed) == len(TOLERANCES):
             break
-    return taken, statistics.median(ratios)
+    return needed, statistics.median(ratios)
 
 
-def seconds(work: Callable[[], object], like: Tensor) -> float:
-    """What a call takes on the device of `like`."""
+def time_call(function: Callable[[], object], like: Tensor) -> float:
+    """Seconds that a call takes on the device of `like`."""
     if like.device.type == "cuda":
         torch.cuda.synchronize(like.device)
     begin = time.perf_counter()
-    work()
+    function()
     if like.device.type == "cuda":
         torch.cuda.synchronize(like.device)
     return time.perf_counter() - begin

@@ -1,7 +1,8 @@
 """What a prefill vouches for: how each row was computed, and how far its last sweep still moved it.
 
-Contract, section 4: a row has converged when ‖h_n − h_{n−1}‖ / ‖h_n‖ <= tolerance, over its positions, for the final
-hidden state and for every remembered source >= 1.
+A row has converged when ‖h_n − h_{n−1}‖ / ‖h_n‖ <= tolerance, over its positions, for the final hidden state and for
+every remembered source >= 1 (docs/contract.md, section 4). That difference is the error of h_{n−1}. So a converged
+state is nearer to the exact one than the tolerance, by the factor of contraction.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ class Certificate:
 
     @property
     def distance(self) -> float | None:
-        """Estimate of ‖h_n − h‖ / ‖h‖ from the exact h: residual · ρ / (1 − ρ), infinite where ρ >= 1; None unknown."""
+        """Estimate of ‖h_n − h‖ / ‖h‖ from the exact h: residual · ρ / (1 − ρ), infinite where ρ >= 1; None unknown.
+
+        The sum of all moves to come, if each is the one before times the contraction ρ.
+        """
         if self.residual is None or self.residual == 0 or self.contraction is None:
             return self.residual if self.residual == 0 else None
         return self.residual * self.contraction / (1 - self.contraction) if self.contraction < 1 else math.inf

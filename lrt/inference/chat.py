@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.inference.chat_template import TEMPLATES, Message, specials, template_of, turn_tokens
+from lrt.inference.chat_template import Message, check_template, default_template, special_tokens, turn_tokens
 from lrt.inference.cost_model import Calibration
 from lrt.inference.prefill import Mode
 from lrt.inference.sampling import Sampling
@@ -33,28 +33,23 @@ class Conversation:
         calibration: Calibration | None = None,
     ) -> None:
         """template: a name in TEMPLATES; None takes the one that the tokenizer is made for."""
-        name = template_of(tokenizer) if template is None else template
-        if name not in TEMPLATES:
-            raise ValueError(f"unknown template {name!r}; choose one of {', '.join(TEMPLATES)}")
-        missing = sorted(TEMPLATES[name].special - set(specials(tokenizer)))
-        if missing:
-            raise ValueError(f"template {name!r} needs the special tokens {', '.join(missing)}; use another template")
         self.model, self.tokenizer, self.sampling, self.seed = model, tokenizer, sampling, seed
-        self.name, self.template = name, TEMPLATES[name]
+        self.name = default_template(tokenizer) if template is None else template
+        self.template = check_template(tokenizer, self.name)
         self.prefill: Mode = prefill
         self.calibration = calibration
         self.session: Session | None = None
         self.turns: list[int] = []
         """How many tokens the session had before each turn; 0 before the first."""
-        self.stop = self._stop()
+        self.stop = self._stop_tokens()
 
-    def say(self, text: str, max_new_tokens: int, tell: Callable[[str], None]) -> str:
-        """One turn: the user's text in, the answer out; `tell` is told its pieces as they come.
+    def say(self, text: str, max_new_tokens: int, on_text: Callable[[str], None]) -> str:
+        """One turn: the user's text in, the answer out; `on_text` gets its pieces as they come.
 
         ValueError where the context has no room; the conversation is then as it was before.
         """
         before = len(self.session.tokens) if self.session is not None else 0
-        ids = self.turn(text)
+        ids = self.encode_turn(text)
         room = max_new_tokens if self.model.config.unlimited_context else self.model.config.context - before - len(ids)
         if room <= 0:
             raise ValueError(
@@ -68,18 +63,19 @@ class Conversation:
         )
         decoder, pieces = self.tokenizer.decoder(session.tokens), []
 
-        def told(token: int) -> None:
-            pieces.append(decoder.push(token))
-            tell(pieces[-1])
+        def emit(piece: str) -> None:
+            pieces.append(piece)
+            on_text(piece)
 
-        session = session.generate(min(max_new_tokens, room), self.sampling, self.stop, on_token=told)
-        pieces.append(decoder.finish())
-        tell(pieces[-1])
-        self.session = session
+        session = session.generate(
+            min(max_new_tokens, room), self.sampling, self.stop, on_token=lambda token: emit(decoder.push(token))
+        )
+        emit(decoder.finish())
+        self.session = session  # only now: an error or Ctrl-C before leaves the conversation as it was
         self.turns.append(before)
         return "".join(pieces).strip()
 
-    def turn(self, text: str) -> list[int]:
+    def encode_turn(self, text: str) -> list[int]:
         """The tokens of a turn, up to where the answer begins."""
         parts = self.template.parts([Message("user", text)])
         if self.session is None:
@@ -105,7 +101,7 @@ class Conversation:
         (path / TURNS).write_text(json.dumps(self.turns) + "\n")
 
     def load(self, path: Path) -> None:
-        """Go on with the conversation of a folder."""
+        """Go on with the conversation of a folder. ValueError where it is damaged, or another model's."""
         session = dataclasses.replace(Session.load(path, self.model), seed=self.seed)
         try:
             turns = [int(n) for n in json.loads((path / TURNS).read_text())]
@@ -118,9 +114,9 @@ class Conversation:
             )
         self.session, self.turns = session, turns
 
-    def _stop(self) -> frozenset[int]:
+    def _stop_tokens(self) -> frozenset[int]:
         """The tokens that end an answer: the template's, a new document, or, in plain text, a line's end."""
         if self.template.end is not None:
-            return frozenset({self.tokenizer.bos, specials(self.tokenizer)[self.template.end]})
+            return frozenset({self.tokenizer.bos, special_tokens(self.tokenizer)[self.template.end]})
         lines = (i for i in range(self.tokenizer.vocab_size) if "\n" in self.tokenizer.decode([i]))
         return frozenset({self.tokenizer.bos, *lines})

@@ -1,4 +1,7 @@
-"""How the turns of a conversation are written as tokens: a table by the tokenizer's special tokens."""
+"""How the turns of a conversation are written as tokens: a table by the tokenizer's special tokens.
+
+A table, because a checkpoint holds a tokenizer.json only, which knows no Jinja template.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lrt.data.tokenizer import Tokenizer
+
+Part = tuple[str, bool]
+"""A piece of a conversation, and whether somebody wrote it: a special token that is spelled there is plain text."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class Template:
         """The special tokens that a tokenizer must have."""
         return set() if self.end is None else {p for p in (*self.user, *self.assistant, self.end) if p.startswith("<|")}
 
-    def parts(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-        """A conversation up to where the next answer begins: pieces, and whether each is what somebody said.
+    def parts(self, messages: Sequence[Message]) -> list[Part]:
+        """A conversation up to where the next answer begins.
 
         ValueError where its turns are in no order that the template can write.
         """
@@ -54,21 +60,22 @@ class Template:
                 f"the messages are of {', '.join(m.role for m in messages) or 'nobody'}; give at most one of the "
                 "system, the first, then turns that begin and end with the user's"
             )
-        pieces: list[tuple[str, bool]] = []
+        parts: list[Part] = []
         if opening and self.system is not None:
             before, after = self.system
-            pieces += [*((p, False) for p in before), (opening.pop(), True), *((p, False) for p in after)]
+            parts += [*((p, False) for p in before), (opening.pop(), True), *((p, False) for p in after)]
+        # Messages of one role that follow each other are one turn.
         for role, group in itertools.groupby(turns, lambda turn: turn.role):
             text = "\n\n".join([*opening, *(turn.text for turn in group)])
             opening = []
             if role == "user":
-                pieces += [(p, False) for p in self.user] + [(text, True)] + [(p, False) for p in self.assistant]
+                parts += [(p, False) for p in self.user] + [(text, True)] + [(p, False) for p in self.assistant]
             else:
-                pieces += [(text, True), *self.closing()]
-        return pieces
+                parts += [(text, True), *self.closing()]
+        return parts
 
-    def closing(self, ended: bool = False) -> list[tuple[str, bool]]:
-        """Pieces between an answer and the next turn; `ended`: the end itself is there already."""
+    def closing(self, ended: bool = False) -> list[Part]:
+        """Parts between an answer and the next turn; `ended`: the end itself is there already."""
         return [(p, False) for p in ("" if ended else self.end or "\n", self.between) if p]
 
 
@@ -86,21 +93,31 @@ TEMPLATES = {
 """In order of preference: the first whose special tokens the tokenizer has. `plain` serves any."""
 
 
-def template_of(tokenizer: Tokenizer) -> str:
+def default_template(tokenizer: Tokenizer) -> str:
     """The name of the template that a tokenizer is made for."""
-    known = specials(tokenizer)
-    return next(name for name, template in TEMPLATES.items() if template.special <= set(known))
+    names = special_tokens(tokenizer).keys()
+    return next(name for name, template in TEMPLATES.items() if template.special <= names)
 
 
-def specials(tokenizer: Tokenizer) -> dict[str, int]:
+def check_template(tokenizer: Tokenizer, name: str) -> Template:
+    """The template of a name. ValueError where there is none, or where the tokenizer lacks its special tokens."""
+    if name not in TEMPLATES:
+        raise ValueError(f"unknown template {name!r}; choose one of {', '.join(TEMPLATES)}")
+    missing = sorted(TEMPLATES[name].special - special_tokens(tokenizer).keys())
+    if missing:
+        raise ValueError(f"template {name!r} needs the special tokens {', '.join(missing)}; use another template")
+    return TEMPLATES[name]
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """Special tokens by name."""
     added = tokenizer.inner.get_added_tokens_decoder()
     return {added[i].content: i for i in tokenizer.special}
 
 
-def turn_tokens(tokenizer: Tokenizer, template: Template, parts: Sequence[tuple[str, bool]]) -> list[int]:
-    """The tokens of a conversation's pieces: special tokens by their names, except in what somebody said."""
-    names, ids = specials(tokenizer), []
-    for part, said in parts:
-        ids += [names[part]] if part in template.special and not said else tokenizer.encode(part)
+def turn_tokens(tokenizer: Tokenizer, template: Template, parts: Sequence[Part]) -> list[int]:
+    """The tokens of a conversation's parts: special tokens by their names, except in what somebody wrote."""
+    special, ids = special_tokens(tokenizer), []
+    for part, by_somebody in parts:
+        ids += [special[part]] if part in template.special and not by_somebody else tokenizer.encode(part)
     return ids

@@ -1,8 +1,14 @@
 """How a model is best prefilled on a device: the stride of the sweeps, how many they take, what a call costs.
 
-Measured by `calibrate.py`, kept in calibration.json beside a checkpoint's files (which do not need it, and whose
-manifest does not list it), one entry per device. Without one `fallback` serves: the same on every machine, never
-wrong, only slower.
+A call that computes n positions takes time ∝ overhead + n. The overhead, counted in positions, is the one number of a
+device: 12 to 24 were measured for a d6 on one and two CPU cores, where reading the weights dominates. On a GPU, where
+launches do, a thousand is taken until it is measured there. Token by token, a batch of many rows on a CPU costs little
+more than one forward, so that sweeps do not pay there.
+
+Measured by `calibrate.py`, kept in calibration.json beside a checkpoint's files and not among them: it is a fact of a
+device too. So a checkpoint does not need it, and its manifest does not list it. There is one entry per device, which
+names the weights by their fingerprint and is ignored for others. Without one `fallback` serves: the same on every
+machine, never wrong, only slower.
 """
 
 from __future__ import annotations
@@ -35,7 +41,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What decides between sweeps and token by token. A call that computes n positions takes time ∝ overhead + n."""
+    """What decides between sweeps and token by token. All costs are in positions; `length` and `rows` are counts."""
 
     overhead: float
     """A call's fixed cost, counted in positions."""
@@ -50,12 +56,12 @@ class Calibration:
         """Plain data for JSON."""
         return dataclasses.asdict(self)
 
-    def exact(self, length: int, rows: int) -> float:
-        """The cost of `length` positions of `rows` rows token by token, in positions."""
+    def exact_cost(self, length: int, rows: int) -> float:
+        """The cost of `length` positions of `rows` rows token by token."""
         return length * (self.overhead + rows)
 
-    def sweep(self, length: int, rows: int, groups: int) -> float:
-        """The cost of one sweep over them."""
+    def sweep_cost(self, length: int, rows: int, groups: int) -> float:
+        """The cost of one sweep over them: a call per class, and all positions."""
         return min(groups, length) * self.overhead + length * rows
 
     def plan(self, mode: str) -> Plan:
@@ -63,13 +69,16 @@ class Calibration:
         return Plan(self.plans["converged"].groups, 1) if mode == "one_sweep" else self.plans[mode]
 
     def break_even(self, plan: Plan, rows: int) -> float:
-        """The length up to which token by token costs no more than the sweeps; infinite for many rows on a CPU."""
-        saved = self.overhead + rows - plan.sweeps * rows
+        """The length up to which token by token costs no more than the sweeps; infinite for many rows on a CPU.
+
+        Where `exact_cost` and `plan.sweeps` times `sweep_cost` meet, solved for the length.
+        """
+        saved = self.overhead + rows - plan.sweeps * rows  # per position, by sweeping it
         return plan.sweeps * plan.groups * self.overhead / saved if saved > 0 else math.inf
 
 
 def fallback(device: torch.device) -> Calibration:
-    """The calibration of an unmeasured model: WhiteMatter's g = 16 (2608.18486), a device's usual overhead."""
+    """The calibration of an unmeasured model: WhiteMatter's g = 16 (arXiv:2608.18486), a device's typical overhead."""
     overhead = 1000.0 if device.type == "cuda" else 16.0  # launches on a GPU; reading the weights on a CPU
     return Calibration(overhead, {"converged": Plan(16, 7), "fast": Plan(16, 4)})
 
@@ -88,7 +97,7 @@ def read_calibration(folder: str | Path, model: LatentRecurrentTransformer) -> C
     Raises ValueError where the file is damaged.
     """
     device = model.embedding.weight.device
-    measured = {**_entries(Path(folder) / FILE)}.get(device_name(device))
+    measured = _read_entries(Path(folder) / FILE).get(device_name(device))
     # An entry of other weights is of no use: how fast a model contracts is a fact of its weights.
     return measured if measured and measured.model == fingerprint(model) else fallback(device)
 
@@ -96,30 +105,31 @@ def read_calibration(folder: str | Path, model: LatentRecurrentTransformer) -> C
 def write_calibration(folder: str | Path, calibration: Calibration) -> None:
     """Keep a calibration beside a checkpoint, in the place of an older one for its device."""
     file = Path(folder) / FILE
-    entries = {**_entries(file), calibration.device: calibration}
+    entries = {**_read_entries(file), calibration.device: calibration}
     data = {"format": FORMAT, "entries": [entry.to_dict() for entry in entries.values()]}
     fresh = file.with_name(f".{FILE}.saving")
     fresh.write_text(json.dumps(data, indent=2) + "\n")
-    fresh.replace(file)
+    fresh.replace(file)  # at once: a reader sees the old file or the new one
 
 
-def _entries(file: Path) -> dict[str, Calibration]:
+def _read_entries(file: Path) -> dict[str, Calibration]:
+    """By device; none without a file. ValueError where it is damaged."""
     if not file.exists():
         return {}
     try:
         data = json.loads(file.read_text())
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']!r}, this version reads {FORMAT}")
-        return {entry["device"]: _calibration(entry) for entry in data["entries"]}
+        return {entry["device"]: _parse_entry(entry) for entry in data["entries"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no calibration ({error!r}); delete it, and run `lrt calibrate` again") from error
 
 
-def _calibration(entry: dict[str, Any]) -> Calibration:
+def _parse_entry(entry: dict[str, Any]) -> Calibration:
     plans = {mode: Plan(**plan) for mode, plan in entry.pop("plans").items()}
-    found = Calibration(plans=plans, **entry)
+    calibration = Calibration(plans=plans, **entry)
     if {"converged", "fast"} - plans.keys() or min(min(p.groups, p.sweeps) for p in plans.values()) < 1:
         raise ValueError(f"plans {plans}, of which each needs at least one group and one sweep")
-    if not (math.isfinite(found.overhead) and found.overhead >= 0):
-        raise ValueError(f"an overhead of {found.overhead}")
-    return found
+    if not (math.isfinite(calibration.overhead) and calibration.overhead >= 0):
+        raise ValueError(f"an overhead of {calibration.overhead}")
+    return calibration

@@ -20,7 +20,7 @@ from lrt.inference.cache import PrefixCache, RowPool, rows_that_fit
 from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration, fallback
 from lrt.inference.decoders import decoder
-from lrt.inference.prefill import Mode, by_tokens, prefill, without_thoughts
+from lrt.inference.prefill import Mode, exact_reason, prefill, refuse_thoughts
 from lrt.inference.request import Completion, Event, Finish, Logprob, Request
 from lrt.inference.sampling import draw_rows
 from lrt.model.state import State
@@ -80,7 +80,7 @@ class Engine:
         prompts reuse. prompts: how many are prefilled in parallel in one step at most, so that the others' tokens do
         not wait for long; with 1 a prompt is computed as it would be alone, whatever arrives beside it."""
         config = model.config
-        without_thoughts(config)
+        refuse_thoughts(config)
         if slots is None:
             slots = (
                 config.lookback + (1 if prefill == "exact" else CHUNK) if config.unlimited_context else config.context
@@ -236,7 +236,7 @@ class Engine:
         mode, left = self._mode(job), len(job.tokens) - job.fed
         if mode == "exact" or left <= 1:
             return False
-        reason = by_tokens(self.model, mode, left, 1, self.calibration)
+        reason = exact_reason(self.model, mode, left, 1, self.calibration)
         if reason is not None:
             job.certificate = Certificate("exact", reason, left)
         return reason is None
@@ -279,7 +279,7 @@ class Engine:
             if job.request.logprobs is not None:
                 logprob = log_probability(logits[i], token, job.request.logprobs)
                 job.logprobs.append(logprob)
-            finish = job.request.ends(job.new, self.limit)
+            finish = job.request.finish_reason(job.new, self.limit)
             if finish is not None:
                 self._leave(job)
                 self._finish(job, finish)

@@ -1,4 +1,7 @@
-"""What an engine is asked for, and what it answers: plain data."""
+"""What an engine is asked for, and what it answers: plain data.
+
+Each request has a seed of its own, and a token depends on the seed and its position alone (sampling.py).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class Request:
     """How many tokens at most; None goes on while there are slots (for ever where every layer slides)."""
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
-    """A token depends on the seed and its position alone, not on what else is in the batch."""
+    """What else is in the batch does not matter."""
     samples: int = 1
     """Continuations of the prompt, which is computed once; sample i is drawn with seed + i."""
     stop: frozenset[int] = frozenset()
@@ -42,9 +45,9 @@ class Request:
         """ValueError, which names value, limit and fix, where a model with so many slots cannot serve it."""
         if len(self.tokens) == 0:
             raise ValueError("the prompt is empty; give at least one token: BOS will do")
-        wrong = [t for t in self.tokens if not 0 <= t < config.vocab_size]
-        if wrong:
-            raise ValueError(f"token {wrong[:1]} is not in the vocabulary of {config.vocab_size}; use its tokenizer")
+        unknown = [t for t in self.tokens if not 0 <= t < config.vocab_size]
+        if unknown:
+            raise ValueError(f"token {unknown[:1]} is not in the vocabulary of {config.vocab_size}; use its tokenizer")
         if self.max_new_tokens is not None and self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 0")
         if self.samples < 1:
@@ -65,8 +68,8 @@ class Request:
                 f"of {config.context}); shorten one of them, or use a model in which every layer has a sliding window"
             )
 
-    def ends(self, new: list[int], slots: int | None) -> Finish | None:
-        """Whether, and why, the answer is complete after the tokens `new`; slots None: there is no limit."""
+    def finish_reason(self, new: list[int], slots: int | None) -> Finish | None:
+        """Why the answer is complete after the tokens `new`, None where it is not; slots None: there is no limit."""
         if new[-1] in self.stop or any(tuple(new[-len(s) :]) == s for s in self.stop_sequences):
             return "stop"
         full = slots is not None and len(self.tokens) + len(new) > slots  # the last token is never fed back

@@ -1,10 +1,20 @@
 """Strided Gauss-Seidel sweeps over the rows of a prompt until each has converged, shown that it will not, or is exact.
 
+Sweeps start from an empty buffer: a full pass first costs a forward and saves less than one (docs/log.md). Every row is
+looked at by itself after each sweep, and leaves the batch when it is done. What n sweeps have made exact, the first n·g
+positions, is not computed again.
+
+A class of a sweep is a decoding step with more positions, and computed by the same function. The products of all
+layers are put together once per prompt, which costs a fifth of a forward. On a CPU they are in oneDNN's layout, because
+products of a hundred rows spend half of their time on arranging the weights. A sweep of stride 8 so costs 1.03 plain
+forwards; it cost 1.5 as calls of the model.
+
 Shapes: B rows, T prompt positions, D width, Q compared states: the final hidden state and the sources below it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -53,6 +63,7 @@ class Prompt:
     def positions(self, columns: range) -> Positions:
         """The positions of these columns: a range where the rows start alike, else (B, n)."""
         first = self.starts[0]
+        # Python knows which slots a range sees; ints need masks made of tensors.
         if all(s == first for s in self.starts):
             return range(first + columns.start, first + columns.stop, columns.step)
         index = torch.arange(columns.start, columns.stop, columns.step, device=self.tokens.device)
@@ -64,18 +75,18 @@ class Prompt:
         tokens = self.tokens[torch.tensor(rows, device=self.tokens.device), : max(lengths)]
         return Prompt(tokens, lengths, [self.starts[i] for i in rows])
 
-    def part(self, begin: int, end: int) -> Prompt:
+    def columns(self, begin: int, end: int) -> Prompt:
         """Columns begin … end-1 of rows that all have some of them."""
         lengths = [min(n, end) - begin for n in self.lengths]
         return Prompt(self.tokens[:, begin:end], lengths, [s + begin for s in self.starts])
 
-    def inside(self, hidden: Tensor) -> Tensor:
+    def zero_padding(self, hidden: Tensor) -> Tensor:
         """Hidden (B, T, D) with zeros in the padding."""
         lengths = torch.tensor(self.lengths, device=hidden.device).unsqueeze(1)
         padding = torch.arange(self.length, device=hidden.device) >= lengths
         return hidden.masked_fill(padding.unsqueeze(2), 0)
 
-    def last(self, hidden: Tensor) -> Tensor:
+    def last_position(self, hidden: Tensor) -> Tensor:
         """Of hidden (B, T, D) each row's last position, (B, 1, D)."""
         rows = torch.arange(self.rows, device=hidden.device)
         return hidden[rows, torch.tensor(self.lengths, device=hidden.device) - 1].unsqueeze(1)
@@ -83,94 +94,97 @@ class Prompt:
 
 @dataclass
 class SweepState:
-    """The rows that are still swept, and what their last two values at every position are apart."""
+    """The rows that are still swept, and how far their last two values at every position are apart.
+
+    A *place* is a row's number here, a *row* its number in the whole prompt.
+    """
 
     rows: list[int]
-    """Which rows of the prompt these are."""
+    """By place, which row of the prompt it is."""
     prompt: Prompt
     state: State
-    products: FusedWeights
-    """The model's weights as `lrt.inference.fused_step` takes them."""
+    weights: FusedWeights
+    """The model's, as `lrt.inference.fused_step` takes them."""
     values: Tensor
     """(B, T, Q, D): the newest compared states."""
-    moved: Tensor
+    change: Tensor
     """(B, T, Q): squared norm of the newest less the one before."""
     size: Tensor
     """(B, T, Q): squared norm of the newest."""
     history: list[list[float]] = field(default_factory=list)
     """Residuals of each row, sweep by sweep, from the second on."""
     strikes: list[int] = field(default_factory=list)
+    """Of each row: sweeps in a row after which going on looked dearer than token by token."""
     computed: int = 0
     """Positions computed, per row."""
 
     @classmethod
     def of(cls, model: LatentRecurrentTransformer, prompt: Prompt, state: State) -> SweepState:
-        """`state` is made by `in_place`, and used up."""
+        """All rows of a prompt, none swept yet. `state` is made by `in_place`, and used up."""
         rows, length = prompt.tokens.shape
-        compared = 1 + len(below_top(model))
+        compared = 1 + len(lower_sources(model))
         values = state.memory.new_zeros(rows, length, compared, model.config.width)
         zeros = values.new_zeros(rows, length, compared, dtype=torch.promote_types(values.dtype, torch.float32))
-        weights = fuse_weights(model, packed_layout(rows * PACKED_FOR) if packs(model) else transposed_layout)
+        layout = packed_layout(rows * PACKED_FOR) if packs(model) else transposed_layout
         return cls(
-            list(range(rows)),
-            prompt,
-            state,
-            weights,
-            values,
-            zeros,
-            zeros.clone(),
-            [[] for _ in range(rows)],
-            [0] * rows,
+            rows=list(range(rows)),
+            prompt=prompt,
+            state=state,
+            weights=fuse_weights(model, layout),
+            values=values,
+            change=zeros,
+            size=zeros.clone(),
+            history=[[] for _ in range(rows)],
+            strikes=[0] * rows,
         )
 
     def select(self, places: list[int]) -> SweepState:
-        """The flight of some rows, by their places in this one."""
+        """Some of the rows, without the padding that none of them needs."""
         prompt = self.prompt.select(places)
         index, length = torch.tensor(places, device=self.values.device), prompt.length
-        return SweepState(
-            [self.rows[i] for i in places],
-            prompt,
-            self.state.select(index),
-            self.products,
-            self.values[index, :length],
-            self.moved[index, :length],
-            self.size[index, :length],
-            [self.history[i] for i in places],
-            [self.strikes[i] for i in places],
-            self.computed,
+        return dataclasses.replace(
+            self,
+            rows=[self.rows[i] for i in places],
+            prompt=prompt,
+            state=self.state.select(index),
+            values=self.values[index, :length],
+            change=self.change[index, :length],
+            size=self.size[index, :length],
+            history=[self.history[i] for i in places],
+            strikes=[self.strikes[i] for i in places],
         )
 
     def sweep(self, model: LatentRecurrentTransformer, groups: int, begin: int) -> None:
         """Recompute the positions from column `begin` on, class by class; those before are exact and stay."""
-        length, others = self.prompt.length, below_top(model)
-        self.moved[:, :begin] = 0  # computed again they would not move
+        length, others = self.prompt.length, lower_sources(model)
+        self.change[:, :begin] = 0  # computed again they would not move
         for first in range(begin, min(begin + groups, length)):
             columns, where = range(first, length, groups), slice(first, length, groups)
             positions = self.prompt.positions(columns)
-            hidden, self.state = forward_fused(
-                model, self.products, self.prompt.tokens[:, where], positions, self.state
-            )
+            hidden, self.state = forward_fused(model, self.weights, self.prompt.tokens[:, where], positions, self.state)
+            # What is compared: the final hidden state, and what memory keeps of the layers below.
             memory = gather(self.state.memory, self.state.where(positions), 1)[:, :, others]
             new = torch.cat([hidden.unsqueeze(2), memory], 2)
-            self.moved[:, where] = squared_norm(new - self.values[:, where])
+            self.change[:, where] = squared_norm(new - self.values[:, where])
             self.size[:, where] = squared_norm(new)
             self.values[:, where] = new
             self.computed += len(columns)
 
     def measure(self) -> tuple[list[float], list[float], list[int]]:
-        """Per row: the residual, and the position that moved most with how far, relative to its own size."""
-        lengths = torch.tensor(self.prompt.lengths, device=self.moved.device)
+        """Per row: the residual, how far the position moved that moved most, relative to its size, and which it is."""
+        lengths = torch.tensor(self.prompt.lengths, device=self.change.device)
         outside = torch.arange(self.prompt.length, device=lengths.device) >= lengths.unsqueeze(1)
-        moved, size = (x.masked_fill(outside.unsqueeze(2), 0) for x in (self.moved, self.size))
-        residual = (moved.sum(1) / size.sum(1)).sqrt().amax(1)
-        single = (moved / size.clamp(min=torch.finfo(size.dtype).tiny)).amax(2).sqrt()
-        worst, place = single.max(1)
+        change, size = (x.masked_fill(outside.unsqueeze(2), 0) for x in (self.change, self.size))
+        # ‖h_n − h_{n−1}‖ / ‖h_n‖ over all positions of a row, the largest over the compared states.
+        residual = (change.sum(1) / size.sum(1)).sqrt().amax(1)
+        single = (change / size.clamp(min=torch.finfo(size.dtype).tiny)).amax(2).sqrt()
+        worst, column = single.max(1)
         starts = self.prompt.starts
-        return residual.tolist(), worst.tolist(), [s + p for s, p in zip(starts, place.tolist(), strict=True)]
+        return residual.tolist(), worst.tolist(), [s + c for s, c in zip(starts, column.tolist(), strict=True)]
 
     def hidden(self) -> Tensor:
         """(B, T, D): the final hidden states, zeros in padding."""
-        return self.prompt.inside(self.values[:, :, 0])
+        return self.prompt.zero_padding(self.values[:, :, 0])
 
 
 def forward_fused(
@@ -178,7 +192,7 @@ def forward_fused(
 ) -> tuple[Tensor, State]:
     """What `model(tokens, positions, state)` gives, on the path of decoding: large products, written in place."""
     memory = model.recall(state, positions, model.embedding).flatten(1, 2)
-    state = state.mark_written(positions)
+    state = state.mark_written(positions)  # first: `step` writes these slots in place, and then reads them
     place = locate_class(weights, state, positions)
     hidden = step(weights, buffers(state), memory, tokens.flatten(), place)
     return hidden.view(*tokens.shape, -1), state
@@ -189,36 +203,36 @@ def squared_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).square()
 
 
-def below_top(model: LatentRecurrentTransformer) -> list[int]:
+def lower_sources(model: LatentRecurrentTransformer) -> list[int]:
     """Places, among the remembered sources, of those that are not the final hidden state itself."""
     depth = model.config.depth
     return [i for i, source in enumerate(model.config.memory.stored_sources(depth)) if source != depth]
 
 
-def among(state: State, rows: list[int]) -> State:
+def select_rows(state: State, rows: list[int]) -> State:
     """These rows of a state, in order; the state itself where that is all of them."""
     return state if len(rows) == state.batch else state.select(torch.tensor(rows, device=state.tokens.device))
 
 
-def back(whole: State, rows: list[int], part: State) -> State:
+def put_rows(whole: State, rows: list[int], part: State) -> State:
     """`whole` with its rows replaced by what became of them; `part` itself where that is all of them."""
     return part if len(rows) == whole.batch else whole.put(torch.tensor(rows, device=part.tokens.device), part)
 
 
-def rate(history: list[float]) -> float | None:
-    """How much smaller the last residual is than the one before."""
+def contraction_rate(history: list[float]) -> float | None:
+    """The last residual over the one before; None where there are not two."""
     return history[-1] / history[-2] if len(history) > 1 and history[-2] > 0 else None
 
 
 def sweeps_to_go(history: list[float], tolerance: float) -> float:
     """How many more a row needs at its present rate; 1 where no rate is known yet."""
-    known = rate(history)
-    if known is None:
+    rate = contraction_rate(history)
+    if rate is None:
         return 1
-    return math.log(tolerance / history[-1]) / math.log(known) if 0 < known < 1 else math.inf
+    return math.log(tolerance / history[-1]) / math.log(rate) if 0 < rate < 1 else math.inf
 
 
-def settle(
+def sweep_until_settled(
     model: LatentRecurrentTransformer,
     prompt: Prompt,
     state: State,
@@ -231,50 +245,58 @@ def settle(
     Returns the hidden states (B, T, D), the state and the certificates. A row whose path is `fallback` has given
     up: it is to be computed exactly, and the other results mean nothing for it.
     """
-    flight, whole = SweepState.of(model, prompt, state), state
-    hidden = flight.values.new_zeros(prompt.rows, prompt.length, model.config.width)
+    active, whole = SweepState.of(model, prompt, state), state
+    hidden = active.values.new_zeros(prompt.rows, prompt.length, model.config.width)
     certificates: dict[int, Certificate] = {}
     sweeps = 0
     while True:
-        flight.sweep(model, groups, min(sweeps * groups, flight.prompt.length))
+        active.sweep(model, groups, min(sweeps * groups, active.prompt.length))
         sweeps += 1
-        leaving = rows_leaving(flight, sweeps, groups, tolerance, calibration)
-        certificates |= {flight.rows[place]: certificate for place, certificate in leaving.items()}
+        leaving = certify_rows(active, sweeps, groups, tolerance, calibration)
+        certificates |= {active.rows[place]: certificate for place, certificate in leaving.items()}
         if leaving:
             places = torch.tensor(list(leaving), device=hidden.device)
-            rows = torch.tensor([flight.rows[i] for i in leaving], device=hidden.device)
-            hidden[rows, : flight.prompt.length] = flight.hidden()[places]
-            whole = back(whole, flight.rows, flight.state)
-            if len(leaving) == len(flight.rows):
+            rows = torch.tensor([active.rows[i] for i in leaving], device=hidden.device)
+            hidden[rows, : active.prompt.length] = active.hidden()[places]
+            # Rows that go on are put as well, and once more when they leave: one copy for all is simpler.
+            whole = put_rows(whole, active.rows, active.state)
+            if len(leaving) == len(active.rows):
                 return hidden, whole, [certificates[row] for row in range(prompt.rows)]
-            flight = flight.select([i for i in range(len(flight.rows)) if i not in leaving])
+            active = active.select([i for i in range(len(active.rows)) if i not in leaving])
 
 
-def rows_leaving(
-    flight: SweepState, sweeps: int, groups: int, tolerance: float, calibration: Calibration
+def certify_rows(
+    active: SweepState, sweeps: int, groups: int, tolerance: float, calibration: Calibration
 ) -> dict[int, Certificate]:
-    """The certificates, by place, of the rows that leave after so many sweeps."""
+    """The certificates, by place, of the rows that leave after so many sweeps. Adds to `history` and `strikes`."""
     leaving: dict[int, Certificate] = {}
-    rows, length = flight.prompt.rows, flight.prompt.length
-    for place, (residual, worst, position) in enumerate(zip(*flight.measure(), strict=True)):
-        history, own = flight.history[place], flight.prompt.lengths[place]
+    rows, length = active.prompt.rows, active.prompt.length
+    for place, (residual, worst, position) in enumerate(zip(*active.measure(), strict=True)):
+        history, tokens = active.history[place], active.prompt.lengths[place]
         if sweeps > 1:  # the first has nothing to be compared with
             history.append(residual)
-        known = rate(history)
-        done = partial(Certificate, tokens=own, groups=groups, sweeps=sweeps, contraction=known)
-        cost = flight.computed / own
-        if sweeps * groups >= own:
-            leaving[place] = done("sweeps", "exact: as many sweeps as a class has positions", forwards=cost)
+        certify = partial(
+            Certificate, tokens=tokens, groups=groups, sweeps=sweeps, contraction=contraction_rate(history)
+        )
+        forwards = active.computed / tokens
+        # n sweeps leave the first n·g positions exact.
+        if sweeps * groups >= tokens:
+            leaving[place] = certify("sweeps", "exact: as many sweeps as a class has positions", forwards=forwards)
         elif history and residual <= tolerance:
-            reason = f"within {tolerance:g}"
-            leaving[place] = done(
-                "sweeps", reason, residual=residual, worst=worst, worst_position=position, forwards=cost
+            leaving[place] = certify(
+                "sweeps",
+                f"within {tolerance:g}",
+                residual=residual,
+                worst=worst,
+                worst_position=position,
+                forwards=forwards,
             )
         else:
             to_go = sweeps_to_go(history, tolerance)
-            dear = to_go * calibration.sweep(length, rows, groups) > calibration.exact(own, rows)
-            flight.strikes[place] = flight.strikes[place] + 1 if dear else 0
-            if flight.strikes[place] == STRIKES:
+            dear = to_go * calibration.sweep_cost(length, rows, groups) > calibration.exact_cost(tokens, rows)
+            # One slow sweep may be chance; a row leaves when STRIKES in a row agree.
+            active.strikes[place] = active.strikes[place] + 1 if dear else 0
+            if active.strikes[place] == STRIKES:
                 reason = f"{to_go:.0f} more sweeps would cost more than token by token (residual {residual:.1e})"
-                leaving[place] = done("fallback", reason, forwards=cost + 1)
+                leaving[place] = certify("fallback", reason, forwards=forwards + 1)
     return leaving

@@ -1,4 +1,4 @@
-"""The application: which address does what. Everything it says of itself is at /openapi.json."""
+"""The ASGI application: which address does what. Its own description is at /openapi.json."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
-from lrt.serve import request_parsing
 from lrt.serve.errors import ApiError, install_handlers
-from lrt.serve.middleware import OPEN, RequestGuard
+from lrt.serve.middleware import PUBLIC_PATHS, RequestGuard
 from lrt.serve.models import ModelRegistry, ServedModel
-from lrt.serve.playground import MemoryInspector, generate_text, parse_inspection
+from lrt.serve.playground import MemoryInspector, parse_generation, stream_generation
 from lrt.serve.protocol import (
     ChatBody,
     ChatCompletion,
@@ -29,12 +28,12 @@ from lrt.serve.protocol import (
     ModelList,
     TextCompletion,
 )
-from lrt.serve.request_parsing import GenerationTask
+from lrt.serve.request_parsing import GenerationTask, parse_chat, parse_completion
 from lrt.serve.responses import full_response, stream_response
 
-EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-EVENTS = {"text/event-stream": {"schema": EVENT}}
-SAID = {
+EVENT_SCHEMA = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+EVENT_STREAM = {"text/event-stream": {"schema": EVENT_SCHEMA}}
+ERROR_DESCRIPTIONS = {
     400: "The request is wrong: the message says what, its limit and the fix.",
     401: "The token is missing or wrong.",
     403: "The host is not this machine.",
@@ -47,24 +46,25 @@ SAID = {
     504: "The answer took too long.",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Error, "description": said} for status, said in SAID.items()
+    status: {"model": Error, "description": description} for status, description in ERROR_DESCRIPTIONS.items()
 }
+# One file without a build step. The policy in middleware.py lets it load nothing.
 PAGE = files("lrt.serve") / "page.html"
 
 
-def create_app(library: ModelRegistry, token: str | None = None, hosts: Collection[str] | None = None) -> FastAPI:
-    """The ASGI application over a library, whose workers it starts and stops. `token`, `hosts`: see `Gate`."""
+def create_app(registry: ModelRegistry, token: str | None = None, hosts: Collection[str] | None = None) -> FastAPI:
+    """The application over a registry, whose engines it starts and stops. `token`, `hosts`: see `RequestGuard`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        library.start()
+        registry.start()
         try:
             yield
         finally:
-            bench.close()
-            await library.stop()
+            inspector.close()
+            await registry.stop()
 
-    bench = MemoryInspector(library)
+    inspector = MemoryInspector(registry)
     app = FastAPI(
         title="lrt serve",
         version="1",
@@ -75,18 +75,19 @@ def create_app(library: ModelRegistry, token: str | None = None, hosts: Collecti
         responses=ERRORS,
     )
     install_handlers(app)
-    about_server(app, library)
-    about_text(app, library)
-    about_memory(app, library, bench)
+    add_server_routes(app, registry)
+    add_openai_routes(app, registry)
+    add_playground_routes(app, registry, inspector)
     app.openapi = document_errors(app, token is not None)  # pyright: ignore[reportAttributeAccessIssue]
+    # The guard counts these paths by name and all others together, so that nobody can grow the metrics.
     routes = list(app.openapi()["paths"])
     app.add_middleware(
-        RequestGuard, limits=library.limits, metrics=library.metrics, token=token, hosts=hosts, routes=routes
+        RequestGuard, limits=registry.limits, metrics=registry.metrics, token=token, hosts=hosts, routes=routes
     )
     return app
 
 
-def about_server(app: FastAPI, library: ModelRegistry) -> None:
+def add_server_routes(app: FastAPI, registry: ModelRegistry) -> None:
     """The page, health, metrics."""
 
     @app.head("/", include_in_schema=False)
@@ -99,78 +100,82 @@ def about_server(app: FastAPI, library: ModelRegistry) -> None:
     @app.get("/healthz", responses={200: {"model": Health}, 503: {"model": Health}})
     async def health() -> JSONResponse:
         """200 while requests are taken."""
-        states = {name: "failed" if one.worker.failed else "ok" for name, one in library.models.items()}
-        good = not library.ending and "failed" not in states.values()
-        return JSONResponse(
-            {"status": "shutting_down" if library.ending else "ok", "models": states}, 200 if good else 503
-        )
+        states = {name: "failed" if model.engine.failed else "ok" for name, model in registry.models.items()}
+        healthy = not registry.draining and "failed" not in states.values()
+        status = "shutting_down" if registry.draining else "ok"
+        return JSONResponse({"status": status, "models": states}, 200 if healthy else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """For Prometheus."""
-        return Response(library.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(registry.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def about_text(app: FastAPI, library: ModelRegistry) -> None:
-    """OpenAI's interface."""
+def add_openai_routes(app: FastAPI, registry: ModelRegistry) -> None:
+    """OpenAI's interface: models, completions, chat."""
+
+    def model_entry(model: ServedModel) -> Model:
+        return Model(id=model.name, created=model.created)
 
     @app.get("/v1/models", response_model=ModelList)
     async def models() -> ModelList:
         """What is served."""
-        return ModelList(data=[Model(id=one.name, created=one.created) for one in library.models.values()])
+        return ModelList(data=[model_entry(model) for model in registry.models.values()])
 
     @app.get("/v1/models/{model}", response_model=Model)
     async def model(model: str) -> Model:
         """One of them."""
-        one = library.find(model)
-        return Model(id=one.name, created=one.created)
+        return model_entry(registry.find(model))
 
-    async def answered(ask: GenerationTask, http: Request) -> Response:
-        if ask.stream:
-            return await event_stream(stream_response(ask, library, http))
-        return JSONResponse((await full_response(ask, library, http)).model_dump())
+    async def respond(task: GenerationTask, http: Request) -> Response:
+        if task.stream:
+            return await event_stream(stream_response(task, registry, http))
+        return JSONResponse((await full_response(task, registry, http)).model_dump())
 
-    @app.post("/v1/completions", responses={200: {"model": TextCompletion, "content": EVENTS}})
+    @app.post("/v1/completions", responses={200: {"model": TextCompletion, "content": EVENT_STREAM}})
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue a prompt, or several. With `stream`, server-sent events."""
-        return await answered(await request_parsing.completion(body, library.find(body.model), library.limits), request)
+        return await respond(await parse_completion(body, registry.find(body.model), registry.limits), request)
 
-    @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, "content": EVENTS}})
+    @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, "content": EVENT_STREAM}})
     async def chat(body: ChatBody, request: Request) -> Response:
         """The next turn of a conversation. With `stream`, server-sent events."""
-        return await answered(await request_parsing.chat(body, library.find(body.model), library.limits), request)
+        return await respond(await parse_chat(body, registry.find(body.model), registry.limits), request)
 
 
-def about_memory(app: FastAPI, library: ModelRegistry, bench: MemoryInspector) -> None:
-    """What the page uses."""
+def add_playground_routes(app: FastAPI, registry: ModelRegistry, inspector: MemoryInspector) -> None:
+    """What the page calls beside OpenAI's interface."""
 
     @app.get("/playground/models")
-    async def described() -> dict[str, Any]:
+    async def playground_models() -> dict[str, Any]:
         """The models and their memory."""
-        return {"models": [one.about() for one in library.models.values()], "inspect": library.limits.inspect_tokens}
+        summaries = [model.summary() for model in registry.models.values()]
+        return {"models": summaries, "inspect": registry.limits.inspect_tokens}
 
-    @app.post("/playground/generate", response_class=Response, responses={200: {"content": EVENTS}})
+    @app.post("/playground/generate", response_class=Response, responses={200: {"content": EVENT_STREAM}})
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Tokens with their surprisal, as server-sent events."""
-        one: ServedModel = library.find(body.model)
-        ask = await parse_inspection(body, one, library)
-        return await event_stream(generate_text(ask, library, request))
+        task = await parse_generation(body, registry.find(body.model), registry.limits)
+        return await event_stream(stream_generation(task, registry, request))
 
     @app.post("/playground/inspect")
     async def inspect(body: InspectBody, request: Request) -> dict[str, Any]:
         """What the memory did with a text."""
-        return await bench.inspect(library.find(body.model), body.tokens, request)
+        return await inspector.inspect(registry.find(body.model), body.tokens, request)
 
 
 class EventStream(Response):
-    """Server-sent events from a generator, which is closed in whatever way it ends."""
+    """Server-sent events from a generator, which is closed however the response ends.
+
+    Starlette's StreamingResponse leaves its generator open where the client goes away; its rows would stay in use.
+    """
 
     media_type = "text/event-stream"
 
     def __init__(self, first: str, events: AsyncIterator[str]) -> None:
         self.first, self.events = first, events
         self.status_code, self.background = 200, None
-        self.init_headers({"X-Accel-Buffering": "no"})
+        self.init_headers({"X-Accel-Buffering": "no"})  # nginx would else collect events before it sends them
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self.events):  # pyright: ignore[reportArgumentType]
@@ -182,7 +187,7 @@ class EventStream(Response):
 
 
 async def event_stream(events: AsyncIterator[str]) -> Response:
-    """A response of events. What goes wrong before the first of them is an answer of its own."""
+    """A response of events. An ApiError before the first of them is raised, and so has a status of its own."""
     first = await anext(events, None)
     if first is None:
         raise ApiError(499, "the client has gone away")
@@ -197,8 +202,8 @@ def document_errors(app: FastAPI, secured: bool) -> Callable[[], dict[str, Any]]
         document = make()
         for path, methods in document["paths"].items():
             for operation in methods.values():
-                operation["responses"].pop("422", None)
-                if secured and path not in OPEN:
+                operation["responses"].pop("422", None)  # FastAPI's own status for what validation refuses
+                if secured and path not in PUBLIC_PATHS:
                     operation["security"] = [{"bearer": []}]
         if secured:
             schemes = document["components"].setdefault("securitySchemes", {})

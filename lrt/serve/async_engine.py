@@ -1,6 +1,9 @@
-"""The thread that owns an engine. Nobody else touches it: the event loop sends commands, events come back in queues.
+"""The thread that owns a model's engine. Nobody else touches the engine.
 
-Between two steps the thread obeys what has come in, so that a cancelled request's rows are free before the next token.
+The event loop sends closures, and gets all events of a step in one call. The thread runs what has come in between two
+steps, so that a cancelled request's rows are free before the next token. Everything that a request may have to hear
+of (tokens, its end, an error) comes through one queue, into which responses.py also puts the disconnect and the
+clock: a request waits for one thing only. An engine that raises is replaced; all its requests get an error.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ import torch
 
 from lrt.inference.engine import Engine
 from lrt.inference.request import Completion, Event, Request
-from lrt.serve.errors import ApiError, internal, unavailable
+from lrt.serve.errors import ApiError, internal_error, unavailable_error
 from lrt.serve.metrics import ServerMetrics, Speed
 
 LOG = logging.getLogger("lrt.serve")
+EXPIRY_SECONDS = 0.5
+"""How often the queue is searched for requests that have waited too long."""
 T = TypeVar("T")
 
 
@@ -36,41 +41,43 @@ WorkerEvent = Event | Done | ApiError
 
 
 @dataclass(eq=False)
-class Ticket:
-    """One request in the worker's hands."""
+class Submission:
+    """A request that was handed to an engine: what `cancel` takes."""
 
     request: Request
-    told: asyncio.Queue[tuple[Ticket, WorkerEvent]]
-    """Where its events go: tickets of one HTTP request share one."""
-    begun: float = field(default_factory=time.monotonic)
+    events: asyncio.Queue[tuple[Submission, WorkerEvent]]
+    """Where its events go; submissions of one HTTP request share a queue."""
+    submitted_at: float = field(default_factory=time.monotonic)
     number: int | None = None
-    """The engine's; None before it was submitted and after it ended."""
-    left: int = 0
+    """The engine's number of the request; None before it was submitted and after it ended."""
+    samples_left: int = 0
     """Samples that have not ended."""
-    last: dict[int, float] = field(default_factory=dict)
+    last_token_at: dict[int, float] = field(default_factory=dict)
     """By sample, when its last token came."""
 
 
 class AsyncEngine:
     """Runs one engine. `start` and all other methods are called in the event loop."""
 
-    def __init__(self, name: str, make: Callable[[], Engine], metrics: ServerMetrics, queue_seconds: float) -> None:
-        """make: gives a fresh engine, for the beginning and after one that failed. queue_seconds: how long a request
-        may wait for a row."""
-        self.name, self.make, self.metrics, self.queue_seconds = name, make, metrics, queue_seconds
-        self.engine = make()
+    def __init__(
+        self, name: str, make_engine: Callable[[], Engine], metrics: ServerMetrics, queue_seconds: float
+    ) -> None:
+        """make_engine: called now, and again after an engine has failed. queue_seconds: how long a request may wait
+        for a row."""
+        self.name, self.make_engine, self.metrics, self.queue_seconds = name, make_engine, metrics, queue_seconds
+        self.engine = make_engine()
         self.rows = self.engine.rows.free
         self.load = 0
-        """Samples that are asked for and have not ended, as the event loop knows it."""
+        """Samples that were submitted and have not ended, as the event loop knows it."""
         self.failed = False
         self.speed = Speed()
         metrics.rows.labels(name).set(self.rows)
-        metrics.speed.labels(name).set_function(self.speed.now)
-        self._tickets: dict[int, Ticket] = {}
+        metrics.tokens_per_second.labels(name).set_function(self.speed.now)
+        self._submissions: dict[int, Submission] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopped = False
-        self._looked = 0.0
-        self._threads = torch.get_num_threads()
+        self._last_expiry = 0.0
+        self._torch_threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name=f"engine of {name}", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -86,182 +93,188 @@ class AsyncEngine:
         self._inbox.put(self._stop)
         await asyncio.to_thread(self._thread.join)
 
-    def submit(self, request: Request, told: asyncio.Queue[tuple[Ticket, WorkerEvent]]) -> Ticket:
+    def submit(self, request: Request, events: asyncio.Queue[tuple[Submission, WorkerEvent]]) -> Submission:
         """Hand a request over; it has passed `Request.check`."""
-        ticket = Ticket(request, told)
+        submission = Submission(request, events)
         self.load += request.samples
-        self._inbox.put(lambda: self._submit(ticket))
-        return ticket
+        self._inbox.put(lambda: self._submit(submission))
+        return submission
 
-    def cancel(self, ticket: Ticket, sample: int | None = None) -> None:
+    def cancel(self, submission: Submission, sample: int | None = None) -> None:
         """End a request, or one of its samples, before the next token."""
-        self._inbox.put(lambda: self._cancel(ticket, sample))
+        self._inbox.put(lambda: self._cancel(submission, sample))
 
     def interrupt(self, error: ApiError) -> None:
         """End all requests with an error."""
         self._inbox.put(lambda: self._fail_all(error))
 
     async def call(self, function: Callable[[], T]) -> T:
-        """The result of a function that runs in the thread, between two steps."""
+        """What a function returns that runs in the thread, between two steps. Its exception is raised here."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
-        def settle(value: Any, error: Exception | None) -> None:
-            if not future.done():
+        def resolve(value: Any, error: Exception | None) -> None:
+            if not future.done():  # its client may have gone away
                 future.set_result(value) if error is None else future.set_exception(error)
 
-        def work() -> None:
+        def command() -> None:
             try:
                 value, error = function(), None
             except Exception as caught:
                 value, error = None, caught
-            self._post(settle, value, error)
+            self._call_in_loop(resolve, value, error)
 
-        self._inbox.put(work)
+        self._inbox.put(command)
         return await future
 
     # --- in the thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)  # of this thread: OpenMP keeps the number per thread
+        torch.set_num_threads(self._torch_threads)  # of this thread: OpenMP keeps the number per thread
         while not self._stopped:
             try:
-                self._obey()
+                self._run_commands()
                 self._expire()
                 begin = time.perf_counter()
                 events = self.engine.step()
                 self.metrics.step.labels(self.name).observe(time.perf_counter() - begin)
                 self._deliver(events)
-            except Exception:  # whatever it is, nobody waits for ever, and the next request finds a fresh engine
+            except Exception:  # whatever it is, nobody waits for ever, and the next request meets a fresh engine
                 LOG.exception("the engine of %s failed; it is made anew", self.name)
                 self.metrics.failures.labels(self.name).inc()
-                self._lose_all(internal())
-                self._renew()
+                self._abandon_all(internal_error())
+                self._replace_engine()
 
-    def _renew(self) -> None:
+    def _replace_engine(self) -> None:
         try:
-            self.engine = self.make()
+            self.engine = self.make_engine()
         except Exception:
             LOG.exception("the engine of %s cannot be made anew", self.name)
             self.failed = self._stopped = True
 
-    def _obey(self) -> None:
+    def _run_commands(self) -> None:
         """All commands that have come in; with nothing to do, wait for one."""
         wait = self.engine.idle and not self._stopped
         while wait or not self._inbox.empty():
             if wait:
-                self._gauge()
+                self._set_gauges()
             self._inbox.get()()
             wait = self.engine.idle and not self._stopped
 
     def _stop(self) -> None:
         self._stopped = True
 
-    def _submit(self, ticket: Ticket) -> None:
+    def _submit(self, submission: Submission) -> None:
         try:
-            ticket.number = self.engine.submit(ticket.request)
-        except Exception as error:
-            known = isinstance(error, ValueError)
-            if not known:
+            submission.number = self.engine.submit(submission.request)
+        except Exception as exception:
+            # A ValueError is the client's mistake and says so. Others' texts are the server's own.
+            mistake = isinstance(exception, ValueError)
+            if not mistake:
                 LOG.exception("a request to %s cannot be taken", self.name)
-            told = ApiError(400, str(error)) if known else internal()
-            self._post(self._hand, [(ticket, told)], ticket.request.samples)
+            error = ApiError(400, str(exception)) if mistake else internal_error()
+            self._call_in_loop(self._dispatch, [(submission, error)], submission.request.samples)
             return
-        ticket.left = ticket.request.samples
-        self._tickets[ticket.number] = ticket
-        self.metrics.prompt_tokens.labels(self.name).inc(len(ticket.request.tokens))
+        submission.samples_left = submission.request.samples
+        self._submissions[submission.number] = submission
+        self.metrics.prompt_tokens.labels(self.name).inc(len(submission.request.tokens))
 
-    def _cancel(self, ticket: Ticket, sample: int | None) -> None:
-        if ticket.number is not None:
-            self.engine.cancel(ticket.number, sample)
+    def _cancel(self, submission: Submission, sample: int | None) -> None:
+        if submission.number is not None:
+            self.engine.cancel(submission.number, sample)
 
     def _fail_all(self, error: ApiError) -> None:
-        for ticket in list(self._tickets.values()):
-            self._fail(ticket, error)
+        for submission in list(self._submissions.values()):
+            self._fail(submission, error)
 
-    def _lose_all(self, error: ApiError) -> None:
-        """Tell all requests of an error without the engine, which has failed."""
-        for ticket in self._tickets.values():
-            self._post(self._hand, [(ticket, error)], ticket.left)
-            ticket.number = None
-        self._tickets.clear()
+    def _abandon_all(self, error: ApiError) -> None:
+        """End all requests with an error, without the engine, which has failed."""
+        for submission in self._submissions.values():
+            self._call_in_loop(self._dispatch, [(submission, error)], submission.samples_left)
+            submission.number = None
+        self._submissions.clear()
 
-    def _fail(self, ticket: Ticket, error: ApiError) -> None:
-        """Tell a request of an error; its rows are freed, and their ends are not told any more."""
-        assert ticket.number is not None
-        del self._tickets[ticket.number]
-        self.engine.cancel(ticket.number)
-        self.engine.finished(ticket.number)
-        self._post(self._hand, [(ticket, error)], ticket.left)
-        ticket.number = None
+    def _fail(self, submission: Submission, error: ApiError) -> None:
+        """End a request with an error; its rows are freed, and the ends of its samples are not dispatched any more."""
+        assert submission.number is not None
+        del self._submissions[submission.number]
+        self.engine.cancel(submission.number)
+        self.engine.finished(submission.number)  # forgets them
+        self._call_in_loop(self._dispatch, [(submission, error)], submission.samples_left)
+        submission.number = None
 
     def _expire(self) -> None:
-        """End what has waited for a row too long; looked at twice a second."""
+        """End what has waited for a row too long."""
         now = time.monotonic()
-        if now - self._looked < 0.5:
+        if now - self._last_expiry < EXPIRY_SECONDS:
             return
-        self._looked = now
+        self._last_expiry = now
+        # A request of several samples has started with the first of them.
         started = {job.number for job in self.engine.running}
         for number in {job.number for job in self.engine.waiting} - started:
-            ticket = self._tickets[number]
-            if now - ticket.begun > self.queue_seconds and not ticket.last:
+            submission = self._submissions[number]
+            if now - submission.submitted_at > self.queue_seconds and not submission.last_token_at:
                 message = f"no row was free within {self.queue_seconds:g} seconds; try again later"
-                self._fail(ticket, unavailable(message, "overloaded"))
+                self._fail(submission, unavailable_error(message, "overloaded"))
 
     def _deliver(self, events: list[Event]) -> None:
-        batch: list[tuple[Ticket, WorkerEvent]] = []
-        ended = drawn = 0
+        """Hand the events of a step to the event loop, all in one call."""
+        batch: list[tuple[Submission, WorkerEvent]] = []
+        samples_ended = tokens = 0
         now = time.monotonic()
         for event in events:
-            ticket = self._tickets.get(event.request)
-            if ticket is None:  # it was told of an error
+            submission = self._submissions.get(event.request)
+            if submission is None:  # it was ended with an error
                 continue
-            batch.append((ticket, event))
+            batch.append((submission, event))
             if event.token is not None:
-                drawn += 1
-                self._time(ticket, event, now)
+                tokens += 1
+                self._observe_token(submission, event, now)
             if event.finish is not None:
-                ended += 1
-                ticket.left -= 1
-                self.metrics.finished.labels(self.name, event.finish).inc()
-                if ticket.left == 0:
-                    batch.append((ticket, Done(self._end(ticket, event.request, now))))
-        self.metrics.tokens.labels(self.name).inc(drawn)
-        if drawn:
-            self.speed.add(drawn)
-        self._gauge()
+                samples_ended += 1
+                submission.samples_left -= 1
+                self.metrics.samples.labels(self.name, event.finish).inc()
+                if submission.samples_left == 0:
+                    batch.append((submission, Done(self._complete(submission, event.request, now))))
+        self.metrics.tokens.labels(self.name).inc(tokens)
+        if tokens:
+            self.speed.add(tokens)
+        self._set_gauges()
         if batch:
-            self._post(self._hand, batch, ended)
+            self._call_in_loop(self._dispatch, batch, samples_ended)
 
-    def _end(self, ticket: Ticket, number: int, now: float) -> list[Completion]:
-        del self._tickets[number]
-        ticket.number = None
+    def _complete(self, submission: Submission, number: int, now: float) -> list[Completion]:
+        del self._submissions[number]
+        submission.number = None
         completions = self.engine.finished(number)
         self.metrics.reused_tokens.labels(self.name).inc(completions[0].reused_tokens)
-        self.metrics.waited.labels(self.name).observe(now - ticket.begun)
+        self.metrics.request_seconds.labels(self.name).observe(now - submission.submitted_at)
         return completions
 
-    def _time(self, ticket: Ticket, event: Event, now: float) -> None:
-        before = ticket.last.get(event.sample)
-        kind, since = (self.metrics.first, ticket.begun) if before is None else (self.metrics.next, before)
-        kind.labels(self.name).observe(now - since)
-        ticket.last[event.sample] = now
+    def _observe_token(self, submission: Submission, event: Event, now: float) -> None:
+        """Record how long a token took, and with a first one how its prompt was computed."""
+        before = submission.last_token_at.get(event.sample)
+        if before is None:
+            self.metrics.first_token.labels(self.name).observe(now - submission.submitted_at)
+        else:
+            self.metrics.next_token.labels(self.name).observe(now - before)
+        submission.last_token_at[event.sample] = now
         if event.certificate is not None:
             self.metrics.sweeps.labels(self.name).observe(event.certificate.sweeps)
             if event.certificate.residual is not None:
                 self.metrics.residual.labels(self.name).observe(event.certificate.residual)
 
-    def _gauge(self) -> None:
+    def _set_gauges(self) -> None:
         self.metrics.rows_in_use.labels(self.name).set(self.engine.rows.used)
         self.metrics.queued.labels(self.name).set(len(self.engine.waiting))
 
-    def _hand(self, batch: list[tuple[Ticket, WorkerEvent]], ended: int) -> None:
-        """In the event loop: everything of a step, to whom it belongs."""
-        self.load -= ended
-        for ticket, told in batch:
-            ticket.told.put_nowait((ticket, told))
+    def _dispatch(self, batch: list[tuple[Submission, WorkerEvent]], samples_ended: int) -> None:
+        """In the event loop: put everything of a step into the queues of its requests."""
+        self.load -= samples_ended
+        for submission, event in batch:
+            submission.events.put_nowait((submission, event))
 
-    def _post(self, function: Callable[..., None], *arguments: Any) -> None:
+    def _call_in_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)

@@ -1,4 +1,4 @@
-"""What one request may cost, and all of them together."""
+"""What requests may cost, and how models are decoded. Plain data: importing it needs nothing of the extra."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = 0 if name in ("queue", "grace_seconds") else 1 if isinstance(value, int) else 0.01
-            if value is not None and value < least:
-                raise ValueError(f"limits.{name} is {value}; it must be at least {least}")
+            minimum = 0 if name in ("queue", "grace_seconds") else 1 if isinstance(value, int) else 0.01
+            if value is not None and value < minimum:
+                raise ValueError(f"limits.{name} is {value}; it must be at least {minimum}")
 
 
 @dataclass(frozen=True)

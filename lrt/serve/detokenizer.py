@@ -1,4 +1,8 @@
-"""Tokens to text as they come: no half characters, and nothing of a stop string."""
+"""Tokens to text as they come: no half characters, and nothing of a stop string.
+
+Stop strings are text, so they are searched for after decoding: a string may begin and end within tokens. What might
+begin one is held back until it is known not to.
+"""
 
 from __future__ import annotations
 
@@ -24,68 +28,69 @@ class TextDelta:
     """What can be shown now."""
 
     text: str
-    spoken: tuple[EmittedToken, ...]
-    ended: bool = False
+    tokens: tuple[EmittedToken, ...]
+    stopped: bool = False
     """A stop string came: nothing follows."""
 
 
 class Detokenizer:
-    """One answer. What might be the beginning of a stop string is held back until it is known not to be."""
+    """Writes one answer."""
 
-    def __init__(self, stream: Stream, stops: Sequence[str], strip: bool = False) -> None:
-        """stops: strings, none empty. strip: leave out white space at the beginning."""
-        self.stream, self.stops, self.strip = stream, tuple(stops), strip
-        self.shown = 0
+    def __init__(self, stream: Stream, stop_strings: Sequence[str], strip: bool = False) -> None:
+        """stop_strings: none empty. strip: leave out white space at the beginning."""
+        self.stream, self.stop_strings, self.strip = stream, tuple(stop_strings), strip
+        self.emitted = 0
         """Characters that were given out."""
-        self.held = ""
-        self.waiting: list[EmittedToken] = []
+        self.held_text = ""
+        self.held_tokens: list[EmittedToken] = []
         """Tokens whose text is not given out yet."""
-        self.count = 0
+        self.token_count = 0
         """Tokens that were drawn for it, those held back and a stop token included."""
 
     def push(self, token: int, logprob: Logprob | None) -> TextDelta:
         """What a token lets out."""
-        self.count += 1
-        self.waiting.append(EmittedToken(token, logprob, self.shown + len(self.held)))
-        return self._grown(self.stream.push(token))
+        self.token_count += 1
+        self.held_tokens.append(EmittedToken(token, logprob, self.emitted + len(self.held_text)))
+        return self._append(self.stream.push(token))
 
-    def stop_token(self) -> None:
+    def count_stop_token(self) -> None:
         """A token ended the answer that is not part of its text."""
-        self.count += 1
+        self.token_count += 1
 
     def finish(self) -> TextDelta:
         """The rest, after the last token; an incomplete character is U+FFFD."""
-        piece = self._grown(self.stream.finish())
-        if piece.ended:
-            return piece
-        rest, spoken = self.held, tuple(self.waiting)
-        self.held, self.waiting = "", []
-        return TextDelta(piece.text + rest, piece.spoken + spoken)
+        delta = self._append(self.stream.finish())
+        if delta.stopped:
+            return delta
+        text, tokens = self.held_text, tuple(self.held_tokens)
+        self.held_text, self.held_tokens = "", []
+        return TextDelta(delta.text + text, delta.tokens + tokens)
 
-    def _grown(self, text: str) -> TextDelta:
-        self.held += text
+    def _append(self, text: str) -> TextDelta:
+        self.held_text += text
         if self.strip:
-            self.held = self.held.lstrip()
-            self.strip = not self.held
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            end = self.shown + min(found)
-            spoken = tuple(s for s in self.waiting if s.offset < end)
-            piece = self._release(self.held[: min(found)], spoken, ended=True)
-            self.held, self.waiting = "", []
-            return piece
-        keep = max((overlap(self.held, stop) for stop in self.stops), default=0)
-        free = self.held[: len(self.held) - keep]
-        self.held = self.held[len(free) :]
-        shown = self.shown + len(free)
+            self.held_text = self.held_text.lstrip()
+            self.strip = not self.held_text
+        stops = [at for stop in self.stop_strings if (at := self.held_text.find(stop)) >= 0]
+        if stops:  # the earliest decides, whichever string it is
+            end = self.emitted + min(stops)
+            tokens = tuple(t for t in self.held_tokens if t.offset < end)
+            delta = self._emit(self.held_text[: min(stops)], tokens, stopped=True)
+            self.held_text, self.held_tokens = "", []
+            return delta
+        # So many characters at the end may be the beginning of a stop string, and stay.
+        keep = max((overlap(self.held_text, stop) for stop in self.stop_strings), default=0)
+        free = self.held_text[: len(self.held_text) - keep]
+        self.held_text = self.held_text[len(free) :]
+        end = self.emitted + len(free)
         # A token without text of its own (a part of a character) goes out with the one that completes it.
-        out = [s for s in self.waiting if s.offset < shown]
-        self.waiting = self.waiting[len(out) :]
-        return self._release(free, tuple(out))
+        tokens = tuple(t for t in self.held_tokens if t.offset < end)
+        self.held_tokens = self.held_tokens[len(tokens) :]
+        return self._emit(free, tokens)
 
-    def _release(self, text: str, spoken: tuple[EmittedToken, ...], ended: bool = False) -> TextDelta:
-        self.shown += len(text)
-        return TextDelta(text, spoken, ended)
+    def _emit(self, text: str, tokens: tuple[EmittedToken, ...], stopped: bool = False) -> TextDelta:
+        self.emitted += len(text)
+        return TextDelta(text, tokens, stopped)
 
 
 def overlap(text: str, stop: str) -> int:
@@ -94,7 +99,7 @@ def overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def displayed(spelling: bytes) -> str:
+def display_token(spelling: bytes) -> str:
     """A token as text; one that is no whole characters by its bytes, as OpenAI does: bytes:\\xe2\\x82."""
     try:
         return spelling.decode()

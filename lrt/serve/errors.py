@@ -16,10 +16,11 @@ from starlette.exceptions import HTTPException
 from lrt.serve.protocol import UNSUPPORTED
 
 RETRY = {"Retry-After": "2"}
+"""Seconds, which OpenAI's clients obey."""
 
 
 class ApiError(Exception):
-    """An answer that is no success."""
+    """An answer that is no success. `type`, `param` and `code` are OpenAI's terms."""
 
     def __init__(
         self,
@@ -42,25 +43,26 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
-def busy(message: str) -> ApiError:
-    """Too many at once: clients wait and try again."""
+def busy_error(message: str) -> ApiError:
+    """429, too many at once: clients wait and try again."""
     return ApiError(429, message, "rate_limit_error", code="rate_limit_exceeded", headers=RETRY)
 
 
-def unavailable(message: str, code: str) -> ApiError:
+def unavailable_error(message: str, code: str) -> ApiError:
+    """503: clients wait and try again."""
     return ApiError(503, message, "server_error", code=code, headers=RETRY)
 
 
-def shutting_down() -> ApiError:
-    return unavailable("the server is shutting down; try again later", "shutting_down")
+def shutdown_error() -> ApiError:
+    return unavailable_error("the server is shutting down; try again later", "shutting_down")
 
 
-def too_long(seconds: float) -> ApiError:
+def timeout_error(seconds: float) -> ApiError:
     return ApiError(504, f"the answer took longer than {seconds:g} seconds; ask for fewer tokens", "server_error",
                     code="timeout")  # fmt: skip
 
 
-def internal() -> ApiError:
+def internal_error() -> ApiError:
     return ApiError(500, "the server failed to answer this request; its log says more", "server_error", code="internal")
 
 
@@ -68,27 +70,30 @@ def install_handlers(app: FastAPI) -> None:
     """Every error of an app takes this shape."""
 
     @app.exception_handler(ApiError)
-    async def known(request: Request, error: ApiError) -> JSONResponse:
+    async def handle_api_error(request: Request, error: ApiError) -> JSONResponse:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        return invalid(error.errors()).response()
+    async def handle_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        return validation_error(error.errors()).response()
 
     @app.exception_handler(HTTPException)
-    async def plain(request: Request, error: HTTPException) -> JSONResponse:
-        said = {404: "there is nothing at this address", 405: "this address does not take that method"}
-        message = said.get(error.status_code, "the request cannot be read; send a JSON object")
+    async def handle_http_exception(request: Request, error: HTTPException) -> JSONResponse:
+        messages = {404: "there is nothing at this address", 405: "this address does not take that method"}
+        message = messages.get(error.status_code, "the request cannot be read; send a JSON object")
         return ApiError(error.status_code, message, headers=error.headers).response()
 
     @app.exception_handler(Exception)
-    async def ours(request: Request, error: Exception) -> JSONResponse:
-        return internal().response()
+    async def handle_exception(request: Request, error: Exception) -> JSONResponse:
+        return internal_error().response()
 
 
-def invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
-    """What validation found, about the first parameter that it found wrong."""
-    first = found[0]
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """400 for pydantic's errors (`loc`, `type`, `msg`), about the first parameter among them.
+
+    What a message quotes of the request is cut, and made ASCII: a lone surrogate could not be sent back.
+    """
+    first = errors[0]
     place = [p for p in first["loc"] if p != "body"]
     if first["type"] == "value_error":
         return ApiError(400, str(first["msg"]).removeprefix("Value error, "))
@@ -100,7 +105,8 @@ def invalid(found: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "extra_forbidden" and len(place) == 1:
         message = f"unknown parameter {param[:64]!r}; leave it out"
         return ApiError(400, message.encode("ascii", "replace").decode(), param=None, code="unknown_parameter")
-    same = [error for error in found if param in map(str, error["loc"])]
+    # A union of types gives an error for each of them; three say enough.
+    same = [error for error in errors if param in map(str, error["loc"])]
     reasons = list(dict.fromkeys(str(error["msg"])[:200] for error in same))[:3]
     message = f"{param}: {'; or '.join(reasons)}".encode("ascii", "replace").decode()
     return ApiError(400, message, param=param if param.isidentifier() else None)

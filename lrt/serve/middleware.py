@@ -1,4 +1,7 @@
-"""What every request passes before the application sees it: token, host, size and speed of its body."""
+"""What every request passes before the application sees it: token, host, size and speed of its body.
+
+Bodies are read whole, within their limits, so that the application never waits for a client in the middle of one.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,19 @@ from lrt.serve.config import Limits
 from lrt.serve.errors import ApiError
 from lrt.serve.metrics import ServerMetrics
 
-OPEN = ("/", "/healthz")
+PUBLIC_PATHS = ("/", "/healthz")
 """Answered without a token: the page itself, which holds no data, and whether the server lives."""
-POLICY = (
+CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Content-Security-Policy: the page may talk to this server, and load nothing from anywhere."""
-SLACK = 30.0
+"""The page may talk to this server, and load nothing from anywhere."""
+UNREAD_SECONDS = 30.0
 """Seconds after the time limit of a request at which a client that does not read is cut off."""
 
 
 class RequestGuard:
-    """ASGI middleware."""
+    """ASGI middleware: refuses what may not pass, counts every response and gives it the security headers."""
 
     def __init__(
         self,
@@ -37,7 +40,8 @@ class RequestGuard:
         routes: Collection[str],
     ) -> None:
         """token: what `Authorization: Bearer` must hold; None: nothing. hosts: names that `Host` may have (against
-        pages that point a name of their own at this machine); None: any. routes: addresses that are counted by name."""
+        DNS rebinding, pages that point a name of their own at this machine); None: any. routes: addresses that are
+        counted by name."""
         self.app, self.limits, self.metrics, self.routes = app, limits, metrics, frozenset(routes)
         self.token = None if token is None else token.encode()
         self.hosts = None if hosts is None else frozenset(hosts)
@@ -46,41 +50,47 @@ class RequestGuard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        counted = self._counted(scope, send)
+        send = self._count_response(scope, send)
         try:
             self._authorise(scope)
-            body = await self._body(Headers(scope=scope), receive)
+            body = await self._read_body(Headers(scope=scope), receive)
         except ApiError as error:
-            await error.response()(scope, receive, counted)
+            await error.response()(scope, receive, send)
             return
         if body is None:  # the client went away
             return
         try:
-            async with asyncio.timeout(self.limits.request_seconds + SLACK):
-                await self.app(scope, replay(body, receive), counted)
+            async with asyncio.timeout(self.limits.request_seconds + UNREAD_SECONDS):
+                await self.app(scope, replay(body, receive), send)
         except TimeoutError:
             return  # the server closes a connection whose answer is not complete
 
     def _authorise(self, scope: Scope) -> None:
+        """ApiError 403 for a wrong host, 401 for a wrong token."""
         headers = Headers(scope=scope)
-        host = headers.get("host", "").rsplit(":", 1)[0] if ":" in headers.get("host", "") else headers.get("host", "")
+        host = headers.get("host", "").rsplit(":", 1)[0]
         if self.hosts is not None and host.strip("[]").lower() not in self.hosts:
             raise ApiError(403, "this server is for its own machine only; use http://127.0.0.1", code="wrong_host")
-        if self.token is None or scope["path"] in OPEN:
+        if self.token is None or scope["path"] in PUBLIC_PATHS:
             return
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self.token)
-        if kind.lower() != "bearer" or not same:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        # In constant time: how long a comparison takes must not tell how much of a guess was right.
+        matches = hmac.compare_digest(token.strip().encode("utf-8", "replace"), self.token)
+        if scheme.lower() != "bearer" or not matches:
             message = "the token is missing or wrong; send Authorization: Bearer TOKEN (clients call it api_key)"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body, read no further than the limits go. None: the client went away."""
-        limit = self.limits.body_bytes
-        refused = ApiError(413, f"the body is larger than {limit:,} bytes; send less", headers={"Connection": "close"})
+    async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The whole body, read no further than the limits go. None: the client went away.
+
+        ApiError 413 where it is too large, 408 where it comes too slowly; the connection is then closed.
+        """
+        limit, close = self.limits.body_bytes, {"Connection": "close"}
+        too_large = ApiError(413, f"the body is larger than {limit:,} bytes; send less", headers=close)
         length = headers.get("content-length", "0")
+        # 19 digits are more than any limit, and Python refuses to read thousands.
         if not length.isdecimal() or int(length[:19]) > limit:
-            raise refused
+            raise too_large
         parts, size = [], 0
         try:
             async with asyncio.timeout(self.limits.body_seconds):
@@ -90,41 +100,40 @@ class RequestGuard:
                         return None
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
-                    if size > limit:
-                        raise refused
+                    if size > limit:  # chunked bodies announce no length
+                        raise too_large
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
             seconds = self.limits.body_seconds
-            raise ApiError(
-                408, f"the body did not arrive within {seconds:g} seconds", headers={"Connection": "close"}
-            ) from None
+            raise ApiError(408, f"the body did not arrive within {seconds:g} seconds", headers=close) from None
 
-    def _counted(self, scope: Scope, send: Send) -> Send:
+    def _count_response(self, scope: Scope, send: Send) -> Send:
+        """`send`, which also counts the response and adds the security headers."""
         route = scope["path"] if scope["path"] in self.routes else "other"
 
-        async def counted(message: Message) -> None:
+        async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self.metrics.requests.labels(route, str(message["status"])).inc()
                 headers = MutableHeaders(scope=message)
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["Cache-Control"] = "no-store"
                 headers["Referrer-Policy"] = "no-referrer"
-                headers["Content-Security-Policy"] = POLICY
+                headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
             await send(message)
 
-        return counted
+        return send_counted
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """The body once, then whatever comes."""
-    given = False
+    """A `receive` that gives the body once, then whatever comes."""
+    sent = False
 
-    async def again() -> Message:
-        nonlocal given
-        if given:
+    async def receive_body() -> Message:
+        nonlocal sent
+        if sent:
             return await receive()
-        given = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    return receive_body

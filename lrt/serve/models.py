@@ -1,4 +1,4 @@
-"""The models that a server has, each with its tokenizer, template and worker."""
+"""The models that a server has, each with its tokenizer, chat template and engine."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ import torch
 
 from lrt.data.tokenizer import Tokenizer
 from lrt.inference import cost_model
-from lrt.inference.chat_template import TEMPLATES, Template, specials, template_of
+from lrt.inference.chat_template import TEMPLATES, Template, check_template, default_template
 from lrt.inference.engine import Engine
-from lrt.model import checkpoint, transformer
+from lrt.model import checkpoint
+from lrt.model.config import ModelConfig
 from lrt.model.size import count_parameters
-from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.model.transformer import LatentRecurrentTransformer, fingerprint
 from lrt.serve.async_engine import AsyncEngine
 from lrt.serve.config import Limits, Settings
-from lrt.serve.errors import ApiError, busy, shutting_down, unavailable
+from lrt.serve.errors import ApiError, busy_error, shutdown_error, unavailable_error
 from lrt.serve.metrics import ServerMetrics
 
-PLACES = ("checkpoint", "best")
+GENERIC_FOLDERS = ("checkpoint", "best")
 """Folders that say nothing of the model in them: its name is their parent's."""
 
 
 @dataclass(eq=False)
 class ServedModel:
-    """One model."""
+    """A model under its name, with all that answering needs."""
 
     name: str
-    model: LatentRecurrentTransformer
+    transformer: LatentRecurrentTransformer
     tokenizer: Tokenizer
-    worker: AsyncEngine
+    engine: AsyncEngine
     template: Template | None
     """None: there is no chat."""
     created: int
@@ -43,18 +44,19 @@ class ServedModel:
     settings: Settings
 
     @property
-    def slots(self) -> int:
-        """The longest a prompt and its answer may be."""
-        return self.model.config.context
+    def config(self) -> ModelConfig:
+        return self.transformer.config
 
-    def room(self, prompt: int) -> int | None:
-        """How many tokens an answer may have; None: without end."""
-        return None if self.model.config.unlimited_context else self.slots + 1 - prompt
+    def room(self, prompt_tokens: int) -> int | None:
+        """How many tokens an answer may have behind a prompt; None: without end.
 
-    def about(self) -> dict[str, Any]:
-        """For the page."""
-        config = self.model.config
-        memory = config.memory
+        One more than the context has left: the last token drawn is never fed back.
+        """
+        return None if self.config.unlimited_context else self.config.context + 1 - prompt_tokens
+
+    def summary(self) -> dict[str, Any]:
+        """What the page shows of it, ready for JSON."""
+        config, memory = self.config, self.config.memory
         return {
             "id": self.name,
             "parameters": count_parameters(config)[0],
@@ -69,119 +71,118 @@ class ServedModel:
         }
 
 
-def load_served(
+def load_served_model(
     path: Path, name: str, settings: Settings, limits: Limits, metrics: ServerMetrics, device: str | torch.device
 ) -> ServedModel:
     """Load a checkpoint to be served. ValueError where it is damaged, or settings do not fit."""
     folder = checkpoint.verify(path)
-    model, tokenizer = checkpoint.load(folder, device)
-    known = cost_model.read_calibration(folder, model)
+    transformer, tokenizer = checkpoint.load(folder, device)
+    calibration = cost_model.read_calibration(folder, transformer)
     created = int((folder / "manifest.json").stat().st_mtime)
-    return make(name, model, tokenizer, settings, limits, metrics, known, created)
+    return create_served_model(name, transformer, tokenizer, settings, limits, metrics, calibration, created)
 
 
-def make(
+def create_served_model(
     name: str,
-    model: LatentRecurrentTransformer,
+    transformer: LatentRecurrentTransformer,
     tokenizer: Tokenizer,
     settings: Settings,
     limits: Limits,
     metrics: ServerMetrics,
-    known: cost_model.Calibration | None = None,
+    calibration: cost_model.Calibration | None = None,
     created: int = 0,
 ) -> ServedModel:
-    """A model in memory, ready to be served; its worker is not started yet."""
+    """A model in memory, ready to be served; its engine is not started yet."""
 
-    def engine() -> Engine:
+    def make_engine() -> Engine:
         return Engine(
-            model,
+            transformer,
             rows=settings.rows,
             mode=settings.mode,
             prefill=settings.prefill,
             prefixes=settings.prefixes,
-            calibration=known,
-            prompts=1,
+            calibration=calibration,
+            prompts=1,  # swept one per step: as they would be alone, and the others' tokens do not wait for long
         )
 
-    worker = AsyncEngine(name, engine, metrics, limits.queue_seconds)
-    mark = transformer.fingerprint(model)[:12]
-    return ServedModel(
-        name, model, tokenizer, worker, choose_template(tokenizer, settings.template), created, f"fp_{mark}", settings
-    )
+    engine = AsyncEngine(name, make_engine, metrics, limits.queue_seconds)
+    template = choose_template(tokenizer, settings.template)
+    weights = f"fp_{fingerprint(transformer)[:12]}"
+    return ServedModel(name, transformer, tokenizer, engine, template, created, weights, settings)
 
 
 def choose_template(tokenizer: Tokenizer, name: str | None) -> Template | None:
-    """The template that was asked for, or the tokenizer's own; None where its special tokens name none."""
+    """The template of a name; without one the tokenizer's own, None where its special tokens name none."""
     if name is None:
-        own = TEMPLATES[template_of(tokenizer)]
-        return own if own.special else None
-    if name not in TEMPLATES:
-        raise ValueError(f"unknown template {name!r}; choose one of {', '.join(TEMPLATES)}")
-    missing = sorted(TEMPLATES[name].special - set(specials(tokenizer)))
-    if missing:
-        raise ValueError(f"template {name!r} needs the special tokens {', '.join(missing)}; use another template")
-    return TEMPLATES[name]
+        template = TEMPLATES[default_template(tokenizer)]
+        return template if template.special else None
+    return check_template(tokenizer, name)
 
 
-def names_of(paths: Sequence[Path], given: Sequence[str] = ()) -> list[str]:
-    """What the models are called: as given, or by their folders. ValueError where two have one name."""
-    if given and len(given) != len(paths):
-        raise ValueError(f"{len(given)} names for {len(paths)} checkpoints; give one each")
-    names = list(given)
-    for path in paths if not given else ():
-        whole = path.absolute()
-        names.append(re.sub(r"[^\w.-]+", "-", (whole.parent if whole.name in PLACES else whole).name) or "model")
-    wrong = [name for name in names if not re.fullmatch(r"[\w.-]{1,200}", name)]
-    if wrong:
-        raise ValueError(f"{wrong} is no name of a model; use letters, digits, '.', '_' and '-'")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"two checkpoints are called {', '.join(twice)}; tell them apart with --names")
+def model_names(paths: Sequence[Path], names: Sequence[str] = ()) -> list[str]:
+    """What the models are called: these names, or by their folders. ValueError where two have one name."""
+    if names and len(names) != len(paths):
+        raise ValueError(f"{len(names)} names for {len(paths)} checkpoints; give one each")
+    names = list(names) or [folder_name(path) for path in paths]
+    invalid = [name for name in names if not re.fullmatch(r"[\w.-]{1,200}", name)]
+    if invalid:
+        raise ValueError(f"{invalid} is no name of a model; use letters, digits, '.', '_' and '-'")
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise ValueError(f"two checkpoints are called {', '.join(duplicates)}; tell them apart with --names")
     return names
+
+
+def folder_name(path: Path) -> str:
+    """The name of a checkpoint's folder, or of its run's, as a name of a model."""
+    folder = path.absolute()
+    return re.sub(r"[^\w.-]+", "-", (folder.parent if folder.name in GENERIC_FOLDERS else folder).name) or "model"
 
 
 class ModelRegistry:
     """All models of a server, and whether it still takes requests."""
 
     def __init__(self, models: Sequence[ServedModel], limits: Limits, metrics: ServerMetrics) -> None:
-        self.models = {one.name: one for one in models}
+        self.models = {model.name: model for model in models}
         self.limits, self.metrics = limits, metrics
-        self.ending = False
+        self.draining = False
+        """No new requests are taken."""
 
     def start(self) -> None:
-        """Start the workers, in the running loop."""
-        for one in self.models.values():
-            one.worker.start()
+        """Start the engines, in the running loop."""
+        for model in self.models.values():
+            model.engine.start()
 
     async def stop(self) -> None:
-        """End the workers."""
-        for one in self.models.values():
-            await one.worker.stop()
+        """End the engines."""
+        for model in self.models.values():
+            await model.engine.stop()
 
     def drain(self) -> None:
         """Take no new requests."""
-        self.ending = True
+        self.draining = True
 
     def interrupt(self) -> None:
-        """Tell all requests that the server ends."""
-        for one in self.models.values():
-            one.worker.interrupt(shutting_down())
+        """End all requests with an error: the server ends."""
+        for model in self.models.values():
+            model.engine.interrupt(shutdown_error())
 
     def find(self, name: str) -> ServedModel:
         """A model by name. ApiError 404 where there is none."""
         if name not in self.models:
-            known = ", ".join(self.models)
-            raise ApiError(404, f"there is no such model; choose one of {known}", param="model", code="model_not_found")
+            names = ", ".join(self.models)
+            raise ApiError(404, f"there is no such model; choose one of {names}", param="model", code="model_not_found")
         return self.models[name]
 
-    def admit(self, one: ServedModel, samples: int) -> None:
+    def admit(self, model: ServedModel, samples: int) -> None:
         """ApiError 429 or 503 where a model cannot take so many more continuations."""
-        if self.ending:
-            raise shutting_down()
-        if one.worker.failed:
-            raise unavailable("the model has failed; the server has to be started anew", "model_failed")
-        if one.worker.load + samples > one.worker.rows + self.limits.queue:
-            raise busy(
-                f"{one.worker.load} continuations are decoded or wait, and {samples} more exceed the "
-                f"{one.worker.rows} rows and {self.limits.queue} places in the queue; try again later"
+        engine = model.engine
+        if self.draining:
+            raise shutdown_error()
+        if engine.failed:
+            raise unavailable_error("the model has failed; the server has to be started anew", "model_failed")
+        if engine.load + samples > engine.rows + self.limits.queue:
+            raise busy_error(
+                f"{engine.load} continuations are decoded or wait, and {samples} more exceed the "
+                f"{engine.rows} rows and {self.limits.queue} places in the queue; try again later"
             )

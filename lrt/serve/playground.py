@@ -1,7 +1,7 @@
 """What the page asks for beyond OpenAI's interface: tokens with their surprisal as they come, and what memory did.
 
 The measurements are those of `lrt diagnose`: live scores, with the memory zeroed or replaced by the last embedding,
-gates, and how large the injections are.
+gates, and how large the injections are. They run in a thread beside the engines'.
 """
 
 from __future__ import annotations
@@ -21,65 +21,60 @@ from lrt.eval.memory_stats import by_token
 from lrt.eval.scoring import score
 from lrt.inference.request import Event, Request
 from lrt.inference.sampling import Sampling
+from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.serve.async_engine import Done
-from lrt.serve.detokenizer import displayed
-from lrt.serve.errors import ApiError, busy, shutting_down
+from lrt.serve.config import Limits
+from lrt.serve.detokenizer import display_token
+from lrt.serve.errors import ApiError, busy_error, shutdown_error
 from lrt.serve.models import ModelRegistry, ServedModel
 from lrt.serve.protocol import GenerateBody
 from lrt.serve.request_parsing import GenerationTask, encode_text, fit_to_context
-from lrt.serve.responses import ClientDisconnected, Running, running, sse, watch_disconnect
+from lrt.serve.responses import ClientDisconnected, RunningTask, run_generation, sse, watch_disconnect
 
 ALTERNATIVES = 5
-BIT = 1 / math.log(2)
-WAITING = 8
+"""Likeliest tokens that are shown of each position."""
+BITS_PER_NAT = 1 / math.log(2)
+MAX_INSPECTIONS = 8
 """Inspections at once, of which one is at work."""
 DIGITS = 4
+"""Of numbers that are sent: significant ones below 1, decimals above."""
 
 
 class Cancelled(Exception):
     """Nobody waits for an inspection any more."""
 
 
-async def parse_inspection(body: GenerateBody, served: ServedModel, library: ModelRegistry) -> GenerationTask:
-    """What the page's form asks for."""
+async def parse_generation(body: GenerateBody, model: ServedModel, limits: Limits) -> GenerationTask:
+    """What the page's form asks for. ApiError 400 where it cannot be served."""
+    # top_p = 0 leaves only the most likely token, as a temperature of 0 does.
     sampling = Sampling(body.temperature if body.top_p else 0.0, top_p=body.top_p or 1.0)
-    bos = served.tokenizer.bos
+    bos = model.tokenizer.bos
     request = Request(
-        (bos, *await encode_text(served, body.prompt)),
+        (bos, *await encode_text(model, body.prompt)),
         sampling=sampling,
         seed=body.seed,
         stop=frozenset({bos}),
-        logprobs=min(ALTERNATIVES, served.model.config.vocab_size),
+        logprobs=min(ALTERNATIVES, model.config.vocab_size),
         prefill=body.prefill,
     )
-    request = fit_to_context(request, body.max_tokens, served, library.limits)
-    return GenerationTask(served, (request,), (), 1, stream=True)
+    request = fit_to_context(request, body.max_tokens, model, limits)
+    return GenerationTask(model, (request,), (), 1, stream=True)
 
 
-async def generate_text(ask: GenerationTask, library: ModelRegistry, http: HttpRequest) -> AsyncIterator[str]:
+async def stream_generation(task: GenerationTask, registry: ModelRegistry, http: HttpRequest) -> AsyncIterator[str]:
     """Server-sent events: `prompt` (its tokens), `prefill`, `token`s, `end`; or `error`."""
-    (request,), tokenizer = ask.requests, ask.served.tokenizer
+    (request,) = task.requests
+    decoder = task.model.tokenizer.decoder()
     try:
-        async with running(ask, library, http) as work:
-            decoder = tokenizer.decoder()
+        async with run_generation(task, registry, http) as run:
             texts = [decoder.push(token) for token in request.tokens]
             yield sse({"type": "prompt", "tokens": list(request.tokens), "texts": texts})
-            async for event in events(work):
+            async for event in request_events(run):
                 if event.certificate is not None:
                     yield sse({"type": "prefill", **json_number(event.certificate.to_dict())})
                 if event.token is not None and event.logprob is not None:
-                    yield sse(
-                        {
-                            "type": "token",
-                            "token": event.token,
-                            "text": "" if event.token in request.stop else decoder.push(event.token),
-                            "bits": round(-event.logprob.logprob * BIT, DIGITS),
-                            "top": [
-                                [displayed(tokenizer.spelling(t)), round(math.exp(v), DIGITS)]
-                                for t, v in event.logprob.alternatives
-                            ],
-                        }
-                    )
+                    text = "" if event.token in request.stop else decoder.push(event.token)
+                    yield sse(token_event(task.model, event, text))
                 if event.finish is not None:
                     yield sse({"type": "end", "finish": event.finish, "rest": decoder.finish()})
     except ApiError as error:
@@ -88,88 +83,112 @@ async def generate_text(ask: GenerationTask, library: ModelRegistry, http: HttpR
         return
 
 
-async def events(work: Running) -> AsyncIterator[Event]:
-    """The events of its one request."""
+def token_event(model: ServedModel, event: Event, text: str) -> dict[str, Any]:
+    """A token, its surprisal in bits, and the likeliest tokens with their probabilities."""
+    assert event.logprob is not None
+    return {
+        "type": "token",
+        "token": event.token,
+        "text": text,
+        "bits": round(-event.logprob.logprob * BITS_PER_NAT, DIGITS),
+        "top": [
+            [display_token(model.tokenizer.spelling(token)), round(math.exp(logprob), DIGITS)]
+            for token, logprob in event.logprob.alternatives
+        ],
+    }
+
+
+async def request_events(run: RunningTask) -> AsyncIterator[Event]:
+    """The events of a task's one request, until it has ended. ApiError or ClientDisconnected ends it early."""
     while True:
-        _, told = await work.told.get()
-        if isinstance(told, Exception):
-            raise told
-        if isinstance(told, Done):
+        _, event = await run.events.get()
+        if isinstance(event, Exception):
+            raise event
+        if isinstance(event, Done):
             return
-        yield told
+        yield event
 
 
 class MemoryInspector:
-    """Where texts are looked into: one thread beside the workers, one text at a time."""
+    """Where texts are inspected: one thread beside the engines', one text at a time."""
 
-    def __init__(self, library: ModelRegistry) -> None:
+    def __init__(self, registry: ModelRegistry) -> None:
         threads = torch.get_num_threads()
-        self.library, self.waiting = library, 0
-        self.pool = ThreadPoolExecutor(1, "inspection", lambda: torch.set_num_threads(threads))
+        self.registry, self.pending = registry, 0
+        # The number of threads is set in the thread itself: OpenMP keeps it per thread.
+        self.executor = ThreadPoolExecutor(1, "inspection", lambda: torch.set_num_threads(threads))
 
     def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        """Drop what waits; what is at work ends by itself."""
+        self.executor.shutdown(wait=False, cancel_futures=True)
 
-    async def inspect(self, served: ServedModel, tokens: list[int], http: HttpRequest) -> dict[str, Any]:
+    async def inspect(self, model: ServedModel, tokens: list[int], http: HttpRequest) -> dict[str, Any]:
         """What the memory did with a text. ApiError 400 where it is too long, 429 where too many wait."""
-        limit, context = self.library.limits.inspect_tokens, served.model.config.context
-        most = limit if served.model.config.unlimited_context else min(limit, context + 1)
-        if len(tokens) > most:
-            raise ApiError(
-                400, f"the text has {len(tokens)} tokens, {most} are looked into; shorten it", param="tokens"
-            )
-        if max(tokens) >= served.model.config.vocab_size:
-            size = served.model.config.vocab_size
-            raise ApiError(400, f"token {max(tokens)} is not in the vocabulary of {size}", param="tokens")
-        if self.library.ending:
-            raise shutting_down()
-        if self.waiting >= WAITING:
-            raise busy(f"{self.waiting} texts are looked into or wait; try again later")
-        self.waiting += 1
-        gone = threading.Event()
-        watch = asyncio.create_task(watch_disconnect(http, gone.set))
+        self._check(model, tokens)
+        self.pending += 1
+        disconnected = threading.Event()
+        watch = asyncio.create_task(watch_disconnect(http, disconnected.set))
+        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, inspect_text, served, tokens, gone)
+            return await loop.run_in_executor(self.executor, inspect_text, model, tokens, disconnected)
         except Cancelled:
             raise ApiError(499, "the client has gone away") from None
         finally:
-            gone.set()
+            disconnected.set()
             watch.cancel()
-            self.waiting -= 1
+            self.pending -= 1
+
+    def _check(self, model: ServedModel, tokens: list[int]) -> None:
+        limit, config = self.registry.limits.inspect_tokens, model.config
+        # The last token is scored and not read, so a text may have one more than the context.
+        longest = limit if config.unlimited_context else min(limit, config.context + 1)
+        if len(tokens) > longest:
+            raise ApiError(
+                400, f"the text has {len(tokens)} tokens, {longest} are looked into; shorten it", param="tokens"
+            )
+        if max(tokens) >= config.vocab_size:
+            message = f"token {max(tokens)} is not in the vocabulary of {config.vocab_size}"
+            raise ApiError(400, message, param="tokens")
+        if self.registry.draining:
+            raise shutdown_error()
+        if self.pending >= MAX_INSPECTIONS:
+            raise busy_error(f"{self.pending} texts are looked into or wait; try again later")
 
 
-def inspect_text(served: ServedModel, tokens: list[int], gone: threading.Event) -> dict[str, Any]:
+def inspect_text(model: ServedModel, tokens: list[int], disconnected: threading.Event) -> dict[str, Any]:
     """Surprisals in bits of tokens 1…T-1, and what each of them read of the memory when it was predicted.
 
-    `live`, and where the model recurs `zero` and `embedding`; `inside` as `diagnostics.by_token` has it. All lists have
-    one entry per predicted token: entry i belongs to token i + 1, and to the position before it, which predicts it.
+    `live`, and where the model recurs `zero` and `embedding`; `inside` as `memory_stats.by_token` has it. All lists
+    have one entry per predicted token: entry i belongs to token i + 1, and to the position before it, which predicts
+    it. Raises Cancelled, between two chunks of work, once `disconnected` is set.
     """
 
-    def advance(amount: float, text: str = "") -> None:
-        if gone.is_set():
+    def check_connected(amount: float, text: str = "") -> None:
+        if disconnected.is_set():
             raise Cancelled
 
-    model, tokenizer = served.model, served.tokenizer
-    row = torch.tensor([tokens], device=model.embedding.weight.device)
-    decoder = tokenizer.decoder()
-    found: dict[str, Any] = {
-        "texts": [decoder.push(token) for token in tokens],
-        "bits": {"live": score(model, row, advance=advance)[0].mul(BIT).tolist()},
-    }
+    transformer, decoder = model.transformer, model.tokenizer.decoder()
+    row = torch.tensor([tokens], device=transformer.embedding.weight.device)
+
+    def surprisals(variant: LatentRecurrentTransformer) -> list[float]:
+        return score(variant, row, advance=check_connected)[0].mul(BITS_PER_NAT).tolist()
+
+    bits = {"live": surprisals(transformer)}
+    inspection: dict[str, Any] = {"texts": [decoder.push(token) for token in tokens], "bits": bits}
     if model.config.memory.injection != "none":
         for name in ("zero", "embedding"):
-            found["bits"][name] = score(ablate(model, name), row, advance=advance)[0].mul(BIT).tolist()
-        advance(0)
-        found["inside"] = by_token(model, row[:, :-1])
-    return json_number(found)
+            bits[name] = surprisals(ablate(transformer, name))
+        check_connected(0)
+        inspection["inside"] = by_token(transformer, row[:, :-1])
+    return json_number(inspection)
 
 
 def json_number(value: Any) -> Any:
-    """The same for JSON: rounded, and null for what is no finite number."""
+    """The same for JSON: numbers rounded to DIGITS, and null for what is no finite number."""
     if isinstance(value, float):
-        return (
-            (float(f"{value:.{DIGITS}g}") if abs(value) < 1 else round(value, DIGITS)) if math.isfinite(value) else None
-        )
+        if not math.isfinite(value):
+            return None
+        return float(f"{value:.{DIGITS}g}") if abs(value) < 1 else round(value, DIGITS)
     if isinstance(value, dict):
         return {key: json_number(inner) for key, inner in value.items()}
     return [json_number(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,6 @@
-"""What may be asked and what is answered, in the shapes of OpenAI's interface. Strict: nothing is converted or ignored.
+"""What may be asked and what is answered, in the shapes of OpenAI's interface.
+
+Requests are read strictly: nothing is converted or ignored, and what is not served is refused by name.
 
 Parameters of OpenAI's that mean nothing here are accepted where they ask for nothing, and refused where they do
 (`UNSUPPORTED`). `top_k` and `prefill` are ours.
@@ -11,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
-Text = Annotated[str, Field(min_length=1, max_length=1000)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-Nothing = Annotated[list[Any], Field(max_length=0)]
+EmptyList = Annotated[list[Any], Field(max_length=0)]
 Prefill = Literal["exact", "converged", "fast", "one_sweep"]
 UNSUPPORTED = {
     "suffix": "an LRT writes forwards only; leave it out",
@@ -38,21 +40,23 @@ UNSUPPORTED = {
 
 
 class Strict(BaseModel):
+    """Refuses what it does not know, and numbers in strings; NaN and infinity are no numbers."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class Body(Strict):
-    """A whole body."""
+    """A whole body of text."""
 
     @model_validator(mode="before")
     @classmethod
-    def readable(cls, data: Any) -> Any:
+    def refuse_lone_surrogates(cls, data: Any) -> Any:
         """JSON can spell halves of characters (lone surrogates), which no text has."""
         try:
             json.dumps(data, ensure_ascii=False).encode()
         except (UnicodeEncodeError, RecursionError):
             raise ValueError("the body holds half a character (a lone surrogate), or is nested too deeply") from None
-        except TypeError:  # not JSON at all: what follows says so
+        except TypeError:  # not JSON at all: validation says so
             return data
         return data
 
@@ -64,8 +68,8 @@ class StreamOptions(Strict):
     """Accepted; streams are not padded."""
 
 
-class Asked(Body):
-    """What both routes take."""
+class GenerationBody(Body):
+    """What both of OpenAI's routes take."""
 
     model: str = Field(min_length=1, max_length=200, description="A name of /v1/models.")
     n: Annotated[int, Field(ge=1, le=128)] | None = 1
@@ -73,7 +77,7 @@ class Asked(Body):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = 1.0
     top_k: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
@@ -84,11 +88,15 @@ class Asked(Body):
     prefill: Prefill | None = Field(None, description="How the prompt is computed; the server's way by default.")
 
 
-class CompletionBody(Asked):
+class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt: (
-        str | Annotated[list[str], Field(fail_fast=True)] | Ids | Annotated[list[Ids], Field(fail_fast=True)] | None
+        str
+        | Annotated[list[str], Field(fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(fail_fast=True)]
+        | None
     ) = None
     max_tokens: Annotated[int, Field(ge=0)] | None = 16
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -108,17 +116,17 @@ class ChatTurn(Strict):
     name: str | None = None
     # What the clients' own answers hold beside the text, so that these can be sent back as they are.
     refusal: None = None
-    annotations: Nothing | None = None
+    annotations: EmptyList | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Nothing | None = None
+    tool_calls: EmptyList | None = None
 
 
 class PlainFormat(Strict):
     type: Literal["text"]
 
 
-class ChatBody(Asked):
+class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatTurn], Field(min_length=1, fail_fast=True)]
@@ -135,9 +143,9 @@ class ChatBody(Asked):
     service_tier: Literal["auto", "default"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     response_format: PlainFormat | None = None
-    tools: Nothing | None = None
+    tools: EmptyList | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    functions: Nothing | None = None
+    functions: EmptyList | None = None
     function_call: Literal["none", "auto"] | None = None
     audio: None = None
     prediction: None = None

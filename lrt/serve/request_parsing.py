@@ -1,23 +1,24 @@
-"""From a body to the library's terms: prompts to tokens, parameters to `Request`s. What can be wrong is said here."""
+"""From a body to the library's terms: prompts to tokens, parameters to `Request`s. What is wrong is said here."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from lrt.inference.chat_template import Message, turn_tokens
+from lrt.inference.chat_template import Message, Template, turn_tokens
 from lrt.inference.request import Request
 from lrt.inference.sampling import Sampling, Steering
 from lrt.serve.config import Limits
 from lrt.serve.errors import ApiError
 from lrt.serve.models import ServedModel
-from lrt.serve.protocol import Asked, ChatBody, ChatTurn, CompletionBody
+from lrt.serve.protocol import ChatBody, ChatTurn, CompletionBody, GenerationBody
 
-USUAL = 16
+DEFAULT_MAX_TOKENS = 16
 """Tokens of a completion that asks for no number, as OpenAI's have."""
-LONG = 4096
+LONG_TEXT = 4096
 """Characters from which a text is tokenized in a thread, so that the event loop goes on."""
 
 
@@ -25,22 +26,22 @@ LONG = 4096
 class GenerationTask:
     """What one HTTP request wants."""
 
-    served: ServedModel
+    model: ServedModel
     requests: tuple[Request, ...]
     """One per prompt."""
-    stops: tuple[str, ...]
-    kept: int
-    """Answers per prompt that are given: n. More may be drawn (best_of)."""
+    stop_strings: tuple[str, ...]
+    choices_per_prompt: int
+    """Answers that are given: n. More may be drawn (best_of)."""
     chat: bool = False
     strip: bool = False
     """Leave out white space at an answer's beginning."""
     echo: bool = False
-    scores: bool = False
-    """Give log-probabilities."""
-    bare: bool = False
+    logprobs: bool = False
+    """Give log-probabilities. Requests may have them without, to rank the samples."""
+    implicit_bos: bool = False
     """The prompts begin with a BOS that nobody wrote."""
     stream: bool = False
-    usage: bool = False
+    include_usage: bool = False
     """At the end of a stream."""
 
     @property
@@ -49,113 +50,128 @@ class GenerationTask:
         return sum(request.samples for request in self.requests)
 
 
-async def completion(body: CompletionBody, served: ServedModel, limits: Limits) -> GenerationTask:
+async def parse_completion(body: CompletionBody, model: ServedModel, limits: Limits) -> GenerationTask:
     """What a body of /v1/completions asks for. ApiError 400 where it cannot be served."""
     n = body.n or 1
-    drawn = n if body.best_of is None else body.best_of
-    if drawn < n:
-        raise ApiError(400, f"best_of is {drawn} and n is {n}; best_of must be at least n", param="best_of")
-    if body.stream and drawn > n:
+    samples = n if body.best_of is None else body.best_of
+    if samples < n:
+        raise ApiError(400, f"best_of is {samples} and n is {n}; best_of must be at least n", param="best_of")
+    if body.stream and samples > n:
         raise ApiError(400, "best_of cannot be streamed: the best is known at the end only", param="best_of")
-    texts, ids = prompts(body)
-    affordable((len(texts) + len(ids)) * drawn, limits)  # before any of them is tokenized
-    asked = body.max_tokens if "max_tokens" in body.model_fields_set else None
-    bare = bool(texts)
+    texts, prompts = parse_prompts(body)
+    check_choices((len(texts) + len(prompts)) * samples, limits)  # before any of them is tokenized
     for text in texts:
-        ids.append([served.tokenizer.bos, *await encode_text(served, text)])
-    common = shared_fields(body, served)
+        prompts.append([model.tokenizer.bos, *await encode_text(model, text)])
+    # A number that was asked for is refused where there is no room for it; the default is cut.
+    max_tokens = body.max_tokens if "max_tokens" in body.model_fields_set else None
+    request = promptless_request(body, model)
     if body.logprobs is not None:
-        common = replace(common, logprobs=body.logprobs)
-    elif drawn > n:
-        common = replace(common, logprobs=0)
+        request = replace(request, logprobs=body.logprobs)
+    elif samples > n:
+        request = replace(request, logprobs=0)  # what best_of ranks by
+    requests = [
+        fit_to_context(
+            replace(request, tokens=tuple(tokens), samples=samples), max_tokens, model, limits, DEFAULT_MAX_TOKENS
+        )
+        for tokens in prompts
+    ]
     return GenerationTask(
-        served,
-        tuple(
-            fit_to_context(replace(common, tokens=tuple(i), samples=drawn), asked, served, limits, USUAL) for i in ids
-        ),
-        stops(body),
+        model,
+        tuple(requests),
+        stop_strings(body),
         n,
         echo=bool(body.echo),
-        scores=body.logprobs is not None,
-        bare=bare,
-        **streaming(body),
+        logprobs=body.logprobs is not None,
+        implicit_bos=bool(texts),
+        **stream_fields(body),
     )
 
 
-def prompts(body: CompletionBody) -> tuple[list[str], list[list[int]]]:
-    """The prompts, as texts or as tokens; one of the two is empty."""
-    given = body.prompt
-    if given is None:
+def parse_prompts(body: CompletionBody) -> tuple[list[str], list[list[int]]]:
+    """The prompts, as texts or as tokens; one of the two is empty. ApiError 400 where there are none."""
+    prompt = body.prompt
+    if prompt is None:
         return [""], []
-    if isinstance(given, str):
-        return [given], []
-    if not given:
+    if isinstance(prompt, str):
+        return [prompt], []
+    if not prompt:
         raise ApiError(400, "prompt is an empty list; give at least one", param="prompt")
-    texts = [p for p in given if isinstance(p, str)]
-    lists = [p for p in given if isinstance(p, list)]
-    single = [p for p in given if isinstance(p, int)]
-    return texts, lists or ([single] if single else [])
+    texts = [p for p in prompt if isinstance(p, str)]
+    lists = [p for p in prompt if isinstance(p, list)]
+    tokens = [p for p in prompt if isinstance(p, int)]
+    return texts, lists or ([tokens] if tokens else [])
 
 
-async def chat(body: ChatBody, served: ServedModel, limits: Limits) -> GenerationTask:
+async def parse_chat(body: ChatBody, model: ServedModel, limits: Limits) -> GenerationTask:
     """What a body of /v1/chat/completions asks for. ApiError 400 where it cannot be served."""
-    template = served.template
-    if template is None:
+    template = check_chat(body, model, limits)
+    try:
+        parts = template.parts([Message(message_role(turn), message_text(turn)) for turn in body.messages])
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages") from error
+    characters = sum(len(part) for part, _ in parts)
+    tokens = await in_thread_if_long(characters, turn_tokens, model.tokenizer, template, parts)
+    request = promptless_request(body, model)
+    if template.end is not None:
+        (end,) = turn_tokens(model.tokenizer, template, [(template.end, False)])
+        request = replace(request, stop=request.stop | {end})
+    request = replace(
+        request,
+        tokens=(model.tokenizer.bos, *tokens),
+        samples=body.n or 1,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    plain = template.end is None  # a line's end then ends an answer
+    return GenerationTask(
+        model,
+        (fit_to_context(request, max_tokens, model, limits),),
+        (*stop_strings(body), *(("\n",) if plain else ())),
+        body.n or 1,
+        chat=True,
+        logprobs=bool(body.logprobs),
+        strip=plain,
+        **stream_fields(body),
+    )
+
+
+def check_chat(body: ChatBody, model: ServedModel, limits: Limits) -> Template:
+    """The template of a model that can chat. ApiError 400 where the body contradicts itself, or there is none."""
+    if model.template is None:
         raise ApiError(
             400,
-            f"the tokenizer of {served.name} has no chat template; use /v1/completions, or start the server with "
+            f"the tokenizer of {model.name} has no chat template; use /v1/completions, or start the server with "
             "--template plain",
             param="model",
             code="no_chat_template",
         )
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    affordable(body.n or 1, limits)
+    check_choices(body.n or 1, limits)
     if None not in (body.max_tokens, body.max_completion_tokens):
         raise ApiError(400, "give max_completion_tokens or max_tokens, not both", param="max_tokens")
-    try:
-        parts = template.parts([Message(role_of(turn), message_text(turn)) for turn in body.messages])
-    except ValueError as error:
-        raise ApiError(400, str(error), param="messages") from error
-    tokenizer = served.tokenizer
-    size = sum(len(part) for part, _ in parts)
-    work = turn_tokens(tokenizer, template, parts) if size < LONG else await asyncio.to_thread(
-        turn_tokens, tokenizer, template, parts
-    )  # fmt: skip
-    common = shared_fields(body, served)
-    if template.end is not None:
-        (end,) = turn_tokens(tokenizer, template, [(template.end, False)])
-        common = replace(common, stop=common.stop | {end})
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    request = replace(common, tokens=(tokenizer.bos, *work), samples=body.n or 1, logprobs=logprobs)
-    most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    return GenerationTask(
-        served,
-        (fit_to_context(request, most, served, limits),),
-        (*stops(body), *(("\n",) if template.end is None else ())),
-        body.n or 1,
-        chat=True,
-        scores=bool(body.logprobs),
-        strip=template.end is None,
-        **streaming(body),
-    )
+    return model.template
 
 
-def role_of(turn: ChatTurn) -> Literal["system", "user", "assistant"]:
-    return "system" if turn.role == "developer" else turn.role
+def message_role(turn: ChatTurn) -> Literal["system", "user", "assistant"]:
+    return "system" if turn.role == "developer" else turn.role  # OpenAI's newer name for it
 
 
 def message_text(turn: ChatTurn) -> str:
     return turn.content if isinstance(turn.content, str) else "".join(part.text for part in turn.content)
 
 
-async def encode_text(served: ServedModel, text: str) -> list[int]:
+async def encode_text(model: ServedModel, text: str) -> list[int]:
     """Tokens of a text; of a long one in a thread."""
-    encode = served.tokenizer.encode
-    return encode(text) if len(text) < LONG else await asyncio.to_thread(encode, text)
+    return await in_thread_if_long(len(text), model.tokenizer.encode, text)
 
 
-def shared_fields(body: Asked, served: ServedModel) -> Request:
+async def in_thread_if_long(characters: int, encode: Callable[..., list[int]], *arguments: Any) -> list[int]:
+    """encode(*arguments), in a thread where so many characters would hold the event loop up."""
+    return encode(*arguments) if characters < LONG_TEXT else await asyncio.to_thread(encode, *arguments)
+
+
+def promptless_request(body: GenerationBody, model: ServedModel) -> Request:
     """A request with what both routes have in common, without its prompt."""
     temperature = 1.0 if body.temperature is None else body.temperature
     top_p = 1.0 if body.top_p is None else body.top_p
@@ -166,54 +182,60 @@ def shared_fields(body: Asked, served: ServedModel) -> Request:
         (),
         sampling=Sampling(temperature, body.top_k, top_p),
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-        stop=frozenset({served.tokenizer.bos}),
+        stop=frozenset({model.tokenizer.bos}),
         steering=Steering(body.frequency_penalty or 0.0, body.presence_penalty or 0.0, bias),
         prefill=body.prefill,
     )
 
 
-def stops(body: Asked) -> tuple[str, ...]:
+def stop_strings(body: GenerationBody) -> tuple[str, ...]:
     return () if body.stop is None else (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
 
 
-def streaming(body: Asked) -> dict[str, bool]:
+def stream_fields(body: GenerationBody) -> dict[str, bool]:
+    """`stream` and `include_usage` of a task. ApiError 400 for options of a stream that was not asked for."""
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
     options = body.stream_options
-    return {"stream": bool(body.stream), "usage": options is not None and options.include_usage}
+    return {"stream": bool(body.stream), "include_usage": options is not None and options.include_usage}
 
 
 def fit_to_context(
-    request: Request, asked: int | None, served: ServedModel, limits: Limits, usual: int | None = None
+    request: Request, max_tokens: int | None, model: ServedModel, limits: Limits, default: int | None = None
 ) -> Request:
-    """The request with the number of tokens that it may have: as asked for, or what is left, `usual` at most."""
-    length, room = len(request.tokens), served.room(len(request.tokens))
-    longest = limits.prompt_tokens
-    if longest is not None and length > longest:
-        message = f"the prompt has {length} tokens, this server takes {longest}; shorten it"
-        raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+    """The request with the number of tokens that it may have: `max_tokens`, else `default`, else what is left.
+
+    ApiError 400 where `max_tokens` is more than is left, and for whatever else makes the request unservable. A
+    default that is more is cut.
+    """
+    length, room = len(request.tokens), model.room(len(request.tokens))
+    context, code = model.config.context, "context_length_exceeded"
+    if limits.prompt_tokens is not None and length > limits.prompt_tokens:
+        message = f"the prompt has {length} tokens, this server takes {limits.prompt_tokens}; shorten it"
+        raise ApiError(400, message, param="prompt", code=code)
     if room is not None and room < 1:
-        message = f"the prompt has {length} tokens, the context of {served.name} is {served.slots}; shorten it"
-        raise ApiError(400, message, param="prompt", code="context_length_exceeded")
-    if asked is not None and limits.new_tokens is not None and asked > limits.new_tokens:
-        message = f"max_tokens is {asked}, this server gives {limits.new_tokens} at most; ask for fewer"
+        message = f"the prompt has {length} tokens, the context of {model.name} is {context}; shorten it"
+        raise ApiError(400, message, param="prompt", code=code)
+    if max_tokens is not None and limits.new_tokens is not None and max_tokens > limits.new_tokens:
+        message = f"max_tokens is {max_tokens}, this server gives {limits.new_tokens} at most; ask for fewer"
         raise ApiError(400, message, param="max_tokens")
-    if asked is not None and room is not None and asked > room:
+    if max_tokens is not None and room is not None and max_tokens > room:
         message = (
-            f"the prompt has {length} tokens, and max_tokens is {asked}: together more than the context of "
-            f"{served.name}, {served.slots}; shorten one of them"
+            f"the prompt has {length} tokens, and max_tokens is {max_tokens}: together more than the context of "
+            f"{model.name}, {context}; shorten one of them"
         )
-        raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
-    most = (usual if asked is None else asked, served.slots if room is None else room, limits.new_tokens)
-    request = replace(request, max_new_tokens=min(n for n in most if n is not None))
+        raise ApiError(400, message, param="max_tokens", code=code)
+    # Without end a model answers no longer than its context, so that every answer ends.
+    bounds = (default if max_tokens is None else max_tokens, context if room is None else room, limits.new_tokens)
+    request = replace(request, max_new_tokens=min(n for n in bounds if n is not None))
     try:
-        request.check(served.model.config, served.slots)
+        request.check(model.config, context)
     except ValueError as error:
         raise ApiError(400, str(error)) from error
     return request
 
 
-def affordable(samples: int, limits: Limits) -> None:
+def check_choices(samples: int, limits: Limits) -> None:
     """ApiError 400 where one request asks for too many continuations."""
     if samples > limits.choices:
         raise ApiError(

@@ -1,4 +1,4 @@
-"""An Ask, carried out: the events of its requests become pieces of text, and these one answer or a stream of events."""
+"""A GenerationTask, carried out: the events of its requests become text, and this one answer or a stream of events."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,187 +18,207 @@ from starlette.requests import Request as HttpRequest
 from lrt.inference.engine import log_probability
 from lrt.inference.prefill import prefill
 from lrt.inference.request import Event, Request
-from lrt.serve.async_engine import Done, Ticket, WorkerEvent
+from lrt.serve.async_engine import Done, Submission, WorkerEvent
 from lrt.serve.detokenizer import Detokenizer, EmittedToken, TextDelta
-from lrt.serve.errors import ApiError, too_long
+from lrt.serve.errors import ApiError, timeout_error
 from lrt.serve.models import ModelRegistry, ServedModel
-from lrt.serve.openai_format import SHAPES, usage_of
+from lrt.serve.openai_format import FORMATS, token_usage
 from lrt.serve.protocol import ChatCompletion, TextCompletion
 from lrt.serve.request_parsing import GenerationTask
+
+SCORED_AT_ONCE = 64
+"""Positions of a prompt whose logits are made at once."""
 
 
 class ClientDisconnected(Exception):
     """The client has gone away."""
 
 
-class Running:
-    """An Ask in the worker's hands. Left in whatever way, its rows are free."""
+class RunningTask:
+    """A task whose requests an engine has. Made and cancelled by `run_generation`."""
 
-    def __init__(self, ask: GenerationTask, told: asyncio.Queue[Any]) -> None:
-        self.ask, self.told = ask, told
-        worker = ask.served.worker
-        self.tickets = [worker.submit(request, told) for request in ask.requests]
-        self.place = {ticket: i for i, ticket in enumerate(self.tickets)}
-        decoder = ask.served.tokenizer.decoder
-        self.writings = [
-            [Detokenizer(decoder(request.tokens), ask.stops, ask.strip) for _ in range(request.samples)]
-            for request in ask.requests
+    def __init__(self, task: GenerationTask, events: asyncio.Queue[Any]) -> None:
+        self.task, self.events = task, events
+        self.submissions = [task.model.engine.submit(request, events) for request in task.requests]
+        self.prompt_index = {submission: i for i, submission in enumerate(self.submissions)}
+        decoder = task.model.tokenizer.decoder
+        self.detokenizers = [
+            [Detokenizer(decoder(request.tokens), task.stop_strings, task.strip) for _ in range(request.samples)]
+            for request in task.requests
         ]
-        self.over = [[False] * request.samples for request in ask.requests]
-        self.reused = 0
+        """By prompt and sample."""
+        self.ended = [[False] * request.samples for request in task.requests]
+        """Likewise: nothing more is shown of it."""
+        self.cached_tokens = 0
 
     @property
-    def drawn(self) -> int:
+    def completion_tokens(self) -> int:
         """Tokens that belong to the answers."""
-        return sum(writing.count for some in self.writings for writing in some)
+        return sum(detokenizer.token_count for samples in self.detokenizers for detokenizer in samples)
 
-    async def pieces(self) -> AsyncIterator[tuple[int, int, TextDelta, str | None]]:
-        """(prompt, sample, what it lets out, and why it ended) until all have ended. ApiError or Gone ends it early."""
-        left = len(self.tickets)
-        while left:
-            ticket, told = await self.told.get()
-            if isinstance(told, Exception):
-                raise told
-            if isinstance(told, Done):
-                left -= 1
-                self.reused += told.completions[0].reused_tokens
+    async def deltas(self) -> AsyncIterator[tuple[int, int, TextDelta, str | None]]:
+        """(prompt, sample, its new text, why it ended or None) until all samples have ended.
+
+        ApiError or ClientDisconnected ends it early.
+        """
+        requests_left = len(self.submissions)
+        while requests_left:
+            submission, event = await self.events.get()
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, Done):
+                requests_left -= 1
+                self.cached_tokens += event.completions[0].reused_tokens
                 continue
-            prompt = self.place[ticket]
-            for piece, finish in self._heard(ticket, prompt, told):
-                yield prompt, told.sample, piece, finish
+            prompt = self.prompt_index[submission]
+            for delta, finish in self._handle(submission, prompt, event):
+                yield prompt, event.sample, delta, finish
 
-    def _heard(self, ticket: Ticket, prompt: int, event: Event) -> list[tuple[TextDelta, str | None]]:
-        if self.over[prompt][event.sample]:  # its stop string came; what was drawn since does not count
+    def _handle(self, submission: Submission, prompt: int, event: Event) -> list[tuple[TextDelta, str | None]]:
+        if self.ended[prompt][event.sample]:  # its stop string came; what was drawn since does not count
             return []
-        writing, found = self.writings[prompt][event.sample], []
-        if event.token is not None and event.token in ticket.request.stop:
-            writing.stop_token()
+        detokenizer, deltas = self.detokenizers[prompt][event.sample], []
+        if event.token is not None and event.token in submission.request.stop:
+            detokenizer.count_stop_token()
         elif event.token is not None:
-            found.append((writing.push(event.token, event.logprob), None))
-        if found and found[0][0].ended:
-            self.over[prompt][event.sample] = True
+            deltas.append((detokenizer.push(event.token, event.logprob), None))
+        if deltas and deltas[0][0].stopped:  # the engine knows tokens only, so it has to be stopped
+            self.ended[prompt][event.sample] = True
             if event.finish is None:
-                self.ask.served.worker.cancel(ticket, event.sample)
-            return [(found[0][0], "stop")]
+                self.task.model.engine.cancel(submission, event.sample)
+            return [(deltas[0][0], "stop")]
         if event.finish is not None:
-            self.over[prompt][event.sample] = True
-            rest = writing.finish()
-            found.append((rest, "stop" if rest.ended else event.finish))
-        return found
+            self.ended[prompt][event.sample] = True
+            rest = detokenizer.finish()
+            deltas.append((rest, "stop" if rest.stopped else event.finish))
+        return deltas
 
-    def leave(self) -> None:
+    def cancel(self) -> None:
         """Free the rows of what has not ended."""
-        for ticket in self.tickets:
-            self.ask.served.worker.cancel(ticket)
+        for submission in self.submissions:
+            self.task.model.engine.cancel(submission)
 
 
 @asynccontextmanager
-async def running(ask: GenerationTask, library: ModelRegistry, http: HttpRequest) -> AsyncIterator[Running]:
-    """Submit, watch the client and the clock, and clean up."""
-    library.admit(ask.served, ask.samples)
-    told: asyncio.Queue[tuple[Ticket | None, WorkerEvent | Exception]] = asyncio.Queue()
-    seconds = library.limits.request_seconds
-    alarm = asyncio.get_running_loop().call_later(seconds, told.put_nowait, (None, too_long(seconds)))
-    watch = asyncio.create_task(watch_disconnect(http, lambda: told.put_nowait((None, ClientDisconnected()))))
-    work = Running(ask, told)
+async def run_generation(
+    task: GenerationTask, registry: ModelRegistry, http: HttpRequest
+) -> AsyncIterator[RunningTask]:
+    """Submit a task, and watch its client and the clock. However the block is left, the task's rows are free after.
+
+    ApiError 429 or 503 where the model cannot take it.
+    """
+    registry.admit(task.model, task.samples)
+    events: asyncio.Queue[tuple[Submission | None, WorkerEvent | Exception]] = asyncio.Queue()
+    seconds = registry.limits.request_seconds
+    # The clock and the disconnect are messages in the queue of tokens: there is one thing to wait for.
+    alarm = asyncio.get_running_loop().call_later(seconds, events.put_nowait, (None, timeout_error(seconds)))
+    watch = asyncio.create_task(watch_disconnect(http, lambda: events.put_nowait((None, ClientDisconnected()))))
+    run = RunningTask(task, events)
     try:
-        yield work
+        yield run
     finally:
-        work.leave()
+        run.cancel()
         alarm.cancel()
         watch.cancel()
         with suppress(asyncio.CancelledError):
             await watch
 
 
-async def watch_disconnect(http: HttpRequest, gone: Callable[[], None]) -> None:
-    """Tell when the client has gone away."""
+async def watch_disconnect(http: HttpRequest, on_disconnect: Callable[[], None]) -> None:
+    """Wait until the client has gone away, and call the function."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
-    gone()
+    on_disconnect()
+
+
+@dataclass
+class SampleOutput:
+    """What a sample has given so far."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[EmittedToken] = field(default_factory=list)
+    finish: str = ""
+
+    def add(self, delta: TextDelta, finish: str | None) -> None:
+        self.texts.append(delta.text)
+        self.tokens += delta.tokens
+        self.finish = finish or self.finish
+
+    def mean_logprob(self) -> float:
+        """Over its tokens, in nats; 0 without any."""
+        logprobs = [token.logprob.logprob for token in self.tokens if token.logprob is not None]
+        return sum(logprobs) / len(logprobs) if logprobs else 0.0
 
 
 async def full_response(
-    ask: GenerationTask, library: ModelRegistry, http: HttpRequest
+    task: GenerationTask, registry: ModelRegistry, http: HttpRequest
 ) -> TextCompletion | ChatCompletion:
-    """The answer at once."""
-    shape = SHAPES[ask.chat](ask, head(ask))
-    async with running(ask, library, http) as work:
-        prompts = await echo_prompt(ask)
-        texts = [[[""] for _ in range(r.samples)] for r in ask.requests]
-        spoken: list[list[list[EmittedToken]]] = [[[] for _ in range(r.samples)] for r in ask.requests]
-        finish = [[""] * r.samples for r in ask.requests]
-        async for prompt, sample, piece, why in work.pieces():
-            texts[prompt][sample].append(piece.text)
-            spoken[prompt][sample] += piece.spoken
-            finish[prompt][sample] = why or finish[prompt][sample]
+    """The answer at once. ApiError where it fails, ClientDisconnected where nobody waits for it."""
+    formatter = FORMATS[task.chat](task, response_head(task))
+    outputs = [[SampleOutput() for _ in range(request.samples)] for request in task.requests]
+    async with run_generation(task, registry, http) as run:
+        prompts = await echo_prompts(task)
+        async for prompt, sample, delta, finish in run.deltas():
+            outputs[prompt][sample].add(delta, finish)
     choices = []
-    for prompt in range(len(ask.requests)):
-        for sample in best_samples(spoken[prompt], ask.kept):
-            text = "".join(texts[prompt][sample])
-            choices.append(
-                shape.choice(len(choices), prompts[prompt], text, spoken[prompt][sample], finish[prompt][sample])
-            )
-    return shape.answer(choices, usage_of(ask, work.drawn, work.reused))
+    for prompt, samples in zip(prompts, outputs, strict=True):
+        for output in best_samples(samples, task.choices_per_prompt):
+            choices.append(formatter.choice(len(choices), prompt, "".join(output.texts), output.tokens, output.finish))
+    return formatter.answer(choices, token_usage(task, run.completion_tokens, run.cached_tokens))
 
 
-def best_samples(spoken: list[list[EmittedToken]], kept: int) -> list[int]:
-    """Which samples are given, in order: all, or those whose tokens are most likely in the mean."""
-    if kept == len(spoken):
-        return list(range(kept))
-
-    def mean(i: int) -> float:
-        found = [s.logprob.logprob for s in spoken[i] if s.logprob is not None]
-        return sum(found) / len(found) if found else 0.0
-
-    return sorted(range(len(spoken)), key=lambda i: -mean(i))[:kept]
+def best_samples(samples: list[SampleOutput], count: int) -> list[SampleOutput]:
+    """The samples that are given: all, in order, or the `count` whose tokens are most likely in the mean."""
+    return samples if count == len(samples) else sorted(samples, key=lambda s: -s.mean_logprob())[:count]
 
 
-async def stream_response(ask: GenerationTask, library: ModelRegistry, http: HttpRequest) -> AsyncIterator[str]:
+async def stream_response(task: GenerationTask, registry: ModelRegistry, http: HttpRequest) -> AsyncIterator[str]:
     """The answer as server-sent events, the first with the first token. ApiError before that; later it is an event of
     its own, the last."""
-    shape, begun = SHAPES[ask.chat](ask, head(ask)), False
+    formatter, started = FORMATS[task.chat](task, response_head(task)), False
+    n = task.choices_per_prompt
     try:
-        async with running(ask, library, http) as work:
-            prompts = await echo_prompt(ask)
-            async for prompt, sample, piece, why in work.pieces():
-                for index in range(0 if begun else ask.samples):
-                    if opening := shape.opening(index, prompts[index // ask.kept]):
+        async with run_generation(task, registry, http) as run:
+            prompts = await echo_prompts(task)
+            async for prompt, sample, delta, finish in run.deltas():
+                # Choices are opened with the first token, so that an error before it is a status of its own.
+                for index in range(0 if started else task.samples):
+                    if opening := formatter.opening(index, prompts[index // n]):
                         yield sse(opening)
-                begun = True
-                for chunk in shape.chunks(prompt * ask.kept + sample, prompts[prompt], piece, why):
+                started = True
+                for chunk in formatter.chunks(prompt * n + sample, prompts[prompt], delta, finish):
                     yield sse(chunk)
-            if ask.usage:
-                yield sse(shape.chunk([], usage_of(ask, work.drawn, work.reused)))
+            if task.include_usage:
+                yield sse(formatter.chunk([], token_usage(task, run.completion_tokens, run.cached_tokens)))
             yield "data: [DONE]\n\n"
     except ApiError as error:
-        if not begun:
+        if not started:
             raise
         yield sse(error.body)
     except ClientDisconnected:
         return
 
 
-async def echo_prompt(ask: GenerationTask) -> list[TextDelta]:
+async def echo_prompts(task: GenerationTask) -> list[TextDelta]:
     """By prompt, what stands before the answer: its text and, where they are asked for, its tokens' scores."""
-    if not ask.echo:
-        return [TextDelta("", ())] * len(ask.requests)
-    found = []
-    for request in ask.requests:
-        text = ask.served.tokenizer.decode(request.tokens)
-        scores = await prompt_scores(ask.served, request, ask.bare) if ask.scores else ()
-        found.append(TextDelta(text, tuple(scores)))
-    return found
+    if not task.echo:
+        return [TextDelta("", ())] * len(task.requests)
+    deltas = []
+    for request in task.requests:
+        text = task.model.tokenizer.decode(request.tokens)
+        tokens = await prompt_logprobs(task.model, request, task.implicit_bos) if task.logprobs else ()
+        deltas.append(TextDelta(text, tuple(tokens)))
+    return deltas
 
 
-def head(ask: GenerationTask) -> dict[str, Any]:
-    """What every chunk of an answer begins with."""
-    kind = "chatcmpl" if ask.chat else "cmpl"
+def response_head(task: GenerationTask) -> dict[str, Any]:
+    """What an answer, and every event of a stream, begins with."""
+    kind = "chatcmpl" if task.chat else "cmpl"
     return {
         "id": f"{kind}-{secrets.token_hex(12)}",
         "created": int(time.time()),
-        "model": ask.served.name,
-        "system_fingerprint": ask.served.fingerprint,
+        "model": task.model.name,
+        "system_fingerprint": task.model.fingerprint,
     }
 
 
@@ -206,34 +227,29 @@ def sse(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-CHUNK = 64
-"""Positions whose logits are made at once."""
-
-
-async def prompt_scores(served: ServedModel, request: Request, bare: bool) -> list[EmittedToken]:
-    """One entry per token of the prompt. The first has no log-probability; `bare` leaves it out: nobody wrote it."""
-    found = await served.worker.call(partial(score_prompt, served, request))
-    return found[1:] if bare else found
+async def prompt_logprobs(model: ServedModel, request: Request, implicit_bos: bool) -> list[EmittedToken]:
+    """The tokens of a prompt with their log-probabilities; the first has none. A BOS that nobody wrote is left out."""
+    tokens = await model.engine.call(partial(score_prompt, model, request))
+    return tokens[1:] if implicit_bos else tokens
 
 
 @torch.no_grad()
-def score_prompt(served: ServedModel, request: Request) -> list[EmittedToken]:
-    """In the worker's thread: the entries of all tokens of the prompt."""
-    model, tokens, alternatives = served.model, request.tokens, request.logprobs
+def score_prompt(model: ServedModel, request: Request) -> list[EmittedToken]:
+    """In the engine's thread: all tokens of a prompt, each with its log-probability in nats after those before it."""
+    transformer, tokens, alternatives = model.transformer, request.tokens, request.logprobs
     assert alternatives is not None
-    spelling = served.tokenizer.decoder()
-    found = [EmittedToken(tokens[0], None, 0)]
-    offset = len(spelling.push(tokens[0]))
+    decoder = model.tokenizer.decoder()
+    entries = [EmittedToken(tokens[0], None, 0)]
+    offset = len(decoder.push(tokens[0]))
     if len(tokens) == 1:
-        return found
-    mode = request.prefill or served.settings.prefill
-    row = torch.tensor([tokens[:-1]], device=model.embedding.weight.device)
-    done = prefill(
-        model, row, model.empty_state(1, len(tokens) - 1), mode, calibration=served.worker.engine.calibration
-    )
-    for begin in range(0, len(tokens) - 1, CHUNK):
-        for logits in model.logits(done.sequence[0, begin : begin + CHUNK]):
-            token = tokens[len(found)]
-            found.append(EmittedToken(token, log_probability(logits, token, alternatives), offset))
-            offset += len(spelling.push(token))
-    return found
+        return entries
+    mode = request.prefill or model.settings.prefill
+    row = torch.tensor([tokens[:-1]], device=transformer.embedding.weight.device)
+    state = transformer.empty_state(1, len(tokens) - 1)
+    hidden = prefill(transformer, row, state, mode, calibration=model.engine.engine.calibration).sequence[0]
+    for begin in range(0, len(tokens) - 1, SCORED_AT_ONCE):
+        for logits in transformer.logits(hidden[begin : begin + SCORED_AT_ONCE]):
+            token = tokens[len(entries)]
+            entries.append(EmittedToken(token, log_probability(logits, token, alternatives), offset))
+            offset += len(decoder.push(token))
+    return entries

@@ -13,14 +13,14 @@ from tokenizers import AddedToken
 from lrt import LatentRecurrentTransformer, ModelConfig, Sampling
 from lrt.data.tokenizer import Tokenizer
 from lrt.inference.chat import Conversation
-from lrt.inference.chat_template import TEMPLATES, Message, specials, template_of, turn_tokens
+from lrt.inference.chat_template import TEMPLATES, Message, default_template, special_tokens, turn_tokens
 
 GREEDY = Sampling(temperature=0)
 
 
 def tokenizer(*special: str) -> Tokenizer:
-    made = Tokenizer.train(["User: hello there\nAssistant: hello"] * 3, 280)
-    inner = tokenizers.Tokenizer.from_str(made.to_json())
+    trained = Tokenizer.train(["User: hello there\nAssistant: hello"] * 3, 280)
+    inner = tokenizers.Tokenizer.from_str(trained.to_json())
     inner.add_special_tokens([AddedToken(name, special=True) for name in special])
     return Tokenizer(inner)
 
@@ -43,10 +43,10 @@ NAMES = {name: sorted(template.special) for name, template in TEMPLATES.items()}
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_tokenizer_names_its_template(name: str):
     words = tokenizer(*NAMES[name])
-    assert template_of(words) == name
+    assert default_template(words) == name
     chat = talking(words)
-    ids = chat.turn("hello <|im_start|>")  # what the user writes is text, whatever it spells
-    names = {i: n for n, i in specials(words).items()}
+    ids = chat.encode_turn("hello <|im_start|>")  # what the user writes is text, whatever it spells
+    names = {i: n for n, i in special_tokens(words).items()}
     template = TEMPLATES[name]
     assert ids[0] == words.bos
     assert [names[i] for i in ids[1:] if i in names] == [
@@ -56,20 +56,20 @@ def test_a_tokenizer_names_its_template(name: str):
 
 
 def test_turns_continue_one_text_and_are_taken_back_exactly():
-    chat, told = talking(tokenizer()), []
-    first = chat.say("hello", 6, told.append)
-    assert "".join(told).strip() == first
+    chat, pieces = talking(tokenizer()), []
+    first = chat.say("hello", 6, pieces.append)
+    assert "".join(pieces).strip() == first
     kept = chat.session
-    second = chat.say("there", 6, told.append)
+    second = chat.say("there", 6, pieces.append)
     chat.undo()
     assert chat.session is not None
     assert kept is not None
     assert chat.session.tokens == kept.tokens
-    assert chat.say("there", 6, told.append) == second
+    assert chat.say("there", 6, pieces.append) == second
     chat.undo()
     chat.undo()
     assert chat.session is None
-    assert chat.say("hello", 6, told.append) == first
+    assert chat.say("hello", 6, pieces.append) == first
     with pytest.raises(ValueError, match="no turn to take back"):
         talking(tokenizer()).undo()
 
@@ -77,7 +77,7 @@ def test_turns_continue_one_text_and_are_taken_back_exactly():
 def test_an_answer_ends_with_the_templates_token_or_a_line():
     words = tokenizer(*NAMES["chatml"])
     chat = talking(words)
-    assert specials(words)["<|im_end|>"] in chat.stop
+    assert special_tokens(words)["<|im_end|>"] in chat.stop
     plain = talking(tokenizer())
     lines = [i for i in plain.stop if i != plain.tokenizer.bos]
     assert lines
@@ -116,12 +116,12 @@ def test_a_conversation_is_written_as_its_turns_were():
         ids = turn_tokens(words, template, template.parts(turns))
         end = template.end or "\n"
         expected = [*template.user, "hello", *template.assistant, "there", end, *template.user, "", *template.assistant]
-        names = specials(words)
+        names = special_tokens(words)
         assert [i for i in ids if i in names.values()] == [names[p] for p in expected if p in template.special]
         assert "<|bos|>" in words.decode(ids)
         system = template.parts([Message("system", "be kind"), turns[0]])
-        said = [part for part, by_somebody in system if by_somebody]
-        assert said == (["be kind\n\nhello"] if template.system is None else ["be kind", "hello"])
+        written = [part for part, by_somebody in system if by_somebody]
+        assert written == (["be kind\n\nhello"] if template.system is None else ["be kind", "hello"])
         both = template.parts([turns[0], turns[0]])
         assert [part for part, by_somebody in both if by_somebody] == ["hello\n\nhello"]
     for wrong in ([], [turns[1]], turns[:2], [Message("system", "x")], [turns[0], Message("system", "x"), turns[0]]):
@@ -137,11 +137,11 @@ def test_an_answer_that_was_cut_is_closed_before_the_next_turn(name: str):
     assert chat.session is not None
     assert chat.session.tokens[-1] not in chat.stop  # cut by its limit
     closed = turn_tokens(words, template, [(template.end or "\n", False), (template.between, False)])
-    assert chat.turn("there")[: len(closed)] == closed
+    assert chat.encode_turn("there")[: len(closed)] == closed
     ended = chat.session.extend(turn_tokens(words, template, [(template.end or "\n", False)]), "exact")
     chat.session = ended
     after = turn_tokens(words, template, [(template.between, False), *template.parts([Message("user", "there")])])
-    assert chat.turn("there") == after
+    assert chat.encode_turn("there") == after
 
 
 def test_turns_that_belong_to_another_session_are_refused(tmp_path: Path):

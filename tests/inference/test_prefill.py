@@ -18,7 +18,7 @@ from support.prefill import GROUPS, PARALLEL
 from torch import Tensor
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, refine, schedules
-from lrt.inference.calibrate import STRIDES, calibrate, own_text, sweeps_taken
+from lrt.inference.calibrate import STRIDES, calibrate, count_sweeps, sample_text
 from lrt.inference.certificate import Certificate, merge_certificates
 from lrt.inference.cost_model import FILE, Calibration, Plan, fallback, read_calibration, write_calibration
 from lrt.inference.generation import generate
@@ -112,10 +112,15 @@ def test_rows_of_a_ragged_batch_are_what_they_are_alone(model: LatentRecurrentTr
         torch.testing.assert_close(
             following[row], decode(model, alone.state, further[row : row + 1])[0], rtol=0, atol=1e-10
         )
-        (mine,), its = alone.report.rows, together.report.rows[row]
-        assert (its.path, its.sweeps, its.groups, its.tokens) == (mine.path, mine.sweeps, mine.groups, n)
-        assert (its.residual is None) == (mode == "one_sweep" and n > GROUPS)
-        assert its.residual is None or its.residual == pytest.approx(mine.residual, rel=1e-6)
+        (single,), batched = alone.report.rows, together.report.rows[row]
+        assert (batched.path, batched.sweeps, batched.groups, batched.tokens) == (
+            single.path,
+            single.sweeps,
+            single.groups,
+            n,
+        )
+        assert (batched.residual is None) == (mode == "one_sweep" and n > GROUPS)
+        assert batched.residual is None or batched.residual == pytest.approx(single.residual, rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", SWEPT)
@@ -299,7 +304,9 @@ def test_break_even_is_where_the_costs_meet(overhead: float, rows: int) -> None:
     plan = Plan(16, 7)
     edge = calibration.break_even(plan, rows)
     for length in (20, 50, 100, 1000, 100_000):
-        cheaper = calibration.exact(length, rows) <= plan.sweeps * calibration.sweep(length, rows, plan.groups)
+        cheaper = calibration.exact_cost(length, rows) <= plan.sweeps * calibration.sweep_cost(
+            length, rows, plan.groups
+        )
         assert cheaper == (length <= edge)
 
 
@@ -355,12 +362,12 @@ def test_distance_is_unknown_or_infinite_where_it_is() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ a state's rows
-def test_rows_are_chosen_and_put_back(model: LatentRecurrentTransformer) -> None:
+def test_rows_are_selected_and_put_back(model: LatentRecurrentTransformer) -> None:
     """Rows leave, go on by themselves, and return; a row named twice is forked."""
     tokens, further = prompts(3, 12), prompts(3, 4, seed=2)
     state = run(model, tokens, "exact").state
-    chosen = state.select(torch.tensor([2, 0, 2]))
-    after = decode(model, chosen, further)
+    selected = state.select(torch.tensor([2, 0, 2]))
+    after = decode(model, selected, further)
     for place, row in enumerate((2, 0, 2)):
         expected = exact(model, torch.cat([tokens[row], further[place]]))[12:]
         torch.testing.assert_close(after[place], expected, rtol=0, atol=1e-10)
@@ -396,10 +403,10 @@ def test_resized_holds_what_was_there(model: LatentRecurrentTransformer) -> None
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
-def test_a_user_is_told() -> None:
+def test_mistakes_are_named() -> None:
     model = model_of(MEMORIES["final"])
     state = model.empty_state(2, 20)
-    for tokens, lengths, mode, said in (
+    for tokens, lengths, mode, message in (
         (prompts(2, 0), None, "exact", "at least one token"),
         (prompts(3, 5), None, "exact", "2 rows of the state"),
         (prompts(2, 21), None, "fast", "exceeds the 20 slots"),
@@ -408,7 +415,7 @@ def test_a_user_is_told() -> None:
         (prompts(2, 5), torch.tensor([5]), "fast", "1 to 5 tokens"),
         (prompts(2, 5), None, "slow", "choose one of exact, converged, fast, one_sweep"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             prefill(model, tokens, state, mode, lengths)  # type: ignore[arg-type]
     packed = model.empty_state(2, 20, torch.zeros(2, 20, dtype=torch.long))
     with pytest.raises(ValueError, match="packed documents"):
@@ -424,18 +431,18 @@ def test_a_user_is_told() -> None:
 # ---------------------------------------------------------------------------------------------------------- calibration
 @pytest.mark.parametrize("groups", [4, 8])
 def test_a_calibration_foretells_the_prefill(model: LatentRecurrentTransformer, groups: int) -> None:
-    text = own_text(model, 3, 128)
-    taken, ratio = sweeps_taken(model, text, groups)
+    text = sample_text(model, 3, 128)
+    needed, ratio = count_sweeps(model, text, groups)
     assert ratio > 0
-    plans = {mode: Plan(groups, sweeps) for mode, sweeps in taken.items()}
+    plans = {mode: Plan(groups, sweeps) for mode, sweeps in needed.items()}
     for mode in SWEPT:
         (row,) = prefill(model, text, model.empty_state(1, 128), mode, calibration=Calibration(1e4, plans)).report.rows
-        assert (row.path, row.groups, row.sweeps) == ("sweeps", groups, taken[mode])
+        assert (row.path, row.groups, row.sweeps) == ("sweeps", groups, needed[mode])
 
 
 def test_a_calibration_is_kept(tmp_path: Path) -> None:
     model = model_of(MEMORIES["final"])
-    text = own_text(model, 3, 64)
+    text = sample_text(model, 3, 64)
     assert text.shape == (1, 64)
     assert text[0, 0] == 3
     measured = calibrate(model, text, progress=False)
@@ -449,7 +456,7 @@ def test_a_calibration_is_kept(tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_contract_is_calibrated_to_token_by_token() -> None:
     model = model_of(MEMORIES["final"], strength=30.0)
-    measured = calibrate(model, own_text(model, 3, 128), progress=False)
+    measured = calibrate(model, sample_text(model, 3, 128), progress=False)
     assert all(plan.groups * plan.sweeps == 128 for plan in measured.plans.values())
 
 

@@ -30,15 +30,15 @@ def longer(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, context=2 * LENGTH)
 
 
-def assert_same_state(found: State, expected: State) -> None:
-    assert torch.equal(found.slot_positions, expected.slot_positions)
-    assert torch.equal(found.tokens, expected.tokens)
-    assert found.written_until == expected.written_until
+def assert_same_state(actual: State, expected: State) -> None:
+    assert torch.equal(actual.slot_positions, expected.slot_positions)
+    assert torch.equal(actual.tokens, expected.tokens)
+    assert actual.written_until == expected.written_until
     for name in ("keys", "values"):
-        for one, other in zip(getattr(found, name), getattr(expected, name), strict=True):
-            assert_same(one, other, name)
+        for ours, its in zip(getattr(actual, name), getattr(expected, name), strict=True):
+            assert_same(ours, its, name)
     if expected.memory.shape[2]:
-        assert_same(found.memory, expected.memory, "memory")
+        assert_same(actual.memory, expected.memory, "memory")
 
 
 @over(EVERY)
@@ -50,9 +50,9 @@ def test_sweeps_equal_the_model(config: ModelConfig):
     for _ in range(2):  # the first sweep finds nothing written, the second what the first one left
         for first in range(GROUPS):
             positions, some = range(first, LENGTH, GROUPS), tokens[:, first::GROUPS]
-            found, ours = forward_fused(model, weights, some, positions, ours)
+            actual, ours = forward_fused(model, weights, some, positions, ours)
             expected, its = model(some, positions, its)
-            assert_same(found, expected, f"class {first}")
+            assert_same(actual, expected, f"class {first}")
     assert_same_state(ours, its)
 
 
@@ -66,9 +66,9 @@ def test_rows_that_stand_at_different_positions(config: ModelConfig):
     for first in range(GROUPS):
         positions: Positions = starts + torch.arange(first, LENGTH, GROUPS)
         some = tokens[:, first::GROUPS]
-        found, ours = forward_fused(model, weights, some, positions, ours)
+        actual, ours = forward_fused(model, weights, some, positions, ours)
         expected, its = model(some, positions, its)
-        assert_same(found, expected, f"class {first}")
+        assert_same(actual, expected, f"class {first}")
     assert_same_state(ours, its)
 
 
@@ -83,9 +83,9 @@ def test_slots_that_are_reused():
         for begin in (0, 20):
             for first in range(begin, begin + GROUPS):
                 positions, some = range(first, begin + 20, GROUPS), tokens[:, first : begin + 20 : GROUPS]
-                found, ours = forward_fused(model, weights, some, positions, ours)
+                actual, ours = forward_fused(model, weights, some, positions, ours)
                 expected, its = model(some, positions, its)
-                assert_same(found, expected, f"class {first}")
+                assert_same(actual, expected, f"class {first}")
         assert_same_state(ours, its)
 
 
@@ -93,7 +93,7 @@ def test_slots_that_are_reused():
 @torch.no_grad()
 def test_packed_weights_give_the_same_in_float32(config: ModelConfig):
     model, tokens = random_model(longer(config), torch.float32), tokens_of(LENGTH)
-    found = [
+    hidden = [
         forward_fused(
             model,
             fuse_weights(model, layout),
@@ -103,7 +103,7 @@ def test_packed_weights_give_the_same_in_float32(config: ModelConfig):
         )[0]
         for layout in (transposed_layout, packed_layout(128))
     ]
-    assert_same(found[1], found[0])
+    assert_same(hidden[1], hidden[0])
 
 
 def padded(tokens: Tensor, more: int) -> Tensor:

@@ -36,11 +36,11 @@ def up(folders: list[Path]) -> Iterator[Live]:
 
 def text_of(up: Live, **fields: Any) -> list[str]:
     """The texts of the choices, which are the same streamed and not."""
-    asked: dict[str, Any] = {"model": "lrt", "prompt": PROMPT, "seed": 5, "max_tokens": 24} | fields
-    whole = up.client().completions.create(**asked)
+    body: dict[str, Any] = {"model": "lrt", "prompt": PROMPT, "seed": 5, "max_tokens": 24} | fields
+    whole = up.client().completions.create(**body)
     streamed = [""] * len(whole.choices)
     ends: list[Any] = [None] * len(whole.choices)
-    for chunk in up.client().completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+    for chunk in up.client().completions.create(**body, stream=True, stream_options={"include_usage": True}):
         for choice in chunk.choices:
             assert ends[choice.index] is None
             streamed[choice.index] += choice.text
@@ -56,8 +56,8 @@ def test_tokens_are_those_of_sample(up: Live, folders: list[Path], capsys: pytes
     for seed, prompt in ((0, PROMPT), (7, ""), (2**40, "漢字 🙂")):
         assert text_of(up, prompt=prompt, seed=seed) == [sample(capsys, folders[0], prompt, seed, 24)]
     more = ("--temperature", "0.5", "--top-p", "0.9", "--top-k", "7")
-    given = {"temperature": 0.5, "top_p": 0.9, "extra_body": {"top_k": 7}}
-    assert text_of(up, **given) == [sample(capsys, folders[0], PROMPT, 5, 24, *more)]
+    fields = {"temperature": 0.5, "top_p": 0.9, "extra_body": {"top_k": 7}}
+    assert text_of(up, **fields) == [sample(capsys, folders[0], PROMPT, 5, 24, *more)]
     several = text_of(up, prompt=[PROMPT, "the end"], n=2)
     assert several == [sample(capsys, folders[0], p, s, 24) for p in (PROMPT, "the end") for s in (5, 6)]
     greedy = sample(capsys, folders[0], PROMPT, 0, 24, "--temperature", "0")
@@ -66,7 +66,7 @@ def test_tokens_are_those_of_sample(up: Live, folders: list[Path], capsys: pytes
 
 def test_tokens_are_those_of_sample_in_a_busy_batch(up: Live, folders: list[Path], capsys: pytest.CaptureFixture[str]):
     expected = [sample(capsys, folders[0], PROMPT, seed, 40) for seed in range(12)]
-    found: dict[int, str] = {}
+    texts: dict[int, str] = {}
 
     def ask(seed: int) -> None:
         stream = up.client().completions.create(model="lrt", prompt=PROMPT, seed=seed, max_tokens=40, stream=True)
@@ -76,19 +76,19 @@ def test_tokens_are_those_of_sample_in_a_busy_batch(up: Live, folders: list[Path
             if seed >= 12 and n == seed % 7:  # some leave
                 stream.close()
                 return
-        found[seed] = "".join(parts)
+        texts[seed] = "".join(parts)
 
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(24)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [found[seed] for seed in range(12)] == expected
+    assert [texts[seed] for seed in range(12)] == expected
     assert up.idle()
 
 
 def test_prompts_in_every_form(up: Live):
-    words = up.library.find("lrt").tokenizer
+    words = up.registry.find("lrt").tokenizer
     ids = [words.bos, *words.encode(PROMPT)]
     (expected,) = text_of(up)
     assert text_of(up, prompt=ids) == [expected]
@@ -121,29 +121,31 @@ def test_stops_never_show(up: Live):
 
 
 def test_logprobs_and_echo(up: Live):
-    words = up.library.find("lrt").tokenizer
+    words = up.registry.find("lrt").tokenizer
     done = up.client().completions.create(
         model="lrt", prompt=PROMPT, seed=5, max_tokens=12, logprobs=3, echo=True, temperature=1.7
     )
-    told = done.choices[0].logprobs
-    assert told is not None
+    echoed = done.choices[0].logprobs
+    assert echoed is not None
     assert done.choices[0].text.startswith(PROMPT)
     assert done.usage is not None
-    assert len(told.tokens or []) == done.usage.total_tokens - 1  # BOS was not written by anybody
+    assert len(echoed.tokens or []) == done.usage.total_tokens - 1  # BOS was not written by anybody
     # The same text as a prompt: its scores are those that its tokens had when they were drawn.
     ids = [words.bos, *words.encode(PROMPT)]
-    drawn = up.client().completions.create(model="lrt", prompt=ids, seed=5, max_tokens=12, logprobs=3, temperature=1.7)
-    own = drawn.choices[0].logprobs
+    sampled = up.client().completions.create(
+        model="lrt", prompt=ids, seed=5, max_tokens=12, logprobs=3, temperature=1.7
+    )
+    own = sampled.choices[0].logprobs
     assert own is not None
-    assert told.token_logprobs is not None
-    assert told.token_logprobs[-12:] == own.token_logprobs
+    assert echoed.token_logprobs is not None
+    assert echoed.token_logprobs[-12:] == own.token_logprobs
     scored = up.client().completions.create(model="lrt", prompt=PROMPT, max_tokens=0, logprobs=3, echo=True)
     again = scored.choices[0].logprobs
     assert again is not None
     assert scored.choices[0].text == PROMPT
     assert scored.choices[0].finish_reason == "length"
-    assert again.token_logprobs == told.token_logprobs[: len(ids) - 1]
-    assert again.text_offset == (told.text_offset or [])[: len(ids) - 1]
+    assert again.token_logprobs == echoed.token_logprobs[: len(ids) - 1]
+    assert again.text_offset == (echoed.text_offset or [])[: len(ids) - 1]
     for token, logprob, top in zip(own.tokens or [], own.token_logprobs or [], own.top_logprobs or [], strict=True):
         assert top is not None
         assert max(top.values()) >= (logprob or 0)
@@ -155,13 +157,13 @@ def test_logprobs_and_echo(up: Live):
         )
     )
     listed = [c.choices[0].logprobs for c in chunks]
-    assert list(itertools.chain(*(t.token_logprobs or [] for t in listed if t))) == told.token_logprobs
-    assert list(itertools.chain(*(t.text_offset or [] for t in listed if t))) == told.text_offset
+    assert list(itertools.chain(*(t.token_logprobs or [] for t in listed if t))) == echoed.token_logprobs
+    assert list(itertools.chain(*(t.text_offset or [] for t in listed if t))) == echoed.text_offset
     assert text_of(up, echo=True)[0] == PROMPT + text_of(up)[0]
 
 
 def test_half_characters_are_never_sent(up: Live):
-    words = up.library.find("lrt").tokenizer
+    words = up.registry.find("lrt").tokenizer
     texts = []
     for seed in range(12):
         raw = httpx.post(
@@ -182,7 +184,7 @@ def test_half_characters_are_never_sent(up: Live):
 
 
 def test_penalties_bias_and_best_of(up: Live):
-    words = up.library.find("lrt").tokenizer
+    words = up.registry.find("lrt").tokenizer
     token = next(i for i in range(words.vocab_size) if words.spelling(i) == b"e")
     assert text_of(up, logit_bias={str(token): 100}) == ["e" * 24]
     (varied,) = text_of(up, logit_bias={str(token): 5}, frequency_penalty=2.0, presence_penalty=2.0)
@@ -203,30 +205,30 @@ def test_chat(up: Live):
         {"role": "assistant", "content": "the end"},
         {"role": "user", "content": "of it <|im_end|>", "name": "somebody"},
     ]
-    asked: dict[str, Any] = {"model": "lrt", "messages": turns, "seed": 3, "max_completion_tokens": 30}
-    whole = up.client().chat.completions.create(**asked, n=2, logprobs=True, top_logprobs=2)
+    body: dict[str, Any] = {"model": "lrt", "messages": turns, "seed": 3, "max_completion_tokens": 30}
+    whole = up.client().chat.completions.create(**body, n=2, logprobs=True, top_logprobs=2)
     parts: list[list[str]] = [[], []]
     scores: list[list[float]] = [[], []]
-    for chunk in up.client().chat.completions.create(**asked, n=2, logprobs=True, top_logprobs=2, stream=True):
+    for chunk in up.client().chat.completions.create(**body, n=2, logprobs=True, top_logprobs=2, stream=True):
         for choice in chunk.choices:
             parts[choice.index].append(choice.delta.content or "")
             scores[choice.index] += [t.logprob for t in (choice.logprobs.content or [])] if choice.logprobs else []
     assert ["".join(some) for some in parts] == [c.message.content for c in whole.choices]
-    for choice, found in zip(whole.choices, scores, strict=True):
+    for choice, logprobs in zip(whole.choices, scores, strict=True):
         assert choice.logprobs is not None
-        assert [t.logprob for t in choice.logprobs.content or []] == found
+        assert [t.logprob for t in choice.logprobs.content or []] == logprobs
         assert all(len(t.top_logprobs) == 2 for t in choice.logprobs.content or [])
         spelled = b"".join(bytes(t.bytes or []) for t in choice.logprobs.content or [])
         assert spelled.decode("utf-8", "replace") == choice.message.content
     # The conversation as tokens is what the tokenizer's template says.
-    one = up.library.find("lrt")
+    model = up.registry.find("lrt")
     back = up.client().chat.completions.create(
-        **{**asked, "messages": [*turns, whole.choices[0].message.model_dump(), {"role": "user", "content": "so"}]}
+        **{**body, "messages": [*turns, whole.choices[0].message.model_dump(), {"role": "user", "content": "so"}]}
     )
     assert back.usage is not None
     assert whole.usage is not None
     assert back.usage.prompt_tokens > whole.usage.prompt_tokens
-    assert one.template is not None
+    assert model.template is not None
     with pytest.raises(openai.BadRequestError, match="has no chat template; use /v1/completions"):
         up.client().chat.completions.create(model="bare", messages=turns)
     with pytest.raises(openai.BadRequestError, match="give at most one of the system"):
@@ -274,29 +276,29 @@ ASKING = {
 
 @pytest.mark.parametrize("name", ASKING)
 def test_what_is_not_supported_is_refused_by_name(up: Live, name: str):
-    asked: dict[str, Any] = {"model": "lrt", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    body: dict[str, Any] = {"model": "lrt", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
     with pytest.raises(openai.BadRequestError, match=f"{name} is not supported here") as caught:
-        up.client().chat.completions.create(**asked, **{name: ASKING[name]})
+        up.client().chat.completions.create(**body, **{name: ASKING[name]})
     assert caught.value.param == name
 
 
 def test_what_asks_for_nothing_is_accepted(up: Live):
     assert set(ASKING) | {"suffix"} == set(UNSUPPORTED)
-    given: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "store": False, "service_tier": "auto", "response_format": {"type": "text"}, "modalities": ["text"],
         "user": "me", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "k",
         "prompt_cache_retention": "in_memory",
         "parallel_tool_calls": True, "tools": [], "tool_choice": "none", "function_call": "none",
     }  # fmt: skip
     turns: Any = [{"role": "user", "content": "x"}]
-    done = up.client().chat.completions.create(model="lrt", messages=turns, max_tokens=1, **given)
+    done = up.client().chat.completions.create(model="lrt", messages=turns, max_tokens=1, **fields)
     assert done.choices[0].finish_reason in ("length", "stop")
     with pytest.raises(openai.BadRequestError, match="suffix is not supported here: an LRT writes forwards"):
         up.client().completions.create(model="lrt", prompt="x", suffix="y")
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"max_tokens": 10_000}, "together more than the context of lrt, 256"),
         ({"prompt": "a " * 3000}, "the context of lrt is 256; shorten it"),
@@ -316,8 +318,8 @@ def test_what_asks_for_nothing_is_accepted(up: Live):
         ({"extra_body": {"prefill": "quick"}}, "prefill: "),
     ],
 )
-def test_mistakes_say_what_is_wrong(up: Live, fields: dict[str, Any], said: str):
-    with pytest.raises(openai.BadRequestError, match=said) as caught:
+def test_mistakes_say_what_is_wrong(up: Live, fields: dict[str, Any], message: str):
+    with pytest.raises(openai.BadRequestError, match=message) as caught:
         up.client().completions.create(**{"model": "lrt", "prompt": "x", "max_tokens": 2, **fields})
     assert caught.value.type == "invalid_request_error"
     assert "/" not in caught.value.message.replace("and/or", "")

@@ -21,7 +21,7 @@ from support.server import EXACT, Live, live, saved
 from lrt.cli.main import main
 from lrt.serve.config import Limits, Settings
 from lrt.serve.detokenizer import Detokenizer, overlap
-from lrt.serve.models import names_of
+from lrt.serve.models import model_names
 from lrt.serve.protocol import CompletionBody
 
 TIGHT = Limits(
@@ -75,8 +75,8 @@ def test_bodies_that_are_large_slow_or_nonsense(tight: Live):
     large = exchange(tight.url, post(b"x" * 30_000))
     assert large.startswith(b"HTTP/1.1 413 ")
     assert error_of(large)["message"] == "the body is larger than 20,000 bytes; send less"
-    said = exchange(tight.url, post(b"", 10**30))
-    assert said.startswith(b"HTTP/1.1 413 ") or said.startswith(b"HTTP/1.1 400 ")
+    endless = exchange(tight.url, post(b"", 10**30))
+    assert endless.startswith(b"HTTP/1.1 413 ") or endless.startswith(b"HTTP/1.1 400 ")
     chunked = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert exchange(tight.url, chunked + (b"1000\r\n" + b"x" * 4096 + b"\r\n") * 8).startswith(b"HTTP/1.1 413 ")
     slow = exchange(tight.url, post(b"{", 100), b"}", 1.2)
@@ -92,12 +92,12 @@ def test_bodies_that_are_large_slow_or_nonsense(tight: Live):
 
 
 def test_limits_of_a_request(tight: Live):
-    for fields, said in (
+    for fields, message in (
         ({"prompt": "a b c d " * 80}, "this server takes 100; shorten it"),
         ({"max_tokens": 201}, "this server gives 200 at most"),
         ({"n": 5}, "5 continuations are asked for, this server gives 4 at once"),
     ):
-        with pytest.raises(openai.BadRequestError, match=said):
+        with pytest.raises(openai.BadRequestError, match=message):
             tight.client().completions.create(**{"model": "lrt", "prompt": "x", **fields})  # pyright: ignore
 
 
@@ -118,14 +118,15 @@ def test_a_full_queue_says_when_to_come_back(tight: Live):
 @pytest.mark.parametrize("streamed", [True, False])
 def test_who_goes_away_frees_its_rows_at_once(folder: Path, streamed: bool):
     with live(folder, settings=EXACT) as up:
-        worker = up.library.find("lrt").worker
-        asked = {"model": "lrt", "prompt": "x", "max_tokens": 1900, "n": 3, "logit_bias": {"5": 100}}  # none ends early
-        body = json.dumps({**asked, "stream": streamed}).encode()
+        engine = up.registry.find("lrt").engine
+        # The bias lets no sample end early.
+        fields = {"model": "lrt", "prompt": "x", "max_tokens": 1900, "n": 3, "logit_bias": {"5": 100}}
+        body = json.dumps({**fields, "stream": streamed}).encode()
         host, port = up.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), 20) as link:
             link.sendall(post(body))
             patience = time.monotonic() + 60
-            while worker.engine.rows.used < 3:
+            while engine.engine.rows.used < 3:
                 assert time.monotonic() < patience
                 time.sleep(0.01)
         begin = time.monotonic()
@@ -135,11 +136,11 @@ def test_who_goes_away_frees_its_rows_at_once(folder: Path, streamed: bool):
 
 def test_answers_have_a_time_limit(folder: Path):
     with live(folder, limits=Limits(request_seconds=0.5, queue_seconds=0.3), settings=Settings(rows=1)) as up:
-        asked: dict[str, Any] = {"model": "lrt", "prompt": "x", "max_tokens": 1900, "logit_bias": {"5": 100}}
+        body: dict[str, Any] = {"model": "lrt", "prompt": "x", "max_tokens": 1900, "logit_bias": {"5": 100}}
         with pytest.raises(openai.InternalServerError, match=r"longer than 0\.5 seconds; ask for fewer") as caught:
-            up.client().completions.create(**asked)
+            up.client().completions.create(**body)
         assert caught.value.status_code == 504
-        stream = up.client().completions.create(**asked, stream=True)
+        stream = up.client().completions.create(**body, stream=True)
         with pytest.raises(openai.APIError, match="longer than"):
             for _ in stream:
                 pass
@@ -148,12 +149,12 @@ def test_answers_have_a_time_limit(folder: Path):
 
 def test_waiting_for_a_row_has_a_time_limit(folder: Path):
     with live(folder, limits=Limits(queue_seconds=0.2), settings=Settings(rows=1, prefill="exact")) as up:
-        asked: dict[str, Any] = {"model": "lrt", "prompt": "x", "max_tokens": 1900, "logit_bias": {"5": 100}}
-        busy = up.client().completions.create(**asked, stream=True)
+        body: dict[str, Any] = {"model": "lrt", "prompt": "x", "max_tokens": 1900, "logit_bias": {"5": 100}}
+        busy = up.client().completions.create(**body, stream=True)
         next(iter(busy))
         for streamed in (False, True):
             with pytest.raises(openai.InternalServerError, match=r"no row was free within 0\.2 seconds") as caught:
-                up.client().completions.create(**asked, stream=streamed)
+                up.client().completions.create(**body, stream=streamed)
             assert caught.value.status_code == 503
         busy.close()
         assert up.idle()
@@ -189,7 +190,7 @@ def test_other_peoples_pages_cannot_reach_a_private_server(folder: Path):
 
 def test_a_failing_engine_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch):
     with live(folder) as up:
-        worker = up.library.find("lrt").worker
+        engine = up.registry.find("lrt").engine
 
         def broken() -> Any:
             raise RuntimeError("/secret/path")
@@ -198,8 +199,8 @@ def test_a_failing_engine_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPa
             model="lrt", prompt="x", max_tokens=1900, stream=True, logit_bias={"5": 100}
         )
         next(iter(stream))
-        monkeypatch.setattr(worker.engine, "step", broken)
-        monkeypatch.setattr(worker.engine, "cancel", broken)  # nothing of it works any more
+        monkeypatch.setattr(engine.engine, "step", broken)
+        monkeypatch.setattr(engine.engine, "cancel", broken)  # nothing of it works any more
         with pytest.raises(openai.APIError, match="the server failed to answer") as caught:
             for _ in stream:
                 pass
@@ -236,9 +237,9 @@ def test_sigterm_lets_streams_end_and_tells_the_rest(folder: Path):
     process, url = start(folder, "--limits.grace-seconds", "1.5")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
     try:
-        asked: dict[str, Any] = {"model": "lrt", "prompt": "x", "stream": True, "logit_bias": {"5": 100}}
-        streams = {n: client.completions.create(max_tokens=n, **asked) for n in (20, 1900)}
-        endless = client.completions.create(max_tokens=1900, n=16, **asked)  # so that 1.5 seconds are not enough
+        body: dict[str, Any] = {"model": "lrt", "prompt": "x", "stream": True, "logit_bias": {"5": 100}}
+        streams = {n: client.completions.create(max_tokens=n, **body) for n in (20, 1900)}
+        endless = client.completions.create(max_tokens=1900, n=16, **body)  # so that 1.5 seconds are not enough
         for stream in (*streams.values(), endless):
             next(iter(stream))
         process.send_signal(signal.SIGTERM)
@@ -249,17 +250,17 @@ def test_sigterm_lets_streams_end_and_tells_the_rest(folder: Path):
                 pass
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/healthz")
-        said, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode in (0, -signal.SIGTERM)
-    assert "Traceback" not in said
+    assert "Traceback" not in output
 
 
 def test_addresses_that_others_reach_need_a_token(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     short, same = tmp_path / "short", tmp_path / "other" / "lrt"
     short.write_text("hush\n")
-    for arguments, said in (
+    for arguments, message in (
         ((str(folder), "--host", "0.0.0.0"), "0.0.0.0 can be reached from other machines; give --token-file FILE"),
         ((str(folder), "--token-file", str(short)), "is no token; write at least 16"),
         ((str(folder), str(same)), "two checkpoints are called lrt; tell them apart with --names"),
@@ -271,13 +272,13 @@ def test_addresses_that_others_reach_need_a_token(folder: Path, tmp_path: Path, 
     ):
         with pytest.raises(SystemExit):
             main(["serve", *arguments, "--device", "cpu"])
-        told = " ".join(word for word in capsys.readouterr().err.split() if word not in "│|")
-        assert said in told
+        shown = " ".join(word for word in capsys.readouterr().err.split() if word not in "│|")
+        assert message in shown
 
 
 def test_names_are_the_folders():
-    assert names_of([Path("runs/mine"), Path("runs/a b/checkpoint")]) == ["mine", "a-b"]
-    assert names_of([Path("x"), Path("x")], ["one", "two"]) == ["one", "two"]
+    assert model_names([Path("runs/mine"), Path("runs/a b/checkpoint")]) == ["mine", "a-b"]
+    assert model_names([Path("x"), Path("x")], ["one", "two"]) == ["one", "two"]
 
 
 class Letters:
@@ -291,18 +292,18 @@ class Letters:
 
 
 @pytest.mark.parametrize("stops", [(), ("abc",), ("aab", "b"), ("aaaa",), ("ba", "abab", "c")])
-def test_writing_shows_what_is_before_the_first_stop(stops: tuple[str, ...]):
+def test_a_detokenizer_shows_what_is_before_the_first_stop(stops: tuple[str, ...]):
     for number in range(3**7):
         text = "".join("abc"[number // 3**i % 3] for i in range(7))
-        writing, shown, ended = Detokenizer(Letters(), stops), "", False
+        detokenizer, shown, stopped = Detokenizer(Letters(), stops), "", False
         for letter in text:
-            piece = writing.push(ord(letter), None)
-            shown += piece.text
-            if piece.ended:
-                ended = True
+            delta = detokenizer.push(ord(letter), None)
+            shown += delta.text
+            if delta.stopped:
+                stopped = True
                 break
-        if not ended:
-            shown += writing.finish().text
+        if not stopped:
+            shown += detokenizer.finish().text
         # The reference: the shortest beginning of the text that ends with a stop decides.
         ends = [n for n in range(1, 8) if any(text[:n].endswith(s) for s in stops)]
         whole = text[: ends[0]] if ends else text
@@ -313,21 +314,21 @@ def test_writing_shows_what_is_before_the_first_stop(stops: tuple[str, ...]):
 
 @pytest.mark.parametrize("fields", [{"temperature": 1e-40}, {"temperature": 1e-300}, {"top_p": 1e-320}])
 def test_the_coldest_draws_take_the_likeliest_token(tight: Live, fields: dict[str, Any]):
-    asked: dict[str, Any] = {"model": "lrt", "prompt": "hello", "max_tokens": 8, "seed": 0}
+    body: dict[str, Any] = {"model": "lrt", "prompt": "hello", "max_tokens": 8, "seed": 0}
     client = tight.client()
-    likeliest = client.completions.create(**asked, temperature=0).choices[0].text
-    assert client.completions.create(**(asked | fields)).choices[0].text == likeliest
-    assert "lrt_engine_failures_total{" not in tight.library.metrics.text().decode()  # nobody else was ended
+    likeliest = client.completions.create(**body, temperature=0).choices[0].text
+    assert client.completions.create(**(body | fields)).choices[0].text == likeliest
+    assert "lrt_engine_failures_total{" not in tight.registry.metrics.text().decode()  # nobody else was ended
 
 
 def test_too_many_prompts_are_refused_before_they_are_tokenized(tight: Live, monkeypatch: pytest.MonkeyPatch):
-    served = tight.library.find("lrt")
-    asked: list[str] = []
-    encode = served.tokenizer.encode
-    monkeypatch.setattr(served.tokenizer, "encode", lambda text: asked.append(text) or encode(text))
+    model = tight.registry.find("lrt")
+    texts: list[str] = []
+    encode = model.tokenizer.encode
+    monkeypatch.setattr(model.tokenizer, "encode", lambda text: texts.append(text) or encode(text))
     with pytest.raises(openai.BadRequestError, match="1000 continuations are asked for"):
         tight.client().completions.create(model="lrt", prompt=["a"] * 1000)
-    assert asked == []
+    assert texts == []
 
 
 def test_of_many_wrong_prompts_the_first_is_enough():

@@ -18,9 +18,9 @@ def test_many_clients(tmp_path: Path):
     folder = saved(tmp_path / "model")
     command = [sys.executable, str(SCRIPT), str(folder), "--clients", "24", "--seconds", "20", "--rows", "16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    found = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads(done.stdout.splitlines()[-1])
     # Memory is judged by the long run alone: twenty seconds are all warming up.
-    assert all(held for name, held in found["holds"].items() if name != "memory flat"), (found, done.stderr[-2000:])
-    assert found["answers"] > 20
-    assert found["left"] > 5
-    assert {kind.split(":")[0] for kind in found["refused"]} == {"malformed", "unknown", "oversized", "slow"}
+    assert all(held for name, held in report["holds"].items() if name != "memory flat"), (report, done.stderr[-2000:])
+    assert report["answers"] > 20
+    assert report["left"] > 5
+    assert {kind.split(":")[0] for kind in report["refused"]} == {"malformed", "unknown", "oversized", "slow"}

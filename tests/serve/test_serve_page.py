@@ -51,15 +51,15 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def page(browser: Browser, up: Live) -> Iterator[Page]:
     opened = browser.new_page(viewport={"width": 1200, "height": 900})
-    said: list[str] = []
-    opened.on("console", lambda message: said.append(message.text))
-    opened.on("pageerror", lambda error: said.append(str(error)))
-    opened.on("request", lambda request: said.append(request.url) if not request.url.startswith(up.url) else None)
+    events: list[str] = []
+    opened.on("console", lambda message: events.append(message.text))
+    opened.on("pageerror", lambda error: events.append(str(error)))
+    opened.on("request", lambda request: events.append(request.url) if not request.url.startswith(up.url) else None)
     opened.goto(up.url)
     expect(opened.locator("#model-0 option")).to_have_count(2)
     yield opened
     opened.close()
-    assert said == []  # no error, and nothing asked of anybody else
+    assert events == []  # no error, and nothing asked of anybody else
 
 
 def written(page: Page, panes: int = 1) -> None:
@@ -74,15 +74,15 @@ def test_type_stream_hover_and_switch(page: Page, up: Live):
     page.keyboard.press("Control+Enter")
     written(page)
     tokens = page.locator(".text span")
-    prompt = len(up.library.find("lrt").tokenizer.encode("hello naïve 漢字")) + 1
+    prompt = len(up.registry.find("lrt").tokenizer.encode("hello naïve 漢字")) + 1
     assert page.locator(".text span.given").count() == prompt
     assert prompt < tokens.count() <= prompt + 30
     assert page.locator(".text").inner_text().startswith("hello")
     expect(page.locator(".facts").last).to_contain_text("tokens in")
     tokens.nth(prompt + 2).hover()
     about = page.locator(".about")
-    for said in ("with recurrence", "memory zeroed", "previous embedding", "recurrence gains", "layer 2", "likeliest"):
-        expect(about).to_contain_text(said)
+    for text in ("with recurrence", "memory zeroed", "previous embedding", "recurrence gains", "layer 2", "likeliest"):
+        expect(about).to_contain_text(text)
     assert page.locator("canvas").bounding_box()["width"] == 14 * tokens.count()  # pyright: ignore
     assert "rgb" in (tokens.nth(prompt).get_attribute("style") or "")
     before = [tokens.nth(i).get_attribute("style") for i in range(tokens.count())]
@@ -169,13 +169,13 @@ def test_what_is_shown_is_what_is_measured(up: Live, folders: list[Path]):
     model, words = load(folders[0])
     tokens = [words.bos, *words.encode("the end of it all, naïve 漢字")]
     row = torch.tensor([tokens])
-    found = httpx.post(f"{up.url}/playground/inspect", json={"model": "lrt", "tokens": tokens}, timeout=60).json()
-    ways: dict[str, Any] = {"live": model, "zero": ablate(model, "zero"), "embedding": ablate(model, "embedding")}
-    assert set(found["bits"]) == set(ways)
-    for name, way in ways.items():
-        expected = score(way, row)[0] / torch.log(torch.tensor(2.0))
-        torch.testing.assert_close(torch.tensor(found["bits"][name]), expected, atol=1e-3, rtol=1e-3)
-    assert "".join(found["texts"]) == "the end of it all, naïve 漢字"
+    shown = httpx.post(f"{up.url}/playground/inspect", json={"model": "lrt", "tokens": tokens}, timeout=60).json()
+    variants: dict[str, Any] = {"live": model, "zero": ablate(model, "zero"), "embedding": ablate(model, "embedding")}
+    assert set(shown["bits"]) == set(variants)
+    for name, variant in variants.items():
+        expected = score(variant, row)[0] / torch.log(torch.tensor(2.0))
+        torch.testing.assert_close(torch.tensor(shown["bits"][name]), expected, atol=1e-3, rtol=1e-3)
+    assert "".join(shown["texts"]) == "the end of it all, naïve 漢字"
     inside = by_token(model, row[:, :-1])
     means = layers(model, row[:, :-1])
     for block, layer in zip(inside["blocks"], means, strict=True):
@@ -184,10 +184,10 @@ def test_what_is_shown_is_what_is_measured(up: Live, folders: list[Path]):
         torch.testing.assert_close(torch.tensor(block["memory"]).mean(1), gates[1:])
     assert inside["norm"][0][0] == 0
     assert all(abs(n - 1) < 1e-3 for n in inside["norm"][0][1:])
-    for wrong, said in (([0] * 61, "has 61 tokens, 60 are looked into"), ([0, 10**6], "is not in the vocabulary")):
+    for wrong, message in (([0] * 61, "has 61 tokens, 60 are looked into"), ([0, 10**6], "is not in the vocabulary")):
         answer = httpx.post(f"{up.url}/playground/inspect", json={"model": "lrt", "tokens": wrong})
         assert answer.status_code == 400
-        assert said in answer.json()["error"]["message"]
+        assert message in answer.json()["error"]["message"]
     bare = httpx.post(
         f"{up.url}/playground/inspect", json={"model": "transformer", "tokens": tokens}, timeout=60
     ).json()

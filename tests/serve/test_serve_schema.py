@@ -41,8 +41,8 @@ def run(up: Live, examples: int, folder: Path) -> None:
 
 def test_nothing_is_found(up: Live, tmp_path: Path):
     run(up, 10, tmp_path)
-    worker = up.library.find("lrt").worker
-    assert not worker.failed
+    engine = up.registry.find("lrt").engine
+    assert not engine.failed
 
 
 @pytest.mark.slow

@@ -22,8 +22,8 @@ from lrt.model import checkpoint
 from lrt.serve.app import create_app
 from lrt.serve.config import Limits, Settings
 from lrt.serve.metrics import ServerMetrics
-from lrt.serve.models import ModelRegistry, load_served, names_of
-from lrt.serve.server import Server, server
+from lrt.serve.models import ModelRegistry, load_served_model, model_names
+from lrt.serve.server import Server, create_server
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 TEXT = "User: hello there, naïve café 漢字かな 🙂🙃\nAssistant: the end of it all\n"
@@ -36,8 +36,8 @@ def saved(folder: Path, *special: str, seed: int = 0, **fields: Any) -> Path:
     inner.add_special_tokens([AddedToken(name, special=True) for name in special])
     words = Tokenizer(inner)
     torch.manual_seed(seed)
-    shape = {"depth": 2, "width": 16, "heads": 2, "context": 256, "memory": MemoryConfig()} | fields
-    model = LatentRecurrentTransformer(ModelConfig(vocab_size=words.vocab_size, **shape)).eval()
+    fields = {"depth": 2, "width": 16, "heads": 2, "context": 256, "memory": MemoryConfig()} | fields
+    model = LatentRecurrentTransformer(ModelConfig(vocab_size=words.vocab_size, **fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -51,7 +51,7 @@ class Live:
     """A server that runs."""
 
     url: str
-    library: ModelRegistry
+    registry: ModelRegistry
     server: Server
 
     def client(self, key: str = "none", **fields: Any) -> openai.OpenAI:
@@ -61,8 +61,8 @@ class Live:
         """Whether, soon, no row is in use and nobody is counted any more."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            workers = [one.worker for one in self.library.models.values()]
-            if all(w.engine.idle and w.engine.rows.used == 0 and w.load == 0 and not w._tickets for w in workers):
+            engines = [model.engine for model in self.registry.models.values()]
+            if all(e.engine.idle and e.engine.rows.used == 0 and e.load == 0 and not e._submissions for e in engines):
                 return True
             time.sleep(0.02)
         return False
@@ -75,9 +75,12 @@ def live(
     """A server over checkpoints, in a thread of this process, on a port of its own."""
     limits, metrics = limits or Limits(), ServerMetrics()
     device = torch.device("cpu")
-    models = [load_served(p, n, settings, limits, metrics, device) for p, n in zip(paths, names_of(paths), strict=True)]
-    library = ModelRegistry(models, limits, metrics)
-    running = server(create_app(library, token, hosts), library, "127.0.0.1", 0)
+    models = [
+        load_served_model(path, name, settings, limits, metrics, device)
+        for path, name in zip(paths, model_names(paths), strict=True)
+    ]
+    registry = ModelRegistry(models, limits, metrics)
+    running = create_server(create_app(registry, token, hosts), registry, "127.0.0.1", 0)
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     while not running.started:
@@ -85,7 +88,7 @@ def live(
         time.sleep(0.01)
     port = running.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Live(f"http://127.0.0.1:{port}", library, running)
+        yield Live(f"http://127.0.0.1:{port}", registry, running)
     finally:
         running.should_exit = True
         thread.join(60)

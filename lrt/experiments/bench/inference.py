@@ -17,7 +17,7 @@ from lrt.data.windows import windows
 from lrt.experiments.bench import decode, equality, prefill
 from lrt.experiments.bench.rows import Row
 from lrt.inference import cost_model
-from lrt.inference.calibrate import LENGTH, calibrate, own_text
+from lrt.inference.calibrate import LENGTH, calibrate, sample_text
 from lrt.inference.cost_model import Calibration
 from lrt.model import checkpoint
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -49,7 +49,7 @@ def measured_calibration(path: Path, device: str, progress: bool = True) -> Cali
     model, tokenizer = checkpoint.load(folder, device)
     found = cost_model.read_calibration(folder, model)
     if not found.device:
-        text = own_text(model, tokenizer.bos, min(LENGTH, model.config.context))
+        text = sample_text(model, tokenizer.bos, min(LENGTH, model.config.context))
         found = calibrate(model, text, progress)
         cost_model.write_calibration(folder, found)
     return found

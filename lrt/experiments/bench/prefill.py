@@ -41,7 +41,7 @@ def prefill_rows(
     device, first, length = prompts.device, prompts[:1], prompts.shape[1]
     live, gaps = gaps_to_live(model, prompts, token_bytes, progress)
     needed = {stride: sweeps_needed(found) for stride, found in gaps.items()}
-    groups = min(needed, key=lambda stride: needed[stride] * calibration.sweep(length, 1, stride))
+    groups = min(needed, key=lambda stride: needed[stride] * calibration.sweep_cost(length, 1, stride))
     sweeps = needed[groups]
 
     def plain() -> None:
