@@ -11,7 +11,7 @@ from lrt.model.size import is_table, parameter_sizes
 from lrt.schedules.base import Schedule
 
 
-def visible_keys(length: int, window: int | None) -> float:
+def mean_visible_keys(length: int, window: int | None) -> float:
     """Keys a query sees on average over a sequence of `length` positions."""
     if window is None or window >= length:
         return (length + 1) / 2
@@ -28,7 +28,7 @@ def forward_flops(config: ModelConfig, length: int) -> tuple[float, float]:
     looped = sum(n for name, n in dense.items() if name.startswith("blocks."))
     products = 2 * (config.loops * looped + sum(dense.values()) - looped)
     positions = config.positions_per_token * length
-    attention = sum(4 * config.heads * config.head_dim * visible_keys(positions, w) for w in config.windows)
+    attention = sum(4 * config.heads * config.head_dim * mean_visible_keys(positions, w) for w in config.windows)
     return config.positions_per_token * (products + attention), 2 * config.width * config.vocab_size
 
 
