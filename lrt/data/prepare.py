@@ -34,6 +34,7 @@ from lrt.data.records import Selection
 from lrt.data.shards import SplitWriter
 from lrt.data.sources import Mark
 from lrt.data.tokenizer import Tokenizer
+from lrt.utils.files import replace_atomically, replace_folder
 from lrt.utils.progress import bar
 
 SHARD_TOKENS = 100_000_000
@@ -90,26 +91,27 @@ def prepare(
     with building(out, inputs) as part:
         if (same := reusable(out, inputs)) is not None:  # another process made it while this one waited
             return same
-        if ready is None:
-            ready = train_tokenizer(part, corpus, vocab_size, progress)
-        else:
-            ready.save(part / "tokenizer.json")
-        splits = write_splits(part, corpus, ready, shard_tokens, chosen_workers(workers, corpus), progress)
-        manifest = {
-            "format": FORMAT,
-            "inputs": inputs,
-            "arguments": arguments,
-            "sources": corpus.description,
-            "vocab_size": ready.vocab_size,
-            "tokenizer_sha256": ready.sha256,
-            "splits": splits,
-        }
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        if not (part / "new").is_dir():  # else an earlier call was stopped while it moved what was finished
+            if ready is None:
+                ready = train_tokenizer(part, corpus, vocab_size, progress)
+            else:
+                ready.save(part / "tokenizer.json")
+            splits = write_splits(part, corpus, ready, shard_tokens, worker_count(workers, corpus), progress)
+            manifest = {
+                "format": FORMAT,
+                "inputs": inputs,
+                "arguments": arguments,
+                "sources": corpus.description,
+                "vocab_size": ready.vocab_size,
+                "tokenizer_sha256": ready.sha256,
+                "splits": splits,
+            }
+            replace_atomically(part / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         move_into_place(part, out)
     return Prepared.open(out)
 
 
-def chosen_workers(workers: int | None, corpus: Corpus) -> int:
+def worker_count(workers: int | None, corpus: Corpus) -> int:
     """How many processes encode: as asked for, or one per core this process may use, or none for a small corpus."""
     if workers is not None:
         return workers
@@ -122,8 +124,7 @@ def train_tokenizer(part: Path, corpus: Corpus, vocab_size: int, progress: bool)
     if not file.is_file():
         with bar(f"training a vocabulary of {vocab_size}", None, progress):
             tokenizer = Tokenizer.train(corpus.sample(SAMPLE_BYTES), vocab_size)
-        tokenizer.save(part / "tokenizer.tmp")
-        (part / "tokenizer.tmp").replace(file)
+        replace_atomically(file, tokenizer.save)
     return Tokenizer.load(file)
 
 
@@ -198,8 +199,7 @@ def read_state(part: Path) -> tuple[CorpusPosition, dict[str, Any]]:
 
 def write_state(part: Path, place: CorpusPosition, splits: dict[str, Any]) -> None:
     """Note how far everything is, in one step: a reader finds this state or the one before."""
-    (part / "state.tmp").write_text(json.dumps({"place": place, "splits": splits}), encoding="utf-8")
-    (part / "state.tmp").replace(part / "state.json")
+    replace_atomically(part / "state.json", json.dumps({"place": place, "splits": splits}))
 
 
 # The folder
@@ -254,12 +254,10 @@ def building(out: Path, inputs: str) -> Iterator[Path]:
 
 
 def move_into_place(part: Path, out: Path) -> None:
-    """Move the finished files to their place; what was there before is gone once they are."""
+    """Move the finished files to their place; what was there before is gone once they are. May be called again."""
     new = part / "new"
     new.mkdir(exist_ok=True)
     for entry in sorted(part.iterdir()):
         if OURS.fullmatch(entry.name):
             entry.rename(new / entry.name)
-    if out.exists():
-        out.rename(part / "replaced")
-    new.rename(out)
+    replace_folder(new, out)

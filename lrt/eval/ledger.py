@@ -10,6 +10,7 @@ from typing import Any
 
 from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
 from lrt.eval.results import slug
+from lrt.utils.files import replace_atomically
 from lrt.utils.provenance import code_version
 
 
@@ -83,7 +84,7 @@ class Ledger(InMemory):
         if self.file.exists():
             text = self.file.read_bytes()
             if not text.endswith(b"\n"):
-                self.file.write_bytes(text[: text.rfind(b"\n") + 1])
+                replace_atomically(self.file, text[: text.rfind(b"\n") + 1])
 
     def _read(self) -> dict[str, Any]:
         lines: list[str] = []

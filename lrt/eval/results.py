@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrt.utils.files import replace_atomically
 from lrt.utils.provenance import code_version
 
 FORMAT = 1
@@ -47,9 +48,8 @@ class Result:
         """Write the result's file, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{self.kind}-{slug(self.subject)}.json"
-        fresh = file.with_name(f".{file.name}")
-        fresh.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        return fresh.replace(file)
+        replace_atomically(file, json.dumps(self.to_dict(), indent=1) + "\n")
+        return file
 
 
 def slug(text: str) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lrt.eval.report.figures import COLOURS, running_mean
 from lrt.eval.report.html import PAGE, figure
+from lrt.utils.files import replace_atomically
 
 Row = tuple[str, Callable[[Mapping[str, Any]], str]]
 COLUMNS: tuple[Row, ...] = (
@@ -83,7 +84,7 @@ def write_report(path: Path, summary: Mapping[str, Any], diaries: Mapping[str, P
         f"<p>{html.escape(str(summary['hardware']))}. {summary['seconds']:.0f} seconds in all.</p>",
         f"<details><summary>summary.json</summary><pre>{html.escape(json.dumps(summary, indent=2))}</pre></details>",
     ]
-    path.write_text(PAGE.replace("{body}", "\n".join(body)), encoding="utf-8")
+    replace_atomically(path, PAGE.replace("{body}", "\n".join(body)))
 
 
 def _headline(summary: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from lrt.utils.files import replace_atomically
 from lrt.utils.imports import optional_module
 
 
@@ -116,9 +117,7 @@ def read_metrics(out: Path, steps: int) -> list[dict[str, Any]]:
 
 def rewrite_metrics(out: Path, lines: list[dict[str, Any]]) -> None:
     """Make `lines` all of metrics.jsonl: what stands behind a snapshot goes, and a kill now loses none of the rest."""
-    rewritten = out / ".metrics.jsonl"
-    rewritten.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rewritten.replace(out / "metrics.jsonl")
+    replace_atomically(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 MetricsLog = list[dict[str, Any]]

@@ -20,6 +20,7 @@ from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
 from lrt.training.recipes import match_parameters
 from lrt.training.trainer import Trainer
+from lrt.utils.files import replace_atomically
 
 KINDS = ("parameters", "tokens", "compute", "wall_clock")
 PAIRS = 12
@@ -92,7 +93,7 @@ def kept_ratio(run: RunConfig, other: Other, data: Prepared, ranks: SingleProces
     with ranks.collective():
         if ranks.first:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"ratio": ratio, "pairs": PAIRS, "of": asked}, indent=2) + "\n")
+            replace_atomically(file, json.dumps({"ratio": ratio, "pairs": PAIRS, "of": asked}, indent=2) + "\n")
     return ratio
 
 

@@ -19,6 +19,7 @@ from lrt.model.memory import Projection, Residual
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.base import Schedule
 from lrt.training.loggers import SINKS
+from lrt.utils.files import replace_atomically
 
 WIDENED = 0.01
 """A gap that has grown by this many bits per byte above the smallest seen is warned of (contract, section 6)."""
@@ -128,7 +129,7 @@ def report_divergence(
 ) -> str:
     """Write diverged.json (reason, last steps, last good snapshot, settings); returns what to tell the user."""
     about = {"reason": reason, "snapshot": None if good is None else str(good), "last": list(lines[-50:]), "run": run}
-    (out / "diverged.json").write_text(json.dumps(about, indent=2) + "\n")
+    replace_atomically(out / "diverged.json", json.dumps(about, indent=2) + "\n")
     again = (
         f"go on from the last good snapshot with --resume {good}"
         if good

@@ -318,6 +318,31 @@ def test_an_interrupted_preparation_goes_on(kind: str, tmp_path: Path, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "whole"]
 
 
+@pytest.mark.parametrize("at", [0, 3, 9])  # of ten renames: eight files into a folder, the old one away, the new one in
+def test_a_preparation_interrupted_while_it_moves_its_files_goes_on(
+    at: int, tmp_path: Path, given: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, renames, rename = write_json_lines(tmp_path / "docs.jsonl", records_of(300)), [], Path.rename
+    prepare(tmp_path / "whole", [path], tokenizer=given, progress=False)
+    prepare(
+        tmp_path / "out", [write_json_lines(tmp_path / "a.jsonl", records_of(200))], tokenizer=given, progress=False
+    )
+
+    def interrupted(self: Path, target: Path) -> Path:
+        renames.append(target)
+        if len(renames) == at + 1:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "out", [path], tokenizer=given, progress=False)
+    prepare(tmp_path / "out", [path], tokenizer=given, progress=False)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "docs.jsonl", "out", "whole"]
+
+
 def test_other_inputs_do_not_go_on_from_an_interruption(
     tmp_path: Path, given: Path, monkeypatch: pytest.MonkeyPatch, small_groups: None
 ) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from lrt.utils.files import sha256
+from lrt.utils.files import replace_folder, sha256, temporary_name
 from lrt.utils.progress import bar
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -248,7 +248,7 @@ def download(folder: Path, url: str = URL, sums: Mapping[str, str] = OFFICIAL, p
     """
     if (folder / SUMS).is_file():
         return folder
-    fresh = folder.with_name(f".{folder.name}.download")
+    fresh = temporary_name(folder)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
@@ -265,8 +265,7 @@ def download(folder: Path, url: str = URL, sums: Mapping[str, str] = OFFICIAL, p
                     "bundle; download it again, or give a folder: --core FOLDER"
                 )
         (fresh / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in actual.items()), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
+        replace_folder(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder

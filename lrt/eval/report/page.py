@@ -18,6 +18,7 @@ from lrt.eval.report.html import PAGE, figure_row, table
 from lrt.eval.report.sections import Run, ablation_table, core, memories, scores, sweep_curves, texts
 from lrt.model.config import ModelConfig
 from lrt.model.size import count_parameters
+from lrt.utils.files import replace_atomically
 from lrt.utils.provenance import code_version
 
 STYLE = """<style>
@@ -53,7 +54,7 @@ def report(path: Path, folders: Sequence[Path], studies: Sequence[str] = ()) -> 
     parts += [*(comparison_section(runs) if runs else ()), *studies]
     page = PAGE.replace("</head>", STYLE + "</head>").replace("{body}", "\n".join(parts))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    replace_atomically(path, page)
 
 
 def comparison_section(runs: Sequence[Run]) -> list[str]:
