@@ -15,7 +15,7 @@ from lrt.eval.core_metric.benchmark import CoreSettings as CoreSettings
 from lrt.eval.core_metric.benchmark import run_core
 from lrt.eval.core_metric.bundle import Bundle, download
 from lrt.eval.diagnose import corpus_names, diagnose, score_corpora, subject
-from lrt.eval.report.text import core_lines, lines
+from lrt.eval.report.text import result_lines
 from lrt.model import checkpoint
 from lrt.utils import files
 from lrt.utils.device import choose_device
@@ -83,7 +83,7 @@ class Evaluate:
             result = score_corpora(subjects)
             if ranks.first:
                 result.write(out)
-                print(json.dumps(result.values) if self.json else "\n".join(lines(result)))
+                print(json.dumps(result.values) if self.json else "\n".join(result_lines(result)))
 
     def run_core(self, folders: tuple[Path, ...]) -> None:
         from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
@@ -99,7 +99,7 @@ class Evaluate:
             out = self.out or self.checkpoint / "evaluation"
             result, problems = run_core(model, tokenizer, Bundle.open(place), weights, out, settings, ranks)
             if ranks.first:
-                print(json.dumps(result.to_dict()) if self.json else "\n".join(core_lines(result.values)))
+                print(json.dumps(result.to_dict()) if self.json else "\n".join(result_lines(result)))
         if problems:
             raise ValueError("some tasks could not be run: " + "; ".join(problems))
 
@@ -160,7 +160,7 @@ class Diagnose:
                 )
                 for result in diagnose(measured, self.only):
                     if ranks.first:
-                        print("\n".join([f"{result.kind}, {result.subject}", *lines(result), ""]))
+                        print("\n".join([f"{result.kind}, {result.subject}", *result_lines(result), ""]))
             if ranks.first:
                 print(f"results in {out}")
 

@@ -13,7 +13,7 @@ from typing import Any
 from lrt.data.records import Selection
 from lrt.data.sources import Mark, Reading, pieces_of
 from lrt.utils.files import sha256
-from lrt.utils.imports import optional_module
+from lrt.utils.imports import MissingExtraError, optional_module
 
 SNAPSHOT = 1000
 """Documents between two states of the library's iterator: what is read again at most after an interruption."""
@@ -130,9 +130,9 @@ def naming(dataset: Dataset) -> Iterator[None]:
     """Name the data set in what the libraries raise, which are errors of theirs and of their HTTP client's."""
     try:
         yield
+    except MissingExtraError:
+        raise
     except Exception as error:
-        if isinstance(error, ValueError) and "latent-recurrent-transformer" in str(error):  # `optional_module`
-            raise
         raise ValueError(
             f"data set {dataset.name!r} (config {dataset.config!r}, split {dataset.split!r}) cannot be opened: "
             f"{error}; check its name, its configuration and split, and the connection to the hub, or give a local "

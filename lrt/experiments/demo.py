@@ -80,7 +80,7 @@ def demo(
         "hardware": hardware_line(device),
         "seconds": time.perf_counter() - begun + reused,
     }
-    console.print(demo_report.table(summary))
+    console.print(demo_report.terminal_table(summary).rich())
     console.print("\nA sample from the LRT, decoded with its recurrence:\n", style="bold")
     written = print_continuation(model, tokenizer, prompt, SAMPLE, Sampling(0.8, top_p=0.95), seed)
     summary["seconds"] = time.perf_counter() - begun + reused

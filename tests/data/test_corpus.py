@@ -30,6 +30,7 @@ from lrt.data.sources import Mark, TextFile, pieces
 from lrt.data.splits import by_key
 from lrt.data.tokenizer import Tokenizer
 from lrt.data.windows import windows
+from lrt.utils.imports import MissingExtraError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -547,17 +548,19 @@ def test_a_missing_extra_is_named(tmp_path: Path, given: Path, monkeypatch: pyte
     for name in ("pyarrow", "pyarrow.parquet", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)
     for path in paths:
-        with pytest.raises(ValueError, match=rf"{path.name} needs the package pyarrow.*pip install '.*\[data\]'"):
+        with pytest.raises(
+            MissingExtraError, match=rf"{path.name} needs the package pyarrow.*pip install '.*\[data\]'"
+        ):
             prepare(tmp_path / "out", [path], tokenizer=given, progress=False)
     (tmp_path / "in").mkdir()
-    with pytest.raises(ValueError, match=r"needs the package datasets.*pip install '.*\[data\]'"):
+    with pytest.raises(MissingExtraError, match=r"needs the package datasets.*pip install '.*\[data\]'"):
         prepare(tmp_path / "out", tokenizer=given, progress=False, dataset=Dataset(str(tmp_path / "in")))
 
 
 def test_arguments_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="split_until is '/'; it needs split_by"):
         Selection(split_until="/")
-    with pytest.raises(ValueError, match="documents is 0"):
+    with pytest.raises(MissingExtraError, match="documents is 0"):
         Selection(documents=0)
     with pytest.raises(ValueError, match="shard_tokens is 0"):
         prepare(tmp_path / "out", shard_tokens=0)

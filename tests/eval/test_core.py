@@ -34,7 +34,7 @@ from lrt.eval.core_metric.questions import (
     question,
     schema,
 )
-from lrt.eval.report.text import core_lines
+from lrt.eval.report.text import result_lines
 from lrt.eval.results import read_results
 from lrt.model.config import MemoryConfig, ModelConfig
 from lrt.utils.files import sha256
@@ -247,7 +247,7 @@ def test_a_run_is_every_question_asked_alone(bundle: Path, tmp_path: Path, token
     assert easy["centred"]["on"] == pytest.approx((easy["accuracy"]["on"] - 0.33) / 0.67)
     assert values["score"]["on"] == pytest.approx(sum(t["centred"]["on"] for t in values["tasks"].values()) / 3)
     assert read_results(tmp_path / "out") == [result]
-    text = "\n".join(core_lines(values))
+    text = "\n".join(result_lines(result))
     assert "partial CORE (3/22)" in text
     assert "not in the bundle: squad" in text
     assert "gpt2" in text
