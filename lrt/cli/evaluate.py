@@ -14,7 +14,7 @@ from lrt.data.prepared import Prepared
 from lrt.eval.core_metric.benchmark import CoreSettings as CoreSettings
 from lrt.eval.core_metric.benchmark import run_core
 from lrt.eval.core_metric.bundle import Bundle, download
-from lrt.eval.diagnose import corpus_names, diagnose, score_corpora, subject
+from lrt.eval.diagnose import corpus_names, diagnose, load_subject, score_corpora
 from lrt.eval.report.text import result_lines
 from lrt.model import checkpoint
 from lrt.utils import files
@@ -74,7 +74,7 @@ class Evaluate:
         out = self.out or self.checkpoint / "evaluation"
         with join_ranks("ddp", choose_device(self.device)) as ranks:
             subjects = [
-                subject(
+                load_subject(
                     self.checkpoint, Prepared.open(folder), self.split, self.at_least, self.batch_size, out, ranks,
                     schedule=self.schedule, name=name,
                 )
@@ -155,7 +155,7 @@ class Diagnose:
         with join_ranks("ddp", choose_device(self.device)) as ranks:
             for folder, name in zip(self.data, corpus_names(self.data), strict=True):
                 data = Prepared.open(folder)
-                measured = subject(
+                measured = load_subject(
                     self.checkpoint, data, self.split, self.at_least, self.batch_size, out, ranks, name=name
                 )
                 for result in diagnose(measured, self.only):

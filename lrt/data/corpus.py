@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from lrt.data.hub import Dataset, hub_source
 from lrt.data.records import JSON_LINES, JsonLines, Parquet, Selection
-from lrt.data.sources import Mark, Piece, Source, TextFile, readable, text_chunks
-from lrt.data.splits import assign, cut_file
+from lrt.data.sources import Piece, Source, SourcePosition, TextFile, open_source, text_chunks
+from lrt.data.splits import assign_splits, cut_file
 from lrt.utils.progress import Advance
 
 SPLIT_BY_FILE = 10
@@ -31,7 +31,7 @@ class CorpusPosition(NamedTuple):
     """How far a corpus was read, as plain data for JSON."""
 
     source: int = 0
-    mark: Mark | None = None
+    position: SourcePosition | None = None
     documents: int = 0
     """Documents taken, in all sources."""
 
@@ -66,8 +66,8 @@ class Corpus:
         for number, source in enumerate(self.sources[after.source :], after.source):
             if documents == self.limit:
                 break
-            with closing(source.read(after.mark if number == after.source else None)) as found:
-                for piece, mark in found:
+            with closing(source.read(after.position if number == after.source else None)) as pieces_read:
+                for piece, mark in pieces_read:
                     if documents == self.limit:
                         break
                     pieces.append((number, piece))
@@ -90,8 +90,8 @@ class Corpus:
         ordered = sorted(self.sources, key=lambda source: source.size or float("inf"))
         for rank, source in enumerate(ordered):
             share = left // (len(ordered) - rank)
-            with closing(source.read()) as found:
-                for piece, _ in found:
+            with closing(source.read()) as pieces_read:
+                for piece, _ in pieces_read:
                     if share <= 0:
                         break
                     if piece.split == "train":
@@ -120,7 +120,7 @@ def open_corpus(
             paths[name] = path
     described, names = [], sorted(paths)
     for name in names:
-        described.append([name, *inspect(paths[name])])
+        described.append([name, *size_and_digest(paths[name])])
         advance(described[-1][1], name)
     sources: list[Source] = []
     plain = [name for name in names if not is_structured(paths[name])]
@@ -131,7 +131,7 @@ def open_corpus(
                 f"the text is too short: {total} bytes in {len(plain)} file(s), at least {SMALLEST_TEXT} are needed "
                 "for training, validation and test; add text"
             )
-    splits = dict(zip(plain, assign(plain), strict=True)) if len(plain) >= SPLIT_BY_FILE else {}
+    splits = dict(zip(plain, assign_splits(plain), strict=True)) if len(plain) >= SPLIT_BY_FILE else {}
     for name, size, _ in described:
         path = paths[name]
         if path.suffix == ".parquet":
@@ -154,12 +154,12 @@ def is_structured(path: Path) -> bool:
     return path.name.endswith((*JSON_LINES, ".parquet"))
 
 
-def inspect(path: Path) -> tuple[int, str]:
+def size_and_digest(path: Path) -> tuple[int, str]:
     """(bytes, SHA-256) of a file; ValueError naming one that cannot be read or, as text, not be used."""
     if not is_structured(path):
         for _ in text_chunks(path):
             pass
-    with readable(path) as file:
+    with open_source(path) as file:
         return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -169,14 +169,14 @@ def stdlib_files() -> list[Path]:
     Files that are empty or not UTF-8 text are skipped: nobody chose them one by one, so there is nobody to tell.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    found: list[Path] = []
+    paths: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in STDLIB_SKIPS]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return [path for path in sorted(found, key=lambda p: p.relative_to(root).as_posix()) if usable(path)]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    return [path for path in sorted(paths, key=lambda p: p.relative_to(root).as_posix()) if is_text(path)]
 
 
-def usable(path: Path) -> bool:
+def is_text(path: Path) -> bool:
     """Whether `text_chunks` accepts a file."""
     try:
         return all(True for _ in text_chunks(path))

@@ -52,22 +52,22 @@ class Encoders:
     def submit(self, texts: Sequence[str]) -> Future[Encoded]:
         """Encode `texts` as soon as there is a worker."""
         if self._processes:
-            return self._threads.submit(self._remote, texts)
+            return self._threads.submit(self._encode_in_process, texts)
         return self._threads.submit(encode_worker.encode, self.tokenizer.inner, texts, self.dtype)
 
     def map(self, groups: Iterable[tuple[T, Sequence[str]]]) -> Iterator[tuple[T, Encoded]]:
         """Encode the texts of each group; results come in order, reading and encoding overlap."""
         pending: deque[tuple[T, Future[Encoded]]] = deque()
-        for about, texts in groups:
-            pending.append((about, self.submit(texts)))
+        for key, texts in groups:
+            pending.append((key, self.submit(texts)))
             if len(pending) > self.ahead:
-                about, future = pending.popleft()
-                yield about, future.result()
+                key, future = pending.popleft()
+                yield key, future.result()
         while pending:
-            about, future = pending.popleft()
-            yield about, future.result()
+            key, future = pending.popleft()
+            yield key, future.result()
 
-    def _remote(self, texts: Sequence[str]) -> Encoded:
+    def _encode_in_process(self, texts: Sequence[str]) -> Encoded:
         process = self._idle.get()
         assert process.stdin is not None
         assert process.stdout is not None

@@ -36,9 +36,9 @@ def encode(inner: tokenizers.Tokenizer, texts: Sequence[str], dtype: str) -> tup
         size += len(text)
         if size >= AT_ONCE or last == len(texts):
             for encoding in inner.encode_batch_fast(list(texts[first:last]), add_special_tokens=False):
-                found = encoding.ids
-                ids.extend(found)
-                lengths.append(len(found))
+                token_ids = encoding.ids
+                ids.extend(token_ids)
+                lengths.append(len(token_ids))
             first, size = last, 0
     return np.frombuffer(ids, dtype=ids.typecode).astype(dtype, copy=False), lengths
 
@@ -52,11 +52,13 @@ def send(stream: IO[bytes], parts: Sequence[bytes]) -> None:
 
 def receive(stream: IO[bytes]) -> list[bytes]:
     """Read a message; EOFError where the other side has ended."""
-    (count,) = np.frombuffer(exactly(stream, 8), np.int64)
-    return [exactly(stream, size) for size in np.frombuffer(exactly(stream, 8 * int(count)), np.int64).tolist()]
+    (count,) = np.frombuffer(read_exactly(stream, 8), np.int64)
+    return [
+        read_exactly(stream, size) for size in np.frombuffer(read_exactly(stream, 8 * int(count)), np.int64).tolist()
+    ]
 
 
-def exactly(stream: IO[bytes], size: int) -> bytes:
+def read_exactly(stream: IO[bytes], size: int) -> bytes:
     """So many bytes of `stream`."""
     data = stream.read(size)
     if len(data) < size:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lrt.data.batch import IGNORED, Batch
-from lrt.data.packing import Packed, order, pack_documents
+from lrt.data.packing import PackedRows, pack_documents, permutation
 from lrt.data.prepared import Documents
 
 
@@ -35,7 +35,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Packing:
+class PackingStats:
     """What packing made of the shards that were read so far."""
 
     rows: int = 0
@@ -71,10 +71,10 @@ class Rows:
         self.context = context
         self.seed = seed
         self.rank, self.ranks = rank, ranks
-        self.packing = Packing()
+        self.packing = PackingStats()
         """Counts over the shards that were read so far."""
         self._counted: set[int] = set()
-        self._cache: dict[int, Packed] = {}
+        self._cache: dict[int, PackedRows] = {}
         fewest = -(-len(documents.tokens) // context)  # packing every shard to count them would take long
         if fewest < ranks and len(self) < ranks:
             raise ValueError(
@@ -144,18 +144,18 @@ class Rows:
 
     def _shard(self, epoch: int, place: int) -> int:
         """The shard that an epoch reads at `place`."""
-        return int(order(len(self.documents.shards), self.seed, epoch)[place])
+        return int(permutation(len(self.documents.shards), self.seed, epoch)[place])
 
     def _row(self, at: Position) -> list[np.ndarray]:
         """The pieces of one row."""
         shard = self._shard(at.epoch, at.shard)
         packed, tokens = self._packed(shard), self.documents.shards[shard].tokens
-        row = order(len(packed), self.seed, at.epoch, shard)[at.row]
+        row = permutation(len(packed), self.seed, at.epoch, shard)[at.row]
         pieces = slice(packed.rows[row], packed.rows[row + 1])
-        found = zip(packed.starts[pieces], packed.lengths[pieces], strict=True)
-        return [tokens[start : start + length] for start, length in found]
+        bounds = zip(packed.starts[pieces], packed.lengths[pieces], strict=True)
+        return [tokens[start : start + length] for start, length in bounds]
 
-    def _packed(self, shard: int) -> Packed:
+    def _packed(self, shard: int) -> PackedRows:
         """The rows of a shard; the two used last are kept."""
         if shard not in self._cache:
             documents = self.documents.shards[shard]
@@ -166,7 +166,7 @@ class Rows:
             if shard not in self._counted:
                 self._counted.add(shard)
                 held, seen = int(packed.lengths.sum()), self.packing
-                self.packing = Packing(
+                self.packing = PackingStats(
                     seen.rows + len(packed),
                     seen.targets + held,
                     seen.padded + len(packed) * self.context - held,
@@ -186,17 +186,17 @@ def prefetch(
     if ahead < 1:
         raise ValueError(f"ahead is {ahead}; read at least 1 batch in advance")
 
-    def following() -> tuple[Batch, Position]:
+    def next_batch() -> tuple[Batch, Position]:
         nonlocal position
         batch, position = rows.batch(position, batch_size)
         return batch, position
 
     with ThreadPoolExecutor(1, "prefetch") as thread:
-        pending = deque(thread.submit(following) for _ in range(ahead))
+        pending = deque(thread.submit(next_batch) for _ in range(ahead))
         try:
             while True:
                 yield pending[0].result()
                 pending.popleft()
-                pending.append(thread.submit(following))
+                pending.append(thread.submit(next_batch))
         finally:
             thread.shutdown(wait=True, cancel_futures=True)

@@ -12,7 +12,7 @@ from lrt.data.prepared import Documents
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedRows:
     """The rows of one shard."""
 
     starts: np.ndarray
@@ -26,26 +26,26 @@ class Packed:
         return len(self.rows) - 1
 
 
-def pack_documents(documents: Documents, context: int) -> Packed:
+def pack_documents(documents: Documents, context: int) -> PackedRows:
     """Rows of `context` positions: pieces that fill one, and the shorter tails of documents, best fit."""
-    starts, lengths = cut(documents.offsets, context)
+    starts, lengths = cut_pieces(documents.offsets, context)
     full = np.flatnonzero(lengths == context)
     tails = np.flatnonzero(lengths < context)
     packed = [tails[row] for row in pack(lengths[tails], context)]
     sizes = np.concatenate([np.ones(len(full), np.int64), np.array([len(row) for row in packed], np.int64)])
     order = np.concatenate([full, *packed])
-    return Packed(starts[order], lengths[order], np.concatenate([[0], np.cumsum(sizes)]))
+    return PackedRows(starts[order], lengths[order], np.concatenate([[0], np.cumsum(sizes)]))
 
 
 @functools.lru_cache(maxsize=4)  # a batch needs the order of its shard, sometimes of the next
-def order(length: int, *key: int) -> np.ndarray:
+def permutation(length: int, *key: int) -> np.ndarray:
     """(length,) int64: a permutation that follows from `key`. Shared: do not write."""
-    found = np.random.default_rng(key).permutation(length)
-    found.setflags(write=False)
-    return found
+    indices = np.random.default_rng(key).permutation(length)
+    indices.setflags(write=False)
+    return indices
 
 
-def cut(offsets: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def cut_pieces(offsets: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut documents (offsets (D + 1,)) into pieces of at most `size` tokens: their starts and lengths, in order."""
     pieces = -(-np.diff(offsets) // size)
     number = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # within its document

@@ -32,7 +32,7 @@ from lrt.data.hub import Dataset
 from lrt.data.prepared import FORMAT, SPLITS, Prepared, read_manifest
 from lrt.data.records import Selection
 from lrt.data.shards import SplitWriter
-from lrt.data.sources import Mark
+from lrt.data.sources import SourcePosition
 from lrt.data.tokenizer import Tokenizer
 from lrt.utils.files import replace_atomically, replace_folder
 from lrt.utils.progress import bar
@@ -86,10 +86,10 @@ def prepare(
         "shard_tokens": shard_tokens,
     }
     inputs = hashlib.sha256(json.dumps([FORMAT, arguments, corpus.description]).encode()).hexdigest()
-    if (same := reusable(out, inputs)) is not None:
+    if (same := open_if_same(out, inputs)) is not None:
         return same
-    with building(out, inputs) as part:
-        if (same := reusable(out, inputs)) is not None:  # another process made it while this one waited
+    with partial_folder(out, inputs) as part:
+        if (same := open_if_same(out, inputs)) is not None:  # another process made it while this one waited
             return same
         if not (part / "new").is_dir():  # else an earlier call was stopped while it moved what was finished
             if ready is None:
@@ -147,7 +147,7 @@ def write_splits(
                 write_group(group, encoded, writers)
                 place = group.after
                 reached = sum(source.size for source in corpus.sources[: place.source]) + (
-                    place.mark.at if place.mark and corpus.size else 0
+                    place.position.at if place.position and corpus.size else 0
                 )
                 tokens = sum(writer.total for writer in writers.values())
                 advance(reached - shown, f"{place.documents:,} documents {tokens / 1e6:,.1f} M tokens")
@@ -194,7 +194,7 @@ def read_state(part: Path) -> tuple[CorpusPosition, dict[str, Any]]:
         return CorpusPosition(), {}
     state = json.loads(file.read_text(encoding="utf-8"))
     source, mark, documents = state["place"]
-    return CorpusPosition(source, Mark(*mark), documents), state["splits"]
+    return CorpusPosition(source, SourcePosition(*mark), documents), state["splits"]
 
 
 def write_state(part: Path, place: CorpusPosition, splits: dict[str, Any]) -> None:
@@ -214,21 +214,21 @@ def check_replaceable(out: Path) -> None:
         raise ValueError(f"{out} holds other files ({', '.join(others[:3])}); give a new or empty folder")
 
 
-def reusable(out: Path, inputs: str) -> Prepared | None:
+def open_if_same(out: Path, inputs: str) -> Prepared | None:
     """The folder `out` if it is whole and was made of these inputs."""
     try:
         if read_manifest(out)["inputs"] != inputs:
             return None
-        found = Prepared.open(out)
+        prepared = Prepared.open(out)
         for name in SPLITS:
-            found.verify(name)
+            prepared.verify(name)
     except (ValueError, KeyError):  # not there, or damaged: it is made anew
         return None
-    return found
+    return prepared
 
 
 @contextlib.contextmanager
-def building(out: Path, inputs: str) -> Iterator[Path]:
+def partial_folder(out: Path, inputs: str) -> Iterator[Path]:
     """A hidden folder beside `out` to write into, for one process at a time.
 
     It is kept where the work was stopped, for a later call with the same inputs to go on from; removed when it is
@@ -237,11 +237,11 @@ def building(out: Path, inputs: str) -> Iterator[Path]:
     part, lock = (out.parent / f".{out.name}.{kind}" for kind in ("part", "lock"))
     out.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(lock):
-        made_of = part / "inputs"
-        if not made_of.is_file() or made_of.read_text() != inputs:
+        marker = part / "inputs"
+        if not marker.is_file() or marker.read_text() != inputs:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-            made_of.write_text(inputs)
+            marker.write_text(inputs)
         try:
             yield part
             shutil.rmtree(part)

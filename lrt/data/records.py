@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrt.data.sources import Mark, Reading, pieces_of, readable, with_marks
-from lrt.data.splits import by_key
+from lrt.data.sources import PieceStream, SourcePosition, cut_documents, open_source, with_positions
+from lrt.data.splits import split_of
 from lrt.utils.imports import optional_module
 
 LONGEST_LINE = 1 << 24
@@ -74,9 +74,9 @@ class Selection:
                     "is no text; repair or remove it"
                 ) from error
         if self.split_by is None:
-            return text, by_key(text)
+            return text, split_of(text)
         key = str(record[self.split_by])
-        return text, by_key(key if self.split_until is None else key.partition(self.split_until)[0])
+        return text, split_of(key if self.split_until is None else key.partition(self.split_until)[0])
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class JsonLines:
     size: int
     selection: Selection
 
-    def read(self, after: Mark | None = None) -> Reading:
-        with readable(self.path) as raw:
-            yield from with_marks(pieces_of(self.documents(raw)), after, raw.tell)
+    def read(self, after: SourcePosition | None = None) -> PieceStream:
+        with open_source(self.path) as raw:
+            yield from with_positions(cut_documents(self.documents(raw)), after, raw.tell)
 
     def documents(self, raw: io.BufferedReader) -> Iterator[tuple[str, str]]:
         """(text, split) of each document; ValueError naming the file and the line where something is wrong."""
@@ -99,8 +99,8 @@ class JsonLines:
             with open_uncompressed(raw, self.path) as stream:
                 while line := stream.readline(LONGEST_LINE + 1):
                     number += 1
-                    if not line.isspace() and (found := self.document(line, number)) is not None:
-                        yield found
+                    if not line.isspace() and (document := self.document(line, number)) is not None:
+                        yield document
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise ValueError(
                 f"{self.path} is damaged behind line {number} ({error}); copy or download it again"
@@ -146,17 +146,17 @@ class Parquet:
     size: int
     selection: Selection
 
-    def read(self, after: Mark | None = None) -> Reading:
+    def read(self, after: SourcePosition | None = None) -> PieceStream:
         done = 0
 
         def documents() -> Iterator[tuple[str, str]]:
             nonlocal done
             for row, (share, record) in enumerate(self.records(), 1):
                 done = int(share * self.size)
-                if (found := self.selection.document(record, f"{self.path} row {row}")) is not None:
-                    yield found
+                if (document := self.selection.document(record, f"{self.path} row {row}")) is not None:
+                    yield document
 
-        return with_marks(pieces_of(documents()), after, lambda: done)
+        return with_positions(cut_documents(documents()), after, lambda: done)
 
     def records(self) -> Iterator[tuple[float, dict[str, Any]]]:
         """The wanted columns of every row, with the share of the file that was read."""

@@ -28,7 +28,7 @@ class Piece(NamedTuple):
     """Whether its document ends with it."""
 
 
-class Mark(NamedTuple):
+class SourcePosition(NamedTuple):
     """A place in a source, as plain data for JSON: where a later run goes on."""
 
     pieces: int
@@ -39,7 +39,7 @@ class Mark(NamedTuple):
     """What the `datasets` library needs to be here without reading what came before."""
 
 
-Reading = Generator[tuple[Piece, Mark], None, None]
+PieceStream = Generator[tuple[Piece, SourcePosition], None, None]
 """Pieces, each with the place behind it; to be closed by who stops early."""
 
 
@@ -54,13 +54,13 @@ class Source(Protocol):
         """What `Mark.at` reaches at the end; 0 where that is not known."""
         ...
 
-    def read(self, after: Mark | None = None) -> Reading:
+    def read(self, after: SourcePosition | None = None) -> PieceStream:
         """The pieces behind `after` (None: all), each with the place behind itself."""
         ...
 
 
 # Pieces
-def pieces(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
+def cut_text(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """A text that comes in chunks, cut where it exceeds `PIECE`, each with whether it is the last.
 
     Cut after a line, or before a word, in the later half of a piece, where nearly every tokenizer cuts too: a token
@@ -76,19 +76,19 @@ def pieces(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
     yield rest, True
 
 
-def pieces_of(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
+def cut_documents(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
     """The pieces of documents (text, split)."""
     for text, split in documents:
-        for part, last in pieces([text]):
+        for part, last in cut_text([text]):
             yield Piece(part, len(part.encode()), split, last)
 
 
-def with_marks(found: Iterable[Piece], after: Mark | None, at: Callable[[], int]) -> Reading:
+def with_positions(pieces: Iterable[Piece], after: SourcePosition | None, at: Callable[[], int]) -> PieceStream:
     """Number the pieces, leaving out those taken before."""
     taken = 0 if after is None else after.pieces
-    for number, piece in enumerate(found, 1):
+    for number, piece in enumerate(pieces, 1):
         if number > taken:
-            yield piece, Mark(number, at())
+            yield piece, SourcePosition(number, at())
 
 
 # Text files
@@ -106,17 +106,17 @@ class TextFile:
     def size(self) -> int:
         return self.stop - self.start
 
-    def read(self, after: Mark | None = None) -> Reading:
+    def read(self, after: SourcePosition | None = None) -> PieceStream:
         done = 0
 
-        def found() -> Iterator[Piece]:
+        def read_pieces() -> Iterator[Piece]:
             nonlocal done
-            for text, last in pieces(text_chunks(self.path, self.start, self.stop)):
+            for text, last in cut_text(text_chunks(self.path, self.start, self.stop)):
                 size = len(text.encode())
                 done += size
                 yield Piece(text, size, self.split, last)
 
-        return with_marks(found(), after, lambda: done)
+        return with_positions(read_pieces(), after, lambda: done)
 
 
 def text_chunks(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
@@ -128,7 +128,7 @@ def text_chunks(path: Path, start: int = 0, stop: int | None = None) -> Iterator
         raise ValueError(f"{path} is a directory; give the text files in it, for example {path}/*.txt")
     decoder = codecs.getincrementaldecoder("utf-8")()
     place, blank = start, True
-    with readable(path) as file:
+    with open_source(path) as file:
         file.seek(start)
         while data := file.read(PIECE if stop is None else min(PIECE, stop - place)):
             nul = data.find(b"\0")
@@ -138,19 +138,19 @@ def text_chunks(path: Path, start: int = 0, stop: int | None = None) -> Iterator
             try:
                 text = decoder.decode(data)
             except UnicodeDecodeError as error:
-                raise not_utf8(path, error, place - held) from error
+                raise not_utf8_error(path, error, place - held) from error
             place += len(data)
             blank = blank and (text == "" or text.isspace())
             yield text
     try:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise not_utf8(path, error, place - len(error.object)) from error
+        raise not_utf8_error(path, error, place - len(error.object)) from error
     if blank and start <= 0 and (stop is None):
         raise ValueError(f"{path} holds no text ({place} bytes); leave it out")
 
 
-def not_utf8(path: Path, error: UnicodeDecodeError, offset: int) -> ValueError:
+def not_utf8_error(path: Path, error: UnicodeDecodeError, offset: int) -> ValueError:
     """The error that says where `path` stops being UTF-8."""
     return ValueError(
         f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {offset + error.start}); "
@@ -158,7 +158,7 @@ def not_utf8(path: Path, error: UnicodeDecodeError, offset: int) -> ValueError:
     )
 
 
-def readable(path: Path) -> io.BufferedReader:
+def open_source(path: Path) -> io.BufferedReader:
     """The file, open; ValueError naming it if it cannot be."""
     try:
         return path.open("rb")

@@ -44,13 +44,13 @@ class Tokenizer:
         self.special: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
         """Ids of the special tokens: no bytes, and no text can spell them."""
         names = {added[i].content: i for i in self.special}
-        found = [names[bos] for bos in BOS_NAMES if bos in names]
-        if len(found) == 0:
+        candidates = [names[bos] for bos in BOS_NAMES if bos in names]
+        if len(candidates) == 0:
             raise ValueError(
                 f"{name} has no special token that can open a document (looked for {', '.join(BOS_NAMES)}); "
                 f"add one to its added_tokens, for example with tokenizers' add_special_tokens(['{BOS}'])"
             )
-        self.bos: int = found[0]
+        self.bos: int = candidates[0]
         """Id of the token that opens every document, window and row."""
         ids = inner.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = max(ids) + 1
@@ -253,12 +253,12 @@ def fallback_name(byte: int) -> str:
 
 def component_types(serialised: Mapping[str, Any]) -> set[str]:
     """The `type` of each part that splits or joins text, nested sequences included."""
-    found: set[str] = set()
+    types: set[str] = set()
     parts: list[Any] = [serialised[key] for key in ("normalizer", "pre_tokenizer", "decoder")]
     while parts:
         part = parts.pop()
         if isinstance(part, dict):
-            found.add(part.get("type", ""))
+            types.add(part.get("type", ""))
             for key in ("normalizers", "pretokenizers", "decoders"):
                 parts.extend(part.get(key, []))
-    return found
+    return types

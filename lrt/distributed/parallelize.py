@@ -33,7 +33,7 @@ from lrt.distributed.single import OPTIMISERS, M, SingleProcess, T
 class ProcessGroup(SingleProcess):
     """What the ranks of a run have in common, however they share the model."""
 
-    PORTION: ClassVar[int] = 4
+    MATRICES_PER_RANK: ClassVar[int] = 4
     """Parameters per rank that `shared` has at a time, so that never all of them are whole."""
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
@@ -62,17 +62,17 @@ class ProcessGroup(SingleProcess):
                 raise OSError(f"rank {rank}: {message}")
 
     def portions(self, entries: list[T]) -> list[list[T]]:
-        size = self.PORTION * self.ranks
+        size = self.MATRICES_PER_RANK * self.ranks
         return [entries[first : first + size] for first in range(0, len(entries), size)]
 
     def map_stack(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
         share = -(-len(stack) // self.ranks)
-        mine = stack[self.rank * share : (self.rank + 1) * share]
-        done = stack.new_zeros(share, *stack.shape[1:])
-        if len(mine):  # the last ranks may have fewer than a share, or nothing
-            done[: len(mine)] = function(mine)
+        own = stack[self.rank * share : (self.rank + 1) * share]
+        computed = stack.new_zeros(share, *stack.shape[1:])
+        if len(own):  # the last ranks may have fewer than a share, or nothing
+            computed[: len(own)] = function(own)
         gathered = stack.new_empty(self.ranks * share, *stack.shape[1:])
-        gather(gathered, done)
+        gather(gathered, computed)
         return gathered[: len(stack)]
 
 
@@ -108,7 +108,7 @@ class FSDP(ProcessGroup):
     autograd adds up a parameter's uses before it hands the gradient over. docs/training.md has the figures.
     """
 
-    freed: ClassVar[bool] = False
+    reshard_after_use: ClassVar[bool] = False
     """Whether a unit's whole parameters are freed after each use."""
 
     def parallelise(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -133,11 +133,11 @@ class FSDP(ProcessGroup):
         shard_units = cast("Callable[[], Sequence[nn.Module]]", model.shard_units)
         for unit in shard_units():
             if next(unit.parameters(), None) is not None:
-                shard(unit, reshard_after_forward=self.freed)
+                shard(unit, reshard_after_forward=self.reshard_after_use)
         # The root is never freed after its forward: its backward follows at once.
         shard(root, reshard_after_forward=False)
-        for unit in units(root):
-            unit.set_reshard_after_backward(self.freed, recurse=False)
+        for unit in fsdp_units(root):
+            unit.set_reshard_after_backward(self.reshard_after_use, recurse=False)
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # else a factor makes it a scaled sum, which gloo lacks
         return root
@@ -152,7 +152,7 @@ class FSDP(ProcessGroup):
     def accumulating(self, objective: nn.Module, last: bool) -> Iterator[None]:
         yield  # each micro-batch adds its reduced gradients to the shards'
         if last:
-            for unit in units(objective):
+            for unit in fsdp_units(objective):
                 unit.reshard()  # the optimiser is about to change the shards
             for p in objective.parameters():
                 if not isinstance(p, DTensor) and p.grad is not None:
@@ -178,12 +178,14 @@ class FSDP(ProcessGroup):
         folder: Path,
         training: dict[str, Any],
         model: nn.Module,
-        parts: Sequence[torch.optim.Optimizer],
+        optimisers: Sequence[torch.optim.Optimizer],
     ) -> None:
         if self.first:
             torch.save(training, folder / "training.pt")
         try:
-            save_shards({OPTIMISERS: get_optimizer_state_dict(model, list(parts))}, checkpoint_id=folder / OPTIMISERS)
+            save_shards(
+                {OPTIMISERS: get_optimizer_state_dict(model, list(optimisers))}, checkpoint_id=folder / OPTIMISERS
+            )
         except CheckpointException as error:
             raise OSError(f"cannot write {folder / OPTIMISERS}: {error}") from error
 
@@ -200,7 +202,7 @@ gather: Callable[[Tensor, Tensor], Any] = vars(dist).get("all_gather_single", di
 PARALLEL: dict[str, type[ProcessGroup]] = {"ddp": DDP, "fsdp": FSDP, "fsdp-reshard": FSDPReshard}
 
 
-def units(objective: nn.Module) -> list[FSDPModule]:
+def fsdp_units(objective: nn.Module) -> list[FSDPModule]:
     """The modules that FSDP2 gathers one by one."""
     return [module for module in objective.modules() if isinstance(module, FSDPModule)]
 

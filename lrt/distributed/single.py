@@ -75,7 +75,7 @@ class SingleProcess:
         """The objective of a model, which is changed in place, computing in `dtype`. Make optimisers afterwards."""
         return make_objective(model, dtype)
 
-    def accumulating(self, objective: nn.Module, last: bool) -> AbstractContextManager[None]:
+    def gradient_sync(self, objective: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch; after the `last` one, gradients are sums over ranks."""
         return nullcontext()
 
@@ -93,7 +93,7 @@ class SingleProcess:
         """A logical tensor, which all ranks hold, as `like` has it: this rank's shard, or all of it."""
         return tensor
 
-    def portions(self, entries: list[T]) -> list[list[T]]:
+    def chunks(self, entries: list[T]) -> list[list[T]]:
         """Entries in the portions that `shared` is to have at a time."""
         return [entries]
 
@@ -113,17 +113,17 @@ class SingleProcess:
         folder: Path,
         training: dict[str, Any],
         model: nn.Module,
-        parts: Sequence[torch.optim.Optimizer],
+        optimisers: Sequence[torch.optim.Optimizer],
     ) -> None:
         """Write training.pt, the optimisers' state in it or in shards beside it. All ranks call it."""
         if self.first:
-            torch.save({**training, OPTIMISERS: [part.state_dict() for part in parts]}, folder / "training.pt")
+            torch.save({**training, OPTIMISERS: [part.state_dict() for part in optimisers]}, folder / "training.pt")
 
 
 SINGLE_PROCESS = SingleProcess()
 
 
-def clip(model: nn.Module, max_norm: float | None, ranks: SingleProcess = SINGLE_PROCESS) -> Tensor:
+def clip_gradients(model: nn.Module, max_norm: float | None, ranks: SingleProcess = SINGLE_PROCESS) -> Tensor:
     """The norm of the gradient over all parameters and shards, as it was; above `max_norm`, it is scaled to that."""
     trained = [p for p in model.parameters() if p.grad is not None]
     kinds = [[p for p in trained if (p.dim() == 1) == flat] for flat in (True, False)]  # whole on every rank, or shards
@@ -137,23 +137,25 @@ def clip(model: nn.Module, max_norm: float | None, ranks: SingleProcess = SINGLE
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], ranks: SingleProcess = SINGLE_PROCESS) -> None:
     """Put whole weights into a model, sharded or not."""
-    here = model.state_dict()
-    model.load_state_dict({name: ranks.shard_like(w, here[name]) if name in here else w for name, w in weights.items()})
+    state = model.state_dict()
+    model.load_state_dict(
+        {name: ranks.shard_like(w, state[name]) if name in state else w for name, w in weights.items()}
+    )
 
 
 def load_optimisers(
     folder: Path,
     training: dict[str, Any],
     model: nn.Module,
-    parts: Sequence[torch.optim.Optimizer],
+    optimisers: Sequence[torch.optim.Optimizer],
     ranks: SingleProcess = SINGLE_PROCESS,
 ) -> None:
     """Put what `write_training` wrote, on any number of ranks, into the optimisers of this run's ranks."""
     if OPTIMISERS not in training:
-        _load_shards(folder / OPTIMISERS, model, parts)
+        _load_shards(folder / OPTIMISERS, model, optimisers)
         return
-    for part, saved in zip(parts, training[OPTIMISERS], strict=True):
-        parameters = [p for group in part.param_groups for p in group["params"]]
+    for optimiser, saved in zip(optimisers, training[OPTIMISERS], strict=True):
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
         state = {
             i: {  # moments lie as their parameter does; a step count is everybody's
                 name: ranks.shard_like(value, parameters[i]) if value.shape == parameters[i].shape else value
@@ -161,16 +163,16 @@ def load_optimisers(
             }
             for i, entries in saved["state"].items()
         }
-        part.load_state_dict({**saved, "state": state})
+        optimiser.load_state_dict({**saved, "state": state})
 
 
-def _load_shards(folder: Path, model: nn.Module, parts: Sequence[torch.optim.Optimizer]) -> None:
+def _load_shards(folder: Path, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> None:
     """Read shards that any number of ranks wrote. This unpickles: a snapshot is the user's own."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    state = {OPTIMISERS: get_optimizer_state_dict(model, list(parts))}  # made, where there is none yet
+    state = {OPTIMISERS: get_optimizer_state_dict(model, list(optimisers))}  # made, where there is none yet
     with warnings.catch_warnings():  # that there is one process is no surprise
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         load(state, checkpoint_id=folder)
-    set_optimizer_state_dict(model, list(parts), optim_state_dict=state[OPTIMISERS])
+    set_optimizer_state_dict(model, list(optimisers), optim_state_dict=state[OPTIMISERS])

@@ -39,9 +39,9 @@ class EmbeddingMemory(Ablation):
     """Every position reads the embedding of the token `delay` back, whatever the source."""
 
     def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
-        found = state.read_memory(positions, self.recall.delay)
-        embedded = self.recall.embed(found, embedding)
-        return self.recall.combine([embedded for _ in self.recall.sources], found.memory)
+        read = state.read_memory(positions, self.recall.delay)
+        embedded = self.recall.embed(read, embedding)
+        return self.recall.combine([embedded for _ in self.recall.sources], read.memory)
 
 
 class ShuffledMemory(Ablation):
@@ -86,8 +86,8 @@ class UnwrittenMemory(Ablation):
     """Every position reads what it would if no pass had written anything: what a first pass reads, also further on."""
 
     def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
-        found = state.read_memory(positions, self.recall.delay)
-        return self.recall.read(replace(found, written=torch.zeros_like(found.written)), embedding)
+        read = state.read_memory(positions, self.recall.delay)
+        return self.recall.read(replace(read, written=torch.zeros_like(read.written)), embedding)
 
 
 class OwnMemory(Ablation):
@@ -111,10 +111,10 @@ def ablate(model: LatentRecurrentTransformer, name: str) -> LatentRecurrentTrans
     """The model, parameters shared, with its memory replaced at test time: a name of `ABLATIONS`."""
     if name not in ABLATIONS:
         raise ValueError(f"unknown ablation {name!r}; choose one of {', '.join(ABLATIONS)}")
-    return reading(model, ABLATIONS[name])
+    return with_ablation(model, ABLATIONS[name])
 
 
-def reading(
+def with_ablation(
     model: LatentRecurrentTransformer, ablation: Callable[[MemoryReader], nn.Module]
 ) -> LatentRecurrentTransformer:
     """The model, parameters shared, that reads its memory in another way."""

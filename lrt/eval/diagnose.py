@@ -16,11 +16,11 @@ from lrt.data.tokenizer import Tokenizer
 from lrt.data.windows import Windows, windows
 from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
 from lrt.eval.ledger import Ledger
-from lrt.eval.memory_stats import NOISE, layers, memory_reach, sample, scales, token_pieces
+from lrt.eval.memory_stats import NOISE, layer_stats, longest_inputs, memory_reach, memory_scales, token_pieces
 from lrt.eval.results import Result
 from lrt.eval.scoring import EVERY, HEADLINE, Metrics, evaluate
 from lrt.eval.sweep_curve import sweep_curve
-from lrt.eval.token_scores import Columns, TokenScores, bfloat16, standard, summarise, token_scores
+from lrt.eval.token_scores import Columns, TokenScores, bfloat16_columns, standard_columns, summarise, token_scores
 from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshot_step, snapshots
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -60,7 +60,7 @@ class Subject:
     ranks: SingleProcess = SINGLE_PROCESS
 
     @property
-    def used(self) -> Schedule:
+    def scoring_schedule(self) -> Schedule:
         """The schedule of parallel scores: `plain` where nothing recurs."""
         recurs = self.model.config.memory.stored_sources(self.model.config.depth)
         return self.schedule if recurs else schedules.plain()
@@ -79,7 +79,7 @@ class Subject:
         """What is done of a measurement."""
         return Ledger(self.out / "partial", f"{name}-{self.name}", settings, self.ranks)
 
-    def keep(self, name: str) -> Ledger:
+    def score_ledger(self, name: str) -> Ledger:
         """The ledger of a score, by batches of windows."""
         return self.ledger(name, self.settings)
 
@@ -92,7 +92,7 @@ class Subject:
         return self.tokenizer.prefix_bytes("a")
 
 
-def same_tokenizer(data: Prepared, tokenizer: Tokenizer, folder: Path) -> None:
+def check_tokenizer(data: Prepared, tokenizer: Tokenizer, folder: Path) -> None:
     """Require that a corpus was prepared with the checkpoint's tokenizer."""
     if data.tokenizer.sha256 != tokenizer.sha256:
         raise ValueError(
@@ -101,7 +101,7 @@ def same_tokenizer(data: Prepared, tokenizer: Tokenizer, folder: Path) -> None:
         )
 
 
-def subject(
+def load_subject(
     path: Path,
     data: Prepared,
     split: str,
@@ -119,7 +119,7 @@ def subject(
     """
     folder = checkpoint.verify(path)
     model, tokenizer = checkpoint.load(folder, ranks.device)
-    same_tokenizer(data, tokenizer, folder)
+    check_tokenizer(data, tokenizer, folder)
     return Subject(
         model,
         tokenizer,
@@ -142,9 +142,9 @@ def corpus_names(folders: Sequence[Path]) -> list[str]:
     return [name if short.count(name) == 1 else str(f) for name, f in zip(short, folders, strict=True)]
 
 
-def sweeps(s: Subject) -> dict[str, Any]:
+def measure_sweeps(s: Subject) -> dict[str, Any]:
     """The sweep curve."""
-    found = sweep_curve(
+    curve = sweep_curve(
         s.model,
         s.windows,
         s.token_bytes,
@@ -152,20 +152,28 @@ def sweeps(s: Subject) -> dict[str, Any]:
         batch_size=s.batch_size,
         progress=s.progress,
         prefix_bytes=s.prefix_bytes,
-        keep=s.keep,
+        open_ledger=s.score_ledger,
     )
-    return found.to_dict()
+    return curve.to_dict()
 
 
-def ablations(s: Subject) -> dict[str, Any]:
+def measure_ablations(s: Subject) -> dict[str, Any]:
     """Live, and live with the memory replaced in every way."""
     return summary_scores(s, EVERY).to_dict()
 
 
-def summary_scores(s: Subject, replaced: Sequence[str] = HEADLINE) -> Metrics:
+def summary_scores(s: Subject, ablations: Sequence[str] = HEADLINE) -> Metrics:
     """Parallel and live, and live with the memory replaced: what `lrt evaluate` prints."""
     return evaluate(
-        s.model, s.windows, s.token_bytes, s.schedule, replaced, s.batch_size, s.progress, s.prefix_bytes, s.keep
+        s.model,
+        s.windows,
+        s.token_bytes,
+        s.schedule,
+        ablations,
+        s.batch_size,
+        s.progress,
+        s.prefix_bytes,
+        s.score_ledger,
     )
 
 
@@ -174,12 +182,12 @@ def score_corpora(subjects: Sequence[Subject]) -> Result:
 
     All ranks call it; nothing is written but what a stopped call goes on from.
     """
-    begun = time.perf_counter()
+    start = time.perf_counter()
     corpora = {s.name: summary_scores(s).to_dict() for s in subjects}
     first = subjects[0]
     settings = {"complete": all(c["complete"] for c in corpora.values()), "schedule": repr(first.schedule)}
     values = score_together(list(corpora.values())) | {"corpora": corpora}
-    spent = time.perf_counter() - begun
+    spent = time.perf_counter() - start
     name = " and ".join(corpora)
     return Result("scores", name, first.weights, settings, values, spent, hardware(first.ranks.device))
 
@@ -187,15 +195,15 @@ def score_corpora(subjects: Sequence[Subject]) -> Result:
 def score_together(corpora: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Scores of several corpora as of one text: nats and bytes added up."""
     size = sum(c["bytes"] for c in corpora)
-    found = dict(corpora[0])
-    for name in found:
+    scores = dict(corpora[0])
+    for name in scores:
         if "bpb" in name:
-            found[name] = math.fsum(c[name] * c["bytes"] for c in corpora) / size if len(corpora) > 1 else found[name]
-    return found | {
+            scores[name] = math.fsum(c[name] * c["bytes"] for c in corpora) / size if len(corpora) > 1 else scores[name]
+    return scores | {
         "targets": sum(c["targets"] for c in corpora),
         "bytes": size,
         "complete": all(c["complete"] for c in corpora),
-        "gap": found["live_bpb"] - found["parallel_bpb"],
+        "gap": scores["live_bpb"] - scores["parallel_bpb"],
     }
 
 
@@ -206,47 +214,47 @@ def score_windows(s: Subject, kind: str, columns: Columns) -> TokenScores:
     return token_scores(s.model, s.windows, s.token_bytes, columns, ledger, s.batch_size, s.prefix_bytes, s.progress)
 
 
-def bits(s: Subject) -> dict[str, Any]:
+def measure_bpb(s: Subject) -> dict[str, Any]:
     """BPB in every way, by position and document, with intervals."""
-    scores = score_windows(s, "bpb", standard(s.used))
-    return {"schedule": repr(s.used)} | summarise(scores, (("live", "parallel"), ("off", "live")))
+    scores = score_windows(s, "bpb", standard_columns(s.scoring_schedule))
+    return {"schedule": repr(s.scoring_schedule)} | summarise(scores, (("live", "parallel"), ("off", "live")))
 
 
-def low_precision(s: Subject) -> dict[str, Any]:
+def measure_bfloat16(s: Subject) -> dict[str, Any]:
     """bfloat16 beside its control."""
-    scores = score_windows(s, "bfloat16", bfloat16(s.model))
+    scores = score_windows(s, "bfloat16", bfloat16_columns(s.model))
     pairs = (("bfloat16 control", "live"), ("bfloat16 live", "bfloat16 control"))
-    return {"schedule": repr(s.used)} | summarise(scores, pairs)
+    return {"schedule": repr(s.scoring_schedule)} | summarise(scores, pairs)
 
 
-def memory(s: Subject) -> dict[str, Any]:
+def measure_memory(s: Subject) -> dict[str, Any]:
     """Gates, scales and reach; the scales of every snapshot that is there too."""
-    inputs = sample(s.windows, min(8, s.batch_size), s.model.embedding.weight.device)
+    inputs = longest_inputs(s.windows, min(8, s.batch_size), s.model.embedding.weight.device)
     history = []
     for folder in snapshots(s.run):
         model, _ = checkpoint.load(folder, inputs.device)
-        history.append({"step": snapshot_step(folder), "layers": layers(model, inputs), **scales(model)})
-    found = {"layers": layers(s.model, inputs), "reach": memory_reach(s.model, inputs), "noise": NOISE}
-    return found | {"snapshots": history, "scales": scales(s.model), "inputs": list(inputs.shape)}
+        history.append({"step": snapshot_step(folder), "layers": layer_stats(model, inputs), **memory_scales(model)})
+    stats = {"layers": layer_stats(s.model, inputs), "reach": memory_reach(s.model, inputs), "noise": NOISE}
+    return stats | {"snapshots": history, "scales": memory_scales(s.model), "inputs": list(inputs.shape)}
 
 
-def text(s: Subject) -> dict[str, Any]:
+def measure_text(s: Subject) -> dict[str, Any]:
     """The beginning of a document, with what recurrence gains on each token."""
-    scores = score_windows(s, "bpb", standard(s.used))
+    scores = score_windows(s, "bpb", standard_columns(s.scoring_schedule))
     document = int(np.bincount(scores.document).argmax())
-    chosen = np.flatnonzero(scores.document == document)[:TEXT]
+    tokens = np.flatnonzero(scores.document == document)[:TEXT]
     return token_pieces(
-        s.tokenizer, *(v[chosen].tolist() for v in (scores.tokens, scores.nats["live"], scores.nats["off"]))
+        s.tokenizer, *(v[tokens].tolist() for v in (scores.tokens, scores.nats["live"], scores.nats["off"]))
     )
 
 
 MEASURES: dict[str, Callable[[Subject], dict[str, Any]]] = {
-    "bpb": bits,
-    "sweeps": sweeps,
-    "ablations": ablations,
-    "memory": memory,
-    "text": text,
-    "bfloat16": low_precision,
+    "bpb": measure_bpb,
+    "sweeps": measure_sweeps,
+    "ablations": measure_ablations,
+    "memory": measure_memory,
+    "text": measure_text,
+    "bfloat16": measure_bfloat16,
 }
 """Kind of result -> how it is measured."""
 
@@ -256,7 +264,7 @@ def diagnose(s: Subject, measures: Sequence[str] = ("bpb", "sweeps", "ablations"
 
     What they take long for is shared among ranks, and goes on where it was stopped.
     """
-    found = []
+    results = []
     for kind in measures:
         begun = time.perf_counter()
         if kind not in ALONE_BY_FIRST:
@@ -266,7 +274,7 @@ def diagnose(s: Subject, measures: Sequence[str] = ("bpb", "sweeps", "ablations"
                 values = s.ranks.broadcast(MEASURES[kind](replace(s, ranks=SINGLE_PROCESS)) if s.ranks.first else {})
         settings = {"targets": s.windows.targets, "complete": s.windows.complete, "schedule": repr(s.schedule)}
         spent = time.perf_counter() - begun
-        found.append(Result(kind, s.name, s.weights, settings, values, spent, hardware(s.ranks.device)))
+        results.append(Result(kind, s.name, s.weights, settings, values, spent, hardware(s.ranks.device)))
         if s.ranks.first:
-            found[-1].write(s.out)
-    return found
+            results[-1].write(s.out)
+    return results

@@ -26,16 +26,16 @@ class InMemory:
         """This rank's share of the keys that are not done."""
         return [key for key in keys if key not in self.done][self.ranks.rank :: self.ranks.ranks]
 
-    def add(self, found: Mapping[str, Any]) -> None:
+    def add(self, items: Mapping[str, Any]) -> None:
         """Note some items as done."""
-        self.done.update(found)
+        self.done.update(items)
 
-    def everybody(self) -> dict[str, Any]:
+    def gather(self) -> dict[str, Any]:
         """The items of all ranks. All of them call it, when their own are done."""
         return self.done
 
 
-Keep = Callable[[str], InMemory]
+LedgerFactory = Callable[[str], InMemory]
 """What is measured -> where its items are noted."""
 
 
@@ -62,16 +62,16 @@ class Ledger(InMemory):
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / f"{self.stem}.rank{ranks.rank}.jsonl"
         with ranks.collective():
-            self._mend()
+            self._drop_half_line()
         self.done = self.everybody()
         with ranks.collective():  # nobody adds before all have read: they share what is left to do
             pass
 
-    def add(self, found: Mapping[str, Any]) -> None:
+    def add(self, items: Mapping[str, Any]) -> None:
         """Note some items as done. Once this returns, they survive a kill."""
-        super().add(found)
+        super().add(items)
         with self.file.open("a", encoding="utf-8") as out:
-            out.write("".join(json.dumps([key, value]) + "\n" for key, value in found.items()))
+            out.write("".join(json.dumps([key, value]) + "\n" for key, value in items.items()))
 
     def everybody(self) -> dict[str, Any]:
         """The items of all ranks. All of them call it, when their own are done."""
@@ -79,7 +79,7 @@ class Ledger(InMemory):
             pass
         return self._read()
 
-    def _mend(self) -> None:
+    def _drop_half_line(self) -> None:
         """Drop a line that a kill cut in half."""
         if self.file.exists():
             text = self.file.read_bytes()

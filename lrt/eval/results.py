@@ -59,13 +59,13 @@ def slug(text: str) -> str:
 
 def read_results(folder: Path) -> list[Result]:
     """All results of a folder, by file name. ValueError naming a file that is damaged or of another format."""
-    found = []
+    results = []
     for file in sorted(folder.glob("*.json")):
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
             if data.get("format") != FORMAT:
                 raise ValueError(f"its format is {data.get('format')!r}, not {FORMAT}")
-            found.append(Result(**data))
+            results.append(Result(**data))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is no result of this version ({error}); measure it again, or move it") from error
-    return found
+    return results

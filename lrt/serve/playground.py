@@ -17,7 +17,7 @@ import torch
 from starlette.requests import Request as HttpRequest
 
 from lrt.eval.ablations import ablate
-from lrt.eval.memory_stats import by_token
+from lrt.eval.memory_stats import memory_by_token
 from lrt.eval.scoring import score
 from lrt.inference.request import Event, Request
 from lrt.inference.sampling import Sampling
@@ -160,7 +160,7 @@ def inspect_text(served: ServedModel, tokens: list[int], gone: threading.Event) 
         for name in ("zero", "embedding"):
             found["bits"][name] = score(ablate(model, name), row, advance=advance)[0].mul(BIT).tolist()
         advance(0)
-        found["inside"] = by_token(model, row[:, :-1])
+        found["inside"] = memory_by_token(model, row[:, :-1])
     return json_number(found)
 
 

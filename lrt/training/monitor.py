@@ -13,7 +13,7 @@ import torch
 
 from lrt.data.prepared import Prepared
 from lrt.data.windows import windows
-from lrt.eval.memory_stats import layers, sample
+from lrt.eval.memory_stats import layer_stats, longest_inputs
 from lrt.eval.scoring import evaluate
 from lrt.model.memory import Projection, Residual
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -88,7 +88,7 @@ def memory_by_layer(model: LatentRecurrentTransformer, data: Prepared) -> dict[s
         return {}
     rows, length = LOOKED_AT
     found = windows(data.split("val"), model.config.context, rows * model.config.context)
-    return {"memory_layers": layers(model, sample(found, rows, model.embedding.weight.device)[:, :length])}
+    return {"memory_layers": layer_stats(model, longest_inputs(found, rows, model.embedding.weight.device)[:, :length])}
 
 
 @torch.no_grad()

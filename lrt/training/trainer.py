@@ -16,7 +16,7 @@ import torch
 from lrt.data.batch import Batch
 from lrt.data.loader import Position, Rows, prefetch
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, clip, load_optimisers
+from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, clip_gradients, load_optimisers
 from lrt.model import checkpoint
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -91,12 +91,12 @@ class Trainer:
         step_loss = StepLoss.of(current, [b.targets for b in batches], self.ranks, self.execution)
         shares = []
         for batch in batches:
-            with self.ranks.accumulating(self.objective, last=batch is batches[-1]):
+            with self.ranks.gradient_sync(self.objective, last=batch is batches[-1]):
                 share = self.objective(step_loss, batch.tokens, batch.targets, batch.documents)
                 share.backward()
             shares.append(share.detach())
         (loss,) = self.ranks.sum([float(torch.stack(shares).sum())])
-        norm = float(clip(self.model, run.optim.clip, self.ranks))
+        norm = float(clip_gradients(self.model, run.optim.clip, self.ranks))
         # A loss that is not finite says that the weights are spoilt already; a gradient only, that they must be kept.
         for name, value, good in (("loss", loss, done.step - 1), ("norm of the gradient", norm, done.step)):
             if not math.isfinite(value):

@@ -26,7 +26,7 @@ class Timing:
 
     def ratio(self, base: Timing) -> tuple[float, float]:
         """This over `base`: the median of the rounds' ratios, and half the distance between their quartiles."""
-        ratios = [mine / other for mine, other in zip(self.seconds, base.seconds, strict=True)]
+        ratios = [own / other for own, other in zip(self.seconds, base.seconds, strict=True)]
         if len(ratios) < 2:
             return ratios[0], 0.0
         low, _, high = statistics.quantiles(ratios, n=4)
@@ -46,13 +46,13 @@ def alternate(
         raise ValueError(f"{len(candidates)} candidates over {rounds} rounds; give at least one of each")
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
-    with bar(title, len(names) * (rounds + warmup), progress) as tell:
+    with bar(title, len(names) * (rounds + warmup), progress) as advance:
         for turn in range(rounds + warmup):
             for name in names if turn % 2 == 0 else reversed(names):
-                spent = time_once(candidates[name], device)
+                elapsed = time_once(candidates[name], device)
                 if turn >= warmup:
-                    seconds[name].append(spent)
-                tell(1, name)
+                    seconds[name].append(elapsed)
+                advance(1, name)
     return {name: Timing(tuple(spent)) for name, spent in seconds.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def choice(config: object, name: str, options: tuple[str, ...]) -> None:
+def check_choice(config: object, name: str, options: tuple[str, ...]) -> None:
     """Raise a ValueError unless field `name` is one of `options`."""
     value = getattr(config, name)
     if value not in options:

@@ -12,9 +12,9 @@ from typing import Any
 
 from lrt.data.tokenizer import Tokenizer
 from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
-from lrt.eval.core_metric.answers import MODES, Mode, On, answer, score_questions
-from lrt.eval.core_metric.bundle import TASKS, Bundle, CoreTask, digest_of
-from lrt.eval.core_metric.questions import Question, question
+from lrt.eval.core_metric.answers import MODES, Mode, On, answer_question, score_questions
+from lrt.eval.core_metric.bundle import TASKS, Bundle, CoreTask, bundle_digest
+from lrt.eval.core_metric.questions import Question, build_question
 from lrt.eval.ledger import Ledger
 from lrt.eval.results import Result
 from lrt.inference.prefill import Mode as PrefillMode
@@ -64,7 +64,7 @@ def run_core(
     settings, begun = settings or CoreSettings(), time.perf_counter()
     recurs = bool(model.config.memory.stored_sources(model.config.depth))
     modes = tuple(MODES) if recurs else ("off",)
-    found, problems = {}, []
+    tasks, problems = {}, []
     for task in bundle.tasks:
         try:
             items = task.questions()
@@ -72,11 +72,11 @@ def run_core(
             problems.append(str(error))
             continue
         random.Random(ORDER).shuffle(items)  # before examples are drawn: nanochat's question i is that of this order
-        found[task.label] = run_task(model, tokenizer, task, items, modes, weights, out, settings, ranks, progress)
-    if not found:  # a mean of nothing is no score
+        tasks[task.label] = run_task(model, tokenizer, task, items, modes, weights, out, settings, ranks, progress)
+    if not tasks:  # a mean of nothing is no score
         raise ValueError("; ".join(problems))
-    about = {"bundle": digest_of(bundle), "limit": settings.limit, "prefill": settings.prefill}
-    values = summary(found, modes, bundle, settings.limit)
+    about = {"bundle": bundle_digest(bundle), "limit": settings.limit, "prefill": settings.prefill}
+    values = summarise_tasks(tasks, modes, bundle, settings.limit)
     spent = time.perf_counter() - begun
     result = Result("core", "CORE", weights, about, values, spent, hardware(model.embedding.weight.device))
     if ranks.first:
@@ -97,7 +97,7 @@ def run_task(
     progress: bool,
 ) -> dict[str, Any]:
     """Accuracy of one task by mode, of `items` in the order in which they are numbered."""
-    chosen = range(len(items))[: settings.limit]
+    indices = range(len(items))[: settings.limit]
     about = {
         "checkpoint": weights,
         "file": sha256(task.file),
@@ -110,42 +110,42 @@ def run_task(
     for name in modes:
         how = {"prefill": settings.prefill} if name == "on" else {}
         ledger = Ledger(out / "partial", f"core-{task.label}-{name}", about | how, ranks)
-        todo = [int(key) for key in ledger.todo([str(i) for i in chosen])]
-        with bar(f"{task.label}, {name}", len(todo), progress and ranks.first) as tell:
-            for batch in batches(task, items, todo, tokenizer, model.config.context, settings.rows):
+        todo = [int(key) for key in ledger.todo([str(i) for i in indices])]
+        with bar(f"{task.label}, {name}", len(todo), progress and ranks.first) as advance:
+            for batch in question_batches(task, items, todo, tokenizer, model.config.context, settings.rows):
                 scored = score_questions(model, batch, settings.mode(name))
-                answers = [answer(q, rows) for q, rows in zip(batch, scored, strict=True)]
+                answers = [answer_question(q, rows) for q, rows in zip(batch, scored, strict=True)]
                 ledger.add(
                     {
-                        str(q.index): {"correct": a.correct, "chosen": a.chosen, "nats": a.nats, "cropped": q.cropped}
+                        str(q.index): {"correct": a.correct, "chosen": a.option, "nats": a.nats, "cropped": q.cropped}
                         for q, a in zip(batch, answers, strict=True)
                     }
                 )
-                tell(len(batch))
+                advance(len(batch))
         done = ledger.everybody()
-        accuracy[name] = sum(done[str(i)]["correct"] for i in chosen) / len(chosen)
-        cropped = sum(done[str(i)]["cropped"] for i in chosen)
+        accuracy[name] = sum(done[str(i)]["correct"] for i in indices) / len(indices)
+        cropped = sum(done[str(i)]["cropped"] for i in indices)
     return {
         "type": task.type,
         "shots": task.shots,
-        "items": len(chosen),
+        "items": len(indices),
         "of": len(items),
         "cropped": cropped,
         "random": task.random,
         "accuracy": accuracy,
-        "error": {name: math.sqrt(p * (1 - p) / len(chosen)) for name, p in accuracy.items()},
+        "error": {name: math.sqrt(p * (1 - p) / len(indices)) for name, p in accuracy.items()},
         "centred": {name: task.centred(p) for name, p in accuracy.items()},
     }
 
 
-def batches(
+def question_batches(
     task: CoreTask, items: Sequence[dict[str, Any]], todo: Sequence[int], tokenizer: Tokenizer, context: int, rows: int
 ) -> Iterator[list[Question]]:
     """Questions of similar length, at most `rows` options together (or one question)."""
     for first in range(0, len(todo), AHEAD):
         batch: list[Question] = []
-        asked = [question(task, items, i, tokenizer, context) for i in todo[first : first + AHEAD]]
-        for q in sorted(asked, key=lambda q: (q.shared, max(map(len, q.rows)))):
+        questions = [build_question(task, items, i, tokenizer, context) for i in todo[first : first + AHEAD]]
+        for q in sorted(questions, key=lambda q: (q.shared, max(map(len, q.rows)))):
             if batch and sum(len(b.rows) for b in batch) + len(q.rows) > rows:
                 yield batch
                 batch = []
@@ -154,20 +154,20 @@ def batches(
             yield batch
 
 
-def summary(found: dict[str, Any], modes: Sequence[str], bundle: Bundle, limit: int | None) -> dict[str, Any]:
+def summarise_tasks(tasks: dict[str, Any], modes: Sequence[str], bundle: Bundle, limit: int | None) -> dict[str, Any]:
     """All tasks, and the mean of their centred accuracy: CORE where all 22 are there whole, else a partial one."""
-    whole = len(found) == TASKS and all(task["items"] == task["of"] for task in found.values())
+    whole = len(tasks) == TASKS and all(task["items"] == task["of"] for task in tasks.values())
     limited = f", {limit} questions each" if limit is not None else ""
     return {
-        "name": "CORE" if whole else f"partial CORE ({len(found)}/{TASKS}{limited})",
-        "score": {name: sum(t["centred"][name] for t in found.values()) / max(1, len(found)) for name in modes},
+        "name": "CORE" if whole else f"partial CORE ({len(tasks)}/{TASKS}{limited})",
+        "score": {name: sum(t["centred"][name] for t in tasks.values()) / max(1, len(tasks)) for name in modes},
         "modes": list(modes),
-        "tasks": found,
+        "tasks": tasks,
         "missing": list(bundle.missing),
         "references": {
             # The mean over the same tasks, so that a partial CORE stands beside a partial one.
-            model: {**scores, "same tasks": sum(scores[t] for t in found) / max(1, len(found))}
+            model: {**scores, "same tasks": sum(scores[t] for t in tasks) / max(1, len(tasks))}
             for model, scores in bundle.references.items()
-            if set(found) <= set(scores)
+            if set(tasks) <= set(scores)
         },
     }

@@ -120,31 +120,31 @@ class CoreTask:
     def questions(self) -> list[dict[str, Any]]:
         """The task's questions. ValueError, naming the file and the fix, where it is damaged."""
         fix = "copy or download the bundle again"
-        found = []
+        items = []
         # Not splitlines(), which also breaks at U+2028 and the like, inside of a text.
         lines = self.file.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
         for number, line in enumerate(lines, 1):
             try:
-                found.append(json.loads(line))
-                missing = [field for field in FIELDS[self.type] if field not in found[-1]]
+                items.append(json.loads(line))
+                missing = [field for field in FIELDS[self.type] if field not in items[-1]]
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{self.file}, line {number} is cut off or damaged ({error}); {fix}") from error
             if missing:
                 raise ValueError(f"{self.file}, line {number} has no {', '.join(missing)}; {fix}")
             if self.type in OPTIONS:
-                options, gold = found[-1][OPTIONS[self.type]], found[-1]["gold"]
+                options, gold = items[-1][OPTIONS[self.type]], items[-1]["gold"]
                 if not isinstance(options, list) or not isinstance(gold, int) or (not 0 <= gold < len(options)):
                     raise ValueError(
                         f"{self.file}, line {number}: gold is {gold!r}, none of its {OPTIONS[self.type]}; {fix}"
                     )
-        if len(found) <= self.shots:
-            raise ValueError(f"{self.file} has {len(found)} questions, too few for {self.shots} shots; {fix}")
+        if len(items) <= self.shots:
+            raise ValueError(f"{self.file} has {len(items)} questions, too few for {self.shots} shots; {fix}")
         actual = sha256(self.file)
         if self.sha256 not in (None, actual):
             raise ValueError(
                 f"{self.file} is not the bundle's file: its SHA-256 is {actual} instead of {self.sha256}; {fix}"
             )
-        return found
+        return items
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,12 @@ def read_tasks(folder: Path, sums: Mapping[str, str]) -> list[CoreTask]:
     random = read_baselines(folder / "eval_meta_data.csv")
     try:
         described = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
-        found = []
+        tasks = []
         for entry in described:
             if entry["icl_task_type"] not in TYPES:
                 raise ValueError(f"its type {entry['icl_task_type']!r} is none of {', '.join(TYPES)}")
             name = f"eval_data/{entry['dataset_uri']}"
-            found.append(
+            tasks.append(
                 CoreTask(
                     entry["label"],
                     folder / name,
@@ -212,7 +212,7 @@ def read_tasks(folder: Path, sums: Mapping[str, str]) -> list[CoreTask]:
             f"{folder / 'core.yaml'} is damaged, or eval_meta_data.csv beside it lacks one of its tasks ({error!r}); "
             "copy or download the bundle again"
         ) from error
-    return found
+    return tasks
 
 
 def read_baselines(file: Path) -> dict[str, float]:
@@ -232,12 +232,14 @@ def read_sums(file: Path) -> dict[str, str]:
 
 def read_references(folder: Path) -> dict[str, dict[str, float]]:
     """Results of other models: CSV files of task, accuracy, centred accuracy."""
-    found: dict[str, dict[str, float]] = {}
+    references: dict[str, dict[str, float]] = {}
     for file in sorted([*folder.glob("openai-community-*.csv"), *folder.glob("extra/openai-community-*.csv")]):
         with file.open(encoding="utf-8", newline="") as lines:
             rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
-        found[file.stem.removeprefix("openai-community-")] = {row[0]: float(row[2]) for row in rows[1:] if len(row) > 2}
-    return found
+        references[file.stem.removeprefix("openai-community-")] = {
+            row[0]: float(row[2]) for row in rows[1:] if len(row) > 2
+        }
+    return references
 
 
 def download(folder: Path, url: str = URL, sums: Mapping[str, str] = OFFICIAL, progress: bool = True) -> Path:
@@ -276,15 +278,15 @@ def fetch(url: str, file: Path, progress: bool) -> None:
     try:
         with urllib.request.urlopen(url, timeout=60) as answer, file.open("wb") as out:
             size = int(answer.headers.get("Content-Length") or 0)
-            with bar(f"downloading {url.rsplit('/', 1)[-1]}", size or None, progress) as tell:
+            with bar(f"downloading {url.rsplit('/', 1)[-1]}", size or None, progress) as advance:
                 while part := answer.read(CHUNK):
                     out.write(part)
-                    tell(len(part))
+                    advance(len(part))
     except (OSError, ValueError) as error:
         raise OSError(f"cannot download {url}: {error}; try again, or give a folder: --core FOLDER") from error
-    got = file.stat().st_size
-    if got < size:
-        raise OSError(f"{url} ended after {got:,} of {size:,} bytes; try again, or give a folder: --core FOLDER")
+    received = file.stat().st_size
+    if received < size:
+        raise OSError(f"{url} ended after {received:,} of {size:,} bytes; try again, or give a folder: --core FOLDER")
 
 
 def unpack(archive: Path, folder: Path, url: str) -> None:
@@ -304,7 +306,7 @@ def unpack(archive: Path, folder: Path, url: str) -> None:
         raise ValueError(f"{url} is no whole .zip ({error}); download it again, or give a folder") from error
 
 
-def digest_of(bundle: Bundle) -> str:
+def bundle_digest(bundle: Bundle) -> str:
     """One hash for what decides the questions: core.yaml and the baselines. Files are hashed when they are read."""
     text = b"".join((bundle.folder / name).read_bytes() for name in ("core.yaml", "eval_meta_data.csv"))
     return hashlib.sha256(text).hexdigest()
