@@ -1,4 +1,8 @@
-"""Hugging Face datasets, by hub name or local folder, streamed."""
+"""Hugging Face datasets, by hub name or local folder, streamed: nothing is downloaded but what is read.
+
+A file of ours is read again up to where it was left. A data set goes on from the `datasets` library's own state, as
+reading a hub's files again would take long.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from lrt.utils.files import sha256
 from lrt.utils.imports import MissingExtraError, optional_module
 
 SNAPSHOT = 1000
-"""Documents between two states of the library's iterator: what is read again at most after an interruption."""
+"""Records between two states of the library's iterator: what is read again at most after an interruption."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class HubSource:
     def read(self, after: SourcePosition | None = None) -> PieceStream:
         state, taken = (None, 0) if after is None else (after.state, after.pieces)
         stream = open_stream(self.dataset, None if Path(self.name).is_dir() else self.identity)
+        # seen: records read in all; since: since `state` was taken; number: pieces since then.
         seen = since = number = 0
         if state is not None:
             stream.load_state_dict(state["iterator"])
@@ -73,7 +78,10 @@ class HubSource:
                 since = number = taken = 0
 
     def records(self, stream: Any, seen: int) -> Iterator[dict[str, Any]]:
-        """What the library reads, its errors named."""
+        """What the library reads behind the first `seen` records, as dictionaries.
+
+        ValueError where the data are damaged; OSError, after which what was prepared is kept, where they cannot be had.
+        """
         arrow = optional_module("pyarrow", "data", f"reading {self.name}")
         try:
             with contextlib.closing(iter(stream)) as records:
@@ -119,7 +127,7 @@ def resolve_preset(dataset: Dataset) -> Dataset:
 
 
 def open_stream(dataset: Dataset, revision: str | None) -> Any:
-    """The library's iterable data set; nothing is downloaded but what is read."""
+    """The library's iterable data set, at a commit of the hub; None for a local folder."""
     with name_in_errors(dataset):
         load = optional_module("datasets", "data", f"reading {dataset.name}").load_dataset
         return load(dataset.name, dataset.config, split=dataset.split, streaming=True, revision=revision)
@@ -127,10 +135,10 @@ def open_stream(dataset: Dataset, revision: str | None) -> Any:
 
 @contextlib.contextmanager
 def name_in_errors(dataset: Dataset) -> Iterator[None]:
-    """Name the data set in what the libraries raise, which are errors of theirs and of their HTTP client's."""
+    """Name the data set in what the libraries raise: classes of theirs and of their HTTP client's, so any Exception."""
     try:
         yield
-    except MissingExtraError:
+    except MissingExtraError:  # says what to do already
         raise
     except Exception as error:
         raise ValueError(
@@ -141,8 +149,8 @@ def name_in_errors(dataset: Dataset) -> Iterator[None]:
 
 
 def folder_digest(folder: Path) -> str:
-    """Hex digest of the names and contents of all files under `folder`."""
-    total = hashlib.sha256()
+    """Hexadecimal SHA-256 of the names and contents of all files under `folder`."""
+    combined = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        total.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}".encode())
-    return total.hexdigest()
+        combined.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}".encode())
+    return combined.hexdigest()

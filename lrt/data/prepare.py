@@ -4,9 +4,12 @@
 
 runs as one stream, so that memory does not grow with the corpus. A prepared folder holds `tokenizer.json`; for each
 split shards (`lrt.data.shards`) of documents one after another, without BOS; and `manifest.json`. It is complete or
-not there at all, and it is known by its inputs: asked for again with the same ones, it is opened, not made. While it
-is made, a hidden folder beside it holds what is done, and where the reader and the writers are: whatever stops the
-process, the next call goes on from there, and the bytes are the same.
+not there at all, and it is known by its inputs: asked for again with the same ones, it is opened, not made.
+
+While it is made, a hidden folder beside it holds what is done: the growing shards and, every 16 MB of text, a state
+(the place in the corpus, the lengths of the files). Whatever stops the process (Ctrl-C, SIGKILL, a lost connection, a
+full disk), the next call cuts the files to those lengths and goes on from there, and the bytes are the same. Only input
+that turns out to be wrong removes the folder.
 
 Splits are by text file where there are enough of them, so that no file is both trained on and reported; else by
 contiguous parts of each. Documents of JSON lines, Parquet and data sets are split one by one (`lrt.data.splits`).
@@ -44,7 +47,7 @@ SAMPLE_BYTES = 1 << 25
 SMALL = 1 << 22
 """Bytes of a corpus below which starting processes costs more time than it saves."""
 GROUPS_PER_STATE = 32
-"""Groups between two states: an interruption loses at most this much work, some seconds."""
+"""Groups between two states, 16 MB: an interruption loses at most this much work, some seconds."""
 OURS = re.compile(rf"manifest\.json|tokenizer\.json|({'|'.join(SPLITS)})\.(\d{{5}}\.)?(tokens|documents)\.npy")
 """All that a prepared folder holds, or held in an earlier format."""
 
@@ -112,7 +115,7 @@ def prepare(
 
 
 def worker_count(workers: int | None, corpus: Corpus) -> int:
-    """How many processes encode: as asked for, or one per core this process may use, or none for a small corpus."""
+    """How many processes encode: as asked for, or one per core, or none for a small corpus."""
     if workers is not None:
         return workers
     return 0 if 0 < corpus.size < SMALL else os.cpu_count() or 1
@@ -128,11 +131,10 @@ def train_tokenizer(part: Path, corpus: Corpus, vocab_size: int, progress: bool)
     return Tokenizer.load(file)
 
 
-# Encoding and writing
 def write_splits(
     part: Path, corpus: Corpus, tokenizer: Tokenizer, shard_tokens: int, workers: int, progress: bool
 ) -> dict[str, Any]:
-    """Encode the corpus, from where an earlier call stopped; the splits' entries in the manifest."""
+    """Encode the corpus from where an earlier call stopped, and return the splits' entries in the manifest."""
     place, states = read_state(part)
     dtype = token_dtype(tokenizer)
     writers = {name: SplitWriter(part, name, dtype, shard_tokens, states.get(name)) for name in SPLITS}
@@ -142,7 +144,7 @@ def write_splits(
             bar("encoding", corpus.size or None, progress) as advance,
         ):
             groups = ((group, [piece.text for _, piece in group.pieces]) for group in corpus.groups(place))
-            shown = 0
+            shown = 0  # bytes, on the progress bar
             for number, (group, encoded) in enumerate(encoders.map(groups), 1):
                 write_group(group, encoded, writers)
                 place = group.after
@@ -172,7 +174,7 @@ def write_group(group: DocumentGroup, encoded: tuple[Any, list[int]], writers: d
 
 
 def check_entries(entries: dict[str, dict[str, Any]]) -> None:
-    """Require that there is something to train on, to choose by and to report on."""
+    """ValueError where there is nothing to train on, to choose by or to report on."""
     total = {key: sum(entry[key] for entry in entries.values()) for key in ("bytes", "documents")}
     if total["bytes"] < SMALLEST_TEXT:
         raise ValueError(
@@ -202,9 +204,8 @@ def write_state(part: Path, place: CorpusPosition, splits: dict[str, Any]) -> No
     replace_atomically(part / "state.json", json.dumps({"place": place, "splits": splits}))
 
 
-# The folder
 def check_replaceable(out: Path) -> None:
-    """Require that `out` is new, empty or a prepared folder: nothing else may be lost by writing it."""
+    """ValueError unless `out` is new, empty or a prepared folder: nothing else may be lost by writing it."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -215,7 +216,7 @@ def check_replaceable(out: Path) -> None:
 
 
 def open_if_same(out: Path, inputs: str) -> Prepared | None:
-    """The folder `out` if it is whole and was made of these inputs."""
+    """The folder `out`, every byte of it verified, if it was made of these inputs; None otherwise."""
     try:
         if read_manifest(out)["inputs"] != inputs:
             return None

@@ -1,6 +1,7 @@
 """A prepared folder, read: documents of token ids, memory-mapped and held against the manifest.
 
-`lrt.data.prepare` says what the folder holds and makes it.
+`lrt.data.prepare` says what the folder holds and makes it. Sizes are checked when it is opened. The bytes of a split
+are hashed when it is first asked for: an evaluation need not read the training split.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SPLITS = ("train", "val", "test")
 
 
 class ConcatenatedArray:
-    """Arrays one after another, read like one; a slice within one of them is a view."""
+    """One-dimensional arrays one after another, read like one. A slice within one of them is a view."""
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
         self.parts = tuple(parts)
@@ -40,13 +41,14 @@ class ConcatenatedArray:
         return self.ends[-1]
 
     def __getitem__(self, at: slice) -> np.ndarray:
-        """Values from `at.start` to `at.stop`, both within the length."""
+        """Values from `at.start` to `at.stop`, both within the length; no negative ones, and no step."""
         views, start, stop = [], int(at.start or 0), len(self) if at.stop is None else int(at.stop)
         index = bisect_right(self.ends, start)
         while start < stop:
             offset = self.ends[index] - len(self.parts[index])
             views.append(self.parts[index][start - offset : min(stop, self.ends[index]) - offset])
             start, index = self.ends[index], index + 1
+        # An empty array of the same type: a slice without any values has no views.
         return views[0] if len(views) == 1 else np.concatenate([*views, self.parts[0][:0]])
 
 
@@ -197,7 +199,7 @@ def open_split(path: Path, name: str, entry: dict[str, Any], tokenizer: Tokenize
 
 
 def open_shard(path: Path, name: str, index: int, entry: dict[str, Any], tokenizer: Tokenizer) -> Documents:
-    """One shard, memory-mapped."""
+    """One shard, memory-mapped. ValueError naming its file where offsets do not ascend or sizes differ."""
     tokens_file, documents_file = (path / file for file in shard_files(name, index))
     tokens = open_array(tokens_file, entry["tokens"])
     offsets = np.asarray(open_array(documents_file, entry["documents"] + 1))

@@ -17,10 +17,11 @@ from lrt.data.splits import split_of
 from lrt.utils.imports import optional_module
 
 LONGEST_LINE = 1 << 24
-"""Bytes of the longest line of JSON that is read: one document is held in memory."""
+"""Bytes of the longest line of JSON that is read (16 MB): one document is held in memory."""
 PARQUET_ROWS = 64
 """Rows decoded at a time."""
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
+"""Endings behind .jsonl; "" is none."""
 JSON_LINES = tuple(kind + suffix for kind in (".jsonl", ".ndjson") for suffix in COMPRESSIONS)
 
 
@@ -65,7 +66,7 @@ class Selection:
             raise ValueError(
                 f"{where} has {type(text).__name__} in field {self.field!r}; name a field of text with --field"
             )
-        if not text.isascii():
+        if not text.isascii():  # most texts are, and need no second look
             try:
                 text.encode()
             except UnicodeEncodeError as error:
@@ -129,7 +130,7 @@ def open_uncompressed(raw: io.BufferedReader, path: Path) -> io.BufferedIOBase:
             return gzip.open(raw)
         case ".xz":
             return lzma.open(raw)
-        case ".zst":  # pyarrow, as it notices a file that ends too early
+        case ".zst":  # by pyarrow: it notices a file that ends too early, which zstandard's stream reader does not
             return io.BufferedReader(
                 optional_module("pyarrow", "data", f"reading {path}").input_stream(raw, compression="zstd")
             )
@@ -147,7 +148,7 @@ class Parquet:
     selection: Selection
 
     def read(self, after: SourcePosition | None = None) -> PieceStream:
-        done = 0
+        done = 0  # bytes, by the share of rows: for the progress bar
 
         def documents() -> Iterator[tuple[str, str]]:
             nonlocal done
@@ -159,12 +160,13 @@ class Parquet:
         return with_positions(cut_documents(documents()), after, lambda: done)
 
     def records(self) -> Iterator[tuple[float, dict[str, Any]]]:
-        """The wanted columns of every row, with the share of the file that was read."""
+        """The columns of `selection` of every row, with the share of rows that were read, 0 to 1."""
         arrow, parquet = (
             optional_module(module, "data", f"reading {self.path}") for module in ("pyarrow", "pyarrow.parquet")
         )
         row, columns = 0, self.selection.columns
         try:
+            # Buffered, and nothing read ahead: a megabyte per column in memory, not a row group.
             with parquet.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
                 names, rows = file.schema_arrow.names, file.metadata.num_rows
                 for name in columns:

@@ -1,7 +1,8 @@
 """Where text comes from: a source is a stream of pieces of documents. Text files are read here.
 
-A piece is a document, or a part of one that is too long to be held or encoded at once. Which pieces there are follows
-from the content alone, so that "so many pieces taken" is a place to go on from.
+A piece is a document, or a part of one that is too long to be held or encoded at once: nothing grows with the corpus.
+Which pieces there are follows from the content alone, so that "n pieces taken" is a place to go on from. To go on, a
+file is read again up to there; reading is a small part of encoding.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 PIECE = 1 << 18
-"""Characters of the longest piece."""
+"""Characters of the longest piece, and bytes of a file that are read at a time."""
 
 
 class Piece(NamedTuple):
@@ -34,13 +35,13 @@ class SourcePosition(NamedTuple):
     pieces: int
     """Pieces taken, in all or since `state`."""
     at: int
-    """How much of the source's `size` that is, for the progress bar."""
+    """Of the source's `size`, in bytes: for the progress bar."""
     state: dict[str, Any] | None = None
     """What the `datasets` library needs to be here without reading what came before."""
 
 
 PieceStream = Generator[tuple[Piece, SourcePosition], None, None]
-"""Pieces, each with the place behind it; to be closed by who stops early."""
+"""Pieces, each with the place behind it. Who stops early closes it, which closes its file."""
 
 
 class Source(Protocol):
@@ -61,7 +62,7 @@ class Source(Protocol):
 
 # Pieces
 def cut_text(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """A text that comes in chunks, cut where it exceeds `PIECE`, each with whether it is the last.
+    """A text that comes in chunks as pieces of at most `PIECE` characters, each with whether it is the last.
 
     Cut after a line, or before a word, in the later half of a piece, where nearly every tokenizer cuts too: a token
     may differ there from those of the whole text, and all bytes are kept.
@@ -77,14 +78,14 @@ def cut_text(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def cut_documents(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
-    """The pieces of documents (text, split)."""
+    """The pieces of documents, which are (text, split)."""
     for text, split in documents:
         for part, last in cut_text([text]):
             yield Piece(part, len(part.encode()), split, last)
 
 
 def with_positions(pieces: Iterable[Piece], after: SourcePosition | None, at: Callable[[], int]) -> PieceStream:
-    """Number the pieces, leaving out those taken before."""
+    """The pieces behind `after`, each with its position; `at` tells how much of the source was read by then."""
     taken = 0 if after is None else after.pieces
     for number, piece in enumerate(pieces, 1):
         if number > taken:
@@ -151,7 +152,7 @@ def text_chunks(path: Path, start: int = 0, stop: int | None = None) -> Iterator
 
 
 def not_utf8_error(path: Path, error: UnicodeDecodeError, offset: int) -> ValueError:
-    """The error that says where `path` stops being UTF-8."""
+    """The error that says where `path` stops being UTF-8: `error` counts from `offset`."""
     return ValueError(
         f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {offset + error.start}); "
         "convert it, for example with iconv -t UTF-8, or leave it out"
@@ -159,7 +160,7 @@ def not_utf8_error(path: Path, error: UnicodeDecodeError, offset: int) -> ValueE
 
 
 def open_source(path: Path) -> io.BufferedReader:
-    """The file, open; ValueError naming it if it cannot be."""
+    """The file, open for reading bytes; ValueError naming it where it cannot be opened."""
     try:
         return path.open("rb")
     except FileNotFoundError as error:

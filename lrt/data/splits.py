@@ -15,12 +15,12 @@ TRAIN, VAL = 0.9, 0.95
 
 
 def hash_fraction(key: str) -> float:
-    """A number in [0, 1) that follows from `key` alone."""
+    """A number in [0, 1) that follows from `key` alone: the first 64 bits of its SHA-256."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
 def split_of(key: str) -> str:
-    """The split of whatever has this key."""
+    """The split of whatever has this key: a file's name, an author, a text."""
     place = hash_fraction(key)
     return "train" if place < TRAIN else "val" if place < VAL else "test"
 
@@ -48,7 +48,7 @@ def cut_places(text: bytes | mmap.mmap) -> tuple[int, int]:
         if newline < 0:
             newline = text.rfind(b"\n", low, middle)
         place = middle if newline < 0 else newline + 1
-        while 0 < place < len(text) and text[place] & 0xC0 == 0x80:  # a continuation byte
+        while 0 < place < len(text) and text[place] & 0xC0 == 0x80:  # a continuation byte: its character began before
             place -= 1
         places.append(place)
     return places[0], places[1]

@@ -37,7 +37,7 @@ class Windows:
 
     @property
     def document_starts(self) -> int:
-        """How many of the windows begin a document."""
+        """How many of the windows begin a document: as often there may be a space that is no part of it."""
         return int(np.isin(self.starts, self.documents.offsets[:-1]).sum())
 
     @property
@@ -46,7 +46,7 @@ class Windows:
         return len(self) * int(self.lengths.max(initial=0))
 
     def select(self, indices: slice | np.ndarray) -> Windows:
-        """Some of the windows."""
+        """Some of the windows, by their indices."""
         return dataclasses.replace(self, starts=self.starts[indices], lengths=self.lengths[indices], complete=False)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -69,10 +69,10 @@ class Windows:
 
 
 def windows(documents: Documents, context: int, at_least: int | None = 50_000, seed: int = 0) -> Windows:
-    """Cut `documents` into evaluation windows of `context` tokens and choose enough of them.
+    """Cut `documents` into evaluation windows of `context` tokens and take enough of them.
 
-    Chosen are windows evenly spread over the split, from an offset drawn with `seed`, until they have `at_least`
-    targets; all of them where there are fewer targets than that, or with None. ValueError for a context below 2.
+    Windows are evenly spread over the split, from a random offset that `seed` decides, until they have `at_least`
+    targets; all are taken where there are fewer targets than that, or with None. ValueError for a context below 2.
     """
     if context < 2:
         raise ValueError(f"context is {context}; a window needs at least 2 tokens: BOS and one to predict")
@@ -83,9 +83,9 @@ def windows(documents: Documents, context: int, at_least: int | None = 50_000, s
         count = max(1, math.ceil(at_least / (context - 1)))  # a window cannot hold more targets than that
         indices = evenly_spaced(len(starts), count, offset)
         while int(lengths[indices].sum()) < at_least and len(indices) < len(starts):
-            count += max(1, count // 100)
+            count += max(1, count // 100)  # short documents make short windows: more of them, by a hundredth
             indices = evenly_spaced(len(starts), count, offset)
-    indices = indices[np.argsort(-lengths[indices], kind="stable")]
+    indices = indices[np.argsort(-lengths[indices], kind="stable")]  # batches of like lengths have little padding
     return Windows(documents, starts[indices], lengths[indices], complete=len(indices) == len(starts))
 
 

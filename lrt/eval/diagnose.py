@@ -1,4 +1,8 @@
-"""`lrt diagnose`: measure one checkpoint in every way there is a table for, and keep the results beside it."""
+"""`lrt diagnose`: measure one checkpoint, each kind of result by its entry of `MEASURES`, and keep results beside it.
+
+To add a kind, write a function of a `Subject` that returns plain data, and give it a line in `MEASURES` and one in
+`lrt.eval.report.text.LINES`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from lrt.data.prepared import Prepared
 from lrt.data.tokenizer import Tokenizer
@@ -30,8 +35,8 @@ from lrt.schedules.parse import parse
 from lrt.utils import files
 from lrt.utils.provenance import hardware
 
-ALONE_BY_FIRST = ("memory",)
-"""Measures that rank 0 makes by itself: they take seconds. Of the others all ranks share the windows."""
+RANK_0_ALONE = ("memory",)
+"""Kinds that rank 0 measures by itself: they take seconds. For the others all ranks share the windows."""
 TEXT = 1500
 """Tokens of the coloured text."""
 
@@ -67,7 +72,7 @@ class Subject:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides a score, beside the code: what is kept of a stopped measurement belongs to it."""
+        """What decides a score, beside the code: the settings of its ledger."""
         return {
             "checkpoint": self.weights,
             "data": self.data,
@@ -76,7 +81,7 @@ class Subject:
         }
 
     def ledger(self, name: str, settings: Mapping[str, Any]) -> Ledger:
-        """What is done of a measurement."""
+        """What is done of a measurement that `settings` decide."""
         return Ledger(self.out / "partial", f"{name}-{self.name}", settings, self.ranks)
 
     def score_ledger(self, name: str) -> Ledger:
@@ -84,16 +89,18 @@ class Subject:
         return self.ledger(name, self.settings)
 
     @property
-    def token_bytes(self) -> Any:
+    def token_bytes(self) -> Tensor | None:
+        """`Tokenizer.token_bytes`."""
         return self.tokenizer.token_bytes()
 
     @property
     def prefix_bytes(self) -> int:
+        """`Tokenizer.prefix_bytes`, which is the same for every text."""
         return self.tokenizer.prefix_bytes("a")
 
 
 def check_tokenizer(data: Prepared, tokenizer: Tokenizer, folder: Path) -> None:
-    """Require that a corpus was prepared with the checkpoint's tokenizer."""
+    """ValueError unless a corpus was prepared with the checkpoint's tokenizer."""
     if data.tokenizer.sha256 != tokenizer.sha256:
         raise ValueError(
             f"{data.path} was prepared with another tokenizer than {folder}'s; "
@@ -113,9 +120,10 @@ def load_subject(
     schedule: str | None = None,
     name: str | None = None,
 ) -> Subject:
-    """Load a checkpoint, or a run's, and the windows it is measured on.
+    """Load a checkpoint, or a run's, and the windows of `data` that it is measured on (`at_least` targets).
 
-    None: the schedule it was trained with; the corpus's folder as its name.
+    `schedule` None: the one it was trained with. `name` None: the corpus's folder. `out` None: evaluation/ in `path`.
+    ValueError for a corpus of another tokenizer.
     """
     folder = checkpoint.verify(path)
     model, tokenizer = checkpoint.load(folder, ranks.device)
@@ -137,13 +145,13 @@ def load_subject(
 
 
 def corpus_names(folders: Sequence[Path]) -> list[str]:
-    """What corpora are called: their folder, by its whole path where two have one name, as results replace others'."""
+    """What corpora are called: their folders' names, or paths where two have one name: results go by names."""
     short = [folder.resolve().name for folder in folders]
     return [name if short.count(name) == 1 else str(f) for name, f in zip(short, folders, strict=True)]
 
 
 def measure_sweeps(s: Subject) -> dict[str, Any]:
-    """The sweep curve."""
+    """`sweep_curve` as plain data."""
     curve = sweep_curve(
         s.model,
         s.windows,
@@ -158,7 +166,7 @@ def measure_sweeps(s: Subject) -> dict[str, Any]:
 
 
 def measure_ablations(s: Subject) -> dict[str, Any]:
-    """Live, and live with the memory replaced in every way."""
+    """Scores with the memory replaced by every ablation."""
     return summary_scores(s, EVERY).to_dict()
 
 
@@ -193,12 +201,12 @@ def score_corpora(subjects: Sequence[Subject]) -> Result:
 
 
 def score_together(corpora: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Scores of several corpora as of one text: nats and bytes added up."""
+    """Scores of several corpora as of one text: nats and bytes added up. One corpus keeps its scores."""
     size = sum(c["bytes"] for c in corpora)
     scores = dict(corpora[0])
-    for name in scores:
+    for name in scores if len(corpora) > 1 else ():
         if "bpb" in name:
-            scores[name] = math.fsum(c[name] * c["bytes"] for c in corpora) / size if len(corpora) > 1 else scores[name]
+            scores[name] = math.fsum(c[name] * c["bytes"] for c in corpora) / size
     return scores | {
         "targets": sum(c["targets"] for c in corpora),
         "bytes": size,
@@ -208,20 +216,23 @@ def score_together(corpora: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def score_windows(s: Subject, kind: str, columns: Columns) -> TokenScores:
-    """The windows' scores token by token; stopped, they go on."""
+    """The windows' scores token by token; stopped, they go on.
+
+    Items are windows, which do not depend on how many others there are: `settings` leaves the targets out.
+    """
     settings = {"checkpoint": s.weights, "data": s.data, "schedule": repr(s.schedule)}
     ledger = s.ledger(kind, settings)
     return token_scores(s.model, s.windows, s.token_bytes, columns, ledger, s.batch_size, s.prefix_bytes, s.progress)
 
 
 def measure_bpb(s: Subject) -> dict[str, Any]:
-    """BPB in every way, by position and document, with intervals."""
+    """BPB live, parallel, by pass and off, by position and document, with intervals."""
     scores = score_windows(s, "bpb", standard_columns(s.scoring_schedule))
     return {"schedule": repr(s.scoring_schedule)} | summarise(scores, (("live", "parallel"), ("off", "live")))
 
 
 def measure_bfloat16(s: Subject) -> dict[str, Any]:
-    """bfloat16 beside its control."""
+    """BPB of bfloat16 beside its control (`bfloat16_columns`), with intervals."""
     scores = score_windows(s, "bfloat16", bfloat16_columns(s.model))
     pairs = (("bfloat16 control", "live"), ("bfloat16 live", "bfloat16 control"))
     return {"schedule": repr(s.scoring_schedule)} | summarise(scores, pairs)
@@ -229,6 +240,7 @@ def measure_bfloat16(s: Subject) -> dict[str, Any]:
 
 def measure_memory(s: Subject) -> dict[str, Any]:
     """Gates, scales and reach; the scales of every snapshot that is there too."""
+    # A few windows are enough: these are means over all of their positions.
     inputs = longest_inputs(s.windows, min(8, s.batch_size), s.model.embedding.weight.device)
     history = []
     for folder in snapshots(s.run):
@@ -239,8 +251,8 @@ def measure_memory(s: Subject) -> dict[str, Any]:
 
 
 def measure_text(s: Subject) -> dict[str, Any]:
-    """The beginning of a document, with what recurrence gains on each token."""
-    scores = score_windows(s, "bpb", standard_columns(s.scoring_schedule))
+    """The beginning of the document with the most tokens in the windows, scored live and off."""
+    scores = score_windows(s, "bpb", standard_columns(s.scoring_schedule))  # those of `measure_bpb`, if it was called
     document = int(np.bincount(scores.document).argmax())
     tokens = np.flatnonzero(scores.document == document)[:TEXT]
     return token_pieces(
@@ -260,20 +272,21 @@ MEASURES: dict[str, Callable[[Subject], dict[str, Any]]] = {
 
 
 def diagnose(s: Subject, measures: Sequence[str] = ("bpb", "sweeps", "ablations", "memory", "text")) -> list[Result]:
-    """Measure a subject; each result is written as soon as it is there. All ranks call it.
+    """Measure a subject: results of the kinds `measures`, each written as soon as it is there. All ranks call it.
 
-    What they take long for is shared among ranks, and goes on where it was stopped.
+    What takes long is shared among ranks, and goes on where it was stopped.
     """
     results = []
     for kind in measures:
-        begun = time.perf_counter()
-        if kind not in ALONE_BY_FIRST:
-            values = MEASURES[kind](s)
-        else:
+        start = time.perf_counter()
+        if kind in RANK_0_ALONE:
+            alone = replace(s, ranks=SINGLE_PROCESS)
             with s.ranks.collective():
-                values = s.ranks.broadcast(MEASURES[kind](replace(s, ranks=SINGLE_PROCESS)) if s.ranks.first else {})
+                values = s.ranks.broadcast(MEASURES[kind](alone) if s.ranks.first else {})
+        else:
+            values = MEASURES[kind](s)
         settings = {"targets": s.windows.targets, "complete": s.windows.complete, "schedule": repr(s.schedule)}
-        spent = time.perf_counter() - begun
+        spent = time.perf_counter() - start
         results.append(Result(kind, s.name, s.weights, settings, values, spent, hardware(s.ranks.device)))
         if s.ranks.first:
             results[-1].write(s.out)

@@ -1,4 +1,8 @@
-"""The ledger that a stopped evaluation goes on from: what was measured, item by item, as JSON lines."""
+"""The ledger that a stopped evaluation goes on from: what was measured, item by item, as JSON lines.
+
+A ledger per rank is all there is to resuming: items have names, and every rank reads all ledgers. An item is a whole
+batch where a score may depend on what is scored together (shuffled memory), else a window or a question.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +19,19 @@ from lrt.utils.provenance import code_version
 
 
 class InMemory:
-    """Items that are done, in memory alone: the neutral object, and the interface of `Ledger`."""
+    """Items that are done, kept in memory alone: the neutral object, and the interface of `Ledger`."""
 
     def __init__(self, ranks: SingleProcess = SINGLE_PROCESS) -> None:
         self.ranks = ranks
         self.done: dict[str, Any] = {}
-        """Key -> what was found, by any rank before this call, by this one in it."""
+        """Key -> what was measured: by any rank before this run, and by this rank in it."""
 
     def todo(self, keys: Sequence[str]) -> list[str]:
         """This rank's share of the keys that are not done."""
         return [key for key in keys if key not in self.done][self.ranks.rank :: self.ranks.ranks]
 
     def add(self, items: Mapping[str, Any]) -> None:
-        """Note some items as done."""
+        """Note items as done: plain data, by key."""
         self.done.update(items)
 
     def gather(self) -> dict[str, Any]:
@@ -36,16 +40,16 @@ class InMemory:
 
 
 LedgerFactory = Callable[[str], InMemory]
-"""What is measured -> where its items are noted."""
+"""The name of a score -> the ledger of its items."""
 
 
 def in_memory(name: str) -> InMemory:
-    """Notes nothing on the disk."""
+    """A `LedgerFactory` that keeps nothing: a stopped evaluation begins anew."""
     return InMemory()
 
 
 class Ledger(InMemory):
-    """Items of a long evaluation that are done: key -> what was found, one JSON line each.
+    """Items of a long evaluation that are done, a JSON line [key, value] each.
 
     Every rank appends to a file of its own and reads those of all, so that any number of ranks goes on from what any
     other number did. What was made with other settings, or by another version of the code, is in other files.
@@ -55,7 +59,7 @@ class Ledger(InMemory):
         self, folder: Path, name: str, settings: Mapping[str, Any], ranks: SingleProcess = SINGLE_PROCESS
     ) -> None:
         super().__init__(ranks)
-        # The code too: a result names the version that measured it, all of it.
+        # With the code's version: a result names the version that measured it, and means all of it.
         self.settings = json.dumps({**settings, "code": code_version()}, sort_keys=True)
         digest = hashlib.sha256(self.settings.encode()).hexdigest()[:12]
         self.folder, self.stem = folder, f"{slug(name)}-{digest}"
@@ -63,24 +67,24 @@ class Ledger(InMemory):
         self.file = folder / f"{self.stem}.rank{ranks.rank}.jsonl"
         with ranks.collective():
             self._drop_half_line()
-        self.done = self.everybody()
+        self.done = self.gather()
         with ranks.collective():  # nobody adds before all have read: they share what is left to do
             pass
 
     def add(self, items: Mapping[str, Any]) -> None:
-        """Note some items as done. Once this returns, they survive a kill."""
+        """Note items as done. Once this returns, they survive a kill."""
         super().add(items)
         with self.file.open("a", encoding="utf-8") as out:
             out.write("".join(json.dumps([key, value]) + "\n" for key, value in items.items()))
 
-    def everybody(self) -> dict[str, Any]:
+    def gather(self) -> dict[str, Any]:
         """The items of all ranks. All of them call it, when their own are done."""
-        with self.ranks.collective():
+        with self.ranks.collective():  # all have written
             pass
         return self._read()
 
     def _drop_half_line(self) -> None:
-        """Drop a line that a kill cut in half."""
+        """Drop the last line where a kill cut it in half: what is appended would make one line of both."""
         if self.file.exists():
             text = self.file.read_bytes()
             if not text.endswith(b"\n"):

@@ -35,10 +35,10 @@ NOISE = 0.1
 def record_block_inputs(
     inputs_by_block: dict[int, tuple[Tensor, Tensor]], model: LatentRecurrentTransformer
 ) -> Iterator[None]:
-    """Within the block, each block's residual stream before the memory is added, and what its projections and gates
-    read, are noted; torch's own hooks, removed afterwards.
+    """While it lasts, put into `inputs_by_block` what each block (from 1) reads, both (B, T, D).
 
-    Not what they give: their products may be joined, so that the modules are not called one by one.
+    The residual stream before the memory is added, and what its projections and gates read. Not what those give: their
+    products may be joined, so that the modules are not called one by one. The hooks are torch's, removed afterwards.
     """
 
     def note(number: int) -> Callable[..., None]:
@@ -58,6 +58,7 @@ def record_block_inputs(
 
 
 def native_blocks(model: LatentRecurrentTransformer) -> list[Block]:
+    """The model's blocks, as their own type."""
     return [block for block in model.blocks if isinstance(block, Block)]
 
 
@@ -105,7 +106,7 @@ def live_memory(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tens
         if isinstance(block.injection, KeyValue) and isinstance(model.projection, Projection):
             groups = block.injection.groups
             gates = 2 * torch.sigmoid(block.injection.gate(u)).unflatten(-1, (-1, groups))
-            which = injected.index(number) if len(projected) > 1 else 0
+            which = injected.index(number) if len(projected) > 1 else 0  # a shared projection has one entry
             own = {"key": block.attention.key, "value": block.attention.value}
             for (name, product), part in zip(own.items(), projected[which], strict=True):
                 local[name] = gates[:, :, 0].unsqueeze(-1) * product(u).unflatten(-1, (groups, -1))
@@ -139,10 +140,10 @@ def layer_stats(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[
 
 
 def memory_by_token(model: LatentRecurrentTransformer, inputs: Tensor) -> dict[str, Any]:
-    """The same at every position of inputs (1, T): plain data, a list over T for each quantity.
+    """`layer_stats` at every position of inputs (1, T): plain data, a list over T for each quantity.
 
-    norm: ‖m‖ / √D of the memory read, by channel (RMS-normalised, a single source has 1; 0 where
-    nothing is read); change: ‖m − m before‖ / √D; blocks: mean gates over heads, and the ratios of `layers`.
+    norm: ‖m‖ / √D of the memory read, by channel (RMS-normalised, a single source has 1; 0 where nothing is read);
+    change: ‖m − m before‖ / √D; blocks: mean gates over heads, and the ratios of `layer_stats`.
     """
     memory, blocks = live_memory(model, inputs)
     memory = memory[:, 0].float()  # (C, T, D)
@@ -166,6 +167,7 @@ def memory_by_token(model: LatentRecurrentTransformer, inputs: Tensor) -> dict[s
 
 
 def rms_of(x: Tensor) -> float:
+    """The root of the mean square of all entries, in float64."""
     return float(x.double().square().mean().sqrt())
 
 
@@ -206,12 +208,12 @@ def memory_reach(
         start = place - k  # whose memory is changed; start + 1 is the first to read it
         if start < 0:
             break
-        before = state.clone().crop(start + 1)
+        before = state.clone().crop(start + 1)  # as it was just after the token was decoded
         noise = torch.randn(before.memory[:, start].shape, generator=generator).to(before.memory)
         noise = noise * (NOISE * before.memory[:, start].norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
         memory = before.memory.clone()
         memory[:, start] += noise
-        current, h = dataclasses.replace(before, memory=memory), hidden[:, :1]
+        current, h = dataclasses.replace(before, memory=memory), hidden[:, :1]  # h is set below: k is at least 1
         for t in range(start + 1, place + 1):
             h, current = model(inputs[:, t : t + 1], range(t, t + 1), current)
         changed = model.logits(h[:, 0]).double().log_softmax(-1)
@@ -222,7 +224,7 @@ def memory_reach(
 
 
 def longest_inputs(windows: Windows, count: int, device: torch.device) -> Tensor:
-    """Inputs (B, T) of the longest windows: whole ones, so that nothing is padding."""
+    """The `count` longest windows as inputs (B, T), cut to the shortest of them: nothing is padding."""
     batch = next(iter(windows.batches(count)))
     shortest = int((batch.targets >= 0).sum(1).min())
     return batch.tokens[:, : max(1, shortest)].to(device)

@@ -42,8 +42,8 @@ def score(
 ) -> Tensor:
     """Live negative log-likelihoods (B, T-1), in nats, of tokens (B, T) int: each decoded from those before it.
 
-    documents (B, T) int separates packed documents. `advance` is told of every position done. Gives no gradients;
-    `refine(model, tokens, schedules.sequential())` is the same with them.
+    documents (B, T) int separates packed documents. `advance` is called with the rows of each position done. Gives no
+    gradients; `refine(model, tokens, schedules.sequential())` is the same with them. ValueError for T below 2.
     """
     batch, length = tokens.shape
     if length < 2:
@@ -117,14 +117,16 @@ Scorer = Callable[[LatentRecurrentTransformer, Tensor, Advance], Tensor]
 
 
 def live_scorer(model: LatentRecurrentTransformer, tokens: Tensor, advance: Advance) -> Tensor:
-    """The live scorer."""
+    """`score` as a Scorer."""
     return score(model, tokens, advance=advance)
 
 
 def two_forwards(model: LatentRecurrentTransformer, tokens: Tensor, advance: Advance) -> Tensor:
     """Live, each token computed twice: the second forward reads the memory that the first one wrote, and replaces it.
 
-    What this gains over live is depth; what live gains over zeroed memory is recurrence (PonderLM-2's comparison).
+    What this gains over live is depth; what live gains over zeroed memory is recurrence (PonderLM-2's comparison). The
+    second forward reads the token's own memory: exact live decoding is a fixed point, so one that read the
+    predecessor's again would change nothing.
     """
     again, inputs, hidden = with_ablation(model, OwnMemory), tokens[:, :-1], []
     with torch.no_grad():
@@ -138,7 +140,7 @@ def two_forwards(model: LatentRecurrentTransformer, tokens: Tensor, advance: Adv
 
 
 def schedule_scorer(schedule: Schedule) -> Scorer:
-    """The scorer of a schedule; a mixture is the probability-weighted mean, stages are their last."""
+    """The scorer of a schedule; of a mixture the probability-weighted mean, of stages the last one's."""
 
     def scorer(model: LatentRecurrentTransformer, tokens: Tensor, advance: Advance) -> Tensor:
         nats = torch.stack([p * score_parallel(model, tokens, part) for p, part in schedule.scoring_parts()]).sum(0)
@@ -177,19 +179,22 @@ def bits_per_byte(
             batch = next(batches[key].batches(batch_size))
             tokens, targets = batch.tokens.to(device), batch.targets[:, :-1]
             valid = targets != IGNORED
-            scored = scorer(model, tokens, advance).cpu()
-            counted = 0 if token_bytes is None else int(token_bytes[targets[valid]].sum())
-            ledger.add({key: [float(scored[valid].double().sum()), counted]})
+            nats = scorer(model, tokens, advance).cpu()
+            size = 0 if token_bytes is None else int(token_bytes[targets[valid]].sum())
+            ledger.add({key: [float(nats[valid].double().sum()), size]})
     done = ledger.gather()
-    nats, size = (sum(done[key][i] for key in batches) for i in range(2))
-    size = windows.documents.bytes if token_bytes is None else size - prefix_bytes * windows.document_starts
-    return nats / (math.log(2) * size), size
+    total_nats, total_bytes = (sum(done[key][i] for key in batches) for i in range(2))
+    if token_bytes is None:
+        total_bytes = windows.documents.bytes
+    else:
+        total_bytes -= prefix_bytes * windows.document_starts
+    return total_nats / (math.log(2) * total_bytes), total_bytes
 
 
 def window_batches(windows: Windows, batch_size: int) -> dict[str, Windows]:
-    """The windows of each batch, by a key that names them.
+    """The windows of each batch, by the key of a ledger's item: its first window and the batch size.
 
-    A ledger's items are whole batches: what a shuffled memory finds depends on which windows are scored together.
+    Items are whole batches: with shuffled memory a score depends on which windows are scored together.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -198,8 +203,14 @@ def window_batches(windows: Windows, batch_size: int) -> dict[str, Windows]:
 
 
 def batch_size_for(batch_size: int, count: int, ranks: int) -> int:
-    """Windows scored at once, so that no rank goes without any of `count`, where there are enough."""
+    """Windows scored at once: at most `batch_size`, and so few that every rank has some of `count`."""
     return min(batch_size, -(-count // ranks))
+
+
+def size_without_lone_window(batch_size: int, count: int) -> int:
+    """The largest batch size up to `batch_size`, else the least above, that leaves none of `count` windows alone."""
+    sizes = [*range(batch_size, 1, -1), *range(batch_size, count + 1)]
+    return next(size for size in sizes if size > 1 and count % size != 1)
 
 
 def evaluate(
@@ -215,9 +226,9 @@ def evaluate(
 ) -> Metrics:
     """Score a model under its training schedule and live, and, where it has a memory, live with that replaced.
 
-    `ablations` are names of `ABLATIONS`, and `two_forwards`; a single window cannot be `shuffled`. `keep` gives each
-    score's ledger by its name: a stopped evaluation goes on from there, and its ranks, which all call this, share the
-    batches.
+    `token_bytes` and `prefix_bytes` as for `bits_per_byte`. `ablations` are names of `ABLATIONS`, and `two_forwards`; a
+    single window cannot be `shuffled`. `open_ledger` gives each score's ledger by its name: a stopped evaluation goes
+    on from there, and its ranks, which all call this, share the batches. ValueError for an unknown ablation.
     """
     unknown = sorted(set(ablations) - set(EVERY))
     if unknown:
@@ -226,11 +237,10 @@ def evaluate(
     schedule = schedule if model.config.is_recurrent else plain()
 
     batch_size = batch_size_for(batch_size, len(windows), open_ledger("live").ranks.ranks)
-    if len(windows) == 1:  # it has no other's memory to read
+    if len(windows) == 1:  # there is no other window's memory to read
         ablations = [name for name in ablations if name != "shuffled"]
-    if "shuffled" in ablations:  # no window may be alone in its batch
-        sizes = [*range(batch_size, 1, -1), *range(batch_size, len(windows) + 1)]
-        batch_size = next(size for size in sizes if size > 1 and len(windows) % size != 1)
+    if "shuffled" in ablations:
+        batch_size = size_without_lone_window(batch_size, len(windows))
 
     def bpb(scored: LatentRecurrentTransformer, scorer: Scorer, title: str) -> tuple[float, int]:
         return bits_per_byte(

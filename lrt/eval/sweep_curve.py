@@ -1,7 +1,8 @@
 """The sweep curve: what a model scores after n refinements, how far it then is from the live memory, and a verdict.
 
 A schedule approximates the fixed point h = F(tokens, shift(h)), which live decoding reaches exactly. Here the iteration
-goes on past what was trained. It settles, swings between two states, or leaves: the train/live gap before it costs.
+goes on past what was trained. It settles, swings between two states, or leaves: so the gap between training and live
+decoding shows before it costs.
 
 Shapes: B windows, T positions, P remembered sources, D width. A refinement is a sweep over g strided subsets after a
 first full pass; g = 1 is a full (Jacobi) pass: n refinements are `multi_refinement(n)` (arXiv 2605.26797, section 3).
@@ -85,16 +86,17 @@ def classify_curve(bpb: Sequence[float], parallel: float, change: float) -> str:
     """The verdict in words, of the BPB after 0, 1, …, n full refinements and the last relative change.
 
     Two-cycle and stable are the contract's (section 4). What is neither, has left the trained score after the last
-    refinement that still gave it: it *settles elsewhere* where the iteration came to rest, else it *diverges*.
+    refinement that still gave it. It *settles elsewhere* where the iteration came to rest, else it *diverges*: an
+    iteration that rests at another score than the trained one does not diverge.
     """
     if len(bpb) < 2:
         raise ValueError(f"{len(bpb)} scores; a verdict needs those of at least two refinement counts")
     if not abs(bpb[-1] - bpb[-2]) <= TWO_CYCLE and math.isfinite(bpb[-1]):
         return "two-cycle"
-    near = [n for n, value in enumerate(bpb) if abs(value - parallel) <= STABLE]
-    if near and near[-1] == len(bpb) - 1:
-        return "stable"
+    near = [n for n, score in enumerate(bpb) if abs(score - parallel) <= STABLE]
     after = near[-1] if near else 0
+    if near and after == len(bpb) - 1:
+        return "stable"
     return f"settles elsewhere after {after}" if change <= CONVERGED else f"diverges after {after}"
 
 
@@ -103,7 +105,7 @@ def mean_contraction(changes: Sequence[float]) -> float:
     above = next((i for i, change in enumerate(changes) if change <= FLOOR), len(changes))
     if above < 2:
         return 0.0
-    return (changes[above - 1] / changes[0]) ** (1 / (above - 1))
+    return (changes[above - 1] / changes[0]) ** (1 / (above - 1))  # the geometric mean of all factors between
 
 
 class Sums(NamedTuple):
@@ -140,8 +142,9 @@ def sweep_curve(
 ) -> SweepCurve:
     """Score a model after every refinement, up to the largest of `counts`, for each stride of `groups` (1 first).
 
-    `keep` gives the ledgers of `parallel` and `sweeps`; their ranks share the batches. ValueError where full
-    refinements (1) or two consecutive last counts are missing, without which there is no verdict.
+    `token_bytes` and `prefix_bytes` as for `bits_per_byte`. `open_ledger` gives the ledgers of `parallel` and `sweeps`;
+    their ranks share the batches. ValueError where full refinements (1) or two consecutive last counts are missing,
+    without which there is no verdict.
     """
     last = max(counts)
     if groups[0] != 1 or last - 1 not in counts:
@@ -162,7 +165,7 @@ def sweep_curve(
         prefix_bytes,
         open_ledger("parallel"),
     )
-    unit = math.log(2) * size
+    unit = math.log(2) * size  # nats / unit is BPB
     batches = window_batches(windows, batch_size)
     todo = ledger.todo(list(batches))
     was_training = model.training
@@ -205,7 +208,10 @@ def _batch_sums(
     last: int,
     advance: Advance,
 ) -> dict[str, list[Any]]:
-    """One batch of windows (B, T): its `Sums` by stride and refinements; live: nats and ‖m_live‖². Plain data."""
+    """One batch of windows, tokens and targets (B, T), as a ledger's item.
+
+    By stride, as text: the `Sums` after 0, 1, …, `last` refinements. `live`: nats and ‖m_live‖².
+    """
     device = model.embedding.weight.device
     inputs, targets = tokens[:, :-1].to(device), targets[:, :-1].to(device)
     valid = (targets != IGNORED).unsqueeze(-1)
@@ -216,10 +222,11 @@ def _batch_sums(
     state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
     out = refine(model, inputs, sequential(), state=state)
     exact = comparable_state(out.state, out.hidden)
-    sums: dict[str, list[Any]] = {"live": [nats(out.hidden), squared_norm(exact * valid)]}
+    sums: dict[str, list[Any]] = {"live": [nats(out.hidden), sum_of_squares(exact * valid)]}
     advance(len(inputs), "live")
     for g in groups:
         points = sums[str(g)] = []
+        # Whatever the stride, the first pass is a full one that reads no memory.
         empty = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs)
         hidden, state = model(inputs, range(inputs.shape[1]), empty)
         moved, scored = hidden, nats(hidden)
@@ -230,8 +237,10 @@ def _batch_sums(
                 moved, scored = (hidden - before) * valid, nats(hidden)
             apart = (comparable_state(state, hidden) - exact) * valid
             far = apart.norm(dim=-1) / exact.norm(dim=-1)
-            changed = squared_norm(moved) if n > 0 else 0.0
-            points.append([*Sums(scored, squared_norm(apart), changed, squared_norm(hidden * valid), float(far.max()))])
+            changed = sum_of_squares(moved) if n > 0 else 0.0
+            points.append(
+                [*Sums(scored, sum_of_squares(apart), changed, sum_of_squares(hidden * valid), float(far.max()))]
+            )
             advance(len(inputs), f"stride {g}, {n} refinements")
     return sums
 
@@ -246,10 +255,10 @@ def refine_once(model: LatentRecurrentTransformer, tokens: Tensor, state: State,
 
 
 def comparable_state(state: State, hidden: Tensor) -> Tensor:
-    """(B, T, P·D): the memory that is compared; the final hidden state where nothing is remembered."""
+    """(B, T, P·D): the memory of all sources side by side; the final hidden state where nothing is remembered."""
     return state.memory.flatten(2) if state.memory.shape[2] > 0 else hidden
 
 
-def squared_norm(x: Tensor) -> float:
+def sum_of_squares(x: Tensor) -> float:
     """‖x‖² in float64."""
     return float(x.double().square().sum())

@@ -3,7 +3,7 @@
 Every target of the windows has its nats under each *column*: `live`, `parallel`, each pass of the schedule, `off`
 (nothing recurrent is read). A stopped scoring goes on from its ledger, and ranks share the windows.
 
-Shapes: B windows, T positions, n targets, D documents.
+Shapes: B windows, T positions, n targets.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ Columns = Callable[[LatentRecurrentTransformer, Tensor], dict[str, Tensor]]
 EDGES = (0, 8, 32, 128, 512, 2048, 8192)
 """Where position buckets begin, and buckets of document lengths in tokens."""
 RESAMPLES = 2000
+"""Of the bootstrap over documents."""
 LEVEL = 0.95
-Interval = tuple[float, float]
+"""Of its intervals."""
+Interval = tuple[float, float] | tuple[None, None]
+"""(low, high); a single document has none."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +65,19 @@ class TokenScores:
 
 def standard_columns(schedule: Schedule) -> Columns:
     """live, parallel, every pass of the schedule, and off. Of a mixture or stages the passes are left out."""
+    parts = schedule.scoring_parts()
 
     def columns(model: LatentRecurrentTransformer, tokens: Tensor) -> dict[str, Tensor]:
         nats = {
             "live": score(model, tokens),
-            "parallel": sum_of([p * score_parallel(model, tokens, part) for p, part in schedule.scoring_parts()]),
+            "parallel": torch.stack([p * score_parallel(model, tokens, part) for p, part in parts]).sum(0),
             "off": score_parallel(model, tokens, plain()),
         }
-        if len(schedule.scoring_parts()) == 1:
-            nats |= pass_nats(model, tokens, schedule.scoring_parts()[0][1])
+        if len(parts) == 1:
+            nats |= pass_nats(model, tokens, parts[0][1])
         return nats
 
     return columns
-
-
-def sum_of(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts).sum(0)
 
 
 def pass_nats(model: LatentRecurrentTransformer, tokens: Tensor, schedule: Schedule) -> dict[str, Tensor]:
@@ -107,11 +107,11 @@ def bfloat16_columns(model: LatentRecurrentTransformer) -> Columns:
         with torch.no_grad():
             state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
             exact = refine(model, inputs, sequential(), state=state)
-            state_given = low.empty_state(len(inputs), inputs.shape[1], tokens=inputs)
-            state_given = dataclasses.replace(
-                state_given, memory=exact.state.memory.to(torch.bfloat16), slot_positions=exact.state.slot_positions
-            )
-            hidden, _ = low(inputs, range(inputs.shape[1]), state_given)
+            # All positions in one forward, which reads the memory that float32 has written.
+            memory = exact.state.memory.to(torch.bfloat16)
+            written = low.empty_state(len(inputs), inputs.shape[1], tokens=inputs)
+            written = dataclasses.replace(written, memory=memory, slot_positions=exact.state.slot_positions)
+            hidden, _ = low(inputs, range(inputs.shape[1]), written)
             return {
                 "live": token_nats(model, exact.hidden, targets),
                 "bfloat16 live": score(low, tokens),
@@ -137,9 +137,8 @@ def token_scores(
     """
     if token_bytes is None:
         raise ValueError("this tokenizer has no byte alphabet: only whole splits have scores (lrt evaluate)")
-    assert token_bytes is not None
     device = model.embedding.weight.device
-    index_of = {str(start): i for i, start in enumerate(windows.starts)}
+    index_of = {str(start): i for i, start in enumerate(windows.starts)}  # a window's key is where its text starts
     todo = np.array([index_of[key] for key in ledger.todo(list(index_of))], dtype=np.int64)
     part = windows.select(todo)
     was_training = model.training
@@ -171,20 +170,16 @@ def gather_rows(windows: Windows, done: Mapping[str, Any], token_bytes: np.ndarr
     """The windows' scores in the order of the text."""
     order = np.argsort(windows.starts)
     starts, lengths = windows.starts[order], windows.lengths[order]
+    spans = list(zip(starts, lengths, strict=True))
     places = np.concatenate([np.arange(n) for n in lengths])
-    where = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+    where = np.concatenate([np.arange(s, s + n) for s, n in spans])  # in the split's tokens
     offsets = windows.documents.offsets
     document = np.searchsorted(offsets, where, side="right") - 1
-    tokens = np.concatenate(
-        [np.asarray(windows.documents.tokens[s : s + n]) for s, n in zip(starts, lengths, strict=True)]
-    ).astype(np.int64)
+    tokens = np.concatenate([np.asarray(windows.documents.tokens[s : s + n]) for s, n in spans]).astype(np.int64)
     position = where - offsets[document]
     names = list(dict.fromkeys(name for s in starts for name in done[str(s)]))
-    nats = {
-        name: np.array(
-            [v for s, n in zip(starts, lengths, strict=True) for v in done[str(s)].get(name) or [None] * n],
-            dtype=np.float64,
-        )
+    nats = {  # None becomes NaN
+        name: np.array([v for s, n in spans for v in done[str(s)].get(name) or [None] * n], dtype=np.float64)
         for name in names
     }
     size = token_bytes[tokens] - np.where(position == 0, prefix_bytes, 0)
@@ -192,16 +187,14 @@ def gather_rows(windows: Windows, done: Mapping[str, Any], token_bytes: np.ndarr
 
 
 def column_bpb(scores: TokenScores, column: str, subset: np.ndarray | None = None) -> float:
-    """Bits per byte of a column, over the chosen targets that it has."""
+    """Bits per byte of a column, over the targets that it has; `subset` (n,) bool: of those."""
     nats = scores.nats[column]
     counted = ~np.isnan(nats) if subset is None else ~np.isnan(nats) & subset
     size = scores.bytes[counted].sum()
     return float(nats[counted].sum() / (math.log(2) * size)) if size > 0 else math.nan
 
 
-def bootstrap_interval(
-    scores: TokenScores, column: str, minus: str | None = None, seed: int = 0
-) -> Interval | tuple[None, None]:
+def bootstrap_interval(scores: TokenScores, column: str, minus: str | None = None, seed: int = 0) -> Interval:
     """The 95 % interval of a column's BPB, or of its difference to another's, over documents drawn anew.
 
     The documents are what varies: tokens of one document are no independent samples, and a single one has no interval.
@@ -217,6 +210,7 @@ def bootstrap_interval(
     generator = np.random.default_rng(seed)
     samples = []
     for _ in range(RESAMPLES):
+        # How often each document is drawn. BPB is a ratio of sums, not a mean of the documents' ratios.
         times = np.bincount(generator.integers(count, size=count), minlength=count)
         samples.append((times @ sums) / (math.log(2) * max(1, times @ sizes)))
     low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -235,7 +229,7 @@ def bpb_by_bucket(scores: TokenScores, by: np.ndarray) -> list[dict[str, Any]]:
 
 
 def summarise(scores: TokenScores, pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    """All of it as plain data; `pairs` are differences to give intervals of."""
+    """The values of a bpb or bfloat16 result: plain data. `pairs` (a, b): differences a - b, with intervals."""
     columns = {}
     for name in scores.nats:
         low, high = bootstrap_interval(scores, name)

@@ -141,7 +141,7 @@ class MemoryInspector:
 def inspect_text(served: ServedModel, tokens: list[int], gone: threading.Event) -> dict[str, Any]:
     """Surprisals in bits of tokens 1…T-1, and what each of them read of the memory when it was predicted.
 
-    `live`, and where the model recurs `zero` and `embedding`; `inside` as `diagnostics.by_token` has it. All lists have
+    `live`, and where the model recurs `zero` and `embedding`; `inside` as `memory_by_token` has it. All lists have
     one entry per predicted token: entry i belongs to token i + 1, and to the position before it, which predicts it.
     """
 

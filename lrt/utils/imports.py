@@ -1,4 +1,4 @@
-"""What optional extras install: imported where it is used, and named where it is missing."""
+"""What optional extras install: imported where it is used, so that `import lrt` needs none of it."""
 
 from __future__ import annotations
 

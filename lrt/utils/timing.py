@@ -1,4 +1,8 @@
-"""Paired timings: the candidates run in turn, round after round, so that a busy machine slows them all alike."""
+"""Paired timings: the candidates run in turn, round after round, so that a busy machine slows them all alike.
+
+Every second round runs in reverse order: what a candidate leaves behind (caches, clock rates) falls on both neighbours.
+Ratios are taken within a round and only then summed up (contract, section 6).
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ def alternate(
     title: str = "timing",
     progress: bool = True,
 ) -> dict[str, Timing]:
-    """Time every candidate once per round, after `warmup` untimed rounds; every second round runs in reverse order."""
+    """Time every candidate once per round, after `warmup` untimed rounds. ValueError for no candidate or no round."""
     if not candidates or rounds < 1:
         raise ValueError(f"{len(candidates)} candidates over {rounds} rounds; give at least one of each")
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -66,6 +70,6 @@ def time_once(work: Work, device: str | torch.device = "cpu") -> float:
 
 
 def synchronise(device: str | torch.device) -> None:
-    """Wait until the device has done all it was asked to."""
+    """Wait until a GPU has done all that was queued. A CPU has done it when a call returns."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Checks of a user's values: each says the value, the limit and the fix."""
+"""Checks of a user's values. A message says the value, the limit and the fix."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_a_shuffled_memory_is_the_same_shared_and_resumed(tmp_path: Path):
     alone = metrics(model, schedules.plain(), **fields)
 
     def of_rank(ranks: SingleProcess) -> Metrics:
-        return metrics(model, schedules.plain(), keep=lambda name: Ledger(tmp_path, name, {}, ranks), **fields)
+        return metrics(model, schedules.plain(), open_ledger=lambda name: Ledger(tmp_path, name, {}, ranks), **fields)
 
     assert on_ranks(2, of_rank) == [alone, alone]
     (halved,) = tmp_path.glob("memory-shuffled-*.rank1.jsonl")

@@ -94,7 +94,9 @@ def test_ranks_share_a_curve_and_a_stopped_one_goes_on(tmp_path: Path):
     whole = curve(model, schedules.interleaved(2), **fields)
 
     def of_rank(ranks: SingleProcess) -> Any:
-        return curve(model, schedules.interleaved(2), keep=lambda name: Ledger(tmp_path, name, {}, ranks), **fields)
+        return curve(
+            model, schedules.interleaved(2), open_ledger=lambda name: Ledger(tmp_path, name, {}, ranks), **fields
+        )
 
     assert on_ranks(2, of_rank) == [whole, whole]
     (others,) = tmp_path.glob("sweeps-*.rank1.jsonl")

@@ -4,6 +4,8 @@ Three modes: `on` is true recurrence, token by token or by sweeps that converge 
 one forward (what the published code scores); `one_sweep` refines that once. `score_alone` is the plain reference beside
 them: every option by itself, under the schedule that the mode stands for.
 
+A shared context is a State whose rows the options fork (`State.select`).
+
 Shapes: B questions, R options of all of them, T tokens, D width.
 """
 
@@ -42,17 +44,17 @@ class OptionScore:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model made of a question."""
+    """A model's answer to a question."""
 
     option: int
-    """The option of least mean nats, the first of equals."""
+    """The option of least mean nats, counted from 0; the first of equals."""
     correct: bool
     nats: tuple[float, ...]
     """Of each option."""
 
 
 class Mode(Protocol):
-    """A way to compute texts piece by piece: what it knows of a text so far is a tuple of States."""
+    """Computes texts piece by piece. What it knows of a text so far is a tuple of States."""
 
     @property
     def schedule(self) -> Schedule:
@@ -66,7 +68,7 @@ class Mode(Protocol):
         ...
 
     def begin(self, model: LatentRecurrentTransformer, batch: int, slots: int) -> tuple[State, ...]:
-        """Nothing known."""
+        """States of `batch` empty texts, with `slots` for each."""
         ...
 
 
@@ -78,7 +80,7 @@ class On:
     schedule: Schedule = dataclasses.field(default_factory=sequential)
 
     def begin(self, model: LatentRecurrentTransformer, batch: int, slots: int) -> tuple[State, ...]:
-        return (empty_state(model, batch, slots).in_place(),)
+        return (ragged_state(model, batch, slots).in_place(),)
 
     def __call__(
         self, model: LatentRecurrentTransformer, tokens: Tensor, lengths: Tensor, states: tuple[State, ...]
@@ -94,7 +96,7 @@ class Off:
     schedule: Schedule = dataclasses.field(default_factory=plain)
 
     def begin(self, model: LatentRecurrentTransformer, batch: int, slots: int) -> tuple[State, ...]:
-        return (empty_state(model, batch, slots),)
+        return (ragged_state(model, batch, slots),)
 
     def __call__(
         self, model: LatentRecurrentTransformer, tokens: Tensor, lengths: Tensor, states: tuple[State, ...]
@@ -105,7 +107,11 @@ class Off:
 
 @dataclass(frozen=True)
 class OneSweep:
-    """The forward of `off`, and a second one that reads the memory of the first: two states, as both go on."""
+    """The forward of `off`, and a second one that reads the memory of the first.
+
+    There are two States, one for each forward, as both go on: the second reads the first one's memory and attends to
+    second keys and values.
+    """
 
     schedule: Schedule = dataclasses.field(default_factory=lambda: multi_refinement(1))
 
@@ -116,7 +122,6 @@ class OneSweep:
         self, model: LatentRecurrentTransformer, tokens: Tensor, lengths: Tensor, states: tuple[State, ...]
     ) -> tuple[Tensor, tuple[State, ...]]:
         _, (first,) = Off()(model, tokens, lengths, states[:1])
-        # The second forward attends to second keys and values, and reads first memory.
         second = dataclasses.replace(first, keys=states[1].keys, values=states[1].values)
         hidden, second = forward_ragged(model, tokens, lengths, second, states[0].lengths)
         return hidden, (first, second)
@@ -125,8 +130,8 @@ class OneSweep:
 MODES: dict[str, type[On] | type[Off] | type[OneSweep]] = {"on": On, "off": Off, "one_sweep": OneSweep}
 
 
-def empty_state(model: LatentRecurrentTransformer, batch: int, slots: int) -> State:
-    """An empty State; only the padding of ragged rows may lie behind the context."""
+def ragged_state(model: LatentRecurrentTransformer, batch: int, slots: int) -> State:
+    """An empty State of `slots` slots, also where they are more than the context: only padding may lie behind it."""
     config = model.config
     allowed = slots if config.unlimited_context else min(slots, config.context)
     state = model.empty_state(batch, allowed)
@@ -146,7 +151,7 @@ def forward_ragged(
 def score_questions(
     model: LatentRecurrentTransformer, questions: Sequence[Question], mode: Mode
 ) -> list[list[OptionScore]]:
-    """Each question's rows, scored together: shared tokens once per question, then the options' own."""
+    """Scores of each question's rows, computed together: shared tokens once per question, then the options' own."""
     device = model.embedding.weight.device
     own = [row[q.shared : -1] for q in questions for row in q.rows]  # a row's last token is only predicted
     longest = max(q.shared for q in questions) + max(map(len, own))
@@ -172,7 +177,7 @@ def score_questions(
 
 
 def score_alone(model: LatentRecurrentTransformer, question: Question, mode: Mode) -> list[OptionScore]:
-    """The plain reference: every option by itself, whole, under the mode's schedule."""
+    """The plain reference: every option by itself, whole, under the mode's schedule. Scores of the question's rows."""
     scores = []
     with torch.no_grad():
         for row, start in zip(question.rows, question.starts, strict=True):
@@ -184,7 +189,7 @@ def score_alone(model: LatentRecurrentTransformer, question: Question, mode: Mod
 
 
 def score_tokens(model: LatentRecurrentTransformer, hidden: Tensor, tokens: Sequence[int]) -> OptionScore:
-    """Tokens (n,) under the hidden states (n, D) that predict them."""
+    """The score of tokens (n,) under the hidden states (n, D) that predict them."""
     logits = model.logits(hidden).to(at_least_float32(hidden))
     wanted = torch.tensor(tokens, device=logits.device)
     nats = torch.nn.functional.cross_entropy(logits, wanted)

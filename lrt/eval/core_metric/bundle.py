@@ -41,6 +41,7 @@ OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
 """Where a type's options are; gold counts them from 0."""
 SUMS = "SHA256SUMS"
 CHUNK = 1 << 20
+"""Bytes downloaded at a time."""
 OFFICIAL = {
     "eval_data/commonsense_reasoning/commonsense_qa.jsonl": (
         "2771f63f8127c0725b1f6b0ef2cd2ef6469168ae5875fc8d276b25b4f32c8c1a"
@@ -91,6 +92,7 @@ OFFICIAL = {
     "core.yaml": "463f6ae0aa127fbd41fa655f8919e136858f4849eef176922a3be96e102ce7e7",
     "eval_meta_data.csv": "84e279cdc0d836c9ea3a6e55a99102f8ee18f72809fe7aa6ac5a1fe630aa492f",
 }
+"""File -> SHA-256, of nanochat's bundle."""
 OFFICIAL_OF = {OFFICIAL["core.yaml"]: OFFICIAL}
 """core.yaml's SHA-256 -> the sums of its bundle: what a folder without SHA256SUMS is held against."""
 
@@ -187,7 +189,7 @@ class Bundle:
 
 
 def read_tasks(folder: Path, sums: Mapping[str, str]) -> list[CoreTask]:
-    """All tasks that core.yaml names."""
+    """All tasks that core.yaml names, their files there or not. ValueError where it is damaged."""
     random = read_baselines(folder / "eval_meta_data.csv")
     try:
         described = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
@@ -290,13 +292,14 @@ def fetch(url: str, file: Path, progress: bool) -> None:
 
 
 def unpack(archive: Path, folder: Path, url: str) -> None:
-    """Take the bundle's files out of a .zip: those, and no others."""
+    """Take the bundle's files out of a .zip: those, and no others. ValueError where it is no whole .zip."""
     try:
         with zipfile.ZipFile(archive) as packed:
             for name in packed.namelist():
                 short = name.split("/", 1)[-1] if name.split("/")[0] in ("eval_bundle", "core_eval") else name
                 parts = Path(short).parts
                 wanted = short in ("core.yaml", "eval_meta_data.csv") or short.startswith("openai-community-")
+                # A path with `..` would lead out of the folder.
                 if ".." in parts or name.endswith("/") or not (wanted or parts[:1] == ("eval_data",)):
                     continue
                 target = folder / short

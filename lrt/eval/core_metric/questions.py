@@ -1,7 +1,7 @@
 """Questions as rows of tokens: prompts with few-shot examples, and which tokens of each row are scored.
 
-As the bundle's tasks expect: the examples of question i are drawn with `random.Random(1234 + i)` among the others; of a
-multiple-choice question's prompts the common prefix is not scored, of a schema's only the common suffix is; of a
+As nanochat scores the bundle: the examples of question i are drawn with `random.Random(1234 + i)` among the others. Of
+a multiple-choice question's prompts all but the common prefix is scored, of a schema's the common suffix, of a
 language-modelling prompt what follows the context.
 """
 
@@ -17,6 +17,7 @@ from lrt.data.tokenizer import Tokenizer
 from lrt.eval.core_metric.bundle import CoreTask
 
 SEED = 1234
+"""nanochat's, for the draw of few-shot examples."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ def build_question(
     rows = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
     if task.type == "language_modeling":
         without, whole = rows
-        start = min(common_prefix(without, whole), len(whole) - 1)  # a tokenizer may join what the prompt ends with
+        start = min(shared_length(without, whole), len(whole) - 1)  # a tokenizer may join what the prompt ends with
         return crop_question(index, [whole], [start], start, None, context)
-    shared = min(common_prefix(*rows), min(map(len, rows)) - 1)
+    shared = min(shared_length(*rows), min(map(len, rows)) - 1)
     starts = [shared] * len(rows)
     if task.type == "schema":
-        suffix = min(common_prefix(*(row[::-1] for row in rows)), min(map(len, rows)) - 1)
+        suffix = min(shared_length(*(row[::-1] for row in rows)), min(map(len, rows)) - 1)
         starts = [len(row) - suffix for row in rows]
         shared = min(shared, *starts)
     return crop_question(index, rows, starts, shared, int(item["gold"]), context)
@@ -77,7 +78,7 @@ def crop_question(
 
 
 def few_shot_examples(items: Sequence[dict[str, Any]], index: int, shots: int) -> list[dict[str, Any]]:
-    """The few-shot examples of a question: `shots` others, drawn by its number."""
+    """The few-shot examples of a question: `shots` others, drawn by its number. ValueError where there are too few."""
     others = [i for i in range(len(items)) if i != index]
     if shots > len(others):
         raise ValueError(f"{shots} examples are wanted of {len(others)} other questions; give more questions")
@@ -110,7 +111,7 @@ PROMPTS = {
 }
 
 
-def common_prefix(*rows: Sequence[int]) -> int:
+def shared_length(*rows: Sequence[int]) -> int:
     """How many first tokens all rows have in common."""
     alike = (len(set(tokens)) == 1 for tokens in zip(*rows, strict=False))
     return sum(1 for _ in itertools.takewhile(bool, alike))

@@ -66,12 +66,12 @@ def report(path: Path, folders: Sequence[Path], studies: Sequence[str] = ()) -> 
         )
     runs = unique_names([Run.read(folder) for folder in folders], folders)
     parts = ["<h1>Latent recurrence: " + ("runs compared" if runs else "studies") + "</h1>"]
-    parts += [*(compare_runs(runs) if runs else ()), *studies]
+    parts += [*(run_sections(runs) if runs else ()), *studies]
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_atomically(path, render_page(parts, STYLE))
 
 
-def compare_runs(runs: Sequence[Run]) -> list[str]:
+def run_sections(runs: Sequence[Run]) -> list[str]:
     """Everything that is known of runs, side by side, as HTML."""
     colours = figures.colours_by_name([run.name for run in runs])
     return [
