@@ -95,17 +95,17 @@ class Corpus:
         Smallest sources first, so that what they do not use of their share is left to the larger ones; a corpus
         below the limit is taken whole.
         """
-        left = limit
+        remaining = limit
         ordered = sorted(self.sources, key=lambda source: source.size or float("inf"))
         for rank, source in enumerate(ordered):
-            share = left // (len(ordered) - rank)
+            share = remaining // (len(ordered) - rank)
             with closing(source.read()) as pieces_read:
                 for piece, _ in pieces_read:
                     if share <= 0:
                         break
                     if piece.split == "train":
                         share -= piece.size
-                        left -= piece.size
+                        remaining -= piece.size
                         yield piece.text
 
 
@@ -205,7 +205,7 @@ def stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     paths: list[Path] = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in STDLIB_SKIPS]
+        folders[:] = [name for name in folders if name not in STDLIB_SKIPS]  # in place: os.walk then skips them
         paths += [Path(folder, name) for name in names if name.endswith(".py")]
     return [path for path in sorted(paths, key=lambda p: p.relative_to(root).as_posix()) if is_text(path)]
 

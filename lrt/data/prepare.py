@@ -87,7 +87,7 @@ def prepare(
         "vocab_size": vocab_size if ready is None else None,
         "tokenizer": None if ready is None else ready.sha256,
         "shard_tokens": shard_tokens,
-    }
+    }  # not the number of workers, on which nothing depends
     inputs = hashlib.sha256(json.dumps([FORMAT, arguments, corpus.description]).encode()).hexdigest()
     if (same := open_if_same(out, inputs)) is not None:
         return same
@@ -100,18 +100,25 @@ def prepare(
             else:
                 ready.save(part / "tokenizer.json")
             splits = write_splits(part, corpus, ready, shard_tokens, worker_count(workers, corpus), progress)
-            manifest = {
-                "format": FORMAT,
-                "inputs": inputs,
-                "arguments": arguments,
-                "sources": corpus.description,
-                "vocab_size": ready.vocab_size,
-                "tokenizer_sha256": ready.sha256,
-                "splits": splits,
-            }
-            replace_atomically(part / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            write_manifest(part, inputs, arguments, corpus, ready, splits)
         move_into_place(part, out)
     return Prepared.open(out)
+
+
+def write_manifest(
+    part: Path, inputs: str, arguments: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer, splits: dict[str, Any]
+) -> None:
+    """Write manifest.json, the last file of a prepared folder."""
+    manifest = {
+        "format": FORMAT,
+        "inputs": inputs,
+        "arguments": arguments,
+        "sources": corpus.description,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_sha256": tokenizer.sha256,
+        "splits": splits,
+    }
+    replace_atomically(part / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def worker_count(workers: int | None, corpus: Corpus) -> int:

@@ -60,8 +60,8 @@ class GrowingArray:
         self.file.close()
 
     def _header(self) -> None:
-        about = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
-        npy.write_array_header_1_0(self.file, about)
+        header = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
+        npy.write_array_header_1_0(self.file, header)
 
 
 class SplitWriter:
@@ -92,7 +92,7 @@ class SplitWriter:
             self.sources.append(source)
         self.end = self.tokens.length
         self.documents.append(np.array([self.end], OFFSETS))
-        if self.end >= self.shard_tokens:
+        if self.end >= self.shard_tokens:  # only at the end of a document, so that none lies in two shards
             self._close()
             self._open(0, 0)
 
@@ -134,7 +134,7 @@ class SplitWriter:
         names = shard_files(self.split, len(self.shards))
         self.tokens = GrowingArray(self.folder / names[0], self.dtype, tokens)
         self.documents = GrowingArray(self.folder / names[1], OFFSETS, documents)
-        if documents == 0:
+        if documents == 0:  # offsets begin with 0
             self.documents.append(np.zeros(1, OFFSETS))
 
     def _close(self) -> None:

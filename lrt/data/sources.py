@@ -71,6 +71,7 @@ def cut_text(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
     for chunk in chunks:
         rest += chunk
         while len(rest) > PIECE:
+            # rfind + 1 is behind the newline, and 0 where there is none.
             cut = rest.rfind("\n", PIECE // 2, PIECE) + 1 or max(rest.rfind(" ", PIECE // 2, PIECE), 0) or PIECE
             yield rest[:cut], False
             rest = rest[cut:]

@@ -128,7 +128,7 @@ class Tokenizer:
         if self._pieces is None:
             return LibraryStream(self.inner, after)
         stream = ByteStream(self._pieces, self._strips_space)
-        for i in after:
+        for i in after:  # the prompt may end within a character, and has the text's first space
             stream.push(i)
         return stream
 

@@ -150,38 +150,38 @@ def corpus_names(folders: Sequence[Path]) -> list[str]:
     return [name if short.count(name) == 1 else str(f) for name, f in zip(short, folders, strict=True)]
 
 
-def measure_sweeps(s: Subject) -> dict[str, Any]:
+def measure_sweeps(subject: Subject) -> dict[str, Any]:
     """`sweep_curve` as plain data."""
     curve = sweep_curve(
-        s.model,
-        s.windows,
-        s.token_bytes,
-        s.schedule,
-        batch_size=s.batch_size,
-        progress=s.progress,
-        prefix_bytes=s.prefix_bytes,
-        open_ledger=s.score_ledger,
+        subject.model,
+        subject.windows,
+        subject.token_bytes,
+        subject.schedule,
+        batch_size=subject.batch_size,
+        progress=subject.progress,
+        prefix_bytes=subject.prefix_bytes,
+        open_ledger=subject.score_ledger,
     )
     return curve.to_dict()
 
 
-def measure_ablations(s: Subject) -> dict[str, Any]:
+def measure_ablations(subject: Subject) -> dict[str, Any]:
     """Scores with the memory replaced by every ablation."""
-    return summary_scores(s, EVERY).to_dict()
+    return summary_scores(subject, EVERY).to_dict()
 
 
-def summary_scores(s: Subject, ablations: Sequence[str] = HEADLINE) -> Metrics:
+def summary_scores(subject: Subject, ablations: Sequence[str] = HEADLINE) -> Metrics:
     """Parallel and live, and live with the memory replaced: what `lrt evaluate` prints."""
     return evaluate(
-        s.model,
-        s.windows,
-        s.token_bytes,
-        s.schedule,
+        subject.model,
+        subject.windows,
+        subject.token_bytes,
+        subject.schedule,
         ablations,
-        s.batch_size,
-        s.progress,
-        s.prefix_bytes,
-        s.score_ledger,
+        subject.batch_size,
+        subject.progress,
+        subject.prefix_bytes,
+        subject.score_ledger,
     )
 
 
@@ -191,7 +191,7 @@ def score_corpora(subjects: Sequence[Subject]) -> Result:
     All ranks call it; nothing is written but what a stopped call goes on from.
     """
     start = time.perf_counter()
-    corpora = {s.name: summary_scores(s).to_dict() for s in subjects}
+    corpora = {subject.name: summary_scores(subject).to_dict() for subject in subjects}
     first = subjects[0]
     settings = {"complete": all(c["complete"] for c in corpora.values()), "schedule": repr(first.schedule)}
     values = score_together(list(corpora.values())) | {"corpora": corpora}
@@ -215,48 +215,58 @@ def score_together(corpora: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def score_windows(s: Subject, kind: str, columns: Columns) -> TokenScores:
+def score_windows(subject: Subject, kind: str, columns: Columns) -> TokenScores:
     """The windows' scores token by token; stopped, they go on.
 
     Items are windows, which do not depend on how many others there are: `settings` leaves the targets out.
     """
-    settings = {"checkpoint": s.weights, "data": s.data, "schedule": repr(s.schedule)}
-    ledger = s.ledger(kind, settings)
-    return token_scores(s.model, s.windows, s.token_bytes, columns, ledger, s.batch_size, s.prefix_bytes, s.progress)
+    settings = {"checkpoint": subject.weights, "data": subject.data, "schedule": repr(subject.schedule)}
+    ledger = subject.ledger(kind, settings)
+    return token_scores(
+        subject.model,
+        subject.windows,
+        subject.token_bytes,
+        columns,
+        ledger,
+        subject.batch_size,
+        subject.prefix_bytes,
+        subject.progress,
+    )
 
 
-def measure_bpb(s: Subject) -> dict[str, Any]:
+def measure_bpb(subject: Subject) -> dict[str, Any]:
     """BPB live, parallel, by pass and off, by position and document, with intervals."""
-    scores = score_windows(s, "bpb", standard_columns(s.scoring_schedule))
-    return {"schedule": repr(s.scoring_schedule)} | summarise(scores, (("live", "parallel"), ("off", "live")))
+    scores = score_windows(subject, "bpb", standard_columns(subject.scoring_schedule))
+    return {"schedule": repr(subject.scoring_schedule)} | summarise(scores, (("live", "parallel"), ("off", "live")))
 
 
-def measure_bfloat16(s: Subject) -> dict[str, Any]:
+def measure_bfloat16(subject: Subject) -> dict[str, Any]:
     """BPB of bfloat16 beside its control (`bfloat16_columns`), with intervals."""
-    scores = score_windows(s, "bfloat16", bfloat16_columns(s.model))
+    scores = score_windows(subject, "bfloat16", bfloat16_columns(subject.model))
     pairs = (("bfloat16 control", "live"), ("bfloat16 live", "bfloat16 control"))
-    return {"schedule": repr(s.scoring_schedule)} | summarise(scores, pairs)
+    return {"schedule": repr(subject.scoring_schedule)} | summarise(scores, pairs)
 
 
-def measure_memory(s: Subject) -> dict[str, Any]:
+def measure_memory(subject: Subject) -> dict[str, Any]:
     """Gates, scales and reach; the scales of every snapshot that is there too."""
     # A few windows are enough: these are means over all of their positions.
-    inputs = longest_inputs(s.windows, min(8, s.batch_size), s.model.embedding.weight.device)
+    inputs = longest_inputs(subject.windows, min(8, subject.batch_size), subject.model.embedding.weight.device)
     history = []
-    for folder in snapshots(s.run):
+    for folder in snapshots(subject.run):
         model, _ = checkpoint.load(folder, inputs.device)
         history.append({"step": snapshot_step(folder), "layers": layer_stats(model, inputs), **memory_scales(model)})
-    stats = {"layers": layer_stats(s.model, inputs), "reach": memory_reach(s.model, inputs), "noise": NOISE}
-    return stats | {"snapshots": history, "scales": memory_scales(s.model), "inputs": list(inputs.shape)}
+    stats = {"layers": layer_stats(subject.model, inputs), "reach": memory_reach(subject.model, inputs), "noise": NOISE}
+    return stats | {"snapshots": history, "scales": memory_scales(subject.model), "inputs": list(inputs.shape)}
 
 
-def measure_text(s: Subject) -> dict[str, Any]:
+def measure_text(subject: Subject) -> dict[str, Any]:
     """The beginning of the document with the most tokens in the windows, scored live and off."""
-    scores = score_windows(s, "bpb", standard_columns(s.scoring_schedule))  # those of `measure_bpb`, if it was called
+    # The ledger of `measure_bpb`: where that was called before, nothing is computed again.
+    scores = score_windows(subject, "bpb", standard_columns(subject.scoring_schedule))
     document = int(np.bincount(scores.document).argmax())
     tokens = np.flatnonzero(scores.document == document)[:TEXT]
     return token_pieces(
-        s.tokenizer, *(v[tokens].tolist() for v in (scores.tokens, scores.nats["live"], scores.nats["off"]))
+        subject.tokenizer, *(v[tokens].tolist() for v in (scores.tokens, scores.nats["live"], scores.nats["off"]))
     )
 
 
@@ -271,7 +281,9 @@ MEASURES: dict[str, Callable[[Subject], dict[str, Any]]] = {
 """Kind of result -> how it is measured."""
 
 
-def diagnose(s: Subject, measures: Sequence[str] = ("bpb", "sweeps", "ablations", "memory", "text")) -> list[Result]:
+def diagnose(
+    subject: Subject, measures: Sequence[str] = ("bpb", "sweeps", "ablations", "memory", "text")
+) -> list[Result]:
     """Measure a subject: results of the kinds `measures`, each written as soon as it is there. All ranks call it.
 
     What takes long is shared among ranks, and goes on where it was stopped.
@@ -280,14 +292,20 @@ def diagnose(s: Subject, measures: Sequence[str] = ("bpb", "sweeps", "ablations"
     for kind in measures:
         start = time.perf_counter()
         if kind in RANK_0_ALONE:
-            alone = replace(s, ranks=SINGLE_PROCESS)
-            with s.ranks.collective():
-                values = s.ranks.broadcast(MEASURES[kind](alone) if s.ranks.first else {})
+            alone = replace(subject, ranks=SINGLE_PROCESS)
+            with subject.ranks.collective():
+                values = subject.ranks.broadcast(MEASURES[kind](alone) if subject.ranks.first else {})
         else:
-            values = MEASURES[kind](s)
-        settings = {"targets": s.windows.targets, "complete": s.windows.complete, "schedule": repr(s.schedule)}
+            values = MEASURES[kind](subject)
+        settings = {
+            "targets": subject.windows.targets,
+            "complete": subject.windows.complete,
+            "schedule": repr(subject.schedule),
+        }
         spent = time.perf_counter() - start
-        results.append(Result(kind, s.name, s.weights, settings, values, spent, hardware(s.ranks.device)))
-        if s.ranks.first:
-            results[-1].write(s.out)
+        results.append(
+            Result(kind, subject.name, subject.weights, settings, values, spent, hardware(subject.ranks.device))
+        )
+        if subject.ranks.first:
+            results[-1].write(subject.out)
     return results

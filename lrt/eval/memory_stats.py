@@ -93,6 +93,7 @@ def live_memory(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tens
     _, state = live_state(model, inputs)
     inputs_by_block: dict[int, tuple[Tensor, Tensor]] = {}
     length = inputs.shape[1]
+    # All positions in one forward, from the State that live decoding has written.
     memory = model.recall(state, range(length), model.embedding)
     projected = model.projection(memory)
     with record_block_inputs(inputs_by_block, model):
@@ -106,9 +107,9 @@ def live_memory(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tens
         if isinstance(block.injection, KeyValue) and isinstance(model.projection, Projection):
             groups = block.injection.groups
             gates = 2 * torch.sigmoid(block.injection.gate(u)).unflatten(-1, (-1, groups))
-            which = injected.index(number) if len(projected) > 1 else 0  # a shared projection has one entry
-            own = {"key": block.attention.key, "value": block.attention.value}
-            for (name, product), part in zip(own.items(), projected[which], strict=True):
+            entry = injected.index(number) if len(projected) > 1 else 0  # a shared projection has one entry
+            products = {"key": block.attention.key, "value": block.attention.value}
+            for (name, product), part in zip(products.items(), projected[entry], strict=True):
                 local[name] = gates[:, :, 0].unsqueeze(-1) * product(u).unflatten(-1, (groups, -1))
                 added[name] = gates[:, :, 1:].permute(2, 0, 1, 3).unsqueeze(-1) * part
         blocks.append(BlockMemory(number, number in injected, stream, gamma, gates, local, added))

@@ -53,6 +53,7 @@ def score(
     inputs = tokens[:, :-1]
     input_documents = None if documents is None else documents[:, :-1]
     hidden: list[Tensor] = []
+    # The decoder of generation, so that what is scored is what a user gets.
     with torch.no_grad():
         decode = decoder(model, model.empty_state(batch, length - 1, input_documents))
     for t in range(length - 1):
@@ -236,6 +237,7 @@ def evaluate(
     recurrent = bool(model.config.memory.stored_sources(model.config.depth))
     schedule = schedule if model.config.is_recurrent else plain()
 
+    # Before anything is measured: all scores share one batch size, and so the keys of their ledgers.
     batch_size = batch_size_for(batch_size, len(windows), open_ledger("live").ranks.ranks)
     if len(windows) == 1:  # there is no other window's memory to read
         ablations = [name for name in ablations if name != "shuffled"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lrt.data.batch import IGNORED
 from lrt.data.windows import Windows
-from lrt.eval.ledger import LedgerFactory, in_memory
+from lrt.eval.ledger import InMemory, LedgerFactory, in_memory
 from lrt.eval.scoring import BATCH, batch_size_for, bits_per_byte, schedule_scorer, window_batches
 from lrt.model.cross_entropy import token_nats
 from lrt.model.state import State
@@ -167,23 +167,15 @@ def sweep_curve(
     )
     unit = math.log(2) * size  # nats / unit is BPB
     batches = window_batches(windows, batch_size)
-    todo = ledger.todo(list(batches))
-    was_training = model.training
-    model.eval()
-    total = (1 + len(groups) * (last + 1)) * sum(len(batches[key]) for key in todo)
-    with torch.no_grad(), bar("sweeps", total, progress) as advance:
-        for key in todo:
-            batch = next(batches[key].batches(batch_size))
-            ledger.add({key: _batch_sums(model, batch.tokens, batch.targets, groups, last, advance)})
-    model.train(was_training)
+    _run_sweeps(model, batches, groups, last, batch_size, ledger, progress)
     done = ledger.gather()
-    live = [sum(done[key]["live"][i] for key in batches) for i in range(2)]
+    live_nats, live_square = (sum(done[key]["live"][i] for key in batches) for i in range(2))
     sums = {g: [Sums.over([done[key][str(g)][n] for key in batches]) for n in range(last + 1)] for g in groups}
     bpb = {g: [s.nats / unit for s in sums[g]] for g in groups}
     changes = {g: [math.sqrt(s.moved / max(s.size, 1e-30)) for s in sums[g]] for g in groups}
     curves = {
         g: tuple(
-            Point(n, bpb[g][n], math.sqrt(sums[g][n].gap / live[1]), sums[g][n].largest, changes[g][n])
+            Point(n, bpb[g][n], math.sqrt(sums[g][n].gap / live_square), sums[g][n].largest, changes[g][n])
             for n in sorted(set(counts))
         )
         for g in groups
@@ -191,13 +183,35 @@ def sweep_curve(
     return SweepCurve(
         repr(schedule),
         parallel,
-        live[0] / unit,
+        live_nats / unit,
         windows.targets,
         curves,
         {g: mean_contraction(changes[g][1:]) for g in groups},
         bpb[1][last] - bpb[1][last - 1],
         classify_curve(bpb[1], parallel, changes[1][last]),
     )
+
+
+def _run_sweeps(
+    model: LatentRecurrentTransformer,
+    batches: Mapping[str, Windows],
+    groups: Sequence[int],
+    last: int,
+    batch_size: int,
+    ledger: InMemory,
+    progress: bool,
+) -> None:
+    """Put this rank's share of the batches into the ledger, where they are not there yet."""
+    todo = ledger.todo(list(batches))
+    was_training = model.training
+    model.eval()
+    # A step of the bar is a window's live decoding, or one of its refinements.
+    total = (1 + len(groups) * (last + 1)) * sum(len(batches[key]) for key in todo)
+    with torch.no_grad(), bar("sweeps", total, progress) as advance:
+        for key in todo:
+            batch = next(batches[key].batches(batch_size))
+            ledger.add({key: _batch_sums(model, batch.tokens, batch.targets, groups, last, advance)})
+    model.train(was_training)
 
 
 def _batch_sums(
@@ -221,7 +235,7 @@ def _batch_sums(
 
     state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
     out = refine(model, inputs, sequential(), state=state)
-    exact = comparable_state(out.state, out.hidden)
+    exact = comparable_state(out.state, out.hidden)  # what all refinements are compared with
     sums: dict[str, list[Any]] = {"live": [nats(out.hidden), sum_of_squares(exact * valid)]}
     advance(len(inputs), "live")
     for g in groups:
@@ -235,7 +249,7 @@ def _batch_sums(
                 before = hidden
                 hidden, state = refine_once(model, inputs, state, g)
                 moved, scored = (hidden - before) * valid, nats(hidden)
-            apart = (comparable_state(state, hidden) - exact) * valid
+            apart = (comparable_state(state, hidden) - exact) * valid  # 0 on padding
             far = apart.norm(dim=-1) / exact.norm(dim=-1)
             changed = sum_of_squares(moved) if n > 0 else 0.0
             points.append(

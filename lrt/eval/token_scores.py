@@ -182,6 +182,7 @@ def gather_rows(windows: Windows, done: Mapping[str, Any], token_bytes: np.ndarr
         name: np.array([v for s, n in spans for v in done[str(s)].get(name) or [None] * n], dtype=np.float64)
         for name in names
     }
+    # A document's first token may begin with a space that is no part of the text.
     size = token_bytes[tokens] - np.where(position == 0, prefix_bytes, 0)
     return TokenScores(document, places, position, np.diff(offsets)[document], tokens, size, nats)
 
@@ -205,6 +206,7 @@ def bootstrap_interval(scores: TokenScores, column: str, minus: str | None = Non
         return None, None
     present = ~np.isnan(scores.nats[column])
     nats = np.where(present, scores.nats[column] - (0 if minus is None else scores.nats[minus]), 0.0)
+    # By document: nats and bytes of the targets that the column has.
     sums = np.bincount(index, np.where(np.isnan(nats), 0, nats), count)
     sizes = np.bincount(index, scores.bytes * present, count)
     generator = np.random.default_rng(seed)

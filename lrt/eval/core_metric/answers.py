@@ -153,17 +153,19 @@ def score_questions(
 ) -> list[list[OptionScore]]:
     """Scores of each question's rows, computed together: shared tokens once per question, then the options' own."""
     device = model.embedding.weight.device
-    own = [row[q.shared : -1] for q in questions for row in q.rows]  # a row's last token is only predicted
-    longest = max(q.shared for q in questions) + max(map(len, own))
+    options = [
+        row[q.shared : -1] for q in questions for row in q.rows
+    ]  # each option's own inputs; a row's last token is only predicted
+    longest = max(q.shared for q in questions) + max(map(len, options))
     tokens, lengths = pad_rows([q.rows[0][: q.shared] for q in questions], device)
     with torch.no_grad():
         hidden, states = mode(model, tokens, lengths, mode.begin(model, len(questions), longest))
         last = hidden[torch.arange(len(questions), device=device), lengths - 1]  # predicts each option's first token
         question_of = torch.tensor([i for i, q in enumerate(questions) for _ in q.rows], device=device)
-        continuing = torch.tensor([i for i, tail in enumerate(own) if tail], dtype=torch.long, device=device)
+        continuing = torch.tensor([i for i, tail in enumerate(options) if tail], dtype=torch.long, device=device)
         after: dict[int, Tensor] = {}
         if len(continuing) > 0:
-            tokens, lengths = pad_rows([own[i] for i in continuing.tolist()], device)
+            tokens, lengths = pad_rows([options[i] for i in continuing.tolist()], device)
             forked = tuple(state.select(question_of[continuing]) for state in states)
             hidden, _ = mode(model, tokens, lengths, forked)
             after = {i: h[:n] for i, h, n in zip(continuing.tolist(), hidden, lengths.tolist(), strict=True)}
@@ -191,9 +193,9 @@ def score_alone(model: LatentRecurrentTransformer, question: Question, mode: Mod
 def score_tokens(model: LatentRecurrentTransformer, hidden: Tensor, tokens: Sequence[int]) -> OptionScore:
     """The score of tokens (n,) under the hidden states (n, D) that predict them."""
     logits = model.logits(hidden).to(at_least_float32(hidden))
-    wanted = torch.tensor(tokens, device=logits.device)
-    nats = torch.nn.functional.cross_entropy(logits, wanted)
-    return OptionScore(float(nats), bool((logits.argmax(-1) == wanted).all()))
+    targets = torch.tensor(tokens, device=logits.device)
+    nats = torch.nn.functional.cross_entropy(logits, targets)
+    return OptionScore(float(nats), bool((logits.argmax(-1) == targets).all()))
 
 
 def answer_question(question: Question, rows: Sequence[OptionScore]) -> Answer:

@@ -97,10 +97,10 @@ def run_core(
         tasks[task.label] = run_task(run, task, items)
     if not tasks:  # a mean of nothing is no score
         raise ValueError("; ".join(problems))
-    about = {"bundle": bundle_digest(bundle), "limit": settings.limit, "prefill": settings.prefill}
+    result_settings = {"bundle": bundle_digest(bundle), "limit": settings.limit, "prefill": settings.prefill}
     values = summarise_tasks(tasks, run.modes, bundle, settings.limit)
     seconds = time.perf_counter() - start
-    result = Result("core", "CORE", weights, about, values, seconds, hardware(model.embedding.weight.device))
+    result = Result("core", "CORE", weights, result_settings, values, seconds, hardware(model.embedding.weight.device))
     if ranks.first:
         result.write(out)
     return result, problems
@@ -109,7 +109,7 @@ def run_core(
 def run_task(run: CoreRun, task: CoreTask, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy of one task by mode, of `items` in the order in which they are numbered: its entry in the result."""
     count = len(range(len(items))[: run.settings.limit])
-    about = {
+    ledger_settings = {
         "checkpoint": run.weights,
         "file": sha256(task.file),
         "shots": task.shots,
@@ -121,7 +121,7 @@ def run_task(run: CoreRun, task: CoreTask, items: Sequence[dict[str, Any]]) -> d
     for mode in run.modes:
         # Of the modes only `on` depends on the kind of prefill.
         prefill = {"prefill": run.settings.prefill} if mode == "on" else {}
-        ledger = Ledger(run.out / "partial", f"core-{task.label}-{mode}", about | prefill, run.ranks)
+        ledger = Ledger(run.out / "partial", f"core-{task.label}-{mode}", ledger_settings | prefill, run.ranks)
         answer_all(run, task, items, count, mode, ledger)
         answers = ledger.gather()
         accuracy[mode] = sum(answers[str(i)]["correct"] for i in range(count)) / count

@@ -298,9 +298,9 @@ def unpack(archive: Path, folder: Path, url: str) -> None:
             for name in packed.namelist():
                 short = name.split("/", 1)[-1] if name.split("/")[0] in ("eval_bundle", "core_eval") else name
                 parts = Path(short).parts
-                wanted = short in ("core.yaml", "eval_meta_data.csv") or short.startswith("openai-community-")
+                known = short in ("core.yaml", "eval_meta_data.csv") or short.startswith("openai-community-")
                 # A path with `..` would lead out of the folder.
-                if ".." in parts or name.endswith("/") or not (wanted or parts[:1] == ("eval_data",)):
+                if ".." in parts or name.endswith("/") or not (known or parts[:1] == ("eval_data",)):
                     continue
                 target = folder / short
                 target.parent.mkdir(parents=True, exist_ok=True)

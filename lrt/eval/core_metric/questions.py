@@ -49,12 +49,12 @@ def build_question(
         without, whole = rows
         start = min(shared_length(without, whole), len(whole) - 1)  # a tokenizer may join what the prompt ends with
         return crop_question(index, [whole], [start], start, None, context)
-    shared = min(shared_length(*rows), min(map(len, rows)) - 1)
+    shared = min(shared_length(*rows), min(map(len, rows)) - 1)  # a token at least is left to score
     starts = [shared] * len(rows)
     if task.type == "schema":
         suffix = min(shared_length(*(row[::-1] for row in rows)), min(map(len, rows)) - 1)
         starts = [len(row) - suffix for row in rows]
-        shared = min(shared, *starts)
+        shared = min(shared, *starts)  # the context up to the suffix may end inside the common prefix
     return crop_question(index, rows, starts, shared, int(item["gold"]), context)
 
 
@@ -67,7 +67,7 @@ def crop_question(
     """
     excess = max(map(len, rows)) - context
     if excess > 0:
-        cut = min(excess, shared - 1)
+        cut = min(excess, shared - 1)  # of the shared part, but never BOS
         rows = [[row[0], *row[1 + cut :]] for row in rows]
         starts, shared = [start - cut for start in starts], shared - cut
         if cut < excess:  # even without the shared part: each row's own end

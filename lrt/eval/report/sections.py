@@ -160,7 +160,11 @@ def ablation_section(runs: Sequence[Run]) -> list[str]:
 
 
 def figures_over_training(run: Run) -> list[str]:
-    """γ, gates and the memory's share by block over training: from the metrics log, and from snapshots' results."""
+    """γ, gates and the memory's share by block over training.
+
+    From the metrics log, as snapshots go when a run ends, and from those that were still there when it was measured.
+    """
+    # A line is a step counted from 0; a snapshot is named by the steps done.
     by_step = {line["step"] + 1: line["memory_layers"] for line in run.metrics if "memory_layers" in line}
     by_step |= {s["step"]: s["layers"] for s in run.values("memory").get("snapshots", []) if "layers" in s}
     points = sorted(by_step.items())
@@ -225,7 +229,8 @@ def text_section(runs: Sequence[Run]) -> list[str]:
 def token_span(piece: str, live: float, off: float) -> str:
     """One token on its colour; a tooltip gives its surprisal live, in bits, and the gain over off."""
     gain = off - live
-    colour, strength = ("46,160,67" if gain > 0 else "218,54,51"), min(1.0, abs(gain) / 2)
+    colour, strength = ("46,160,67" if gain > 0 else "218,54,51"), min(1.0, abs(gain) / 2)  # green or red
+    # Most tokens gain next to nothing: without a style of their own the page is much smaller.
     back = f' style="background:rgba({colour},{0.7 * strength:.2f})"' if strength > 0.03 else ""
     return f'<span{back} title="{live:.2f} bits, {gain:+.2f}">{html.escape(piece)}</span>'
 
@@ -253,5 +258,6 @@ def core_table(title: str, values: Mapping[str, Any]) -> Table:
         for label, t in values["tasks"].items()
     ]
     total = [values["name"], "", "", ""] + [c for m in modes for c in ("", f"{values['score'][m]:+.4f}")]
+    # Of other models the mean over the same tasks, so that a partial CORE stands beside a partial one.
     body.append(total + [f"{scores['same tasks']:+.4f}" for scores in references.values()])
     return Table(title, head, body)

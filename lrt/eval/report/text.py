@@ -69,10 +69,10 @@ def ablation_name(key: str) -> str:
 
 def bpb_lines(values: Mapping[str, Any]) -> list[str]:
     """Columns and differences with their intervals."""
-    about = f"{values['targets']:,} tokens of {values['documents']:,} documents, schedule {values['schedule']}"
+    basis = f"{values['targets']:,} tokens of {values['documents']:,} documents, schedule {values['schedule']}"
     rows = {**values["columns"], **values["differences"]}
     return [
-        f"bits per byte with 95 % intervals over documents ({about})",
+        f"bits per byte with 95 % intervals over documents ({basis})",
         *(f"{name:34} {row['bpb']:+8.4f}  {interval_text(row)}" for name, row in rows.items()),
     ]
 
