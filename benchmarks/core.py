@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.eval.core_metric.answers import On, answer, score_alone, score_questions
+from lrt.eval.core_metric.answers import On, answer_question, score_alone, score_questions
 from lrt.eval.core_metric.benchmark import ROWS
 from lrt.eval.core_metric.bundle import Bundle
-from lrt.eval.core_metric.questions import question
+from lrt.eval.core_metric.questions import build_question
 from lrt.model.config import ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.provenance import hardware
@@ -48,21 +48,23 @@ def main() -> None:
     task = next(t for t in Bundle.open(chosen.bundle).tasks if t.label == chosen.task)
     items = task.questions()
     step = len(items) // chosen.questions
-    asked = [question(task, items, i * step, tokenizer, chosen.context) for i in range(chosen.questions)]
+    asked = [build_question(task, items, i * step, tokenizer, chosen.context) for i in range(chosen.questions)]
 
     choices: dict[str, list[int]] = {}
 
     def alone() -> None:
-        choices["alone"] = [answer(q, score_alone(model, q, On("exact"))).chosen for q in asked]
+        choices["alone"] = [answer_question(q, score_alone(model, q, On("exact"))).option for q in asked]
 
     def shared() -> None:
-        choices["shared"] = [answer(q, score_questions(model, [q], On("exact"))[0]).chosen for q in asked]
+        choices["shared"] = [answer_question(q, score_questions(model, [q], On("exact"))[0]).option for q in asked]
 
     def batched(mode: On) -> list[int]:
         most, found = max(1, ROWS // len(asked[0].rows)), []
         for first in range(0, len(asked), most):
             part = asked[first : first + most]
-            found += [answer(q, r).chosen for q, r in zip(part, score_questions(model, part, mode), strict=True)]
+            found += [
+                answer_question(q, r).option for q, r in zip(part, score_questions(model, part, mode), strict=True)
+            ]
         return found
 
     def exact() -> None:

@@ -77,7 +77,7 @@ def measure(ranks: SingleProcess, config: ModelConfig, spelled: str) -> dict[str
 
 
 def step(ranks: SingleProcess, objective: nn.Module, loss: Callable[..., Any], tokens: torch.Tensor) -> None:
-    with ranks.accumulating(objective, last=True):
+    with ranks.gradient_sync(objective, last=True):
         objective(loss, tokens, tokens, None).backward()
 
 

@@ -14,8 +14,8 @@ from lrt.data.prepared import Prepared
 from lrt.eval.core_metric.benchmark import CoreSettings as CoreSettings
 from lrt.eval.core_metric.benchmark import run_core
 from lrt.eval.core_metric.bundle import Bundle, download
-from lrt.eval.diagnose import corpus_names, diagnose, score_corpora, subject
-from lrt.eval.report.text import core_lines, lines
+from lrt.eval.diagnose import corpus_names, diagnose, load_subject, score_corpora
+from lrt.eval.report.text import result_lines
 from lrt.model import checkpoint
 from lrt.utils import files
 from lrt.utils.device import choose_device
@@ -74,7 +74,7 @@ class Evaluate:
         out = self.out or self.checkpoint / "evaluation"
         with join_ranks("ddp", choose_device(self.device)) as ranks:
             subjects = [
-                subject(
+                load_subject(
                     self.checkpoint, Prepared.open(folder), self.split, self.at_least, self.batch_size, out, ranks,
                     schedule=self.schedule, name=name,
                 )
@@ -83,7 +83,7 @@ class Evaluate:
             result = score_corpora(subjects)
             if ranks.first:
                 result.write(out)
-                print(json.dumps(result.values) if self.json else "\n".join(lines(result)))
+                print(json.dumps(result.values) if self.json else "\n".join(result_lines(result)))
 
     def run_core(self, folders: tuple[Path, ...]) -> None:
         from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
@@ -99,7 +99,7 @@ class Evaluate:
             out = self.out or self.checkpoint / "evaluation"
             result, problems = run_core(model, tokenizer, Bundle.open(place), weights, out, settings, ranks)
             if ranks.first:
-                print(json.dumps(result.to_dict()) if self.json else "\n".join(core_lines(result.values)))
+                print(json.dumps(result.to_dict()) if self.json else "\n".join(result_lines(result)))
         if problems:
             raise ValueError("some tasks could not be run: " + "; ".join(problems))
 
@@ -155,12 +155,12 @@ class Diagnose:
         with join_ranks("ddp", choose_device(self.device)) as ranks:
             for folder, name in zip(self.data, corpus_names(self.data), strict=True):
                 data = Prepared.open(folder)
-                measured = subject(
+                measured = load_subject(
                     self.checkpoint, data, self.split, self.at_least, self.batch_size, out, ranks, name=name
                 )
                 for result in diagnose(measured, self.only):
                     if ranks.first:
-                        print("\n".join([f"{result.kind}, {result.subject}", *lines(result), ""]))
+                        print("\n".join([f"{result.kind}, {result.subject}", *result_lines(result), ""]))
             if ranks.first:
                 print(f"results in {out}")
 

@@ -12,7 +12,7 @@ IGNORED = -1
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens and what follows them."""
+    """B rows of T tokens, and what follows each of them."""
 
     tokens: torch.Tensor
     """(B, T) int64; padded with BOS."""

@@ -1,11 +1,15 @@
-"""A corpus: its sources in a fixed order, what they are made of, and their text in groups of a bounded size."""
+"""A corpus: its sources in a fixed order, what they are made of, and their text in groups of a bounded size.
+
+Inputs are known by content: the SHA-256 of every file, the commit of a data set on the hub. Two corpora of one
+description give the same groups, so that a prepared folder can be held against its inputs, and gone on with.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +17,12 @@ from typing import Any, NamedTuple
 
 from lrt.data.hub import Dataset, hub_source
 from lrt.data.records import JSON_LINES, JsonLines, Parquet, Selection
-from lrt.data.sources import Mark, Piece, Source, TextFile, readable, text_chunks
-from lrt.data.splits import assign, cut_file
+from lrt.data.sources import Piece, Source, SourcePosition, TextFile, open_source, text_chunks
+from lrt.data.splits import assign_splits, cut_file
 from lrt.utils.progress import Advance
 
 SPLIT_BY_FILE = 10
-"""With fewer text files than this each is cut into three contiguous parts."""
+"""Text files at least, for splits by file; of fewer, every file is cut into three contiguous parts."""
 SMALLEST_TEXT = 2000
 """Bytes of text below which there is nothing to train on, choose by and report on."""
 GROUP_BYTES = 1 << 19
@@ -31,13 +35,18 @@ class CorpusPosition(NamedTuple):
     """How far a corpus was read, as plain data for JSON."""
 
     source: int = 0
-    mark: Mark | None = None
+    """The number of the source that is being read."""
+    position: SourcePosition | None = None
+    """How far that one was read; None before its first piece."""
     documents: int = 0
     """Documents taken, in all sources."""
 
 
 class DocumentGroup(NamedTuple):
-    """Consecutive pieces, and the place behind them."""
+    """Consecutive pieces, which are encoded together, and the place behind them.
+
+    Groups are formed before they are handed to workers, so that no byte depends on how many workers there are.
+    """
 
     pieces: list[tuple[int, Piece]]
     """Each with the number of its source."""
@@ -56,24 +65,24 @@ class Corpus:
 
     @property
     def size(self) -> int:
-        """What reading all of it amounts to, for a progress bar; 0 where that is not known."""
+        """Bytes of all sources, for a progress bar; 0 where one does not know its own, or a limit stops the reading."""
         sizes = [source.size for source in self.sources]
         return sum(sizes) if all(sizes) and self.limit is None else 0
 
     def groups(self, after: CorpusPosition) -> Iterator[DocumentGroup]:
-        """The pieces behind `after`, in groups of about `GROUP_BYTES`."""
+        """The pieces behind `after`, in groups of about `GROUP_BYTES`. A limit counts whole documents."""
         pieces, size, place, documents = [], 0, after, after.documents
         for number, source in enumerate(self.sources[after.source :], after.source):
             if documents == self.limit:
                 break
-            with closing(source.read(after.mark if number == after.source else None)) as found:
-                for piece, mark in found:
+            with closing(source.read(after.position if number == after.source else None)) as pieces_read:
+                for piece, position in pieces_read:
                     if documents == self.limit:
                         break
                     pieces.append((number, piece))
                     size += piece.size
                     documents += piece.last
-                    place = CorpusPosition(number, mark, documents)
+                    place = CorpusPosition(number, position, documents)
                     if size >= GROUP_BYTES:
                         yield DocumentGroup(pieces, place)
                         pieces, size = [], 0
@@ -86,80 +95,105 @@ class Corpus:
         Smallest sources first, so that what they do not use of their share is left to the larger ones; a corpus
         below the limit is taken whole.
         """
-        left = limit
+        remaining = limit
         ordered = sorted(self.sources, key=lambda source: source.size or float("inf"))
         for rank, source in enumerate(ordered):
-            share = left // (len(ordered) - rank)
-            with closing(source.read()) as found:
-                for piece, _ in found:
+            share = remaining // (len(ordered) - rank)
+            with closing(source.read()) as pieces_read:
+                for piece, _ in pieces_read:
                     if share <= 0:
                         break
                     if piece.split == "train":
                         share -= piece.size
-                        left -= piece.size
+                        remaining -= piece.size
                         yield piece.text
 
 
 def open_corpus(
     texts: Sequence[Path] | None, dataset: Dataset | None, selection: Selection, advance: Advance
 ) -> Corpus:
-    """The corpus of `texts` and `dataset`; of the standard library where both are None. Every file is read once."""
-    paths: dict[str, Path] = {}
-    if texts is None and dataset is None:
-        root = Path(sysconfig.get_path("stdlib"))
-        paths = {path.relative_to(root).as_posix(): path for path in stdlib_files()}
-    elif texts is not None:
-        if len(texts) == 0:
-            raise ValueError("texts is empty; name at least one text file, or give None for the standard library")
-        absolute = [Path(os.path.abspath(path)) for path in texts]
-        root = Path(os.path.commonpath([path.parent for path in absolute]))
-        for path in absolute:
-            name = path.relative_to(root).as_posix()
-            if name in paths:
-                raise ValueError(f"{path} is given twice; give each file once")
-            paths[name] = path
-    described, names = [], sorted(paths)
-    for name in names:
-        described.append([name, *inspect(paths[name])])
-        advance(described[-1][1], name)
-    sources: list[Source] = []
-    plain = [name for name in names if not is_structured(paths[name])]
-    if len(plain) == len(names) and dataset is None:
-        total = sum(size for _, size, _ in described)
-        if total < SMALLEST_TEXT:
-            raise ValueError(
-                f"the text is too short: {total} bytes in {len(plain)} file(s), at least {SMALLEST_TEXT} are needed "
-                "for training, validation and test; add text"
-            )
-    splits = dict(zip(plain, assign(plain), strict=True)) if len(plain) >= SPLIT_BY_FILE else {}
-    for name, size, _ in described:
-        path = paths[name]
-        if path.suffix == ".parquet":
-            sources.append(Parquet(path, name, size, selection))
-        elif is_structured(path):
-            sources.append(JsonLines(path, name, size, selection))
-        elif name in splits:
-            sources.append(TextFile(path, name, splits[name], 0, size))
-        else:
-            sources += [TextFile(path, name, *part) for part in cut_file(path)]
+    """The corpus of `texts` and `dataset`; of the standard library where both are None.
+
+    Every file is read once here: for its digest, and text also to be sure that it is text. ValueError as in
+    `text_chunks` and `hub_source`, for a file named twice, and for too little text.
+    """
+    paths = paths_by_name(texts) if texts is not None or dataset is not None else stdlib_paths()
+    description: list[list[Any]] = []
+    for name in sorted(paths):
+        size, digest = size_and_digest(paths[name])
+        description.append([name, size, digest])
+        advance(size, name)
+    if dataset is None and not any(map(is_structured, paths.values())):
+        check_size(description)
+    sources = file_sources(paths, {name: size for name, size, _ in description}, selection)
     if dataset is not None:
         streamed = hub_source(dataset, selection)
         sources.append(streamed)
-        described.append([repr(streamed.dataset), 0, streamed.identity])
-    return Corpus(sources, described, selection.documents)
+        description.append([repr(streamed.dataset), 0, streamed.identity])
+    return Corpus(sources, description, selection.documents)
+
+
+def check_size(description: list[list[Any]]) -> None:
+    """ValueError for too little plain text, before any work. Of records only the encoder learns how much there is."""
+    total = sum(size for _, size, _ in description)
+    if total < SMALLEST_TEXT:
+        raise ValueError(
+            f"the text is too short: {total} bytes in {len(description)} file(s), at least {SMALLEST_TEXT} are needed "
+            "for training, validation and test; add text"
+        )
+
+
+def file_sources(paths: Mapping[str, Path], sizes: Mapping[str, int], selection: Selection) -> list[Source]:
+    """The sources of files, by name; splits of text are by file where there are enough of them."""
+    sources: list[Source] = []
+    plain = [name for name in sorted(paths) if not is_structured(paths[name])]
+    splits = dict(zip(plain, assign_splits(plain), strict=True)) if len(plain) >= SPLIT_BY_FILE else {}
+    for name, path in sorted(paths.items()):
+        if path.suffix == ".parquet":
+            sources.append(Parquet(path, name, sizes[name], selection))
+        elif is_structured(path):
+            sources.append(JsonLines(path, name, sizes[name], selection))
+        elif name in splits:
+            sources.append(TextFile(path, name, splits[name], 0, sizes[name]))
+        else:
+            sources += [TextFile(path, name, *part) for part in cut_file(path)]
+    return sources
+
+
+def paths_by_name(texts: Sequence[Path] | None) -> dict[str, Path]:
+    """Files by their path below the folder that holds all of them: names do not depend on where that folder is."""
+    if texts is None:
+        return {}
+    if len(texts) == 0:
+        raise ValueError("texts is empty; name at least one text file, or give None for the standard library")
+    paths: dict[str, Path] = {}
+    absolute = [Path(os.path.abspath(path)) for path in texts]
+    root = Path(os.path.commonpath([path.parent for path in absolute]))
+    for path in absolute:
+        name = path.relative_to(root).as_posix()
+        if name in paths:
+            raise ValueError(f"{path} is given twice; give each file once")
+        paths[name] = path
+    return paths
+
+
+def stdlib_paths() -> dict[str, Path]:
+    """`stdlib_files` by their path below the standard library's folder."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return {path.relative_to(root).as_posix(): path for path in stdlib_files()}
 
 
 def is_structured(path: Path) -> bool:
-    """Whether the name of a file says that it holds records, not text."""
+    """Whether the name of a file says that it holds records (JSON lines, Parquet), not text."""
     return path.name.endswith((*JSON_LINES, ".parquet"))
 
 
-def inspect(path: Path) -> tuple[int, str]:
-    """(bytes, SHA-256) of a file; ValueError naming one that cannot be read or, as text, not be used."""
+def size_and_digest(path: Path) -> tuple[int, str]:
+    """(bytes, SHA-256) of a file. ValueError naming one that cannot be read, or that is text and cannot be used."""
     if not is_structured(path):
         for _ in text_chunks(path):
             pass
-    with readable(path) as file:
+    with open_source(path) as file:
         return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -169,14 +203,14 @@ def stdlib_files() -> list[Path]:
     Files that are empty or not UTF-8 text are skipped: nobody chose them one by one, so there is nobody to tell.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    found: list[Path] = []
+    paths: list[Path] = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in STDLIB_SKIPS]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return [path for path in sorted(found, key=lambda p: p.relative_to(root).as_posix()) if usable(path)]
+        folders[:] = [name for name in folders if name not in STDLIB_SKIPS]  # in place: os.walk then skips them
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    return [path for path in sorted(paths, key=lambda p: p.relative_to(root).as_posix()) if is_text(path)]
 
 
-def usable(path: Path) -> bool:
+def is_text(path: Path) -> bool:
     """Whether `text_chunks` accepts a file."""
     try:
         return all(True for _ in text_chunks(path))

@@ -1,8 +1,10 @@
 """The program of one encoding process: lists of texts in, token ids out, until its input ends.
 
 It imports neither lrt nor torch, so that a worker starts in a fraction of a second and takes tens of megabytes, not
-hundreds: that is why it is a program and not a `multiprocessing` target. A message is so many arrays of bytes: their
-number, their sizes, and what they hold.
+hundreds: that is why it is a program and not a `multiprocessing` target. When its parent is killed, its input ends, and
+so does it.
+
+A message is a number of arrays of bytes: how many (int64), their sizes (int64 each), and their bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 import tokenizers
 
 AT_ONCE = 1 << 19
-"""Characters given to the library at a time: it holds about a hundred bytes per token until they are converted."""
+"""Characters that the library encodes at a time: until its results are converted it holds a hundred bytes per token."""
 
 
 def without_processing(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -29,22 +31,22 @@ def without_processing(inner: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def encode(inner: tokenizers.Tokenizer, texts: Sequence[str], dtype: str) -> tuple[np.ndarray, list[int]]:
-    """The ids of all `texts`, one after another, as a `dtype` array; and how many each has."""
+    """The ids of all `texts`, one after another, as a `dtype` array (n,); and how many each text has."""
     ids, lengths = array("H" if np.dtype(dtype).itemsize == 2 else "I"), []
     first, size = 0, 0
     for last, text in enumerate(texts, 1):
         size += len(text)
         if size >= AT_ONCE or last == len(texts):
             for encoding in inner.encode_batch_fast(list(texts[first:last]), add_special_tokens=False):
-                found = encoding.ids
-                ids.extend(found)
-                lengths.append(len(found))
+                token_ids = encoding.ids
+                ids.extend(token_ids)
+                lengths.append(len(token_ids))
             first, size = last, 0
     return np.frombuffer(ids, dtype=ids.typecode).astype(dtype, copy=False), lengths
 
 
 def send(stream: IO[bytes], parts: Sequence[bytes]) -> None:
-    """Write a message."""
+    """Write a message, all of it."""
     stream.write(np.array([len(parts), *map(len, parts)], np.int64).tobytes())
     stream.write(b"".join(parts))
     stream.flush()
@@ -52,12 +54,14 @@ def send(stream: IO[bytes], parts: Sequence[bytes]) -> None:
 
 def receive(stream: IO[bytes]) -> list[bytes]:
     """Read a message; EOFError where the other side has ended."""
-    (count,) = np.frombuffer(exactly(stream, 8), np.int64)
-    return [exactly(stream, size) for size in np.frombuffer(exactly(stream, 8 * int(count)), np.int64).tolist()]
+    (count,) = np.frombuffer(read_exactly(stream, 8), np.int64)
+    return [
+        read_exactly(stream, size) for size in np.frombuffer(read_exactly(stream, 8 * int(count)), np.int64).tolist()
+    ]
 
 
-def exactly(stream: IO[bytes], size: int) -> bytes:
-    """So many bytes of `stream`."""
+def read_exactly(stream: IO[bytes], size: int) -> bytes:
+    """`size` bytes of `stream`; EOFError where it ends before."""
     data = stream.read(size)
     if len(data) < size:
         raise EOFError

@@ -1,4 +1,8 @@
-"""Hugging Face datasets, by hub name or local folder, streamed."""
+"""Hugging Face datasets, by hub name or local folder, streamed: nothing is downloaded but what is read.
+
+A file of ours is read again up to where it was left. A data set goes on from the `datasets` library's own state, as
+reading a hub's files again would take long.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lrt.data.records import Selection
-from lrt.data.sources import Mark, Reading, pieces_of
+from lrt.data.sources import PieceStream, SourcePosition, cut_documents
 from lrt.utils.files import sha256
-from lrt.utils.imports import optional_module
+from lrt.utils.imports import MissingExtraError, optional_module
 
 SNAPSHOT = 1000
-"""Documents between two states of the library's iterator: what is read again at most after an interruption."""
+"""Records between two states of the library's iterator: what is read again at most after an interruption."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +58,30 @@ class HubSource:
     def name(self) -> str:
         return self.dataset.name
 
-    def read(self, after: Mark | None = None) -> Reading:
+    def read(self, after: SourcePosition | None = None) -> PieceStream:
         state, taken = (None, 0) if after is None else (after.state, after.pieces)
-        stream = stream_of(self.dataset, None if Path(self.name).is_dir() else self.identity)
+        stream = open_stream(self.dataset, None if Path(self.name).is_dir() else self.identity)
+        # seen: records read in all; since: since `state` was taken; number: pieces since then.
         seen = since = number = 0
         if state is not None:
             stream.load_state_dict(state["iterator"])
             seen = state["seen"]
         for record in self.records(stream, seen):
             seen, since = seen + 1, since + 1
-            found = self.selection.document(record, f"{self.name} record {seen}")
-            for piece in pieces_of([] if found is None else [found]):
+            document = self.selection.document(record, f"{self.name} record {seen}")
+            for piece in cut_documents([] if document is None else [document]):
                 number += 1
                 if number > taken:
-                    yield piece, Mark(number, seen, state)
+                    yield piece, SourcePosition(number, seen, state)
             if since == SNAPSHOT:
                 state = {"iterator": stream.state_dict(), "seen": seen}
                 since = number = taken = 0
 
     def records(self, stream: Any, seen: int) -> Iterator[dict[str, Any]]:
-        """What the library reads, its errors named."""
+        """What the library reads behind the first `seen` records, as dictionaries.
+
+        ValueError where the data are damaged; OSError, after which what was prepared is kept, where they cannot be had.
+        """
         arrow = optional_module("pyarrow", "data", f"reading {self.name}")
         try:
             with contextlib.closing(iter(stream)) as records:
@@ -93,7 +101,7 @@ class HubSource:
 
 def hub_source(dataset: Dataset, selection: Selection) -> HubSource:
     """The source of a data set, at the revision it has now; ValueError where it cannot be found or read."""
-    dataset = preset(dataset)
+    dataset = resolve_preset(dataset)
     folder = Path(dataset.name)
     if not folder.is_dir() and folder.exists():
         raise ValueError(f"{folder} is a file; give it with --text, not as a data set")
@@ -101,16 +109,16 @@ def hub_source(dataset: Dataset, selection: Selection) -> HubSource:
         raise ValueError(
             f"revision is {dataset.revision!r}, but {folder} is a local folder, which has none; leave it out"
         )
-    with naming(dataset):
+    with name_in_errors(dataset):
         if folder.is_dir():
-            identity = digest(folder)
+            identity = folder_digest(folder)
         else:
             api = optional_module("huggingface_hub", "data", f"reading {dataset.name}").HfApi()
             identity = api.dataset_info(dataset.name, revision=dataset.revision).sha
     return HubSource(dataset, selection, identity)
 
 
-def preset(dataset: Dataset) -> Dataset:
+def resolve_preset(dataset: Dataset) -> Dataset:
     """A preset in full, with whatever fields of `dataset` differ from their defaults."""
     if dataset.name not in PRESETS:
         return dataset
@@ -118,21 +126,21 @@ def preset(dataset: Dataset) -> Dataset:
     return dataclasses.replace(dataset, name=full.name, config=dataset.config or full.config)
 
 
-def stream_of(dataset: Dataset, revision: str | None) -> Any:
-    """The library's iterable data set; nothing is downloaded but what is read."""
-    with naming(dataset):
+def open_stream(dataset: Dataset, revision: str | None) -> Any:
+    """The library's iterable data set, at a commit of the hub; None for a local folder."""
+    with name_in_errors(dataset):
         load = optional_module("datasets", "data", f"reading {dataset.name}").load_dataset
         return load(dataset.name, dataset.config, split=dataset.split, streaming=True, revision=revision)
 
 
 @contextlib.contextmanager
-def naming(dataset: Dataset) -> Iterator[None]:
-    """Name the data set in what the libraries raise, which are errors of theirs and of their HTTP client's."""
+def name_in_errors(dataset: Dataset) -> Iterator[None]:
+    """Name the data set in what the libraries raise: classes of theirs and of their HTTP client's, so any Exception."""
     try:
         yield
+    except MissingExtraError:  # says what to do already
+        raise
     except Exception as error:
-        if isinstance(error, ValueError) and "latent-recurrent-transformer" in str(error):  # `optional_module`
-            raise
         raise ValueError(
             f"data set {dataset.name!r} (config {dataset.config!r}, split {dataset.split!r}) cannot be opened: "
             f"{error}; check its name, its configuration and split, and the connection to the hub, or give a local "
@@ -140,9 +148,9 @@ def naming(dataset: Dataset) -> Iterator[None]:
         ) from error
 
 
-def digest(folder: Path) -> str:
-    """Hex digest of the names and contents of all files under `folder`."""
-    total = hashlib.sha256()
+def folder_digest(folder: Path) -> str:
+    """Hexadecimal SHA-256 of the names and contents of all files under `folder`."""
+    combined = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        total.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}".encode())
-    return total.hexdigest()
+        combined.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}".encode())
+    return combined.hexdigest()

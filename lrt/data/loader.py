@@ -1,10 +1,11 @@
-"""Prepared documents to tensors: windows for evaluation, packed rows for training.
+"""Prepared documents to batches of packed rows, for training. (Evaluation windows are in `lrt.data.windows`.)
 
-Shapes: B rows of a batch, T positions, D documents. Both loaders are pure: the same arguments give the same tensors,
-and a position (epoch, row, shard) is all the state there is.
+Shapes: B rows of a batch, T positions. `Rows` is pure: the same arguments give the same tensors, and a position (epoch,
+row, shard) is all the state there is.
 
-A document is cut into pieces that each start with BOS. Every one of its tokens is a target exactly once, and no
-target lies in another document than the tokens before it.
+No token is cropped. A document is cut into pieces that each start with BOS, every one of its tokens is a target exactly
+once, and no target lies in another document than the tokens before it. Padding is the price, well below 1 % with real
+text. Both are counted (`Rows.packing`), kept in the checkpoint, and printed by `lrt train`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from lrt.data.batch import IGNORED, Batch
-from lrt.data.packing import Packed, order, pack_documents
+from lrt.data.packing import PackedRows, pack_documents, permutation
 from lrt.data.prepared import Documents
 
 
@@ -35,7 +36,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Packing:
+class PackingStats:
     """What packing made of the shards that were read so far."""
 
     rows: int = 0
@@ -53,9 +54,9 @@ class Rows:
     A piece of k tokens takes k positions: BOS and its first k - 1 tokens are inputs, its k tokens targets. Pieces of
     `context` tokens fill a row; the shorter tails of documents share rows, each with its own BOS and number.
 
-    Shards are packed and shuffled one at a time, when they are reached. All ranks read the same shard, each its own
-    rows of it: how many ranks there are changes neither a global batch nor the position after it, and one shard
-    serves any number of them.
+    Shards are packed and shuffled one at a time, when they are reached, so that neither grows with the corpus. All
+    ranks read the same shard, each its own rows of it: how many ranks there are changes neither a global batch nor the
+    position after it, and one shard serves any number of them. Only more ranks than rows is an error.
     """
 
     def __init__(self, documents: Documents, context: int, seed: int = 0, rank: int = 0, ranks: int = 1) -> None:
@@ -71,11 +72,11 @@ class Rows:
         self.context = context
         self.seed = seed
         self.rank, self.ranks = rank, ranks
-        self.packing = Packing()
+        self.packing = PackingStats()
         """Counts over the shards that were read so far."""
         self._counted: set[int] = set()
-        self._cache: dict[int, Packed] = {}
-        fewest = -(-len(documents.tokens) // context)  # packing every shard to count them would take long
+        self._cache: dict[int, PackedRows] = {}
+        fewest = -(-len(documents.tokens) // context)  # rows at least: packing every shard to count them takes long
         if fewest < ranks and len(self) < ranks:
             raise ValueError(
                 f"ranks is {ranks}, but {len(documents)} documents of {len(documents.tokens)} tokens make only "
@@ -117,7 +118,7 @@ class Rows:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         shape = (batch_size, self.context)
         tokens, targets = np.full(shape, self.documents.bos, np.int64), np.full(shape, IGNORED, np.int64)
-        numbers = np.zeros(shape, np.int64)
+        numbers = np.zeros(shape, np.int64)  # of the documents in a row; padding counts as one more
         shared = False
         for index in range(batch_size):
             texts = self._row(self._after(position, self.rank * batch_size + index))
@@ -125,7 +126,7 @@ class Rows:
             end = 0
             for number, text in enumerate(texts):
                 begin, end = end, end + len(text)
-                tokens[index, begin + 1 : end] = text[:-1]
+                tokens[index, begin + 1 : end] = text[:-1]  # behind BOS, with which the array is filled
                 targets[index, begin:end] = text
                 numbers[index, begin:end] = number
             numbers[index, end:] = len(texts)
@@ -144,19 +145,19 @@ class Rows:
 
     def _shard(self, epoch: int, place: int) -> int:
         """The shard that an epoch reads at `place`."""
-        return int(order(len(self.documents.shards), self.seed, epoch)[place])
+        return int(permutation(len(self.documents.shards), self.seed, epoch)[place])
 
     def _row(self, at: Position) -> list[np.ndarray]:
-        """The pieces of one row."""
+        """The tokens of each piece of one row, as views, without BOS."""
         shard = self._shard(at.epoch, at.shard)
         packed, tokens = self._packed(shard), self.documents.shards[shard].tokens
-        row = order(len(packed), self.seed, at.epoch, shard)[at.row]
+        row = permutation(len(packed), self.seed, at.epoch, shard)[at.row]
         pieces = slice(packed.rows[row], packed.rows[row + 1])
-        found = zip(packed.starts[pieces], packed.lengths[pieces], strict=True)
-        return [tokens[start : start + length] for start, length in found]
+        bounds = zip(packed.starts[pieces], packed.lengths[pieces], strict=True)
+        return [tokens[start : start + length] for start, length in bounds]
 
-    def _packed(self, shard: int) -> Packed:
-        """The rows of a shard; the two used last are kept."""
+    def _packed(self, shard: int) -> PackedRows:
+        """The rows of a shard. Two are kept, as a batch may begin in one and end in the next."""
         if shard not in self._cache:
             documents = self.documents.shards[shard]
             packed = pack_documents(documents, self.context)
@@ -165,12 +166,12 @@ class Rows:
             self._cache[shard] = packed
             if shard not in self._counted:
                 self._counted.add(shard)
-                held, seen = int(packed.lengths.sum()), self.packing
-                self.packing = Packing(
-                    seen.rows + len(packed),
-                    seen.targets + held,
-                    seen.padded + len(packed) * self.context - held,
-                    seen.cropped + len(documents.tokens) - held,
+                targets, before = int(packed.lengths.sum()), self.packing
+                self.packing = PackingStats(
+                    before.rows + len(packed),
+                    before.targets + targets,
+                    before.padded + len(packed) * self.context - targets,
+                    before.cropped + len(documents.tokens) - targets,
                 )
         return self._cache[shard]
 
@@ -186,17 +187,17 @@ def prefetch(
     if ahead < 1:
         raise ValueError(f"ahead is {ahead}; read at least 1 batch in advance")
 
-    def following() -> tuple[Batch, Position]:
+    def next_batch() -> tuple[Batch, Position]:
         nonlocal position
         batch, position = rows.batch(position, batch_size)
         return batch, position
 
     with ThreadPoolExecutor(1, "prefetch") as thread:
-        pending = deque(thread.submit(following) for _ in range(ahead))
+        pending = deque(thread.submit(next_batch) for _ in range(ahead))
         try:
             while True:
                 yield pending[0].result()
                 pending.popleft()
-                pending.append(thread.submit(following))
+                pending.append(thread.submit(next_batch))
         finally:
             thread.shutdown(wait=True, cancel_futures=True)

@@ -4,9 +4,12 @@
 
 runs as one stream, so that memory does not grow with the corpus. A prepared folder holds `tokenizer.json`; for each
 split shards (`lrt.data.shards`) of documents one after another, without BOS; and `manifest.json`. It is complete or
-not there at all, and it is known by its inputs: asked for again with the same ones, it is opened, not made. While it
-is made, a hidden folder beside it holds what is done, and where the reader and the writers are: whatever stops the
-process, the next call goes on from there, and the bytes are the same.
+not there at all, and it is known by its inputs: asked for again with the same ones, it is opened, not made.
+
+While it is made, a hidden folder beside it holds what is done: the growing shards and, every 16 MB of text, a state
+(the place in the corpus, the lengths of the files). Whatever stops the process (Ctrl-C, SIGKILL, a lost connection, a
+full disk), the next call cuts the files to those lengths and goes on from there, and the bytes are the same. Only input
+that turns out to be wrong removes the folder.
 
 Splits are by text file where there are enough of them, so that no file is both trained on and reported; else by
 contiguous parts of each. Documents of JSON lines, Parquet and data sets are split one by one (`lrt.data.splits`).
@@ -32,8 +35,9 @@ from lrt.data.hub import Dataset
 from lrt.data.prepared import FORMAT, SPLITS, Prepared, read_manifest
 from lrt.data.records import Selection
 from lrt.data.shards import SplitWriter
-from lrt.data.sources import Mark
+from lrt.data.sources import SourcePosition
 from lrt.data.tokenizer import Tokenizer
+from lrt.utils.files import replace_atomically, replace_folder
 from lrt.utils.progress import bar
 
 SHARD_TOKENS = 100_000_000
@@ -43,7 +47,7 @@ SAMPLE_BYTES = 1 << 25
 SMALL = 1 << 22
 """Bytes of a corpus below which starting processes costs more time than it saves."""
 GROUPS_PER_STATE = 32
-"""Groups between two states: an interruption loses at most this much work, some seconds."""
+"""Groups between two states, 16 MB: an interruption loses at most this much work, some seconds."""
 OURS = re.compile(rf"manifest\.json|tokenizer\.json|({'|'.join(SPLITS)})\.(\d{{5}}\.)?(tokens|documents)\.npy")
 """All that a prepared folder holds, or held in an earlier format."""
 
@@ -83,34 +87,42 @@ def prepare(
         "vocab_size": vocab_size if ready is None else None,
         "tokenizer": None if ready is None else ready.sha256,
         "shard_tokens": shard_tokens,
-    }
+    }  # not the number of workers, on which nothing depends
     inputs = hashlib.sha256(json.dumps([FORMAT, arguments, corpus.description]).encode()).hexdigest()
-    if (same := reusable(out, inputs)) is not None:
+    if (same := open_if_same(out, inputs)) is not None:
         return same
-    with building(out, inputs) as part:
-        if (same := reusable(out, inputs)) is not None:  # another process made it while this one waited
+    with partial_folder(out, inputs) as part:
+        if (same := open_if_same(out, inputs)) is not None:  # another process made it while this one waited
             return same
-        if ready is None:
-            ready = train_tokenizer(part, corpus, vocab_size, progress)
-        else:
-            ready.save(part / "tokenizer.json")
-        splits = write_splits(part, corpus, ready, shard_tokens, chosen_workers(workers, corpus), progress)
-        manifest = {
-            "format": FORMAT,
-            "inputs": inputs,
-            "arguments": arguments,
-            "sources": corpus.description,
-            "vocab_size": ready.vocab_size,
-            "tokenizer_sha256": ready.sha256,
-            "splits": splits,
-        }
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        if not (part / "new").is_dir():  # else an earlier call was stopped while it moved what was finished
+            if ready is None:
+                ready = train_tokenizer(part, corpus, vocab_size, progress)
+            else:
+                ready.save(part / "tokenizer.json")
+            splits = write_splits(part, corpus, ready, shard_tokens, worker_count(workers, corpus), progress)
+            write_manifest(part, inputs, arguments, corpus, ready, splits)
         move_into_place(part, out)
     return Prepared.open(out)
 
 
-def chosen_workers(workers: int | None, corpus: Corpus) -> int:
-    """How many processes encode: as asked for, or one per core this process may use, or none for a small corpus."""
+def write_manifest(
+    part: Path, inputs: str, arguments: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer, splits: dict[str, Any]
+) -> None:
+    """Write manifest.json, the last file of a prepared folder."""
+    manifest = {
+        "format": FORMAT,
+        "inputs": inputs,
+        "arguments": arguments,
+        "sources": corpus.description,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_sha256": tokenizer.sha256,
+        "splits": splits,
+    }
+    replace_atomically(part / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+
+def worker_count(workers: int | None, corpus: Corpus) -> int:
+    """How many processes encode: as asked for, or one per core, or none for a small corpus."""
     if workers is not None:
         return workers
     return 0 if 0 < corpus.size < SMALL else os.cpu_count() or 1
@@ -122,16 +134,14 @@ def train_tokenizer(part: Path, corpus: Corpus, vocab_size: int, progress: bool)
     if not file.is_file():
         with bar(f"training a vocabulary of {vocab_size}", None, progress):
             tokenizer = Tokenizer.train(corpus.sample(SAMPLE_BYTES), vocab_size)
-        tokenizer.save(part / "tokenizer.tmp")
-        (part / "tokenizer.tmp").replace(file)
+        replace_atomically(file, tokenizer.save)
     return Tokenizer.load(file)
 
 
-# Encoding and writing
 def write_splits(
     part: Path, corpus: Corpus, tokenizer: Tokenizer, shard_tokens: int, workers: int, progress: bool
 ) -> dict[str, Any]:
-    """Encode the corpus, from where an earlier call stopped; the splits' entries in the manifest."""
+    """Encode the corpus from where an earlier call stopped, and return the splits' entries in the manifest."""
     place, states = read_state(part)
     dtype = token_dtype(tokenizer)
     writers = {name: SplitWriter(part, name, dtype, shard_tokens, states.get(name)) for name in SPLITS}
@@ -141,12 +151,12 @@ def write_splits(
             bar("encoding", corpus.size or None, progress) as advance,
         ):
             groups = ((group, [piece.text for _, piece in group.pieces]) for group in corpus.groups(place))
-            shown = 0
+            shown = 0  # bytes, on the progress bar
             for number, (group, encoded) in enumerate(encoders.map(groups), 1):
                 write_group(group, encoded, writers)
                 place = group.after
                 reached = sum(source.size for source in corpus.sources[: place.source]) + (
-                    place.mark.at if place.mark and corpus.size else 0
+                    place.position.at if place.position and corpus.size else 0
                 )
                 tokens = sum(writer.total for writer in writers.values())
                 advance(reached - shown, f"{place.documents:,} documents {tokens / 1e6:,.1f} M tokens")
@@ -171,7 +181,7 @@ def write_group(group: DocumentGroup, encoded: tuple[Any, list[int]], writers: d
 
 
 def check_entries(entries: dict[str, dict[str, Any]]) -> None:
-    """Require that there is something to train on, to choose by and to report on."""
+    """ValueError where there is nothing to train on, to choose by or to report on."""
     total = {key: sum(entry[key] for entry in entries.values()) for key in ("bytes", "documents")}
     if total["bytes"] < SMALLEST_TEXT:
         raise ValueError(
@@ -193,18 +203,16 @@ def read_state(part: Path) -> tuple[CorpusPosition, dict[str, Any]]:
         return CorpusPosition(), {}
     state = json.loads(file.read_text(encoding="utf-8"))
     source, mark, documents = state["place"]
-    return CorpusPosition(source, Mark(*mark), documents), state["splits"]
+    return CorpusPosition(source, SourcePosition(*mark), documents), state["splits"]
 
 
 def write_state(part: Path, place: CorpusPosition, splits: dict[str, Any]) -> None:
     """Note how far everything is, in one step: a reader finds this state or the one before."""
-    (part / "state.tmp").write_text(json.dumps({"place": place, "splits": splits}), encoding="utf-8")
-    (part / "state.tmp").replace(part / "state.json")
+    replace_atomically(part / "state.json", json.dumps({"place": place, "splits": splits}))
 
 
-# The folder
 def check_replaceable(out: Path) -> None:
-    """Require that `out` is new, empty or a prepared folder: nothing else may be lost by writing it."""
+    """ValueError unless `out` is new, empty or a prepared folder: nothing else may be lost by writing it."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -214,21 +222,21 @@ def check_replaceable(out: Path) -> None:
         raise ValueError(f"{out} holds other files ({', '.join(others[:3])}); give a new or empty folder")
 
 
-def reusable(out: Path, inputs: str) -> Prepared | None:
-    """The folder `out` if it is whole and was made of these inputs."""
+def open_if_same(out: Path, inputs: str) -> Prepared | None:
+    """The folder `out`, every byte of it verified, if it was made of these inputs; None otherwise."""
     try:
         if read_manifest(out)["inputs"] != inputs:
             return None
-        found = Prepared.open(out)
+        prepared = Prepared.open(out)
         for name in SPLITS:
-            found.verify(name)
+            prepared.verify(name)
     except (ValueError, KeyError):  # not there, or damaged: it is made anew
         return None
-    return found
+    return prepared
 
 
 @contextlib.contextmanager
-def building(out: Path, inputs: str) -> Iterator[Path]:
+def partial_folder(out: Path, inputs: str) -> Iterator[Path]:
     """A hidden folder beside `out` to write into, for one process at a time.
 
     It is kept where the work was stopped, for a later call with the same inputs to go on from; removed when it is
@@ -237,11 +245,11 @@ def building(out: Path, inputs: str) -> Iterator[Path]:
     part, lock = (out.parent / f".{out.name}.{kind}" for kind in ("part", "lock"))
     out.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(lock):
-        made_of = part / "inputs"
-        if not made_of.is_file() or made_of.read_text() != inputs:
+        marker = part / "inputs"
+        if not marker.is_file() or marker.read_text() != inputs:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-            made_of.write_text(inputs)
+            marker.write_text(inputs)
         try:
             yield part
             shutil.rmtree(part)
@@ -254,12 +262,10 @@ def building(out: Path, inputs: str) -> Iterator[Path]:
 
 
 def move_into_place(part: Path, out: Path) -> None:
-    """Move the finished files to their place; what was there before is gone once they are."""
+    """Move the finished files to their place; what was there before is gone once they are. May be called again."""
     new = part / "new"
     new.mkdir(exist_ok=True)
     for entry in sorted(part.iterdir()):
         if OURS.fullmatch(entry.name):
             entry.rename(new / entry.name)
-    if out.exists():
-        out.rename(part / "replaced")
-    new.rename(out)
+    replace_folder(new, out)

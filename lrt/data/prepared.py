@@ -1,6 +1,7 @@
 """A prepared folder, read: documents of token ids, memory-mapped and held against the manifest.
 
-`lrt.data.prepare` says what the folder holds and makes it.
+`lrt.data.prepare` says what the folder holds and makes it. Sizes are checked when it is opened. The bytes of a split
+are hashed when it is first asked for: an evaluation need not read the training split.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ FORMAT = 2
 SPLITS = ("train", "val", "test")
 
 
-class Joined:
-    """Arrays one after another, read like one; a slice within one of them is a view."""
+class ConcatenatedArray:
+    """One-dimensional arrays one after another, read like one. A slice within one of them is a view."""
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
         self.parts = tuple(parts)
@@ -40,21 +41,22 @@ class Joined:
         return self.ends[-1]
 
     def __getitem__(self, at: slice) -> np.ndarray:
-        """Values from `at.start` to `at.stop`, both within the length."""
-        found, start, stop = [], int(at.start or 0), len(self) if at.stop is None else int(at.stop)
+        """Values from `at.start` to `at.stop`, both within the length; no negative ones, and no step."""
+        views, start, stop = [], int(at.start or 0), len(self) if at.stop is None else int(at.stop)
         index = bisect_right(self.ends, start)
         while start < stop:
             offset = self.ends[index] - len(self.parts[index])
-            found.append(self.parts[index][start - offset : min(stop, self.ends[index]) - offset])
+            views.append(self.parts[index][start - offset : min(stop, self.ends[index]) - offset])
             start, index = self.ends[index], index + 1
-        return found[0] if len(found) == 1 else np.concatenate([*found, self.parts[0][:0]])
+        # An empty array of the same type: a slice without any values has no views.
+        return views[0] if len(views) == 1 else np.concatenate([*views, self.parts[0][:0]])
 
 
 @dataclass(frozen=True)
 class Documents:
     """Token ids of the documents of one split. `documents[i]` is document i, `for` runs over all."""
 
-    tokens: np.ndarray | Joined
+    tokens: np.ndarray | ConcatenatedArray
     """(n,) uint16, uint32 or any integers: all documents, one after another, without BOS."""
     offsets: np.ndarray
     """(D + 1,) int64: document i is tokens[offsets[i]:offsets[i + 1]]; no document is empty."""
@@ -80,7 +82,7 @@ class Documents:
             return shards[0]
         starts = np.cumsum([0, *(len(shard.tokens) for shard in shards)])
         offsets = [shard.offsets[:-1] + start for shard, start in zip(shards, starts[:-1], strict=True)]
-        tokens = Joined([shard.tokens[0 : len(shard.tokens)] for shard in shards])
+        tokens = ConcatenatedArray([shard.tokens[0 : len(shard.tokens)] for shard in shards])
         size = sum(shard.bytes for shard in shards)
         return cls(tokens, np.concatenate([*offsets, starts[-1:]]), shards[0].bos, size, tuple(shards))
 
@@ -154,11 +156,11 @@ class Prepared:
             return
         for index, entry in enumerate(self.manifest["splits"][name]["shards"]):
             for file, part in zip(shard_files(name, index), ("tokens", "documents"), strict=True):
-                found, said = sha256(self.path / file), entry.get(f"{part}_sha256")
-                if found != said:
+                actual, expected = sha256(self.path / file), entry.get(f"{part}_sha256")
+                if actual != expected:
                     raise ValueError(
-                        f"{self.path / file} does not match {self.path / 'manifest.json'}: its SHA-256 is {found}, "
-                        f"the manifest says {said}; copy the file again, or prepare the folder again"
+                        f"{self.path / file} does not match {self.path / 'manifest.json'}: its SHA-256 is {actual}, "
+                        f"the manifest says {expected}; copy the file again, or prepare the folder again"
                     )
         self._verified.add(name)
 
@@ -187,17 +189,17 @@ def open_split(path: Path, name: str, entry: dict[str, Any], tokenizer: Tokenize
     if len(shards) == 0:
         raise ValueError(f"{path / 'manifest.json'} is damaged (no shards of {name}); prepare the folder again")
     for key in ("tokens", "documents"):
-        found = sum(shard[key] for shard in entry["shards"])
-        if found != entry[key]:
+        total = sum(shard[key] for shard in entry["shards"])
+        if total != entry[key]:
             raise ValueError(
-                f"{path / 'manifest.json'} is damaged ({name} has {entry[key]} {key}, its shards {found}); "
+                f"{path / 'manifest.json'} is damaged ({name} has {entry[key]} {key}, its shards {total}); "
                 "prepare the folder again"
             )
     return Documents.join(shards)
 
 
 def open_shard(path: Path, name: str, index: int, entry: dict[str, Any], tokenizer: Tokenizer) -> Documents:
-    """One shard, memory-mapped."""
+    """One shard, memory-mapped. ValueError naming its file where offsets do not ascend or sizes differ."""
     tokens_file, documents_file = (path / file for file in shard_files(name, index))
     tokens = open_array(tokens_file, entry["tokens"])
     offsets = np.asarray(open_array(documents_file, entry["documents"] + 1))

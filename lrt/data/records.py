@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrt.data.sources import Mark, Reading, pieces_of, readable, with_marks
-from lrt.data.splits import by_key
+from lrt.data.sources import PieceStream, SourcePosition, cut_documents, open_source, with_positions
+from lrt.data.splits import split_of
 from lrt.utils.imports import optional_module
 
 LONGEST_LINE = 1 << 24
-"""Bytes of the longest line of JSON that is read: one document is held in memory."""
+"""Bytes of the longest line of JSON that is read (16 MB): one document is held in memory."""
 PARQUET_ROWS = 64
 """Rows decoded at a time."""
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
+"""Endings behind .jsonl; "" is none."""
 JSON_LINES = tuple(kind + suffix for kind in (".jsonl", ".ndjson") for suffix in COMPRESSIONS)
 
 
@@ -65,7 +66,7 @@ class Selection:
             raise ValueError(
                 f"{where} has {type(text).__name__} in field {self.field!r}; name a field of text with --field"
             )
-        if not text.isascii():
+        if not text.isascii():  # most texts are, and need no second look
             try:
                 text.encode()
             except UnicodeEncodeError as error:
@@ -74,9 +75,9 @@ class Selection:
                     "is no text; repair or remove it"
                 ) from error
         if self.split_by is None:
-            return text, by_key(text)
+            return text, split_of(text)
         key = str(record[self.split_by])
-        return text, by_key(key if self.split_until is None else key.partition(self.split_until)[0])
+        return text, split_of(key if self.split_until is None else key.partition(self.split_until)[0])
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ class JsonLines:
     size: int
     selection: Selection
 
-    def read(self, after: Mark | None = None) -> Reading:
-        with readable(self.path) as raw:
-            yield from with_marks(pieces_of(self.documents(raw)), after, raw.tell)
+    def read(self, after: SourcePosition | None = None) -> PieceStream:
+        with open_source(self.path) as raw:
+            yield from with_positions(cut_documents(self.documents(raw)), after, raw.tell)
 
     def documents(self, raw: io.BufferedReader) -> Iterator[tuple[str, str]]:
         """(text, split) of each document; ValueError naming the file and the line where something is wrong."""
@@ -99,8 +100,8 @@ class JsonLines:
             with open_uncompressed(raw, self.path) as stream:
                 while line := stream.readline(LONGEST_LINE + 1):
                     number += 1
-                    if not line.isspace() and (found := self.document(line, number)) is not None:
-                        yield found
+                    if not line.isspace() and (document := self.document(line, number)) is not None:
+                        yield document
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise ValueError(
                 f"{self.path} is damaged behind line {number} ({error}); copy or download it again"
@@ -129,7 +130,7 @@ def open_uncompressed(raw: io.BufferedReader, path: Path) -> io.BufferedIOBase:
             return gzip.open(raw)
         case ".xz":
             return lzma.open(raw)
-        case ".zst":  # pyarrow, as it notices a file that ends too early
+        case ".zst":  # by pyarrow: it notices a file that ends too early, which zstandard's stream reader does not
             return io.BufferedReader(
                 optional_module("pyarrow", "data", f"reading {path}").input_stream(raw, compression="zstd")
             )
@@ -146,25 +147,26 @@ class Parquet:
     size: int
     selection: Selection
 
-    def read(self, after: Mark | None = None) -> Reading:
-        done = 0
+    def read(self, after: SourcePosition | None = None) -> PieceStream:
+        done = 0  # bytes, by the share of rows: for the progress bar
 
         def documents() -> Iterator[tuple[str, str]]:
             nonlocal done
             for row, (share, record) in enumerate(self.records(), 1):
                 done = int(share * self.size)
-                if (found := self.selection.document(record, f"{self.path} row {row}")) is not None:
-                    yield found
+                if (document := self.selection.document(record, f"{self.path} row {row}")) is not None:
+                    yield document
 
-        return with_marks(pieces_of(documents()), after, lambda: done)
+        return with_positions(cut_documents(documents()), after, lambda: done)
 
     def records(self) -> Iterator[tuple[float, dict[str, Any]]]:
-        """The wanted columns of every row, with the share of the file that was read."""
+        """The columns of `selection` of every row, with the share of rows that were read, 0 to 1."""
         arrow, parquet = (
             optional_module(module, "data", f"reading {self.path}") for module in ("pyarrow", "pyarrow.parquet")
         )
         row, columns = 0, self.selection.columns
         try:
+            # Buffered, and nothing read ahead: a megabyte per column in memory, not a row group.
             with parquet.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
                 names, rows = file.schema_arrow.names, file.metadata.num_rows
                 for name in columns:

@@ -1,5 +1,7 @@
 """Write the shards of a split: token ids and where documents start, appended, so that writing can go on after a stop.
 
+To go on, files are cut to the lengths that `SplitWriter.sync` gave: what was written since is written again.
+
 A shard is two arrays in numpy's own format, `train.00000.tokens.npy` and `train.00000.documents.npy`. It is closed at
 the end of the document with which it reaches its size, so no document lies in two.
 """
@@ -28,7 +30,7 @@ class GrowingArray:
     """A one-dimensional .npy file to append to; its header is right once it is closed with `finish`."""
 
     def __init__(self, path: Path, dtype: str, length: int) -> None:
-        """Go on behind the first `length` values of `path`; with 0 begin anew."""
+        """Go on behind the first `length` values of `path`; with 0 begin anew. ValueError where the file is shorter."""
         self.path, self.dtype, self.length = path, np.dtype(dtype), length
         self.file: BinaryIO = path.open("r+b" if length else "w+b")
         self._header()
@@ -41,7 +43,7 @@ class GrowingArray:
         self.file.seek(end)
 
     def append(self, values: np.ndarray) -> None:
-        """Values of the array's own type."""
+        """Add integers (n,), which have to fit the array's type."""
         self.file.write(values.astype(self.dtype, copy=False).tobytes())
         self.length += len(values)
 
@@ -53,13 +55,13 @@ class GrowingArray:
     def finish(self) -> None:
         """Complete the header, and close."""
         self.file.seek(0)
-        self._header()  # as long as the first: numpy leaves room for the number to grow
+        self._header()  # as long as the one written first: numpy leaves room for the number to grow
         self.sync()
         self.file.close()
 
     def _header(self) -> None:
-        about = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
-        npy.write_array_header_1_0(self.file, about)
+        header = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
+        npy.write_array_header_1_0(self.file, header)
 
 
 class SplitWriter:
@@ -90,7 +92,7 @@ class SplitWriter:
             self.sources.append(source)
         self.end = self.tokens.length
         self.documents.append(np.array([self.end], OFFSETS))
-        if self.end >= self.shard_tokens:
+        if self.end >= self.shard_tokens:  # only at the end of a document, so that none lies in two shards
             self._close()
             self._open(0, 0)
 
@@ -100,7 +102,7 @@ class SplitWriter:
         return sum(shard["tokens"] for shard in self.shards) + self.tokens.length
 
     def sync(self) -> dict[str, Any]:
-        """Secure what was added; the state from which a new writer goes on."""
+        """Bring what was added to the disk, and return the state from which a new writer goes on: plain data."""
         self.tokens.sync()
         self.documents.sync()
         return {
@@ -113,7 +115,7 @@ class SplitWriter:
         }
 
     def finish(self) -> dict[str, Any]:
-        """Close the last shard; the split's entry in the manifest."""
+        """Close the last shard, and return the split's entry in the manifest."""
         if self.end > 0:
             self._close()
         else:  # begun, but nothing came
@@ -124,7 +126,7 @@ class SplitWriter:
         return {"files": len(self.sources), **sums, "shards": self.shards}
 
     def abandon(self) -> None:
-        """Close the files as they are."""
+        """Close the files as they are, headers included: only a state makes them readable again."""
         self.tokens.file.close()
         self.documents.file.close()
 
@@ -132,7 +134,7 @@ class SplitWriter:
         names = shard_files(self.split, len(self.shards))
         self.tokens = GrowingArray(self.folder / names[0], self.dtype, tokens)
         self.documents = GrowingArray(self.folder / names[1], OFFSETS, documents)
-        if documents == 0:
+        if documents == 0:  # offsets begin with 0
             self.documents.append(np.zeros(1, OFFSETS))
 
     def _close(self) -> None:

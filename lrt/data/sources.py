@@ -1,7 +1,8 @@
 """Where text comes from: a source is a stream of pieces of documents. Text files are read here.
 
-A piece is a document, or a part of one that is too long to be held or encoded at once. Which pieces there are follows
-from the content alone, so that "so many pieces taken" is a place to go on from.
+A piece is a document, or a part of one that is too long to be held or encoded at once: nothing grows with the corpus.
+Which pieces there are follows from the content alone, so that "n pieces taken" is a place to go on from. To go on, a
+file is read again up to there; reading is a small part of encoding.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 PIECE = 1 << 18
-"""Characters of the longest piece."""
+"""Characters of the longest piece, and bytes of a file that are read at a time."""
 
 
 class Piece(NamedTuple):
@@ -28,19 +29,19 @@ class Piece(NamedTuple):
     """Whether its document ends with it."""
 
 
-class Mark(NamedTuple):
+class SourcePosition(NamedTuple):
     """A place in a source, as plain data for JSON: where a later run goes on."""
 
     pieces: int
     """Pieces taken, in all or since `state`."""
     at: int
-    """How much of the source's `size` that is, for the progress bar."""
+    """Of the source's `size`, in bytes: for the progress bar."""
     state: dict[str, Any] | None = None
     """What the `datasets` library needs to be here without reading what came before."""
 
 
-Reading = Generator[tuple[Piece, Mark], None, None]
-"""Pieces, each with the place behind it; to be closed by who stops early."""
+PieceStream = Generator[tuple[Piece, SourcePosition], None, None]
+"""Pieces, each with the place behind it. Who stops early closes it, which closes its file."""
 
 
 class Source(Protocol):
@@ -54,14 +55,14 @@ class Source(Protocol):
         """What `Mark.at` reaches at the end; 0 where that is not known."""
         ...
 
-    def read(self, after: Mark | None = None) -> Reading:
+    def read(self, after: SourcePosition | None = None) -> PieceStream:
         """The pieces behind `after` (None: all), each with the place behind itself."""
         ...
 
 
 # Pieces
-def pieces(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """A text that comes in chunks, cut where it exceeds `PIECE`, each with whether it is the last.
+def cut_text(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """A text that comes in chunks as pieces of at most `PIECE` characters, each with whether it is the last.
 
     Cut after a line, or before a word, in the later half of a piece, where nearly every tokenizer cuts too: a token
     may differ there from those of the whole text, and all bytes are kept.
@@ -70,25 +71,26 @@ def pieces(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
     for chunk in chunks:
         rest += chunk
         while len(rest) > PIECE:
+            # rfind + 1 is behind the newline, and 0 where there is none.
             cut = rest.rfind("\n", PIECE // 2, PIECE) + 1 or max(rest.rfind(" ", PIECE // 2, PIECE), 0) or PIECE
             yield rest[:cut], False
             rest = rest[cut:]
     yield rest, True
 
 
-def pieces_of(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
-    """The pieces of documents (text, split)."""
+def cut_documents(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
+    """The pieces of documents, which are (text, split)."""
     for text, split in documents:
-        for part, last in pieces([text]):
+        for part, last in cut_text([text]):
             yield Piece(part, len(part.encode()), split, last)
 
 
-def with_marks(found: Iterable[Piece], after: Mark | None, at: Callable[[], int]) -> Reading:
-    """Number the pieces, leaving out those taken before."""
+def with_positions(pieces: Iterable[Piece], after: SourcePosition | None, at: Callable[[], int]) -> PieceStream:
+    """The pieces behind `after`, each with its position; `at` tells how much of the source was read by then."""
     taken = 0 if after is None else after.pieces
-    for number, piece in enumerate(found, 1):
+    for number, piece in enumerate(pieces, 1):
         if number > taken:
-            yield piece, Mark(number, at())
+            yield piece, SourcePosition(number, at())
 
 
 # Text files
@@ -106,17 +108,17 @@ class TextFile:
     def size(self) -> int:
         return self.stop - self.start
 
-    def read(self, after: Mark | None = None) -> Reading:
+    def read(self, after: SourcePosition | None = None) -> PieceStream:
         done = 0
 
-        def found() -> Iterator[Piece]:
+        def read_pieces() -> Iterator[Piece]:
             nonlocal done
-            for text, last in pieces(text_chunks(self.path, self.start, self.stop)):
+            for text, last in cut_text(text_chunks(self.path, self.start, self.stop)):
                 size = len(text.encode())
                 done += size
                 yield Piece(text, size, self.split, last)
 
-        return with_marks(found(), after, lambda: done)
+        return with_positions(read_pieces(), after, lambda: done)
 
 
 def text_chunks(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
@@ -128,7 +130,7 @@ def text_chunks(path: Path, start: int = 0, stop: int | None = None) -> Iterator
         raise ValueError(f"{path} is a directory; give the text files in it, for example {path}/*.txt")
     decoder = codecs.getincrementaldecoder("utf-8")()
     place, blank = start, True
-    with readable(path) as file:
+    with open_source(path) as file:
         file.seek(start)
         while data := file.read(PIECE if stop is None else min(PIECE, stop - place)):
             nul = data.find(b"\0")
@@ -138,28 +140,28 @@ def text_chunks(path: Path, start: int = 0, stop: int | None = None) -> Iterator
             try:
                 text = decoder.decode(data)
             except UnicodeDecodeError as error:
-                raise not_utf8(path, error, place - held) from error
+                raise not_utf8_error(path, error, place - held) from error
             place += len(data)
             blank = blank and (text == "" or text.isspace())
             yield text
     try:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise not_utf8(path, error, place - len(error.object)) from error
+        raise not_utf8_error(path, error, place - len(error.object)) from error
     if blank and start <= 0 and (stop is None):
         raise ValueError(f"{path} holds no text ({place} bytes); leave it out")
 
 
-def not_utf8(path: Path, error: UnicodeDecodeError, offset: int) -> ValueError:
-    """The error that says where `path` stops being UTF-8."""
+def not_utf8_error(path: Path, error: UnicodeDecodeError, offset: int) -> ValueError:
+    """The error that says where `path` stops being UTF-8: `error` counts from `offset`."""
     return ValueError(
         f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {offset + error.start}); "
         "convert it, for example with iconv -t UTF-8, or leave it out"
     )
 
 
-def readable(path: Path) -> io.BufferedReader:
-    """The file, open; ValueError naming it if it cannot be."""
+def open_source(path: Path) -> io.BufferedReader:
+    """The file, open for reading bytes; ValueError naming it where it cannot be opened."""
     try:
         return path.open("rb")
     except FileNotFoundError as error:

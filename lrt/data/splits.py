@@ -14,27 +14,27 @@ TRAIN, VAL = 0.9, 0.95
 """Where validation and test begin, in a file or in the range of the hashes."""
 
 
-def fraction(key: str) -> float:
-    """A number in [0, 1) that follows from `key` alone."""
+def hash_fraction(key: str) -> float:
+    """A number in [0, 1) that follows from `key` alone: the first 64 bits of its SHA-256."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
-def by_key(key: str) -> str:
-    """The split of whatever has this key."""
-    place = fraction(key)
+def split_of(key: str) -> str:
+    """The split of whatever has this key: a file's name, an author, a text."""
+    place = hash_fraction(key)
     return "train" if place < TRAIN else "val" if place < VAL else "test"
 
 
-def assign(names: Sequence[str]) -> list[str]:
+def assign_splits(names: Sequence[str]) -> list[str]:
     """The split of each file, from a hash of its name: adding files moves none of the others.
 
     With a few dozen files chance may leave validation or test without any; the training file with the highest hash
     then goes there, the one exception to the rule above.
     """
-    splits = [by_key(name) for name in names]
+    splits = [split_of(name) for name in names]
     for missing in ("test", "val"):
         if missing not in splits:
-            splits[max((fraction(name), i) for i, name in enumerate(names) if splits[i] == "train")[1]] = missing
+            splits[max((hash_fraction(name), i) for i, name in enumerate(names) if splits[i] == "train")[1]] = missing
     return splits
 
 
@@ -48,7 +48,7 @@ def cut_places(text: bytes | mmap.mmap) -> tuple[int, int]:
         if newline < 0:
             newline = text.rfind(b"\n", low, middle)
         place = middle if newline < 0 else newline + 1
-        while 0 < place < len(text) and text[place] & 0xC0 == 0x80:  # a continuation byte
+        while 0 < place < len(text) and text[place] & 0xC0 == 0x80:  # a continuation byte: its character began before
             place -= 1
         places.append(place)
     return places[0], places[1]

@@ -42,15 +42,15 @@ class Tokenizer:
         self.inner = without_processing(inner)
         added = inner.get_added_tokens_decoder()
         self.special: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
-        """Ids of the special tokens: no bytes, and no text can spell them."""
-        names = {added[i].content: i for i in self.special}
-        found = [names[bos] for bos in BOS_NAMES if bos in names]
-        if len(found) == 0:
+        """Ids of the special tokens: they stand for no bytes, and no text encodes to them."""
+        names = {added[i].content: i for i in self.special}  # content -> id
+        candidates = [names[bos] for bos in BOS_NAMES if bos in names]
+        if len(candidates) == 0:
             raise ValueError(
                 f"{name} has no special token that can open a document (looked for {', '.join(BOS_NAMES)}); "
                 f"add one to its added_tokens, for example with tokenizers' add_special_tokens(['{BOS}'])"
             )
-        self.bos: int = found[0]
+        self.bos: int = candidates[0]
         """Id of the token that opens every document, window and row."""
         ids = inner.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = max(ids) + 1
@@ -121,19 +121,19 @@ class Tokenizer:
         if self._pieces is None:
             return self.inner.decode(list(ids), skip_special_tokens=True)
         stream = ByteStream(self._pieces, self._strips_space)
-        return "".join([*(stream.push(i) for i in ids), stream.finish()])
+        return "".join([*map(stream.push, ids), stream.finish()])
 
     def decoder(self, after: Sequence[int] = ()) -> Stream:
         """Decode token by token, for printing as they arrive; `after` are the ids of the prompt they continue."""
         if self._pieces is None:
             return LibraryStream(self.inner, after)
         stream = ByteStream(self._pieces, self._strips_space)
-        for i in after:
+        for i in after:  # the prompt may end within a character, and has the text's first space
             stream.push(i)
         return stream
 
     def spelling(self, token: int) -> bytes:
-        """What one token adds to a text: bytes, which may be a part of a character; none for special tokens."""
+        """The bytes that one token adds to a text, which may be a part of a character; none for special tokens."""
         if self._pieces is None:
             return self.inner.decode([token], skip_special_tokens=True).encode()
         return self._pieces.get(token, b"")
@@ -159,12 +159,12 @@ class Tokenizer:
         """
         if self._pieces is None or text == "":
             return 0
-        first = text[0]
+        first = text[0]  # alone it gets the same space, and is quickly encoded
         return sum(len(self._pieces.get(i, b"")) for i in self.encode(first)) - len(first.encode())
 
     @functools.cached_property
     def _pieces(self) -> Mapping[int, bytes] | None:
-        """Bytes of each token id, or None where spelling does not tell."""
+        """Token id -> its bytes. None where the vocabulary is spelled in neither of the two known alphabets."""
         vocab = self.inner.get_vocab(with_added_tokens=True)
         added = self.inner.get_added_tokens_decoder()
         if "ByteLevel" in component_types(json.loads(self.to_json())):
@@ -253,12 +253,12 @@ def fallback_name(byte: int) -> str:
 
 def component_types(serialised: Mapping[str, Any]) -> set[str]:
     """The `type` of each part that splits or joins text, nested sequences included."""
-    found: set[str] = set()
+    types: set[str] = set()
     parts: list[Any] = [serialised[key] for key in ("normalizer", "pre_tokenizer", "decoder")]
     while parts:
         part = parts.pop()
         if isinstance(part, dict):
-            found.add(part.get("type", ""))
+            types.add(part.get("type", ""))
             for key in ("normalizers", "pretokenizers", "decoders"):
                 parts.extend(part.get(key, []))
-    return found
+    return types

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lrt.data.batch import IGNORED, Batch
-from lrt.data.packing import cut
+from lrt.data.packing import cut_pieces
 from lrt.data.prepared import Documents
 
 
@@ -36,8 +36,8 @@ class Windows:
         return int(self.lengths.sum())
 
     @property
-    def openings(self) -> int:
-        """How many of the windows begin a document."""
+    def document_starts(self) -> int:
+        """How many of the windows begin a document: as often there may be a space that is no part of it."""
         return int(np.isin(self.starts, self.documents.offsets[:-1]).sum())
 
     @property
@@ -45,9 +45,9 @@ class Windows:
         """Positions computed where all windows are one batch: padding too."""
         return len(self) * int(self.lengths.max(initial=0))
 
-    def part(self, chosen: slice | np.ndarray) -> Windows:
-        """Some of the windows."""
-        return dataclasses.replace(self, starts=self.starts[chosen], lengths=self.lengths[chosen], complete=False)
+    def select(self, indices: slice | np.ndarray) -> Windows:
+        """Some of the windows, by their indices."""
+        return dataclasses.replace(self, starts=self.starts[indices], lengths=self.lengths[indices], complete=False)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Batches of at most `batch_size` windows of similar length.
@@ -69,24 +69,24 @@ class Windows:
 
 
 def windows(documents: Documents, context: int, at_least: int | None = 50_000, seed: int = 0) -> Windows:
-    """Cut `documents` into evaluation windows of `context` tokens and choose enough of them.
+    """Cut `documents` into evaluation windows of `context` tokens and take enough of them.
 
-    Chosen are windows evenly spread over the split, from an offset drawn with `seed`, until they have `at_least`
-    targets; all of them where there are fewer targets than that, or with None. ValueError for a context below 2.
+    Windows are evenly spread over the split, from a random offset that `seed` decides, until they have `at_least`
+    targets; all are taken where there are fewer targets than that, or with None. ValueError for a context below 2.
     """
     if context < 2:
         raise ValueError(f"context is {context}; a window needs at least 2 tokens: BOS and one to predict")
-    starts, lengths = cut(documents.offsets, context - 1)
-    chosen = np.arange(len(starts))
+    starts, lengths = cut_pieces(documents.offsets, context - 1)
+    indices = np.arange(len(starts))
     if at_least is not None and int(lengths.sum()) > at_least:
         offset = np.random.default_rng(seed).random()
         count = max(1, math.ceil(at_least / (context - 1)))  # a window cannot hold more targets than that
-        chosen = evenly_spaced(len(starts), count, offset)
-        while int(lengths[chosen].sum()) < at_least and len(chosen) < len(starts):
-            count += max(1, count // 100)
-            chosen = evenly_spaced(len(starts), count, offset)
-    chosen = chosen[np.argsort(-lengths[chosen], kind="stable")]
-    return Windows(documents, starts[chosen], lengths[chosen], complete=len(chosen) == len(starts))
+        indices = evenly_spaced(len(starts), count, offset)
+        while int(lengths[indices].sum()) < at_least and len(indices) < len(starts):
+            count += max(1, count // 100)  # short documents make short windows: more of them, by a hundredth
+            indices = evenly_spaced(len(starts), count, offset)
+    indices = indices[np.argsort(-lengths[indices], kind="stable")]  # batches of like lengths have little padding
+    return Windows(documents, starts[indices], lengths[indices], complete=len(indices) == len(starts))
 
 
 def evenly_spaced(total: int, count: int, offset: float) -> np.ndarray:

@@ -14,7 +14,8 @@ class Objective(nn.Module):
     """A function of the model and a batch, as a module: `objective(loss, …)` is `loss(model, …)`.
 
     DDP and FSDP2 hook into a module's forward, and expect one per backward. A schedule calls the model several times
-    before its one backward, and the loss reads the head's weight; here all of that is one forward.
+    before its one backward, and the fused loss reads the head's weight; here all of that is one forward, and neither
+    model nor loss knows of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -28,8 +29,9 @@ class Objective(nn.Module):
 class Cast(nn.Module):
     """An objective whose weights are cast, once for all passes; gradients arrive in the weights' own type.
 
-    α, β, γ and source weights stay as they are: 1.003 is 1 in bfloat16, and used as scalars they do not raise what they
-    multiply.
+    Mixed precision is so a cast in front of the model, not code in it: the State takes the weights' type. α, β, γ and
+    source weights, the vectors, stay as they are: 1.003 is 1 in bfloat16, and used as scalars they do not raise the
+    type of what they multiply.
     """
 
     def __init__(self, objective: Objective, dtype: torch.dtype) -> None:
@@ -37,8 +39,8 @@ class Cast(nn.Module):
         self.objective, self.dtype = objective, dtype
 
     def forward(self, *arguments: Any) -> Tensor:
-        named = self.objective.named_parameters()
-        cast = {name: p.to(self.dtype) if p.dim() > 1 else p for name, p in named}
+        parameters = self.objective.named_parameters()
+        cast = {name: p.to(self.dtype) if p.dim() > 1 else p for name, p in parameters}
         return functional_call(self.objective, cast, arguments)
 
 

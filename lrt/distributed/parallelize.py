@@ -1,6 +1,7 @@
 """Several processes that train one model: DDP and FSDP2, applied from outside the model, and their start-up.
 
-R ranks, N matrices of a stack. Source of the shape: torchtitan's parallelize.py.
+Shapes: R ranks, N matrices of a stack. The pattern is torchtitan's parallelize.py: a model knows nothing of it but
+`shard_units`, the modules that FSDP2 gathers one by one.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ from lrt.distributed.single import OPTIMISERS, M, SingleProcess, T
 class ProcessGroup(SingleProcess):
     """What the ranks of a run have in common, however they share the model."""
 
-    PORTION: ClassVar[int] = 4
-    """Parameters per rank that `shared` has at a time, so that never all of them are whole."""
+    MATRICES_PER_RANK: ClassVar[int] = 4
+    """Whole matrices per rank at a time in Muon's step (`chunks`), so that never all of them are whole.
+
+    `torch.optim.Muon` (2.13) works on DTensors too, but with 11 to 16 collectives per matrix, all of the work on every
+    rank, and no stacks.
+    """
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
         tensor = torch.tensor(numbers, dtype=torch.float64)
@@ -53,6 +58,7 @@ class ProcessGroup(SingleProcess):
             yield
         except Exception as error:
             failure = error
+        # Every rank gets here, failed or not, and so learns of the others.
         failures: list[str | None] = [None] * self.ranks
         dist.all_gather_object(failures, None if failure is None else str(failure))
         if failure is not None:
@@ -61,18 +67,18 @@ class ProcessGroup(SingleProcess):
             if message is not None:
                 raise OSError(f"rank {rank}: {message}")
 
-    def portions(self, entries: list[T]) -> list[list[T]]:
-        size = self.PORTION * self.ranks
+    def chunks(self, entries: list[T]) -> list[list[T]]:
+        size = self.MATRICES_PER_RANK * self.ranks
         return [entries[first : first + size] for first in range(0, len(entries), size)]
 
     def map_stack(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
-        share = -(-len(stack) // self.ranks)
-        mine = stack[self.rank * share : (self.rank + 1) * share]
-        done = stack.new_zeros(share, *stack.shape[1:])
-        if len(mine):  # the last ranks may have fewer than a share, or nothing
-            done[: len(mine)] = function(mine)
+        share = -(-len(stack) // self.ranks)  # of N, rounded up: all_gather wants the same size from every rank
+        own = stack[self.rank * share : (self.rank + 1) * share]
+        computed = stack.new_zeros(share, *stack.shape[1:])
+        if len(own):  # the last ranks may have fewer than a share, or nothing
+            computed[: len(own)] = function(own)
         gathered = stack.new_empty(self.ranks * share, *stack.shape[1:])
-        gather(gathered, done)
+        gather(gathered, computed)
         return gathered[: len(stack)]
 
 
@@ -86,35 +92,40 @@ class DDP(ProcessGroup):
         wrapped.register_comm_hook(None, sum_gradients)
         return wrapped
 
-    def accumulating(self, objective: nn.Module, last: bool) -> AbstractContextManager[None]:
+    def gradient_sync(self, objective: nn.Module, last: bool) -> AbstractContextManager[None]:
         assert isinstance(objective, DistributedDataParallel)
         return nullcontext() if last else objective.no_sync()
 
 
 def sum_gradients(state, bucket):  # DDP looks at the annotations and does not understand postponed ones
-    """DDP's communication: the sum of a GradBucket's gradients over ranks, as a future. DDP's own is the mean."""
+    """DDP's communication: the sum of a GradBucket's gradients over ranks, as a future. DDP's own is the mean, and a
+    rank's loss is a share already."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
-    return work.get_future().then(lambda done: done.value()[0])
+    return work.get_future().then(lambda reduced: reduced.value()[0])
 
 
 @dataclass(frozen=True)
 class FSDP(ProcessGroup):
     """FSDP2: every rank holds its shard of parameters, gradients and optimiser state.
 
-    A unit (a block; the projections; the rest, which is embeddings and head, needed by every pass at both its ends) is
-    gathered once per optimiser step and stays whole through all passes and micro-batches. Freed after each use, it
-    would be gathered twice per pass: that is `Resharded`. Either way its gradient is reduced once per backward, because
-    autograd adds up a parameter's uses before it hands the gradient over. docs/training.md has the figures.
+    A unit is a block, the projections, or the rest. Embeddings and head are in the rest, not units of their own: every
+    pass needs both, at its start and its end, so they would be whole nearly always.
+
+    A unit is gathered once per optimiser step and stays whole through all passes and micro-batches. Freed after each
+    use, it would be gathered twice per pass: that is `FSDPReshard`. Either way its gradient is reduced once per
+    backward, because autograd adds up a parameter's uses before it hands the gradient over. docs/training.md has the
+    figures.
     """
 
-    freed: ClassVar[bool] = False
+    reshard_after_use: ClassVar[bool] = False
     """Whether a unit's whole parameters are freed after each use."""
 
     def parallelise(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Units are gathered in `dtype`, gradients reduced in float32. α, β and γ stay whole on every rank, in float32.
 
         They are a few numbers per block, and 1.003 is 1 in bfloat16: `Cast` leaves them alone for the same reason.
+        Where the weights are cast, FSDP2 does it before it gathers, which halves what is sent.
         """
         mesh = init_device_mesh(torch.device(self.device).type, (self.ranks,))
         policy = MixedPrecisionPolicy(
@@ -133,33 +144,33 @@ class FSDP(ProcessGroup):
         shard_units = cast("Callable[[], Sequence[nn.Module]]", model.shard_units)
         for unit in shard_units():
             if next(unit.parameters(), None) is not None:
-                shard(unit, reshard_after_forward=self.freed)
+                shard(unit, reshard_after_forward=self.reshard_after_use)
         # The root is never freed after its forward: its backward follows at once.
         shard(root, reshard_after_forward=False)
-        for unit in units(root):
-            unit.set_reshard_after_backward(self.freed, recurse=False)
-            unit.set_gradient_divide_factor(1.0)
+        for unit in fsdp_units(root):
+            unit.set_reshard_after_backward(self.reshard_after_use, recurse=False)
+            unit.set_gradient_divide_factor(1.0)  # sums, not means
             unit.set_force_sum_reduction_for_comms(True)  # else a factor makes it a scaled sum, which gloo lacks
         return root
 
     def _dimension(self, parameter: nn.Parameter) -> Shard:
-        """The dimension to shard: the first, or of a stack of fewer matrices than ranks the first that divides."""
+        """The dimension to shard: the first; of a stack of fewer matrices than ranks, the first that ranks divide."""
         sizes = parameter.shape
         even = (dim for dim, size in enumerate(sizes) if size % self.ranks == 0)
         return Shard(0 if sizes[0] >= self.ranks else next(even, 0))
 
     @contextmanager
-    def accumulating(self, objective: nn.Module, last: bool) -> Iterator[None]:
+    def gradient_sync(self, objective: nn.Module, last: bool) -> Iterator[None]:
         yield  # each micro-batch adds its reduced gradients to the shards'
         if last:
-            for unit in units(objective):
+            for unit in fsdp_units(objective):
                 unit.reshard()  # the optimiser is about to change the shards
             for p in objective.parameters():
                 if not isinstance(p, DTensor) and p.grad is not None:
                     dist.all_reduce(p.grad)
 
     def gathered_model(self, model: M) -> M:
-        with torch.device("meta"):
+        with torch.device("meta"):  # no memory: the weights are assigned
             copy = type(model)(model.config)
         weights = {name: self.full_tensor(p.detach()) for name, p in model.state_dict().items()}
         copy.load_state_dict(weights, assign=True)
@@ -178,12 +189,14 @@ class FSDP(ProcessGroup):
         folder: Path,
         training: dict[str, Any],
         model: nn.Module,
-        parts: Sequence[torch.optim.Optimizer],
+        optimisers: Sequence[torch.optim.Optimizer],
     ) -> None:
         if self.first:
             torch.save(training, folder / "training.pt")
         try:
-            save_shards({OPTIMISERS: get_optimizer_state_dict(model, list(parts))}, checkpoint_id=folder / OPTIMISERS)
+            save_shards(
+                {OPTIMISERS: get_optimizer_state_dict(model, list(optimisers))}, checkpoint_id=folder / OPTIMISERS
+            )
         except CheckpointException as error:
             raise OSError(f"cannot write {folder / OPTIMISERS}: {error}") from error
 
@@ -192,7 +205,7 @@ class FSDP(ProcessGroup):
 class FSDPReshard(FSDP):
     """FSDP2 that frees a unit after each use: the least memory, two gathers per unit and pass."""
 
-    freed: ClassVar[bool] = True
+    reshard_after_use: ClassVar[bool] = True
 
 
 # The name since torch 2.13; the old one still works there, with a warning.
@@ -200,14 +213,14 @@ gather: Callable[[Tensor, Tensor], Any] = vars(dist).get("all_gather_single", di
 PARALLEL: dict[str, type[ProcessGroup]] = {"ddp": DDP, "fsdp": FSDP, "fsdp-reshard": FSDPReshard}
 
 
-def units(objective: nn.Module) -> list[FSDPModule]:
-    """The modules that FSDP2 gathers one by one."""
+def fsdp_units(objective: nn.Module) -> list[FSDPModule]:
+    """The modules of an objective that FSDP2 gathers one by one, the objective itself among them."""
     return [module for module in objective.modules() if isinstance(module, FSDPModule)]
 
 
 @contextmanager
 def join_ranks(parallel: str = "fsdp", device: str = "cpu") -> Iterator[SingleProcess]:
-    """The ranks that torchrun started, joined for the block; `Alone` without it. gloo on the CPU, NCCL on CUDA.
+    """The ranks that torchrun started, joined for the block; `SingleProcess` without it. gloo on the CPU, NCCL on CUDA.
 
     ValueError for an unknown `parallel`, or more processes on a machine than it has GPUs.
     """
@@ -225,7 +238,7 @@ def join_ranks(parallel: str = "fsdp", device: str = "cpu") -> Iterator[SinglePr
         torch.cuda.set_device(local)
     dist.init_process_group(backend)
     try:
-        with warnings.catch_warnings():  # a warning not to change outputs in place, which no part of the model does
+        with warnings.catch_warnings():  # FSDP2's, not to change outputs in place, which no part of the model does
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
             yield PARALLEL[parallel](device, dist.get_rank(), dist.get_world_size())
     finally:

@@ -1,10 +1,13 @@
 """What a training run asks of its processes, and the answers of a single one.
 
-R ranks. `Alone` is the neutral object: its methods return what they are given, so that nobody asks how many ranks there
-are. The others (DDP, FSDP2) are in `parallel.py`, which loads much of torch.distributed and is imported on demand.
+`SingleProcess` is the neutral object: its methods return their arguments, so that no caller asks how many ranks there
+are. The others (DDP, FSDP2) are in `parallelize.py`, which loads much of torch.distributed and is imported on demand.
 
 A loss is a share of the whole step's loss (contract, section 3: targets are counted over all micro-batches and ranks),
 so gradients are summed over ranks, never averaged.
+
+A snapshot has whole weights in one safetensors file, like every checkpoint. The optimisers' state lies in training.pt
+where a process holds all of it, and in shards beside it under FSDP2. Either loads into any number of ranks.
 """
 
 from __future__ import annotations
@@ -57,7 +60,10 @@ class SingleProcess:
         return value
 
     def collective(self) -> AbstractContextManager[None]:
-        """A block that all ranks leave together. Where it fails on one, it raises OSError on the others."""
+        """A block that all ranks leave together. Where it fails on one, it raises OSError on the others.
+
+        Else those that got through would wait for ever in their next collective.
+        """
         return nullcontext()
 
     def rank0_first(self, make: Callable[[], T]) -> T:
@@ -75,8 +81,11 @@ class SingleProcess:
         """The objective of a model, which is changed in place, computing in `dtype`. Make optimisers afterwards."""
         return make_objective(model, dtype)
 
-    def accumulating(self, objective: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch; after the `last` one, gradients are sums over ranks."""
+    def gradient_sync(self, objective: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; after the `last` one, gradients are sums over ranks.
+
+        DDP sends them only then. FSDP2 sends each micro-batch's, as no rank has room for whole gradients.
+        """
         return nullcontext()
 
     def gathered_model(self, model: M) -> M:
@@ -86,19 +95,22 @@ class SingleProcess:
     # --- tensors that may be sharded ---------------------------------------------------------------------------
 
     def full_tensor(self, tensor: Tensor) -> Tensor:
-        """The logical tensor. All ranks call it."""
+        """The whole of a tensor that may be sharded. All ranks call it."""
         return tensor
 
     def shard_like(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """A logical tensor, which all ranks hold, as `like` has it: this rank's shard, or all of it."""
+        """A whole tensor, which all ranks hold, laid out as `like` is: this rank's shard, or all of it."""
         return tensor
 
-    def portions(self, entries: list[T]) -> list[list[T]]:
-        """Entries in the portions that `shared` is to have at a time."""
+    def chunks(self, entries: list[T]) -> list[list[T]]:
+        """Entries in the order given, so many at a time as may be whole at once."""
         return [entries]
 
     def map_stack(self, function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
-        """`function` of a stack (N, …) that all ranks hold, each doing its share of the N; the shape stays."""
+        """`function` of a stack of N matrices (N, …) that all ranks hold; each rank computes its share of the N.
+
+        `function` keeps the shape and treats matrices apart. Muon orthogonalises a step's gradients so.
+        """
         return function(stack)
 
     # --- snapshots ---------------------------------------------------------------------------------------------
@@ -113,64 +125,70 @@ class SingleProcess:
         folder: Path,
         training: dict[str, Any],
         model: nn.Module,
-        parts: Sequence[torch.optim.Optimizer],
+        optimisers: Sequence[torch.optim.Optimizer],
     ) -> None:
         """Write training.pt, the optimisers' state in it or in shards beside it. All ranks call it."""
         if self.first:
-            torch.save({**training, OPTIMISERS: [part.state_dict() for part in parts]}, folder / "training.pt")
+            torch.save(
+                {**training, OPTIMISERS: [optimiser.state_dict() for optimiser in optimisers]}, folder / "training.pt"
+            )
 
 
 SINGLE_PROCESS = SingleProcess()
 
 
-def clip(model: nn.Module, max_norm: float | None, ranks: SingleProcess = SINGLE_PROCESS) -> Tensor:
-    """The norm of the gradient over all parameters and shards, as it was; above `max_norm`, it is scaled to that."""
+def clip_gradients(model: nn.Module, max_norm: float | None, ranks: SingleProcess = SINGLE_PROCESS) -> Tensor:
+    """The norm of the gradient over all parameters and shards, before it is scaled down to `max_norm` (None: never)."""
     trained = [p for p in model.parameters() if p.grad is not None]
-    kinds = [[p for p in trained if (p.dim() == 1) == flat] for flat in (True, False)]  # whole on every rank, or shards
-    norms = [ranks.full_tensor(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds]
+    # torch takes no mixture: under FSDP2 vectors are whole on every rank, matrices are shards.
+    groups = [[p for p in trained if (p.dim() == 1) == is_vector] for is_vector in (True, False)]
+    norms = [ranks.full_tensor(nn.utils.get_total_norm([p.grad for p in g if p.grad is not None])) for g in groups]
     norm = torch.stack(norms).norm()
     if max_norm is not None:
-        for kind in kinds:
-            nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+        for group in groups:
+            nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], ranks: SingleProcess = SINGLE_PROCESS) -> None:
-    """Put whole weights into a model, sharded or not."""
-    here = model.state_dict()
-    model.load_state_dict({name: ranks.shard_like(w, here[name]) if name in here else w for name, w in weights.items()})
+    """Put whole weights into a model, sharded or not. torch names what does not fit."""
+    state = model.state_dict()
+    model.load_state_dict(
+        {name: ranks.shard_like(w, state[name]) if name in state else w for name, w in weights.items()}
+    )
 
 
 def load_optimisers(
     folder: Path,
     training: dict[str, Any],
     model: nn.Module,
-    parts: Sequence[torch.optim.Optimizer],
+    optimisers: Sequence[torch.optim.Optimizer],
     ranks: SingleProcess = SINGLE_PROCESS,
 ) -> None:
     """Put what `write_training` wrote, on any number of ranks, into the optimisers of this run's ranks."""
     if OPTIMISERS not in training:
-        _load_shards(folder / OPTIMISERS, model, parts)
+        _load_shards(folder / OPTIMISERS, model, optimisers)
         return
-    for part, saved in zip(parts, training[OPTIMISERS], strict=True):
-        parameters = [p for group in part.param_groups for p in group["params"]]
+    for optimiser, saved in zip(optimisers, training[OPTIMISERS], strict=True):
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
         state = {
-            i: {  # moments lie as their parameter does; a step count is everybody's
+            i: {  # moments are sharded as their parameter is; a step count is the same everywhere
                 name: ranks.shard_like(value, parameters[i]) if value.shape == parameters[i].shape else value
                 for name, value in entries.items()
             }
             for i, entries in saved["state"].items()
         }
-        part.load_state_dict({**saved, "state": state})
+        optimiser.load_state_dict({**saved, "state": state})
 
 
-def _load_shards(folder: Path, model: nn.Module, parts: Sequence[torch.optim.Optimizer]) -> None:
+def _load_shards(folder: Path, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> None:
     """Read shards that any number of ranks wrote. This unpickles: a snapshot is the user's own."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    state = {OPTIMISERS: get_optimizer_state_dict(model, list(parts))}  # made, where there is none yet
-    with warnings.catch_warnings():  # that there is one process is no surprise
+    # Reading needs tensors to read into: this makes the moments of optimisers that have not stepped yet.
+    state = {OPTIMISERS: get_optimizer_state_dict(model, list(optimisers))}
+    with warnings.catch_warnings():  # shards may be read by a single process
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         load(state, checkpoint_id=folder)
-    set_optimizer_state_dict(model, list(parts), optim_state_dict=state[OPTIMISERS])
+    set_optimizer_state_dict(model, list(optimisers), optim_state_dict=state[OPTIMISERS])

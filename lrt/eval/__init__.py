@@ -1,1 +1,1 @@
-"""What is measured of a model, and how results are kept and shown."""
+"""What is measured of a model: live and parallel scores, ablations, curves, CORE; and results, kept and shown."""

@@ -1,7 +1,8 @@
 """The memory replaced at test time: each ablation reads it in its own way, all parameters are shared.
 
-What a model loses when its memory is tampered with says what the memory carries. To add one, write a module that takes
-the model's own `Recall`, and give it a line in `ABLATIONS`; the tests run over the table.
+What a model loses when its memory is tampered with says what the memory carries. An ablation takes the place of the
+model's `MemoryReader` (`with_recall`); the model's forward does not know of it. To add one, write a module that takes
+that reader, and give it a line in `ABLATIONS`; the tests run over the table.
 
 Shapes: B batch, T positions of this call, C memory channels, D width. Memory is (C, B, T, D).
 """
@@ -39,15 +40,15 @@ class EmbeddingMemory(Ablation):
     """Every position reads the embedding of the token `delay` back, whatever the source."""
 
     def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
-        found = state.read_memory(positions, self.recall.delay)
-        embedded = self.recall.embed(found, embedding)
-        return self.recall.combine([embedded for _ in self.recall.sources], found.memory)
+        read = state.read_memory(positions, self.recall.delay)
+        embedded = self.recall.embed(read, embedding)
+        return self.recall.combine([embedded for _ in self.recall.sources], read.memory)
 
 
 class ShuffledMemory(Ablation):
     """Every row reads the memory of the row before it, at the same position: a real memory, of another text.
 
-    What is found depends on which rows are scored together. ValueError for a single row, which has no other to read.
+    The score depends on which rows are scored together. ValueError for a single row, which has no other to read.
     """
 
     def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
@@ -75,10 +76,12 @@ class FrozenMemory(Ablation):
 
     def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
         index = state.index(positions)
-        first = torch.zeros_like(index)
+        first = torch.zeros_like(index)  # where the document of a position begins
         if state.documents is not None:
             own = state.documents[:, state.where(index)] if index.dim() == 1 else state.documents.gather(1, index)
-            first = (state.documents.unsqueeze(1) == own.unsqueeze(2)).int().argmax(2)  # (B, T)
+            # (B, T, slots) -> (B, T): argmax gives the first slot of the same document.
+            first = (state.documents.unsqueeze(1) == own.unsqueeze(2)).int().argmax(2)
+        # Reading `index - first` positions back reaches the first one; nobody reads nearer than `delay`.
         return self.recall.read(state.read_memory(positions, (index - first).clamp(min=self.recall.delay)), embedding)
 
 
@@ -86,12 +89,12 @@ class UnwrittenMemory(Ablation):
     """Every position reads what it would if no pass had written anything: what a first pass reads, also further on."""
 
     def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
-        found = state.read_memory(positions, self.recall.delay)
-        return self.recall.read(replace(found, written=torch.zeros_like(found.written)), embedding)
+        read = state.read_memory(positions, self.recall.delay)
+        return self.recall.read(replace(read, written=torch.zeros_like(read.written)), embedding)
 
 
 class OwnMemory(Ablation):
-    """A position reads what it wrote itself: for the second of two forwards."""
+    """A position reads what it wrote itself: for the second of two forwards (`scoring.two_forwards`)."""
 
     def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
         return self.recall.read(state.read_memory(positions, 0), embedding)
@@ -105,18 +108,19 @@ ABLATIONS: dict[str, Callable[[MemoryReader], nn.Module]] = {
     "delayed_8": partial(DelayedMemory, more=8),
     "frozen": FrozenMemory,
 }
+"""Name -> the module that takes the place of a model's memory reader."""
 
 
 def ablate(model: LatentRecurrentTransformer, name: str) -> LatentRecurrentTransformer:
-    """The model, parameters shared, with its memory replaced at test time: a name of `ABLATIONS`."""
+    """A copy of the model, parameters shared, with its memory replaced as an entry of `ABLATIONS` says."""
     if name not in ABLATIONS:
         raise ValueError(f"unknown ablation {name!r}; choose one of {', '.join(ABLATIONS)}")
-    return reading(model, ABLATIONS[name])
+    return with_ablation(model, ABLATIONS[name])
 
 
-def reading(
+def with_ablation(
     model: LatentRecurrentTransformer, ablation: Callable[[MemoryReader], nn.Module]
 ) -> LatentRecurrentTransformer:
-    """The model, parameters shared, that reads its memory in another way."""
+    """A copy of the model, parameters shared, whose memory `ablation` reads."""
     assert isinstance(model.recall, MemoryReader), "an ablation of an ablation"
     return model.with_memory_reader(ablation(model.recall))

@@ -1,4 +1,8 @@
-"""`lrt diagnose`: measure one checkpoint in every way there is a table for, and keep the results beside it."""
+"""`lrt diagnose`: measure one checkpoint, each kind of result by its entry of `MEASURES`, and keep results beside it.
+
+To add a kind, write a function of a `Subject` that returns plain data, and give it a line in `MEASURES` and one in
+`lrt.eval.report.text.LINES`.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from lrt.data.prepared import Prepared
 from lrt.data.tokenizer import Tokenizer
 from lrt.data.windows import Windows, windows
 from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
 from lrt.eval.ledger import Ledger
-from lrt.eval.memory_stats import NOISE, layers, memory_reach, sample, scales, token_pieces
+from lrt.eval.memory_stats import NOISE, layer_stats, longest_inputs, memory_reach, memory_scales, token_pieces
 from lrt.eval.results import Result
 from lrt.eval.scoring import EVERY, HEADLINE, Metrics, evaluate
 from lrt.eval.sweep_curve import sweep_curve
-from lrt.eval.token_scores import Columns, TokenScores, bfloat16, standard, summarise, token_scores
+from lrt.eval.token_scores import Columns, TokenScores, bfloat16_columns, standard_columns, summarise, token_scores
 from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshot_step, snapshots
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -30,8 +35,8 @@ from lrt.schedules.parse import parse
 from lrt.utils import files
 from lrt.utils.provenance import hardware
 
-ALONE_BY_FIRST = ("memory",)
-"""Measures that rank 0 makes by itself: they take seconds. Of the others all ranks share the windows."""
+RANK_0_ALONE = ("memory",)
+"""Kinds that rank 0 measures by itself: they take seconds. For the others all ranks share the windows."""
 TEXT = 1500
 """Tokens of the coloured text."""
 
@@ -60,14 +65,14 @@ class Subject:
     ranks: SingleProcess = SINGLE_PROCESS
 
     @property
-    def used(self) -> Schedule:
+    def scoring_schedule(self) -> Schedule:
         """The schedule of parallel scores: `plain` where nothing recurs."""
         recurs = self.model.config.stored_sources
         return self.schedule if recurs else schedules.plain()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides a score, beside the code: what is kept of a stopped measurement belongs to it."""
+        """What decides a score, beside the code: the settings of its ledger."""
         return {
             "checkpoint": self.weights,
             "data": self.data,
@@ -76,24 +81,26 @@ class Subject:
         }
 
     def ledger(self, name: str, settings: Mapping[str, Any]) -> Ledger:
-        """What is done of a measurement."""
+        """What is done of a measurement that `settings` decide."""
         return Ledger(self.out / "partial", f"{name}-{self.name}", settings, self.ranks)
 
-    def keep(self, name: str) -> Ledger:
+    def score_ledger(self, name: str) -> Ledger:
         """The ledger of a score, by batches of windows."""
         return self.ledger(name, self.settings)
 
     @property
-    def token_bytes(self) -> Any:
+    def token_bytes(self) -> Tensor | None:
+        """`Tokenizer.token_bytes`."""
         return self.tokenizer.token_bytes()
 
     @property
     def prefix_bytes(self) -> int:
+        """`Tokenizer.prefix_bytes`, which is the same for every text."""
         return self.tokenizer.prefix_bytes("a")
 
 
-def same_tokenizer(data: Prepared, tokenizer: Tokenizer, folder: Path) -> None:
-    """Require that a corpus was prepared with the checkpoint's tokenizer."""
+def check_tokenizer(data: Prepared, tokenizer: Tokenizer, folder: Path) -> None:
+    """ValueError unless a corpus was prepared with the checkpoint's tokenizer."""
     if data.tokenizer.sha256 != tokenizer.sha256:
         raise ValueError(
             f"{data.path} was prepared with another tokenizer than {folder}'s; "
@@ -101,7 +108,7 @@ def same_tokenizer(data: Prepared, tokenizer: Tokenizer, folder: Path) -> None:
         )
 
 
-def subject(
+def load_subject(
     path: Path,
     data: Prepared,
     split: str,
@@ -113,13 +120,14 @@ def subject(
     schedule: str | None = None,
     name: str | None = None,
 ) -> Subject:
-    """Load a checkpoint, or a run's, and the windows it is measured on.
+    """Load a checkpoint, or a run's, and the windows of `data` that it is measured on (`at_least` targets).
 
-    None: the schedule it was trained with; the corpus's folder as its name.
+    `schedule` None: the one it was trained with. `name` None: the corpus's folder. `out` None: evaluation/ in `path`.
+    ValueError for a corpus of another tokenizer.
     """
     folder = checkpoint.verify(path)
     model, tokenizer = checkpoint.load(folder, ranks.device)
-    same_tokenizer(data, tokenizer, folder)
+    check_tokenizer(data, tokenizer, folder)
     return Subject(
         model,
         tokenizer,
@@ -137,35 +145,43 @@ def subject(
 
 
 def corpus_names(folders: Sequence[Path]) -> list[str]:
-    """What corpora are called: their folder, by its whole path where two have one name, as results replace others'."""
+    """What corpora are called: their folders' names, or paths where two have one name: results go by names."""
     short = [folder.resolve().name for folder in folders]
     return [name if short.count(name) == 1 else str(f) for name, f in zip(short, folders, strict=True)]
 
 
-def sweeps(s: Subject) -> dict[str, Any]:
-    """The sweep curve."""
-    found = sweep_curve(
-        s.model,
-        s.windows,
-        s.token_bytes,
-        s.schedule,
-        batch_size=s.batch_size,
-        progress=s.progress,
-        prefix_bytes=s.prefix_bytes,
-        keep=s.keep,
+def measure_sweeps(subject: Subject) -> dict[str, Any]:
+    """`sweep_curve` as plain data."""
+    curve = sweep_curve(
+        subject.model,
+        subject.windows,
+        subject.token_bytes,
+        subject.schedule,
+        batch_size=subject.batch_size,
+        progress=subject.progress,
+        prefix_bytes=subject.prefix_bytes,
+        open_ledger=subject.score_ledger,
     )
-    return found.to_dict()
+    return curve.to_dict()
 
 
-def ablations(s: Subject) -> dict[str, Any]:
-    """Live, and live with the memory replaced in every way."""
-    return summary_scores(s, EVERY).to_dict()
+def measure_ablations(subject: Subject) -> dict[str, Any]:
+    """Scores with the memory replaced by every ablation."""
+    return summary_scores(subject, EVERY).to_dict()
 
 
-def summary_scores(s: Subject, replaced: Sequence[str] = HEADLINE) -> Metrics:
+def summary_scores(subject: Subject, ablations: Sequence[str] = HEADLINE) -> Metrics:
     """Parallel and live, and live with the memory replaced: what `lrt evaluate` prints."""
     return evaluate(
-        s.model, s.windows, s.token_bytes, s.schedule, replaced, s.batch_size, s.progress, s.prefix_bytes, s.keep
+        subject.model,
+        subject.windows,
+        subject.token_bytes,
+        subject.schedule,
+        ablations,
+        subject.batch_size,
+        subject.progress,
+        subject.prefix_bytes,
+        subject.score_ledger,
     )
 
 
@@ -174,99 +190,122 @@ def score_corpora(subjects: Sequence[Subject]) -> Result:
 
     All ranks call it; nothing is written but what a stopped call goes on from.
     """
-    begun = time.perf_counter()
-    corpora = {s.name: summary_scores(s).to_dict() for s in subjects}
+    start = time.perf_counter()
+    corpora = {subject.name: summary_scores(subject).to_dict() for subject in subjects}
     first = subjects[0]
     settings = {"complete": all(c["complete"] for c in corpora.values()), "schedule": repr(first.schedule)}
     values = score_together(list(corpora.values())) | {"corpora": corpora}
-    spent = time.perf_counter() - begun
+    spent = time.perf_counter() - start
     name = " and ".join(corpora)
     return Result("scores", name, first.weights, settings, values, spent, hardware(first.ranks.device))
 
 
 def score_together(corpora: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Scores of several corpora as of one text: nats and bytes added up."""
+    """Scores of several corpora as of one text: nats and bytes added up. One corpus keeps its scores."""
     size = sum(c["bytes"] for c in corpora)
-    found = dict(corpora[0])
-    for name in found:
+    scores = dict(corpora[0])
+    for name in scores if len(corpora) > 1 else ():
         if "bpb" in name:
-            found[name] = math.fsum(c[name] * c["bytes"] for c in corpora) / size if len(corpora) > 1 else found[name]
-    return found | {
+            scores[name] = math.fsum(c[name] * c["bytes"] for c in corpora) / size
+    return scores | {
         "targets": sum(c["targets"] for c in corpora),
         "bytes": size,
         "complete": all(c["complete"] for c in corpora),
-        "gap": found["live_bpb"] - found["parallel_bpb"],
+        "gap": scores["live_bpb"] - scores["parallel_bpb"],
     }
 
 
-def score_windows(s: Subject, kind: str, columns: Columns) -> TokenScores:
-    """The windows' scores token by token; stopped, they go on."""
-    settings = {"checkpoint": s.weights, "data": s.data, "schedule": repr(s.schedule)}
-    ledger = s.ledger(kind, settings)
-    return token_scores(s.model, s.windows, s.token_bytes, columns, ledger, s.batch_size, s.prefix_bytes, s.progress)
+def score_windows(subject: Subject, kind: str, columns: Columns) -> TokenScores:
+    """The windows' scores token by token; stopped, they go on.
+
+    Items are windows, which do not depend on how many others there are: `settings` leaves the targets out.
+    """
+    settings = {"checkpoint": subject.weights, "data": subject.data, "schedule": repr(subject.schedule)}
+    ledger = subject.ledger(kind, settings)
+    return token_scores(
+        subject.model,
+        subject.windows,
+        subject.token_bytes,
+        columns,
+        ledger,
+        subject.batch_size,
+        subject.prefix_bytes,
+        subject.progress,
+    )
 
 
-def bits(s: Subject) -> dict[str, Any]:
-    """BPB in every way, by position and document, with intervals."""
-    scores = score_windows(s, "bpb", standard(s.used))
-    return {"schedule": repr(s.used)} | summarise(scores, (("live", "parallel"), ("off", "live")))
+def measure_bpb(subject: Subject) -> dict[str, Any]:
+    """BPB live, parallel, by pass and off, by position and document, with intervals."""
+    scores = score_windows(subject, "bpb", standard_columns(subject.scoring_schedule))
+    return {"schedule": repr(subject.scoring_schedule)} | summarise(scores, (("live", "parallel"), ("off", "live")))
 
 
-def low_precision(s: Subject) -> dict[str, Any]:
-    """bfloat16 beside its control."""
-    scores = score_windows(s, "bfloat16", bfloat16(s.model))
+def measure_bfloat16(subject: Subject) -> dict[str, Any]:
+    """BPB of bfloat16 beside its control (`bfloat16_columns`), with intervals."""
+    scores = score_windows(subject, "bfloat16", bfloat16_columns(subject.model))
     pairs = (("bfloat16 control", "live"), ("bfloat16 live", "bfloat16 control"))
-    return {"schedule": repr(s.used)} | summarise(scores, pairs)
+    return {"schedule": repr(subject.scoring_schedule)} | summarise(scores, pairs)
 
 
-def memory(s: Subject) -> dict[str, Any]:
+def measure_memory(subject: Subject) -> dict[str, Any]:
     """Gates, scales and reach; the scales of every snapshot that is there too."""
-    inputs = sample(s.windows, min(8, s.batch_size), s.model.embedding.weight.device)
+    # A few windows are enough: these are means over all of their positions.
+    inputs = longest_inputs(subject.windows, min(8, subject.batch_size), subject.model.embedding.weight.device)
     history = []
-    for folder in snapshots(s.run):
+    for folder in snapshots(subject.run):
         model, _ = checkpoint.load(folder, inputs.device)
-        history.append({"step": snapshot_step(folder), "layers": layers(model, inputs), **scales(model)})
-    found = {"layers": layers(s.model, inputs), "reach": memory_reach(s.model, inputs), "noise": NOISE}
-    return found | {"snapshots": history, "scales": scales(s.model), "inputs": list(inputs.shape)}
+        history.append({"step": snapshot_step(folder), "layers": layer_stats(model, inputs), **memory_scales(model)})
+    stats = {"layers": layer_stats(subject.model, inputs), "reach": memory_reach(subject.model, inputs), "noise": NOISE}
+    return stats | {"snapshots": history, "scales": memory_scales(subject.model), "inputs": list(inputs.shape)}
 
 
-def text(s: Subject) -> dict[str, Any]:
-    """The beginning of a document, with what recurrence gains on each token."""
-    scores = score_windows(s, "bpb", standard(s.used))
+def measure_text(subject: Subject) -> dict[str, Any]:
+    """The beginning of the document with the most tokens in the windows, scored live and off."""
+    # The ledger of `measure_bpb`: where that was called before, nothing is computed again.
+    scores = score_windows(subject, "bpb", standard_columns(subject.scoring_schedule))
     document = int(np.bincount(scores.document).argmax())
-    chosen = np.flatnonzero(scores.document == document)[:TEXT]
+    tokens = np.flatnonzero(scores.document == document)[:TEXT]
     return token_pieces(
-        s.tokenizer, *(v[chosen].tolist() for v in (scores.tokens, scores.nats["live"], scores.nats["off"]))
+        subject.tokenizer, *(v[tokens].tolist() for v in (scores.tokens, scores.nats["live"], scores.nats["off"]))
     )
 
 
 MEASURES: dict[str, Callable[[Subject], dict[str, Any]]] = {
-    "bpb": bits,
-    "sweeps": sweeps,
-    "ablations": ablations,
-    "memory": memory,
-    "text": text,
-    "bfloat16": low_precision,
+    "bpb": measure_bpb,
+    "sweeps": measure_sweeps,
+    "ablations": measure_ablations,
+    "memory": measure_memory,
+    "text": measure_text,
+    "bfloat16": measure_bfloat16,
 }
 """Kind of result -> how it is measured."""
 
 
-def diagnose(s: Subject, measures: Sequence[str] = ("bpb", "sweeps", "ablations", "memory", "text")) -> list[Result]:
-    """Measure a subject; each result is written as soon as it is there. All ranks call it.
+def diagnose(
+    subject: Subject, measures: Sequence[str] = ("bpb", "sweeps", "ablations", "memory", "text")
+) -> list[Result]:
+    """Measure a subject: results of the kinds `measures`, each written as soon as it is there. All ranks call it.
 
-    What they take long for is shared among ranks, and goes on where it was stopped.
+    What takes long is shared among ranks, and goes on where it was stopped.
     """
-    found = []
+    results = []
     for kind in measures:
-        begun = time.perf_counter()
-        if kind not in ALONE_BY_FIRST:
-            values = MEASURES[kind](s)
+        start = time.perf_counter()
+        if kind in RANK_0_ALONE:
+            alone = replace(subject, ranks=SINGLE_PROCESS)
+            with subject.ranks.collective():
+                values = subject.ranks.broadcast(MEASURES[kind](alone) if subject.ranks.first else {})
         else:
-            with s.ranks.collective():
-                values = s.ranks.broadcast(MEASURES[kind](replace(s, ranks=SINGLE_PROCESS)) if s.ranks.first else {})
-        settings = {"targets": s.windows.targets, "complete": s.windows.complete, "schedule": repr(s.schedule)}
-        spent = time.perf_counter() - begun
-        found.append(Result(kind, s.name, s.weights, settings, values, spent, hardware(s.ranks.device)))
-        if s.ranks.first:
-            found[-1].write(s.out)
-    return found
+            values = MEASURES[kind](subject)
+        settings = {
+            "targets": subject.windows.targets,
+            "complete": subject.windows.complete,
+            "schedule": repr(subject.schedule),
+        }
+        spent = time.perf_counter() - start
+        results.append(
+            Result(kind, subject.name, subject.weights, settings, values, spent, hardware(subject.ranks.device))
+        )
+        if subject.ranks.first:
+            results[-1].write(subject.out)
+    return results

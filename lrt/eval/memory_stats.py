@@ -32,22 +32,24 @@ NOISE = 0.1
 
 
 @contextmanager
-def listening(heard: dict[int, tuple[Tensor, Tensor]], model: LatentRecurrentTransformer) -> Iterator[None]:
-    """Within the block, each block's residual stream before the memory is added, and what its projections and gates
-    read, are noted; torch's own hooks, removed afterwards.
+def record_block_inputs(
+    inputs_by_block: dict[int, tuple[Tensor, Tensor]], model: LatentRecurrentTransformer
+) -> Iterator[None]:
+    """While it lasts, put into `inputs_by_block` what each block (from 1) reads, both (B, T, D).
 
-    Not what they give: their products may be joined, so that the modules are not called one by one.
+    The residual stream before the memory is added, and what its projections and gates read. Not what those give: their
+    products may be joined, so that the modules are not called one by one. The hooks are torch's, removed afterwards.
     """
 
     def note(number: int) -> Callable[..., None]:
         def before(block: Block, inputs: tuple[Any, ...]) -> None:
             x, call = inputs[:2]
             stream = block.alpha.squeeze() * x + block.beta.squeeze() * call.inputs.x0
-            heard[number] = stream.detach(), rms(block.injection.residual(stream, call.memory)).detach()
+            inputs_by_block[number] = stream.detach(), rms(block.injection.residual(stream, call.memory)).detach()
 
         return before
 
-    handles = [block.register_forward_pre_hook(note(n)) for n, block in enumerate(blocks_of(model), 1)]
+    handles = [block.register_forward_pre_hook(note(n)) for n, block in enumerate(native_blocks(model), 1)]
     try:
         yield
     finally:
@@ -55,11 +57,12 @@ def listening(heard: dict[int, tuple[Tensor, Tensor]], model: LatentRecurrentTra
             handle.remove()
 
 
-def blocks_of(model: LatentRecurrentTransformer) -> list[Block]:
+def native_blocks(model: LatentRecurrentTransformer) -> list[Block]:
+    """The model's blocks, as their own type."""
     return [block for block in model.blocks if isinstance(block, Block)]
 
 
-def settled_state(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tensor, State]:
+def live_state(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tensor, State]:
     """Hidden states (B, T, D) and the State after live decoding of inputs (B, T)."""
     state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
     out = refine(model, inputs, sequential(), state=state)
@@ -67,7 +70,7 @@ def settled_state(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Te
 
 
 @dataclass(frozen=True)
-class BlockInside:
+class BlockMemory:
     """What one block adds of the memory, at every position."""
 
     layer: int
@@ -85,41 +88,42 @@ class BlockInside:
 
 
 @torch.no_grad()
-def live_memory(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tensor, list[BlockInside]]:
+def live_memory(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tensor, list[BlockMemory]]:
     """The memory (C, B, T, D) that each position of inputs (B, T) reads when decoding live, and what blocks add."""
-    _, state = settled_state(model, inputs)
-    heard: dict[int, tuple[Tensor, Tensor]] = {}
+    _, state = live_state(model, inputs)
+    inputs_by_block: dict[int, tuple[Tensor, Tensor]] = {}
     length = inputs.shape[1]
+    # All positions in one forward, from the State that live decoding has written.
     memory = model.recall(state, range(length), model.embedding)
     projected = model.projection(memory)
-    with listening(heard, model):
+    with record_block_inputs(inputs_by_block, model):
         model(inputs, range(length), dataclasses.replace(state.clone(), write=state.write))
     injected = model.config.injected_layers
-    found = []
-    for number, block in enumerate(blocks_of(model), 1):
-        stream, u = heard[number]
+    blocks = []
+    for number, block in enumerate(native_blocks(model), 1):
+        stream, u = inputs_by_block[number]
         gamma = block.injection.gamma.tolist() if isinstance(block.injection, Residual) else None
         gates, local, added = None, {}, {}
         if isinstance(block.injection, KeyValue) and isinstance(model.projection, Projection):
             groups = block.injection.groups
             gates = 2 * torch.sigmoid(block.injection.gate(u)).unflatten(-1, (-1, groups))
-            which = injected.index(number) if len(projected) > 1 else 0
-            own = {"key": block.attention.key, "value": block.attention.value}
-            for (name, product), part in zip(own.items(), projected[which], strict=True):
+            entry = injected.index(number) if len(projected) > 1 else 0  # a shared projection has one entry
+            products = {"key": block.attention.key, "value": block.attention.value}
+            for (name, product), part in zip(products.items(), projected[entry], strict=True):
                 local[name] = gates[:, :, 0].unsqueeze(-1) * product(u).unflatten(-1, (groups, -1))
                 added[name] = gates[:, :, 1:].permute(2, 0, 1, 3).unsqueeze(-1) * part
-        found.append(BlockInside(number, number in injected, stream, gamma, gates, local, added))
-    return memory, found
+        blocks.append(BlockMemory(number, number in injected, stream, gamma, gates, local, added))
+    return memory, blocks
 
 
-def layers(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[str, Any]]:
+def layer_stats(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[str, Any]]:
     """Per block, over inputs (B, T) with their exact memory: γ, mean gates, and how large the injections are.
 
     Ratios are of root mean squares, gates included: γ m over the residual stream it is added to, U_k m over W_k u, and
     U_v m over W_v u, per channel.
     """
     memory, blocks = live_memory(model, inputs)
-    found = []
+    rows = []
     for block in blocks:
         row: dict[str, Any] = {"layer": block.layer, "injected": block.injected}
         if block.gamma is not None:
@@ -132,21 +136,21 @@ def layers(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[str, 
             row["gate_spread"] = block.gates.std((0, 1)).tolist()
             for name, local in block.local.items():
                 row[f"{name}_ratio"] = [rms_of(channel) / rms_of(local) for channel in block.added[name]]
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
-def by_token(model: LatentRecurrentTransformer, inputs: Tensor) -> dict[str, Any]:
-    """The same at every position of inputs (1, T): plain data, a list over T for each quantity.
+def memory_by_token(model: LatentRecurrentTransformer, inputs: Tensor) -> dict[str, Any]:
+    """`layer_stats` at every position of inputs (1, T): plain data, a list over T for each quantity.
 
-    norm: ‖m‖ / √D of the memory read, by channel (RMS-normalised, a single source has 1; 0 where
-    nothing is read); change: ‖m − m before‖ / √D; blocks: mean gates over heads, and the ratios of `layers`.
+    norm: ‖m‖ / √D of the memory read, by channel (RMS-normalised, a single source has 1; 0 where nothing is read);
+    change: ‖m − m before‖ / √D; blocks: mean gates over heads, and the ratios of `layer_stats`.
     """
     memory, blocks = live_memory(model, inputs)
     memory = memory[:, 0].float()  # (C, T, D)
     root = memory.shape[-1] ** 0.5
     moved = torch.diff(memory, dim=1, prepend=torch.zeros_like(memory[:, :1]))
-    found: dict[str, Any] = {
+    stats: dict[str, Any] = {
         "norm": (memory.norm(dim=-1) / root).tolist(),
         "change": (moved.norm(dim=-1) / root).tolist(),
         "blocks": [],
@@ -159,26 +163,29 @@ def by_token(model: LatentRecurrentTransformer, inputs: Tensor) -> dict[str, Any
         for name, local in block.local.items():
             sizes = block.added[name][:, 0].flatten(2).norm(dim=-1)  # (C, T)
             row[f"{name}_ratio"] = (sizes / local[0].flatten(1).norm(dim=-1)).tolist()
-        found["blocks"].append(row)
-    return found
+        stats["blocks"].append(row)
+    return stats
 
 
 def rms_of(x: Tensor) -> float:
+    """The root of the mean square of all entries, in float64."""
     return float(x.double().square().mean().sqrt())
 
 
 @torch.no_grad()
-def scales(model: LatentRecurrentTransformer) -> dict[str, Any]:
+def memory_scales(model: LatentRecurrentTransformer) -> dict[str, Any]:
     """What can be read off the weights alone, for comparing snapshots: γ by layer, the size of U_k and U_v."""
-    found: dict[str, Any] = {
-        "gamma": [b.injection.gamma.tolist() if isinstance(b.injection, Residual) else None for b in blocks_of(model)],
+    stats: dict[str, Any] = {
+        "gamma": [
+            b.injection.gamma.tolist() if isinstance(b.injection, Residual) else None for b in native_blocks(model)
+        ],
         "gate": [
-            rms_of(b.injection.gate.weight) if isinstance(b.injection, KeyValue) else None for b in blocks_of(model)
+            rms_of(b.injection.gate.weight) if isinstance(b.injection, KeyValue) else None for b in native_blocks(model)
         ],
     }
     if isinstance(model.projection, Projection):
-        found["projection"] = [[rms_of(u) for u in layer.flatten(0, 1)] for layer in model.projection.weight]
-    return found
+        stats["projection"] = [[rms_of(u) for u in layer.flatten(0, 1)] for layer in model.projection.weight]
+    return stats
 
 
 @torch.no_grad()
@@ -192,33 +199,33 @@ def memory_reach(
     KL(p ‖ p_perturbed) of the next-token distribution there, in nats, and the relative change of the hidden state.
     """
     generator = torch.Generator().manual_seed(seed)
-    hidden, state = settled_state(model, inputs)
+    hidden, state = live_state(model, inputs)
     if state.memory.shape[2] == 0:
         return []
     place = 2 * inputs.shape[1] // 3
     expected = model.logits(hidden[:, place]).double().log_softmax(-1)
-    found = []
+    points = []
     for k in back:
         start = place - k  # whose memory is changed; start + 1 is the first to read it
         if start < 0:
             break
-        before = state.clone().crop(start + 1)
+        before = state.clone().crop(start + 1)  # as it was just after the token was decoded
         noise = torch.randn(before.memory[:, start].shape, generator=generator).to(before.memory)
         noise = noise * (NOISE * before.memory[:, start].norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
         memory = before.memory.clone()
         memory[:, start] += noise
-        current, h = dataclasses.replace(before, memory=memory), hidden[:, :1]
+        current, h = dataclasses.replace(before, memory=memory), hidden[:, :1]  # h is set below: k is at least 1
         for t in range(start + 1, place + 1):
             h, current = model(inputs[:, t : t + 1], range(t, t + 1), current)
         changed = model.logits(h[:, 0]).double().log_softmax(-1)
         kl = F.kl_div(changed, expected, reduction="none", log_target=True).sum(-1).mean()
         moved = (h[:, 0] - hidden[:, place]).norm(dim=-1) / hidden[:, place].norm(dim=-1)
-        found.append({"back": k, "kl": float(kl), "moved": float(moved.mean())})
-    return found
+        points.append({"back": k, "kl": float(kl), "moved": float(moved.mean())})
+    return points
 
 
-def sample(windows: Windows, count: int, device: torch.device) -> Tensor:
-    """Inputs (B, T) of the longest windows: whole ones, so that nothing is padding."""
+def longest_inputs(windows: Windows, count: int, device: torch.device) -> Tensor:
+    """The `count` longest windows as inputs (B, T), cut to the shortest of them: nothing is padding."""
     batch = next(iter(windows.batches(count)))
     shortest = int((batch.targets >= 0).sum(1).min())
     return batch.tokens[:, : max(1, shortest)].to(device)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lrt.data.batch import IGNORED
 from lrt.data.windows import Windows
-from lrt.eval.ablations import ABLATIONS, OwnMemory, ablate, reading
-from lrt.eval.ledger import InMemory, Keep, in_memory
+from lrt.eval.ablations import ABLATIONS, OwnMemory, ablate, with_ablation
+from lrt.eval.ledger import InMemory, LedgerFactory, in_memory
 from lrt.inference.decoders import decoder
 from lrt.model.cross_entropy import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -42,8 +42,8 @@ def score(
 ) -> Tensor:
     """Live negative log-likelihoods (B, T-1), in nats, of tokens (B, T) int: each decoded from those before it.
 
-    documents (B, T) int separates packed documents. `advance` is told of every position done. Gives no gradients;
-    `refine(model, tokens, schedules.sequential())` is the same with them.
+    documents (B, T) int separates packed documents. `advance` is called with the rows of each position done. Gives no
+    gradients; `refine(model, tokens, schedules.sequential())` is the same with them. ValueError for T below 2.
     """
     batch, length = tokens.shape
     if length < 2:
@@ -51,12 +51,13 @@ def score(
             f"tokens have shape {tuple(tokens.shape)}; scoring needs at least two per row: BOS and one more"
         )
     inputs = tokens[:, :-1]
-    known = None if documents is None else documents[:, :-1]
+    input_documents = None if documents is None else documents[:, :-1]
     hidden: list[Tensor] = []
+    # The decoder of generation, so that what is scored is what a user gets.
     with torch.no_grad():
-        way = decoder(model, model.empty_state(batch, length - 1, known))
+        decode = decoder(model, model.empty_state(batch, length - 1, input_documents))
     for t in range(length - 1):
-        hidden.append(way(inputs[:, t], [t] * batch))
+        hidden.append(decode(inputs[:, t], [t] * batch))
         if advance is not None:
             advance(batch)
     with torch.inference_mode():
@@ -68,9 +69,9 @@ def score_parallel(
     model: LatentRecurrentTransformer, tokens: Tensor, schedule: Schedule, documents: Tensor | None = None
 ) -> Tensor:
     """Negative log-likelihoods (B, T-1) in nats under a schedule, each position by the last pass that computed it."""
-    known = None if documents is None else documents[:, :-1]
+    input_documents = None if documents is None else documents[:, :-1]
     with torch.no_grad():
-        hidden = refine(model, tokens[:, :-1], schedule, known).hidden
+        hidden = refine(model, tokens[:, :-1], schedule, input_documents).hidden
         return token_nats(model, hidden, tokens[:, 1:])
 
 
@@ -117,16 +118,18 @@ Scorer = Callable[[LatentRecurrentTransformer, Tensor, Advance], Tensor]
 
 
 def live_scorer(model: LatentRecurrentTransformer, tokens: Tensor, advance: Advance) -> Tensor:
-    """The live scorer."""
+    """`score` as a Scorer."""
     return score(model, tokens, advance=advance)
 
 
 def two_forwards(model: LatentRecurrentTransformer, tokens: Tensor, advance: Advance) -> Tensor:
     """Live, each token computed twice: the second forward reads the memory that the first one wrote, and replaces it.
 
-    What this gains over live is depth; what live gains over zeroed memory is recurrence (PonderLM-2's comparison).
+    What this gains over live is depth; what live gains over zeroed memory is recurrence (PonderLM-2's comparison). The
+    second forward reads the token's own memory: exact live decoding is a fixed point, so one that read the
+    predecessor's again would change nothing.
     """
-    again, inputs, hidden = reading(model, OwnMemory), tokens[:, :-1], []
+    again, inputs, hidden = with_ablation(model, OwnMemory), tokens[:, :-1], []
     with torch.no_grad():
         state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
         for t in range(inputs.shape[1]):
@@ -137,8 +140,8 @@ def two_forwards(model: LatentRecurrentTransformer, tokens: Tensor, advance: Adv
         return token_nats(model, torch.cat(hidden, dim=1), tokens[:, 1:])
 
 
-def under(schedule: Schedule) -> Scorer:
-    """The scorer of a schedule; a mixture is the probability-weighted mean, stages are their last."""
+def schedule_scorer(schedule: Schedule) -> Scorer:
+    """The scorer of a schedule; of a mixture the probability-weighted mean, of stages the last one's."""
 
     def scorer(model: LatentRecurrentTransformer, tokens: Tensor, advance: Advance) -> Tensor:
         nats = torch.stack([p * score_parallel(model, tokens, part) for p, part in schedule.scoring_parts()]).sum(0)
@@ -170,36 +173,45 @@ def bits_per_byte(
             "this tokenizer has no byte alphabet: score the whole split (at_least=None), so that its size counts"
         )
     device, ledger = model.embedding.weight.device, InMemory() if ledger is None else ledger
-    every = portions(windows, batch_size)
-    mine = ledger.todo(list(every))
-    with bar(title, sum(every[key].positions for key in mine), progress) as tell:
-        for key in mine:
-            batch = next(every[key].batches(batch_size))
+    batches = window_batches(windows, batch_size)
+    todo = ledger.todo(list(batches))
+    with bar(title, sum(batches[key].positions for key in todo), progress) as advance:
+        for key in todo:
+            batch = next(batches[key].batches(batch_size))
             tokens, targets = batch.tokens.to(device), batch.targets[:, :-1]
             valid = targets != IGNORED
-            scored = scorer(model, tokens, tell).cpu()
-            counted = 0 if token_bytes is None else int(token_bytes[targets[valid]].sum())
-            ledger.add({key: [float(scored[valid].double().sum()), counted]})
-    done = ledger.everybody()
-    nats, size = (sum(done[key][i] for key in every) for i in range(2))
-    size = windows.documents.bytes if token_bytes is None else size - prefix_bytes * windows.openings
-    return nats / (math.log(2) * size), size
+            nats = scorer(model, tokens, advance).cpu()
+            size = 0 if token_bytes is None else int(token_bytes[targets[valid]].sum())
+            ledger.add({key: [float(nats[valid].double().sum()), size]})
+    done = ledger.gather()
+    total_nats, total_bytes = (sum(done[key][i] for key in batches) for i in range(2))
+    if token_bytes is None:
+        total_bytes = windows.documents.bytes
+    else:
+        total_bytes -= prefix_bytes * windows.document_starts
+    return total_nats / (math.log(2) * total_bytes), total_bytes
 
 
-def portions(windows: Windows, batch_size: int) -> dict[str, Windows]:
-    """The windows of each batch, by a key that names them.
+def window_batches(windows: Windows, batch_size: int) -> dict[str, Windows]:
+    """The windows of each batch, by the key of a ledger's item: its first window and the batch size.
 
-    A ledger's items are whole batches: what a shuffled memory finds depends on which windows are scored together.
+    Items are whole batches: with shuffled memory a score depends on which windows are scored together.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     firsts = range(0, len(windows), batch_size)
-    return {f"{first}+{batch_size}": windows.part(slice(first, first + batch_size)) for first in firsts}
+    return {f"{first}+{batch_size}": windows.select(slice(first, first + batch_size)) for first in firsts}
 
 
-def shared_batch(batch_size: int, count: int, ranks: int) -> int:
-    """Windows scored at once, so that no rank goes without any of `count`, where there are enough."""
+def batch_size_for(batch_size: int, count: int, ranks: int) -> int:
+    """Windows scored at once: at most `batch_size`, and so few that every rank has some of `count`."""
     return min(batch_size, -(-count // ranks))
+
+
+def size_without_lone_window(batch_size: int, count: int) -> int:
+    """The largest batch size up to `batch_size`, else the least above, that leaves none of `count` windows alone."""
+    sizes = [*range(batch_size, 1, -1), *range(batch_size, count + 1)]
+    return next(size for size in sizes if size > 1 and count % size != 1)
 
 
 def evaluate(
@@ -211,13 +223,13 @@ def evaluate(
     batch_size: int = BATCH,
     progress: bool = True,
     prefix_bytes: int = 0,
-    keep: Keep = in_memory,
+    open_ledger: LedgerFactory = in_memory,
 ) -> Metrics:
     """Score a model under its training schedule and live, and, where it has a memory, live with that replaced.
 
-    `ablations` are names of `ABLATIONS`, and `two_forwards`; a single window cannot be `shuffled`. `keep` gives each
-    score's ledger by its name: a stopped evaluation goes on from there, and its ranks, which all call this, share the
-    batches.
+    `token_bytes` and `prefix_bytes` as for `bits_per_byte`. `ablations` are names of `ABLATIONS`, and `two_forwards`; a
+    single window cannot be `shuffled`. `open_ledger` gives each score's ledger by its name: a stopped evaluation goes
+    on from there, and its ranks, which all call this, share the batches. ValueError for an unknown ablation.
     """
     unknown = sorted(set(ablations) - set(EVERY))
     if unknown:
@@ -225,29 +237,27 @@ def evaluate(
     recurrent = bool(model.config.stored_sources)
     schedule = schedule if model.config.is_recurrent else plain()
 
-    batch_size = shared_batch(batch_size, len(windows), keep("live").ranks.ranks)
-    if len(windows) == 1:  # it has no other's memory to read
+    # Before anything is measured: all scores share one batch size, and so the keys of their ledgers.
+    batch_size = batch_size_for(batch_size, len(windows), open_ledger("live").ranks.ranks)
+    if len(windows) == 1:  # there is no other window's memory to read
         ablations = [name for name in ablations if name != "shuffled"]
-    if "shuffled" in ablations:  # no window may be alone in its batch
-        sizes = [*range(batch_size, 1, -1), *range(batch_size, len(windows) + 1)]
-        batch_size = next(size for size in sizes if size > 1 and len(windows) % size != 1)
+    if "shuffled" in ablations:
+        batch_size = size_without_lone_window(batch_size, len(windows))
 
-    def bpb(chosen: LatentRecurrentTransformer, scorer: Scorer, title: str) -> tuple[float, int]:
+    def bpb(scored: LatentRecurrentTransformer, scorer: Scorer, title: str) -> tuple[float, int]:
         return bits_per_byte(
-            chosen, windows, token_bytes, scorer, batch_size, title, progress, prefix_bytes, keep(title)
+            scored, windows, token_bytes, scorer, batch_size, title, progress, prefix_bytes, open_ledger(title)
         )
 
     was_training = model.training
     model.eval()
-    parallel, size = bpb(model, under(schedule), "parallel")
-    alive, _ = bpb(model, live_scorer, "live")
-    replaced: dict[str, float] = {}
+    parallel, size = bpb(model, schedule_scorer(schedule), "parallel")
+    live, _ = bpb(model, live_scorer, "live")
+    ablated: dict[str, float] = {}
     for name in ablations if recurrent else ():
         if name == TWO_FORWARDS:
-            replaced["live_bpb_two_forwards"], _ = bpb(model, two_forwards, "two forwards")
+            ablated["live_bpb_two_forwards"], _ = bpb(model, two_forwards, "two forwards")
         else:
-            replaced[f"live_bpb_memory_{name}"], _ = bpb(ablate(model, name), live_scorer, f"memory {name}")
+            ablated[f"live_bpb_memory_{name}"], _ = bpb(ablate(model, name), live_scorer, f"memory {name}")
     model.train(was_training)
-    return Metrics(
-        repr(schedule), windows.targets, size, windows.complete, parallel, alive, alive - parallel, **replaced
-    )
+    return Metrics(repr(schedule), windows.targets, size, windows.complete, parallel, live, live - parallel, **ablated)

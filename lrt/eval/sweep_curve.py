@@ -1,7 +1,8 @@
 """The sweep curve: what a model scores after n refinements, how far it then is from the live memory, and a verdict.
 
 A schedule approximates the fixed point h = F(tokens, shift(h)), which live decoding reaches exactly. Here the iteration
-goes on past what was trained. It settles, swings between two states, or leaves: the train/live gap before it costs.
+goes on past what was trained. It settles, swings between two states, or leaves: so the gap between training and live
+decoding shows before it costs.
 
 Shapes: B windows, T positions, P remembered sources, D width. A refinement is a sweep over g strided subsets after a
 first full pass; g = 1 is a full (Jacobi) pass: n refinements are `multi_refinement(n)` (arXiv 2605.26797, section 3).
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from lrt.data.batch import IGNORED
 from lrt.data.windows import Windows
-from lrt.eval.ledger import Keep, in_memory
-from lrt.eval.scoring import BATCH, bits_per_byte, portions, shared_batch, under
+from lrt.eval.ledger import InMemory, LedgerFactory, in_memory
+from lrt.eval.scoring import BATCH, batch_size_for, bits_per_byte, schedule_scorer, window_batches
 from lrt.model.cross_entropy import token_nats
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -81,29 +82,30 @@ class SweepCurve:
         return dataclasses.asdict(self)
 
 
-def judge(bpb: Sequence[float], parallel: float, change: float) -> str:
+def classify_curve(bpb: Sequence[float], parallel: float, change: float) -> str:
     """The verdict in words, of the BPB after 0, 1, …, n full refinements and the last relative change.
 
     Two-cycle and stable are the contract's (section 4). What is neither, has left the trained score after the last
-    refinement that still gave it: it *settles elsewhere* where the iteration came to rest, else it *diverges*.
+    refinement that still gave it. It *settles elsewhere* where the iteration came to rest, else it *diverges*: an
+    iteration that rests at another score than the trained one does not diverge.
     """
     if len(bpb) < 2:
         raise ValueError(f"{len(bpb)} scores; a verdict needs those of at least two refinement counts")
     if not abs(bpb[-1] - bpb[-2]) <= TWO_CYCLE and math.isfinite(bpb[-1]):
         return "two-cycle"
-    near = [n for n, value in enumerate(bpb) if abs(value - parallel) <= STABLE]
-    if near and near[-1] == len(bpb) - 1:
-        return "stable"
+    near = [n for n, score in enumerate(bpb) if abs(score - parallel) <= STABLE]
     after = near[-1] if near else 0
+    if near and after == len(bpb) - 1:
+        return "stable"
     return f"settles elsewhere after {after}" if change <= CONVERGED else f"diverges after {after}"
 
 
-def contraction(changes: Sequence[float]) -> float:
+def mean_contraction(changes: Sequence[float]) -> float:
     """Mean factor from one change to the next, up to the first that is only rounding; 0 where that is the first."""
     above = next((i for i, change in enumerate(changes) if change <= FLOOR), len(changes))
     if above < 2:
         return 0.0
-    return (changes[above - 1] / changes[0]) ** (1 / (above - 1))
+    return (changes[above - 1] / changes[0]) ** (1 / (above - 1))  # the geometric mean of all factors between
 
 
 class Sums(NamedTuple):
@@ -136,12 +138,13 @@ def sweep_curve(
     batch_size: int = BATCH,
     progress: bool = True,
     prefix_bytes: int = 0,
-    keep: Keep = in_memory,
+    open_ledger: LedgerFactory = in_memory,
 ) -> SweepCurve:
     """Score a model after every refinement, up to the largest of `counts`, for each stride of `groups` (1 first).
 
-    `keep` gives the ledgers of `parallel` and `sweeps`; their ranks share the batches. ValueError where full
-    refinements (1) or two consecutive last counts are missing, without which there is no verdict.
+    `token_bytes` and `prefix_bytes` as for `bits_per_byte`. `open_ledger` gives the ledgers of `parallel` and `sweeps`;
+    their ranks share the batches. ValueError where full refinements (1) or two consecutive last counts are missing,
+    without which there is no verdict.
     """
     last = max(counts)
     if groups[0] != 1 or last - 1 not in counts:
@@ -149,30 +152,30 @@ def sweep_curve(
             f"groups {tuple(groups)} and counts {tuple(counts)} give no verdict; start with 1, and end with n - 1 and n"
         )
     schedule = schedule if model.config.stored_sources else plain()
-    ledger = keep("sweeps")
-    batch_size = shared_batch(batch_size, len(windows), ledger.ranks.ranks)
+    ledger = open_ledger("sweeps")
+    batch_size = batch_size_for(batch_size, len(windows), ledger.ranks.ranks)
     parallel, size = bits_per_byte(
-        model, windows, token_bytes, under(schedule), batch_size, "parallel", progress, prefix_bytes, keep("parallel")
+        model,
+        windows,
+        token_bytes,
+        schedule_scorer(schedule),
+        batch_size,
+        "parallel",
+        progress,
+        prefix_bytes,
+        open_ledger("parallel"),
     )
-    unit = math.log(2) * size
-    keys = portions(windows, batch_size)
-    mine = ledger.todo(list(keys))
-    was_training = model.training
-    model.eval()
-    total = (1 + len(groups) * (last + 1)) * sum(len(keys[key]) for key in mine)
-    with torch.no_grad(), bar("sweeps", total, progress) as tell:
-        for key in mine:
-            batch = next(keys[key].batches(batch_size))
-            ledger.add({key: _batch(model, batch.tokens, batch.targets, groups, last, tell)})
-    model.train(was_training)
-    done = ledger.everybody()
-    live = [sum(done[key]["live"][i] for key in keys) for i in range(2)]
-    sums = {g: [Sums.over([done[key][str(g)][n] for key in keys]) for n in range(last + 1)] for g in groups}
-    every = {g: [s.nats / unit for s in sums[g]] for g in groups}
+    unit = math.log(2) * size  # nats / unit is BPB
+    batches = window_batches(windows, batch_size)
+    _run_sweeps(model, batches, groups, last, batch_size, ledger, progress)
+    done = ledger.gather()
+    live_nats, live_square = (sum(done[key]["live"][i] for key in batches) for i in range(2))
+    sums = {g: [Sums.over([done[key][str(g)][n] for key in batches]) for n in range(last + 1)] for g in groups}
+    bpb = {g: [s.nats / unit for s in sums[g]] for g in groups}
     changes = {g: [math.sqrt(s.moved / max(s.size, 1e-30)) for s in sums[g]] for g in groups}
     curves = {
         g: tuple(
-            Point(n, every[g][n], math.sqrt(sums[g][n].gap / live[1]), sums[g][n].largest, changes[g][n])
+            Point(n, bpb[g][n], math.sqrt(sums[g][n].gap / live_square), sums[g][n].largest, changes[g][n])
             for n in sorted(set(counts))
         )
         for g in groups
@@ -180,24 +183,49 @@ def sweep_curve(
     return SweepCurve(
         repr(schedule),
         parallel,
-        live[0] / unit,
+        live_nats / unit,
         windows.targets,
         curves,
-        {g: contraction(changes[g][1:]) for g in groups},
-        every[1][last] - every[1][last - 1],
-        judge(every[1], parallel, changes[1][last]),
+        {g: mean_contraction(changes[g][1:]) for g in groups},
+        bpb[1][last] - bpb[1][last - 1],
+        classify_curve(bpb[1], parallel, changes[1][last]),
     )
 
 
-def _batch(
+def _run_sweeps(
+    model: LatentRecurrentTransformer,
+    batches: Mapping[str, Windows],
+    groups: Sequence[int],
+    last: int,
+    batch_size: int,
+    ledger: InMemory,
+    progress: bool,
+) -> None:
+    """Put this rank's share of the batches into the ledger, where they are not there yet."""
+    todo = ledger.todo(list(batches))
+    was_training = model.training
+    model.eval()
+    # A step of the bar is a window's live decoding, or one of its refinements.
+    total = (1 + len(groups) * (last + 1)) * sum(len(batches[key]) for key in todo)
+    with torch.no_grad(), bar("sweeps", total, progress) as advance:
+        for key in todo:
+            batch = next(batches[key].batches(batch_size))
+            ledger.add({key: _batch_sums(model, batch.tokens, batch.targets, groups, last, advance)})
+    model.train(was_training)
+
+
+def _batch_sums(
     model: LatentRecurrentTransformer,
     tokens: Tensor,
     targets: Tensor,
     groups: Sequence[int],
     last: int,
-    tell: Advance,
+    advance: Advance,
 ) -> dict[str, list[Any]]:
-    """One batch of windows (B, T): its `Sums` by stride and refinements; live: nats and ‖m_live‖². Plain data."""
+    """One batch of windows, tokens and targets (B, T), as a ledger's item.
+
+    By stride, as text: the `Sums` after 0, 1, …, `last` refinements. `live`: nats and ‖m_live‖².
+    """
     device = model.embedding.weight.device
     inputs, targets = tokens[:, :-1].to(device), targets[:, :-1].to(device)
     valid = (targets != IGNORED).unsqueeze(-1)
@@ -207,28 +235,31 @@ def _batch(
 
     state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
     out = refine(model, inputs, sequential(), state=state)
-    exact = compared_states(out.state, out.hidden)
-    found: dict[str, list[Any]] = {"live": [nats(out.hidden), square(exact * valid)]}
-    tell(len(inputs), "live")
+    exact = comparable_state(out.state, out.hidden)  # what all refinements are compared with
+    sums: dict[str, list[Any]] = {"live": [nats(out.hidden), sum_of_squares(exact * valid)]}
+    advance(len(inputs), "live")
     for g in groups:
-        points = found[str(g)] = []
+        points = sums[str(g)] = []
+        # Whatever the stride, the first pass is a full one that reads no memory.
         empty = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs)
         hidden, state = model(inputs, range(inputs.shape[1]), empty)
         moved, scored = hidden, nats(hidden)
         for n in range(last + 1):
             if n > 0 and bool(moved.any()):  # at a fixed point another refinement is the same computation
                 before = hidden
-                hidden, state = refinement(model, inputs, state, g)
+                hidden, state = refine_once(model, inputs, state, g)
                 moved, scored = (hidden - before) * valid, nats(hidden)
-            apart = (compared_states(state, hidden) - exact) * valid
+            apart = (comparable_state(state, hidden) - exact) * valid  # 0 on padding
             far = apart.norm(dim=-1) / exact.norm(dim=-1)
-            changed = square(moved) if n > 0 else 0.0
-            points.append([*Sums(scored, square(apart), changed, square(hidden * valid), float(far.max()))])
-            tell(len(inputs), f"stride {g}, {n} refinements")
-    return found
+            changed = sum_of_squares(moved) if n > 0 else 0.0
+            points.append(
+                [*Sums(scored, sum_of_squares(apart), changed, sum_of_squares(hidden * valid), float(far.max()))]
+            )
+            advance(len(inputs), f"stride {g}, {n} refinements")
+    return sums
 
 
-def refinement(model: LatentRecurrentTransformer, tokens: Tensor, state: State, groups: int) -> tuple[Tensor, State]:
+def refine_once(model: LatentRecurrentTransformer, tokens: Tensor, state: State, groups: int) -> tuple[Tensor, State]:
     """One strided sweep over tokens (B, T) from a state in which all are written: hidden (B, T, D), state."""
     hidden = tokens.new_empty(*tokens.shape, model.config.width, dtype=state.memory.dtype)
     for p in sweep(tokens.shape[1], groups):
@@ -237,11 +268,11 @@ def refinement(model: LatentRecurrentTransformer, tokens: Tensor, state: State, 
     return hidden, state
 
 
-def compared_states(state: State, hidden: Tensor) -> Tensor:
-    """(B, T, P·D): the memory that is compared; the final hidden state where nothing is remembered."""
+def comparable_state(state: State, hidden: Tensor) -> Tensor:
+    """(B, T, P·D): the memory of all sources side by side; the final hidden state where nothing is remembered."""
     return state.memory.flatten(2) if state.memory.shape[2] > 0 else hidden
 
 
-def square(x: Tensor) -> float:
+def sum_of_squares(x: Tensor) -> float:
     """‖x‖² in float64."""
     return float(x.double().square().sum())

@@ -28,6 +28,7 @@ from lrt.schedules.parse import parse
 from lrt.training import recipes
 from lrt.training.config import RunConfig
 from lrt.training.loop import train
+from lrt.utils.files import replace_atomically
 from lrt.utils.provenance import hardware_line
 
 SAMPLE = 160
@@ -79,13 +80,13 @@ def demo(
         "hardware": hardware_line(device),
         "seconds": time.perf_counter() - begun + reused,
     }
-    console.print(demo_report.table(summary))
+    console.print(demo_report.terminal_table(summary).rich())
     console.print("\nA sample from the LRT, decoded with its recurrence:\n", style="bold")
     written = print_continuation(model, tokenizer, prompt, SAMPLE, Sampling(0.8, top_p=0.95), seed)
     summary["seconds"] = time.perf_counter() - begun + reused
     diaries = {family: out / family / "metrics.jsonl" for family in models}
     demo_report.write_report(out / "report.html", summary, diaries, written)
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    replace_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print(f"\n{out / 'report.html'} and {out / 'summary.json'} written, {summary['seconds']:.0f} s in all.")
     return summary
 
@@ -139,7 +140,7 @@ def _family(
         f"  live {metrics.live_bpb:.4f} bits per byte, parallel {metrics.parallel_bpb:.4f} "
         f"({metrics.targets:,} tokens of held-out text; {done.tokens / done.seconds:,.0f} tokens/s in training)"
     )
-    finished.write_text(json.dumps({"key": key, "result": result}, indent=2) + "\n")
+    replace_atomically(finished, json.dumps({"key": key, "result": result}, indent=2) + "\n")
     return result, True
 
 

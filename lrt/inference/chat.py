@@ -14,6 +14,7 @@ from lrt.inference.prefill import Mode
 from lrt.inference.sampling import Sampling
 from lrt.inference.session import Session
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils.files import replace_atomically
 
 TURNS = "turns.json"
 """Beside a saved session: where its turns began."""
@@ -98,7 +99,7 @@ class Conversation:
         assert self.session is not None
         (path / TURNS).unlink(missing_ok=True)  # never the turns of another conversation beside this session
         self.session.save(path)
-        (path / TURNS).write_text(json.dumps(self.turns) + "\n")
+        replace_atomically(path / TURNS, json.dumps(self.turns) + "\n")
 
     def load(self, path: Path) -> None:
         """Go on with the conversation of a folder. ValueError where it is damaged, or another model's."""

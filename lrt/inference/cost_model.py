@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lrt.model.transformer import LatentRecurrentTransformer, fingerprint
+from lrt.utils.files import replace_atomically
 
 FILE = "calibration.json"
 FORMAT = 1
@@ -107,9 +108,7 @@ def write_calibration(folder: str | Path, calibration: Calibration) -> None:
     file = Path(folder) / FILE
     entries = {**_read_entries(file), calibration.device: calibration}
     data = {"format": FORMAT, "entries": [entry.to_dict() for entry in entries.values()]}
-    fresh = file.with_name(f".{FILE}.saving")
-    fresh.write_text(json.dumps(data, indent=2) + "\n")
-    fresh.replace(file)  # at once: a reader sees the old file or the new one
+    replace_atomically(file, json.dumps(data, indent=2) + "\n")
 
 
 def _read_entries(file: Path) -> dict[str, Calibration]:

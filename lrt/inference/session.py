@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from lrt.inference.prefill import Mode, Prefilled, prefill
 from lrt.inference.sampling import Sampling
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer, fingerprint
-from lrt.utils.files import read_json, recover, sha256, swap
+from lrt.utils.files import read_json, recover, replace_folder, sha256, temporary_name
 
 FORMAT = 1
 CHUNK = 256
@@ -141,13 +140,13 @@ class Session:
         path = Path(path)
         if path.exists() and not (path / "session.json").exists() and any(path.iterdir()):
             raise ValueError(f"{path} holds something that is no session; choose another folder")
-        fresh = path.with_name(f".{path.name}.saving-{os.getpid()}")
+        fresh = temporary_name(path)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         try:
             safetensors.torch.save_file(_tensors(self), fresh / "state.safetensors")
             (fresh / "session.json").write_text(json.dumps(_about(self, fresh), indent=2) + "\n")
-            swap(fresh, path)
+            replace_folder(fresh, path)
         except BaseException as error:
             shutil.rmtree(fresh, ignore_errors=True)
             if isinstance(error, safetensors.SafetensorError | RuntimeError):  # what its writer raises on a full disk

@@ -13,7 +13,6 @@ A save is written beside its target, flushed to the disk, and renamed: whatever 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from lrt.data.tokenizer import Tokenizer
 from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, load_weights
 from lrt.model.config import ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.utils.files import _flush, free_megabytes, read_json, recover, sha256, swap
+from lrt.utils.files import free_megabytes, read_json, recover, replace_folder, sha256, temporary_name
 
 FORMAT = 1
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
@@ -52,7 +51,7 @@ def save(
     path = Path(path)
     if path.exists() and not (path / "manifest.json").exists() and any(path.iterdir()):
         raise ValueError(f"{path} holds something that is no checkpoint; choose another folder")
-    fresh = path.with_name(f".{path.name}.saving-{ranks.broadcast(os.getpid())}")
+    fresh = ranks.broadcast(temporary_name(path))
     try:
         with ranks.collective():
             if ranks.rank == 0:
@@ -65,7 +64,7 @@ def save(
             weights = ranks.weights(model)
             if ranks.rank == 0:
                 _write(fresh, weights, model.config, tokenizer, about or {})
-                swap(fresh, path)
+                replace_folder(fresh, path)
     except BaseException as error:
         if ranks.rank == 0:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -111,8 +110,6 @@ def _write(
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     manifest = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    for file in [*folder.rglob("*"), folder]:
-        _flush(file)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRecurrentTransformer, Tokenizer]:

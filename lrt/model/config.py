@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from lrt.utils.validation import choice
+from lrt.utils.validation import check_choice
 
 HEAD_SIZES = (128, 64, 32, 16, 8)
 
@@ -45,10 +45,10 @@ class MemoryConfig:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        choice(self, "injection", ("none", "residual", "key_value", "both"))
-        choice(self, "projection", ("shared", "layerwise"))
-        choice(self, "combine", ("sum", "channels"))
-        choice(self, "initial", ("zeros", "embedding"))
+        check_choice(self, "injection", ("none", "residual", "key_value", "both"))
+        check_choice(self, "projection", ("shared", "layerwise"))
+        check_choice(self, "combine", ("sum", "channels"))
+        check_choice(self, "initial", ("zeros", "embedding"))
         if not isinstance(self.delay, int) or self.delay < 1:
             raise ValueError(
                 f"memory.delay is {self.delay}; it must be a whole number of at least 1: a token cannot read itself"
@@ -148,7 +148,7 @@ class ModelConfig:
             )
         if self.head_dim < 2 or self.head_dim % 2 != 0:
             raise ValueError(f"the head size is {self.head_dim}; rotary positions need an even one")
-        choice(self, "value_embeddings", ("none", "alternate", "all"))
+        check_choice(self, "value_embeddings", ("none", "alternate", "all"))
         if len(self.window_pattern) == 0 or not set(self.window_pattern) <= {"L", "S"}:
             raise ValueError(
                 f"window_pattern is {self.window_pattern!r}; use the letters L (full) and S (sliding), for example "

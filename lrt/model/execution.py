@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from lrt.utils.torch_private import missing_compiler, raise_recompile_limit
-from lrt.utils.validation import choice
+from lrt.utils.validation import check_choice
 
 F = TypeVar("F", bound=Callable[..., Any])
 LONG = 1000
@@ -40,8 +40,8 @@ class Execution:
     each block; the inside of each pass, of which only what later passes read is kept."""
 
     def __post_init__(self) -> None:
-        choice(self, "compile", ("auto", "always", "never"))
-        choice(self, "recompute", ("nothing", "blocks", "passes"))
+        check_choice(self, "compile", ("auto", "always", "never"))
+        check_choice(self, "recompute", ("nothing", "blocks", "passes"))
 
     def resolve(self, steps: int, device: str | torch.device, unproved: str | None = None) -> tuple[Execution, str]:
         """`always` or `never` in place of `auto` for a run of `steps`, and which path that is, in words.

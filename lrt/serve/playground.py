@@ -17,7 +17,7 @@ import torch
 from starlette.requests import Request as HttpRequest
 
 from lrt.eval.ablations import ablate
-from lrt.eval.memory_stats import by_token
+from lrt.eval.memory_stats import memory_by_token
 from lrt.eval.scoring import score
 from lrt.inference.request import Event, Request
 from lrt.inference.sampling import Sampling
@@ -158,9 +158,9 @@ class MemoryInspector:
 def inspect_text(model: ServedModel, tokens: list[int], disconnected: threading.Event) -> dict[str, Any]:
     """Surprisals in bits of tokens 1…T-1, and what each of them read of the memory when it was predicted.
 
-    `live`, and where the model recurs `zero` and `embedding`; `inside` as `memory_stats.by_token` has it. All lists
-    have one entry per predicted token: entry i belongs to token i + 1, and to the position before it, which predicts
-    it. Raises Cancelled, between two chunks of work, once `disconnected` is set.
+    `live`, and where the model recurs `zero` and `embedding`; `inside` as `memory_by_token` has it. All lists have
+    one entry per predicted token: entry i belongs to token i + 1, and to the position before it, which predicts it.
+    Raises Cancelled, between two chunks of work, once `disconnected` is set.
     """
 
     def check_connected(amount: float, text: str = "") -> None:
@@ -179,7 +179,7 @@ def inspect_text(model: ServedModel, tokens: list[int], disconnected: threading.
         for name in ("zero", "embedding"):
             bits[name] = surprisals(ablate(transformer, name))
         check_connected(0)
-        inspection["inside"] = by_token(transformer, row[:, :-1])
+        inspection["inside"] = memory_by_token(transformer, row[:, :-1])
     return json_number(inspection)
 
 

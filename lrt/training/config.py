@@ -18,7 +18,7 @@ from lrt.schedules import library as schedules
 from lrt.schedules.flops import training_flops
 from lrt.schedules.parse import parse
 from lrt.training.optim import OptimConfig
-from lrt.utils.validation import choice
+from lrt.utils.validation import check_choice
 
 UNITS = ("steps", "tokens", "ratio", "flops")
 
@@ -86,7 +86,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         parse(self.schedule)
         Horizon.parse(self.horizon)
-        choice(self, "precision", ("float32", "bfloat16"))
+        check_choice(self, "precision", ("float32", "bfloat16"))
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
         self.micro_batches(1)

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from lrt.utils.files import replace_atomically
 from lrt.utils.imports import optional_module
 from lrt.utils.progress import warn
 
@@ -133,6 +134,4 @@ def read_metrics(out: Path, steps: int) -> MetricsLog:
 
 def rewrite_metrics(out: Path, lines: MetricsLog) -> None:
     """Make `lines` all of metrics.jsonl: what stands behind a snapshot goes, and a kill now loses none of the rest."""
-    rewritten = out / ".metrics.jsonl"
-    rewritten.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rewritten.replace(out / "metrics.jsonl")
+    replace_atomically(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

@@ -21,6 +21,7 @@ from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
 from lrt.training.recipes import match_parameters
 from lrt.training.trainer import Trainer
+from lrt.utils.files import replace_atomically
 
 KINDS = ("parameters", "tokens", "compute", "wall_clock")
 PAIRS = 12
@@ -100,7 +101,7 @@ def read_or_measure_ratio(
     with ranks.collective():
         if ranks.first:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"ratio": ratio, "pairs": PAIRS, "of": pair}, indent=2) + "\n")
+            replace_atomically(file, json.dumps({"ratio": ratio, "pairs": PAIRS, "of": pair}, indent=2) + "\n")
     return ratio
 
 

@@ -16,11 +16,12 @@ import torch
 
 from lrt.data.prepared import Prepared
 from lrt.data.windows import windows
-from lrt.eval.memory_stats import layers, sample
+from lrt.eval.memory_stats import layer_stats, longest_inputs
 from lrt.eval.scoring import evaluate
 from lrt.model.memory import Projection, Residual
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.base import Schedule
+from lrt.utils.files import replace_atomically
 
 GAP_GROWTH = 0.01
 """A gap that has grown by more than so many bits per byte above the smallest seen is warned of."""
@@ -84,7 +85,7 @@ def memory_by_layer(model: LatentRecurrentTransformer, data: Prepared) -> dict[s
         return {}
     rows, length = MEMORY_SAMPLE
     val = windows(data.split("val"), model.config.context, rows * model.config.context)
-    return {"memory_layers": layers(model, sample(val, rows, model.embedding.weight.device)[:, :length])}
+    return {"memory_layers": layer_stats(model, longest_inputs(val, rows, model.embedding.weight.device)[:, :length])}
 
 
 @torch.no_grad()
@@ -132,7 +133,7 @@ def report_divergence(
         "last": list(lines[-50:]),
         "run": run,
     }
-    (out / "diverged.json").write_text(json.dumps(report, indent=2) + "\n")
+    replace_atomically(out / "diverged.json", json.dumps(report, indent=2) + "\n")
     again = (
         f"go on from the last good snapshot with --resume {snapshot}"
         if snapshot

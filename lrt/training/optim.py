@@ -150,7 +150,7 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(update.shape[-2:], []).append((p, update))
             for (rows, columns), entries in by_shape.items():
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for portion in self.ranks.portions(entries):
+                for portion in self.ranks.chunks(entries):
                     stacks = [self.ranks.full_tensor(update).reshape(-1, rows, columns) for _, update in portion]
                     updates = self.ranks.map_stack(newton_schulz, torch.cat(stacks)).split([len(s) for s in stacks])
                     for (p, _), update in zip(portion, updates, strict=True):

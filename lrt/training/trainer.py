@@ -23,7 +23,7 @@ import torch
 from lrt.data.batch import Batch
 from lrt.data.loader import Position, Rows, prefetch
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, clip, load_optimisers
+from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, clip_gradients, load_optimisers
 from lrt.model import checkpoint
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -107,7 +107,7 @@ class Trainer:
         schedule = self.schedule.at(before.step, self.steps, run.seed)
         batches, position = self._batches()
         loss = self._accumulate_gradients(schedule, batches)
-        norm = float(clip(self.model, run.optim.clip, self.ranks))
+        norm = float(clip_gradients(self.model, run.optim.clip, self.ranks))
         self._check_finite(loss, norm)
         rate = self.optimiser.step(before.step)
         self.progress = Progress(
@@ -132,7 +132,7 @@ class Trainer:
         step_loss = StepLoss.of(schedule, [batch.targets for batch in batches], self.ranks, self.execution)
         shares = []  # each micro-batch's share of the step's loss, whose targets are counted once: sums, not means
         for batch in batches:
-            with self.ranks.accumulating(self.objective, last=batch is batches[-1]):
+            with self.ranks.gradient_sync(self.objective, last=batch is batches[-1]):
                 share = self.objective(step_loss, batch.tokens, batch.targets, batch.documents)
                 share.backward()
             shares.append(share.detach())

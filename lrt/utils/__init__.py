@@ -1,1 +1,1 @@
-"""Seven files of one idea each; none knows a model."""
+"""What every room may use and what knows no model: devices, files, optional imports, progress, provenance, timing."""

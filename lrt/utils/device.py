@@ -8,13 +8,16 @@ import torch
 
 
 def choose_device(name: str) -> str:
-    """`auto` is CUDA, then Apple's MPS, then the CPU; anything else is torch's own spelling, checked."""
+    """`auto` is CUDA, then Apple's MPS, then the CPU; anything else is a name of torch's, tried.
+
+    ValueError for a device that torch does not know or that cannot compute here.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name).item()  # a value, which the meta device cannot give
+        torch.empty(1, device=name).item()  # reading a value back fails on the meta device, which computes nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here: {reason}; try --device auto or cpu") from error
@@ -29,12 +32,12 @@ PEAKS = {
 
 
 def peak_flops(device: str | torch.device) -> float | None:
-    """FLOP/s that a device could do at most; None where no data sheet is known, on CPUs for example."""
+    """Dense bfloat16 FLOP/s that a device could do at most; None where no data sheet is known, as for CPUs."""
     if torch.device(device).type != "cuda":
         return None
     return known_peak(torch.cuda.get_device_name(device))
 
 
 def known_peak(name: str) -> float | None:
-    """The peak of the first entry of PEAKS that stands in a device's name."""
+    """The peak of the first entry of PEAKS that stands in a device's name: the longer of two like names is first."""
     return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)

@@ -1,4 +1,4 @@
-"""What optional extras install: imported where it is used, and named where it is missing."""
+"""What optional extras install: imported where it is used, so that `import lrt` needs none of it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from contextlib import contextmanager
 from typing import Any
 
 
+class MissingExtraError(ValueError):
+    """A package of an optional extra cannot be imported. The message names both, and the command that installs it."""
+
+
 @contextmanager
 def extra(name: str, what: str) -> Iterator[None]:
-    """A block that imports what an optional extra installs; ValueError that names it where it is not there."""
+    """A block that imports what the extra `name` installs and `what` needs; MissingExtraError where it is not there."""
     try:
         yield
     except ImportError as error:
-        raise ValueError(
+        raise MissingExtraError(
             f"{what} needs the package {error.name}, which cannot be imported ({error}); install it with "
             f"pip install 'latent-recurrent-transformer[{name}]'"
         ) from error
 
 
 def optional_module(module: str, name: str, what: str) -> Any:
-    """The module, which comes with the extra `name` and which `what` needs; ValueError as `extra` raises it."""
+    """The module, which comes with the extra `name` and which `what` needs; MissingExtraError as `extra` raises it."""
     with extra(name, what):
         return importlib.import_module(module)

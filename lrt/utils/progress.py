@@ -1,4 +1,4 @@
-"""One progress bar for all long work: what is done, how fast, time left, and whatever else is worth seeing."""
+"""One progress bar for all long work: the share that is done, the time left, and a text of the caller's beside it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ class Advance(Protocol):
 
 @contextmanager
 def bar(title: str, total: float | None, show: bool = True) -> Iterator[Advance]:
-    """A transient bar on standard error while the block runs; where that is no terminal (a cluster's log), a line a
-    minute; nothing if not `show`. A `total` of None: work whose end is not known.
+    """A transient bar on standard error while the block runs; nothing if not `show`.
+
+    Where standard error is no terminal (a cluster's log), a line every LINE_EVERY seconds. `total` is in the units of
+    `Advance`; None where the end is not known.
     """
     console = Console(stderr=True)
     columns = (
@@ -51,4 +53,5 @@ def bar(title: str, total: float | None, show: bool = True) -> Iterator[Advance]
 
 
 def warn(text: str) -> None:
+    """A line on standard error: standard output is for results, which may be JSON."""
     print(f"warning: {text}", file=sys.stderr)

@@ -12,7 +12,7 @@ import torch
 
 
 def hardware(device: str | torch.device = "cpu") -> dict[str, object]:
-    """What the figures were measured on."""
+    """The machine's facts that a number depends on, as plain data: they are kept in results and in keys of caches."""
     cuda = torch.device(device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
@@ -32,14 +32,16 @@ def processor() -> str:
 
 
 def hardware_line(device: str | torch.device = "cpu") -> str:
-    """The same in words, for beside a number."""
-    machine = hardware(device)
-    return "{device}, {threads} threads, torch {torch}, Python {python}".format(**machine)
+    """`hardware` in words, for beside a number."""
+    return "{device}, {threads} threads, torch {torch}, Python {python}".format(**hardware(device))
 
 
 @functools.cache
 def code_version() -> str:
-    """The version of the library, and the commit where it runs from a repository."""
+    """The version of the library, and the commit where it runs from a repository, "dirty" where files were changed.
+
+    Asked of git once per process: results and ledgers name it often.
+    """
     try:
         version = importlib.metadata.version("latent-recurrent-transformer")
     except importlib.metadata.PackageNotFoundError:
@@ -49,7 +51,7 @@ def code_version() -> str:
         return version
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return version
-    return f"{version}, commit {done.stdout.strip()}"
+    return f"{version}, commit {described.stdout.strip()}"

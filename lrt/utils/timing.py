@@ -1,4 +1,8 @@
-"""Paired timings: the candidates run in turn, round after round, so that a busy machine slows them all alike."""
+"""Paired timings: the candidates run in turn, round after round, so that a busy machine slows them all alike.
+
+Every second round runs in reverse order: what a candidate leaves behind (caches, clock rates) falls on both neighbours.
+Ratios are taken within a round and only then summed up (contract, section 6).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ class Timing:
 
     def ratio(self, base: Timing) -> tuple[float, float]:
         """This over `base`: the median of the rounds' ratios, and half the distance between their quartiles."""
-        ratios = [mine / other for mine, other in zip(self.seconds, base.seconds, strict=True)]
+        ratios = [own / other for own, other in zip(self.seconds, base.seconds, strict=True)]
         if len(ratios) < 2:
             return ratios[0], 0.0
         low, _, high = statistics.quantiles(ratios, n=4)
@@ -41,18 +45,18 @@ def alternate(
     title: str = "timing",
     progress: bool = True,
 ) -> dict[str, Timing]:
-    """Time every candidate once per round, after `warmup` untimed rounds; every second round runs in reverse order."""
+    """Time every candidate once per round, after `warmup` untimed rounds. ValueError for no candidate or no round."""
     if not candidates or rounds < 1:
         raise ValueError(f"{len(candidates)} candidates over {rounds} rounds; give at least one of each")
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
-    with bar(title, len(names) * (rounds + warmup), progress) as tell:
+    with bar(title, len(names) * (rounds + warmup), progress) as advance:
         for turn in range(rounds + warmup):
             for name in names if turn % 2 == 0 else reversed(names):
-                spent = time_once(candidates[name], device)
+                elapsed = time_once(candidates[name], device)
                 if turn >= warmup:
-                    seconds[name].append(spent)
-                tell(1, name)
+                    seconds[name].append(elapsed)
+                advance(1, name)
     return {name: Timing(tuple(spent)) for name, spent in seconds.items()}
 
 
@@ -66,6 +70,6 @@ def time_once(work: Work, device: str | torch.device = "cpu") -> float:
 
 
 def synchronise(device: str | torch.device) -> None:
-    """Wait until the device has done all it was asked to."""
+    """Wait until a GPU has done all that was queued. A CPU has done it when a call returns."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

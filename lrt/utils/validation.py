@@ -1,9 +1,9 @@
-"""Checks of a user's values: each says the value, the limit and the fix."""
+"""Checks of a user's values. A message says the value, the limit and the fix."""
 
 from __future__ import annotations
 
 
-def choice(config: object, name: str, options: tuple[str, ...]) -> None:
+def check_choice(config: object, name: str, options: tuple[str, ...]) -> None:
     """Raise a ValueError unless field `name` is one of `options`."""
     value = getattr(config, name)
     if value not in options:

@@ -26,10 +26,11 @@ from lrt.data.loader import Position, Rows
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.data.records import JsonLines, Parquet, Selection
-from lrt.data.sources import Mark, TextFile, pieces
-from lrt.data.splits import by_key
+from lrt.data.sources import SourcePosition, TextFile, cut_text
+from lrt.data.splits import split_of
 from lrt.data.tokenizer import Tokenizer
 from lrt.data.windows import windows
+from lrt.utils.imports import MissingExtraError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -109,7 +110,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, given: Path) -> N
     made.append(prepare(tmp_path / "set2", tokenizer=given, progress=False, dataset=Dataset(str(folder))))
     expected: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for record in found:
-        expected[by_key(str(record["text"]))].append(str(record["text"]))
+        expected[split_of(str(record["text"]))].append(str(record["text"]))
     assert min(map(len, expected.values())) > 3
     for each in made:
         assert texts_of(each) == expected
@@ -143,7 +144,7 @@ def test_documents_that_share_a_value_stay_together(tmp_path: Path, given: Path)
         for name, part in texts_of(made).items()
     }
     assert sum(map(len, authors.values())) == 100 == len(set.union(*authors.values()))
-    assert all(by_key(f"Author {n}") == name for name, part in authors.items() for n in part)
+    assert all(split_of(f"Author {n}") == name for name, part in authors.items() for n in part)
 
 
 def test_a_number_of_documents(tmp_path: Path, given: Path) -> None:
@@ -156,12 +157,12 @@ def test_a_number_of_documents(tmp_path: Path, given: Path) -> None:
 
 
 def test_presets_take_other_configurations() -> None:
-    assert hub.preset(Dataset("fineweb-edu")) == Dataset("HuggingFaceFW/fineweb-edu", "sample-10BT")
-    assert hub.preset(Dataset("fineweb-edu", "sample-100BT", revision="v1")) == Dataset(
+    assert hub.resolve_preset(Dataset("fineweb-edu")) == Dataset("HuggingFaceFW/fineweb-edu", "sample-10BT")
+    assert hub.resolve_preset(Dataset("fineweb-edu", "sample-100BT", revision="v1")) == Dataset(
         "HuggingFaceFW/fineweb-edu", "sample-100BT", revision="v1"
     )
-    assert hub.preset(Dataset("climbmix")).name == "karpathy/climbmix-400b-shuffle"
-    assert hub.preset(Dataset("someone/else")) == Dataset("someone/else")
+    assert hub.resolve_preset(Dataset("climbmix")).name == "karpathy/climbmix-400b-shuffle"
+    assert hub.resolve_preset(Dataset("someone/else")) == Dataset("someone/else")
 
 
 def test_a_hub_name_is_streamed_at_a_fixed_revision(
@@ -198,20 +199,20 @@ def test_a_hub_name_is_streamed_at_a_fixed_revision(
 @pytest.mark.parametrize("text", ["ab c\n" * 200, "é🙂" * 300, " " * 500, "a" * 99 + "\n" * 102, "", "short"])
 def test_pieces_hold_the_text(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PIECE", 100)
-    found = list(pieces([text]))
+    found = list(cut_text([text]))
     assert "".join(part for part, _ in found) == text
     assert [last for _, last in found] == [False] * (len(found) - 1) + [True]
     assert all(len(part) <= 100 for part, _ in found)
     assert min((len(part) for part, last in found if not last), default=50) >= 50
     for size in (1, 7, 100, 333):
-        assert list(pieces(text[i : i + size] for i in range(0, len(text), size))) == found
+        assert list(cut_text(text[i : i + size] for i in range(0, len(text), size))) == found
 
 
 def test_cutting_after_lines_leaves_tokens_as_they_are(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PIECE", 100)
     tokenizer = Tokenizer.load(given)
     text = "".join(f"a line, number {n}, and some words\n" for n in range(200))
-    parts = [part for part, _ in pieces([text])]
+    parts = [part for part, _ in cut_text([text])]
     assert len(parts) > 50
     assert [i for part in parts for i in tokenizer.encode(part)] == tokenizer.encode(text)
 
@@ -238,7 +239,7 @@ def test_reading_goes_on_from_every_mark(kind: str, tmp_path: Path) -> None:
     whole = list(source.read())
     assert len(whole) > 100
     for taken in (1, 2, 49, 51, 60, 99, len(whole) - 1, len(whole)):
-        mark = Mark(*json.loads(json.dumps(whole[taken - 1][1])))
+        mark = SourcePosition(*json.loads(json.dumps(whole[taken - 1][1])))
         assert [piece for piece, _ in source.read(mark)] == [piece for piece, _ in whole[taken:]]
     if kind == "data set":  # and what came before the last state is not read again
         late = whole[-1][1]
@@ -316,6 +317,31 @@ def test_an_interrupted_preparation_goes_on(kind: str, tmp_path: Path, monkeypat
     assert 14 < calls < 60  # each call went on where the one before had stopped
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "whole"]
+
+
+@pytest.mark.parametrize("at", [0, 3, 9])  # of ten renames: eight files into a folder, the old one away, the new one in
+def test_a_preparation_interrupted_while_it_moves_its_files_goes_on(
+    at: int, tmp_path: Path, given: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, renames, rename = write_json_lines(tmp_path / "docs.jsonl", records_of(300)), [], Path.rename
+    prepare(tmp_path / "whole", [path], tokenizer=given, progress=False)
+    prepare(
+        tmp_path / "out", [write_json_lines(tmp_path / "a.jsonl", records_of(200))], tokenizer=given, progress=False
+    )
+
+    def interrupted(self: Path, target: Path) -> Path:
+        renames.append(target)
+        if len(renames) == at + 1:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "out", [path], tokenizer=given, progress=False)
+    prepare(tmp_path / "out", [path], tokenizer=given, progress=False)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "docs.jsonl", "out", "whole"]
 
 
 def test_other_inputs_do_not_go_on_from_an_interruption(
@@ -522,10 +548,12 @@ def test_a_missing_extra_is_named(tmp_path: Path, given: Path, monkeypatch: pyte
     for name in ("pyarrow", "pyarrow.parquet", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)
     for path in paths:
-        with pytest.raises(ValueError, match=rf"{path.name} needs the package pyarrow.*pip install '.*\[data\]'"):
+        with pytest.raises(
+            MissingExtraError, match=rf"{path.name} needs the package pyarrow.*pip install '.*\[data\]'"
+        ):
             prepare(tmp_path / "out", [path], tokenizer=given, progress=False)
     (tmp_path / "in").mkdir()
-    with pytest.raises(ValueError, match=r"needs the package datasets.*pip install '.*\[data\]'"):
+    with pytest.raises(MissingExtraError, match=r"needs the package datasets.*pip install '.*\[data\]'"):
         prepare(tmp_path / "out", tokenizer=given, progress=False, dataset=Dataset(str(tmp_path / "in")))
 
 

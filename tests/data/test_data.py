@@ -17,7 +17,7 @@ from lrt.data.loader import Position, Rows
 from lrt.data.packing import pack
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Documents, Prepared
-from lrt.data.splits import assign, cut_places
+from lrt.data.splits import assign_splits, cut_places
 from lrt.data.tokenizer import BOS, Tokenizer
 from lrt.data.windows import windows
 
@@ -266,11 +266,14 @@ def test_prepare_splits_files(library: list[Path], tmp_path: Path) -> None:
 
 def test_splits_are_stable_when_files_are_added() -> None:
     names = [f"folder/file{i}.py" for i in range(1000)]
-    before, after = dict(zip(names, assign(names), strict=True)), assign(sorted([*names, "a", "zz", "folder/new"]))
+    before, after = (
+        dict(zip(names, assign_splits(names), strict=True)),
+        assign_splits(sorted([*names, "a", "zz", "folder/new"])),
+    )
     assert before.items() <= dict(zip(sorted([*names, "a", "zz", "folder/new"]), after, strict=True)).items()
     assert 860 < list(before.values()).count("train") < 940
     for count in range(10, 40):
-        assert set(assign(names[:count])) == {"train", "val", "test"}
+        assert set(assign_splits(names[:count])) == {"train", "val", "test"}
 
 
 def test_prepare_three_files_of_a_user(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from lrt import MemoryConfig, ModelConfig
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, clip
+from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, clip_gradients
 from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshots
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -87,7 +87,10 @@ def muon_and_clip(ranks: SingleProcess) -> dict[str, Any]:
             mine.grad = torch.randn(mine.shape, generator=generator, dtype=torch.float64)
             other.grad = ranks.shard_like(mine.grad.clone(), other)
         gradients = torch.cat([p.grad.flatten() for p in models[0].parameters() if p.grad is not None])
-        norms = [float(clip(model, 2.0, group)) for model, group in zip(models, (SINGLE_PROCESS, ranks), strict=True)]
+        norms = [
+            float(clip_gradients(model, 2.0, group))
+            for model, group in zip(models, (SINGLE_PROCESS, ranks), strict=True)
+        ]
         worst = max(worst, *(abs(norm - float(gradients.norm())) for norm in norms))
         for mine, other in zip(*(model.parameters() for model in models), strict=True):
             assert mine.grad is not None

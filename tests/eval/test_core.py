@@ -21,20 +21,20 @@ from support.models import random_model
 
 from lrt.data.tokenizer import Tokenizer
 from lrt.distributed.single import SingleProcess
-from lrt.eval.core_metric.answers import MODES, Answer, On, Scored, answer, score_alone, score_questions
+from lrt.eval.core_metric.answers import MODES, Answer, On, OptionScore, answer_question, score_alone, score_questions
 from lrt.eval.core_metric.benchmark import CoreSettings, run_core
 from lrt.eval.core_metric.bundle import OFFICIAL, Bundle, CoreTask, download, read_sums
 from lrt.eval.core_metric.questions import (
     Question,
-    common,
-    crop,
-    examples,
-    language_modeling,
-    multiple_choice,
-    question,
-    schema,
+    build_question,
+    common_prefix,
+    crop_question,
+    few_shot_examples,
+    language_modeling_prompts,
+    multiple_choice_prompts,
+    schema_prompts,
 )
-from lrt.eval.report.text import core_lines
+from lrt.eval.report.text import result_lines
 from lrt.eval.results import read_results
 from lrt.model.config import MemoryConfig, ModelConfig
 from lrt.utils.files import sha256
@@ -67,21 +67,24 @@ MC = [{"query": f"Q{i}", "choices": [f"a{i}", f"b{i}"], "gold": i % 2} for i in 
 
 def test_few_shot_examples_are_the_bundle_s():
     """random.Random(1234 + 3).sample of the nineteen others, drawn once with CPython and written down."""
-    assert [e["query"] for e in examples(MC, 3, 4)] == ["Q5", "Q13", "Q10", "Q8"]
-    assert MC[3] not in examples(MC, 3, 19)
-    assert examples(MC, 0, 0) == []
+    assert [e["query"] for e in few_shot_examples(MC, 3, 4)] == ["Q5", "Q13", "Q10", "Q8"]
+    assert MC[3] not in few_shot_examples(MC, 3, 19)
+    assert few_shot_examples(MC, 0, 0) == []
 
 
 def test_prompts_by_hand():
-    assert multiple_choice(MC[1], [MC[0], MC[3]], "\nAnswer: ") == [
+    assert multiple_choice_prompts(MC[1], [MC[0], MC[3]], "\nAnswer: ") == [
         "Q0\nAnswer: a0\n\nQ3\nAnswer: b3\n\nQ1\nAnswer: a1",
         "Q0\nAnswer: a0\n\nQ3\nAnswer: b3\n\nQ1\nAnswer: b1",
     ]
     item = {"context_options": ["The cat", "The dog"], "continuation": "barked.", "gold": 1}
-    assert schema(item, [], " ") == ["The cat barked.", "The dog barked."]
-    assert schema(item, [item], " ")[0] == "The dog barked.\n\nThe cat barked."
+    assert schema_prompts(item, [], " ") == ["The cat barked.", "The dog barked."]
+    assert schema_prompts(item, [item], " ")[0] == "The dog barked.\n\nThe cat barked."
     text = {"context": " one two ", "continuation": "three"}
-    assert language_modeling(text, [text], " ") == ["one two three\n\none two", "one two three\n\none two three"]
+    assert language_modeling_prompts(text, [text], " ") == [
+        "one two three\n\none two",
+        "one two three\n\none two three",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -97,37 +100,37 @@ def task(kind: str, shots: int = 0, file: Path = Path("x.jsonl"), **fields: Any)
 
 def test_what_is_scored(tokenizer: Tokenizer):
     encode = tokenizer.encode
-    found = question(task("multiple_choice"), MC, 0, tokenizer, CONTEXT)
+    found = build_question(task("multiple_choice"), MC, 0, tokenizer, CONTEXT)
     assert found.rows[0] == (tokenizer.bos, *encode("Q0 a0"))
     assert found.starts == (found.shared, found.shared)
     assert found.rows[0][: found.shared] == found.rows[1][: found.shared]
     assert found.rows[0][found.shared] != found.rows[1][found.shared]
     items = [{"context_options": ["the cat", "a dog ran"], "continuation": "sat.", "gold": 1}]
-    found = question(task("schema"), items, 0, tokenizer, CONTEXT)
+    found = build_question(task("schema"), items, 0, tokenizer, CONTEXT)
     for row, start in zip(found.rows, found.starts, strict=True):
         assert tokenizer.decode(row[start:]) == " sat."
     assert found.shared == 1
     items = [{"context": "the cat sat on the ", "continuation": "mat"}]
-    found = question(task("language_modeling"), items, 0, tokenizer, CONTEXT)
+    found = build_question(task("language_modeling"), items, 0, tokenizer, CONTEXT)
     assert tokenizer.decode(found.rows[0][found.starts[0] :]) == " mat"
     assert (found.gold, len(found.rows)) == (None, 1)
 
 
 def test_an_option_that_begins_another_has_a_scored_token():
     items = [{"query": "q", "choices": ["x", "x y"], "gold": 1}]
-    found = question(task("multiple_choice"), items, 0, Tokenizer.train(["q x y"] * 3, V), CONTEXT)
+    found = build_question(task("multiple_choice"), items, 0, Tokenizer.train(["q x y"] * 3, V), CONTEXT)
     assert all(start < len(row) for row, start in zip(found.rows, found.starts, strict=True))
 
 
 def test_a_long_question_loses_its_beginning_but_not_bos():
     rows = [[9, 1, 2, 3, 4, 5, 6, 7], [9, 1, 2, 3, 4, 8]]
-    found = crop(0, rows, [5, 5], 5, 1, 6)
+    found = crop_question(0, rows, [5, 5], 5, 1, 6)
     assert found.rows == ((9, 3, 4, 5, 6, 7), (9, 3, 4, 8))
     assert (found.starts, found.shared, found.cropped) == ((3, 3), 3, True)
-    found = crop(0, rows, [5, 5], 5, 1, 3)  # not even the options fit
+    found = crop_question(0, rows, [5, 5], 5, 1, 3)  # not even the options fit
     assert found.rows == ((9, 6, 7), (9, 8))
     assert (found.starts, found.shared) == ((1, 1), 1)
-    assert not crop(0, rows, [5, 5], 5, 1, 8).cropped
+    assert not crop_question(0, rows, [5, 5], 5, 1, 8).cropped
 
 
 # Answers
@@ -196,11 +199,11 @@ def test_padding_may_lie_behind_the_context(name: str):
 
 def test_answers_by_hand():
     q = Question(0, ((0, 1), (0, 2)), (1, 1), 1, 1)
-    assert answer(q, [Scored(2.0, False), Scored(1.0, False)]) == Answer(1, True, (2.0, 1.0))
-    assert answer(q, [Scored(1.0, True), Scored(1.0, True)]).correct is False  # the first of equals
+    assert answer_question(q, [OptionScore(2.0, False), OptionScore(1.0, False)]) == Answer(1, True, (2.0, 1.0))
+    assert answer_question(q, [OptionScore(1.0, True), OptionScore(1.0, True)]).correct is False  # the first of equals
     alone = Question(0, ((0, 1, 2),), (1,), 1, None)
-    assert answer(alone, [Scored(9.0, True)]).correct
-    assert not answer(alone, [Scored(0.1, False)]).correct
+    assert answer_question(alone, [OptionScore(9.0, True)]).correct
+    assert not answer_question(alone, [OptionScore(0.1, False)]).correct
 
 
 def test_greedy_means_every_token():
@@ -213,7 +216,7 @@ def test_greedy_means_every_token():
     right, wrong = (Question(0, (tuple(row),), (2,), 2, None) for row in (tokens, [*tokens[:-1], 1 + tokens[-1] % 7]))
     assert score_questions(model, [right], On())[0][0].greedy
     assert not score_questions(model, [wrong], On())[0][0].greedy
-    assert common(right.rows[0], wrong.rows[0]) == len(tokens) - 1
+    assert common_prefix(right.rows[0], wrong.rows[0]) == len(tokens) - 1
 
 
 def test_centred_accuracy():
@@ -239,15 +242,15 @@ def test_a_run_is_every_question_asked_alone(bundle: Path, tmp_path: Path, token
         for name, mode in (("on", On("exact")), ("off", MODES["off"]()), ("one_sweep", MODES["one_sweep"]())):
             items = t.questions()
             random.Random(1337).shuffle(items)  # as nanochat does before it draws examples
-            asked = [question(t, items, i, tokenizer, CONTEXT) for i in range(len(items))]
-            correct = [answer(q, score_alone(model, q, mode)).correct for q in asked]
+            asked = [build_question(t, items, i, tokenizer, CONTEXT) for i in range(len(items))]
+            correct = [answer_question(q, score_alone(model, q, mode)).correct for q in asked]
             assert values["tasks"][t.label]["accuracy"][name] == sum(correct) / len(correct)
     assert values["references"]["gpt2"]["same tasks"] == 0.25
     easy = values["tasks"]["arc_easy"]
     assert easy["centred"]["on"] == pytest.approx((easy["accuracy"]["on"] - 0.33) / 0.67)
     assert values["score"]["on"] == pytest.approx(sum(t["centred"]["on"] for t in values["tasks"].values()) / 3)
     assert read_results(tmp_path / "out") == [result]
-    text = "\n".join(core_lines(values))
+    text = "\n".join(result_lines(result))
     assert "partial CORE (3/22)" in text
     assert "not in the bundle: squad" in text
     assert "gpt2" in text
@@ -458,6 +461,8 @@ def test_an_untrained_model_guesses(tmp_path: Path, tokenizer: Tokenizer):
     ]
     t = task("multiple_choice", 1, write(tmp_path / "x.jsonl", items))
     model = model_of()
-    found = [question(t, items, i, tokenizer, CONTEXT) for i in range(len(items))]
-    right = sum(answer(q, r).correct for q, r in zip(found, score_questions(model, found, MODES["off"]()), strict=True))
+    found = [build_question(t, items, i, tokenizer, CONTEXT) for i in range(len(items))]
+    right = sum(
+        answer_question(q, r).correct for q, r in zip(found, score_questions(model, found, MODES["off"]()), strict=True)
+    )
     assert abs(t.centred(right / 400)) < 3 * math.sqrt(0.25 * 0.75 / 400) / 0.75

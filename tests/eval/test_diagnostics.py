@@ -12,7 +12,7 @@ from support.scoring import BYTES, LRT, NONE, SHIFT, V, configuration, cut
 
 from lrt import schedules
 from lrt.data.tokenizer import Tokenizer
-from lrt.eval.memory_stats import layers, memory_reach, sample, scales, settled_state, token_pieces
+from lrt.eval.memory_stats import layer_stats, live_state, longest_inputs, memory_reach, memory_scales, token_pieces
 from lrt.model.config import ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -28,7 +28,7 @@ def inputs(length: int = 8, rows: int = 2) -> torch.Tensor:
 
 def test_gates_and_scales_are_what_the_weights_say():
     model = LatentRecurrentTransformer(LRT).double().eval()  # gates start at 1, γ at 0.1
-    for row in layers(model, inputs()):
+    for row in layer_stats(model, inputs()):
         assert row["gamma"] == pytest.approx([0.1])
         assert torch.tensor(row["gates"]).flatten().tolist() == pytest.approx([1.0] * 4)
         assert max(torch.tensor(row["gate_spread"]).flatten().tolist()) < 1e-6
@@ -38,9 +38,9 @@ def test_gates_and_scales_are_what_the_weights_say():
             if name == "projection.weight":
                 p.mul_(2)
     # Twice the projection, not quite twice the ratio: the first position's memory is zero in both, the rest moves too.
-    first, second = layers(one, inputs())[0], layers(other, inputs())[0]
+    first, second = layer_stats(one, inputs())[0], layer_stats(other, inputs())[0]
     assert second["key_ratio"][0] > 1.3 * first["key_ratio"][0]
-    assert scales(other)["projection"][0][0] == pytest.approx(2 * scales(one)["projection"][0][0])
+    assert memory_scales(other)["projection"][0][0] == pytest.approx(2 * memory_scales(one)["projection"][0][0])
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,12 @@ def test_gates_and_scales_are_what_the_weights_say():
 )
 def test_every_kind_of_memory_is_described(memory: dict[str, Any]):
     model = random_model(configuration(**memory))
-    found = layers(model, inputs())
+    found = layer_stats(model, inputs())
     assert [row["layer"] for row in found] == [1, 2]
     assert [row["injected"] for row in found] == [memory.get("layers") is None, True]
     assert len(found[1]["gamma"]) == model.config.memory.channels(2)
     assert ("gates" in found[1]) == (memory.get("injection") != "residual")
-    assert len(scales(model)["gamma"]) == 2
+    assert len(memory_scales(model)["gamma"]) == 2
 
 
 def test_reach_is_what_a_changed_memory_does():
@@ -84,14 +84,14 @@ def test_reach_of_delay_two_skips_a_token():
 
 def test_looking_leaves_no_hooks():
     model = random_model(LRT)
-    layers(model, inputs())
+    layer_stats(model, inputs())
     assert all(len(m._forward_hooks) == 0 for m in model.modules())
 
 
 def test_the_sample_is_whole_windows():
-    found = sample(cut(), 3, torch.device("cpu"))
+    found = longest_inputs(cut(), 3, torch.device("cpu"))
     assert found.shape == (3, 7)
-    hidden, state = settled_state(random_model(LRT), found)
+    hidden, state = live_state(random_model(LRT), found)
     assert hidden.shape[:2] == (3, 7)
     assert state.memory.shape[2] == 1
     assert schedules.plain().passes(7)[0].stop == 7

@@ -27,7 +27,16 @@ from lrt.data.windows import Windows, windows
 from lrt.distributed.single import SingleProcess
 from lrt.eval.ablations import ABLATIONS, ablate
 from lrt.eval.ledger import Ledger
-from lrt.eval.scoring import EVERY, Metrics, bits_per_byte, evaluate, live_scorer, score_parallel, two_forwards, under
+from lrt.eval.scoring import (
+    EVERY,
+    Metrics,
+    bits_per_byte,
+    evaluate,
+    live_scorer,
+    schedule_scorer,
+    score_parallel,
+    two_forwards,
+)
 from lrt.model.cross_entropy import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -61,7 +70,7 @@ def metrics(model: Any, schedule: Any, found: Windows | None = None, **fields: A
 def test_bits_per_byte_by_hand(schedule: Any):
     model = random_model(LRT)
     nats, size = by_hand(model, schedule)
-    found, counted = bits_per_byte(model, cut(), BYTES, under(schedule), progress=False)
+    found, counted = bits_per_byte(model, cut(), BYTES, schedule_scorer(schedule), progress=False)
     assert counted == size
     assert found == pytest.approx(nats / (math.log(2) * size), rel=TOLERANCE[torch.float64])
 
@@ -70,7 +79,7 @@ def test_live_bits_per_byte_by_hand():
     model = random_model(LRT)
     nats, size = by_hand(model, schedules.sequential())
     assert bpb(model, live_scorer) == pytest.approx(nats / (math.log(2) * size), rel=TOLERANCE[torch.float64])
-    assert abs(bpb(model, live_scorer) - bpb(model, under(schedules.plain()))) > VISIBLE
+    assert abs(bpb(model, live_scorer) - bpb(model, schedule_scorer(schedules.plain()))) > VISIBLE
 
 
 def test_a_uniform_model_needs_log2_v_bits_per_token():
@@ -86,7 +95,7 @@ def test_a_uniform_model_needs_log2_v_bits_per_token():
 def test_no_score_depends_on_the_batch_size(batch_size: int):
     model = random_model(LRT)
     assert len(cut()) == 7  # full windows and short ones, so that batches are padded
-    for scorer in (live_scorer, under(MIXED)):
+    for scorer in (live_scorer, schedule_scorer(MIXED)):
         expected = bpb(model, scorer, batch_size=64)
         assert bpb(model, scorer, batch_size=batch_size) == pytest.approx(expected, rel=TOLERANCE[torch.float64])
 
@@ -118,7 +127,7 @@ def shuffled(found: Windows, seed: int) -> Windows:
 def test_live_is_the_oracle_s_for_every_batch_size_row_order_and_number_of_ranks(dtype: torch.dtype, tmp_path: Path):
     model = random_model(LRT, dtype)
     expected = by_oracle(model)
-    assert abs(expected - bpb(model, under(schedules.plain()))) > VISIBLE
+    assert abs(expected - bpb(model, schedule_scorer(schedules.plain()))) > VISIBLE
     for batch_size in (1, 2, 3, 7, 64):
         for found in (cut(), shuffled(cut(), 0), shuffled(cut(), 1)):
             assert bpb(model, live_scorer, found, batch_size=batch_size) == pytest.approx(expected, abs=SAME[dtype])
@@ -157,7 +166,7 @@ def test_a_shuffled_memory_is_the_same_shared_and_resumed(tmp_path: Path):
     alone = metrics(model, schedules.plain(), **fields)
 
     def of_rank(ranks: SingleProcess) -> Metrics:
-        return metrics(model, schedules.plain(), keep=lambda name: Ledger(tmp_path, name, {}, ranks), **fields)
+        return metrics(model, schedules.plain(), open_ledger=lambda name: Ledger(tmp_path, name, {}, ranks), **fields)
 
     assert on_ranks(2, of_rank) == [alone, alone]
     (halved,) = tmp_path.glob("memory-shuffled-*.rank1.jsonl")
@@ -188,8 +197,8 @@ def test_a_space_that_the_tokenizer_puts_before_every_document_is_no_byte_of_it(
     """Sentencepiece-like tokenizers; a document's later windows have none."""
     documents = text((40, 3, 100))
     every = windows(documents, CONTEXT, at_least=None)
-    assert every.openings == 3 < len(every)
-    assert windows(documents, CONTEXT, at_least=10).openings < 3
+    assert every.document_starts == 3 < len(every)
+    assert windows(documents, CONTEXT, at_least=10).document_starts < 3
     model = LatentRecurrentTransformer(LRT)
     found, size = bits_per_byte(model, every, BYTES, live_scorer, progress=False)
     stripped, smaller = bits_per_byte(model, every, BYTES, live_scorer, progress=False, prefix_bytes=2)
@@ -212,12 +221,12 @@ def test_without_recurrence_parallel_and_live_are_one():
 
 def test_a_mixture_is_the_probability_weighted_mean():
     model = random_model(LRT)
-    parts = [bpb(model, under(part)) for _, part in MIXED.parts]
+    parts = [bpb(model, schedule_scorer(part)) for _, part in MIXED.parts]
     expected = 0.25 * parts[0] + 0.75 * parts[1]
     assert abs(parts[0] - parts[1]) > VISIBLE
-    assert bpb(model, under(MIXED)) == pytest.approx(expected, rel=TOLERANCE[torch.float64])
+    assert bpb(model, schedule_scorer(MIXED)) == pytest.approx(expected, rel=TOLERANCE[torch.float64])
     late = schedules.stages([(0.9, schedules.plain()), (0.1, MIXED)])  # stages: their last
-    assert bpb(model, under(late)) == pytest.approx(expected, rel=TOLERANCE[torch.float64])
+    assert bpb(model, schedule_scorer(late)) == pytest.approx(expected, rel=TOLERANCE[torch.float64])
     found = metrics(model, MIXED, ablations=())
     assert found.parallel_bpb == pytest.approx(expected, rel=TOLERANCE[torch.float64])
     assert found.schedule == repr(MIXED)
@@ -239,7 +248,7 @@ def test_metrics_are_consistent_and_plain_data():
     assert found.targets == len(text().tokens)
     assert found.complete
     assert found.bytes == by_hand(model, schedules.plain())[1]
-    assert found.parallel_bpb == bpb(model, under(schedules.interleaved(2)))
+    assert found.parallel_bpb == bpb(model, schedule_scorer(schedules.interleaved(2)))
     assert found.live_bpb == bpb(model, live_scorer)
     assert found.gap == found.live_bpb - found.parallel_bpb
     assert found.live_bpb_memory_zero == bpb(ablate(model, "zero"), live_scorer)

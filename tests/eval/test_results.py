@@ -39,7 +39,7 @@ def test_a_ledger_goes_on_where_it_was_cut(tmp_path: Path):
     second = Ledger(tmp_path, "core arc", {"seed": 1})
     assert second.done == {"0": 1.5, "1": [1, 2]}
     second.add({"2": 7})
-    assert second.everybody() == {"0": 1.5, "1": [1, 2], "2": 7}
+    assert second.gather() == {"0": 1.5, "1": [1, 2], "2": 7}
     assert Ledger(tmp_path, "core arc", {"seed": 2}).done == {}
     assert Ledger(tmp_path, "core boolq", {"seed": 1}).done == {}
 
@@ -56,5 +56,5 @@ def test_ranks_share_a_ledger(tmp_path: Path):
     ranks = [Ledger(tmp_path, "bpb", {}, SingleProcess(rank=r, ranks=2)) for r in range(2)]
     ranks[0].add({"0": 0.5})
     ranks[1].add({"1": 1.5})
-    assert ranks[0].everybody() == ranks[1].everybody() == {"0": 0.5, "1": 1.5}
+    assert ranks[0].gather() == ranks[1].gather() == {"0": 0.5, "1": 1.5}
     assert Ledger(tmp_path, "bpb", {}).done == {"0": 0.5, "1": 1.5}

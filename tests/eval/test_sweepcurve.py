@@ -16,8 +16,8 @@ from lrt import MemoryConfig, ModelConfig, schedules
 from lrt.data.windows import windows
 from lrt.distributed.single import SingleProcess
 from lrt.eval.ledger import Ledger
-from lrt.eval.scoring import live_scorer, under
-from lrt.eval.sweep_curve import SweepCurve, contraction, judge, sweep_curve
+from lrt.eval.scoring import live_scorer, schedule_scorer
+from lrt.eval.sweep_curve import SweepCurve, classify_curve, mean_contraction, sweep_curve
 from lrt.model.transformer import LatentRecurrentTransformer
 
 LONG = 80
@@ -72,14 +72,14 @@ def test_the_points_are_the_schedules_scores():
     model = random_model(LRT)
     found = curve(model, schedules.interleaved(2), groups=(1, 2, 4), counts=(0, 1, 2, 3, 7, 8), batch_size=2)
     scored = windows(text((19, 3, 11)), 8)
-    assert found.parallel_bpb == bpb(model, under(schedules.interleaved(2)), scored)
+    assert found.parallel_bpb == bpb(model, schedule_scorer(schedules.interleaved(2)), scored)
     assert found.live_bpb == pytest.approx(bpb(model, live_scorer, scored), abs=1e-12)
     assert found.targets == 33
     for g, points in found.curves.items():
         for n, point in zip((0, 1, 2, 3, 7, 8), points, strict=True):
             assert point.refinements == n
             schedule = schedules.settled(n - 1, g, 1) if n else schedules.plain()
-            assert point.bpb == pytest.approx(bpb(model, under(schedule), scored), abs=1e-12), (g, n)
+            assert point.bpb == pytest.approx(bpb(model, schedule_scorer(schedule), scored), abs=1e-12), (g, n)
         # 7 positions: n refinements make n positions exact, n strided sweeps n · g.
         assert points[-1].distance < 1e-10
         assert points[0].distance > 0.01
@@ -94,7 +94,9 @@ def test_ranks_share_a_curve_and_a_stopped_one_goes_on(tmp_path: Path):
     whole = curve(model, schedules.interleaved(2), **fields)
 
     def of_rank(ranks: SingleProcess) -> Any:
-        return curve(model, schedules.interleaved(2), keep=lambda name: Ledger(tmp_path, name, {}, ranks), **fields)
+        return curve(
+            model, schedules.interleaved(2), open_ledger=lambda name: Ledger(tmp_path, name, {}, ranks), **fields
+        )
 
     assert on_ranks(2, of_rank) == [whole, whole]
     (others,) = tmp_path.glob("sweeps-*.rank1.jsonl")
@@ -104,22 +106,22 @@ def test_ranks_share_a_curve_and_a_stopped_one_goes_on(tmp_path: Path):
 
 
 def test_verdicts_of_hand_made_scores():
-    assert judge([0.9, 0.5, 0.5, 0.5], 0.5, 1e-5) == "stable"
-    assert judge([0.9, 0.5, 0.5015, 0.5019], 0.5, 0.1) == "stable"  # what counts is the score
+    assert classify_curve([0.9, 0.5, 0.5, 0.5], 0.5, 1e-5) == "stable"
+    assert classify_curve([0.9, 0.5, 0.5015, 0.5019], 0.5, 0.1) == "stable"  # what counts is the score
     # The chess study (spec, section 6): 0.216 / 1.44 / 0.212 / 1.41 nats after 1, 2, 3, 4 updates.
-    assert judge([0.3, 0.216, 1.44, 0.212, 1.41], 0.216, 1.0) == "two-cycle"
-    assert judge([0.6, 0.5, 0.5, 0.5, 0.5, 0.501, 0.52, 0.6, 0.605], 0.5, 0.3) == "diverges after 5"
-    assert judge([0.6, 0.5, 0.51, 0.518, 0.518], 0.5, 1e-6) == "settles elsewhere after 1"
-    assert judge([0.6, 0.5, math.inf, math.nan], 0.5, math.nan) == "diverges after 1"
+    assert classify_curve([0.3, 0.216, 1.44, 0.212, 1.41], 0.216, 1.0) == "two-cycle"
+    assert classify_curve([0.6, 0.5, 0.5, 0.5, 0.5, 0.501, 0.52, 0.6, 0.605], 0.5, 0.3) == "diverges after 5"
+    assert classify_curve([0.6, 0.5, 0.51, 0.518, 0.518], 0.5, 1e-6) == "settles elsewhere after 1"
+    assert classify_curve([0.6, 0.5, math.inf, math.nan], 0.5, math.nan) == "diverges after 1"
     with pytest.raises(ValueError, match="at least two"):
-        judge([0.5], 0.5, 0.0)
+        classify_curve([0.5], 0.5, 0.0)
 
 
 def test_contraction_is_the_mean_factor_until_rounding():
-    assert contraction([0.5, 0.25, 0.125, 0.0625]) == pytest.approx(0.5)
-    assert contraction([0.1, 0.001, 1e-9, 3e-9]) == pytest.approx(0.01)
-    assert contraction([1.0, 2.0, 4.0]) == pytest.approx(2.0)
-    assert contraction([1e-12, 1e-12]) == 0.0
+    assert mean_contraction([0.5, 0.25, 0.125, 0.0625]) == pytest.approx(0.5)
+    assert mean_contraction([0.1, 0.001, 1e-9, 3e-9]) == pytest.approx(0.01)
+    assert mean_contraction([1.0, 2.0, 4.0]) == pytest.approx(2.0)
+    assert mean_contraction([1e-12, 1e-12]) == 0.0
 
 
 def test_a_curve_is_plain_data_and_needs_what_a_verdict_needs():

@@ -15,7 +15,7 @@ from support.server import Live, live, saved
 
 from lrt import MemoryConfig
 from lrt.eval.ablations import ablate
-from lrt.eval.memory_stats import by_token, layers
+from lrt.eval.memory_stats import layer_stats, memory_by_token
 from lrt.eval.scoring import score
 from lrt.model.checkpoint import load
 from lrt.serve.config import Limits
@@ -176,8 +176,8 @@ def test_what_is_shown_is_what_is_measured(up: Live, folders: list[Path]):
         expected = score(variant, row)[0] / torch.log(torch.tensor(2.0))
         torch.testing.assert_close(torch.tensor(shown["bits"][name]), expected, atol=1e-3, rtol=1e-3)
     assert "".join(shown["texts"]) == "the end of it all, naïve 漢字"
-    inside = by_token(model, row[:, :-1])
-    means = layers(model, row[:, :-1])
+    inside = memory_by_token(model, row[:, :-1])
+    means = layer_stats(model, row[:, :-1])
     for block, layer in zip(inside["blocks"], means, strict=True):
         gates = torch.tensor(layer["gates"]).mean(-1)  # over heads: local, then by channel
         torch.testing.assert_close(torch.tensor(block["local"]).mean(), gates[0])

@@ -324,7 +324,7 @@ def test_a_gradient_that_is_not_finite_leaves_a_snapshot(data: Prepared, tmp_pat
     for _ in range(5):
         reference.step()
     calls = iter(range(10**6))
-    monkeypatch.setattr("lrt.training.trainer.clip", lambda *_: math.inf if next(calls) == 5 else 1.0)
+    monkeypatch.setattr("lrt.training.trainer.clip_gradients", lambda *_: math.inf if next(calls) == 5 else 1.0)
     with pytest.raises(Diverged, match=r"gradient at step 5 is inf.*step-00000005"):
         train(run_config(), data, tmp_path, progress=False)
     assert same(weights(snapshots(tmp_path)[-1]), reference.model.state_dict())

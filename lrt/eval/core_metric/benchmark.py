@@ -12,9 +12,9 @@ from typing import Any
 
 from lrt.data.tokenizer import Tokenizer
 from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
-from lrt.eval.core_metric.answers import MODES, Mode, On, answer, score_questions
-from lrt.eval.core_metric.bundle import TASKS, Bundle, CoreTask, digest_of
-from lrt.eval.core_metric.questions import Question, question
+from lrt.eval.core_metric.answers import MODES, Mode, On, answer_question, score_questions
+from lrt.eval.core_metric.bundle import TASKS, Bundle, CoreTask, bundle_digest
+from lrt.eval.core_metric.questions import Question, build_question
 from lrt.eval.ledger import Ledger
 from lrt.eval.results import Result
 from lrt.inference.prefill import Mode as PrefillMode
@@ -43,7 +43,29 @@ class CoreSettings:
     """Options scored at once; no score depends on it beyond rounding."""
 
     def mode(self, name: str) -> Mode:
+        """The mode of a name of MODES."""
         return On(self.prefill) if name == "on" else MODES[name]()
+
+
+@dataclass(frozen=True)
+class CoreRun:
+    """What all tasks of a run have in common."""
+
+    model: LatentRecurrentTransformer
+    tokenizer: Tokenizer
+    weights: str
+    """SHA-256 of the checkpoint's weights."""
+    out: Path
+    """Where results go, and in partial/ what is done."""
+    settings: CoreSettings
+    ranks: SingleProcess
+    progress: bool
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Names of MODES: without a memory all of them are one."""
+        recurs = self.model.config.stored_sources
+        return tuple(MODES) if recurs else ("off",)
 
 
 def run_core(
@@ -59,12 +81,12 @@ def run_core(
     """Answer the bundle's questions; returns the result, and what is wrong with the tasks that could not be run.
 
     Every answer is kept in `out`/partial as soon as it is there: a stopped run goes on, and a task with a damaged file
-    leaves the others' results alone. `weights` is the checkpoint's SHA-256. All ranks call it.
+    leaves the others' results alone. `weights` is the checkpoint's SHA-256. All ranks call it. ValueError where no task
+    could be run.
     """
-    settings, begun = settings or CoreSettings(), time.perf_counter()
-    recurs = bool(model.config.stored_sources)
-    modes = tuple(MODES) if recurs else ("off",)
-    found, problems = {}, []
+    settings, start = settings or CoreSettings(), time.perf_counter()
+    run = CoreRun(model, tokenizer, weights, out, settings, ranks, progress)
+    tasks, problems = {}, []
     for task in bundle.tasks:
         try:
             items = task.questions()
@@ -72,34 +94,23 @@ def run_core(
             problems.append(str(error))
             continue
         random.Random(ORDER).shuffle(items)  # before examples are drawn: nanochat's question i is that of this order
-        found[task.label] = run_task(model, tokenizer, task, items, modes, weights, out, settings, ranks, progress)
-    if not found:  # a mean of nothing is no score
+        tasks[task.label] = run_task(run, task, items)
+    if not tasks:  # a mean of nothing is no score
         raise ValueError("; ".join(problems))
-    about = {"bundle": digest_of(bundle), "limit": settings.limit, "prefill": settings.prefill}
-    values = summary(found, modes, bundle, settings.limit)
-    spent = time.perf_counter() - begun
-    result = Result("core", "CORE", weights, about, values, spent, hardware(model.embedding.weight.device))
+    result_settings = {"bundle": bundle_digest(bundle), "limit": settings.limit, "prefill": settings.prefill}
+    values = summarise_tasks(tasks, run.modes, bundle, settings.limit)
+    seconds = time.perf_counter() - start
+    result = Result("core", "CORE", weights, result_settings, values, seconds, hardware(model.embedding.weight.device))
     if ranks.first:
         result.write(out)
     return result, problems
 
 
-def run_task(
-    model: LatentRecurrentTransformer,
-    tokenizer: Tokenizer,
-    task: CoreTask,
-    items: Sequence[dict[str, Any]],
-    modes: Sequence[str],
-    weights: str,
-    out: Path,
-    settings: CoreSettings,
-    ranks: SingleProcess,
-    progress: bool,
-) -> dict[str, Any]:
-    """Accuracy of one task by mode, of `items` in the order in which they are numbered."""
-    chosen = range(len(items))[: settings.limit]
-    about = {
-        "checkpoint": weights,
+def run_task(run: CoreRun, task: CoreTask, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy of one task by mode, of `items` in the order in which they are numbered: its entry in the result."""
+    count = len(range(len(items))[: run.settings.limit])
+    ledger_settings = {
+        "checkpoint": run.weights,
         "file": sha256(task.file),
         "shots": task.shots,
         "delimiter": task.delimiter,
@@ -107,45 +118,55 @@ def run_task(
     }
     accuracy: dict[str, float] = {}
     cropped = 0
-    for name in modes:
-        how = {"prefill": settings.prefill} if name == "on" else {}
-        ledger = Ledger(out / "partial", f"core-{task.label}-{name}", about | how, ranks)
-        todo = [int(key) for key in ledger.todo([str(i) for i in chosen])]
-        with bar(f"{task.label}, {name}", len(todo), progress and ranks.first) as tell:
-            for batch in batches(task, items, todo, tokenizer, model.config.context, settings.rows):
-                scored = score_questions(model, batch, settings.mode(name))
-                answers = [answer(q, rows) for q, rows in zip(batch, scored, strict=True)]
-                ledger.add(
-                    {
-                        str(q.index): {"correct": a.correct, "chosen": a.chosen, "nats": a.nats, "cropped": q.cropped}
-                        for q, a in zip(batch, answers, strict=True)
-                    }
-                )
-                tell(len(batch))
-        done = ledger.everybody()
-        accuracy[name] = sum(done[str(i)]["correct"] for i in chosen) / len(chosen)
-        cropped = sum(done[str(i)]["cropped"] for i in chosen)
+    for mode in run.modes:
+        # Of the modes only `on` depends on the kind of prefill.
+        prefill = {"prefill": run.settings.prefill} if mode == "on" else {}
+        ledger = Ledger(run.out / "partial", f"core-{task.label}-{mode}", ledger_settings | prefill, run.ranks)
+        answer_all(run, task, items, count, mode, ledger)
+        answers = ledger.gather()
+        accuracy[mode] = sum(answers[str(i)]["correct"] for i in range(count)) / count
+        cropped = sum(answers[str(i)]["cropped"] for i in range(count))
     return {
         "type": task.type,
         "shots": task.shots,
-        "items": len(chosen),
+        "items": count,
         "of": len(items),
         "cropped": cropped,
         "random": task.random,
         "accuracy": accuracy,
-        "error": {name: math.sqrt(p * (1 - p) / len(chosen)) for name, p in accuracy.items()},
-        "centred": {name: task.centred(p) for name, p in accuracy.items()},
+        # The standard error of a share of `count` independent answers.
+        "error": {mode: math.sqrt(p * (1 - p) / count) for mode, p in accuracy.items()},
+        "centred": {mode: task.centred(p) for mode, p in accuracy.items()},
     }
 
 
-def batches(
-    task: CoreTask, items: Sequence[dict[str, Any]], todo: Sequence[int], tokenizer: Tokenizer, context: int, rows: int
+def answer_all(
+    run: CoreRun, task: CoreTask, items: Sequence[dict[str, Any]], count: int, mode: str, ledger: Ledger
+) -> None:
+    """Put this rank's share of the first `count` answers into the ledger, where they are not there yet."""
+    todo = [int(key) for key in ledger.todo([str(i) for i in range(count)])]
+    with bar(f"{task.label}, {mode}", len(todo), run.progress and run.ranks.first) as advance:
+        for batch in question_batches(run, task, items, todo):
+            scores = score_questions(run.model, batch, run.settings.mode(mode))
+            answers = [answer_question(q, rows) for q, rows in zip(batch, scores, strict=True)]
+            ledger.add(
+                {
+                    str(q.index): {"correct": a.correct, "chosen": a.option, "nats": a.nats, "cropped": q.cropped}
+                    for q, a in zip(batch, answers, strict=True)
+                }
+            )
+            advance(len(batch))
+
+
+def question_batches(
+    run: CoreRun, task: CoreTask, items: Sequence[dict[str, Any]], todo: Sequence[int]
 ) -> Iterator[list[Question]]:
-    """Questions of similar length, at most `rows` options together (or one question)."""
+    """Questions of similar length, with at most `settings.rows` options together (or one question)."""
+    context, rows = run.model.config.context, run.settings.rows
     for first in range(0, len(todo), AHEAD):
         batch: list[Question] = []
-        asked = [question(task, items, i, tokenizer, context) for i in todo[first : first + AHEAD]]
-        for q in sorted(asked, key=lambda q: (q.shared, max(map(len, q.rows)))):
+        questions = [build_question(task, items, i, run.tokenizer, context) for i in todo[first : first + AHEAD]]
+        for q in sorted(questions, key=lambda q: (q.shared, max(map(len, q.rows)))):
             if batch and sum(len(b.rows) for b in batch) + len(q.rows) > rows:
                 yield batch
                 batch = []
@@ -154,20 +175,20 @@ def batches(
             yield batch
 
 
-def summary(found: dict[str, Any], modes: Sequence[str], bundle: Bundle, limit: int | None) -> dict[str, Any]:
+def summarise_tasks(tasks: dict[str, Any], modes: Sequence[str], bundle: Bundle, limit: int | None) -> dict[str, Any]:
     """All tasks, and the mean of their centred accuracy: CORE where all 22 are there whole, else a partial one."""
-    whole = len(found) == TASKS and all(task["items"] == task["of"] for task in found.values())
+    whole = len(tasks) == TASKS and all(task["items"] == task["of"] for task in tasks.values())
     limited = f", {limit} questions each" if limit is not None else ""
     return {
-        "name": "CORE" if whole else f"partial CORE ({len(found)}/{TASKS}{limited})",
-        "score": {name: sum(t["centred"][name] for t in found.values()) / max(1, len(found)) for name in modes},
+        "name": "CORE" if whole else f"partial CORE ({len(tasks)}/{TASKS}{limited})",
+        "score": {name: sum(t["centred"][name] for t in tasks.values()) / max(1, len(tasks)) for name in modes},
         "modes": list(modes),
-        "tasks": found,
+        "tasks": tasks,
         "missing": list(bundle.missing),
         "references": {
             # The mean over the same tasks, so that a partial CORE stands beside a partial one.
-            model: {**scores, "same tasks": sum(scores[t] for t in found) / max(1, len(found))}
+            model: {**scores, "same tasks": sum(scores[t] for t in tasks) / max(1, len(tasks))}
             for model, scores in bundle.references.items()
-            if set(found) <= set(scores)
+            if set(tasks) <= set(scores)
         },
     }

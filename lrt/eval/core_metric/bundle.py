@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from lrt.utils.files import sha256
+from lrt.utils.files import replace_folder, sha256, temporary_name
 from lrt.utils.progress import bar
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -41,6 +41,7 @@ OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
 """Where a type's options are; gold counts them from 0."""
 SUMS = "SHA256SUMS"
 CHUNK = 1 << 20
+"""Bytes downloaded at a time."""
 OFFICIAL = {
     "eval_data/commonsense_reasoning/commonsense_qa.jsonl": (
         "2771f63f8127c0725b1f6b0ef2cd2ef6469168ae5875fc8d276b25b4f32c8c1a"
@@ -91,6 +92,7 @@ OFFICIAL = {
     "core.yaml": "463f6ae0aa127fbd41fa655f8919e136858f4849eef176922a3be96e102ce7e7",
     "eval_meta_data.csv": "84e279cdc0d836c9ea3a6e55a99102f8ee18f72809fe7aa6ac5a1fe630aa492f",
 }
+"""File -> SHA-256, of nanochat's bundle."""
 OFFICIAL_OF = {OFFICIAL["core.yaml"]: OFFICIAL}
 """core.yaml's SHA-256 -> the sums of its bundle: what a folder without SHA256SUMS is held against."""
 
@@ -120,31 +122,31 @@ class CoreTask:
     def questions(self) -> list[dict[str, Any]]:
         """The task's questions. ValueError, naming the file and the fix, where it is damaged."""
         fix = "copy or download the bundle again"
-        found = []
+        items = []
         # Not splitlines(), which also breaks at U+2028 and the like, inside of a text.
         lines = self.file.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
         for number, line in enumerate(lines, 1):
             try:
-                found.append(json.loads(line))
-                missing = [field for field in FIELDS[self.type] if field not in found[-1]]
+                items.append(json.loads(line))
+                missing = [field for field in FIELDS[self.type] if field not in items[-1]]
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{self.file}, line {number} is cut off or damaged ({error}); {fix}") from error
             if missing:
                 raise ValueError(f"{self.file}, line {number} has no {', '.join(missing)}; {fix}")
             if self.type in OPTIONS:
-                options, gold = found[-1][OPTIONS[self.type]], found[-1]["gold"]
+                options, gold = items[-1][OPTIONS[self.type]], items[-1]["gold"]
                 if not isinstance(options, list) or not isinstance(gold, int) or (not 0 <= gold < len(options)):
                     raise ValueError(
                         f"{self.file}, line {number}: gold is {gold!r}, none of its {OPTIONS[self.type]}; {fix}"
                     )
-        if len(found) <= self.shots:
-            raise ValueError(f"{self.file} has {len(found)} questions, too few for {self.shots} shots; {fix}")
+        if len(items) <= self.shots:
+            raise ValueError(f"{self.file} has {len(items)} questions, too few for {self.shots} shots; {fix}")
         actual = sha256(self.file)
         if self.sha256 not in (None, actual):
             raise ValueError(
                 f"{self.file} is not the bundle's file: its SHA-256 is {actual} instead of {self.sha256}; {fix}"
             )
-        return found
+        return items
 
 
 @dataclass(frozen=True)
@@ -187,16 +189,16 @@ class Bundle:
 
 
 def read_tasks(folder: Path, sums: Mapping[str, str]) -> list[CoreTask]:
-    """All tasks that core.yaml names."""
+    """All tasks that core.yaml names, their files there or not. ValueError where it is damaged."""
     random = read_baselines(folder / "eval_meta_data.csv")
     try:
         described = yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
-        found = []
+        tasks = []
         for entry in described:
             if entry["icl_task_type"] not in TYPES:
                 raise ValueError(f"its type {entry['icl_task_type']!r} is none of {', '.join(TYPES)}")
             name = f"eval_data/{entry['dataset_uri']}"
-            found.append(
+            tasks.append(
                 CoreTask(
                     entry["label"],
                     folder / name,
@@ -212,7 +214,7 @@ def read_tasks(folder: Path, sums: Mapping[str, str]) -> list[CoreTask]:
             f"{folder / 'core.yaml'} is damaged, or eval_meta_data.csv beside it lacks one of its tasks ({error!r}); "
             "copy or download the bundle again"
         ) from error
-    return found
+    return tasks
 
 
 def read_baselines(file: Path) -> dict[str, float]:
@@ -232,12 +234,14 @@ def read_sums(file: Path) -> dict[str, str]:
 
 def read_references(folder: Path) -> dict[str, dict[str, float]]:
     """Results of other models: CSV files of task, accuracy, centred accuracy."""
-    found: dict[str, dict[str, float]] = {}
+    references: dict[str, dict[str, float]] = {}
     for file in sorted([*folder.glob("openai-community-*.csv"), *folder.glob("extra/openai-community-*.csv")]):
         with file.open(encoding="utf-8", newline="") as lines:
             rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
-        found[file.stem.removeprefix("openai-community-")] = {row[0]: float(row[2]) for row in rows[1:] if len(row) > 2}
-    return found
+        references[file.stem.removeprefix("openai-community-")] = {
+            row[0]: float(row[2]) for row in rows[1:] if len(row) > 2
+        }
+    return references
 
 
 def download(folder: Path, url: str = URL, sums: Mapping[str, str] = OFFICIAL, progress: bool = True) -> Path:
@@ -248,7 +252,7 @@ def download(folder: Path, url: str = URL, sums: Mapping[str, str] = OFFICIAL, p
     """
     if (folder / SUMS).is_file():
         return folder
-    fresh = folder.with_name(f".{folder.name}.download")
+    fresh = temporary_name(folder)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
@@ -265,8 +269,7 @@ def download(folder: Path, url: str = URL, sums: Mapping[str, str] = OFFICIAL, p
                     "bundle; download it again, or give a folder: --core FOLDER"
                 )
         (fresh / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in actual.items()), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
+        replace_folder(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder
@@ -277,26 +280,27 @@ def fetch(url: str, file: Path, progress: bool) -> None:
     try:
         with urllib.request.urlopen(url, timeout=60) as answer, file.open("wb") as out:
             size = int(answer.headers.get("Content-Length") or 0)
-            with bar(f"downloading {url.rsplit('/', 1)[-1]}", size or None, progress) as tell:
+            with bar(f"downloading {url.rsplit('/', 1)[-1]}", size or None, progress) as advance:
                 while part := answer.read(CHUNK):
                     out.write(part)
-                    tell(len(part))
+                    advance(len(part))
     except (OSError, ValueError) as error:
         raise OSError(f"cannot download {url}: {error}; try again, or give a folder: --core FOLDER") from error
-    got = file.stat().st_size
-    if got < size:
-        raise OSError(f"{url} ended after {got:,} of {size:,} bytes; try again, or give a folder: --core FOLDER")
+    received = file.stat().st_size
+    if received < size:
+        raise OSError(f"{url} ended after {received:,} of {size:,} bytes; try again, or give a folder: --core FOLDER")
 
 
 def unpack(archive: Path, folder: Path, url: str) -> None:
-    """Take the bundle's files out of a .zip: those, and no others."""
+    """Take the bundle's files out of a .zip: those, and no others. ValueError where it is no whole .zip."""
     try:
         with zipfile.ZipFile(archive) as packed:
             for name in packed.namelist():
                 short = name.split("/", 1)[-1] if name.split("/")[0] in ("eval_bundle", "core_eval") else name
                 parts = Path(short).parts
-                wanted = short in ("core.yaml", "eval_meta_data.csv") or short.startswith("openai-community-")
-                if ".." in parts or name.endswith("/") or not (wanted or parts[:1] == ("eval_data",)):
+                known = short in ("core.yaml", "eval_meta_data.csv") or short.startswith("openai-community-")
+                # A path with `..` would lead out of the folder.
+                if ".." in parts or name.endswith("/") or not (known or parts[:1] == ("eval_data",)):
                     continue
                 target = folder / short
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +309,7 @@ def unpack(archive: Path, folder: Path, url: str) -> None:
         raise ValueError(f"{url} is no whole .zip ({error}); download it again, or give a folder") from error
 
 
-def digest_of(bundle: Bundle) -> str:
+def bundle_digest(bundle: Bundle) -> str:
     """One hash for what decides the questions: core.yaml and the baselines. Files are hashed when they are read."""
     text = b"".join((bundle.folder / name).read_bytes() for name in ("core.yaml", "eval_meta_data.csv"))
     return hashlib.sha256(text).hexdigest()

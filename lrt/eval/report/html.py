@@ -1,4 +1,4 @@
-"""Results as people look at them: a table in the terminal and one self-contained HTML file. Reads JSON only."""
+"""The parts of a report's page: figures as inline SVG, and one HTML file that loads nothing."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-INK = "#123456"  # stands for the page's text colour: replaced by currentColor, so that figures follow light and dark
+INK = "#123456"
+"""Stands for the page's text colour. The SVG says currentColor in its place, so that figures follow light and dark."""
 
 
-def figure(draw: Callable[[Axes], None], title: str, wide: bool = True) -> str:
+def figure_svg(draw: Callable[[Axes], None], title: str, wide: bool = True) -> str:
     """An inline SVG of what `draw` puts on an axis, in the page's own text colour."""
 
     def make() -> Figure:
-        made = Figure(figsize=(6.4, 3.6 if wide else 2.6))
-        draw(made.subplots())
-        made.tight_layout()
-        return made
+        figure = Figure(figsize=(6.4, 3.6 if wide else 2.6))
+        draw(figure.subplots())
+        figure.tight_layout()
+        return figure
 
-    return inline(make, title)
+    return inline_svg(make, title)
 
 
-def inline(make: Callable[[], Figure], title: str) -> str:
-    """A figure as an inline SVG, in the page's own text colour: `make` draws it in the page's style."""
+def inline_svg(make: Callable[[], Figure], title: str) -> str:
+    """A figure as an inline SVG. `make` is called within the page's style, which only then has an effect.
+
+    The same figure gives the same bytes: ids come from a fixed salt, and no date is written.
+    """
     style: dict[Any, Any] = {
         "text.color": INK,
         "axes.labelcolor": INK,
@@ -74,20 +78,17 @@ pre { background: color-mix(in srgb, var(--ink) 6%, transparent); padding: 1rem;
 """
 
 
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """An HTML table of text cells."""
-    titles = "".join(f"<th>{html.escape(t)}</th>" for t in head)
-    lines = ["".join(f"<td>{html.escape(c)}</td>" for c in row) for row in body]
-    rows = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table></div>'
+def render_page(parts: Sequence[str], style: str = "") -> str:
+    """The page that holds these parts; `style` goes into its head."""
+    return PAGE.replace("</head>", style + "</head>").replace("{body}", "\n".join(parts))
 
 
 def number(value: float | None) -> str:
-    """Four places; nothing is less than nothing, and what is not known is a dash."""
+    """Four places. What rounds to zero has no sign, and what is not known is a dash."""
     return "–" if value is None else f"{value:.4f}".replace("-0.0000", "0.0000")
 
 
-def figure_row(*figures: tuple[Callable[..., None], str], caption: str) -> str:
-    """Figures side by side, with one caption."""
-    inside = "".join(f"<div>{figure(draw, title)}</div>" for draw, title in figures)
+def figure_row(*figures: tuple[Callable[[Axes], None], str], caption: str) -> str:
+    """Figures side by side, each a function that draws it and its title, with one caption."""
+    inside = "".join(f"<div>{figure_svg(draw, title)}</div>" for draw, title in figures)
     return f'<figure><div class="pair">{inside}</div><figcaption>{html.escape(caption)}</figcaption></figure>'

@@ -1,4 +1,4 @@
-"""Results as text for the terminal."""
+"""Results as lines of text for the terminal: `LINES` has a function for each kind of result."""
 
 from __future__ import annotations
 
@@ -11,24 +11,40 @@ ROUNDING = 0.01
 """Bits by which scores of a token differ at most where nothing recurs."""
 
 
-def lines(result: Result) -> list[str]:
-    """A result as text for the terminal."""
+def result_lines(result: Result) -> list[str]:
+    """A result of any kind as text for the terminal."""
     return LINES[result.kind](result.values)
+
+
+def score_lines(values: Mapping[str, Any]) -> list[str]:
+    """Every score on a line; of several corpora, each by itself and then all together."""
+
+    def block(scores: Mapping[str, Any]) -> list[str]:
+        cells = {k: f"{v:.4f}" if isinstance(v, float) else f"{v}" for k, v in scores.items()}
+        return [f"{name:26} {cell}" for name, cell in cells.items()]
+
+    corpora, values = values["corpora"], {**values, "corpora": ", ".join(values["corpora"])}
+    if len(corpora) == 1:
+        return block(values)
+    single = [line for name, scores in corpora.items() for line in (name, *block(scores), "")]
+    return [*single, "together", *block(values)]
 
 
 def sweep_lines(values: Mapping[str, Any]) -> list[str]:
     """Bits per byte by refinements and stride, and the verdict."""
-    curves = {int(g): points for g, points in values["curves"].items()}
+    curves = {int(stride): points for stride, points in values["curves"].items()}
+    # Keys are numbers in a result that was just measured, and text in one that was read from JSON.
+    contraction = {int(stride): factor for stride, factor in values["contraction"].items()}
     counts = [point["refinements"] for point in curves[1]]
     return [
         f"bits per byte after n refinements ({values['targets']:,} tokens); parallel {values['parallel_bpb']:.4f} "
         f"under {values['schedule']}, live {values['live_bpb']:.4f}",
         "n      " + "".join(f"{n:>8}" for n in counts) + "  contraction",
         *(
-            ("full   " if g == 1 else f"g = {g:<3}")
+            ("full   " if stride == 1 else f"g = {stride:<3}")
             + "".join(f"{point['bpb']:8.4f}" for point in points)
-            + f"{_by_stride(values['contraction'], g):13.3f}"
-            for g, points in curves.items()
+            + f"{contraction[stride]:13.3f}"
+            for stride, points in curves.items()
         ),
         "away   " + "".join(f"{point['distance']:8.1e}" for point in curves[1]) + "  full, from the live memory",
         f"64 against 63 refinements: {values['even_odd']:+.4f} bits per byte",
@@ -36,63 +52,48 @@ def sweep_lines(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _by_stride(values: Mapping[Any, float], groups: int) -> float:
-    """A value by stride; JSON spells keys as text."""
-    return values[groups] if groups in values else values[str(groups)]
-
-
-def score_lines(values: Mapping[str, Any]) -> list[str]:
-    """Every score on a line; of several corpora, each by itself and then all together."""
-
-    def block(found: Mapping[str, Any]) -> list[str]:
-        shown = {k: f"{v:.4f}" if isinstance(v, float) else f"{v}" for k, v in found.items()}
-        return [f"{name:26} {value}" for name, value in shown.items()]
-
-    corpora, values = values["corpora"], {**values, "corpora": ", ".join(values["corpora"])}
-    if len(corpora) == 1:
-        return block(values)
-    each = [line for name, found in corpora.items() for line in (name, *block(found), "")]
-    return [*each, "together", *block(values)]
-
-
 def ablation_lines(values: Mapping[str, Any]) -> list[str]:
     """Live scores with the memory replaced, each against live."""
     live = values["live_bpb"]
-    found = {name: value for name, value in values.items() if name.startswith("live_bpb")}
-    named = {name: name.removeprefix("live_bpb").strip("_").replace("_", " ") or "live" for name in found}
+    scores = {key: bpb for key, bpb in values.items() if key.startswith("live_bpb")}
     return [
         f"live bits per byte ({values['targets']:,} tokens)",
-        *(f"{named[name]:22} {value:.4f} {100 * (value / live - 1):+7.1f} %" for name, value in found.items()),
+        *(f"{ablation_name(key):22} {bpb:.4f} {100 * (bpb / live - 1):+7.1f} %" for key, bpb in scores.items()),
     ]
+
+
+def ablation_name(key: str) -> str:
+    """What a key of `Metrics` is called in a table: `live_bpb_memory_zero` is "memory zero", `live_bpb` "live"."""
+    return key.removeprefix("live_bpb").strip("_").replace("_", " ") or "live"
 
 
 def bpb_lines(values: Mapping[str, Any]) -> list[str]:
     """Columns and differences with their intervals."""
-    about = f"{values['targets']:,} tokens of {values['documents']:,} documents, schedule {values['schedule']}"
+    basis = f"{values['targets']:,} tokens of {values['documents']:,} documents, schedule {values['schedule']}"
     rows = {**values["columns"], **values["differences"]}
     return [
-        f"bits per byte with 95 % intervals over documents ({about})",
-        *(f"{name:34} {row['bpb']:+8.4f}  {span(row)}" for name, row in rows.items()),
+        f"bits per byte with 95 % intervals over documents ({basis})",
+        *(f"{name:34} {row['bpb']:+8.4f}  {interval_text(row)}" for name, row in rows.items()),
     ]
 
 
-def span(row: Mapping[str, Any]) -> str:
-    """An interval."""
+def interval_text(row: Mapping[str, Any]) -> str:
+    """An interval in brackets, or why there is none."""
     return "one document has none" if row["low"] is None else f"[{row['low']:+.4f}, {row['high']:+.4f}]"
 
 
 def memory_lines(values: Mapping[str, Any]) -> list[str]:
     """Gates and ratios by layer, and the reach."""
 
-    def shown(row: Mapping[str, Any], key: str) -> str:
+    def channels(row: Mapping[str, Any], key: str) -> str:
         return " ".join(f"{value:.3f}" for value in row.get(key, [])) or "-"
 
     gates = [[f"{sum(g) / len(g):.3f}" for g in row.get("gates", [])] for row in values["layers"]]
     return [
         "layer   γ                gates: local, memory   memory over local: keys   values",
         *(
-            f"{row['layer']:>5}   {shown(row, 'gamma'):16} {' '.join(g) or '-':22} {shown(row, 'key_ratio'):25} "
-            f"{shown(row, 'value_ratio')}"
+            f"{row['layer']:>5}   {channels(row, 'gamma'):16} {' '.join(g) or '-':22} {channels(row, 'key_ratio'):25} "
+            f"{channels(row, 'value_ratio')}"
             for row, g in zip(values["layers"], gates, strict=True)
         ),
         "reach   "
@@ -112,19 +113,8 @@ def text_lines(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-LINES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
-    "scores": score_lines,
-    "sweeps": sweep_lines,
-    "ablations": ablation_lines,
-    "bpb": bpb_lines,
-    "bfloat16": bpb_lines,
-    "memory": memory_lines,
-    "text": text_lines,
-}
-
-
-def core_lines(values: dict[str, Any]) -> list[str]:
-    """A CORE result as text: accuracy and centred accuracy of each mode, other models' centred beside."""
+def core_lines(values: Mapping[str, Any]) -> list[str]:
+    """Accuracy and centred accuracy of each mode by task, other models' centred beside."""
     modes, references = values["modes"], values["references"]
     head = f"{'task':34}{'shots':>6}{'items':>7}{'chance':>8}"
     head += "".join(f"{mode.replace('_', ' '):>16}" for mode in modes) + "".join(f"{name:>14}" for name in references)
@@ -140,3 +130,16 @@ def core_lines(values: dict[str, Any]) -> list[str]:
         lines.append(f"not in the bundle: {', '.join(values['missing'])}")
     lines.append("accuracy and centred accuracy, (accuracy - chance) / (1 - chance); other models: centred")
     return lines
+
+
+LINES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
+    "scores": score_lines,
+    "sweeps": sweep_lines,
+    "ablations": ablation_lines,
+    "bpb": bpb_lines,
+    "bfloat16": bpb_lines,
+    "memory": memory_lines,
+    "text": text_lines,
+    "core": core_lines,
+}
+"""Kind of result -> its values as lines."""

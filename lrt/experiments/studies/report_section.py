@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
-from lrt.eval.report.html import inline, table
+from lrt.eval.report.html import inline_svg
 from lrt.experiments.studies import grid, runner
 from lrt.experiments.studies.kinds import kind
 
@@ -27,9 +27,6 @@ def section(file: Path) -> str:
             progress = f"{len(lines)} cells of other fields, code or data than these: outdated."
     progress = progress or f"{len(lines)} cells are done."
     parts = [f"<section><h2>{html.escape(study)}, {html.escape(edition)}</h2><p>{progress}</p>"]
-    for each in shown.tables(lines):
-        if each.body:
-            head, *body = each.shown()
-            parts += [f"<h3>{html.escape(each.title)}</h3>" if each.title else "", table(head, body)]
-    parts.append(f"<figure>{inline(lambda: shown.figure(lines), study)}</figure></section>")
+    parts += [table.html() for table in shown.tables(lines) if table.body]
+    parts.append(f"<figure>{inline_svg(lambda: shown.figure(lines), study)}</figure></section>")
     return "\n".join(parts)

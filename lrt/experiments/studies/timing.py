@@ -29,6 +29,7 @@ from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
 from lrt.training.matching import PAIRS, seconds_per_token, step_time_ratio
 from lrt.training.trainer import Trainer
+from lrt.utils.files import replace_atomically
 from lrt.utils.provenance import hardware
 from lrt.utils.timing import Work, alternate
 
@@ -64,9 +65,7 @@ def ratios(run: RunConfig, other: RunConfig, data: Prepared, device: str) -> Rat
                 "schedule": schedule_ratio(run, device),
                 "decode": decode_ratio(run, other, device),
             }
-            new = file.with_suffix(".new")
-            new.write_text(json.dumps(known, indent=1))
-            new.replace(file)
+            replace_atomically(file, json.dumps(known, indent=1))
     return known[key]
 
 

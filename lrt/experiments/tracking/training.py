@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lrt.data.batch import IGNORED
-from lrt.distributed.single import clip
+from lrt.distributed.single import clip_gradients
 from lrt.experiments.tracking.measure import HELD_OUT
 from lrt.experiments.tracking.tasks import TASKS
 from lrt.model.config import ModelConfig
@@ -122,7 +122,7 @@ def train_tracking(
         drawn, asked = (x.to(device) for x in task.sample(run.rows, lengths[len(reached) - 1], generator))
         loss, final = step_loss(model, drawn, asked, schedule.at(step, run.steps, run.seed), execution)
         loss.backward()
-        norm = float(clip(model, run.optim.clip))
+        norm = float(clip_gradients(model, run.optim.clip))
         if not math.isfinite(norm + final + float(loss.detach())):
             raise FloatingPointError(f"at step {step} the loss is {float(loss.detach())}, the gradient's norm {norm}")
         optimiser.step(step)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,10 +38,10 @@ def export(source: Path | str, out: Path | str, prefill: str = "converged", remo
     out = Path(out)
     if out.exists() and any(out.iterdir()) and (not is_export(out)):
         raise ValueError(f"{out} holds something that is no exported LRT; choose another folder")
-    fresh = out.with_name(f".{out.name}.saving-{os.getpid()}")
+    fresh = files.temporary_name(out)
     try:
         model = write_folder(source, fresh, prefill, remote_code)
-        files.swap(fresh, out)
+        files.replace_folder(fresh, out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return model

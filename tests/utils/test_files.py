@@ -1,0 +1,72 @@
+"""What replaces a file or a folder is whole, or the old one is untouched and nothing is left beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lrt.utils.files import recover, replace_atomically, replace_folder, temporary_name
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_text_bytes_and_a_writer_replace_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    replace_atomically(file, "größer\n")
+    assert file.read_bytes() == "größer\n".encode()
+    replace_atomically(file, b"\x00\xff")
+    assert file.read_bytes() == b"\x00\xff"
+    replace_atomically(file, lambda path: path.write_text("by a function"))
+    assert file.read_text() == "by a function"
+    assert names(tmp_path) == ["data.json"]
+
+
+@pytest.mark.parametrize("failing", ["writer", "os.fsync", "pathlib.Path.replace"])
+def test_a_write_that_fails_leaves_the_old_file_alone(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "data.json"
+    file.write_text("old")
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def write_half(path: Path) -> None:
+        path.write_text("ha")
+        if failing == "writer":
+            fail()
+
+    if failing != "writer":
+        monkeypatch.setattr(failing, fail)
+    with pytest.raises(KeyboardInterrupt):
+        replace_atomically(file, write_half)
+    assert file.read_text() == "old"
+    assert names(tmp_path) == ["data.json"]
+
+
+def test_a_temporary_name_is_hidden_and_passes_for_no_file_of_that_kind(tmp_path: Path) -> None:
+    name = temporary_name(tmp_path / "bpb.json").name
+    assert name.startswith(".bpb.json.saving-")
+    assert not name.endswith(".json")
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+    for content in ("one", "two"):
+        fresh = temporary_name(tmp_path / "out")
+        (fresh / "deep").mkdir(parents=True)
+        (fresh / "deep" / content).write_text(content)
+        replace_folder(fresh, tmp_path / "out")
+        assert names(tmp_path) == ["out"]
+        assert names(tmp_path / "out" / "deep") == [content]
+
+
+def test_a_folder_comes_back_where_the_second_rename_never_happened(tmp_path: Path) -> None:
+    (tmp_path / ".out.previous").mkdir()
+    recover(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+    (tmp_path / ".out.previous").mkdir()  # beside one that is there, it is no longer needed
+    recover(tmp_path / "out")
+    assert names(tmp_path) == [".out.previous", "out"]
