@@ -21,7 +21,7 @@ from lrt.data.prepared import Prepared
 from lrt.data.windows import windows
 from lrt.eval.scoring import score
 from lrt.experiments.studies import grid, language
-from lrt.experiments.studies.texts import STDLIB, prepared_text
+from lrt.experiments.studies.texts import STDLIB, open_text
 from lrt.utils.progress import bar
 
 ROWS, LENGTH = 64, 100
@@ -54,8 +54,8 @@ def main(arguments: Arguments) -> None:
     for cell in grid.read_study("scaling", arguments.edition).cells:
         if cell.seed not in arguments.seeds or not set(arguments.only) <= set(cell.choices) or cell.name in done:
             continue
-        data = prepared_text(cell.fields.get("text", STDLIB))
-        run = language.run_of(cell.fields, data.vocab_size)
+        data = open_text(cell.fields.get("text", STDLIB))
+        run = language.build_run(cell.fields, data.vocab_size)
         with bar(cell.name, 1, True) as tell:
             model, _ = language.train_cell(run, data, "cpu", tell)
         scores = language.score_run(model, data, run, cell.fields)

@@ -1,4 +1,10 @@
-"""The families of the published comparisons, each as what it changes of a Transformer of the same size."""
+"""The families of the published comparisons, each as what it changes of a Transformer of the same size.
+
+Loops and latent thoughts are two numbers of ModelConfig (`loops`, `thoughts`), so that State, schedules, live scores,
+checkpoints and decoding serve them as they are. A loop is the blocks again, with caches of its own. A latent thought is
+a position of the State that holds no token; every caller counts tokens. Doubling the sequence outside the model would
+have made every caller know of it.
+"""
 
 from __future__ import annotations
 

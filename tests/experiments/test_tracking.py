@@ -25,11 +25,11 @@ from lrt.experiments.tracking.tasks import (
     TIMES,
     VALUES,
     WRITE,
-    alternating,
+    alternating_group,
     expression,
     flat_values,
     prefix_products,
-    symmetric,
+    symmetric_group,
 )
 from lrt.experiments.tracking.training import STRIDE, TrackingRun, step_loss, train_tracking
 from lrt.model.execution import Execution
@@ -67,14 +67,14 @@ def test_brackets_have_the_length_and_the_value():
 
 
 def test_groups_by_hand():
-    assert [symmetric(3).order, alternating(5).order, symmetric(5).order] == [6, 60, 120]
-    s3 = symmetric(3)
+    assert [symmetric_group(3).order, alternating_group(5).order, symmetric_group(5).order] == [6, 60, 120]
+    s3 = symmetric_group(3)
     number = {g: n for n, g in enumerate(s3.elements)}
     swap, cycle = number[1, 0, 2], number[1, 2, 0]  # 0 <-> 1; 0 -> 1 -> 2 -> 0
     assert s3.table[swap, cycle] == number[2, 1, 0]  # 0 -> 1 -> 2, 1 -> 0 -> 1, 2 -> 2 -> 0
     assert s3.table[cycle, swap] == number[0, 2, 1]
     assert s3.elements[s3.identity] == (0, 1, 2)
-    assert len(S5.small(2)) == 11
+    assert len(S5.moving_at_most(2)) == 11
     assert prefix_products(s3, torch.tensor([[swap, swap, cycle, cycle, cycle]])).tolist() == [
         [swap, 0, cycle, number[2, 0, 1], 0]
     ]
@@ -86,7 +86,7 @@ def test_parity_and_words_ask_at_every_position():
     tokens, classes = TASKS["s5_swaps"].sample(2, 9, seeded())
     state = list(range(5))
     for t in range(9):
-        letter = S5.elements[S5.small(2)[int(tokens[0, t])]]
+        letter = S5.elements[S5.moving_at_most(2)[int(tokens[0, t])]]
         state = [letter[i] for i in state]
         assert S5.elements[int(classes[0, t])] == tuple(state)
 
@@ -129,7 +129,7 @@ def test_recall_dyck_and_retrieval_by_replaying():
     for row, asked in zip(tokens.tolist(), classes.tolist(), strict=True):
         places = row[:5]
         for move in row[5:-1]:
-            letter = S5.elements[S5.small(2)[move - VALUES - 5]]
+            letter = S5.elements[S5.moving_at_most(2)[move - VALUES - 5]]
             moved = list(places)
             for i in range(5):
                 moved[letter[i]] = places[i]
@@ -160,7 +160,7 @@ def test_rows_repeat_with_their_seed_and_guessing_gives_chance(name: str):
 def test_tests_draw_rows_that_training_cannot():
     """A generator knows 32 bits of its seed: those of training end where those of tests begin."""
     seeds = [
-        measure.test_generator(purpose, TASKS[name], length, seed).initial_seed()
+        measure.held_out_generator(purpose, TASKS[name], length, seed).initial_seed()
         for purpose in ("last state", "reads", "stream")
         for name in ("parity", "s5")
         for length in (40, 256)
@@ -349,7 +349,7 @@ def test_parity_is_learned_and_carried_on():
     assert list(done.grown) == run.lengths() == [2, 4, 6, 8, 10, 12, 14, 16]
     starts = [*done.grown.values(), 120]
     assert done.tokens == 64 * sum(n * (b - a) for n, a, b in zip(done.grown, starts[:-1], starts[1:], strict=True))
-    assert measure.final_state(done.model, TASKS["parity"], 100, rows=200).accuracy > 0.99
+    assert measure.score_last_state(done.model, TASKS["parity"], 100, rows=200).accuracy > 0.99
     # A run's first steps do not depend on how many follow; not so the rates.
     assert train_tracking(dataclasses.replace(run, steps=3)).losses[0] == done.losses[0]
 
@@ -366,9 +366,9 @@ def test_lengths_grow():
 def test_scores_count():
     answers = torch.tensor([[1, 0, 1], [0, 0, 0]])
     classes = torch.tensor([[1, 1, 1], [0, 1, IGNORED]])
-    assert measure.last(answers, classes) == measure.Answers(2, 1)  # row 1 is asked last at position 1
-    assert measure.every(answers, classes) == measure.Answers(5, 3)
-    assert measure.every(answers, classes).errors == 2
+    assert measure.count_last(answers, classes) == measure.Answers(2, 1)  # row 1 is asked last at position 1
+    assert measure.count_all(answers, classes) == measure.Answers(5, 3)
+    assert measure.count_all(answers, classes).errors == 2
 
 
 # --- streams -------------------------------------------------------------------------------------------------------
@@ -420,7 +420,7 @@ def test_streams_are_counted_in_parts():
     found = measure.stream_answers(model, tokens, classes, parts=4)
     assert [part.asked for part in found.parts] == [26, 26, 26, 22]
     assert found.carried == 16 + 2 * 2 * 4 * 16  # the memory; keys and values of 4 positions in 2 layers
-    expected = measure.every(measure.live_answers(model, tokens), classes)
+    expected = measure.count_all(measure.live_answers(model, tokens), classes)
     assert sum(part.right for part in found.parts) == expected.right
 
 
