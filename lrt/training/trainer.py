@@ -88,7 +88,7 @@ class Trainer:
         run, done, begun = self.run, self.progress, time.perf_counter()
         current = self.schedule.at(done.step, self.steps, run.seed)
         batches, position = self._batches()
-        step_loss = StepLoss.of(current, [b.targets for b in batches], self.ranks, self.execution)
+        step_loss = StepLoss.of(current, [b.targets for b in batches], self.ranks.sum, self.execution)
         shares = []
         for batch in batches:
             with self.ranks.accumulating(self.objective, last=batch is batches[-1]):

@@ -148,17 +148,17 @@ def test_what_another_process_runs_is_left_to_it(swept: grid.Study, tmp_path: Pa
     others = swept.cells[0]
     kind = Scores({"a 0.5": 2.0, "a 1": 1.0, "b 0.5": 1.0, "b 1": 2.0})
     with contextlib.ExitStack() as held:
-        mine = held.enter_context(runner.claim(file, others))
-        assert mine is not None
+        path = held.enter_context(runner.claim(file, others))
+        assert path is not None
         with runner.claim(file, others) as again:
             assert again is None
-        mine.write_text("elsewhere 1")  # another machine's
+        path.write_text("elsewhere 1")  # another machine's
         waits = []
 
         def wait(seconds: float) -> None:
             waits.append(list(kind.ran))
             old = time.time() - 2 * runner.ABANDONED
-            os.utime(mine, (old, old))
+            os.utime(path, (old, old))
 
         monkeypatch.setattr(runner.time, "sleep", wait)
         runner.run_study(swept, kind, file, progress=False)
@@ -201,9 +201,9 @@ def test_the_claim_of_a_dead_process_of_this_machine_is_nobodys(swept: grid.Stud
 @pytest.mark.parametrize("study", ["source", "injection"])
 def test_source_and_injection_share_the_rivals_runs(study: str, edition: str):
     rivals = {cell.key: cell.choices[-1] for cell in grid.read_study("rivals", edition).cells}
-    mine = grid.read_study(study, edition)
-    shared = {cell.choices[-1]: rivals[cell.key] for cell in mine.cells if cell.key in rivals}
-    depth = mine.cells[0].fields["size"]["depth"]
+    cells = grid.read_study(study, edition).cells
+    shared = {cell.choices[-1]: rivals[cell.key] for cell in cells if cell.key in rivals}
+    depth = cells[0].fields["size"]["depth"]
     alike = ["transformer", "token shift", "token shift, 2 channels"]
     own = {
         "source": {f"0 and {depth}, channels": "recommended, shared"},
@@ -226,7 +226,7 @@ def test_a_swept_axis_must_be_there(tmp_path: Path):
 def line(
     family: str, seed: int, live: float, rate: str = "one", text: str = "code", val: float | None = None, **more: Any
 ) -> runner.Line:
-    result = {
+    scores = {
         "parameters": 1000,
         "parameters_without_tables": 700,
         "forwards": 1,
@@ -245,17 +245,17 @@ def line(
         "seed": seed,
         "choices": {"text": text, "rate": rate, "family": family},
         "fields": {"rate": factor},
-        "result": result,
+        "result": scores,
     }
 
 
 def test_differences_are_paired_by_seed_with_a_t_interval():
     """By hand: differences -0.1, -0.2, -0.3 of a mean of 2; their deviation 0.1, t(2) = 4.3027, so ± 0.2484."""
     plain = [line("transformer", s, 2.0 + 0.1 * s - 0.1) for s in range(3)]
-    mine = [line("shared", s, 2.0 + 0.1 * s - 0.1 - 0.1 * (s + 1)) for s in range(3)]
-    assert str(comparisons.paired_difference(mine, plain)) == "-10.0 % ± 12.4"
-    assert str(comparisons.paired_difference(mine[:2], plain)) == "-7.7 % (2 seeds)"
-    assert comparisons.paired_difference(mine, [line("transformer", 7, 2.0)]) is None
+    shared = [line("shared", s, 2.0 + 0.1 * s - 0.1 - 0.1 * (s + 1)) for s in range(3)]
+    assert str(comparisons.paired_difference(shared, plain)) == "-10.0 % ± 12.4"
+    assert str(comparisons.paired_difference(shared[:2], plain)) == "-7.7 % (2 seeds)"
+    assert comparisons.paired_difference(shared, [line("transformer", 7, 2.0)]) is None
     assert comparisons.t_half_width([-0.1, -0.2, -0.3]) == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
 
 
@@ -304,12 +304,11 @@ def test_figures_are_drawn(tmp_path: Path):
 
 def test_the_rivals_figure_has_a_panel_per_text_and_a_mark_per_equal_thing():
     lines = [
-        {**each, "choices": {"text": text, "equal": equal, "rate": "one", "family": name}}
+        {**line(name, s, bpb + s / 50), "choices": {"text": text, "equal": equal, "rate": "one", "family": name}}
         for text in ("code", "books")
         for equal in ("tokens", "wall-clock")
-        for name, value in (("transformer", 2.0), ("token shift", 1.9), ("shared", 1.8))
+        for name, bpb in (("transformer", 2.0), ("token shift", 1.9), ("shared", 1.8))
         for s in range(3)
-        for each in [line(name, s, value + s / 50)]
     ]
     figure = figures.differences_figure(lines)
     code, books = figure.axes
@@ -318,21 +317,17 @@ def test_the_rivals_figure_has_a_panel_per_text_and_a_mark_per_equal_thing():
     legend = code.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["equal tokens", "equal wall-clock"]
-    drawn = code.lines[0].get_xdata()
-    assert drawn == pytest.approx([-10 / 2.02, -20 / 2.02])
+    per_cent = code.lines[0].get_xdata()
+    assert per_cent == pytest.approx([-10 / 2.02, -20 / 2.02])
     assert len(figures.differences_figure([]).axes) == 1
 
 
-def test_at_a_glance_everything_is_held_against_the_strongest_control():
+def test_in_the_overview_everything_is_held_against_the_strongest_control():
     names = [*comparisons.BASELINES, "shared"]
-    lines = [
-        {**each, "choices": {"rate": "one", "family": name}}
-        for name in names
-        for each in (line(name, s, 2.0) for s in range(3))
-    ]
+    lines = [{**line(name, s, 2.0), "choices": {"rate": "one", "family": name}} for name in names for s in range(3)]
     (table,) = comparisons.overview_tables(lines)
     assert table.head[-3:] == [f"vs {name}" for name in (names[0], names[1], names[3])]
-    (without,) = comparisons.overview_tables([each for each in lines if each["choices"]["family"] != names[3]])
+    (without,) = comparisons.overview_tables([cell for cell in lines if cell["choices"]["family"] != names[3]])
     assert without.head[-3:] == [f"vs {name}" for name in names[:3]]
 
 
@@ -366,7 +361,7 @@ def test_without_eight_sizes_there_is_no_multiplier():
 
 def test_laws_are_compared_over_the_sizes_that_both_have():
     whole = list(scaling_lines(10))
-    lacking = [each for each in whole if (each["choices"]["family"], each["choices"]["text"]) != ("shared", "size 9")]
+    lacking = [cell for cell in whole if (cell["choices"]["family"], cell["choices"]["text"]) != ("shared", "size 9")]
     fewer = list(scaling_lines(9))
     row = {name: comparisons.scaling_table(lines).body[1] for name, lines in (("lacking", lacking), ("fewer", fewer))}
     assert row["lacking"] == row["fewer"]
@@ -376,17 +371,17 @@ def test_laws_are_compared_over_the_sizes_that_both_have():
 
 def test_at_equal_wall_clock_the_transformer_is_that_of_equal_tokens():
     lines = [
-        {**each, "choices": {"equal": equal, "rate": "one", "family": each["choices"]["family"]}}
-        for equal, each in (
+        {**cell, "choices": {"equal": equal, "rate": "one", "family": cell["choices"]["family"]}}
+        for equal, cell in (
             *(("tokens", line("transformer", s, 2.0)) for s in range(3)),
             *(("tokens", line("shared", s, 1.8)) for s in range(3)),
             *(("wall-clock", line("shared", s, 1.9)) for s in range(3)),
         )
     ]
-    glance, beside = comparisons.overview_tables(lines)
-    assert (glance.title, beside.title) == ("equal tokens", "equal wall-clock")
-    assert "| shared | 1 | 2.00 | 1.60 | 1.10 | 1.8000 | -10.0 % ± 0.0 |" in glance.markdown()
-    assert "| shared | 1 | 2.00 | 1.60 | 1.10 | 1.9000 | -5.0 % ± 0.0 |" in beside.markdown()
+    tables = comparisons.overview_tables(lines)
+    assert [table.title for table in tables] == ["equal tokens", "equal wall-clock"]
+    assert "| shared | 1 | 2.00 | 1.60 | 1.10 | 1.8000 | -10.0 % ± 0.0 |" in tables[0].markdown()
+    assert "| shared | 1 | 2.00 | 1.60 | 1.10 | 1.9000 | -5.0 % ± 0.0 |" in tables[1].markdown()
     tokens, clock = comparisons.comparison_tables(lines)
     assert (tokens.title, clock.title) == ("tokens", "wall-clock")
     assert "| -5.0 % ± 0.0 |" in clock.markdown()
@@ -401,7 +396,7 @@ def test_a_report_of_studies(tmp_path: Path):
         for s in (0, 1)
     ]
     file = tmp_path / "mine.tiny.jsonl"
-    file.write_text("".join(json.dumps(each) + "\n" for each in (*lines, lines[0])))
+    file.write_text("".join(json.dumps(cell) + "\n" for cell in (*lines, lines[0])))
     main(["report", str(file), "results/state-tracking.tiny.jsonl", "--out", str(tmp_path / "r.html")])
     page = (tmp_path / "r.html").read_text()
     assert page.count("<svg") == 2
@@ -419,10 +414,10 @@ def test_a_report_of_studies(tmp_path: Path):
 def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small text of that name."""
     monkeypatch.setattr(texts, "TEXTS", tmp_path / "texts")
-    told = " ".join(
+    sentences = " ".join(
         f"{a} {b} sat on the {c}." for a in ["the", "my", "your"] for b in ["cat", "dog"] for c in ["mat", "log"]
     )
-    (tmp_path / "story.txt").write_text((told + "\n") * 40)
+    (tmp_path / "story.txt").write_text((sentences + "\n") * 40)
     prepare(tmp_path / "texts" / "story", [tmp_path / "story.txt"], 280, progress=False, workers=0)
 
 
@@ -474,8 +469,8 @@ def test_a_cell_that_diverges_keeps_no_snapshot(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(language, "KEEP_EVERY", 0.0)
-    found = language.Language().run({**SMALL, "seed": 0, "family": "transformer"}, lambda *_: None, "cpu")
-    assert found["diverged"] == "at step 3 the loss is nan"
+    scores = language.Language().run({**SMALL, "seed": 0, "family": "transformer"}, lambda *_: None, "cpu")
+    assert scores["diverged"] == "at step 3 the loss is nan"
     assert len(seen) == 1
     assert not list((tmp_path / "unfinished").iterdir())
 
@@ -502,15 +497,15 @@ editions:
     assert "4 cells to run" in out
     assert "1 cells are left out: the text 'poems' is not there; prepare it with: lrt prepare" in out
     lines = {r["choices"]["family"]: r for r in runner.read_lines(tmp_path / "mine.tiny.jsonl")}
-    plain, ponder, mine = (lines[name]["result"] for name in ("transformer", "ponder", "recommended"))
+    plain, ponder, recommended = (lines[name]["result"] for name in ("transformer", "ponder", "recommended"))
     assert plain["tokens"] == ponder["tokens"] == 160
-    assert mine["training_flops"] == pytest.approx(plain["training_flops"], rel=0.2)  # whole steps
+    assert recommended["training_flops"] == pytest.approx(plain["training_flops"], rel=0.2)  # whole steps
     assert ponder["forwards"] == 2
     in_time = lines["in time"]["result"]
     assert in_time["tokens"] == pytest.approx(160 / in_time["step_ratio"], abs=32)  # whole steps
     assert abs(plain["test"]["gap"]) < 1e-6
-    assert "live_bpb_memory_zero" in mine["test"]
-    assert "verdict" in mine
+    assert "live_bpb_memory_zero" in recommended["test"]
+    assert "verdict" in recommended
     assert plain["step_ratio"] == 1
     assert ponder["step_ratio"] > 1.2
     done, kind = runner.read_lines(tmp_path / "mine.tiny.jsonl")[-1], KINDS["language"]
@@ -524,7 +519,7 @@ editions:
     main([*arguments, "--show"])
     assert "| ponder | 1 (1) | 1 |" in capsys.readouterr().out
     kept = json.loads((tmp_path / "ratios.json").read_text())
-    assert sorted(set(found) for found in kept.values()) == [{"step", "schedule", "decode"}] * 2
+    assert sorted(set(measured) for measured in kept.values()) == [{"step", "schedule", "decode"}] * 2
     os.utime(tmp_path / "ratios.json", (1, 1))
     (tmp_path / "mine.tiny.jsonl").unlink()
     main([*arguments, "--only", "ponder"])

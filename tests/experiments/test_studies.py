@@ -136,10 +136,10 @@ def test_a_cell_that_another_study_ran_is_taken(study: grid.Study, tmp_path: Pat
     other = grid.read_study(str(tmp_path / "other.yaml"), "tiny")
     ran = runner.run_study(other, Counting(), tmp_path / other.results, progress=False)
     capsys.readouterr()
-    mine = Counting()
-    lines = runner.run_study(study, mine, tmp_path / study.results, progress=False)
+    counting = Counting()
+    lines = runner.run_study(study, counting, tmp_path / study.results, progress=False)
     assert "10 cells to run, about 21 minutes in all" in capsys.readouterr().out
-    assert [fields["seed"] for fields in mine.ran] == [1] * 5
+    assert [fields["seed"] for fields in counting.ran] == [1] * 5
     assert [line["result"] for line in lines[:5]] == [line["result"] for line in ran]
     assert lines[1] == {**ran[1], **runner.label(study, study.cells[1]), "from": "other.tiny easy/tall/0"}
     assert "from" not in lines[5]
@@ -234,21 +234,21 @@ TRACKED: dict[str, Any] = {
 }
 
 
-def untold(amount: float, text: str = "") -> None:
-    """Progress that nobody looks at."""
+def ignore_progress(amount: float, text: str = "") -> None:
+    """Where nobody looks at it."""
 
 
 def test_a_tracking_cell_measures_what_it_can_read_and_says_when_it_diverges(monkeypatch: pytest.MonkeyPatch):
     """Full attention ends at its context; a loss that is not finite is a result."""
-    assert list(StateTracking().run(TRACKED, untold, "cpu")["last_state"]) == ["8"]
+    assert list(StateTracking().run(TRACKED, ignore_progress, "cpu")["last_state"]) == ["8"]
     slid = {**TRACKED, "model": {**TRACKED["model"], "window_pattern": "S", "window": 4}}
-    assert list(StateTracking().run(slid, untold, "cpu")["last_state"]) == ["8", "32"]
+    assert list(StateTracking().run(slid, ignore_progress, "cpu")["last_state"]) == ["8", "32"]
 
     def lost(*_: Any, **__: Any) -> Any:
         raise FloatingPointError("at step 3 the loss is nan")
 
     monkeypatch.setattr("lrt.experiments.studies.state_tracking.train_tracking", lost)
-    assert StateTracking().run(TRACKED, untold, "cpu")["diverged"] == "at step 3 the loss is nan"
+    assert StateTracking().run(TRACKED, ignore_progress, "cpu")["diverged"] == "at step 3 the loss is nan"
 
 
 @pytest.mark.parametrize(
