@@ -39,6 +39,7 @@ class RunStudy:
         file, kind = self.results / study.results, find_kind(study.kind)
         if len(self.devices) == 0:
             raise ValueError("no device is given; name at least one, such as cpu")
+        # Of several devices each gets a process of its own, which runs this verb again for it alone.
         first, *others = self.devices
         if others and not self.show:
             command = ["study", self.study, "--edition", self.edition, "--results", str(self.results)]

@@ -27,6 +27,7 @@ class Adapter(HFLM):
     """The harness's own, which puts its prefix token before a rolling text itself: BOS must not come twice."""
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        # The harness reads this field when it encodes, so it is set for the call alone.
         self.add_bos_token = False
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm)

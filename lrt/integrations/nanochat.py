@@ -91,6 +91,7 @@ def read_config(weights: Weights, meta: dict[str, Any]) -> tuple[ModelConfig, st
     lacking = [name for name in ("n_layer", "n_head", "vocab_size", "sequence_len") if name not in theirs]
     if lacking:
         raise ValueError(f"the metadata's model_config lacks {', '.join(lacking)}; copy it again")
+    # By the names of the tensors: metadata may be of another file.
     depth = 1 + max((int(m[1]) for m in (re.match(r"transformer\.h\.(\d+)\.", n) for n in weights) if m), default=-1)
     if depth != theirs["n_layer"] or "transformer.wte.weight" not in weights:
         raise ValueError(
@@ -157,7 +158,7 @@ def value_embedding_names(weights: Weights) -> dict[int, str]:
 
 def convert_weights(weights: Weights, config: ModelConfig) -> Weights:
     """Their tensors under our names. ValueError where any is missing or left over."""
-    left = dict(weights)
+    left = dict(weights)  # what no name of ours has taken yet
 
     def take(name: str, default: Tensor | None = None) -> Tensor:
         if name not in left and default is None:
@@ -176,6 +177,7 @@ def convert_weights(weights: Weights, config: ModelConfig) -> Weights:
         "head.weight": crop_vocabulary(take("lm_head.weight")),
     }
     ones, zeros = torch.ones(config.depth), torch.zeros(config.depth)
+    # α and β of all blocks are one vector each; the first versions had none, which is 1 and 0.
     alpha, beta = take("resid_lambdas", ones), take("x0_lambdas", zeros)
     recurrent = config.memory.injection == "both"
     gamma = take("interleaved_lambdas") if recurrent else zeros

@@ -54,6 +54,7 @@ class AttentionBench:
                 work[f"{schedule!r} by masks"] = self.work(schedule, by_pieces=False)
                 if torch.device(self.device).type == "cuda":
                     work[f"{schedule!r} by FlexAttention"] = self.flex_work(schedule)
+        # All ratios are over one causal kernel for all positions: `plain()` at its best.
         timings = alternate(work, self.rounds, device=self.device, title="lrt bench attention")
         base = timings["plain() by one kernel"]
         rows = []
@@ -107,7 +108,7 @@ class AttentionBench:
         """All passes by FlexAttention, which knows the mask as a function of positions. CUDA: no backward on CPUs."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        attention = torch.compile(flex_attention, dynamic=False)
+        attention = torch.compile(flex_attention, dynamic=False)  # uncompiled it holds all scores at once
         passes, window = schedule.passes(self.context), self.window
         inputs = []
         for p in passes:

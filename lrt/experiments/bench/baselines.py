@@ -99,13 +99,14 @@ class PlainModel(nn.Module):
         angles = torch.arange(config.context)[:, None] * config.rope_base ** (
             -torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
         )
+        # (T, 1, K/2): they broadcast over the heads.
         self.register_buffer("cos", angles.cos().unsqueeze(1), persistent=False)
         self.register_buffer("sin", angles.sin().unsqueeze(1), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of tokens (B, T)."""
         x = x0 = self.norm(self.embedding(tokens))
-        memory = torch.zeros_like(x)
+        memory = torch.zeros_like(x)  # of a first pass: the products with it are computed all the same
         k, v = self.key(memory), self.value(memory)
         cos, sin = (angles[: tokens.shape[1]].to(x) for angles in (self.cos, self.sin))
         for block in self.blocks:
@@ -152,7 +153,7 @@ def transformers_generate(config: ModelConfig, device: str | torch.device) -> Ge
         num_attention_heads=config.heads,
         num_key_value_heads=config.num_kv_heads,
         max_position_embeddings=config.context,
-        eos_token_id=None,
+        eos_token_id=None,  # nothing ends a text before its number of tokens
         pad_token_id=0,
         bos_token_id=0,
     )

@@ -22,6 +22,7 @@ from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.timing import Work, alternate
 
 BATCHES = (1, 32)
+"""Rows decoded at once."""
 STEPS = 64
 """Tokens decoded per timing and row."""
 RAGGED = 32
@@ -98,7 +99,7 @@ def ragged_rows(
     """
     requests, begin = [], 0
     for i, length in zip(range(RAGGED), LENGTHS, strict=True):
-        new = NEW // 2 + i * NEW // (RAGGED - 1)
+        new = NEW // 2 + i * NEW // (RAGGED - 1)  # from half to one and a half times NEW: rows end at different steps
         length = min(length, model.config.context - new)
         tokens = tuple(text[(begin + t) % len(text)] for t in range(length))
         requests.append(Request(tokens, new, Sampling(temperature=0)))

@@ -72,7 +72,7 @@ def by_rewinding(model: LatentRecurrentTransformer, prompts: Sequence[Tokens], c
     """With the second half of the prompt replaced, taken back, and given again."""
     texts = []
     for prompt in prompts:
-        half = max(1, len(prompt) // 2)
+        half = max(1, len(prompt) // 2)  # a session holds at least one token
         wrong = Session.start(model, (*prompt[:half], *reversed(prompt[half:])), "exact")
         right = wrong.rewind(len(prompt) - half).extend(prompt[half:], "exact") if half < len(prompt) else wrong
         texts.append(right.generate(count, GREEDY).tokens)
@@ -94,7 +94,7 @@ def by_split_prefill(model: LatentRecurrentTransformer, prompts: Sequence[Tokens
     texts = []
     for prompt in prompts:
         session = Session.start(model, prompt[:1], "exact")
-        middle = max(1, 2 * len(prompt) // 3)
+        middle = max(1, 2 * len(prompt) // 3)  # a token, the first two thirds, the rest
         for part in (prompt[1:middle], prompt[middle:]):
             session = session.extend(part, "exact") if part else session
         texts.append(session.generate(count, GREEDY).tokens)

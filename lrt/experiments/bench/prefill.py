@@ -6,7 +6,9 @@ Shapes: B prompts, T their tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,51 +39,26 @@ def prefill_rows(
     rounds: int = 10,
     progress: bool = True,
 ) -> list[Row]:
-    """The figures of prompts (B, T): the first is timed, all are scored."""
+    """The figures of prompts (B, T): the first is timed, all are scored.
+
+    A plain forward of the prompt is the unit: of time, and of positions computed.
+    """
     device, first, length = prompts.device, prompts[:1], prompts.shape[1]
     live, gaps = gaps_to_live(model, prompts, token_bytes, progress)
     needed = {stride: sweeps_needed(by_sweep) for stride, by_sweep in gaps.items()}
+    # The stride that is live at the least cost: a large one needs fewer sweeps, of more calls each.
     groups = min(needed, key=lambda stride: needed[stride] * calibration.sweep(length, 1, stride))
     sweeps = needed[groups]
-
-    def plain() -> None:
-        model(first, range(length), model.empty_state(1, model.config.context).in_place())
-
-    def sweep_to_live() -> None:
-        state = model.empty_state(1, model.config.context, tokens=pad_to(first, model.config.context)).in_place()
-        rows = SweepState.of(model, Prompt(first, [length], [0]), state)
-        for sweep in range(sweeps):
-            rows.sweep(model, groups, sweep * groups)  # n sweeps made n·g positions exact: those are not swept again
-
-    def fill(mode: Mode) -> Certificate:
-        state = model.empty_state(1, model.config.context).in_place()
-        return prefill(model, first, state, mode, calibration=calibration).report.rows[0]
-
-    fast, converged = fill("fast"), fill("converged")
+    work = prefill_work(model, first, calibration, groups, sweeps)
+    fast, converged = work["fast"](), work["converged"]()
+    quick = {name: work[name] for name in ("plain", "fast", "converged", "live")}
     with torch.no_grad():
-        times = alternate(
-            {
-                "plain": plain,
-                "fast": lambda: fill("fast"),
-                "converged": lambda: fill("converged"),
-                "live": sweep_to_live,
-            },
-            rounds,
-            1,
-            device,
-            "prefill",
-            progress,
-        )
+        times = alternate(quick, rounds, 1, device, "prefill", progress)
         # Token by token takes far longer: fewer rounds, beside a candidate of its own.
-        slow = alternate(
-            {"fast": lambda: fill("fast"), "exact": lambda: fill("exact")},
-            max(1, rounds // 4),
-            1,
-            device,
-            "exact",
-            progress,
-        )
+        both = {name: work[name] for name in ("fast", "exact")}
+        slow = alternate(both, max(1, rounds // 4), 1, device, "exact", progress)
     about = {"tokens": length, "prompts": len(prompts)}
+    # The first n·g positions are exact after n sweeps, and are not swept again.
     computed = sum(length - sweep * groups for sweep in range(sweeps)) / length
     scored = {**about, "groups": groups, "sweeps": sweeps, "live_bpb": live, "gap_after_each_sweep": gaps}
     name = f"prefill of {length} tokens"
@@ -99,6 +76,32 @@ def prefill_rows(
             about=about,
         ),
     ]
+
+
+def prefill_work(
+    model: LatentRecurrentTransformer, tokens: Tensor, calibration: Calibration, groups: int, sweeps: int
+) -> dict[str, Callable[[], Any]]:
+    """What is timed on a prompt (1, T): a plain forward, each mode of `prefill`, and sweeps until the score is live.
+
+    A mode gives its Certificate.
+    """
+    length, context = tokens.shape[1], model.config.context
+
+    def run_plain() -> None:
+        model(tokens, range(length), model.empty_state(1, context).in_place())
+
+    def sweep_to_live() -> None:
+        state = model.empty_state(1, context, tokens=pad_to(tokens, context)).in_place()
+        rows = SweepState.of(model, Prompt(tokens, [length], [0]), state)
+        for sweep in range(sweeps):
+            rows.sweep(model, groups, sweep * groups)
+
+    def fill(mode: Mode) -> Certificate:
+        state = model.empty_state(1, context).in_place()
+        return prefill(model, tokens, state, mode, calibration=calibration).report.rows[0]
+
+    modes: tuple[Mode, ...] = ("fast", "converged", "exact")
+    return {"plain": run_plain, "live": sweep_to_live, **{mode: partial(fill, mode) for mode in modes}}
 
 
 def gaps_to_live(

@@ -65,6 +65,7 @@ def print_table(rows: Sequence[Row], title: str) -> None:
         ]
         for row in rows
     ]
+    # Names to the left, numbers to the right; `rstrip` where the last column is empty.
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     print(title)
     for name, *cells in (head, *body):

@@ -73,6 +73,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def tensors(tree: object) -> list[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -134,6 +135,7 @@ class TrainBench:
         alone would give; `tokens_per_second`; `mfu`, FLOPs per second over the device's peak, None where that is not
         known; `peak_bytes` of live activations; `peak_ratio`, those over `plain()` with nothing recomputed.
         """
+        # All models are timed in one run: on a busy machine only alternated rounds can be compared.
         candidates = [c for name in self.models for c in self.candidates(name)]
         work = {f"{c.model} {c.schedule} {c.variant}": c.step for c in candidates}
         timings = alternate(work, self.rounds, device=self.device, title="lrt bench train", progress=self.progress)
@@ -170,7 +172,7 @@ class TrainBench:
         tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
         schedules = EVERY if "all" in self.schedules else tuple(repr(parse(s)) for s in self.schedules)
         if memory.injection == "none":
-            schedules = ()
+            schedules = ()  # every pass of a Transformer gives the same
         candidates = []
         for schedule in (PLAIN, *(s for s in schedules if s != PLAIN)):
             for recompute in ("nothing", *self.recompute):

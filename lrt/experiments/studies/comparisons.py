@@ -80,6 +80,7 @@ def group_axes(lines: Sequence[Line]) -> list[str]:
 
 def lines_at_best_rate(lines: Sequence[Line]) -> list[Line]:
     """Of the rates of one choice, the lines of that which is best on val with the seed that has most rates."""
+    # A sweep runs all rates with its first seed only: among others, one rate would win by being alone.
     rates = {line["choices"].get(RATE) for line in lines}
     first = max({line["seed"] for line in lines}, key=lambda seed: (sum(line["seed"] == seed for line in lines), -seed))
     best = min((line for line in lines if line["seed"] == first), key=val_bpb)["choices"].get(RATE)
@@ -129,7 +130,7 @@ def overview_tables(lines: Sequence[Line]) -> list[Table]:
         }
         names = list(dict.fromkeys(name for choices in columns.values() for name in choices))
         controls = [name for name in BASELINES if name in names]
-        baselines = controls[:2] + controls[2:][-1:]
+        baselines = controls[:2] + controls[2:][-1:]  # the last is the strongest control without recurrence
         head = ["model", "forwards / token", "training FLOPs", "step", "decode"]
         for column in columns:
             head += [f"{column} {what}".strip() for what in ("live", *(f"vs {name}" for name in baselines))]
@@ -176,6 +177,7 @@ def table_row(name: str, choices: Choices, baselines: Sequence[str], rates: Sequ
     lines = choices[name]
     scored = scored_lines(lines)
     best = float(lines[0]["fields"].get(RATE, 1))
+    # A best rate at the edge of what was tried says that the sweep was too narrow.
     edge = ", edge" if len(rates) > 1 and best in (rates[0], rates[-1]) else ""
     rate = f"{best:g} ({', '.join(f'{factor:g}' for factor in rates)}{edge})"
     counted = (scored or lines)[0]["result"]
@@ -243,7 +245,7 @@ def paired_difference(lines: Sequence[Line], others: Sequence[Line]) -> Differen
     pairs = [(test_bpb(line), by_seed[line["seed"]]) for line in scored_lines(lines) if line["seed"] in by_seed]
     if not pairs:
         return None
-    unit = statistics.fmean(other for _, other in pairs) / 100
+    unit = statistics.fmean(other for _, other in pairs) / 100  # a hundredth of the others' mean: differences in %
     per_cent = [(one - other) / unit for one, other in pairs]
     half = t_half_width(per_cent) if len(pairs) >= 3 else None  # three seeds at least (contract, section 5)
     return Difference(statistics.fmean(per_cent), half, len(pairs))
@@ -277,6 +279,7 @@ def sizes_by_family(lines: Sequence[Line]) -> dict[str, list[Size]]:
     """family -> its sizes, in the order of the Transformer's FLOPs, or of its own where that was not run."""
     families: dict[str, list[Size]] = defaultdict(list)
     for group, choices in group_by_axes(lines).items():
+        # The Transformer's FLOPs on as many tokens are the same with every seed.
         plain = [line["result"]["training_flops"] for line in scored_lines(choices.get(TRANSFORMER, ()))]
         base = plain[0] if plain else None
         for name, of_choice in choices.items():

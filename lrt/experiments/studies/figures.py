@@ -32,6 +32,7 @@ MakeFigure = Callable[[Sequence[Line]], Figure]
 
 def save_figure(make: Callable[[], Figure], path: Path) -> None:
     """Draw into an SVG file: small, and the same bytes from the same lines."""
+    # Text stays text, ids are hashes of content, and there is no date: else each call gives other bytes.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lrt"}):
         make().savefig(path, format="svg", metadata={"Date": None})
 
@@ -85,6 +86,7 @@ def differences_figure(lines: Sequence[Line]) -> Figure:
         for number, (equal, choices) in enumerate(by_equal.items()):
             base = choices.get(TRANSFORMER, ())
             differences = {n: paired_difference(choices[n], base) for n in names if n in choices}
+            # One row per model; what is equal stands a fifth of a row apart.
             points = [(names.index(n) + 0.2 * number, d) for n, d in differences.items() if d is not None]
             panel.errorbar(
                 [d.mean for _, d in points],

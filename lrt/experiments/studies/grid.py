@@ -100,6 +100,7 @@ def editions(study: str) -> tuple[str, ...]:
 
 def read_study(study: str, edition: str) -> Study:
     """A study by its name, or from a file of one's own. ValueError that names what is wrong."""
+    # A file of one's own may have the name of a shipped study, given with its suffix.
     path = HERE / f"{study}.yaml" if study in known_studies() else Path(study)
     if path.suffix != ".yaml":
         raise ValueError(f"unknown study {study!r}; choose one of {', '.join(known_studies())}, or give a .yaml file")
@@ -140,8 +141,10 @@ def make_cells(edition: dict[str, Any]) -> list[Cell]:
         if any(excluded <= set(names) for excluded in left_out):
             continue
         fields: Fields = {"seed": seed}
+        # YAML reads `lrt: ` as None: a choice that changes nothing.
         for over in (edition.get("base", {}), *(fields or {} for _, fields in choices)):
             fields = merge_fields(fields, over)
+        # Neither decides a run: they are no fields of it, and not in its key.
         minutes = float(fields.pop("minutes", 0))
         seeds = fields.pop("seeds", edition["seeds"])
         if not set(seeds) & set(edition["seeds"]):

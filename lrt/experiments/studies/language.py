@@ -73,6 +73,7 @@ def build_model(fields: Fields, vocab_size: int) -> ModelConfig:
         raise ValueError(f"unknown family {fields['family']!r}; choose one of {', '.join(families)}")
     model = families[fields["family"]].model(base)
     changes = fields.get("model", {})
+    # Of the memory only what the fields name is replaced: the rest is the family's.
     memory = {**dataclasses.asdict(model.memory), **changes.get("memory", {})}
     model = ModelConfig.from_dict({**model.to_dict(), **changes, "memory": memory})
     if (widest := fields.get("widened_to")) is not None:
@@ -87,7 +88,7 @@ def build_run(fields: Fields, vocab_size: int) -> RunConfig:
         raise ValueError(f"a language cell has no field {', '.join(unknown)}; it has {', '.join(sorted(FIELDS))}")
     model = build_model(fields, vocab_size)
     optim = OptimConfig(**fields.get("optim", {}))
-    factor = fields.get("rate", 1)
+    factor = fields.get("rate", 1)  # of a sweep: all four rates together
     rates = {name: factor * getattr(optim, name) for name in ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")}
     run = RunConfig(
         model=model,
@@ -152,6 +153,7 @@ class Language:
         data = open_text(fields.get("text", texts.STDLIB))
         run = build_run(fields, data.vocab_size)
         other = baseline_run(run, fields)
+        # The horizon decides the learning-rate schedule too, so it is set before anything is trained.
         ratios = timing.paired_ratios(run, other, data, device)
         run = match_horizon(run, other, fields.get("equal", "tokens"), ratios["step"])
         costs = {"run": run.to_dict(), "data": data.fingerprint, **count_costs(run)}
@@ -265,6 +267,7 @@ def score_run(model: LatentRecurrentTransformer, data: Prepared, run: RunConfig,
     test = evaluate(model, split_windows("test", count), sizes, schedule, progress=False, prefix_bytes=prefix)
     scores: dict[str, Any] = {"val_live_bpb": val, "test": test.to_dict()}
     settling = fields.get("settling", 0)
+    # Nothing settles where nothing recurs.
     if settling and model.config.memory.stored_sources(model.config.depth):
         val_windows = split_windows("val", settling)
         curve = sweep_curve(model, val_windows, sizes, schedule, groups=(1,), progress=False, prefix_bytes=prefix)

@@ -76,7 +76,7 @@ def read_lines(file: Path) -> list[Line]:
     for text in file.read_text().splitlines() if file.exists() else ():
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
+        except json.JSONDecodeError:  # the machine went down while it was written
             continue
     return lines
 
@@ -231,7 +231,7 @@ def is_claimed(path: Path) -> bool:
 def is_alive(process: int) -> bool:
     """Whether a process of this machine is there."""
     try:
-        os.kill(process, 0)
+        os.kill(process, 0)  # no signal: it only asks
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
@@ -293,7 +293,7 @@ def label(study: Study, cell: Cell) -> Line:
 def find_shared(study: Study, kind: Kind, cell: Cell, file: Path) -> Line | None:
     """A cell's line from that of another study beside `file` with the same fields, which says whose it was."""
     for other in sorted(set(file.parent.glob("*.jsonl")) - {file}):
-        for line in reversed(read_lines(other)):
+        for line in reversed(read_lines(other)):  # the newest first
             if line["key"] == cell.key and kind.is_current(line):
                 return {**line, **label(study, cell), "from": f"{line['study']}.{line['edition']} {line['cell']}"}
     return None

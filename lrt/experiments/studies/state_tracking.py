@@ -83,14 +83,16 @@ class StateTracking:
             return {**scores, "diverged": str(error)}
         scores |= {
             "tokens": done.tokens,
+            # Counted at the longest rows: attention costs less on the shorter ones that came first.
             "training_flops": done.tokens * training_flops(run.model, parse(run.schedule), run.longest),
             "train_seconds": round(done.seconds, 1),
             "grown": {str(length): step for length, step in done.grown.items()},
-            "loss": statistics.fmean(done.losses[-max(1, run.steps // 20) :]),
+            "loss": statistics.fmean(done.losses[-max(1, run.steps // 20) :]),  # of the last twentieth
             "last_state": {},
             "reads": {},
             "ablated": {},
         }
+        # With a layer of full attention, positions behind the context cannot be read.
         longest = math.inf if run.model.unlimited_context else run.model.context
         tests, extra = [n for n in fields.get("tests", []) if n <= longest], fields.get("reads", {})
         share = (1 - TRAINING) / max(1, len(tests) + len(extra) + ("stream" in fields))
@@ -184,6 +186,7 @@ def tracking_run(fields: Fields) -> TrackingRun:
             raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
     task = TASKS[fields["task"]]
     model = ModelConfig.from_dict({**fields["model"], "vocab_size": task.vocabulary})
+    # `tests` and the like are measured after training: they decide the cell, not its run.
     rest = {k: v for k, v in fields.items() if k not in {"model", "optim", *TESTS}}
     return TrackingRun(model=model, optim=OptimConfig(**fields["optim"]), **rest)
 

@@ -76,6 +76,7 @@ def sample_rows(
 def count_last(answers: Tensor, classes: Tensor) -> Answers:
     """The last answer that each row asks for; answers, classes (B, T)."""
     positions = torch.arange(classes.shape[1], device=classes.device)
+    # Not always the row's last position: a flip-flop row ends in the bit that was asked for.
     where = torch.where(classes != IGNORED, positions, -1).amax(1, keepdim=True)
     right = answers.gather(1, where) == classes.gather(1, where)
     return Answers(len(classes), int(right.sum()))
@@ -142,7 +143,7 @@ def stream_answers(
     """
     carry = dataclasses.replace(unrolled.empty_carry(model, tokens.shape[0]), position=first)
     answered = []
-    size = -(-tokens.shape[1] // parts)
+    size = -(-tokens.shape[1] // parts)  # rounded up: the last part may be shorter
     for part, part_classes in zip(tokens.split(size, 1), classes.split(size, 1), strict=True):
         asked = right = 0
         for block, block_classes in zip(part.split(BLOCK, 1), part_classes.split(BLOCK, 1), strict=True):

@@ -69,6 +69,7 @@ def is_even(g: Permutation) -> bool:
 def make_group(elements: list[Permutation]) -> Group:
     """The group of these elements, which must be closed."""
     number = {g: n for n, g in enumerate(elements)}
+    # "a, then b" takes place i to b[a[i]].
     table = [[number[tuple(b[i] for i in a)] for b in elements] for a in elements]
     return Group(tuple(elements), torch.tensor(table))
 
@@ -144,6 +145,7 @@ def arithmetic(rows: int, length: int, generator: torch.Generator) -> Examples:
 def flat_values(tokens: Tensor) -> Tensor:
     """The value of every prefix of flat expressions (B, T) that ends in a digit; IGNORED at operators."""
     values = ask_nothing(tokens)
+    # `term` is the product that is still open, `total` the sum of those before it: * binds first.
     total, term = torch.zeros_like(tokens[:, 0]), tokens[:, 0]
     values[:, 0] = term
     for t in range(2, tokens.shape[1], 2):
@@ -171,7 +173,7 @@ def expression(length: int, generator: torch.Generator) -> tuple[list[int], int]
         words = [digit] if length in (1, 3) else [MINUS, digit]
         value = digit if length in (1, 3) else -digit % MODULUS
         return ([OPEN, *words, CLOSE] if length >= 3 else words), value
-    left = 1 + int(integers(length - 4, (), generator))
+    left = 1 + int(integers(length - 4, (), generator))  # two brackets and the sign take 3, each side at least 1
     (a, x), (b, y) = expression(left, generator), expression(length - 3 - left, generator)
     minus = bool(integers(2, (), generator))
     return [OPEN, *a, MINUS if minus else PLUS, *b, CLOSE], (x - y if minus else x + y) % MODULUS
@@ -208,10 +210,12 @@ def flip_flop(ignore: float) -> Sampler:
     def sample(rows: int, length: int, generator: torch.Generator) -> Examples:
         pairs = length // 2
         u = torch.rand(rows, pairs, generator=generator)
+        # What is not ignored is half writes, half reads.
         instructions = torch.where(u < ignore, IGNORE, torch.where(u < (1 + ignore) / 2, WRITE, READ))
         instructions[:, 0], instructions[:, -1] = WRITE, READ
         bits = integers(2, (rows, pairs), generator)
         steps = torch.arange(pairs).expand(rows, -1)
+        # At each step, the step of the last write.
         written = torch.where(instructions == WRITE, steps, -1).cummax(1).values
         bits = torch.where(instructions == READ, bits.gather(1, written), bits)
         tokens = torch.stack((instructions, bits), 2).flatten(1)
@@ -228,7 +232,7 @@ KEYS, VALUES = 16, 16
 def recall(rows: int, length: int, generator: torch.Generator) -> Examples:
     """Half of the row: different keys, each with its value; then queries, each asking for its key's value."""
     pairs = min(KEYS, length // 4)
-    keys = torch.rand(rows, KEYS, generator=generator).argsort(1)[:, :pairs]
+    keys = torch.rand(rows, KEYS, generator=generator).argsort(1)[:, :pairs]  # a random order: no key twice
     values = integers(VALUES, (rows, pairs), generator)
     queried = integers(pairs, (rows, length - 2 * pairs), generator)
     shown = torch.stack((keys, KEYS + values), 2).flatten(1)
@@ -247,6 +251,7 @@ def dyck(rows: int, length: int, generator: torch.Generator) -> Examples:
     stack = torch.zeros(rows, DEPTH + 1, dtype=torch.long)  # entry d: the bracket opened at depth d
     depth, index, tops = torch.zeros(rows, dtype=torch.long), torch.arange(rows), []
     for t in range(length):
+        # An empty stack must open, a full one must close.
         opens = (depth == 0) | ((depth < DEPTH) & coin[:, t])
         tokens[:, t] = torch.where(opens, tokens[:, t], KINDS + stack[index, depth])
         depth = torch.where(opens, depth + 1, depth - 1)

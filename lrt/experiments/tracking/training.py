@@ -116,10 +116,10 @@ def train_tracking(
     # The rates are the run's own: at the reference batch nothing is scaled.
     optimiser = Optimiser(model, run.model.width, run.optim.reference_batch, run.steps, run.optim)
     schedule = parse(run.schedule)
-    lengths, reached = run.lengths(), [0]
+    lengths, reached = run.lengths(), [0]  # the steps at which a length was reached, the first at once
     losses, trained_tokens, begun = [], 0, time.perf_counter()
     for step in range(run.steps):
-        generator = torch.Generator().manual_seed(STRIDE * run.seed + step)
+        generator = torch.Generator().manual_seed(STRIDE * run.seed + step)  # a function of the seed and the step
         tokens, classes = (x.to(device) for x in task.sample(run.rows, lengths[len(reached) - 1], generator))
         loss, final = step_loss(model, tokens, classes, schedule.at(step, run.steps, run.seed), execution)
         loss.backward()
@@ -129,6 +129,7 @@ def train_tracking(
         optimiser.step(step)
         losses.append(final)
         trained_tokens += tokens.numel()
+        # Losses of shorter rows do not count towards the next length.
         recent = losses[reached[-1] :][-PATIENCE:]
         if len(reached) < len(lengths) and len(recent) == PATIENCE and statistics.fmean(recent) < run.mastered:
             reached.append(step + 1)

@@ -75,6 +75,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("generation is live, and train() is the training schedule; call model.eval() first")
         config = copy.deepcopy(generation_config or self.generation_config)
         config.update(**kwargs)
+        # An allow-list: a mode that is not known to carry the memory along would give other tokens in silence.
         mode = config.get_generation_mode(kwargs.get("assistant_model")).value
         if mode not in GENERATION_MODES:
             raise ValueError(f"{mode} is not supported by an LRT; what works: {', '.join(GENERATION_MODES)}")
@@ -161,6 +162,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
                     cache = DynamicCache(config=self.config)
                 hidden = self._recur(input_ids, attention_mask, position_ids, cache)
                 loss = None if labels is None else self._loss(hidden, input_ids, labels, attention_mask, position_ids)
+        # Their convention: a number counts from the end (0: all), a tensor names the columns.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             logits = self.model.logits(hidden[:, kept])
@@ -223,7 +225,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         out = refine(self.model, tokens, schedule)
         loss = None
         if targets is not None and items is not None and bool((targets == IGNORED).all()):
-            loss = 0 * out.hidden.sum()  # nothing of an accumulated batch is here
+            loss = 0 * out.hidden.sum()  # nothing of an accumulated batch is here: a loss with gradients, all zero
         elif targets is not None:
             loss = StepLoss.of(schedule, [targets]).over(self.model, [hidden for _, _, hidden in out.passes], targets)
             if items is not None:  # a share of an accumulated batch
@@ -245,7 +247,7 @@ class Unpadded:
         begins = torch.zeros_like(real) if position_ids is None else (position_ids == 0).expand_as(ids) & real
         begins[:, 0] = True  # a row never goes on with the text of the row before
         text = begins.flatten().cumsum(0) - 1
-        flat = real.flatten().nonzero().squeeze(1)
+        flat = real.flatten().nonzero().squeeze(1)  # where in the flattened batch the real tokens stand
         text = torch.unique(text[flat], return_inverse=True)[1]  # those without any token are none
         lengths = torch.bincount(text)
         within = torch.arange(len(flat), device=ids.device) - (lengths.cumsum(0) - lengths)[text]
