@@ -21,7 +21,7 @@ from lrt.data.prepared import Prepared
 from lrt.data.windows import windows
 from lrt.eval.scoring import score
 from lrt.experiments.studies import grid, language
-from lrt.experiments.studies.texts import STDLIB, prepared_text
+from lrt.experiments.studies.texts import STDLIB, open_text
 from lrt.utils.progress import bar
 
 ROWS, LENGTH = 64, 100
@@ -39,12 +39,12 @@ class Arguments:
     """Of the study of scaling."""
 
 
-def twice(model: LatentRecurrentTransformer, data: Prepared) -> tuple[float, float]:
+def score_twice(model: LatentRecurrentTransformer, data: Prepared) -> tuple[float, float]:
     """Live nats per token of rows' first and second half, without each half's first token: it has nothing to go by."""
     val = data.split("val")
-    seen = torch.cat([batch.tokens.flatten() for batch in windows(val, model.config.context, 20_000).batches(64)])
-    drawn = torch.randint(len(seen), (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    nats = score(model, torch.cat([torch.full((ROWS, 1), val.bos), seen[drawn], seen[drawn]], dim=1))
+    text = torch.cat([batch.tokens.flatten() for batch in windows(val, model.config.context, 20_000).batches(64)])
+    places = torch.randint(len(text), (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    nats = score(model, torch.cat([torch.full((ROWS, 1), val.bos), text[places], text[places]], dim=1))
     return float(nats[:, 1:LENGTH].mean()), float(nats[:, LENGTH + 1 :].mean())
 
 
@@ -54,12 +54,12 @@ def main(arguments: Arguments) -> None:
     for cell in grid.read_study("scaling", arguments.edition).cells:
         if cell.seed not in arguments.seeds or not set(arguments.only) <= set(cell.choices) or cell.name in done:
             continue
-        data = prepared_text(cell.fields.get("text", STDLIB))
-        run = language.run_of(cell.fields, data.vocab_size)
-        with bar(cell.name, 1, True) as tell:
-            model, _ = language.train_cell(run, data, "cpu", tell)
+        data = open_text(cell.fields.get("text", STDLIB))
+        run = language.build_run(cell.fields, data.vocab_size)
+        with bar(cell.name, 1, True) as advance:
+            model, _ = language.train_cell(run, data, "cpu", advance)
         scores = language.score_run(model, data, run, cell.fields)
-        first, second = twice(model, data)
+        first, second = score_twice(model, data)
         line = {"cell": cell.name, "val": scores["val_live_bpb"], "test": scores["test"]["live_bpb"]}
         line |= {"first": first, "second": second}
         with arguments.out.open("a") as file:

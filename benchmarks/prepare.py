@@ -33,7 +33,7 @@ def processor_seconds() -> float:
     return used.user + used.system + used.children_user + used.children_system
 
 
-def timed(work) -> tuple[float, float]:
+def time_call(work) -> tuple[float, float]:
     """(seconds, processor seconds) of a call."""
     begun, used = time.perf_counter(), processor_seconds()
     work()
@@ -100,8 +100,8 @@ def main() -> None:
 
     with Peak() as peak:  # before the texts are held in memory for the library
         ours()
-    found = open_corpus([options.corpus], None, selection, lambda *_: None)
-    groups = [[piece.text for _, piece in group.pieces] for group in found.groups(CorpusPosition())]
+    corpus = open_corpus([options.corpus], None, selection, lambda *_: None)
+    groups = [[piece.text for _, piece in group.pieces] for group in corpus.groups(CorpusPosition())]
     size = sum(len(text.encode()) for group in groups for text in group)
 
     def library() -> None:
@@ -111,9 +111,9 @@ def main() -> None:
 
     pairs = []
     for _ in range(options.pairs):
-        alone = timed(library)
+        alone = time_call(library)
         shutil.rmtree(out.parent)
-        pairs.append((*alone, *timed(ours)))
+        pairs.append((*alone, *time_call(ours)))
     shutil.rmtree(out.parent)
     mean = [statistics.median(column) for column in zip(*pairs, strict=True)]
     print(

@@ -43,36 +43,36 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def held(model: nn.Module, shards: int) -> int:
+def held_bytes(model: nn.Module, shards: int) -> int:
     """Bytes of parameters that this rank holds now: its `shards`, and whatever is whole."""
     return shards + sum(p.nbytes for p in model.parameters() if not isinstance(p, DTensor))
 
 
-def measure(ranks: SingleProcess, config: ModelConfig, spelled: str) -> dict[str, Any]:
+def measure_step(ranks: SingleProcess, config: ModelConfig, text: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = LatentRecurrentTransformer(config).to(ranks.device)
     objective = ranks.parallelise(model)
     shards = sum(p.to_local().nbytes for p in model.parameters() if isinstance(p, DTensor))
-    rest, peak = held(model, shards), 0
+    rest, peak = held_bytes(model, shards), 0
 
-    def look(*_: Any) -> None:
+    def record_peak(*_: Any) -> None:
         nonlocal peak
-        peak = max(peak, held(model, shards))
+        peak = max(peak, held_bytes(model, shards))
 
     for block in model.blocks:
-        block.mlp.register_forward_pre_hook(look)
-        block.mlp.register_full_backward_pre_hook(look)
+        block.mlp.register_forward_pre_hook(record_peak)
+        block.mlp.register_full_backward_pre_hook(record_peak)
     tokens = torch.randint(config.vocab_size, (1, CONTEXT), device=ranks.device)
-    loss = StepLoss.of(schedules.parse(spelled), [tokens], ranks)
+    loss = StepLoss.of(schedules.parse(text), [tokens], ranks.sum)
     step(ranks, objective, loss, tokens)  # FSDP2 sets itself up in the first
-    with Collectives() as seen:
+    with Collectives() as counter:
         step(ranks, objective, loss, tokens)
     return {
         "parallel": type(ranks).__name__,
-        "schedule": spelled,
+        "schedule": text,
         "rest": rest,
         "peak": peak,
-        "collectives": seen.counts,
+        "collectives": counter.counts,
     }
 
 
@@ -93,8 +93,8 @@ def main() -> None:
     with join_ranks("fsdp", arguments.device) as group:
         for kind in PARALLEL.values():
             ranks = kind(group.device, group.rank, group.ranks)
-            for spelled in SCHEDULES:
-                row = measure(ranks, config, spelled)
+            for text in SCHEDULES:
+                row = measure_step(ranks, config, text)
                 if ranks.first:
                     print(json.dumps(row), flush=True)
 

@@ -27,7 +27,7 @@ STRIDES = (1, 4, 8, 16, 32)
 SWEEPS = 10
 
 
-def trace(
+def trace_sweeps(
     model: LatentRecurrentTransformer, tokens: Tensor, exact: Tensor, sizes: Tensor, groups: int, full: bool
 ) -> list[dict[str, float]]:
     """A line per sweep, until the residual is below 1e-5."""
@@ -37,14 +37,14 @@ def trace(
         nats = token_nats(model, hidden[:, :-1], tokens[:, 1:])
         return float(nats.double().sum()) / (math.log(2) * float(sizes.sum()))
 
-    flight = SweepState.of(model, Prompt(tokens, [length], [0]), model.empty_state(1, length, tokens=tokens).in_place())
+    rows = SweepState.of(model, Prompt(tokens, [length], [0]), model.empty_state(1, length, tokens=tokens).in_place())
     if full:
-        flight.sweep(model, 1, 0)
+        rows.sweep(model, 1, 0)
     lines: list[dict[str, float]] = []
     for sweep in range(SWEEPS):
-        flight.sweep(model, groups, min(length, sweep * groups))
-        ((residual,), (worst,), _) = flight.measure()
-        hidden = flight.values[:, :, 0]
+        rows.sweep(model, groups, min(length, sweep * groups))
+        ((residual,), (worst,), _) = rows.measure()
+        hidden = rows.values[:, :, 0]
         distance = float((hidden - exact).norm() / exact.norm())
         lines.append({"residual": residual, "worst": worst, "distance": distance, "gap": bpb(hidden) - bpb(exact)})
         if residual <= 1e-5:
@@ -67,7 +67,7 @@ def main() -> None:
         exact = refine(model, tokens, schedules.sequential()).hidden
         for full in (False, True):
             for groups in STRIDES:
-                lines = trace(model, tokens, exact, token_bytes[batch.tokens[:, 1:]], groups, full)
+                lines = trace_sweeps(model, tokens, exact, token_bytes[batch.tokens[:, 1:]], groups, full)
                 print(json.dumps({"stride": groups, "full": full, "sweeps": lines}), flush=True)
 
 

@@ -67,8 +67,8 @@ def main(arguments: Arguments) -> None:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 model, trained = train(run, data, Path(folder), title=f"{variant}, seed {seed}")
-            found = windows(data.split("val"), recipes.CONTEXT)
-            scores = evaluate(model, found, data.tokenizer.token_bytes(), schedules.parse(run.schedule), ablations=())
+            val = windows(data.split("val"), recipes.CONTEXT)
+            scores = evaluate(model, val, data.tokenizer.token_bytes(), schedules.parse(run.schedule), ablations=())
             line = {"variant": variant, "seed": seed, "parameters": count_parameters(run.model)[0]}
             line |= {**dataclasses.asdict(trained), **scores.to_dict()}
             with arguments.out.open("a") as file:

@@ -1,8 +1,7 @@
-"""`lrt calibrate` and `lrt bench train|attention|inference|equality`: dataclasses that run themselves, as in cli.py."""
+"""`lrt calibrate` and `lrt bench train|attention|inference|equality`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import tyro
 
 from lrt.experiments.bench import equality, inference
 from lrt.experiments.bench.attention import AttentionBench
-from lrt.experiments.bench.rows import Row, show
+from lrt.experiments.bench.rows import Row, hardware_title, print_json, print_table
 from lrt.experiments.bench.train import TrainBench
 from lrt.inference import cost_model
 from lrt.inference.calibrate import LENGTH, calibrate, sample_text
@@ -22,12 +21,12 @@ from lrt.utils.device import choose_device
 from lrt.utils.provenance import hardware
 
 
-def given_pair(rows: Sequence[Row], about: dict[str, Any], as_json: bool) -> None:
+def print_rows(rows: Sequence[Row], about: dict[str, Any], as_json: bool) -> None:
     """Rows on standard output: one line of JSON, or a table under the hardware."""
     if as_json:
-        print(json.dumps({"rows": [row.to_dict() for row in rows], **about}))
+        print_json(rows, about)
     else:
-        show(rows, ", ".join(str(value) for value in about["hardware"].values()))
+        print_table(rows, hardware_title(about))
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Inference:
         sections = inference.choose_sections(self.only)
         pair = inference.read_pair(self.checkpoints, data, device, self.rounds)
         rows = [row for section in sections for row in section(pair)]
-        given_pair(rows, {"calibration": pair.calibration.to_dict(), "hardware": hardware(device)}, self.json)
+        print_rows(rows, {"calibration": pair.calibration.to_dict(), "hardware": hardware(device)}, self.json)
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class BenchEquality:
     text: Path | None = None
     """A UTF-8 text, pieces of which are the prompts. None: what the model itself writes."""
     new_tokens: int = 64
-    """Tokens compared per prompt and way."""
+    """Tokens compared per prompt and path."""
     json: bool = False
     """Print one JSON object instead of a table."""
     device: str = "auto"
@@ -108,7 +107,7 @@ class BenchEquality:
         prompts = equality.split_prompts(ids, model.config.context - self.new_tokens)
         if len(prompts) == 0:
             raise ValueError(f"{len(ids)} tokens of text are too few; give at least {equality.LENGTHS[0]}")
-        given_pair(equality.equality_rows(model, prompts, self.new_tokens), {"hardware": hardware(device)}, self.json)
+        print_rows(equality.equality_rows(model, prompts, self.new_tokens), {"hardware": hardware(device)}, self.json)
 
 
 Suite = (

@@ -1,4 +1,4 @@
-"""`lrt evaluate` and `lrt diagnose`: dataclasses that run themselves, as in cli.py."""
+"""`lrt evaluate`, `lrt diagnose` and `lrt report`: what measures runs, and shows what was measured."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import tyro
 
 from lrt.cli.options import Paths
 from lrt.data.prepared import Prepared
-from lrt.eval.core_metric.benchmark import CoreSettings as CoreSettings
-from lrt.eval.core_metric.benchmark import run_core
+from lrt.eval.core_metric.benchmark import CoreSettings, run_core
 from lrt.eval.core_metric.bundle import Bundle, download
 from lrt.eval.diagnose import corpus_names, diagnose, load_subject, score_corpora
 from lrt.eval.report.text import result_lines
@@ -80,10 +79,10 @@ class Evaluate:
                 )
                 for folder, name in zip(self.data, corpus_names(self.data), strict=True)
             ]  # fmt: skip
-            result = score_corpora(subjects)
+            scores = score_corpora(subjects)
             if ranks.first:
-                result.write(out)
-                print(json.dumps(result.values) if self.json else "\n".join(result_lines(result)))
+                scores.write(out)
+                print(json.dumps(scores.values) if self.json else "\n".join(result_lines(scores)))
 
     def run_core(self, folders: tuple[Path, ...]) -> None:
         from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
@@ -94,12 +93,12 @@ class Evaluate:
         with join_ranks("ddp", choose_device(self.device)) as ranks:
             folder = checkpoint.verify(self.checkpoint)
             model, tokenizer = checkpoint.load(folder, ranks.device)
-            place = folders[0] if folders else ranks.rank0_first(lambda: download(Path("runs/data/core")))
+            bundle = folders[0] if folders else ranks.rank0_first(lambda: download(Path("runs/data/core")))
             weights = files.sha256(folder / "model.safetensors")
             out = self.out or self.checkpoint / "evaluation"
-            result, problems = run_core(model, tokenizer, Bundle.open(place), weights, out, settings, ranks)
+            scores, problems = run_core(model, tokenizer, Bundle.open(bundle), weights, out, settings, ranks)
             if ranks.first:
-                print(json.dumps(result.to_dict()) if self.json else "\n".join(result_lines(result)))
+                print(json.dumps(scores.to_dict()) if self.json else "\n".join(result_lines(scores)))
         if problems:
             raise ValueError("some tasks could not be run: " + "; ".join(problems))
 
@@ -158,9 +157,9 @@ class Diagnose:
                 measured = load_subject(
                     self.checkpoint, data, self.split, self.at_least, self.batch_size, out, ranks, name=name
                 )
-                for result in diagnose(measured, self.only):
+                for measurement in diagnose(measured, self.only):
                     if ranks.first:
-                        print("\n".join([f"{result.kind}, {result.subject}", *result_lines(result), ""]))
+                        print("\n".join([f"{measurement.kind}, {measurement.subject}", *result_lines(measurement), ""]))
             if ranks.first:
                 print(f"results in {out}")
 

@@ -33,19 +33,20 @@ class RunStudy:
         from lrt.eval.report.table import markdown
         from lrt.experiments.studies import grid, runner
         from lrt.experiments.studies.figures import save_figure
-        from lrt.experiments.studies.kinds import kind
+        from lrt.experiments.studies.kinds import find_kind
 
         study = grid.read_study(self.study, self.edition)
-        file, runs = self.results / study.results, kind(study.kind)
+        file, kind = self.results / study.results, find_kind(study.kind)
         if len(self.devices) == 0:
             raise ValueError("no device is given; name at least one, such as cpu")
+        # Of several devices each gets a process of its own, which runs this verb again for it alone.
         first, *others = self.devices
         if others and not self.show:
-            same = ["study", self.study, "--edition", self.edition, "--results", str(self.results)]
-            runner.on_devices([*same, *(["--only", *self.only] if self.only else [])], self.devices)
+            command = ["study", self.study, "--edition", self.edition, "--results", str(self.results)]
+            runner.run_on_devices([*command, *(["--only", *self.only] if self.only else [])], self.devices)
         elif not self.show:
-            runner.run_study(study, runs, file, self.only, device=first)
-        lines = runner.of(study, runner.current_lines(runs, file))
-        print(markdown(runs.tables(lines)))
+            runner.run_study(study, kind, file, self.only, device=first)
+        lines = runner.study_lines(study, runner.current_lines(kind, file))
+        print(markdown(kind.tables(lines)))
         if lines:
-            save_figure(lambda: runs.figure(lines), self.figure or file.with_suffix(".svg"))
+            save_figure(lambda: kind.figure(lines), self.figure or file.with_suffix(".svg"))

@@ -52,13 +52,13 @@ def demo(
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"tokens is {tokens}; it must be at least 1")
-    begun, reused = time.perf_counter(), 0.0
+    begun, earlier = time.perf_counter(), 0.0  # seconds of this call, and of the calls that finished a family before
     console = Console(highlight=False)
     source = "the standard library of this Python" if text is None else f"{len(text)} text file(s)"
     console.print(f"Preparing {source} …")
     data = prepare(out / "data", text, progress=progress)
     prompt = first_line(data) if prompt is None else prompt
-    longest = recipes.CONTEXT - SAMPLE  # and BOS, whose place the last token drawn does not need
+    longest = recipes.CONTEXT - SAMPLE  # BOS takes one place more; the last token drawn takes none
     length = len(data.tokenizer.encode(prompt))
     if length > longest:
         raise ValueError(
@@ -69,32 +69,35 @@ def demo(
     models: dict[str, dict[str, Any]] = {}
     for family in recipes.FAMILIES:
         run = recipes.demo_recipe(family, data.vocab_size, tokens, seed)
-        result, fresh = _family(family, run, data, out / family, device, console, progress)
-        reused += 0.0 if fresh else result.pop("seconds")
-        models[family] = {k: v for k, v in result.items() if k != "seconds"}
+        scores, fresh = _train_family(family, run, data, out / family, device, console, progress)
+        earlier += 0.0 if fresh else scores["seconds"]
+        models[family] = {k: v for k, v in scores.items() if k != "seconds"}
     model, tokenizer = load(out / "lrt" / "checkpoint", device)
     summary = {
         "models": models,
         "data": {k: data.manifest["splits"][k] for k in ("train", "val", "test")},
         "seed": seed,
         "hardware": hardware_line(device),
-        "seconds": time.perf_counter() - begun + reused,
+        "seconds": time.perf_counter() - begun + earlier,
     }
     console.print(demo_report.terminal_table(summary).rich())
     console.print("\nA sample from the LRT, decoded with its recurrence:\n", style="bold")
-    written = print_continuation(model, tokenizer, prompt, SAMPLE, Sampling(0.8, top_p=0.95), seed)
-    summary["seconds"] = time.perf_counter() - begun + reused
-    diaries = {family: out / family / "metrics.jsonl" for family in models}
-    demo_report.write_report(out / "report.html", summary, diaries, written)
+    sample = print_continuation(model, tokenizer, prompt, SAMPLE, Sampling(0.8, top_p=0.95), seed)
+    summary["seconds"] = time.perf_counter() - begun + earlier
+    logs = {family: out / family / "metrics.jsonl" for family in models}
+    demo_report.write_report(out / "report.html", summary, logs, sample)
     replace_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print(f"\n{out / 'report.html'} and {out / 'summary.json'} written, {summary['seconds']:.0f} s in all.")
     return summary
 
 
-def _family(
+def _train_family(
     family: str, run: RunConfig, data: Prepared, out: Path, device: str, console: Console, progress: bool
 ) -> tuple[dict[str, Any], bool]:
-    """One family's result, and whether it had to be made."""
+    """(Size, costs and test scores of one family, whether it was trained now).
+
+    A key over settings, splits, torch and device stands beside what it came to: with any other it is trained again.
+    """
     settings = {
         "run": run.to_dict(),
         "data": data.manifest["splits"],
@@ -102,12 +105,12 @@ def _family(
         "device": device,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    finished = out / "result.json"
-    whole = (out / "metrics.jsonl").is_file() and (out / "checkpoint" / "manifest.json").is_file()
-    known = _finished(finished) if whole else {}
-    if known.get("key") == key:
+    file = out / "result.json"
+    complete = (out / "metrics.jsonl").is_file() and (out / "checkpoint" / "manifest.json").is_file()
+    saved = _read_result(file) if complete else {}
+    if saved.get("key") == key:
         console.print(f"{family}: kept from an earlier call (delete {out} to train it again)")
-        return known["result"], False
+        return saved["result"], False
     shutil.rmtree(out / "checkpoint", ignore_errors=True)  # of other settings; `train` would refuse to replace it
     begun = time.perf_counter()
     total, dense = count_parameters(run.model)
@@ -116,35 +119,34 @@ def _family(
         f"{run.schedule}, {run.steps} steps of {run.batch_tokens} tokens"
     )
     model, done = train(run, data, out, device, progress, f"training {family}")
-    found = windows(data.split("test"), run.model.context)
+    test = windows(data.split("test"), run.model.context)
     metrics = evaluate(
         model,
-        found,
+        test,
         data.tokenizer.token_bytes(),
         parse(run.schedule),
-        batch_size=len(found),
+        batch_size=len(test),
         progress=progress,
         prefix_bytes=data.tokenizer.prefix_bytes("a"),
     )
-    scores = {k: v for k, v in metrics.to_dict().items() if v is not None}
-    result = {
+    scores = {
         "parameters": total,
         "parameters_without_tables": dense,
         "tokens": done.tokens,
         "train_seconds": done.seconds,
         "training_flops": done.flops,
-        **scores,
+        **{k: v for k, v in metrics.to_dict().items() if v is not None},
         "seconds": time.perf_counter() - begun,
     }
     console.print(
         f"  live {metrics.live_bpb:.4f} bits per byte, parallel {metrics.parallel_bpb:.4f} "
         f"({metrics.targets:,} tokens of held-out text; {done.tokens / done.seconds:,.0f} tokens/s in training)"
     )
-    replace_atomically(finished, json.dumps({"key": key, "result": result}, indent=2) + "\n")
-    return result, True
+    replace_atomically(file, json.dumps({"key": key, "result": scores}, indent=2) + "\n")
+    return scores, True
 
 
-def _finished(path: Path) -> dict[str, Any]:
+def _read_result(path: Path) -> dict[str, Any]:
     """What an earlier call wrote when a family was done; nothing where it is missing or cut short."""
     try:
         return json.loads(path.read_text())
@@ -168,17 +170,17 @@ def print_continuation(
     out: TextIO | None = None,
 ) -> str:
     """Print the prompt and its continuation as the tokens arrive, up to the end of the document; returns it all."""
-    to: TextIO = out or sys.stdout  # looked up here, so that a redirection counts
+    stream: TextIO = out or sys.stdout  # looked up here, so that a redirection counts
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
     tokens = torch.tensor([ids], device=model.embedding.weight.device)
     decoder, pieces = tokenizer.decoder(ids), [prompt]
-    to.write(prompt)
+    stream.write(prompt)
     for token in generate(model, tokens, max_new_tokens, sampling, seed):
-        if int(token) == tokenizer.bos:
+        if int(token) == tokenizer.bos:  # the next document's: this one has ended
             break
         pieces.append(decoder.push(int(token)))
-        to.write(pieces[-1])
-        to.flush()
+        stream.write(pieces[-1])
+        stream.flush()
     pieces.append(decoder.finish())
-    to.write(pieces[-1] + "\n")
+    stream.write(pieces[-1] + "\n")
     return "".join(pieces)

@@ -1,4 +1,11 @@
-"""The families of the published comparisons, each as what it changes of a Transformer of the same size."""
+"""The families of the published comparisons, each as what it changes of a Transformer of the same size.
+
+Loops and latent thoughts are two numbers of ModelConfig (`loops`, `thoughts`), so that State, schedules, live scores,
+checkpoints and decoding serve them as they are. A loop is the blocks again, with caches of its own. A latent thought is
+a position of the State that holds no token; every caller counts tokens. Doubling the sequence outside the model would
+have made every caller know of it. What counts positions of the State itself (prefill, engine, sessions) refuses
+thoughts.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +50,7 @@ def rivals(layers: int) -> dict[str, Rival]:
     its block is not rebuilt. The loops add the embedding again in every block, as all models here do.
     """
     upper, middle = max(1, round(0.75 * layers)), max(1, layers // 2)
-    lrt, thought = "2605.26797", "PonderLM-2, 2509.23184"
+    lrt, thought = "2605.26797", "PonderLM-2, 2509.23184"  # numbers of arXiv
     twice, best = MemoryConfig(source=(0, 0), combine="channels"), recommended_memory(layers)
     return {
         "transformer": Rival({}, "plain()", "nanochat"),

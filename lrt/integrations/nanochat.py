@@ -47,7 +47,7 @@ def import_checkpoint(source: Path | str, out: Path | str, tokenizer: Path | str
         )
     model = LatentRecurrentTransformer(config)
     try:
-        model.load_state_dict(convert(weights, config))
+        model.load_state_dict(convert_weights(weights, config))
     except RuntimeError as error:  # names every tensor whose shape is another
         raise ValueError(f"{source} does not fit its own metadata: {error}") from error
     # KV refresh is how the authors may have trained, and no schedule here.
@@ -61,10 +61,10 @@ def import_checkpoint(source: Path | str, out: Path | str, tokenizer: Path | str
 def read_weights(source: Path) -> tuple[Weights, dict[str, Any]]:
     """The state dict, in float32, and the metadata beside it. ValueError that names what is missing or damaged."""
     if source.is_dir():
-        found = sorted(source.glob("model_*.pt"), key=lambda file: (len(file.name), file.name))
-        if len(found) == 0:
+        files = sorted(source.glob("model_*.pt"), key=lambda file: (len(file.name), file.name))
+        if len(files) == 0:
             raise ValueError(f"{source} holds no model_*.pt; give a folder that nanochat wrote, or the file")
-        source = found[-1]
+        source = files[-1]  # names hold the step: the longest number, then the largest, is the newest
     if not source.is_file():
         raise ValueError(f"there is no file {source}; give a model_*.pt, or the folder that holds it")
     beside = source.with_name(source.name.replace("model_", "meta_")).with_suffix(".json")
@@ -87,30 +87,31 @@ def read_weights(source: Path) -> tuple[Weights, dict[str, Any]]:
 
 def read_config(weights: Weights, meta: dict[str, Any]) -> tuple[ModelConfig, str]:
     """The model's configuration and the schedule that it was trained with."""
-    given = meta["model_config"]
-    lacking = [name for name in ("n_layer", "n_head", "vocab_size", "sequence_len") if name not in given]
+    theirs = meta["model_config"]
+    lacking = [name for name in ("n_layer", "n_head", "vocab_size", "sequence_len") if name not in theirs]
     if lacking:
         raise ValueError(f"the metadata's model_config lacks {', '.join(lacking)}; copy it again")
+    # By the names of the tensors: metadata may be of another file.
     depth = 1 + max((int(m[1]) for m in (re.match(r"transformer\.h\.(\d+)\.", n) for n in weights) if m), default=-1)
-    if depth != given["n_layer"] or "transformer.wte.weight" not in weights:
+    if depth != theirs["n_layer"] or "transformer.wte.weight" not in weights:
         raise ValueError(
-            f"these weights have {depth} blocks transformer.h.N, their metadata says {given['n_layer']}; copy both "
+            f"these weights have {depth} blocks transformer.h.N, their metadata says {theirs['n_layer']}; copy both "
             "again"
         )
     width = weights["transformer.wte.weight"].shape[1]
-    head_size = width // given["n_head"]
+    head_size = width // theirs["n_head"]
     recurrent = "interleaved_lambdas" in weights
-    tables = embeddings(weights)
+    tables = value_embedding_names(weights)
     which = {0: "none", depth: "all"}.get(len(tables), "alternate")
-    context = given["sequence_len"]
-    pattern = given.get("window_pattern") or "L"
+    context = theirs["sequence_len"]
+    pattern = theirs.get("window_pattern") or "L"
     tiled = "".join(pattern[i % len(pattern)] for i in range(depth - 1)).upper() + "L"  # the last is always full
     config = ModelConfig(
         depth=depth,
         width=width,
-        heads=given["n_head"],
+        heads=theirs["n_head"],
         kv_heads=weights["transformer.h.0.attn.c_k.weight"].shape[0] // head_size,
-        vocab_size=given["vocab_size"],
+        vocab_size=theirs["vocab_size"],
         context=context,
         value_embeddings=which,  # type: ignore[arg-type]
         window_pattern=tiled if "S" in tiled else "L",
@@ -118,20 +119,20 @@ def read_config(weights: Weights, meta: dict[str, Any]) -> tuple[ModelConfig, st
         mlp_width=weights["transformer.h.0.mlp.c_fc.weight"].shape[0],
         memory=MemoryConfig(injection="both", projection="layerwise") if recurrent else MemoryConfig(injection="none"),
     )
-    check_gates(weights, given, recurrent, width)
+    check_gates(weights, theirs, recurrent, width)
     expected = {layer - 1 for layer in range(1, depth + 1) if config.has_value_embedding(layer)}
     if set(tables) != expected:
         raise ValueError(f"value embeddings on layers {sorted(tables)}; known are none, every other, all")
-    return config, trained_with(given) if recurrent else "plain()"
+    return config, read_schedule(theirs) if recurrent else "plain()"
 
 
-def check_gates(weights: Weights, given: dict[str, Any], recurrent: bool, width: int) -> None:
-    """Tell versions apart by how many channels their gates read.
+def check_gates(weights: Weights, theirs: dict[str, Any], recurrent: bool, width: int) -> None:
+    """ValueError for another version of nanochat, told apart by how many channels its gates read.
 
     A later nanochat reads 12, and with the same names of tensors has other gates (3σ), keys and queries times 1.15,
     another rotary base and other windows: it would load, and score wrongly.
     """
-    known = {given.get("ve_gate_channels") or width} if recurrent else {32, width}
+    known = {theirs.get("ve_gate_channels") or width} if recurrent else {32, width}
     for name, weight in weights.items():
         if name.endswith(("ve_gate.weight", "triple_gate.weight")) and weight.shape[1] not in known:
             raise ValueError(
@@ -140,72 +141,72 @@ def check_gates(weights: Weights, given: dict[str, Any], recurrent: bool, width:
             )
 
 
-def trained_with(given: dict[str, Any]) -> str:
+def read_schedule(theirs: dict[str, Any]) -> str:
     """The authors' flags as a schedule."""
-    if given.get("use_multi_refine"):
-        weights = tuple(given.get("multi_refine_loss_weights") or ()) or None
-        made = schedules.multi_refinement(given["multi_refine_num_passes"], weights, given["multi_refine_detach"])
-    else:
-        made = schedules.interleaved(given.get("interleaved_num_passes", 2))
-    return repr(made)
+    if theirs.get("use_multi_refine"):
+        weights = tuple(theirs.get("multi_refine_loss_weights") or ()) or None
+        passes, detach = theirs["multi_refine_num_passes"], theirs["multi_refine_detach"]
+        return repr(schedules.multi_refinement(passes, weights, detach))
+    return repr(schedules.interleaved(theirs.get("interleaved_num_passes", 2)))
 
 
-def embeddings(weights: Weights) -> dict[int, str]:
+def value_embedding_names(weights: Weights) -> dict[int, str]:
     """Layer (from 0) -> name of its table of value embeddings."""
-    found = (re.match(r"(?:interleaved_init_)?value_embeds\.(\d+)\.weight$", name) for name in weights)
-    return {int(match[1]): match[0] for match in found if match}
+    matches = (re.match(r"(?:interleaved_init_)?value_embeds\.(\d+)\.weight$", name) for name in weights)
+    return {int(match[1]): match[0] for match in matches if match}
 
 
-def convert(weights: Weights, config: ModelConfig) -> Weights:
+def convert_weights(weights: Weights, config: ModelConfig) -> Weights:
     """Their tensors under our names. ValueError where any is missing or left over."""
-    left = dict(weights)
+    left = dict(weights)  # what no name of ours has taken yet
 
     def take(name: str, default: Tensor | None = None) -> Tensor:
         if name not in left and default is None:
             raise ValueError(f"{name} is missing; this is no checkpoint of a known nanochat")
         return left.pop(name, default)  # type: ignore[return-value]
 
-    def vocabulary(table: Tensor) -> Tensor:
+    def crop_vocabulary(table: Tensor) -> Tensor:
         return table[: config.vocab_size].clone()  # they pad it to a multiple of 64
 
-    def gate(rows: Tensor) -> Tensor:
+    def pad_gate(rows: Tensor) -> Tensor:
         """Gates may read only the first channels of their input."""
         return torch.nn.functional.pad(rows, (0, config.width - rows.shape[1]))
 
-    result = {
-        "embedding.weight": vocabulary(take("transformer.wte.weight")),
-        "head.weight": vocabulary(take("lm_head.weight")),
+    ours = {
+        "embedding.weight": crop_vocabulary(take("transformer.wte.weight")),
+        "head.weight": crop_vocabulary(take("lm_head.weight")),
     }
     ones, zeros = torch.ones(config.depth), torch.zeros(config.depth)
+    # α and β of all blocks are one vector each; the first versions had none, which is 1 and 0.
     alpha, beta = take("resid_lambdas", ones), take("x0_lambdas", zeros)
     recurrent = config.memory.injection == "both"
     gamma = take("interleaved_lambdas") if recurrent else zeros
-    tables, groups = embeddings(weights), config.num_kv_heads
+    tables, groups = value_embedding_names(weights), config.num_kv_heads
     for i in range(config.depth):
-        theirs, ours = f"transformer.h.{i}.", f"blocks.{i}."
-        for a, b in NAMES.items():
-            result[ours + b] = take(theirs + a)
-        result[ours + "alpha"], result[ours + "beta"] = alpha[i : i + 1], beta[i : i + 1]
+        theirs, block = f"transformer.h.{i}.", f"blocks.{i}."
+        for their_name, our_name in NAMES.items():
+            ours[block + our_name] = take(theirs + their_name)
+        ours[block + "alpha"], ours[block + "beta"] = alpha[i : i + 1], beta[i : i + 1]
         if recurrent:
             gates = take(theirs + "attn.triple_gate.weight")  # rows: local, memory, value embedding
-            result[ours + "injection.gamma"] = gamma[i : i + 1]
-            result[ours + "injection.gate.weight"] = gate(gates[: 2 * groups])
+            ours[block + "injection.gamma"] = gamma[i : i + 1]
+            ours[block + "injection.gate.weight"] = pad_gate(gates[: 2 * groups])
         if i in tables:
             own = gates[2 * groups :] if recurrent else take(theirs + "attn.ve_gate.weight")  # pyright: ignore[reportPossiblyUnboundVariable]
-            result[ours + "attention.value_embedding.table.weight"] = vocabulary(take(tables[i]))
-            result[ours + "attention.value_embedding.gate.weight"] = gate(own)
+            ours[block + "attention.value_embedding.table.weight"] = crop_vocabulary(take(tables[i]))
+            ours[block + "attention.value_embedding.gate.weight"] = pad_gate(own)
     if recurrent:
         pairs = [
             torch.stack([take(f"interleaved_{kind}projections.{i}.W_v.weight") for kind in ("key_", "")])
             for i in range(config.depth)
         ]
-        result["projection.weight"] = torch.stack(pairs).unsqueeze(1)  # (L, C, [k, v], G·K, D)
+        ours["projection.weight"] = torch.stack(pairs).unsqueeze(1)  # (L, C, [k, v], G·K, D)
     if left:
         raise ValueError(
             f"this model has parts that are not known here: {', '.join(sorted(left)[:5])}; it was trained by a newer "
             "nanochat, and would score wrongly without them"
         )
-    return result
+    return ours
 
 
 NAMES = {

@@ -5,14 +5,13 @@ Shapes: N rows (batch and positions, flattened), D width, V vocabulary. Targets 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lrt.data.batch import IGNORED
-from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
 from lrt.model.cross_entropy import at_least_float32, summed_nats
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -40,16 +39,17 @@ class StepLoss:
         cls,
         schedule: Schedule,
         targets: Sequence[Tensor],
-        ranks: SingleProcess = SINGLE_PROCESS,
+        sum_over_ranks: Callable[[Sequence[float]], list[float]] = list,
         execution: Execution = EAGER,
     ) -> StepLoss:
-        """From one step's schedule and the targets (B, T) of this rank's micro-batches; all ranks' are counted.
+        """From one step's schedule and the targets (B, T) of this rank's micro-batches.
 
-        Raises ValueError where there are none.
+        All ranks' targets are counted: `sum_over_ranks` adds up each number over them, which for one process changes
+        nothing. Raises ValueError where there are none.
         """
         length = targets[0].shape[1]
         passes = schedule.passes(length)
-        counts = ranks.sum([sum(int((t[:, p.slice] != IGNORED).sum()) for t in targets) for p in passes])
+        counts = sum_over_ranks([sum(int((t[:, p.slice] != IGNORED).sum()) for t in targets) for p in passes])
         weights = [p.loss_weight if n else 0.0 for p, n in zip(passes, counts, strict=True)]
         if sum(weights) <= 0:
             raise ValueError(

@@ -129,7 +129,7 @@ class Trainer:
 
     def _accumulate_gradients(self, schedule: Schedule, batches: list[Batch]) -> float:
         """Forward and backward of all micro-batches; returns the step's loss, over all ranks."""
-        step_loss = StepLoss.of(schedule, [batch.targets for batch in batches], self.ranks, self.execution)
+        step_loss = StepLoss.of(schedule, [batch.targets for batch in batches], self.ranks.sum, self.execution)
         shares = []  # each micro-batch's share of the step's loss, whose targets are counted once: sums, not means
         for batch in batches:
             with self.ranks.gradient_sync(self.objective, last=batch is batches[-1]):

@@ -13,7 +13,7 @@ import pytest
 
 from lrt.cli.main import main
 from lrt.data.corpus import stdlib_files
-from lrt.experiments.bench.equality import WAYS
+from lrt.experiments.bench.equality import PATHS
 from lrt.inference.cost_model import FILE
 from lrt.model.config import MemoryConfig
 from lrt.model.size import count_parameters
@@ -88,7 +88,7 @@ def test_measuring(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for beginning in re.findall(r"^\| prefill … (.*?) \|", PAGE, re.MULTILINE):
         assert any(name.startswith("prefill of 96 tokens") and beginning in name for name in names), beginning
     differing = [row for row in found["rows"] if row["name"].endswith("tokens that differ")]
-    assert len(differing) == len(WAYS)
+    assert len(differing) == len(PATHS)
     assert all(row["holds"] and row["value"] == 0 for row in differing)
     assert found["hardware"]["threads"] >= 1
     assert (inside / "runs" / "inference" / "lrt" / "checkpoint" / FILE).is_file()

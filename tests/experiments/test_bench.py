@@ -11,6 +11,7 @@ from support.models import TOLERANCE, random_model
 from lrt import MemoryConfig, ModelConfig, schedules
 from lrt.experiments.bench.attention import AttentionBench
 from lrt.experiments.bench.baselines import PlainModel
+from lrt.experiments.bench.rows import Row, print_table
 from lrt.experiments.bench.train import EVERY, LiveBytes, TrainBench
 from lrt.schedules.base import SCHEDULES
 from lrt.schedules.loss import StepLoss
@@ -32,11 +33,11 @@ def test_plain_modules_are_the_same_model():
     loss.backward()
     other.backward()
     grads = {name: p.grad for name, p in modules.named_parameters() if p.grad is not None}
-    mine = PlainModel(CONFIG).double()
-    mine.load({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()})
-    for name, p in mine.named_parameters():
-        found = grads.get(name, torch.zeros_like(p))
-        assert float((p - found).norm()) <= TOLERANCE[torch.float64] * max(1.0, float(found.norm())), name
+    expected = PlainModel(CONFIG).double()  # the model's gradients, under the modules' names
+    expected.load({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()})
+    for name, p in expected.named_parameters():
+        grad = grads.get(name, torch.zeros_like(p))
+        assert float((p - grad).norm()) <= TOLERANCE[torch.float64] * max(1.0, float(grad.norm())), name
     model.zero_grad()
 
 
@@ -71,15 +72,18 @@ def test_live_bytes_counts_what_is_alive():
 
 def test_the_rows_are_the_contracts(capsys: pytest.CaptureFixture[str]):
     TrainBench(**TINY, json=True, progress=False).run()  # type: ignore[arg-type]
-    *lines, last = capsys.readouterr().out.splitlines()
-    found = json.loads(last)
-    assert set(found) == {"rows", "hardware"}
-    assert len(lines) == len(found["rows"]) == 7
-    for row in found["rows"]:
+    head, *lines, last = capsys.readouterr().out.splitlines()[-9:]
+    assert head.split()[:2] == ["ratio", "±"]
+    printed = json.loads(last)
+    assert set(printed) == {"rows", "hardware"}
+    assert len(lines) == len(printed["rows"]) == 7
+    for line, row in zip(lines, printed["rows"], strict=True):
+        assert line.startswith(f"{row['model']}: {row['schedule']}")
         assert {"model", "schedule", "seconds", "ratio", "ideal", "peak_bytes"} <= set(row)
+        assert {"spread", "tokens_per_second", "mfu", "peak_ratio"} <= set(row)
         assert row["seconds"] > 0
         assert row["peak_bytes"] > 0
-    pairs = {(row["model"], row["schedule"]): row for row in found["rows"]}
+    pairs = {(row["model"], row["schedule"]): row for row in printed["rows"]}
     assert len(pairs) == 7
     assert pairs["lrt-shared", "plain()"]["ratio"] == 1
     assert pairs["lrt-shared", "interleaved(2)"]["ideal"] == 2
@@ -89,9 +93,20 @@ def test_the_rows_are_the_contracts(capsys: pytest.CaptureFixture[str]):
 
 def test_attention_is_timed_by_pieces_and_by_masks(capsys: pytest.CaptureFixture[str]):
     AttentionBench(schedules=("interleaved(2)",), context=16, batch=1, heads=2, head_size=8, rounds=2, json=True).run()
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [row["name"] for row in found["rows"]] == [
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert all({"name", "seconds", "ratio", "spread"} <= set(row) for row in printed["rows"])
+    assert [row["name"] for row in printed["rows"]] == [
         "plain() by one kernel", "plain() by pieces", "interleaved(2) by pieces", "interleaved(2) by masks",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="neither full nor classes"):
         AttentionBench(schedules=("chunked(4)",), context=16).run()
+
+
+def test_a_table_has_what_was_measured_beside_its_target(capsys: pytest.CaptureFixture[str]):
+    print_table([Row("a / b", 1.23456, 0.1, at_most=1, figures={"bytes": 12345678}), Row("c", 5, at_least=4)], "here")
+    assert capsys.readouterr().out.splitlines() == [
+        "here",
+        "       value      ±       bytes  target",
+        "a / b  1.235  0.100  12,345,678     ≤ 1  MISSED",
+        "c          5                  -     ≥ 4   holds",
+    ]

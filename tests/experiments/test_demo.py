@@ -114,7 +114,7 @@ def test_the_scores_are_plausible(summary: dict[str, Any]):
     assert all(0.5 < model["live_bpb"] < untrained for model in models.values())
 
 
-def test_every_family_keeps_its_diary(made: Path, summary: dict[str, Any]):
+def test_every_family_keeps_its_metrics_log(made: Path, summary: dict[str, Any]):
     for name, model in summary["models"].items():
         lines = [json.loads(line) for line in (made / name / "metrics.jsonl").read_text().splitlines()]
         assert lines[-1]["tokens"] == model["tokens"]
@@ -142,8 +142,8 @@ def test_the_report_has_the_numbers_of_the_summary(page: str, summary: dict[str,
 
 
 def test_the_sample_is_text_and_escaped(tmp_path: Path, summary: dict[str, Any], made: Path):
-    diaries = {name: made / name / "metrics.jsonl" for name in MODELS}
-    demo_report.write_report(tmp_path / "report.html", summary, diaries, "<script>alert(1)</script> & größer 🙂")
+    logs = {name: made / name / "metrics.jsonl" for name in MODELS}
+    demo_report.write_report(tmp_path / "report.html", summary, logs, "<script>alert(1)</script> & größer 🙂")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; größer 🙂" in page
     assert "script" not in Page(page).tags
@@ -197,8 +197,8 @@ def test_a_result_cut_off_while_it_was_written_is_made_again(
     made: Path, texts: list[Path], tmp_path: Path, no_training: None
 ):
     shutil.copytree(made, tmp_path / "copy")
-    result = tmp_path / "copy" / "lrt" / "result.json"
-    result.write_text(result.read_text()[:50])
+    file = tmp_path / "copy" / "lrt" / "result.json"
+    file.write_text(file.read_text()[:50])
     with pytest.raises(Trained):
         run(tmp_path / "copy", texts)
 

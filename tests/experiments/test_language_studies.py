@@ -41,11 +41,11 @@ FIELDS: dict[str, Any] = {
 
 
 def test_a_cell_is_a_run():
-    run = language.run_of({**FIELDS, "rate": 0.5}, 300)
+    run = language.build_run({**FIELDS, "rate": 0.5}, 300)
     assert run.schedule == "interleaved(2)"
     assert (run.seed, run.tokens, run.model.vocab_size) == (3, 12800, 300)
     assert (run.optim.matrix_lr, run.optim.scalar_lr) == (0.01, 0.01)
-    changed = language.run_of({**FIELDS, "schedule": "settled(0, 1, 1)", "model": {"memory": {"source": 2}}}, 300)
+    changed = language.build_run({**FIELDS, "schedule": "settled(0, 1, 1)", "model": {"memory": {"source": 2}}}, 300)
     assert changed.schedule == "settled(0, 1, 1)"
     assert changed.model.memory == dataclasses.replace(run.model.memory, source=2)
 
@@ -53,36 +53,36 @@ def test_a_cell_is_a_run():
 def test_horizons_are_the_transformers():
     """A ratio counts the Transformer's weights, so that all families see equal tokens."""
     fields = {**FIELDS, "horizon": "ratio=2"}
-    plain = language.run_of({**fields, "family": "transformer"}, 300)
-    assert language.run_of({**fields, "family": "layerwise"}, 300).tokens == plain.tokens
+    plain = language.build_run({**fields, "family": "transformer"}, 300)
+    assert language.build_run({**fields, "family": "layerwise"}, 300).tokens == plain.tokens
 
 
 def test_equal_tokens_compute_and_wall_clock():
-    run = language.run_of(FIELDS, 300)
-    other = language.baseline(run, FIELDS)
+    run = language.build_run(FIELDS, 300)
+    other = language.baseline_run(run, FIELDS)
     assert other.schedule == "plain()"
-    assert language.match_wall_clock(run, other, "tokens", 2.0).tokens == other.tokens
-    assert language.match_wall_clock(run, other, "compute", 2.0).flops == pytest.approx(other.flops, rel=0.01)
-    assert language.match_wall_clock(run, other, "wall_clock", 2.0).tokens == other.tokens / 2
+    assert language.match_horizon(run, other, "tokens", 2.0).tokens == other.tokens
+    assert language.match_horizon(run, other, "compute", 2.0).flops == pytest.approx(other.flops, rel=0.01)
+    assert language.match_horizon(run, other, "wall_clock", 2.0).tokens == other.tokens / 2
     with pytest.raises(ValueError, match="equal is 'luck'; choose one of tokens, compute, wall_clock"):
-        language.match_wall_clock(run, other, "luck", 2.0)
+        language.match_horizon(run, other, "luck", 2.0)
 
 
 @pytest.mark.parametrize("family", ["transformer", "loop 3", "ponder", "middle recurrence", "recommended"])
 def test_families_are_widened_to_one_size(family: str):
     fields = {**FIELDS, "family": family, "widened_to": "layerwise"}
-    largest = count_parameters(language.run_of({**FIELDS, "family": "layerwise"}, 300).model)[0]
-    assert count_parameters(language.run_of(fields, 300).model)[0] == pytest.approx(largest, rel=0.005)
+    largest = count_parameters(language.build_run({**FIELDS, "family": "layerwise"}, 300).model)[0]
+    assert count_parameters(language.build_run(fields, 300).model)[0] == pytest.approx(largest, rel=0.005)
 
 
 def test_mistakes_in_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="a language cell has no field sede"):
-        language.run_of({**FIELDS, "sede": 1}, 300)
+        language.build_run({**FIELDS, "sede": 1}, 300)
     with pytest.raises(ValueError, match="unknown family 'lstm'; choose one of transformer, token shift"):
-        language.run_of({**FIELDS, "family": "lstm"}, 300)
+        language.build_run({**FIELDS, "family": "lstm"}, 300)
     monkeypatch.setattr(texts, "TEXTS", tmp_path)
     with pytest.raises(ValueError, match="the text 'poems' is not there; prepare it with: lrt prepare"):
-        texts.prepared_text("poems")
+        texts.open_text("poems")
 
 
 # --- sweeps and claims -------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class Scores:
     def missing(self, cell: grid.Cell) -> str | None:
         return None
 
-    def current(self, line: runner.Line) -> bool:
+    def is_current(self, line: runner.Line) -> bool:
         return True
 
     def minutes(self, cell: grid.Cell, device: str) -> float:
@@ -148,17 +148,17 @@ def test_what_another_process_runs_is_left_to_it(swept: grid.Study, tmp_path: Pa
     others = swept.cells[0]
     kind = Scores({"a 0.5": 2.0, "a 1": 1.0, "b 0.5": 1.0, "b 1": 2.0})
     with contextlib.ExitStack() as held:
-        mine = held.enter_context(runner.claim(file, others))
-        assert mine is not None
+        path = held.enter_context(runner.claim(file, others))
+        assert path is not None
         with runner.claim(file, others) as again:
             assert again is None
-        mine.write_text("elsewhere 1")  # another machine's
+        path.write_text("elsewhere 1")  # another machine's
         waits = []
 
         def wait(seconds: float) -> None:
             waits.append(list(kind.ran))
             old = time.time() - 2 * runner.ABANDONED
-            os.utime(mine, (old, old))
+            os.utime(path, (old, old))
 
         monkeypatch.setattr(runner.time, "sleep", wait)
         runner.run_study(swept, kind, file, progress=False)
@@ -171,7 +171,7 @@ def test_a_cell_that_fails_stops_no_other(swept: grid.Study, tmp_path: Path):
     kind = Scores({"a 1": 1.0, "b 0.5": 1.0, "b 1": 2.0})
     with pytest.raises(ValueError, match=r"1 cells failed, .* half/a/0: KeyError: 'a 0.5'"):
         runner.run_study(swept, kind, tmp_path / swept.results, progress=False)
-    assert len(runner.finished_cells(tmp_path / swept.results)) == 5
+    assert len(runner.read_lines(tmp_path / swept.results)) == 5
     kind.by_cell["a 0.5"] = 3.0
     assert len(runner.run_study(swept, kind, tmp_path / swept.results, progress=False)) == 6
 
@@ -201,9 +201,9 @@ def test_the_claim_of_a_dead_process_of_this_machine_is_nobodys(swept: grid.Stud
 @pytest.mark.parametrize("study", ["source", "injection"])
 def test_source_and_injection_share_the_rivals_runs(study: str, edition: str):
     rivals = {cell.key: cell.choices[-1] for cell in grid.read_study("rivals", edition).cells}
-    mine = grid.read_study(study, edition)
-    shared = {cell.choices[-1]: rivals[cell.key] for cell in mine.cells if cell.key in rivals}
-    depth = mine.cells[0].fields["size"]["depth"]
+    cells = grid.read_study(study, edition).cells
+    shared = {cell.choices[-1]: rivals[cell.key] for cell in cells if cell.key in rivals}
+    depth = cells[0].fields["size"]["depth"]
     alike = ["transformer", "token shift", "token shift, 2 channels"]
     own = {
         "source": {f"0 and {depth}, channels": "recommended, shared"},
@@ -226,7 +226,7 @@ def test_a_swept_axis_must_be_there(tmp_path: Path):
 def line(
     family: str, seed: int, live: float, rate: str = "one", text: str = "code", val: float | None = None, **more: Any
 ) -> runner.Line:
-    result = {
+    scores = {
         "parameters": 1000,
         "parameters_without_tables": 700,
         "forwards": 1,
@@ -245,18 +245,18 @@ def line(
         "seed": seed,
         "choices": {"text": text, "rate": rate, "family": family},
         "fields": {"rate": factor},
-        "result": result,
+        "result": scores,
     }
 
 
 def test_differences_are_paired_by_seed_with_a_t_interval():
     """By hand: differences -0.1, -0.2, -0.3 of a mean of 2; their deviation 0.1, t(2) = 4.3027, so ± 0.2484."""
     plain = [line("transformer", s, 2.0 + 0.1 * s - 0.1) for s in range(3)]
-    mine = [line("shared", s, 2.0 + 0.1 * s - 0.1 - 0.1 * (s + 1)) for s in range(3)]
-    assert str(comparisons.difference(mine, plain)) == "-10.0 % ± 12.4"
-    assert str(comparisons.difference(mine[:2], plain)) == "-7.7 % (2 seeds)"
-    assert comparisons.difference(mine, [line("transformer", 7, 2.0)]) is None
-    assert comparisons.half_interval([-0.1, -0.2, -0.3]) == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
+    shared = [line("shared", s, 2.0 + 0.1 * s - 0.1 - 0.1 * (s + 1)) for s in range(3)]
+    assert str(comparisons.paired_difference(shared, plain)) == "-10.0 % ± 12.4"
+    assert str(comparisons.paired_difference(shared[:2], plain)) == "-7.7 % (2 seeds)"
+    assert comparisons.paired_difference(shared, [line("transformer", 7, 2.0)]) is None
+    assert comparisons.t_half_width([-0.1, -0.2, -0.3]) == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
 
 
 def test_a_table_shows_each_family_at_its_best_rate():
@@ -268,7 +268,7 @@ def test_a_table_shows_each_family_at_its_best_rate():
         line("shared", 0, 2.1, "one", text="books"),
         line("transformer", 0, 2.3, "one", text="books"),
     ]
-    shown = markdown(comparisons.tables(lines))
+    shown = markdown(comparisons.comparison_tables(lines))
     code, books = shown.split("### books")
     assert "### code" in code
     assert "| transformer | 1 (0.5, 1, edge) | 3 | 1,000 | 700 | 1 | 1.00 | 1.00 |" in code
@@ -276,7 +276,7 @@ def test_a_table_shows_each_family_at_its_best_rate():
     assert "**1.8100** | -10.0 % ± 0.0 |" in code
     assert "-8.7 % (1 seed)" in books
     assert "0.767" not in shown
-    assert "0.767" in markdown(comparisons.tables(lines, comparisons.PUBLISHED))
+    assert "0.767" in markdown(comparisons.comparison_tables(lines, comparisons.PUBLISHED))
     assert "memory zero" not in shown  # nothing of the kind was measured
 
 
@@ -284,16 +284,16 @@ def test_a_diverged_run_is_counted_not_hidden():
     lost = line("shared", 0, 9.9)
     sizes = ("parameters", "parameters_without_tables", "forwards", "flops_per_generated_token")
     lost["result"] = {k: lost["result"][k] for k in sizes} | {"diverged": "the loss at step 3 is nan"}
-    shown = markdown(comparisons.tables([line("transformer", 0, 2.0), lost]))
+    shown = markdown(comparisons.comparison_tables([line("transformer", 0, 2.0), lost]))
     assert "| shared | 1 (1) | 0, 1 diverged |" in shown
     first = {**lost, "seed": 0, "choices": {**lost["choices"], "family": "transformer"}}
-    shown = markdown(comparisons.tables([first, line("transformer", 1, 2.0), lost, line("shared", 1, 1.9)]))
+    shown = markdown(comparisons.comparison_tables([first, line("transformer", 1, 2.0), lost, line("shared", 1, 1.9)]))
     assert "| shared | 1 (1) | 1, 1 diverged | 1,000 | 700 | 1 | 1.00 | 2.00 |" in shown
 
 
 def test_figures_are_drawn(tmp_path: Path):
     lines = [line(name, s, value + s / 50) for name, value in (("transformer", 2.0), ("shared", 1.8)) for s in (0, 1)]
-    for number, draw in enumerate((figures.frontier, figures.source_curve)):
+    for number, draw in enumerate((figures.frontier_figure, figures.source_figure)):
         figures.save_figure(lambda draw=draw: draw(lines), tmp_path / f"{number}.svg")
         text = (tmp_path / f"{number}.svg").read_text()
         assert "shared" in text
@@ -304,35 +304,30 @@ def test_figures_are_drawn(tmp_path: Path):
 
 def test_the_rivals_figure_has_a_panel_per_text_and_a_mark_per_equal_thing():
     lines = [
-        {**each, "choices": {"text": text, "equal": equal, "rate": "one", "family": name}}
+        {**line(name, s, bpb + s / 50), "choices": {"text": text, "equal": equal, "rate": "one", "family": name}}
         for text in ("code", "books")
         for equal in ("tokens", "wall-clock")
-        for name, value in (("transformer", 2.0), ("token shift", 1.9), ("shared", 1.8))
+        for name, bpb in (("transformer", 2.0), ("token shift", 1.9), ("shared", 1.8))
         for s in range(3)
-        for each in [line(name, s, value + s / 50)]
     ]
-    figure = figures.leads(lines)
+    figure = figures.differences_figure(lines)
     code, books = figure.axes
     assert (code.get_title(), books.get_title()) == ("code", "books")
     assert [label.get_text() for label in code.get_yticklabels()] == ["token shift", "shared"]
     legend = code.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["equal tokens", "equal wall-clock"]
-    drawn = code.lines[0].get_xdata()
-    assert drawn == pytest.approx([-10 / 2.02, -20 / 2.02])
-    assert len(figures.leads([]).axes) == 1
+    per_cent = code.lines[0].get_xdata()
+    assert per_cent == pytest.approx([-10 / 2.02, -20 / 2.02])
+    assert len(figures.differences_figure([]).axes) == 1
 
 
-def test_at_a_glance_everything_is_held_against_the_strongest_control():
-    names = [*comparisons.AGAINST, "shared"]
-    lines = [
-        {**each, "choices": {"rate": "one", "family": name}}
-        for name in names
-        for each in (line(name, s, 2.0) for s in range(3))
-    ]
-    (table,) = comparisons.glances(lines)
+def test_in_the_overview_everything_is_held_against_the_strongest_control():
+    names = [*comparisons.BASELINES, "shared"]
+    lines = [{**line(name, s, 2.0), "choices": {"rate": "one", "family": name}} for name in names for s in range(3)]
+    (table,) = comparisons.overview_tables(lines)
     assert table.head[-3:] == [f"vs {name}" for name in (names[0], names[1], names[3])]
-    (without,) = comparisons.glances([each for each in lines if each["choices"]["family"] != names[3]])
+    (without,) = comparisons.overview_tables([cell for cell in lines if cell["choices"]["family"] != names[3]])
     assert without.head[-3:] == [f"vs {name}" for name in names[:3]]
 
 
@@ -356,7 +351,7 @@ def test_scaling_gives_a_multiplier_with_its_interval(tmp_path: Path):
         assert value == pytest.approx(expected, rel=0.1)
     itself = next(r for r in table.body if r[:2] == ["transformer", "9"])
     assert itself[4:6] == ["1 [1, 1]"] * 2
-    figures.save_figure(lambda: figures.scaling_curves(lines), tmp_path / "curves.svg")
+    figures.save_figure(lambda: figures.scaling_figure(lines), tmp_path / "curves.svg")
     assert (tmp_path / "curves.svg").stat().st_size > 1000
 
 
@@ -366,7 +361,7 @@ def test_without_eight_sizes_there_is_no_multiplier():
 
 def test_laws_are_compared_over_the_sizes_that_both_have():
     whole = list(scaling_lines(10))
-    lacking = [each for each in whole if (each["choices"]["family"], each["choices"]["text"]) != ("shared", "size 9")]
+    lacking = [cell for cell in whole if (cell["choices"]["family"], cell["choices"]["text"]) != ("shared", "size 9")]
     fewer = list(scaling_lines(9))
     row = {name: comparisons.scaling_table(lines).body[1] for name, lines in (("lacking", lacking), ("fewer", fewer))}
     assert row["lacking"] == row["fewer"]
@@ -376,18 +371,18 @@ def test_laws_are_compared_over_the_sizes_that_both_have():
 
 def test_at_equal_wall_clock_the_transformer_is_that_of_equal_tokens():
     lines = [
-        {**each, "choices": {"equal": equal, "rate": "one", "family": each["choices"]["family"]}}
-        for equal, each in (
+        {**cell, "choices": {"equal": equal, "rate": "one", "family": cell["choices"]["family"]}}
+        for equal, cell in (
             *(("tokens", line("transformer", s, 2.0)) for s in range(3)),
             *(("tokens", line("shared", s, 1.8)) for s in range(3)),
             *(("wall-clock", line("shared", s, 1.9)) for s in range(3)),
         )
     ]
-    glance, beside = comparisons.glances(lines)
-    assert (glance.title, beside.title) == ("equal tokens", "equal wall-clock")
-    assert "| shared | 1 | 2.00 | 1.60 | 1.10 | 1.8000 | -10.0 % ± 0.0 |" in glance.markdown()
-    assert "| shared | 1 | 2.00 | 1.60 | 1.10 | 1.9000 | -5.0 % ± 0.0 |" in beside.markdown()
-    tokens, clock = comparisons.tables(lines)
+    tables = comparisons.overview_tables(lines)
+    assert [table.title for table in tables] == ["equal tokens", "equal wall-clock"]
+    assert "| shared | 1 | 2.00 | 1.60 | 1.10 | 1.8000 | -10.0 % ± 0.0 |" in tables[0].markdown()
+    assert "| shared | 1 | 2.00 | 1.60 | 1.10 | 1.9000 | -5.0 % ± 0.0 |" in tables[1].markdown()
+    tokens, clock = comparisons.comparison_tables(lines)
     assert (tokens.title, clock.title) == ("tokens", "wall-clock")
     assert "| -5.0 % ± 0.0 |" in clock.markdown()
     assert "| -10.0 % ± 0.0 |" in tokens.markdown()
@@ -401,7 +396,7 @@ def test_a_report_of_studies(tmp_path: Path):
         for s in (0, 1)
     ]
     file = tmp_path / "mine.tiny.jsonl"
-    file.write_text("".join(json.dumps(each) + "\n" for each in (*lines, lines[0])))
+    file.write_text("".join(json.dumps(cell) + "\n" for cell in (*lines, lines[0])))
     main(["report", str(file), "results/state-tracking.tiny.jsonl", "--out", str(tmp_path / "r.html")])
     page = (tmp_path / "r.html").read_text()
     assert page.count("<svg") == 2
@@ -419,10 +414,10 @@ def test_a_report_of_studies(tmp_path: Path):
 def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small text of that name."""
     monkeypatch.setattr(texts, "TEXTS", tmp_path / "texts")
-    told = " ".join(
+    sentences = " ".join(
         f"{a} {b} sat on the {c}." for a in ["the", "my", "your"] for b in ["cat", "dog"] for c in ["mat", "log"]
     )
-    (tmp_path / "story.txt").write_text((told + "\n") * 40)
+    (tmp_path / "story.txt").write_text((sentences + "\n") * 40)
     prepare(tmp_path / "texts" / "story", [tmp_path / "story.txt"], 280, progress=False, workers=0)
 
 
@@ -474,8 +469,8 @@ def test_a_cell_that_diverges_keeps_no_snapshot(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(language, "KEEP_EVERY", 0.0)
-    found = language.Language().run({**SMALL, "seed": 0, "family": "transformer"}, lambda *_: None, "cpu")
-    assert found["diverged"] == "at step 3 the loss is nan"
+    scores = language.Language().run({**SMALL, "seed": 0, "family": "transformer"}, lambda *_: None, "cpu")
+    assert scores["diverged"] == "at step 3 the loss is nan"
     assert len(seen) == 1
     assert not list((tmp_path / "unfinished").iterdir())
 
@@ -501,35 +496,35 @@ editions:
     out = capsys.readouterr().out
     assert "4 cells to run" in out
     assert "1 cells are left out: the text 'poems' is not there; prepare it with: lrt prepare" in out
-    lines = {r["choices"]["family"]: r for r in runner.finished_cells(tmp_path / "mine.tiny.jsonl")}
-    plain, ponder, mine = (lines[name]["result"] for name in ("transformer", "ponder", "recommended"))
+    lines = {r["choices"]["family"]: r for r in runner.read_lines(tmp_path / "mine.tiny.jsonl")}
+    plain, ponder, recommended = (lines[name]["result"] for name in ("transformer", "ponder", "recommended"))
     assert plain["tokens"] == ponder["tokens"] == 160
-    assert mine["training_flops"] == pytest.approx(plain["training_flops"], rel=0.2)  # whole steps
+    assert recommended["training_flops"] == pytest.approx(plain["training_flops"], rel=0.2)  # whole steps
     assert ponder["forwards"] == 2
     in_time = lines["in time"]["result"]
     assert in_time["tokens"] == pytest.approx(160 / in_time["step_ratio"], abs=32)  # whole steps
     assert abs(plain["test"]["gap"]) < 1e-6
-    assert "live_bpb_memory_zero" in mine["test"]
-    assert "verdict" in mine
+    assert "live_bpb_memory_zero" in recommended["test"]
+    assert "verdict" in recommended
     assert plain["step_ratio"] == 1
     assert ponder["step_ratio"] > 1.2
-    done, kind = runner.finished_cells(tmp_path / "mine.tiny.jsonl")[-1], KINDS["language"]
-    assert kind.current(done)
-    assert not kind.current({**done, "result": {**done["result"], "data": "another text"}})
+    done, kind = runner.read_lines(tmp_path / "mine.tiny.jsonl")[-1], KINDS["language"]
+    assert kind.is_current(done)
+    assert not kind.is_current({**done, "result": {**done["result"], "data": "another text"}})
     older = {**done["result"]["run"], "schedule": "multi_refinement(2)"}  # what the recipe said then
-    assert not kind.current({**done, "result": {**done["result"], "run": older}})
+    assert not kind.is_current({**done, "result": {**done["result"], "run": older}})
     kept = json.dumps(lines)
     assert "sat on the" not in kept
     assert (tmp_path / "mine.tiny.svg").is_file()
     main([*arguments, "--show"])
     assert "| ponder | 1 (1) | 1 |" in capsys.readouterr().out
     kept = json.loads((tmp_path / "ratios.json").read_text())
-    assert sorted(set(found) for found in kept.values()) == [{"step", "schedule", "decode"}] * 2
+    assert sorted(set(measured) for measured in kept.values()) == [{"step", "schedule", "decode"}] * 2
     os.utime(tmp_path / "ratios.json", (1, 1))
     (tmp_path / "mine.tiny.jsonl").unlink()
     main([*arguments, "--only", "ponder"])
     assert (tmp_path / "ratios.json").stat().st_mtime == 1  # not measured again: horizons stay what they were
-    again = runner.finished_cells(tmp_path / "mine.tiny.jsonl")[0]["result"]
+    again = runner.read_lines(tmp_path / "mine.tiny.jsonl")[0]["result"]
     assert again["step_ratio"] == ponder["step_ratio"]
     assert again["test"] == ponder["test"]
     assert statistics.fmean(r["seconds"] for r in lines.values()) < 60

@@ -20,10 +20,10 @@ def noisy(seed: int, size: float) -> list[float]:
 
 
 def test_a_law_is_found_again():
-    found = power_law.fit(COMPUTE, [LAW.loss(c) for c in COMPUTE])
-    assert (found.floor, found.exponent) == (pytest.approx(0.7, rel=1e-4), pytest.approx(0.25, rel=1e-4))
+    law = power_law.fit(COMPUTE, [LAW.loss(c) for c in COMPUTE])
+    assert (law.floor, law.exponent) == (pytest.approx(0.7, rel=1e-4), pytest.approx(0.25, rel=1e-4))
     for compute in (1e12, 1e18):
-        assert found.loss(compute) == pytest.approx(LAW.loss(compute), rel=1e-4)
+        assert law.loss(compute) == pytest.approx(LAW.loss(compute), rel=1e-4)
 
 
 def test_compute_is_the_inverse_of_loss():
@@ -37,15 +37,15 @@ def test_intervals_cover_the_truth():
     for seed in range(20):
         losses = noisy(seed, 0.005)
         laws = power_law.bootstrap(COMPUTE, losses, seed, resamples=60)
-        found = power_law.estimate(power_law.fit(COMPUTE, losses), laws, lambda law: law.loss(1e18))
-        assert found.low <= found.high
-        covered += found.low <= LAW.loss(1e18) <= found.high
+        estimate = power_law.estimate(power_law.fit(COMPUTE, losses), laws, lambda law: law.loss(1e18))
+        assert estimate.low <= estimate.high
+        covered += estimate.low <= LAW.loss(1e18) <= estimate.high
     assert covered >= 15
     widths = []
     for size in (0.005, 0.0005):
         laws = power_law.bootstrap(COMPUTE, noisy(0, size), resamples=60)
-        found = power_law.estimate(laws[0], laws, lambda law: law.loss(1e18))
-        widths.append(found.high - found.low)
+        estimate = power_law.estimate(laws[0], laws, lambda law: law.loss(1e18))
+        widths.append(estimate.high - estimate.low)
     assert widths[1] < widths[0] / 3
 
 
@@ -54,13 +54,13 @@ def test_a_multiplier_is_how_much_more_compute_the_other_needs():
     better = PowerLaw(LAW.floor, LAW.scale, LAW.exponent, LAW.unit / 2)
     noise = noisy(1, 0.0002)
     loss = [better.loss(c) / LAW.loss(c) * n for c, n in zip(COMPUTE, noise, strict=True)]
-    mine, other = power_law.fit_with_bootstrap(COMPUTE, noise), power_law.fit_with_bootstrap(COMPUTE, loss)
-    found = power_law.multiplier(*mine, *other, 1e16, 1e16)
-    assert found.value == pytest.approx(2, rel=0.02)
-    assert found.low <= 2.02
-    assert found.high >= 1.98
-    assert found.high - found.low < 0.3
-    itself = power_law.multiplier(*mine, *mine, 1e16, 1e16)
+    base, other = power_law.fit_with_bootstrap(COMPUTE, noise), power_law.fit_with_bootstrap(COMPUTE, loss)
+    gain = power_law.multiplier(*base, *other, 1e16, 1e16)
+    assert gain.value == pytest.approx(2, rel=0.02)
+    assert gain.low <= 2.02
+    assert gain.high >= 1.98
+    assert gain.high - gain.low < 0.3
+    itself = power_law.multiplier(*base, *base, 1e16, 1e16)
     assert (itself.low, itself.value, itself.high) == pytest.approx((1, 1, 1))
     assert str(power_law.Estimate(1.234567, 1, 2)) == "1.23 [1, 2]"
 

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from lrt.cli.main import main
 from lrt.eval.report.table import Table, markdown
 from lrt.experiments.studies import grid, runner
-from lrt.experiments.studies.kinds import KINDS, kind
-from lrt.experiments.studies.language import run_of
+from lrt.experiments.studies.kinds import KINDS, find_kind
+from lrt.experiments.studies.language import build_run
 from lrt.experiments.studies.state_tracking import StateTracking, mean_and_deviation, recipe, tracking_run
 from lrt.utils.progress import Advance
 
@@ -55,7 +55,7 @@ class Counting:
     def missing(self, cell: grid.Cell) -> str | None:
         return None
 
-    def current(self, line: runner.Line) -> bool:
+    def is_current(self, line: runner.Line) -> bool:
         return True
 
     def minutes(self, cell: grid.Cell, device: str) -> float:
@@ -122,13 +122,13 @@ def test_a_stopped_study_goes_on(study: grid.Study, tmp_path: Path, capsys: pyte
 def test_only_some_cells_and_changed_ones_again(study: grid.Study, tmp_path: Path):
     file = tmp_path / study.results
     runner.run_study(study, Counting(), file, only=("hard", "deep"), progress=False)
-    assert [line["cell"] for line in runner.finished_cells(file)] == ["hard/deep/0", "hard/deep/1"]
+    assert [line["cell"] for line in runner.read_lines(file)] == ["hard/deep/0", "hard/deep/1"]
     sliced = [dataclasses.replace(cell, choices=(cell.choices[0], "1/2")) for cell in study.cells[:2]]
     assert len(runner.cells_left(dataclasses.replace(study, cells=tuple(sliced)), [], ("1/2", "0"))) == 2
     first = study.cells[4]
     changed = dataclasses.replace(first, fields={**first.fields, "steps": 10})
     other = dataclasses.replace(study, cells=(*study.cells[:4], changed, *study.cells[5:]))
-    assert changed.name in [cell.name for cell in runner.cells_left(other, runner.finished_cells(file))]
+    assert changed.name in [cell.name for cell in runner.cells_left(other, runner.read_lines(file))]
 
 
 def test_a_cell_that_another_study_ran_is_taken(study: grid.Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -136,10 +136,10 @@ def test_a_cell_that_another_study_ran_is_taken(study: grid.Study, tmp_path: Pat
     other = grid.read_study(str(tmp_path / "other.yaml"), "tiny")
     ran = runner.run_study(other, Counting(), tmp_path / other.results, progress=False)
     capsys.readouterr()
-    mine = Counting()
-    lines = runner.run_study(study, mine, tmp_path / study.results, progress=False)
+    counting = Counting()
+    lines = runner.run_study(study, counting, tmp_path / study.results, progress=False)
     assert "10 cells to run, about 21 minutes in all" in capsys.readouterr().out
-    assert [fields["seed"] for fields in mine.ran] == [1] * 5
+    assert [fields["seed"] for fields in counting.ran] == [1] * 5
     assert [line["result"] for line in lines[:5]] == [line["result"] for line in ran]
     assert lines[1] == {**ran[1], **runner.label(study, study.cells[1]), "from": "other.tiny easy/tall/0"}
     assert "from" not in lines[5]
@@ -170,7 +170,7 @@ def test_a_users_mistakes(tmp_path: Path):
     with pytest.raises(ValueError, match="it needs seeds and axes"):
         grid.read_study(str(tmp_path / "bad.yaml"), "tiny")
     with pytest.raises(ValueError, match="unknown kind of study 'dance'"):
-        kind("dance")
+        find_kind("dance")
 
 
 @pytest.mark.parametrize(("name", "edition"), [(n, e) for n in grid.known_studies() for e in grid.editions(n)])
@@ -185,7 +185,7 @@ def test_the_studies_that_come_with_the_library_can_be_run(name: str, edition: s
             tracking_run(cell.fields)
     else:
         for cell in study.cells:
-            run_of(cell.fields, 2048 if edition == "tiny" else 32768)
+            build_run(cell.fields, 2048 if edition == "tiny" else 32768)
 
 
 def test_a_tracking_cell_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -234,21 +234,21 @@ TRACKED: dict[str, Any] = {
 }
 
 
-def untold(amount: float, text: str = "") -> None:
-    """Progress that nobody looks at."""
+def ignore_progress(amount: float, text: str = "") -> None:
+    """Where nobody looks at it."""
 
 
 def test_a_tracking_cell_measures_what_it_can_read_and_says_when_it_diverges(monkeypatch: pytest.MonkeyPatch):
     """Full attention ends at its context; a loss that is not finite is a result."""
-    assert list(StateTracking().run(TRACKED, untold, "cpu")["last_state"]) == ["8"]
+    assert list(StateTracking().run(TRACKED, ignore_progress, "cpu")["last_state"]) == ["8"]
     slid = {**TRACKED, "model": {**TRACKED["model"], "window_pattern": "S", "window": 4}}
-    assert list(StateTracking().run(slid, untold, "cpu")["last_state"]) == ["8", "32"]
+    assert list(StateTracking().run(slid, ignore_progress, "cpu")["last_state"]) == ["8", "32"]
 
     def lost(*_: Any, **__: Any) -> Any:
         raise FloatingPointError("at step 3 the loss is nan")
 
     monkeypatch.setattr("lrt.experiments.studies.state_tracking.train_tracking", lost)
-    assert StateTracking().run(TRACKED, untold, "cpu")["diverged"] == "at step 3 the loss is nan"
+    assert StateTracking().run(TRACKED, ignore_progress, "cpu")["diverged"] == "at step 3 the loss is nan"
 
 
 @pytest.mark.parametrize(
@@ -285,20 +285,20 @@ def test_two_processes_are_killed_and_the_study_goes_on(tmp_path: Path):
     process = subprocess.Popen([*command, "--devices", "cpu", "cpu"], start_new_session=True, **both)
     try:
         patience = time.monotonic() + 200
-        while not (runner.finished_cells(file) and claims.exists() and len(list(claims.iterdir())) == 2):
+        while not (runner.read_lines(file) and claims.exists() and len(list(claims.iterdir())) == 2):
             assert process.poll() is None, "it was done before both were seen at work"
             assert time.monotonic() < patience
             time.sleep(0.01)
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # all of them at once: the plug is pulled
         process.wait()
-    before = runner.finished_cells(file)
+    before = runner.read_lines(file)
     assert 0 < len(before) < len(seeds)
     assert list(claims.iterdir())
     done = subprocess.run([*command, "--devices", "cpu", "cpu"], timeout=400, text=True, **both)
     assert done.returncode == 0
     assert f"2 processes on cpu, OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // 2)} each" in done.stdout
-    lines = runner.finished_cells(file)
+    lines = runner.read_lines(file)
     assert lines[: len(before)] == before
     assert sorted(line["seed"] for line in lines) == seeds
     assert {line["hardware"]["threads"] for line in lines} == {max(1, (os.cpu_count() or 1) // 2)}

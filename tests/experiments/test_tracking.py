@@ -25,11 +25,11 @@ from lrt.experiments.tracking.tasks import (
     TIMES,
     VALUES,
     WRITE,
-    alternating,
+    alternating_group,
     expression,
     flat_values,
     prefix_products,
-    symmetric,
+    symmetric_group,
 )
 from lrt.experiments.tracking.training import STRIDE, TrackingRun, step_loss, train_tracking
 from lrt.model.execution import Execution
@@ -53,9 +53,9 @@ def test_flat_arithmetic_by_hand():
         ([4, MINUS, 3, TIMES, 2, TIMES, 4], [4, 1, -2 % 5, -20 % 5]),
     ]
     for words, values in rows:
-        found = flat_values(torch.tensor([words]))[0]
-        assert found[::2].tolist() == values
-        assert (found[1::2] == IGNORED).all()
+        prefixes = flat_values(torch.tensor([words]))[0]
+        assert prefixes[::2].tolist() == values
+        assert (prefixes[1::2] == IGNORED).all()
 
 
 def test_brackets_have_the_length_and_the_value():
@@ -67,14 +67,14 @@ def test_brackets_have_the_length_and_the_value():
 
 
 def test_groups_by_hand():
-    assert [symmetric(3).order, alternating(5).order, symmetric(5).order] == [6, 60, 120]
-    s3 = symmetric(3)
+    assert [symmetric_group(3).order, alternating_group(5).order, symmetric_group(5).order] == [6, 60, 120]
+    s3 = symmetric_group(3)
     number = {g: n for n, g in enumerate(s3.elements)}
     swap, cycle = number[1, 0, 2], number[1, 2, 0]  # 0 <-> 1; 0 -> 1 -> 2 -> 0
     assert s3.table[swap, cycle] == number[2, 1, 0]  # 0 -> 1 -> 2, 1 -> 0 -> 1, 2 -> 2 -> 0
     assert s3.table[cycle, swap] == number[0, 2, 1]
     assert s3.elements[s3.identity] == (0, 1, 2)
-    assert len(S5.small(2)) == 11
+    assert len(S5.moving_at_most(2)) == 11
     assert prefix_products(s3, torch.tensor([[swap, swap, cycle, cycle, cycle]])).tolist() == [
         [swap, 0, cycle, number[2, 0, 1], 0]
     ]
@@ -86,7 +86,7 @@ def test_parity_and_words_ask_at_every_position():
     tokens, classes = TASKS["s5_swaps"].sample(2, 9, seeded())
     state = list(range(5))
     for t in range(9):
-        letter = S5.elements[S5.small(2)[int(tokens[0, t])]]
+        letter = S5.elements[S5.moving_at_most(2)[int(tokens[0, t])]]
         state = [letter[i] for i in state]
         assert S5.elements[int(classes[0, t])] == tuple(state)
 
@@ -112,9 +112,9 @@ def test_flip_flop_reads_what_was_written_last():
 def test_recall_dyck_and_retrieval_by_replaying():
     tokens, classes = TASKS["recall"].sample(20, 64, seeded())
     for row, asked in zip(tokens.tolist(), classes.tolist(), strict=True):
-        told = {row[t]: row[t + 1] - 16 for t in range(0, 32, 2)}
-        assert len(told) == 16
-        assert asked == [IGNORED] * 32 + [told[key] for key in row[32:]]
+        pairs = {row[t]: row[t + 1] - 16 for t in range(0, 32, 2)}
+        assert len(pairs) == 16
+        assert asked == [IGNORED] * 32 + [pairs[key] for key in row[32:]]
     tokens, classes = TASKS["dyck"].sample(20, 100, seeded())
     for row, asked in zip(tokens.tolist(), classes.tolist(), strict=True):
         stack: list[int] = []
@@ -129,7 +129,7 @@ def test_recall_dyck_and_retrieval_by_replaying():
     for row, asked in zip(tokens.tolist(), classes.tolist(), strict=True):
         places = row[:5]
         for move in row[5:-1]:
-            letter = S5.elements[S5.small(2)[move - VALUES - 5]]
+            letter = S5.elements[S5.moving_at_most(2)[move - VALUES - 5]]
             moved = list(places)
             for i in range(5):
                 moved[letter[i]] = places[i]
@@ -160,7 +160,7 @@ def test_rows_repeat_with_their_seed_and_guessing_gives_chance(name: str):
 def test_tests_draw_rows_that_training_cannot():
     """A generator knows 32 bits of its seed: those of training end where those of tests begin."""
     seeds = [
-        measure.test_generator(purpose, TASKS[name], length, seed).initial_seed()
+        measure.held_out_generator(purpose, TASKS[name], length, seed).initial_seed()
         for purpose in ("last state", "reads", "stream")
         for name in ("parity", "s5")
         for length in (40, 256)
@@ -215,12 +215,12 @@ def test_chunks_are_sequential_passes(name: str, schedule: str):
     asked[:, ::3] = IGNORED
     backprop = 3 if "3" in schedule else None
     expected = refine(model, tokens, schedules.parse(schedule)).hidden
-    found = unrolled.over(model, tokens, backprop)
-    assert (found - expected).abs().max() < 1e-10
+    chunked = unrolled.over(model, tokens, backprop)
+    assert (chunked - expected).abs().max() < 1e-10
     weight = torch.randn_like(expected)
     gradients = [
         torch.autograd.grad((hidden * weight).sum(), list(model.parameters()), allow_unused=True)
-        for hidden in (expected, found)
+        for hidden in (expected, chunked)
     ]
     for a, b in zip(*gradients, strict=True):
         assert (a is None) == (b is None)
@@ -301,17 +301,17 @@ def test_how_far_a_schedule_carries_a_state(schedule: str):
     model = awake(small(window=4))
     tokens = torch.randint(7, (1, 60), generator=seeded())
 
-    def hidden(given: torch.Tensor, way: str) -> torch.Tensor:
-        return refine(model, given, schedules.parse(way)).hidden[0]
+    def hidden(tokens: torch.Tensor, schedule: str) -> torch.Tensor:
+        return refine(model, tokens, schedules.parse(schedule)).hidden[0]
 
     base = hidden(tokens, schedule)
     right = (base - hidden(tokens, "sequential()")).abs().amax(-1) < 1e-10
-    felt = []
+    reach = []
     for position in range(20):
         other = tokens.clone()
         other[0, position] = (other[0, position] + 1) % 7
-        felt.append(int(((hidden(other, schedule) - base).abs().amax(-1) > 1e-13).nonzero().max()) - position)
-    assert (int(right.long().cumprod(0).sum()), max(felt)) == REACH[schedule]
+        reach.append(int(((hidden(other, schedule) - base).abs().amax(-1) > 1e-13).nonzero().max()) - position)
+    assert (int(right.long().cumprod(0).sum()), max(reach)) == REACH[schedule]
 
 
 def test_truncation_cuts_the_memory_and_not_the_window():
@@ -319,19 +319,20 @@ def test_truncation_cuts_the_memory_and_not_the_window():
     model = awake(small(window=4))
     tokens = torch.randint(7, (1, 24), generator=seeded())
 
-    def felt(way: str) -> float:
+    def gradient_norm(schedule: str) -> float:
+        """Of the last position's hidden state with respect to the first token's embedding."""
         model.zero_grad()
         embedded: list[torch.Tensor] = []
         hook = model.embedding.register_forward_hook(lambda *a: embedded.append(a[-1].requires_grad_()))
-        out = refine(model, tokens, schedules.parse(way)).hidden[0, -1].square().sum()
+        out = refine(model, tokens, schedules.parse(schedule)).hidden[0, -1].square().sum()
         hook.remove()
         (gradient, *_) = torch.autograd.grad(out, embedded, allow_unused=True)
         return 0.0 if gradient is None else float(gradient[:, 0].norm())
 
-    whole, cut = felt("sequential()"), felt("sequential(1)")
+    whole, cut = gradient_norm("sequential()"), gradient_norm("sequential(1)")
     assert whole > 0
     assert cut == 0  # 2 layers and a window of 4 reach back 6 positions, and no further
-    assert 0 < felt("sequential(8)") < whole
+    assert 0 < gradient_norm("sequential(8)") < whole
 
 
 # --- training and scores -------------------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ def test_parity_is_learned_and_carried_on():
     assert list(done.grown) == run.lengths() == [2, 4, 6, 8, 10, 12, 14, 16]
     starts = [*done.grown.values(), 120]
     assert done.tokens == 64 * sum(n * (b - a) for n, a, b in zip(done.grown, starts[:-1], starts[1:], strict=True))
-    assert measure.final_state(done.model, TASKS["parity"], 100, rows=200).accuracy > 0.99
+    assert measure.score_last_state(done.model, TASKS["parity"], 100, rows=200).accuracy > 0.99
     # A run's first steps do not depend on how many follow; not so the rates.
     assert train_tracking(dataclasses.replace(run, steps=3)).losses[0] == done.losses[0]
 
@@ -366,9 +367,9 @@ def test_lengths_grow():
 def test_scores_count():
     answers = torch.tensor([[1, 0, 1], [0, 0, 0]])
     classes = torch.tensor([[1, 1, 1], [0, 1, IGNORED]])
-    assert measure.last(answers, classes) == measure.Answers(2, 1)  # row 1 is asked last at position 1
-    assert measure.every(answers, classes) == measure.Answers(5, 3)
-    assert measure.every(answers, classes).errors == 2
+    assert measure.count_last(answers, classes) == measure.Answers(2, 1)  # row 1 is asked last at position 1
+    assert measure.count_all(answers, classes) == measure.Answers(5, 3)
+    assert measure.count_all(answers, classes).errors == 2
 
 
 # --- streams -------------------------------------------------------------------------------------------------------
@@ -417,11 +418,11 @@ def test_reused_slots_give_what_a_carry_gives():
 def test_streams_are_counted_in_parts():
     model = awake(dataclasses.replace(small(), vocab_size=2))
     tokens, classes = TASKS["parity"].sample(2, 50, seeded())
-    found = measure.stream_answers(model, tokens, classes, parts=4)
-    assert [part.asked for part in found.parts] == [26, 26, 26, 22]
-    assert found.carried == 16 + 2 * 2 * 4 * 16  # the memory; keys and values of 4 positions in 2 layers
-    expected = measure.every(measure.live_answers(model, tokens), classes)
-    assert sum(part.right for part in found.parts) == expected.right
+    answers = measure.stream_answers(model, tokens, classes, parts=4)
+    assert [part.asked for part in answers.parts] == [26, 26, 26, 22]
+    assert answers.carried == 16 + 2 * 2 * 4 * 16  # the memory; keys and values of 4 positions in 2 layers
+    expected = measure.count_all(measure.live_answers(model, tokens), classes)
+    assert sum(part.right for part in answers.parts) == expected.right
 
 
 @pytest.mark.slow
@@ -429,5 +430,5 @@ def test_compiled_chunks_are_chunks():
     model = awake(small(depth=1, window=3))
     tokens = torch.randint(7, (3, 24), generator=seeded())
     with torch.no_grad():
-        found = unrolled.over(model, tokens, execution=Execution("always"))
-        assert (found - unrolled.over(model, tokens)).abs().max() < 1e-10
+        compiled = unrolled.over(model, tokens, execution=Execution("always"))
+        assert (compiled - unrolled.over(model, tokens)).abs().max() < 1e-10

@@ -14,7 +14,7 @@ from support.harness import QUESTIONS, TASK
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, score
 from lrt.data.tokenizer import Tokenizer
 from lrt.integrations.hf.export import export
-from lrt.integrations.lm_eval import adapter, run_tasks
+from lrt.integrations.lm_eval import make_adapter, run_tasks
 from lrt.model import checkpoint
 
 pytest.importorskip("lm_eval")
@@ -54,24 +54,24 @@ PAIRS = [(f"{q['question']}\nAnswer:", f" {choice}") for q in QUESTIONS for choi
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_loglikelihoods_are_the_live_oracles(folder, batch_size):
-    model = adapter(folder / "checkpoint", "exact", batch_size)
+    model = make_adapter(folder / "checkpoint", "exact", batch_size)
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(PAIRS)]
     expected = [oracle(folder, *pair) for pair in PAIRS]
     for order in (1, -1):
-        found = model.loglikelihood(requests[::order])
-        assert [value for value, _ in found] == pytest.approx(expected[::order], abs=1e-4)
-    swept = adapter(folder / "checkpoint", "converged", batch_size).loglikelihood(requests)
-    assert [value for value, _ in swept] == pytest.approx(expected, abs=1e-3)
+        scored = model.loglikelihood(requests[::order])
+        assert [nats for nats, _ in scored] == pytest.approx(expected[::order], abs=1e-4)
+    scored = make_adapter(folder / "checkpoint", "converged", batch_size).loglikelihood(requests)
+    assert [nats for nats, _ in scored] == pytest.approx(expected, abs=1e-3)
 
 
 def test_rolling_and_generation(folder):
-    model = adapter(folder / "checkpoint", "exact", 4)
+    model = make_adapter(folder / "checkpoint", "exact", 4)
     native, tokenizer = checkpoint.load(folder / "checkpoint")
     text = " ".join(TEXTS[:3])
     whole = [tokenizer.bos, *tokenizer.encode(text)]
     assert len(whole) <= 128
-    (found,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
-    assert found == pytest.approx(-float(score(native, torch.tensor([whole])).sum()), abs=1e-4)
+    (nats,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    assert nats == pytest.approx(-float(score(native, torch.tensor([whole])).sum()), abs=1e-4)
     options = {"until": ["zzz"], "max_gen_toks": 6, "do_sample": False}
     prompts = ["the state of token", "what token 3"]
     together = model.generate_until([Instance("generate_until", {}, (p, options), i) for i, p in enumerate(prompts)])

@@ -86,8 +86,8 @@ def test_a_plain_call_is_recurrent(name, window_pattern):
 @pytest.mark.parametrize("name", MEMORIES)
 def test_greedy(name):
     model, prompt = make(MEMORIES[name]), prompts(2, 9)
-    found = model.generate(prompt, max_new_tokens=20, do_sample=False)
-    assert torch.equal(found[:, 9:], native(model, prompt, 20))
+    generated = model.generate(prompt, max_new_tokens=20, do_sample=False)
+    assert torch.equal(generated[:, 9:], native(model, prompt, 20))
 
 
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}], ids=str)
@@ -97,9 +97,9 @@ def test_a_ragged_batch_of_eight_padded_on_the_left(options):
     batch, mask = torch.zeros(8, 12, dtype=torch.long), torch.zeros(8, 12, dtype=torch.long)
     for row, length in enumerate(lengths):
         batch[row, 12 - length :], mask[row, 12 - length :] = prompts(1, length, row)[0], 1
-    found = model.generate(batch, attention_mask=mask, max_new_tokens=16, do_sample=False, **options)
+    generated = model.generate(batch, attention_mask=mask, max_new_tokens=16, do_sample=False, **options)
     for row, length in enumerate(lengths):
-        assert torch.equal(found[row, 12:], native(model, batch[row : row + 1, 12 - length :], 16)[0]), row
+        assert torch.equal(generated[row, 12:], native(model, batch[row : row + 1, 12 - length :], 16)[0]), row
 
 
 def test_padding_on_either_side_touches_nothing():
@@ -138,22 +138,22 @@ def test_assisted_decoding_with_a_smaller_lrt(sample):
     model, draft, prompt = make(), make(MEMORIES["both"], seed=5, depth=1, width=16), prompts(1, 7)
     if sample:
         torch.manual_seed(0)
-        for each in (model, draft):  # else transformers takes every 0 that is drawn for padding
-            each.generation_config.eos_token_id = each.generation_config.pad_token_id = 0
-        found = model.generate(prompt, max_new_tokens=12, do_sample=True, assistant_model=draft)
-        assert found.shape[1] == 19 or found[0, -1] == 0
+        for lrt in (model, draft):  # else transformers takes every 0 that is sampled for padding
+            lrt.generation_config.eos_token_id = lrt.generation_config.pad_token_id = 0
+        generated = model.generate(prompt, max_new_tokens=12, do_sample=True, assistant_model=draft)
+        assert generated.shape[1] == 19 or generated[0, -1] == 0
         return
     # A draft that shares the model's taste, so that some of its tokens are taken and some are not.
     draft.model.head.weight.data[:, :16] = model.model.head.weight.data[:, :16]
-    found = model.generate(prompt, max_new_tokens=24, do_sample=False, assistant_model=draft)
-    assert torch.equal(found[:, 7:], native(model, prompt, 24))
+    generated = model.generate(prompt, max_new_tokens=24, do_sample=False, assistant_model=draft)
+    assert torch.equal(generated[:, 7:], native(model, prompt, 24))
 
 
 def test_prompt_lookup_crops_the_memory():
     model = make()
     prompt = prompts(1, 5).repeat(1, 3)
-    found = model.generate(prompt, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3)
-    assert torch.equal(found[:, 15:], native(model, prompt, 20))
+    generated = model.generate(prompt, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3)
+    assert torch.equal(generated[:, 15:], native(model, prompt, 20))
 
 
 def test_a_cache_is_continued_cropped_reordered_and_selected():
@@ -181,8 +181,8 @@ def test_generate_goes_on_from_the_cache_it_returned():
     more = torch.cat((first.sequences, prompts(2, 4, 9)), 1)
     cache = first["cache"] if "cache" in first else first["past_key_values"]
     name = "cache" if "cache" in first else "past_key_values"
-    found = model.generate(more, max_new_tokens=8, do_sample=False, **{name: cache})
-    assert torch.equal(found[:, 15:], native(model, more, 8))
+    generated = model.generate(more, max_new_tokens=8, do_sample=False, **{name: cache})
+    assert torch.equal(generated[:, 15:], native(model, more, 8))
 
 
 def test_logits_to_keep_and_labels():
@@ -209,13 +209,13 @@ def test_sweeps_give_every_position_within_their_tolerance(prefill):
     for p in model.parameters():
         p.data.mul_(0.5)  # so that it contracts
     expected = logits_of(model, tokens)
-    found = model(tokens).logits
+    logits = model(tokens).logits
     if prefill == "one_sweep":
         sweep = schedules.strided(PARALLEL.plan("one_sweep").groups, 1)
-        close(found, model.model.logits(refine(model.model, tokens, sweep).hidden))
-        assert (found - expected).norm() > 0.1 * expected.norm()  # which is not yet the recurrence
+        close(logits, model.model.logits(refine(model.model, tokens, sweep).hidden))
+        assert (logits - expected).norm() > 0.1 * expected.norm()  # which is not yet the recurrence
         return
-    error = float((found - expected).norm() / expected.norm())
+    error = float((logits - expected).norm() / expected.norm())
     low, high = {"converged": (1e-12, 1e-4), "fast": (1e-7, 1e-2)}[prefill]
     assert low < error < high  # swept, not exact; and near
 
@@ -228,10 +228,10 @@ def test_a_ragged_batch_is_swept_as_each_row_alone():
     batch, mask = prompts(3, 40), torch.ones(3, 40, dtype=torch.long)
     for row, pads in enumerate((0, 7, 30)):
         mask[row, :pads] = 0
-    found = model(batch, attention_mask=mask).logits
+    logits = model(batch, attention_mask=mask).logits
     for row, pads in enumerate((0, 7, 30)):
         expected = logits_of(model, batch[row : row + 1, pads:])[0]
-        torch.testing.assert_close(found[row, pads:], expected, rtol=0, atol=1e-3)
+        torch.testing.assert_close(logits[row, pads:], expected, rtol=0, atol=1e-3)
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -458,10 +458,21 @@ def test_an_exported_folder_is_the_checkpoint(exported):
     fast = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
     ids = fast("The memory of", return_tensors="pt")
     assert ids["input_ids"][0].tolist() == [tokenizer.bos, *tokenizer.encode("The memory of")]
-    found = model.generate(**ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    generated = model.generate(**ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
     expected = torch.stack(list(generate(native_model, ids["input_ids"], 12, Sampling(temperature=0))), 1)
-    assert torch.equal(found[:, ids["input_ids"].shape[1] :], expected)
+    assert torch.equal(generated[:, ids["input_ids"].shape[1] :], expected)
     assert AutoModelForCausalLM.from_pretrained(exported, prefill="fast").config.prefill == "fast"
+
+
+ROOMS = {"data", "inference", "integrations", "model", "schedules", "utils"}
+"""What a folder may hold of: nothing that trains a model, scores it, serves it, or shares it among processes."""
+
+
+def test_a_folder_carries_the_model_and_no_trainer(exported):
+    modules = {path.stem for path in exported.glob("*.py")} - {"configuration_lrt", "modeling_lrt"}
+    assert {name.split("_")[1] for name in modules} <= ROOMS
+    assert {name for name in modules if name.startswith("lrt_data_")} == {"lrt_data_batch"}  # a target to ignore
+    assert not [name for name in modules if "flops" in name]
 
 
 ALONE = """
@@ -478,7 +489,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids = tokenizer(["The memory of", "A token"], return_tensors="pt", padding=True, padding_side="left")
-print(model.generate(**ids, max_new_tokens=12, do_sample=False, eos_token_id=None).tolist())
+print(model.train()(**ids, labels=ids["input_ids"]).loss.item())
+print(model.eval().generate(**ids, max_new_tokens=12, do_sample=False, eos_token_id=None).tolist())
 """
 
 
@@ -491,8 +503,10 @@ def test_the_folder_works_where_lrt_cannot_be_imported(exported, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(exported)
     tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
     ids = tokenizer(["The memory of", "A token"], return_tensors="pt", padding=True, padding_side="left")
-    found = model.generate(**ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
-    assert ran.stdout.splitlines()[-1] == str(found.tolist())
+    loss, tokens = ran.stdout.splitlines()[-2:]
+    assert float(loss) == pytest.approx(float(model.train()(**ids, labels=ids["input_ids"]).loss), rel=1e-6)
+    here = model.eval().generate(**ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert tokens == str(here.tolist())
 
 
 def test_save_pretrained_and_back(tmp_path):
@@ -504,7 +518,7 @@ def test_save_pretrained_and_back(tmp_path):
 
 def test_the_card_says_how_it_was_scored(exported):
     text = (exported / "README.md").read_text()
-    for said in (
+    for words in (
         "settled(1, 1, 1)",
         "`exact` prefill",
         "2.5000",
@@ -513,7 +527,7 @@ def test_the_card_says_how_it_was_scored(exported):
         "12,345",
         "trust_remote_code=True",
     ):
-        assert said in text, said
+        assert words in text, words
 
 
 def test_export_leaves_other_folders_alone(exported, tmp_path):
@@ -538,8 +552,8 @@ def test_pipeline(exported):
     tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)
     config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
-    found = write(["The memory of", "A token knew what the"], batch_size=2, generation_config=config)
-    for (one,), prompt in zip(found, ("The memory of", "A token knew what the"), strict=True):
+    outputs = write(["The memory of", "A token knew what the"], batch_size=2, generation_config=config)
+    for (one,), prompt in zip(outputs, ("The memory of", "A token knew what the"), strict=True):
         assert one["generated_text"].startswith(prompt)
         alone = write(prompt, generation_config=config)
         assert alone[0]["generated_text"] == one["generated_text"]

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, score
 from lrt.data.tokenizer import Tokenizer
 from lrt.integrations.hf import LRTForCausalLM
-from lrt.integrations.hf.export import prepend_bos, wrap
+from lrt.integrations.hf.export import prepend_bos, wrap_model
 
 TEXTS = [f"the state of token {i} is what token {i + 1} remembers" for i in range(40)]
 NEW = [f"token {i + 1} remembers what the state of token {i} is" for i in range(40, 50)]
@@ -28,7 +28,7 @@ def make() -> tuple[LRTForCausalLM, PreTrainedTokenizerFast]:
     torch.manual_seed(0)
     memory = MemoryConfig(injection="both", source=(0, 2), combine="channels", initial="embedding")
     config = ModelConfig(depth=2, width=32, heads=2, vocab_size=TOKENIZER.vocab_size, context=64, memory=memory)
-    model = wrap(LatentRecurrentTransformer(config), TOKENIZER, "settled(0, 1, 1)", "exact")
+    model = wrap_model(LatentRecurrentTransformer(config), TOKENIZER, "settled(0, 1, 1)", "exact")
     special = TOKENIZER.inner.id_to_token(TOKENIZER.bos)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=prepend_bos(TOKENIZER), bos_token=special, eos_token=special, pad_token="<pad>"
@@ -111,10 +111,10 @@ def test_label_smoothing_is_of_the_next_token(tmp_path):
 def test_metrics_get_logits_alone(tmp_path):
     model, fast = make()
     rows = Rows.from_dict({"text": TEXTS[:4]}).map(lambda row: fast(row["text"]), remove_columns=["text"])
-    seen = []
+    shapes = []
 
-    def metrics(found):
-        seen.append(found.predictions.shape)
+    def metrics(evaluation):
+        shapes.append(evaluation.predictions.shape)
         return {}
 
     Trainer(
@@ -124,8 +124,8 @@ def test_metrics_get_logits_alone(tmp_path):
         compute_metrics=metrics,
         data_collator=DataCollatorForLanguageModeling(fast, mlm=False),
     ).evaluate()
-    assert seen[0][0] == 4
-    assert seen[0][2] == TOKENIZER.vocab_size
+    assert shapes[0][0] == 4
+    assert shapes[0][2] == TOKENIZER.vocab_size
 
 
 @pytest.mark.parametrize("packing", [False, True])

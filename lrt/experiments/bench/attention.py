@@ -6,13 +6,13 @@ Shapes: B batch, T positions, n of them in a pass, H query heads, G key/value he
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lrt.experiments.bench.rows import Row, hardware_title, print_json, print_table
 from lrt.model.state import State, empty_state
 from lrt.model.strided_state import StridedState
 from lrt.schedules import library as schedules
@@ -47,37 +47,40 @@ class AttentionBench:
     def run(self) -> None:
         plain = schedules.plain()
         work = {"plain() by one kernel": self.work(plain, by_pieces=False)}
-        for spelled in ("plain()", *self.schedules):
-            schedule = parse(spelled)
+        for text in ("plain()", *self.schedules):
+            schedule = parse(text)
             work[f"{schedule!r} by pieces"] = self.work(schedule, by_pieces=True)
             if schedule != plain:
                 work[f"{schedule!r} by masks"] = self.work(schedule, by_pieces=False)
                 if torch.device(self.device).type == "cuda":
-                    work[f"{schedule!r} by FlexAttention"] = self.flex(schedule)
+                    work[f"{schedule!r} by FlexAttention"] = self.flex_work(schedule)
+        # All ratios are over one causal kernel for all positions: `plain()` at its best.
         timings = alternate(work, self.rounds, device=self.device, title="lrt bench attention")
         base = timings["plain() by one kernel"]
         rows = []
         for name, timing in timings.items():
-            ratio, spread = timing.ratio(base)
-            print(f"{name:36} {timing.median * 1e3:9.2f} ms  {ratio:6.3f} ± {spread:.3f}")
-            rows.append({"name": name, "seconds": timing.median, "ratio": ratio, "spread": spread})
+            rows.append(Row(name, *timing.ratio(base), measure="ratio", figures={"seconds": timing.median}))
+        about = {"hardware": hardware(self.device)}
+        print_table(rows, hardware_title(about))
         if self.json:
-            print(json.dumps({"rows": rows, "hardware": hardware(self.device)}))
+            print_json(rows, about)
 
     @property
     def groups(self) -> int:
         return self.heads if self.kv_heads is None else self.kv_heads
 
-    def random(self, heads: int, n: int) -> Tensor:
+    def random_heads(self, heads: int, n: int) -> Tensor:
         """(B, heads, n, K), laid out as the model does."""
         shape = (self.batch, n, heads, self.head_size)
         return torch.randn(shape, device=self.device, dtype=DTYPES[self.precision]).transpose(1, 2).requires_grad_()
 
     def work(self, schedule: Schedule, by_pieces: bool) -> Work:
-        """All passes with a State (masks, copies) or a PassState (pieces)."""
+        """All passes with a StridedState (`by_pieces`), or with a State, which masks and copies."""
         passes = schedule.passes(self.context)
         sizes = [len(p.positions) for p in passes]
-        inputs = [(self.random(self.heads, n), *(self.random(self.groups, n) for _ in range(2))) for n in sizes]
+        inputs = [
+            (self.random_heads(self.heads, n), *(self.random_heads(self.groups, n) for _ in range(2))) for n in sizes
+        ]
         empty = empty_state(
             1, (self.groups, self.head_size), (0, 1), self.batch, self.context, None, None, False,
             device=self.device, dtype=DTYPES[self.precision],
@@ -94,33 +97,34 @@ class AttentionBench:
                     state = state.mark_written(p.positions)
                     slots: object = state.where(p.positions)
                     keys, values = state.write(state.keys[0], slots, k, 2), state.write(state.values[0], slots, v, 2)  # type: ignore[arg-type]
-                    seen = state.visible(p.positions, self.window)
-                    total = total + seen.attend(q, keys, values).float().sum()  # type: ignore[arg-type]
+                    visible = state.visible(p.positions, self.window)
+                    total = total + visible.attend(q, keys, values).float().sum()  # type: ignore[arg-type]
                     state = state.write_cache((keys,), (values,))  # type: ignore[arg-type]
             total.backward()
 
         return work
 
-    def flex(self, schedule: Schedule) -> Work:
+    def flex_work(self, schedule: Schedule) -> Work:
         """All passes by FlexAttention, which knows the mask as a function of positions. CUDA: no backward on CPUs."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        attention = torch.compile(flex_attention, dynamic=False)
+        attention = torch.compile(flex_attention, dynamic=False)  # uncompiled it holds all scores at once
         passes, window = schedule.passes(self.context), self.window
         inputs = []
         for p in passes:
 
-            def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor, p: Pass = p) -> Tensor:
-                here = p.start + p.stride * i
+            def is_visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor, p: Pass = p) -> Tensor:
+                here = p.start + p.stride * i  # the position of the pass's i-th query; slot j holds position j
                 return (j <= here) if window is None else (j <= here) & (j > here - window)
 
             n = len(p.positions)
-            mask = create_block_mask(seen, None, None, n, self.context, device=self.device)
-            inputs.append((p, mask, self.random(self.heads, n), *(self.random(self.groups, n) for _ in range(2))))
+            mask = create_block_mask(is_visible, None, None, n, self.context, device=self.device)
+            keys_values = (self.random_heads(self.groups, n) for _ in range(2))
+            inputs.append((p, mask, self.random_heads(self.heads, n), *keys_values))
 
         def work() -> None:
             total = torch.zeros((), device=self.device)
-            keys = values = self.random(self.groups, self.context).detach()
+            keys = values = self.random_heads(self.groups, self.context).detach()
             for p, mask, q, k, v in inputs:
                 with torch.set_grad_enabled(p.grad):
                     keys, values = (

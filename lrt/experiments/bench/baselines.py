@@ -1,4 +1,6 @@
-"""The same model as anybody would write it: plain PyTorch modules, eager, one pass, logits for all tokens at once.
+"""What the library is timed against: the same model as anybody would write it, and transformers' `generate`.
+
+The model is plain PyTorch modules, eager, one pass, logits for all tokens at once.
 
 Shapes: B batch, T positions, D width, H heads, K head size, V vocabulary. It shares no code with lrt.model: it is what
 `lrt bench train` compares the library's plain step with, and a test holds the two equal.
@@ -17,6 +19,7 @@ from lrt.model.config import ModelConfig
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
+    """Without a bias: no layer here has one."""
     return nn.Linear(inputs, outputs, bias=False)
 
 
@@ -43,11 +46,12 @@ class PlainAttention(nn.Module):
         local, remembered = (2 * torch.sigmoid(self.gate(u))).unsqueeze(-1).chunk(2, dim=2)
         k = local * k + remembered * memory_k.view(shape)
         v = local * v + remembered * memory_v.view(shape)
-        q, k = (self.norm(self.rotate(x, cos, sin)) for x in (q, k))
+        q, k = (self.norm(self.rotate(x, cos, sin)) for x in (q, k))  # QK-norm, after the rotation
         y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary positions of x (B, T, H, K): halves are pairs, not neighbours. cos, sin (T, 1, K/2)."""
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
@@ -95,13 +99,14 @@ class PlainModel(nn.Module):
         angles = torch.arange(config.context)[:, None] * config.rope_base ** (
             -torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
         )
+        # (T, 1, K/2): they broadcast over the heads.
         self.register_buffer("cos", angles.cos().unsqueeze(1), persistent=False)
         self.register_buffer("sin", angles.sin().unsqueeze(1), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of tokens (B, T)."""
         x = x0 = self.norm(self.embedding(tokens))
-        memory = torch.zeros_like(x)
+        memory = torch.zeros_like(x)  # of a first pass: the products with it are computed all the same
         k, v = self.key(memory), self.value(memory)
         cos, sin = (angles[: tokens.shape[1]].to(x) for angles in (self.cos, self.sin))
         for block in self.blocks:
@@ -115,15 +120,16 @@ class PlainModel(nn.Module):
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take the weights of a LatentRecurrentTransformer, by its names."""
         keys, values = weights["projection.weight"][0, 0]
-        named = {"key.weight": keys, "value.weight": values}
+        renamed = {"key.weight": keys, "value.weight": values}
         for name, weight in weights.items():
             if name != "projection.weight":
-                named[name.replace(".injection.gamma", ".gamma").replace(".injection.gate", ".attention.gate")] = weight
-        self.load_state_dict({name.replace(".mlp.", "."): weight for name, weight in named.items()})
+                flat = name.replace(".injection.gamma", ".gamma").replace(".injection.gate", ".attention.gate")
+                renamed[flat.replace(".mlp.", ".")] = weight
+        self.load_state_dict(renamed)
 
 
 Generate = Callable[[Tensor, int], object]
-"""(prompt (B, T) int, number of new tokens) -> whatever it gives."""
+"""(prompt (B, T) int, number of new tokens) -> the tokens, in whatever form."""
 
 
 def transformers_generate(config: ModelConfig, device: str | torch.device) -> Generate:
@@ -147,7 +153,7 @@ def transformers_generate(config: ModelConfig, device: str | torch.device) -> Ge
         num_attention_heads=config.heads,
         num_key_value_heads=config.num_kv_heads,
         max_position_embeddings=config.context,
-        eos_token_id=None,
+        eos_token_id=None,  # nothing ends a text before its number of tokens
         pad_token_id=0,
         bos_token_id=0,
     )
@@ -155,8 +161,8 @@ def transformers_generate(config: ModelConfig, device: str | torch.device) -> Ge
     model = model.to(device).eval()
 
     def generate(prompt: Tensor, count: int) -> object:
-        how = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+        greedy = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
         with torch.inference_mode():
-            return model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=how)
+            return model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy)
 
     return generate

@@ -43,16 +43,16 @@ class Pair:
     progress: bool
 
 
-def measured_calibration(path: Path, device: str, progress: bool = True) -> Calibration:
+def ensure_calibration(path: Path, device: str, progress: bool = True) -> Calibration:
     """The calibration beside a checkpoint for this device; where there is none it is measured, and kept there."""
     folder = checkpoint.verify(path)
     model, tokenizer = checkpoint.load(folder, device)
-    found = cost_model.read_calibration(folder, model)
-    if not found.device:
+    calibration = cost_model.read_calibration(folder, model)
+    if not calibration.device:  # the fallback, which was measured nowhere
         text = sample_text(model, tokenizer.bos, min(LENGTH, model.config.context))
-        found = calibrate(model, text, progress)
-        cost_model.write_calibration(folder, found)
-    return found
+        calibration = calibrate(model, text, progress)
+        cost_model.write_calibration(folder, calibration)
+    return calibration
 
 
 def read_pair(folder: Path, data: Path, device: str, rounds: int, progress: bool = True) -> Pair:
@@ -63,8 +63,8 @@ def read_pair(folder: Path, data: Path, device: str, rounds: int, progress: bool
     lrt, tokenizer = checkpoint.load(folder / "lrt", device)
     transformer, other = checkpoint.load(folder / "transformer", device)
     prepared = Prepared.open(data)
-    for name, its in (("transformer's", other.sha256), (f"{data}'s", prepared.tokenizer.sha256)):
-        if its != tokenizer.sha256:
+    for name, sha256 in (("transformer's", other.sha256), (f"{data}'s", prepared.tokenizer.sha256)):
+        if sha256 != tokenizer.sha256:
             raise ValueError(f"{folder}: the {name} tokenizer is not the LRT's; train both on one data set")
     if len(lrt.config.stored_sources) == 0:
         raise ValueError(
@@ -75,32 +75,31 @@ def read_pair(folder: Path, data: Path, device: str, rounds: int, progress: bool
     batch = next(iter(windows(prepared.split("val"), length, None).batches(SCORED)))
     if not bool((batch.targets[:, :-1] >= 0).all()):
         raise ValueError(f"{data} has fewer than {SCORED} validation windows of {length} tokens; prepare more text")
-    found = measured_calibration(folder / "lrt", device, progress)
-    return Pair(lrt, transformer, tokenizer, found, batch.tokens.to(device), rounds, progress)
+    calibration = ensure_calibration(folder / "lrt", device, progress)
+    return Pair(lrt, transformer, tokenizer, calibration, batch.tokens.to(device), rounds, progress)
 
 
 def decode_section(pair: Pair) -> list[Row]:
-    """How fast single tokens follow each other."""
+    """Tokens per second of the pair, and of transformers."""
     return decode.decode_rows(pair.lrt, pair.transformer, pair.rounds, progress=pair.progress)
 
 
 def ragged_section(pair: Pair) -> list[Row]:
-    """What serving many prompts at once gains."""
+    """Tokens per second of a ragged batch over its prompts one by one."""
     text = pair.prompts.flatten().tolist()
     return decode.ragged_rows(pair.lrt, text, max(1, pair.rounds // 3), pair.calibration, pair.progress)
 
 
-def prefill_rows(pair: Pair) -> list[Row]:
-    """What a prefill costs."""
+def prefill_section(pair: Pair) -> list[Row]:
+    """The time of a prefill, in plain forwards. ValueError for a tokenizer without a byte alphabet."""
     token_bytes = pair.tokenizer.token_bytes()
     if token_bytes is None:
-        raise ValueError("this tokenizer has no byte alphabet, so that no bits per byte can be told")
-    assert token_bytes is not None
+        raise ValueError("this tokenizer has no byte alphabet, so that no bits per byte can be measured")
     return prefill.prefill_rows(pair.lrt, pair.prompts, token_bytes, pair.calibration, pair.rounds, pair.progress)
 
 
-def equality_rows(pair: Pair) -> list[Row]:
-    """What forks, crops, saves, splits and batches change: nothing."""
+def equality_section(pair: Pair) -> list[Row]:
+    """How many tokens forks, crops, saves, splits and batches change: the target is none."""
     prompts = equality.split_prompts(pair.prompts.flatten().tolist(), pair.lrt.config.context - equality.NEW)
     return equality.equality_rows(pair.lrt, prompts, progress=pair.progress)
 
@@ -109,8 +108,8 @@ Section = Callable[[Pair], list[Row]]
 SECTIONS: dict[str, Section] = {
     "decode": decode_section,
     "ragged": ragged_section,
-    "prefill": prefill_rows,
-    "equality": equality_rows,
+    "prefill": prefill_section,
+    "equality": equality_section,
 }
 
 

@@ -6,7 +6,9 @@ Shapes: B prompts, T their tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from lrt.utils.timing import alternate
 
 WITHIN = 0.0005
 """Bits per byte from the live score at which a prefill counts as live."""
-LOOKED_AT = 6
+SCORED_SWEEPS = 6
 """Sweeps after which the score is taken, at most."""
 
 
@@ -37,51 +39,36 @@ def prefill_rows(
     rounds: int = 10,
     progress: bool = True,
 ) -> list[Row]:
-    """The figures of prompts (B, T): the first is timed, all are scored."""
+    """The figures of prompts (B, T): the first is timed, all are scored.
+
+    A plain forward of the prompt is the unit: of time, and of positions computed.
+    """
     device, first, length = prompts.device, prompts[:1], prompts.shape[1]
     live, gaps = gaps_to_live(model, prompts, token_bytes, progress)
-    needed = {stride: sweeps_needed(found) for stride, found in gaps.items()}
+    needed = {stride: sweeps_needed(by_sweep) for stride, by_sweep in gaps.items()}
+    # The stride that is live at the least cost: a large one needs fewer sweeps, of more calls each.
     groups = min(needed, key=lambda stride: needed[stride] * calibration.sweep_cost(length, 1, stride))
     sweeps = needed[groups]
-
-    def plain() -> None:
-        model(first, range(length), model.empty_state(1, model.config.context).in_place())
-
-    def swept() -> None:
-        state = model.empty_state(1, model.config.context, tokens=pad_to(first, model.config.context)).in_place()
-        flight = SweepState.of(model, Prompt(first, [length], [0]), state)
-        for sweep in range(sweeps):
-            flight.sweep(model, groups, sweep * groups)
-
-    def filled(mode: Mode) -> Certificate:
-        state = model.empty_state(1, model.config.context).in_place()
-        return prefill(model, first, state, mode, calibration=calibration).report.rows[0]
-
-    quick, full = filled("fast"), filled("converged")
+    work = prefill_work(model, first, calibration, groups, sweeps)
+    fast, converged = work["fast"](), work["converged"]()
+    quick = {name: work[name] for name in ("plain", "fast", "converged", "live")}
     with torch.no_grad():
-        times = alternate(
-            {"plain": plain, "fast": lambda: filled("fast"), "full": lambda: filled("converged"), "live": swept},
-            rounds,
-            1,
-            device,
-            "prefill",
-            progress,
-        )
-        few = max(1, rounds // 4)
-        slow = alternate(
-            {"fast": lambda: filled("fast"), "exact": lambda: filled("exact")}, few, 1, device, "exact", progress
-        )
+        times = alternate(quick, rounds, 1, device, "prefill", progress)
+        # Token by token takes far longer: fewer rounds, beside a candidate of its own.
+        both = {name: work[name] for name in ("fast", "exact")}
+        slow = alternate(both, max(1, rounds // 4), 1, device, "exact", progress)
     about = {"tokens": length, "prompts": len(prompts)}
+    # The first n·g positions are exact after n sweeps, and are not swept again.
     computed = sum(length - sweep * groups for sweep in range(sweeps)) / length
     scored = {**about, "groups": groups, "sweeps": sweeps, "live_bpb": live, "gap_after_each_sweep": gaps}
     name = f"prefill of {length} tokens"
     unit = "plain forwards"
     return [
-        Row(f"{name}, fast: {unit}, time", *times["fast"].ratio(times["plain"]), at_most=8, about=quick.to_dict()),
-        Row(f"{name}, fast: {unit}, positions", quick.forwards, at_most=8, about=quick.to_dict()),
+        Row(f"{name}, fast: {unit}, time", *times["fast"].ratio(times["plain"]), at_most=8, about=fast.to_dict()),
+        Row(f"{name}, fast: {unit}, positions", fast.forwards, at_most=8, about=fast.to_dict()),
         Row(f"{name}, to live BPB: {unit}, time", *times["live"].ratio(times["plain"]), at_most=5, about=scored),
         Row(f"{name}, to live BPB: {unit}, positions", computed, at_most=5, about=scored),
-        Row(f"{name}, converged: {unit}, time", *times["full"].ratio(times["plain"]), about=full.to_dict()),
+        Row(f"{name}, converged: {unit}, time", *times["converged"].ratio(times["plain"]), about=converged.to_dict()),
         Row(
             f"{name}, token by token / fast, time",
             *slow["exact"].ratio(slow["fast"]),
@@ -91,30 +78,56 @@ def prefill_rows(
     ]
 
 
+def prefill_work(
+    model: LatentRecurrentTransformer, tokens: Tensor, calibration: Calibration, groups: int, sweeps: int
+) -> dict[str, Callable[[], Any]]:
+    """What is timed on a prompt (1, T): a plain forward, each mode of `prefill`, and sweeps until the score is live.
+
+    A mode gives its Certificate.
+    """
+    length, context = tokens.shape[1], model.config.context
+
+    def run_plain() -> None:
+        model(tokens, range(length), model.empty_state(1, context).in_place())
+
+    def sweep_to_live() -> None:
+        state = model.empty_state(1, context, tokens=pad_to(tokens, context)).in_place()
+        rows = SweepState.of(model, Prompt(tokens, [length], [0]), state)
+        for sweep in range(sweeps):
+            rows.sweep(model, groups, sweep * groups)
+
+    def fill(mode: Mode) -> Certificate:
+        state = model.empty_state(1, context).in_place()
+        return prefill(model, tokens, state, mode, calibration=calibration).report.rows[0]
+
+    modes: tuple[Mode, ...] = ("fast", "converged", "exact")
+    return {"plain": run_plain, "live": sweep_to_live, **{mode: partial(fill, mode) for mode in modes}}
+
+
 def gaps_to_live(
     model: LatentRecurrentTransformer, prompts: Tensor, token_bytes: Tensor, progress: bool = True
 ) -> tuple[float, dict[int, list[float]]]:
-    """(live BPB of prompts (B, T); by stride, what the BPB after each sweep is above it)."""
+    """(live BPB of prompts (B, T); stride -> after each of its sweeps, how far the BPB is above that)."""
     batch, length = prompts.shape
     strides = [g for g in STRIDES if 2 * g <= length]
-    size = math.log(2) * int(token_bytes.to(prompts.device)[prompts[:, 1:]].sum())
+    bits = math.log(2) * int(token_bytes.to(prompts.device)[prompts[:, 1:]].sum())
     gaps: dict[int, list[float]] = {}
-    with torch.no_grad(), bar("live score", batch * (length - 1) * (1 + len(strides)), progress) as tell:
-        live = float(score(model, prompts, advance=tell).double().sum()) / size
+    with torch.no_grad(), bar("live score", batch * (length - 1) * (1 + len(strides)), progress) as advance:
+        live = float(score(model, prompts, advance=advance).double().sum()) / bits
         for groups in strides:
             state = model.empty_state(batch, length, tokens=prompts).in_place()
-            flight = SweepState.of(model, Prompt(prompts, [length] * batch, [0] * batch), state)
+            rows = SweepState.of(model, Prompt(prompts, [length] * batch, [0] * batch), state)
             gaps[groups] = []
-            for sweep in range(min(LOOKED_AT, length // groups)):
-                flight.sweep(model, groups, sweep * groups)
-                nats = token_nats(model, flight.values[:, :-1, 0], prompts[:, 1:])
-                gaps[groups].append(float(nats.double().sum()) / size - live)
-            tell(batch * (length - 1), f"stride {groups}")
+            for sweep in range(min(SCORED_SWEEPS, length // groups)):
+                rows.sweep(model, groups, sweep * groups)
+                nats = token_nats(model, rows.values[:, :-1, 0], prompts[:, 1:])
+                gaps[groups].append(float(nats.double().sum()) / bits - live)
+            advance(batch * (length - 1), f"stride {groups}")
     return live, gaps
 
 
 def sweeps_needed(gaps: Sequence[float]) -> int:
-    """Sweeps from which on the BPB stays within 0.0005 of live; one more than were looked at where it never does."""
+    """Sweeps from which on the BPB stays within 0.0005 of live; one more than were scored where it never does."""
     far = [n for n, gap in enumerate(gaps, start=1) if abs(gap) > WITHIN]
     return (far[-1] if far else 0) + 1
 

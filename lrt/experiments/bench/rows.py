@@ -1,19 +1,17 @@
-"""One line of a benchmark: a ratio, what it has to be, and whether it is."""
+"""One line of a benchmark, and how lines are printed: as a table, or as one JSON object."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 
 @dataclass(frozen=True)
 class Row:
-    """A figure beside its target."""
+    """A figure, and its target where there is one."""
 
     name: str
     value: float
@@ -23,6 +21,10 @@ class Row:
     at_most: float | None = None
     about: dict[str, Any] = field(default_factory=dict)
     """What else belongs to it: plain data."""
+    measure: str = "value"
+    """What `value` is: its key in JSON, and the head of its column."""
+    figures: Mapping[str, float | str | None] = field(default_factory=dict)
+    """Other measures of the same thing: keys of their own in JSON. Numbers among them are columns of the table."""
 
     @property
     def holds(self) -> bool | None:
@@ -42,14 +44,47 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**dataclasses.asdict(self), "target": self.target, "holds": self.holds}
+        fields = dataclasses.asdict(self)
+        value, figures = {fields.pop("measure"): fields.pop("value")}, fields.pop("figures")
+        return {"name": fields.pop("name"), **value, **fields, "target": self.target, "holds": self.holds, **figures}
 
 
-def show(rows: Sequence[Row], title: str) -> None:
-    """A table on standard output."""
-    table = Table("", "value", "±", "target", "", title=title, title_justify="left")
-    for row in rows:
-        verdict = {True: "holds", False: "MISSED", None: ""}[row.holds]
-        spread = "" if row.spread is None else f"{row.spread:.2f}"
-        table.add_row(row.name, f"{row.value:.4g}", spread, row.target, verdict)
-    Console().print(table)
+def print_table(rows: Sequence[Row], title: str) -> None:
+    """Rows as lines of text, columns aligned. No line is cut or wrapped, so that output in a file is whole."""
+    numbers = dict.fromkeys(k for row in rows for k, v in row.figures.items() if not isinstance(v, str))
+    measures = "/".join(dict.fromkeys(row.measure for row in rows))
+    targets = ["target", ""] if any(row.holds is not None for row in rows) else []
+    head = ["", measures, "±", *(name.replace("_", " ") for name in numbers), *targets]
+    body = [
+        [
+            row.name,
+            format_number(row.value),
+            "" if row.spread is None else f"{row.spread:.3f}",
+            *(format_number(row.figures.get(name)) for name in numbers),
+            *([row.target, {True: "holds", False: "MISSED", None: ""}[row.holds]] if targets else []),
+        ]
+        for row in rows
+    ]
+    # Names to the left, numbers to the right; `rstrip` where the last column is empty.
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    print(title)
+    for name, *cells in (head, *body):
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        print("  ".join([name.ljust(widths[0]), *padded]).rstrip())
+
+
+def format_number(value: float | str | None) -> str:
+    """Four significant digits; thousands whole, with commas."""
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def print_json(rows: Sequence[Row], about: Mapping[str, Any]) -> None:
+    """One line: {"rows": […], and what `about` says of all of them}."""
+    print(json.dumps({"rows": [row.to_dict() for row in rows], **about}))
+
+
+def hardware_title(about: Mapping[str, Any]) -> str:
+    """The machine in words, over a table."""
+    return ", ".join(str(value) for value in about["hardware"].values())

@@ -5,8 +5,6 @@ A step is forward and backward of one batch, without the optimiser. All candidat
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import weakref
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from lrt.distributed.objective import make_objective
 from lrt.experiments.bench.baselines import PlainModel
+from lrt.experiments.bench.rows import Row, hardware_title, print_json, print_table
 from lrt.model.config import MemoryConfig, ModelConfig
 from lrt.model.execution import Execution
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -44,7 +43,10 @@ PLAIN = "plain()"
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made and alive within the block, and their peak."""
+    """Counts the bytes of all tensors that are made and alive within the block, and their peak.
+
+    Storages are counted, not tensors: a view holds its base's memory, and several views hold it once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,16 +61,18 @@ class LiveBytes(TorchDispatchMode):
             if storage._cdata not in before and storage._cdata not in self.known:
                 self.known.add(storage._cdata)
                 self.live += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+                # Autograd holds what the backward needs, without a name; it too is freed when its storage goes.
+                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
         self.peak = max(self.peak, self.live)
         return out
 
-    def _freed(self, key: int, size: int) -> None:
+    def _forget(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.live -= size
 
 
 def tensors(tree: object) -> list[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -85,27 +89,6 @@ class Candidate:
     counted: Work
     """The same, uncompiled: a counter of tensors does not see into compiled code."""
     flops: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """What `--json` prints of a candidate."""
-
-    model: str
-    """With its variant, behind a comma."""
-    schedule: str
-    seconds: float
-    ratio: float
-    """Over `plain()` of the same model: the median of the rounds' ratios."""
-    spread: float
-    """Half the distance between the quartiles of those ratios."""
-    ideal: float
-    """The ratio that the passes alone would give."""
-    tokens_per_second: float
-    mfu: float | None
-    peak_bytes: int
-    peak_ratio: float
-    """Over `plain()` of the same model, nothing recomputed."""
 
 
 @dataclass(frozen=True)
@@ -139,34 +122,42 @@ class TrainBench:
     seed: int = field(default=0)
 
     def run(self) -> None:
-        rows = self.rows()
-        for row in rows:
-            mfu = "-" if row.mfu is None else f"{row.mfu:.0%}"
-            print(
-                f"{row.model:32} {row.schedule:20} {row.seconds:8.3f} s  {row.ratio:6.3f} ± {row.spread:.3f}"
-                f"  ideal {row.ideal:5.2f} ({row.ratio / row.ideal:5.2f}x)  {row.tokens_per_second:9,.0f} tokens/s"
-                f"  MFU {mfu}  peak {row.peak_bytes / 2**20:7.0f} MiB ({row.peak_ratio:.2f})"
-            )
+        rows, about = self.rows(), {"hardware": hardware(self.device)}
+        print_table(rows, hardware_title(about))
         if self.json:
-            print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows], "hardware": hardware(self.device)}))
+            print_json(rows, about)
 
     def rows(self) -> list[Row]:
-        """Time and measure all candidates."""
+        """All candidates, timed in turn. A value is a ratio, over `plain()` of the same model.
+
+        Beside it in `Row.figures` (contract, section 6): the seconds of a step; `ideal`, the ratio that the passes
+        alone would give; `tokens_per_second`; `mfu`, FLOPs per second over the device's peak, None where that is not
+        known; `peak_bytes` of live activations; `peak_ratio`, those over `plain()` with nothing recomputed.
+        """
+        # All models are timed in one run: on a busy machine only alternated rounds can be compared.
         candidates = [c for name in self.models for c in self.candidates(name)]
         work = {f"{c.model} {c.schedule} {c.variant}": c.step for c in candidates}
         timings = alternate(work, self.rounds, device=self.device, title="lrt bench train", progress=self.progress)
         peaks = {name: self.peak(c) for name, c in zip(work, candidates, strict=True)}
-        top, found = peak_flops(self.device), []
+        top, rows = peak_flops(self.device), []
         for name, c in zip(work, candidates, strict=True):
             base = f"{c.model} {PLAIN} "
             ratio, spread = timings[name].ratio(timings[base])
-            spent, tokens = timings[name].median, self.batch * self.context
-            mfu = None if top is None else c.flops * tokens / spent / top
-            ideal = parse(c.schedule).cost(self.context) / 3
-            named = f"{c.model}, {c.variant}" if c.variant else c.model
-            shared = (named, c.schedule, spent, ratio, spread, ideal, tokens / spent, mfu)
-            found.append(Row(*shared, peaks[name], peaks[name] / peaks[base]))
-        return found
+            seconds, tokens = timings[name].median, self.batch * self.context
+            model = f"{c.model}, {c.variant}" if c.variant else c.model
+            figures = {
+                "model": model,
+                "schedule": c.schedule,
+                "seconds": seconds,
+                # A forward and backward of every position costs 3 forwards, which is what `plain()` costs.
+                "ideal": parse(c.schedule).cost(self.context) / 3,
+                "tokens_per_second": tokens / seconds,
+                "mfu": None if top is None else c.flops * tokens / seconds / top,
+                "peak_bytes": peaks[name],
+                "peak_ratio": peaks[name] / peaks[base],
+            }
+            rows.append(Row(f"{model}: {c.schedule}", ratio, spread, measure="ratio", figures=figures))
+        return rows
 
     def candidates(self, name: str) -> list[Candidate]:
         """The rows of one model, the plain step first."""
@@ -178,11 +169,11 @@ class TrainBench:
         model = LatentRecurrentTransformer(config).to(self.device).train()
         text = torch.randint(self.vocab_size, (self.batch, self.context + 1), device=self.device)
         tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-        spelled = EVERY if "all" in self.schedules else tuple(repr(parse(s)) for s in self.schedules)
+        schedules = EVERY if "all" in self.schedules else tuple(repr(parse(s)) for s in self.schedules)
         if memory.injection == "none":
-            spelled = ()
-        found = []
-        for schedule in (PLAIN, *(s for s in spelled if s != PLAIN)):
+            schedules = ()  # every pass of a Transformer gives the same
+        candidates = []
+        for schedule in (PLAIN, *(s for s in schedules if s != PLAIN)):
             for recompute in ("nothing", *self.recompute):
                 step, counted = (
                     self.step(model, parse(schedule), tokens, targets, Execution(compile, recompute))
@@ -190,11 +181,11 @@ class TrainBench:
                 )
                 variant = "" if recompute == "nothing" else f"recompute {recompute}"
                 flops = training_flops(config, parse(schedule), self.context)
-                found.append(Candidate(name, schedule, variant, step, counted, flops))
+                candidates.append(Candidate(name, schedule, variant, step, counted, flops))
         if self.modules and name == "lrt-shared":
             step = self.modules_step(model, tokens, targets)
-            found.append(Candidate(name, PLAIN, "eager plain modules", step, step, found[0].flops))
-        return found
+            candidates.append(Candidate(name, PLAIN, "eager plain modules", step, step, candidates[0].flops))
+        return candidates
 
     def step(
         self,
@@ -205,11 +196,11 @@ class TrainBench:
         execution: Execution,
     ) -> Work:
         loss = StepLoss.of(schedule, [targets], execution=execution)
-        wrapped = make_objective(model, torch.bfloat16 if self.precision == "bfloat16" else torch.float32)
+        objective = make_objective(model, torch.bfloat16 if self.precision == "bfloat16" else torch.float32)
 
         def work() -> None:
             model.zero_grad()
-            wrapped(loss, tokens, targets, None).backward()
+            objective(loss, tokens, targets, None).backward()
 
         return work
 
@@ -229,10 +220,10 @@ class TrainBench:
         """The most bytes alive in a step, weights not counted."""
         if torch.device(self.device).type == "cuda":
             candidate.step()
-            weights = torch.cuda.memory_allocated(self.device)
+            weights = torch.cuda.memory_allocated(self.device)  # and gradients, which a step leaves
             torch.cuda.reset_peak_memory_stats(self.device)
             candidate.step()
             return torch.cuda.max_memory_allocated(self.device) - weights
-        with LiveBytes() as bytes_seen:
+        with LiveBytes() as counter:
             candidate.counted()
-        return bytes_seen.peak
+        return counter.peak

@@ -18,150 +18,178 @@ from lrt.eval.report.table import Table
 from lrt.experiments.studies import power_law
 from lrt.experiments.studies.runner import Line
 
-Rows = dict[str, list[Line]]
-"""choice -> a line per seed, at its best rate."""
+Choices = dict[str, list[Line]]
+"""Choice of the compared axis -> a line per seed, at its best rate."""
 RATE = "rate"
 EQUAL = "equal"
 """The axis on which the Transformer is the same run, whatever others have in common with it."""
-AGAINST = ("transformer", "token shift", "token shift, 2 channels", "token shift, 2 channels, layerwise")
-"""Families that everything is compared with, where a group has them; at a glance the first two and the last."""
+TRANSFORMER = "transformer"
+BASELINES = ("transformer", "token shift", "token shift, 2 channels", "token shift, 2 channels, layerwise")
+"""Families that everything is compared with, where a group has them; in the overview the first two and the last."""
 PUBLISHED = {
     "transformer": 0.767, "loop 2": 0.753, "loop 3": 0.749, "ponder": 0.753, "shared": 0.752,
 }  # fmt: skip
 """Validation BPB at 20 layers, 10 tokens per parameter (arXiv 2605.26797; spec, section 3): another text and size."""
 
 
-def live_bpb_of(line: Line) -> float:
-    """Live, on test; infinite where the run diverged."""
+def test_bpb(line: Line) -> float:
+    """Live bits per byte on test; infinite where the run diverged."""
     return line["result"]["test"]["live_bpb"] if "test" in line["result"] else math.inf
 
 
-def on_val(line: Line) -> float:
-    """Live, on val."""
+def val_bpb(line: Line) -> float:
+    """Live bits per byte on val, by which choices are made; infinite where the run diverged."""
     return line["result"].get("val_live_bpb", math.inf)
 
 
-def group_by_axes(lines: Sequence[Line]) -> dict[tuple[str, ...], Rows]:
+def group_by_axes(lines: Sequence[Line]) -> dict[tuple[str, ...], Choices]:
     """(choices of the other axes) -> choice of the compared axis -> its lines, one per seed.
 
-    A group without a Transformer of its own, on the axis EQUAL, has that of the group beside it.
+    A group without a Transformer of its own, on the axis EQUAL, has that of the group beside it: alone it is the same
+    run at equal tokens, FLOPs and time.
     """
-    found: dict[tuple[str, ...], dict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
+    by_group: dict[tuple[str, ...], dict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        *others, compared = (value for axis, value in line["choices"].items() if axis != RATE)
-        found[tuple(others)][compared].append(line)
-    groups = {key: {name: at_best_rate(each) for name, each in rows.items()} for key, rows in found.items()}
-    axes = [axis for axis in (lines[0]["choices"] if lines else ()) if axis != RATE][:-1]
+        group, choice = split_choices(line)
+        by_group[group][choice].append(line)
+    groups = {
+        group: {choice: lines_at_best_rate(of_choice) for choice, of_choice in choices.items()}
+        for group, choices in by_group.items()
+    }
+    axes = group_axes(lines)
     if EQUAL in axes:
-        for key, rows in groups.items():
-            if AGAINST[0] not in rows:
-                at = axes.index(EQUAL)
-                alike = (g for k, g in groups.items() if (k[:at], k[at + 1 :]) == (key[:at], key[at + 1 :]))
-                lent = next(({AGAINST[0]: g[AGAINST[0]]} for g in alike if AGAINST[0] in g), {})
-                groups[key] = {**lent, **rows}
+        at = axes.index(EQUAL)
+        for group, choices in groups.items():
+            if TRANSFORMER not in choices:
+                beside = (g for k, g in groups.items() if (k[:at], k[at + 1 :]) == (group[:at], group[at + 1 :]))
+                shared = next(({TRANSFORMER: g[TRANSFORMER]} for g in beside if TRANSFORMER in g), {})
+                groups[group] = {**shared, **choices}
     return groups
 
 
-def at_best_rate(lines: Sequence[Line]) -> list[Line]:
+def split_choices(line: Line) -> tuple[tuple[str, ...], str]:
+    """(its choices on the axes that make groups, its choice on the axis that is compared)."""
+    *group, compared = (choice for axis, choice in line["choices"].items() if axis != RATE)
+    return tuple(group), compared
+
+
+def group_axes(lines: Sequence[Line]) -> list[str]:
+    """The axes that make groups: neither the rate nor the compared one, which is the last."""
+    return [axis for axis in (lines[0]["choices"] if lines else ()) if axis != RATE][:-1]
+
+
+def lines_at_best_rate(lines: Sequence[Line]) -> list[Line]:
     """Of the rates of one choice, the lines of that which is best on val with the seed that has most rates."""
+    # A sweep runs all rates with its first seed only: among others, one rate would win by being alone.
     rates = {line["choices"].get(RATE) for line in lines}
     first = max({line["seed"] for line in lines}, key=lambda seed: (sum(line["seed"] == seed for line in lines), -seed))
-    best = min((line for line in lines if line["seed"] == first), key=on_val)["choices"].get(RATE)
+    best = min((line for line in lines if line["seed"] == first), key=val_bpb)["choices"].get(RATE)
     assert best in rates
     return sorted((line for line in lines if line["choices"].get(RATE) == best), key=lambda line: line["seed"])
 
 
-def trials(lines: Sequence[Line], group: tuple[str, ...], choice: str) -> list[float]:
-    """The rates that a choice was tried at, as factors."""
-    found = set()
-    for line in lines:
-        *others, compared = (value for axis, value in line["choices"].items() if axis != RATE)
-        if (tuple(others), compared) == (group, choice):
-            found.add(float(line["fields"].get(RATE, 1)))
-    return sorted(found)
+def rates_tried(lines: Sequence[Line], group: tuple[str, ...], choice: str) -> list[float]:
+    """The rates that a choice was tried at, as factors, in order."""
+    return sorted({float(line["fields"].get(RATE, 1)) for line in lines if split_choices(line) == (group, choice)})
 
 
-def tables(lines: Sequence[Line], published: Mapping[str, float] | None = None) -> list[Table]:
+def comparison_tables(lines: Sequence[Line], published: Mapping[str, float] | None = None) -> list[Table]:
     """One per group. Choices are made by the column of val; test is reported; the last column is what was published."""
-    parts = []
-    for group, rows in group_by_axes(lines).items():
-        against = [name for name in AGAINST if name in rows] or [next(iter(rows))]
+    tables = []
+    for group, choices in group_by_axes(lines).items():
+        baselines = [name for name in BASELINES if name in choices] or [next(iter(choices))]
         head = [
             "model", "rate (of)", "seeds", "parameters", "without tables", "forwards / token", "FLOPs / token",
             "training FLOPs", "step", "schedule", "decode", "tokens", "live, val", "parallel", "**live**",
-            *(f"live vs {name}" for name in against), "memory zero", "memory embedding", "64 refinements",
+            *(f"live vs {name}" for name in baselines), "memory zero", "memory embedding", "64 refinements",
             "published, 20L",
         ]  # fmt: skip
         body = [
             [
-                *row(name, each, rows, against, trials(lines, group, name)),
+                *table_row(name, choices, baselines, rates_tried(lines, group, name)),
                 format_value((published or {}).get(name), ".3f"),
             ]
-            for name, each in rows.items()
+            for name in choices
         ]
-        parts.append(Table(", ".join(group), head, body))
-    return parts
+        tables.append(Table(", ".join(group), head, body))
+    return tables
 
 
-def glances(lines: Sequence[Line]) -> list[Table]:
+def overview_tables(lines: Sequence[Line]) -> list[Table]:
     """A row per model: what it costs, and its live score in every group; a table for each thing that is equal.
 
     The cost in FLOPs is that of the first group which has the model; *step* and *decode* are one measurement.
     """
-    groups = group_by_axes(lines)
-    axes = [axis for axis in (lines[0]["choices"] if lines else ()) if axis != RATE][:-1]
+    groups, axes = group_by_axes(lines), group_axes(lines)
     tables = []
-    for equal in dict.fromkeys(complete_seeds(key, axes) for key in groups):
-        mine = {", ".join(rest(key, axes)): rows for key, rows in groups.items() if complete_seeds(key, axes) == equal}
-        names = list(dict.fromkeys(name for rows in mine.values() for name in rows))
-        controls = [name for name in AGAINST if name in names]
-        against = controls[:2] + controls[2:][-1:]
+    for equal in dict.fromkeys(equal_choice(group, axes) for group in groups):
+        columns = {
+            ", ".join(other_choices(group, axes)): choices
+            for group, choices in groups.items()
+            if equal_choice(group, axes) == equal
+        }
+        names = list(dict.fromkeys(name for choices in columns.values() for name in choices))
+        controls = [name for name in BASELINES if name in names]
+        baselines = controls[:2] + controls[2:][-1:]  # the last is the strongest control without recurrence
         head = ["model", "forwards / token", "training FLOPs", "step", "decode"]
-        head += [f"{where} {what}".strip() for where in mine for what in ("live", *(f"vs {a}" for a in against))]
-        body = []
-        for name in names:
-            first, rows = next((each[name], each) for each in mine.values() if name in each)
-            counted, base = first[0]["result"], rows[against[0]][0]["result"] if against else {}
-            costs = [
-                format_value(ratio_of(counted, base, "training_flops"), ".2f"),
-                *(format_value(counted.get(key), ".2f") for key in ("step_ratio", "decode_ratio")),
-            ]
-            scores = []
-            for rows in mine.values():
-                whole = [line for line in rows.get(name, ()) if "test" in line["result"]]
-                scores.append(f"{statistics.fmean(map(live_bpb_of, whole)):.4f}" if whole else "")
-                scores += ["" if a == name else format_difference(difference(whole, rows.get(a, ()))) for a in against]
-            body.append([name, str(counted["forwards"]), *costs, *scores])
+        for column in columns:
+            head += [f"{column} {what}".strip() for what in ("live", *(f"vs {name}" for name in baselines))]
+        body = [overview_row(name, columns, baselines) for name in names]
         tables.append(Table(f"equal {equal}" if equal else "", head, body))
     return tables
 
 
-def complete_seeds(group: Sequence[str], axes: Sequence[str]) -> str:
+def overview_row(name: str, columns: Mapping[str, Choices], baselines: Sequence[str]) -> list[str]:
+    """A model's entries; empty in a column that has no finished run of it."""
+    choices = next(choices for choices in columns.values() if name in choices)
+    counted, base = choices[name][0]["result"], choices[baselines[0]][0]["result"] if baselines else {}
+    costs = [
+        format_value(ratio_of(counted, base, "training_flops"), ".2f"),
+        *(format_value(counted.get(key), ".2f") for key in ("step_ratio", "decode_ratio")),
+    ]
+    scores = []
+    for choices in columns.values():
+        scored = scored_lines(choices.get(name, ()))
+        scores.append(f"{statistics.fmean(map(test_bpb, scored)):.4f}" if scored else "")
+        for other in baselines:
+            difference = None if other == name else paired_difference(scored, choices.get(other, ()))
+            scores.append(format_difference(difference))
+    return [name, str(counted["forwards"]), *costs, *scores]
+
+
+def scored_lines(lines: Sequence[Line]) -> list[Line]:
+    """Those whose run did not diverge."""
+    return [line for line in lines if "test" in line["result"]]
+
+
+def equal_choice(group: Sequence[str], axes: Sequence[str]) -> str:
     """What is equal in a group; nothing where the study does not say."""
     return next((choice for choice, axis in zip(group, axes, strict=True) if axis == EQUAL), "")
 
 
-def rest(group: Sequence[str], axes: Sequence[str]) -> list[str]:
-    """A group's other choices."""
+def other_choices(group: Sequence[str], axes: Sequence[str]) -> list[str]:
+    """A group's choices but for what is equal."""
     return [choice for choice, axis in zip(group, axes, strict=True) if axis != EQUAL]
 
 
-def row(name: str, lines: Sequence[Line], rows: Rows, against: Sequence[str], rates: Sequence[float]) -> list[str]:
+def table_row(name: str, choices: Choices, baselines: Sequence[str], rates: Sequence[float]) -> list[str]:
     """One choice's entries; empty where nothing was measured."""
-    whole = [line for line in lines if "test" in line["result"]]
+    lines = choices[name]
+    scored = scored_lines(lines)
     best = float(lines[0]["fields"].get(RATE, 1))
+    # A best rate at the edge of what was tried says that the sweep was too narrow.
     edge = ", edge" if len(rates) > 1 and best in (rates[0], rates[-1]) else ""
-    rate = f"{best:g} ({', '.join(f'{each:g}' for each in rates)}{edge})"
-    counted = (whole or lines)[0]["result"]
-    base = next((line["result"] for line in rows[against[0]] if "test" in line["result"]), {})
-    seeds = f"{len(whole)}" + (f", {len(lines) - len(whole)} diverged" if len(whole) < len(lines) else "")
+    rate = f"{best:g} ({', '.join(f'{factor:g}' for factor in rates)}{edge})"
+    counted = (scored or lines)[0]["result"]
+    base = next((line["result"] for line in scored_lines(choices[baselines[0]])), {})
+    seeds = f"{len(scored)}" + (f", {len(lines) - len(scored)} diverged" if len(scored) < len(lines) else "")
     counts = [f"{counted['parameters']:,}", f"{counted['parameters_without_tables']:,}", str(counted["forwards"])]
     start = [name, rate, seeds, *counts, format_value(ratio_of(counted, base, "flops_per_generated_token"), ".2f")]
-    if not whole:
-        return start + [""] * (11 + len(against))
+    if not scored:
+        return start + [""] * (11 + len(baselines))
 
     def mean(read: Callable[[Mapping[str, Any]], Any]) -> float | None:
-        values = [read(line["result"]) for line in whole]
+        values = [read(line["result"]) for line in scored]
         return None if any(v is None for v in values) else statistics.fmean(values)
 
     return [
@@ -174,10 +202,10 @@ def row(name: str, lines: Sequence[Line], rows: Rows, against: Sequence[str], ra
         format_value(mean(lambda r: r["val_live_bpb"]), ".4f"),
         format_value(mean(lambda r: r["test"]["parallel_bpb"]), ".4f"),
         "**" + format_value(mean(lambda r: r["test"]["live_bpb"]), ".4f") + "**",
-        *(format_difference(difference(whole, rows[other])) if other != name else "" for other in against),
+        *("" if other == name else format_difference(paired_difference(scored, choices[other])) for other in baselines),
         format_value(mean(lambda r: r["test"].get("live_bpb_memory_zero")), ".4f"),
         format_value(mean(lambda r: r["test"].get("live_bpb_memory_embedding")), ".4f"),
-        ", ".join(sorted({r["verdict"] for r in (line["result"] for line in whole) if "verdict" in r})),
+        ", ".join(sorted({line["result"]["verdict"] for line in scored if "verdict" in line["result"]})),
     ]
 
 
@@ -186,14 +214,14 @@ def format_value(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def format_difference(found: Difference | None) -> str:
+def format_difference(difference: Difference | None) -> str:
     """A difference, or nothing."""
-    return "" if found is None else str(found)
+    return "" if difference is None else str(difference)
 
 
-def ratio_of(mine: Mapping[str, Any], base: Mapping[str, Any], key: str) -> float | None:
-    """A quantity over the baseline's."""
-    return mine[key] / base[key] if key in mine and key in base else None
+def ratio_of(counted: Mapping[str, Any], base: Mapping[str, Any], key: str) -> float | None:
+    """A quantity over the baseline's; None where either lacks it."""
+    return counted[key] / base[key] if key in counted and key in base else None
 
 
 @dataclass(frozen=True)
@@ -211,22 +239,19 @@ class Difference:
         return f"{self.mean:+.1f} % ± {self.half:.1f}"
 
 
-def difference(mine: Sequence[Line], others: Sequence[Line]) -> Difference | None:
-    """Of the seeds that both have."""
-    theirs = {line["seed"]: live_bpb_of(line) for line in others if "test" in line["result"]}
-    pairs = [
-        (live_bpb_of(line), theirs[line["seed"]])
-        for line in mine
-        if "test" in line["result"] and line["seed"] in theirs
-    ]
+def paired_difference(lines: Sequence[Line], others: Sequence[Line]) -> Difference | None:
+    """Of `lines` from `others`, over the seeds that both have; None where there is none."""
+    by_seed = {line["seed"]: test_bpb(line) for line in scored_lines(others)}
+    pairs = [(test_bpb(line), by_seed[line["seed"]]) for line in scored_lines(lines) if line["seed"] in by_seed]
     if not pairs:
         return None
-    unit = statistics.fmean(other for _, other in pairs) / 100
-    found = [(a - b) / unit for a, b in pairs]
-    return Difference(statistics.fmean(found), half_interval(found) if len(found) >= 3 else None, len(found))
+    unit = statistics.fmean(other for _, other in pairs) / 100  # a hundredth of the others' mean: differences in %
+    per_cent = [(one - other) / unit for one, other in pairs]
+    half = t_half_width(per_cent) if len(pairs) >= 3 else None  # three seeds at least (contract, section 5)
+    return Difference(statistics.fmean(per_cent), half, len(pairs))
 
 
-def half_interval(differences: Sequence[float]) -> float:
+def t_half_width(differences: Sequence[float]) -> float:
     """Half the width of the 95 % t-interval of the mean."""
     from scipy import stats
 
@@ -244,26 +269,30 @@ class Size:
     """Of its training, all passes."""
     loss: float
     """Live BPB on test."""
-    tokens: float | None
-    """The FLOPs of the Transformer on as many tokens; None where that was not run."""
-    seconds: float | None
-    """The FLOPs of the Transformer in as long a training, by the paired ratio of step times."""
+    flops_at_equal_tokens: float | None
+    """What the Transformer spends on as many tokens; None where that was not run."""
+    flops_at_equal_time: float | None
+    """What the Transformer spends in as long a training, by the paired ratio of step times; None likewise."""
 
 
 def sizes_by_family(lines: Sequence[Line]) -> dict[str, list[Size]]:
     """family -> its sizes, in the order of the Transformer's FLOPs, or of its own where that was not run."""
-    found: dict[str, list[Size]] = defaultdict(list)
-    for group, rows in group_by_axes(lines).items():
-        plain = [line["result"]["training_flops"] for line in rows.get(AGAINST[0], ()) if "test" in line["result"]]
-        for name, each in rows.items():
-            whole = [line for line in each if "test" in line["result"]]
-            if whole:
-                ratio = statistics.fmean(line["result"]["step_ratio"] for line in whole)
-                flops = statistics.fmean(line["result"]["training_flops"] for line in whole)
-                base = plain[0] if plain else None
-                loss = statistics.fmean(live_bpb_of(line) for line in whole)
-                found[name].append(Size(group, flops, loss, base, base and base * ratio))
-    return {name: sorted(points, key=lambda size: size.tokens or size.flops) for name, points in found.items()}
+    families: dict[str, list[Size]] = defaultdict(list)
+    for group, choices in group_by_axes(lines).items():
+        # The Transformer's FLOPs on as many tokens are the same with every seed.
+        plain = [line["result"]["training_flops"] for line in scored_lines(choices.get(TRANSFORMER, ()))]
+        base = plain[0] if plain else None
+        for name, of_choice in choices.items():
+            scored = scored_lines(of_choice)
+            if scored:
+                ratio = statistics.fmean(line["result"]["step_ratio"] for line in scored)
+                flops = statistics.fmean(line["result"]["training_flops"] for line in scored)
+                loss = statistics.fmean(map(test_bpb, scored))
+                families[name].append(Size(group, flops, loss, base, base and base * ratio))
+    return {
+        name: sorted(sizes, key=lambda size: size.flops_at_equal_tokens or size.flops)
+        for name, sizes in families.items()
+    }
 
 
 def scaling_table(lines: Sequence[Line]) -> Table:
@@ -274,22 +303,23 @@ def scaling_table(lines: Sequence[Line]) -> Table:
     the family's time. Law against law over the sizes that both have, fit by fit of the two bootstraps, in which size
     stands by size: against itself a family has exactly 1.
     """
-    found = sizes_by_family(lines)
+    families = sizes_by_family(lines)
     head = ["family", "sizes", "floor", "exponent", "× at equal tokens", "× at equal FLOPs", "× at equal time"]
     body = []
-    for name, every in found.items():
-        base = [p for p in found.get(AGAINST[0], ()) if p.group in {q.group for q in every}]
-        points = [p for p in every if p.group in {q.group for q in base}]
-        if len(points) < power_law.FEWEST:
-            body.append([name, str(len(points)), f"{power_law.FEWEST} sizes are needed", "", "", "", ""])
+    for name, all_sizes in families.items():
+        # Paired, size by size: of either family only the sizes that the other has too.
+        base = [s for s in families.get(TRANSFORMER, ()) if s.group in {other.group for other in all_sizes}]
+        sizes = [s for s in all_sizes if s.group in {other.group for other in base}]
+        if len(sizes) < power_law.FEWEST:
+            body.append([name, str(len(sizes)), f"{power_law.FEWEST} sizes are needed", "", "", "", ""])
             continue
-        law, drawn = power_law.fit_with_bootstrap([p.flops for p in points], [p.loss for p in points])
-        there, laws_there = power_law.fit_with_bootstrap([p.flops for p in base], [p.loss for p in base])
-        floor, exponent = (power_law.estimate(law, drawn, q) for q in (lambda p: p.floor, lambda p: p.exponent))
-        last = points[-1]
+        law, laws = power_law.fit_with_bootstrap([s.flops for s in sizes], [s.loss for s in sizes])
+        base_law, base_laws = power_law.fit_with_bootstrap([s.flops for s in base], [s.loss for s in base])
+        floor, exponent = (power_law.estimate(law, laws, q) for q in (lambda p: p.floor, lambda p: p.exponent))
+        last = sizes[-1]
         gains = [
-            str(power_law.multiplier(there, laws_there, law, drawn, last.flops, spent)) if spent else ""
-            for spent in (last.tokens, last.flops, last.seconds)
+            str(power_law.multiplier(base_law, base_laws, law, laws, last.flops, spent)) if spent else ""
+            for spent in (last.flops_at_equal_tokens, last.flops, last.flops_at_equal_time)
         ]
-        body.append([name, str(len(points)), str(floor), str(exponent), *gains])
+        body.append([name, str(len(sizes)), str(floor), str(exponent), *gains])
     return Table("Power laws", head, body)

@@ -14,44 +14,48 @@ from matplotlib.figure import Figure
 
 from lrt.experiments.studies import power_law
 from lrt.experiments.studies.comparisons import (
-    AGAINST,
-    RATE,
-    Rows,
-    complete_seeds,
-    difference,
+    TRANSFORMER,
+    Choices,
+    equal_choice,
+    group_axes,
     group_by_axes,
-    on_val,
-    rest,
+    other_choices,
+    paired_difference,
+    scored_lines,
     sizes_by_family,
+    val_bpb,
 )
 from lrt.experiments.studies.runner import Line
 
-Draw = Callable[[Sequence[Line]], Figure]
+MakeFigure = Callable[[Sequence[Line]], Figure]
 
 
 def save_figure(make: Callable[[], Figure], path: Path) -> None:
     """Draw into an SVG file: small, and the same bytes from the same lines."""
+    # Text stays text, ids are hashes of content, and there is no date: else each call gives other bytes.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lrt"}):
         make().savefig(path, format="svg", metadata={"Date": None})
 
 
-def frontier(lines: Sequence[Line]) -> Figure:
+def frontier_figure(lines: Sequence[Line]) -> Figure:
     """Live BPB on val, by which choices are made, against the paired step time, a panel per group; bars are the
     deviation over seeds. Names stand beside the panel, the cheapest first: in it they would lie on each other."""
     groups = {
-        key: {n: r for n, r in rows.items() if any("test" in x["result"] for x in r)}
-        for key, rows in group_by_axes(lines).items()
+        group: {name: of_choice for name, of_choice in choices.items() if scored_lines(of_choice)}
+        for group, choices in group_by_axes(lines).items()
     }
-    figure, panels = panels_for([", ".join(key) for key in groups], width=7.0)
-    for panel, rows in zip(panels, groups.values(), strict=True):
-        times = {n: statistics.fmean(line["result"]["step_ratio"] for line in each) for n, each in rows.items()}
+    figure, panels = make_panels([", ".join(group) for group in groups], width=7.0)
+    for panel, choices in zip(panels, groups.values(), strict=True):
+        times = {
+            name: statistics.fmean(line["result"]["step_ratio"] for line in of_choice)
+            for name, of_choice in choices.items()
+        }
         for number, name in enumerate(sorted(times, key=times.__getitem__)):
-            values = [on_val(line) for line in rows[name] if "test" in line["result"]]
-            error = statistics.stdev(values) if len(values) > 1 else 0.0
+            mean, deviation = mean_deviation([val_bpb(line) for line in scored_lines(choices[name])])
             panel.errorbar(
                 [times[name]],
-                [statistics.fmean(values)],
-                yerr=[error],
+                [mean],
+                yerr=[deviation],
                 color=f"C{number % 10}",  # the ten colours, with another mark each time round
                 marker="osD^v"[number // 10 % 5],
                 linestyle="none",
@@ -63,20 +67,27 @@ def frontier(lines: Sequence[Line]) -> Figure:
     return figure
 
 
-def leads(lines: Sequence[Line]) -> Figure:
+def mean_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Over seeds; the deviation of a single one is 0."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def differences_figure(lines: Sequence[Line]) -> Figure:
     """How far each model's live score on test is from the Transformer's, a panel per text: at equal tokens and at
     equal wall-clock. Bars are the 95 % t-interval over seeds."""
-    axes = [axis for axis in (lines[0]["choices"] if lines else ()) if axis != RATE][:-1]
-    panels_of: dict[str, dict[str, Rows]] = {}
-    for key, rows in group_by_axes(lines).items():
-        panels_of.setdefault(", ".join(rest(key, axes)), {})[complete_seeds(key, axes)] = rows
-    figure, panels = panels_for(list(panels_of))
-    every = dict.fromkeys(name for by_equal in panels_of.values() for rows in by_equal.values() for name in rows)
-    names = [name for name in every if name != AGAINST[0]]
-    for panel, by_equal in zip(panels, panels_of.values(), strict=True):
-        for number, (equal, rows) in enumerate(by_equal.items()):
-            found = {n: difference(rows[n], rows.get(AGAINST[0], ())) for n in names if n in rows}
-            points = [(names.index(n) + 0.2 * number, d) for n, d in found.items() if d is not None]
+    axes = group_axes(lines)
+    by_title: dict[str, dict[str, Choices]] = {}
+    for group, choices in group_by_axes(lines).items():
+        by_title.setdefault(", ".join(other_choices(group, axes)), {})[equal_choice(group, axes)] = choices
+    figure, panels = make_panels(list(by_title))
+    models = dict.fromkeys(name for by_equal in by_title.values() for choices in by_equal.values() for name in choices)
+    names = [name for name in models if name != TRANSFORMER]
+    for panel, by_equal in zip(panels, by_title.values(), strict=True):
+        for number, (equal, choices) in enumerate(by_equal.items()):
+            base = choices.get(TRANSFORMER, ())
+            differences = {n: paired_difference(choices[n], base) for n in names if n in choices}
+            # One row per model; what is equal stands a fifth of a row apart.
+            points = [(names.index(n) + 0.2 * number, d) for n, d in differences.items() if d is not None]
             panel.errorbar(
                 [d.mean for _, d in points],
                 [y for y, _ in points],
@@ -95,36 +106,35 @@ def leads(lines: Sequence[Line]) -> Figure:
     return figure
 
 
-def source_curve(lines: Sequence[Line]) -> Figure:
+def source_figure(lines: Sequence[Line]) -> Figure:
     """Live BPB on val against the source layer, in the order of the choices; bars are the deviation over seeds."""
     groups = group_by_axes(lines)
-    figure, panels = panels_for([", ".join(key) for key in groups])
-    for panel, rows in zip(panels, groups.values(), strict=True):
-        found = {name: [on_val(line) for line in each if "test" in line["result"]] for name, each in rows.items()}
-        points = [(i, values) for i, values in enumerate(found.values()) if values]
-        means = [statistics.fmean(values) for _, values in points]
-        errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-        panel.errorbar([i for i, _ in points], means, errors, marker="o", capsize=3)
-        panel.set_xticks(range(len(found)), list(found), rotation=30, ha="right", fontsize=7)
+    figure, panels = make_panels([", ".join(group) for group in groups])
+    for panel, choices in zip(panels, groups.values(), strict=True):
+        scores = [[val_bpb(line) for line in scored_lines(of_choice)] for of_choice in choices.values()]
+        points = [(i, *mean_deviation(values)) for i, values in enumerate(scores) if values]
+        places, means, deviations = zip(*points, strict=True) if points else ((), (), ())
+        panel.errorbar(places, means, deviations, marker="o", capsize=3)
+        panel.set_xticks(range(len(choices)), list(choices), rotation=30, ha="right", fontsize=7)
         panel.set_ylabel("live bits per byte, val")
     return figure
 
 
-def scaling_curves(lines: Sequence[Line]) -> Figure:
+def scaling_figure(lines: Sequence[Line]) -> Figure:
     """Live BPB against training FLOPs, a power law through each family of at least 4 sizes, with the bootstrap's band
     from 8 on. Nothing is drawn beyond what was run."""
-    figure, (panel,) = panels_for(["scaling"])
-    for number, (name, points) in enumerate(sizes_by_family(lines).items()):
-        compute, loss = [p.flops for p in points], [p.loss for p in points]
+    figure, (panel,) = make_panels(["scaling"])
+    for number, (name, sizes) in enumerate(sizes_by_family(lines).items()):
+        compute, loss = [s.flops for s in sizes], [s.loss for s in sizes]
         colour = f"C{number}"
         panel.plot(compute, loss, "o", color=colour, label=name)
         grid = np.geomspace(min(compute), max(compute), 50)
-        if len(points) >= 4:
+        if len(sizes) >= 4:
             law = power_law.fit(compute, loss)
             panel.plot(grid, [law.loss(c) for c in grid], color=colour, linewidth=1)
-        if len(points) >= power_law.FEWEST:
-            drawn = [[each.loss(c) for c in grid] for each in power_law.bootstrap(compute, loss, resamples=200)]
-            low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        if len(sizes) >= power_law.FEWEST:
+            curves = [[law.loss(c) for c in grid] for law in power_law.bootstrap(compute, loss, resamples=200)]
+            low, high = np.quantile(curves, [0.025, 0.975], axis=0)
             panel.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)
     panel.set(xscale="log", yscale="log", xlabel="training FLOPs, all passes", ylabel="live bits per byte")
     panel.yaxis.set_major_formatter("{x:g}")  # less than a decade: not 2 × 10⁰
@@ -133,7 +143,7 @@ def scaling_curves(lines: Sequence[Line]) -> Figure:
     return figure
 
 
-def panels_for(titles: Sequence[str], width: float = 5.2) -> tuple[Figure, list[Any]]:
+def make_panels(titles: Sequence[str], width: float = 5.2) -> tuple[Figure, list[Any]]:
     """A figure with a panel per title, two in a row, each `width` inches wide."""
     columns = min(2, max(1, len(titles)))
     rows = max(1, math.ceil(len(titles) / columns))

@@ -10,14 +10,14 @@ from lrt.experiments.studies.state_tracking import StateTracking
 KINDS: dict[str, Kind] = {
     "tracking": StateTracking(),
     "language": Language(),
-    "rivals": Rivals(figures.leads),
-    "sources": Language(figures.source_curve),
-    "scaling": Scaling(figures.scaling_curves),
+    "rivals": Rivals(figures.differences_figure),
+    "sources": Language(figures.source_figure),
+    "scaling": Scaling(figures.scaling_figure),
 }
 
 
-def kind(name: str) -> Kind:
-    """By its name. ValueError with the known ones."""
+def find_kind(name: str) -> Kind:
+    """A kind by its name. ValueError with the known ones."""
     if name not in KINDS:
         raise ValueError(f"unknown kind of study {name!r}; choose one of {', '.join(KINDS)}")
     return KINDS[name]

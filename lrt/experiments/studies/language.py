@@ -2,13 +2,17 @@
 
 A cell's fields are plain data:
 
-    family      a name in `recipes.rivals(depth)`, and `model`, `schedule` that replace what it says
+    family      a name in `rivals.rivals(depth)`, and `model`, `schedule` that replace what it says
     size        fields of the ModelConfig that all families share (depth, width, heads, context, …)
     widened_to  a family whose number of parameters every MLP is widened to (contract, section 5); none: as it is
     text        a prepared folder's name under TEXTS; stdlib is prepared where it is missing
     horizon     of the Transformer, as in RunConfig; equal: tokens | compute | wall_clock says what others share with it
     rate        a factor on all learning rates; optim, batch_size, device_batch and precision as in RunConfig
     targets     tokens scored on val and on test; settling: tokens on which 64 refinements are run, 0 for none
+
+A cell resolves its family when it runs. Its key hashes the fields; its line keeps the whole RunConfig and the text's
+fingerprint, and counts as long as the fields come to the same run (`Language.is_current`). So a changed recipe runs its
+cells again.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from lrt.experiments import rivals
 from lrt.experiments.studies import comparisons, figures, texts, timing
 from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.runner import Line
-from lrt.experiments.studies.texts import prepared_text
+from lrt.experiments.studies.texts import open_text
 from lrt.model.config import ModelConfig
 from lrt.model.size import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -60,14 +64,16 @@ KEEP_EVERY = 600.0
 """Seconds between two snapshots of a cell's training, by which a long one goes on after an interruption."""
 
 
-def model_of(fields: Fields, vocab_size: int) -> ModelConfig:
+def build_model(fields: Fields, vocab_size: int) -> ModelConfig:
     """The cell's model, widened where that is asked for."""
+    # A Transformer, whatever its memory: every family replaces that.
     base = ModelConfig.from_dict({**fields["size"], "vocab_size": vocab_size})
     families = rivals.rivals(base.depth)
     if fields["family"] not in families:
         raise ValueError(f"unknown family {fields['family']!r}; choose one of {', '.join(families)}")
     model = families[fields["family"]].model(base)
     changes = fields.get("model", {})
+    # Of the memory only what the fields name is replaced: the rest is the family's.
     memory = {**dataclasses.asdict(model.memory), **changes.get("memory", {})}
     model = ModelConfig.from_dict({**model.to_dict(), **changes, "memory": memory})
     if (widest := fields.get("widened_to")) is not None:
@@ -75,14 +81,14 @@ def model_of(fields: Fields, vocab_size: int) -> ModelConfig:
     return model
 
 
-def run_of(fields: Fields, vocab_size: int) -> RunConfig:
-    """The cell's run, for as many tokens as the Transformer's."""
+def build_run(fields: Fields, vocab_size: int) -> RunConfig:
+    """The cell's run, for as many tokens as the Transformer's. ValueError for fields that are unknown or wrong."""
     unknown = sorted(set(fields) - FIELDS)
     if unknown:
         raise ValueError(f"a language cell has no field {', '.join(unknown)}; it has {', '.join(sorted(FIELDS))}")
-    model = model_of(fields, vocab_size)
+    model = build_model(fields, vocab_size)
     optim = OptimConfig(**fields.get("optim", {}))
-    factor = fields.get("rate", 1)
+    factor = fields.get("rate", 1)  # of a sweep: all four rates together
     rates = {name: factor * getattr(optim, name) for name in ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")}
     run = RunConfig(
         model=model,
@@ -94,20 +100,19 @@ def run_of(fields: Fields, vocab_size: int) -> RunConfig:
         horizon=fields["horizon"],
         seed=fields["seed"],
     )
-    return (
-        run
-        if fields["family"] == BASELINE
-        else dataclasses.replace(run, horizon=f"tokens={baseline(run, fields).tokens}")
-    )
+    if fields["family"] == BASELINE:
+        return run
+    # `ratio` counts a model's own weights: the Transformer's decide for all, so that all families see equal tokens.
+    return dataclasses.replace(run, horizon=f"tokens={baseline_run(run, fields).tokens}")
 
 
-def baseline(run: RunConfig, fields: Fields) -> RunConfig:
+def baseline_run(run: RunConfig, fields: Fields) -> RunConfig:
     """The Transformer's run beside this one."""
     plain = {k: v for k, v in fields.items() if k not in ("model", "schedule")}
-    return run_of({**plain, "family": BASELINE}, run.model.vocab_size)
+    return build_run({**plain, "family": BASELINE}, run.model.vocab_size)
 
 
-def match_wall_clock(run: RunConfig, other: RunConfig, equal: str, ratio: float) -> RunConfig:
+def match_horizon(run: RunConfig, other: RunConfig, equal: str, ratio: float) -> RunConfig:
     """`run` for as many tokens, FLOPs or seconds as `other`; `ratio` is its time of a step over the other's."""
     if equal not in EQUAL:
         raise ValueError(f"equal is {equal!r}; choose one of {', '.join(EQUAL)}")
@@ -119,21 +124,24 @@ def match_wall_clock(run: RunConfig, other: RunConfig, equal: str, ratio: float)
 
 
 class Language:
-    """The cells of the studies of language; what they show is `comparisons`'."""
+    """The cells of the studies of language; their tables are in `comparisons`, their figures in `figures`."""
 
-    def __init__(self, figure: figures.Draw = figures.frontier) -> None:
+    def __init__(self, figure: figures.MakeFigure = figures.frontier_figure) -> None:
         self.figure = figure
 
     def missing(self, cell: Cell) -> str | None:
         """A text that is not prepared here."""
         name = cell.fields.get("text", texts.STDLIB)
-        if name == texts.STDLIB or texts.is_here(name):
+        if name == texts.STDLIB or texts.is_prepared(name):
             return None
-        return texts.how_to(name)
+        return texts.missing_text(name)
 
-    def current(self, line: Line) -> bool:
-        """Whether the line's run is what its fields come to now, and its text, where that is here, the same."""
-        return is_current(
+    def is_current(self, line: Line) -> bool:
+        """Whether the line's run is what its fields come to now, and its text, where that is here, the same.
+
+        Lines of a text that is not here count: they are shown where it is not.
+        """
+        return matches_fields(
             json.dumps(line["fields"], sort_keys=True), json.dumps(line["result"]["run"]), line["result"]["data"]
         )
 
@@ -142,63 +150,71 @@ class Language:
         return estimate_cell(json.dumps({**cell.fields, "seed": 0, "rate": 1}, sort_keys=True), device)
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
-        data = prepared_text(fields.get("text", texts.STDLIB))
-        run = run_of(fields, data.vocab_size)
-        other = baseline(run, fields)
-        ratios = timing.ratios(run, other, data, device)
-        run = match_wall_clock(run, other, fields.get("equal", "tokens"), ratios["step"])
-        result = {"run": run.to_dict(), "data": data.fingerprint, **count_costs(run)}
-        result |= {f"{name}_ratio": value for name, value in ratios.items()}
+        data = open_text(fields.get("text", texts.STDLIB))
+        run = build_run(fields, data.vocab_size)
+        other = baseline_run(run, fields)
+        # The horizon decides the learning-rate schedule too, so it is set before anything is trained.
+        ratios = timing.paired_ratios(run, other, data, device)
+        run = match_horizon(run, other, fields.get("equal", "tokens"), ratios["step"])
+        costs = {"run": run.to_dict(), "data": data.fingerprint, **count_costs(run)}
+        costs |= {f"{name}_ratio": ratio for name, ratio in ratios.items()}
         try:
             model, trained = train_cell(run, data, device, advance)
         except Diverged as error:
-            shutil.rmtree(unfinished_step(run, data), ignore_errors=True)
-            return {**result, "diverged": str(error)}
-        result |= {
+            shutil.rmtree(snapshot_folder(run, data), ignore_errors=True)
+            return {**costs, "diverged": str(error)}
+        scores = score_run(model, data, run, fields)
+        shutil.rmtree(snapshot_folder(run, data), ignore_errors=True)
+        advance(1 - TRAINING, f"live {scores['test']['live_bpb']:.4f}")
+        return {
+            **costs,
             "loss": trained.loss,
             "tokens": trained.tokens,
             "training_flops": trained.flops,
             "train_seconds": round(trained.seconds, 1),
+            **scores,
         }
-        result |= score_run(model, data, run, fields)
-        shutil.rmtree(unfinished_step(run, data), ignore_errors=True)
-        advance(1 - TRAINING, f"live {result['test']['live_bpb']:.4f}")
-        return result
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
-        return comparisons.tables(lines)
+        return comparisons.comparison_tables(lines)
 
 
 class Rivals(Language):
-    """The same, at a glance first, with the published values beside."""
+    """The same, with an overview first and the published values beside."""
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
-        return [*comparisons.glances(lines), *comparisons.tables(lines, comparisons.PUBLISHED)]
+        overview = comparisons.overview_tables(lines)
+        return [*overview, *comparisons.comparison_tables(lines, comparisons.PUBLISHED)]
 
 
 class Scaling(Language):
     """The same, with power laws below the table."""
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
-        return [*comparisons.tables(lines), comparisons.scaling_table(lines)]
+        return [*comparisons.comparison_tables(lines), comparisons.scaling_table(lines)]
 
 
-@functools.cache
-def is_current(cell: str, run: str, data: str) -> bool:
-    """See `Language.current`. Horizons may differ: a measured ratio of times is in some."""
-    fields, found = json.loads(cell), json.loads(run)
+@functools.cache  # by JSON, as lines are no keys: a study asks again before every cell
+def matches_fields(cell: str, run: str, data: str) -> bool:
+    """See `Language.is_current`: a cell's fields and its line's run as JSON, and the fingerprint of its text."""
+    fields: Fields = json.loads(cell)
     name = fields.get("text", texts.STDLIB)
-    if texts.is_here(name) and prepared_text(name).fingerprint != data:
+    if texts.is_prepared(name) and open_text(name).fingerprint != data:
         return False
     try:
-        now = json.loads(json.dumps(run_of(fields, found["model"]["vocab_size"]).to_dict()))
+        written = RunConfig.from_dict(json.loads(run))  # a field that it lacks means that field's default
+        return plain_run(written) == plain_run(build_run(fields, written.model.vocab_size))
     except ValueError:
         return False
-    return {**now, "horizon": ""} == {**found, "horizon": ""}
+
+
+def plain_run(run: RunConfig) -> dict[str, Any]:
+    """A run as plain data to compare, without its horizon: at equal wall-clock a measured ratio is in that."""
+    return {**json.loads(json.dumps(run.to_dict())), "horizon": ""}
 
 
 def count_costs(run: RunConfig) -> dict[str, Any]:
-    """What a model costs, counted."""
+    """Parameters, forwards and FLOPs per generated token: counted, not measured."""
     total, dense = count_parameters(run.model)
     return {
         "parameters": total,
@@ -208,7 +224,7 @@ def count_costs(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def unfinished_step(run: RunConfig, data: Prepared) -> Path:
+def snapshot_folder(run: RunConfig, data: Prepared) -> Path:
     """Where a long training's newest snapshot is kept, until its cell is scored or has diverged: beside the texts."""
     about = json.dumps([run.to_dict(), data.fingerprint], sort_keys=True)
     return texts.TEXTS.parent / "unfinished" / hashlib.sha256(about.encode()).hexdigest()[:16]
@@ -217,53 +233,54 @@ def unfinished_step(run: RunConfig, data: Prepared) -> Path:
 def train_cell(
     run: RunConfig, data: Prepared, device: str, advance: Advance
 ) -> tuple[LatentRecurrentTransformer, TrainingSummary]:
-    """A run from where it was left to its end; what it came to has the losses since then."""
-    training = Trainer(run, data, device)
-    kept = unfinished_step(run, data)
-    files.recover(kept)
-    if kept.exists():
-        training.restore(kept)
-    begun, saved, losses = training.progress.step, time.monotonic(), []
+    """Train a run from its snapshot, or from nothing, to its end. Its loss is the mean of the last twentieth of the
+    steps, of those since the snapshot. Raises Diverged where a loss or a gradient is not finite."""
+    trainer = Trainer(run, data, device)
+    snapshot = snapshot_folder(run, data)
+    files.recover(snapshot)
+    if snapshot.exists():
+        trainer.restore(snapshot)
+    begun, saved, losses = trainer.progress.step, time.monotonic(), []
     advance(TRAINING * begun / run.steps, f"goes on after step {begun}" if begun else "begins")
     try:
         for step in range(begun, run.steps):
-            losses.append(training.step()["loss"])
+            losses.append(trainer.step()["loss"])
             advance(TRAINING / run.steps, f"step {step + 1} of {run.steps}, loss {losses[-1]:.3f}")
             if time.monotonic() - saved >= KEEP_EVERY and step + 1 < run.steps:
-                training.save(kept, training.about(losses[-1]))
+                trainer.save(snapshot, trainer.about(losses[-1]))
                 saved = time.monotonic()
     finally:
-        training.close()
+        trainer.close()
     last = losses[-max(1, run.steps // 20) :]
-    return training.model, training.summary(sum(last) / len(last))
+    return trainer.model, trainer.summary(sum(last) / len(last))
 
 
 def score_run(model: LatentRecurrentTransformer, data: Prepared, run: RunConfig, fields: Fields) -> dict[str, Any]:
     """Live on val, by which a rate is chosen; everything on test, which is reported; and whether it settles."""
-    count, size, prefix = fields.get("targets", TARGETS), data.tokenizer.token_bytes(), data.tokenizer.prefix_bytes("a")
-    schedule = parse(run.schedule)
+    count, sizes = fields.get("targets", TARGETS), data.tokenizer.token_bytes()
+    prefix, schedule = data.tokenizer.prefix_bytes("a"), parse(run.schedule)
 
-    def chosen(split: str, targets: int) -> Windows:
+    def split_windows(split: str, targets: int) -> Windows:
         return windows(data.split(split), run.model.context, targets)
 
-    val, _ = bits_per_byte(model, chosen("val", count), size, live_scorer, progress=False, prefix_bytes=prefix)
-    test = evaluate(model, chosen("test", count), size, schedule, progress=False, prefix_bytes=prefix)
-    found: dict[str, Any] = {"val_live_bpb": val, "test": test.to_dict()}
+    val, _ = bits_per_byte(model, split_windows("val", count), sizes, live_scorer, progress=False, prefix_bytes=prefix)
+    test = evaluate(model, split_windows("test", count), sizes, schedule, progress=False, prefix_bytes=prefix)
+    scores: dict[str, Any] = {"val_live_bpb": val, "test": test.to_dict()}
     settling = fields.get("settling", 0)
+    # Nothing settles where nothing recurs.
     if settling and model.config.stored_sources:
-        curve = sweep_curve(
-            model, chosen("val", settling), size, schedule, groups=(1,), progress=False, prefix_bytes=prefix
-        )
-        found |= {"verdict": curve.verdict, "even_odd": curve.even_odd}
-    return found
+        val_windows = split_windows("val", settling)
+        curve = sweep_curve(model, val_windows, sizes, schedule, groups=(1,), progress=False, prefix_bytes=prefix)
+        scores |= {"verdict": curve.verdict, "even_odd": curve.even_odd}
+    return scores
 
 
 @functools.cache
 def estimate_cell(cell: str, device: str) -> float:
     """Minutes of a cell, by its fields in JSON; its ratio of step times is taken as that of the FLOPs."""
     fields: Fields = json.loads(cell)
-    data = prepared_text(fields.get("text", texts.STDLIB))
-    run = run_of(fields, data.vocab_size)
-    other = baseline(run, fields)
-    run = match_wall_clock(run, other, fields.get("equal", "tokens"), run.flops_per_token / other.flops_per_token)
+    data = open_text(fields.get("text", texts.STDLIB))
+    run = build_run(fields, data.vocab_size)
+    other = baseline_run(run, fields)
+    run = match_horizon(run, other, fields.get("equal", "tokens"), run.flops_per_token / other.flops_per_token)
     return timing.estimate_minutes(run, data, fields.get("targets", TARGETS), fields.get("settling", 0), device)

@@ -50,8 +50,9 @@ def fit(compute: Sequence[float], loss: Sequence[float], near: PowerLaw | None =
     if not len(compute) == len(loss) >= 4:
         raise ValueError(f"{len(compute)} points; a power law with a floor needs at least 4, of 3 sizes")
     x, y = np.log(np.asarray(compute, dtype=float)), np.log(np.asarray(loss, dtype=float))
-    middle = float(x.mean())
+    middle = float(x.mean())  # counted from here, scale and exponent depend little on each other
 
+    # p holds the logarithms of floor, scale and exponent, so that all three stay above 0.
     def terms(p: np.ndarray) -> tuple[float, np.ndarray, float]:
         floor, scale, exponent = np.exp(p)
         return floor, scale * np.exp(-exponent * (x - middle)), exponent
@@ -60,7 +61,7 @@ def fit(compute: Sequence[float], loss: Sequence[float], near: PowerLaw | None =
         floor, power, _ = terms(p)
         return np.log(floor + power) - y
 
-    def slopes(p: np.ndarray) -> np.ndarray:
+    def slopes(p: np.ndarray) -> np.ndarray:  # the Jacobian of the residuals
         floor, power, exponent = terms(p)
         columns = [np.full_like(x, floor), power, -exponent * (x - middle) * power]
         return np.stack(columns, 1) / (floor + power)[:, None]
@@ -73,13 +74,13 @@ def fit(compute: Sequence[float], loss: Sequence[float], near: PowerLaw | None =
     ]
     if near is not None:
         starts = [np.log([near.floor, near.scale, near.exponent])]
-    begun = [np.clip(start, np.add(bounds[0], 1e-6), np.subtract(bounds[1], 1e-6)) for start in starts]
-    ways = [
+    inside = [np.clip(start, np.add(bounds[0], 1e-6), np.subtract(bounds[1], 1e-6)) for start in starts]
+    fits = [
         least_squares(residuals, start, slopes, bounds=bounds)  # pyright: ignore[reportArgumentType]  # a name, it says
-        for start in begun
+        for start in inside
     ]
-    found = min(ways, key=lambda way: way.cost)
-    floor, scale, exponent = (float(v) for v in np.exp(found.x))
+    best = min(fits, key=lambda solution: solution.cost)
+    floor, scale, exponent = (float(v) for v in np.exp(best.x))
     return PowerLaw(floor, scale, exponent, math.exp(middle))
 
 
@@ -92,14 +93,13 @@ def bootstrap(
             f"{len(compute)} points; a bootstrap needs at least {FEWEST}: run more depths, horizons or seeds"
         )
     law = fit(compute, loss)
-    fitted = np.array([law.loss(c) for c in compute])
-    residuals = np.log(np.asarray(loss)) - np.log(fitted)
+    expected = np.array([law.loss(c) for c in compute])
+    residuals = np.log(np.asarray(loss)) - np.log(expected)
     residuals -= residuals.mean()
     residuals *= math.sqrt(len(residuals) / (len(residuals) - 3))  # three parameters were fitted to them
     generator = np.random.default_rng(seed)
-    return [
-        fit(compute, list(fitted * np.exp(generator.choice(residuals, len(residuals)))), law) for _ in range(resamples)
-    ]
+    errors = [generator.choice(residuals, len(residuals)) for _ in range(resamples)]
+    return [fit(compute, list(expected * np.exp(e)), law) for e in errors]
 
 
 def fit_with_bootstrap(compute: Sequence[float], loss: Sequence[float]) -> tuple[PowerLaw, list[PowerLaw]]:
@@ -119,15 +119,15 @@ class Estimate:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
-def with_interval(value: float, drawn: Sequence[float]) -> Estimate:
-    """A value with the interval of what was drawn for it."""
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
+def make_estimate(value: float, resampled: Sequence[float]) -> Estimate:
+    """A value with the interval that its bootstrap gives."""
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
     return Estimate(value, float(low), float(high))
 
 
 def estimate(law: PowerLaw, laws: Sequence[PowerLaw], quantity: Callable[[PowerLaw], float]) -> Estimate:
     """A quantity of the fitted law, with the bootstrap's interval: the only way an extrapolation is given."""
-    return with_interval(quantity(law), [quantity(each) for each in laws])
+    return make_estimate(quantity(law), [quantity(resampled) for resampled in laws])
 
 
 def multiplier(
@@ -138,5 +138,5 @@ def multiplier(
     The bootstraps are paired: drawn with one seed over the same sizes, they shift together, and a family against itself
     has a multiplier of exactly `compute / spent`.
     """
-    values = [each.compute(one.loss(compute)) / spent for each, one in zip(laws, others, strict=True)]
-    return with_interval(law.compute(other.loss(compute)) / spent, values)
+    values = [one.compute(another.loss(compute)) / spent for one, another in zip(laws, others, strict=True)]
+    return make_estimate(law.compute(other.loss(compute)) / spent, values)

@@ -7,26 +7,27 @@ from pathlib import Path
 
 from lrt.eval.report.html import inline_svg
 from lrt.experiments.studies import grid, runner
-from lrt.experiments.studies.kinds import kind
+from lrt.experiments.studies.kinds import find_kind
 
 
 def section(file: Path) -> str:
     """HTML of a file STUDY.EDITION.jsonl. ValueError where there is no such file, or nothing in it."""
-    every = runner.finished_cells(file)
-    if not bool(every):
+    written = runner.read_lines(file)
+    if not written:
         raise ValueError(f"{file} holds no results of a study; `lrt study` writes them")
-    study, edition = every[-1]["study"], every[-1]["edition"]
-    shown = kind(every[-1].get("kind") or grid.read_study(study, edition).kind)
-    lines, progress = runner.newest(every), ""
-    if study in grid.known_studies() and edition in grid.editions(study):
-        known = grid.read_study(study, edition)
-        lines = runner.of(known, [line for line in every if shown.current(line)])
-        progress = f"{len(lines)} cells are done, {len(runner.cells_left(known, lines))} are left to run."
+    name, edition = written[-1]["study"], written[-1]["edition"]
+    # The first results did not say what kind of cells theirs are.
+    study_kind = find_kind(written[-1].get("kind") or grid.read_study(name, edition).kind)
+    lines, progress = runner.newest_lines(written), ""
+    if name in grid.known_studies() and edition in grid.editions(name):
+        study = grid.read_study(name, edition)
+        lines = runner.study_lines(study, [line for line in written if study_kind.is_current(line)])
+        progress = f"{len(lines)} cells are done, {len(runner.cells_left(study, lines))} are left to run."
         if not lines:
-            lines = runner.newest(every)
+            lines = runner.newest_lines(written)
             progress = f"{len(lines)} cells of other fields, code or data than these: outdated."
     progress = progress or f"{len(lines)} cells are done."
-    parts = [f"<section><h2>{html.escape(study)}, {html.escape(edition)}</h2><p>{progress}</p>"]
-    parts += [table.html() for table in shown.tables(lines) if table.body]
-    parts.append(f"<figure>{inline_svg(lambda: shown.figure(lines), study)}</figure></section>")
+    parts = [f"<section><h2>{html.escape(name)}, {html.escape(edition)}</h2><p>{progress}</p>"]
+    parts += [table.html() for table in study_kind.tables(lines) if table.body]
+    parts.append(f"<figure>{inline_svg(lambda: study_kind.figure(lines), name)}</figure></section>")
     return "\n".join(parts)

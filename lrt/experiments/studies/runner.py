@@ -3,6 +3,10 @@
 Several processes, on one machine or on several that share the folder, may run one study: each claims a cell before it
 runs it, and waits at the end for what others run, in case they leave it. A claim is a file that its process touches as
 it goes on; one whose process has died (on this machine), or that was not touched for an hour (on another), is nobody's.
+Claims are files, taken under a lock: a lock alone would not tell a dead process on another machine.
+
+Studies share runs by the hash of a cell's fields, not by a common file of results: each study's lines are whole, can be
+read alone, and say where they are from. Lines hold no weights and no text; tables and figures are made from them alone.
 """
 
 from __future__ import annotations
@@ -48,8 +52,8 @@ class Kind(Protocol):
         """What a cell lacks here, and how to get it; None where it can run."""
         ...
 
-    def current(self, line: Line) -> bool:
-        """Whether a line's result is of what its fields mean now."""
+    def is_current(self, line: Line) -> bool:
+        """Whether a line's result is of what its fields come to now."""
         ...
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
@@ -66,29 +70,29 @@ class Kind(Protocol):
         ...
 
 
-def finished_cells(file: Path) -> list[Line]:
+def read_lines(file: Path) -> list[Line]:
     """The lines of a file of results; none where it does not exist. A line that was cut short is passed over."""
     lines = []
     for text in file.read_text().splitlines() if file.exists() else ():
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
+        except json.JSONDecodeError:  # the machine went down while it was written
             continue
     return lines
 
 
 def current_lines(kind: Kind, file: Path) -> list[Line]:
     """The lines that a cell would still come to, with the code and the data that are here."""
-    return [line for line in finished_cells(file) if kind.current(line)]
+    return [line for line in read_lines(file) if kind.is_current(line)]
 
 
-def of(study: Study, lines: Sequence[Line]) -> list[Line]:
+def study_lines(study: Study, lines: Sequence[Line]) -> list[Line]:
     """The newest line of each cell of the study as it is now, in the study's order."""
     newest = {(line["cell"], line["key"]): line for line in lines}
     return [newest[c.name, c.key] for c in study.cells if (c.name, c.key) in newest]
 
 
-def newest(lines: Sequence[Line]) -> list[Line]:
+def newest_lines(lines: Sequence[Line]) -> list[Line]:
     """The last line of each cell, whatever its fields."""
     return list({line["cell"]: line for line in lines}.values())
 
@@ -99,13 +103,13 @@ def cells_left(study: Study, lines: Sequence[Line], only: Sequence[str] = ()) ->
     Of a sweep's later seeds, only the best choice of the first one; where that is not known yet, the first choice
     stands for it, behind all cells of the first seed.
     """
-    known = of(study, lines)
+    known = study_lines(study, lines)
     done = {line["cell"] for line in known}
-    chosen = [c for c in study.cells if all(word in (*c.choices, str(c.seed)) for word in only)]
+    cells = [c for c in study.cells if all(word in (*c.choices, str(c.seed)) for word in only)]
     if study.sweep is not None:
         best = best_by_sweep(study, known)
-        chosen = [c for c in chosen if c.seed == study.cells[0].seed or best[study.apart_from_sweep(c)] == c.choices]
-    return [c for c in chosen if c.name not in done]
+        cells = [c for c in cells if c.seed == study.cells[0].seed or best[study.apart_from_sweep(c)] == c.choices]
+    return [c for c in cells if c.name not in done]
 
 
 def best_by_sweep(study: Study, lines: Sequence[Line]) -> dict[tuple[str, ...], tuple[str, ...]]:
@@ -115,15 +119,10 @@ def best_by_sweep(study: Study, lines: Sequence[Line]) -> dict[tuple[str, ...], 
     best: dict[tuple[str, ...], Cell] = {}
     for cell in study.cells:
         if cell.seed == study.cells[0].seed:
-            now = best.setdefault(study.apart_from_sweep(cell), cell)
-            if scores.get(cell.name, math.inf) < scores.get(now.name, math.inf):
+            rival = best.setdefault(study.apart_from_sweep(cell), cell)
+            if scores.get(cell.name, math.inf) < scores.get(rival.name, math.inf):
                 best[study.apart_from_sweep(cell)] = cell
     return {key: cell.choices for key, cell in best.items()}
-
-
-def announce(minutes: float, cells: int, done: int) -> str:
-    """What is said before the first cell runs."""
-    return f"{cells} cells to run, about {minutes:,.0f} minutes in all; {done} are done already"
 
 
 def run_study(
@@ -139,42 +138,39 @@ def run_study(
     A cell whose very run another study's results beside `file` hold is not run again. One that fails is named, and the
     others go on; ValueError at the end.
     """
-    words = {str(word) for cell in study.cells for word in (*cell.choices, cell.seed)}
-    unknown = [word for word in only if word not in words]
-    if unknown:
-        raise ValueError(f"no cell has the choice {', '.join(unknown)}; choose among {', '.join(sorted(words))}")
+    check_words(study, only)
     waiting = cells_left(study, current_lines(kind, file), only)
-    missing = {cell.name: lack for cell in waiting if (lack := kind.missing(cell)) is not None}
-    for lack in sorted(set(missing.values())):
-        print(f"{sum(each == lack for each in missing.values())} cells are left out: {lack}", flush=True)
+    missing = {cell.name: reason for cell in waiting if (reason := kind.missing(cell)) is not None}
+    for reason in sorted(set(missing.values())):
+        print(f"{list(missing.values()).count(reason)} cells are left out: {reason}", flush=True)
     minutes = {
-        cell.name: 0.0 if take_shared(study, kind, cell, file) else kind.minutes(cell, device)
+        cell.name: 0.0 if find_shared(study, kind, cell, file) else kind.minutes(cell, device)
         for cell in waiting
         if cell.name not in missing
     }
-    total = sum(minutes.values())
-    print(announce(total, len(minutes), len(of(study, current_lines(kind, file)))), flush=True)
+    total, done = sum(minutes.values()), len(study_lines(study, current_lines(kind, file)))
+    print(f"{len(minutes)} cells to run, about {total:,.0f} minutes in all; {done} are done already", flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
+
+    def left() -> list[Cell]:
+        """Read anew each time: other processes write lines, and a sweep's later cells follow from the first ones'."""
+        return [c for c in cells_left(study, current_lines(kind, file), only) if c.name not in {*missing, *failed}]
+
     with bar(study.name, max(1e-9, total), progress) as advance:
-        while cells := [
-            c for c in cells_left(study, current_lines(kind, file), only) if c.name not in {*missing, *failed}
-        ]:
+        while cells := left():
             cell = next_unclaimed(study, cells, file)
             if cell is None:
                 advance(0, f"waiting for what other processes run ({claim_file(file, cells[0]).parent})")
                 time.sleep(WAIT)
                 continue
-            each = minutes.get(cell.name, 1.0)  # of a sweep's later seeds another choice may have been announced
-            with claim(file, cell) as mine:
-                if mine is None or cell not in cells_left(
-                    study, current_lines(kind, file), only
-                ):  # another process was faster
+            with claim(file, cell) as path:
+                if path is None or cell not in left():  # another process was faster
                     continue
+                # Of a sweep's later seeds, another choice may have been announced.
+                heartbeat = advance_cell(advance, cell, minutes.get(cell.name, 1.0), path)
                 try:
-                    line = take_shared(study, kind, cell, file) or finish(
-                        study, cell, kind, telling(advance, cell, each, mine), device
-                    )
+                    line = find_shared(study, kind, cell, file) or run_cell(study, cell, kind, heartbeat, device)
                 except Exception as error:
                     failed[cell.name] = f"{type(error).__name__}: {error}"
                     print(f"{cell.name} failed: {failed[cell.name]}", flush=True)
@@ -185,18 +181,26 @@ def run_study(
             f"{len(failed)} cells failed, the others are done; they run again with the same command: "
             + "; ".join(f"{name}: {error}" for name, error in failed.items())
         )
-    return of(study, current_lines(kind, file))
+    return study_lines(study, current_lines(kind, file))
 
 
-def telling(advance: Advance, cell: Cell, minutes: float, mine: Path) -> Advance:
-    """A cell's own `advance`, which keeps its claim fresh."""
+def check_words(study: Study, only: Sequence[str]) -> None:
+    """ValueError for a word of `only` that is no choice of any cell."""
+    words = {str(word) for cell in study.cells for word in (*cell.choices, cell.seed)}
+    unknown = [word for word in only if word not in words]
+    if unknown:
+        raise ValueError(f"no cell has the choice {', '.join(unknown)}; choose among {', '.join(sorted(words))}")
 
-    def told(amount: float, text: str = "") -> None:
+
+def advance_cell(advance: Advance, cell: Cell, minutes: float, claimed: Path) -> Advance:
+    """A cell's own `advance`, in parts of its `minutes`. It is the heartbeat too: it touches the cell's claim."""
+
+    def advance_and_touch(amount: float, text: str = "") -> None:
         with contextlib.suppress(FileNotFoundError):  # someone removed it: that is no reason to stop
-            os.utime(mine)
+            os.utime(claimed)
         advance(amount * minutes, f"{cell.name} {text}")
 
-    return told
+    return advance_and_touch
 
 
 def next_unclaimed(study: Study, cells: Sequence[Cell], file: Path) -> Cell | None:
@@ -208,6 +212,7 @@ def next_unclaimed(study: Study, cells: Sequence[Cell], file: Path) -> Cell | No
 
 
 def claim_file(file: Path, cell: Cell) -> Path:
+    """The file that claims a cell, in a folder beside the results: its hash, and its name for whoever looks there."""
     return file.with_suffix(".claims") / f"{cell.key}.{cell.name.replace('/', '.').replace(' ', '-')}"
 
 
@@ -218,15 +223,15 @@ def is_claimed(path: Path) -> bool:
         fresh = time.time() - path.stat().st_mtime < ABANDONED
     except FileNotFoundError:
         return False
-    if host == platform.node() and process.isdigit():  # of this machine it is known
-        return alive(int(process))
+    if host == platform.node() and process.isdigit():  # this machine knows its own
+        return is_alive(int(process))
     return fresh
 
 
-def alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
     """Whether a process of this machine is there."""
     try:
-        os.kill(process, 0)
+        os.kill(process, 0)  # no signal: it only asks
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
@@ -240,13 +245,13 @@ def claim(file: Path, cell: Cell) -> Iterator[Path | None]:
     path = claim_file(file, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(file.with_suffix(".lock")):  # looking and taking are one step
-        mine = not is_claimed(path)
-        if mine:
+        free = not is_claimed(path)
+        if free:
             path.write_text(f"{platform.node()} {os.getpid()}")
     try:
-        yield path if mine else None
+        yield path if free else None
     finally:
-        if mine:
+        if free:
             path.unlink(missing_ok=True)
 
 
@@ -258,13 +263,13 @@ def append_line(file: Path, line: Line) -> None:
             out.write(("" if whole else "\n") + json.dumps(line) + "\n")
 
 
-def finish(study: Study, cell: Cell, kind: Kind, advance: Advance, device: str = "cpu") -> Line:
-    """Run one cell."""
+def run_cell(study: Study, cell: Cell, kind: Kind, advance: Advance, device: str = "cpu") -> Line:
+    """Run one cell: its line, with what it took and where."""
     begun = time.perf_counter()
-    result = kind.run(cell.fields, advance, device)
+    scores = kind.run(cell.fields, advance, device)
     return {
         **label(study, cell),
-        "result": result,
+        "result": scores,
         "seconds": round(time.perf_counter() - begun, 1),
         "code": code_version(),
         "hardware": json.loads(json.dumps(hardware(device), default=str)),
@@ -285,31 +290,31 @@ def label(study: Study, cell: Cell) -> Line:
     }
 
 
-def take_shared(study: Study, kind: Kind, cell: Cell, file: Path) -> Line | None:
+def find_shared(study: Study, kind: Kind, cell: Cell, file: Path) -> Line | None:
     """A cell's line from that of another study beside `file` with the same fields, which says whose it was."""
     for other in sorted(set(file.parent.glob("*.jsonl")) - {file}):
-        for line in reversed(finished_cells(other)):
-            if line["key"] == cell.key and kind.current(line):
+        for line in reversed(read_lines(other)):  # the newest first
+            if line["key"] == cell.key and kind.is_current(line):
                 return {**line, **label(study, cell), "from": f"{line['study']}.{line['edition']} {line['cell']}"}
     return None
 
 
-def on_devices(arguments: Sequence[str], devices: Sequence[str]) -> None:
+def run_on_devices(arguments: Sequence[str], devices: Sequence[str]) -> None:
     """`lrt` with these arguments once per device, side by side; they share the cells by their claims, and the cores
-    where `cpu` is named more than once. How many threads each of these has is said, and stands in its lines."""
+    where `cpu` is named more than once. How many threads each of these has is printed, and stands in its lines."""
     environment = dict(os.environ)
     if (processes := list(devices).count("cpu")) > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         print(f"{processes} processes on cpu, OMP_NUM_THREADS={environment['OMP_NUM_THREADS']} each", flush=True)
     running = [
-        subprocess.Popen([sys.executable, "-m", "lrt", *arguments, "--devices", each], env=environment)
-        for each in devices
+        subprocess.Popen([sys.executable, "-m", "lrt", *arguments, "--devices", device], env=environment)
+        for device in devices
     ]
     try:
-        failed = [device for device, each in zip(devices, running, strict=True) if each.wait() != 0]
+        failed = [device for device, process in zip(devices, running, strict=True) if process.wait() != 0]
     except KeyboardInterrupt:
-        for each in running:  # they had the signal too, and end by themselves
-            each.wait()
+        for process in running:  # they had the signal too, and end by themselves
+            process.wait()
         raise
     if failed:
         raise ValueError(f"the study's processes on {', '.join(failed)} failed; what others did is kept")

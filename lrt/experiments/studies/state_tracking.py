@@ -34,7 +34,7 @@ from lrt.utils.torch_private import missing_compiler
 TRAINING = 0.8
 """The part of a cell's time that training takes, for the bar."""
 ABLATED = ("zero", "embedding")
-"""Contract 5: what the memory is replaced with, live, at the shortest test."""
+"""What the memory is replaced with, live, at the shortest test (contract, section 5)."""
 FEW = 250
 """Rows for that."""
 
@@ -45,14 +45,18 @@ class StateTracking:
     `stream`: {symbols, rows, compile}, a stream with one carried state per row, together so many symbols.
     `reads`: {task: {length, reads}}, further tests in which every answer is counted, not the last one's only.
     Tests longer than a model can read, which has a layer of full attention, are left out.
+
+    Tests draw from seeds of 2^31 and more, training from lower ones (`measure.HELD_OUT`): a generator on the CPU knows
+    32 bits of a seed.
     """
 
     def missing(self, cell: Cell) -> str | None:
         """Nothing: rows are drawn."""
         return None
 
-    def current(self, line: Line) -> bool:
-        """Always: all that decides a run is in its fields."""
+    def is_current(self, line: Line) -> bool:
+        """Always: the key hashes the fields, and they decide the run. What they leave out means its default, which a
+        test holds (tests/experiments/test_committed_results.py)."""
         return True
 
     def minutes(self, cell: Cell, device: str) -> float:
@@ -73,48 +77,51 @@ class StateTracking:
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
         run = tracking_run(fields)
         task, sequences = TASKS[run.task], fields.get("sequences", measure.SEQUENCES)
-        result: dict[str, Any] = {"parameters": count_parameters(run.model)[0], "chance": task.chance}
+        scores: dict[str, Any] = {"parameters": count_parameters(run.model)[0], "chance": task.chance}
         try:
             done = train_tracking(run, lambda steps, text: advance(TRAINING * steps / run.steps, text), device=device)
         except FloatingPointError as error:
-            return {**result, "diverged": str(error)}
-        result |= {
+            return {**scores, "diverged": str(error)}
+        scores |= {
             "tokens": done.tokens,
+            # Counted at the longest rows: attention costs less on the shorter ones that came first.
             "training_flops": done.tokens * training_flops(run.model, parse(run.schedule), run.longest),
             "train_seconds": round(done.seconds, 1),
             "grown": {str(length): step for length, step in done.grown.items()},
-            "loss": statistics.fmean(done.losses[-max(1, run.steps // 20) :]),
+            "loss": statistics.fmean(done.losses[-max(1, run.steps // 20) :]),  # of the last twentieth
             "last_state": {},
             "reads": {},
             "ablated": {},
         }
+        # With a layer of full attention, positions behind the context cannot be read.
         longest = math.inf if run.model.unlimited_context else run.model.context
         tests, extra = [n for n in fields.get("tests", []) if n <= longest], fields.get("reads", {})
         share = (1 - TRAINING) / max(1, len(tests) + len(extra) + ("stream" in fields))
         for wanted in tests:
             length = task.length(wanted)
-            found = measure.final_state(done.model, task, length, sequences, run.seed)
-            result["last_state"][str(length)] = {"sequences": found.asked, "accuracy": found.accuracy}
-            advance(share, f"length {length}: {found.accuracy:.1%}")
-        for name, wanted in extra.items():
-            found = measure.reads(done.model, TASKS[name], wanted["length"], wanted["reads"], run.seed)
-            result["reads"][name] = {"length": wanted["length"], "reads": found.asked, "errors": found.errors}
-            advance(share, f"{name}: {found.errors} errors")
+            answers = measure.score_last_state(done.model, task, length, sequences, run.seed)
+            scores["last_state"][str(length)] = {"sequences": answers.asked, "accuracy": answers.accuracy}
+            advance(share, f"length {length}: {answers.accuracy:.1%}")
+        for name, test in extra.items():
+            answers = measure.score_reads(done.model, TASKS[name], test["length"], test["reads"], run.seed)
+            scores["reads"][name] = {"length": test["length"], "reads": answers.asked, "errors": answers.errors}
+            advance(share, f"{name}: {answers.errors} errors")
         if tests and run.model.stored_sources:
             for name in ABLATED:
-                found = measure.final_state(ablate(done.model, name), task, task.length(tests[0]), FEW, run.seed)
-                result["ablated"][name] = {"sequences": FEW, "accuracy": found.accuracy}
+                ablated, shortest = ablate(done.model, name), task.length(tests[0])
+                answers = measure.score_last_state(ablated, task, shortest, FEW, run.seed)
+                scores["ablated"][name] = {"sequences": FEW, "accuracy": answers.accuracy}
         if "stream" in fields:
-            result["stream"] = score_stream(
+            scores["stream"] = score_stream(
                 done.model, task, fields["stream"], run.seed, lambda amount, text="": advance(share * amount, text)
             )
-        return result
+        return scores
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
-        """All tasks at a glance; each, mean and standard deviation over seeds; errors among all reads; streams."""
-        tasks = [task_table(task, found) for (task,), found in group_by_choices(lines, "task").items()]
-        whole = [line for line in lines if "diverged" not in line["result"]]
-        return [summary_table(lines), *tasks, reads_rows(whole), stream_rows(whole)]
+        """A summary of all tasks; each, mean and standard deviation over seeds; errors among all reads; streams."""
+        tasks = [task_table(task, of_task) for (task,), of_task in group_by_choices(lines, "task").items()]
+        finished = [line for line in lines if "diverged" not in line["result"]]
+        return [summary_table(lines), *tasks, reads_table(finished), stream_table(finished)]
 
     def figure(self, lines: Sequence[Line]) -> Figure:
         """Accuracy of the last state against length, a panel per task, a line per model: mean and deviation."""
@@ -128,7 +135,7 @@ class StateTracking:
         models = list(dict.fromkeys(model for task in curves.values() for model in task))
         for panel, (task, by_model) in zip(panels, curves.items(), strict=False):
             for model, points in by_model.items():
-                draw(panel, models.index(model), model, points)
+                draw_curve(panel, models.index(model), model, points)
             first = next(line for line in lines if choice_on(line, "task") == task)
             panel.axhline(100 * TASKS[first["fields"]["task"]].chance, color="grey", linewidth=0.8, linestyle=":")
             panel.axvspan(1, first["fields"]["longest"], color="grey", alpha=0.12, linewidth=0)
@@ -148,16 +155,16 @@ def score_stream(
     model: LatentRecurrentTransformer, task: Task, stream: Fields, seed: int, advance: Advance
 ) -> dict[str, Any]:
     """The accuracy of a stream, whole and in tenths, and how it was run."""
-    generator = measure.test_generator("stream", task, stream["symbols"], seed)
-    tokens, classes = measure.draw_rows(model, task, stream["rows"], stream["symbols"] // stream["rows"], generator)
+    generator = measure.held_out_generator("stream", task, stream["symbols"], seed)
+    tokens, classes = measure.sample_rows(model, task, stream["rows"], stream["symbols"] // stream["rows"], generator)
     begun = time.perf_counter()
-    found = measure.stream_answers(model, tokens, classes, execution=Execution(stream["compile"]), advance=advance)
+    answers = measure.stream_answers(model, tokens, classes, execution=Execution(stream["compile"]), advance=advance)
     return {
         "symbols": tokens.numel(),
         "rows": stream["rows"],
-        "accuracy": found.accuracy,
-        "tenths": [part.accuracy for part in found.parts],
-        "carried_numbers": found.carried,
+        "accuracy": answers.accuracy,
+        "tenths": [part.accuracy for part in answers.parts],
+        "carried_numbers": answers.carried,
         "seconds": round(time.perf_counter() - begun, 1),
     }
 
@@ -180,6 +187,7 @@ def tracking_run(fields: Fields) -> TrackingRun:
             raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
     task = TASKS[fields["task"]]
     model = ModelConfig.from_dict({**fields["model"], "vocab_size": task.vocabulary})
+    # `tests` and the like are measured after training: they decide the cell, not its run.
     rest = {k: v for k, v in fields.items() if k not in {"model", "optim", *TESTS}}
     return TrackingRun(model=model, optim=OptimConfig(**fields["optim"]), **rest)
 
@@ -190,21 +198,20 @@ def recipe(task: str, model: str = "sequential", edition: str = "tiny", seed: in
     ValueError for choices that the study has not.
     """
     study = grid.read_study("state-tracking", edition)
-    found = next((cell for cell in study.cells if cell.choices == (task, model)), None)
-    pairs = ", ".join(f"{a!r} {b!r}" for a, b in dict.fromkeys(cell.choices for cell in study.cells))
-    if found is None:
+    cell = next((cell for cell in study.cells if cell.choices == (task, model)), None)
+    if cell is None:
+        pairs = ", ".join(f"{a!r} {b!r}" for a, b in dict.fromkeys(cell.choices for cell in study.cells))
         raise ValueError(f"edition {edition} has no {task!r} under {model!r}; it has {pairs}")
-    assert found is not None
-    return tracking_run({**found.fields, "seed": seed})
+    return tracking_run({**cell.fields, "seed": seed})
 
 
 def accuracies(lines: Sequence[Line]) -> dict[tuple[str, str], dict[int, list[float]]]:
     """(task, model) -> length -> each seed's accuracy."""
-    found: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    by_pair: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         for length, score in line["result"].get("last_state", {}).items():
-            found[choice_on(line, "task"), choice_on(line, "model")][int(length)].append(score["accuracy"])
-    return found
+            by_pair[choice_on(line, "task"), choice_on(line, "model")][int(length)].append(score["accuracy"])
+    return by_pair
 
 
 def summary_table(lines: Sequence[Line]) -> Table:
@@ -219,7 +226,7 @@ def summary_table(lines: Sequence[Line]) -> Table:
 
     def entry(values: Sequence[float]) -> str:
         fewer = f" ({len(values)} seed{'s' * (len(values) > 1)})" if len(values) < most else ""
-        return (mean_and_deviation(values).removesuffix(" ± 0.0") + fewer) if values else ""
+        return mean_and_deviation(values).removesuffix(" ± 0.0") + fewer if values else ""
 
     body = [[m, *(entry(scores.get((task, m), {}).get(n, [])) for task, n in columns)] for m in models]
     head = ["last state right, %", *(f"{task}, {n}" for task, n in columns)]
@@ -237,53 +244,53 @@ def task_table(task: str, lines: Sequence[Line]) -> Table:
     names = {"zero": "memory zero", "embedding": "memory embedding"}
     head = ["model", "seeds", *map(str, lengths), *(names[a] for a in ABLATED), "rows grew to (of)", "training FLOPs"]
     body = []
-    for (model,), every in group_by_choices(lines, "model").items():
-        found = [line for line in every if "diverged" not in line["result"]]
-        seeds = f"{len(found)}" + (f", {len(every) - len(found)} diverged" if len(found) < len(every) else "")
-        if not found:
+    for (model,), of_model in group_by_choices(lines, "model").items():
+        finished = [line for line in of_model if "diverged" not in line["result"]]
+        lost = len(of_model) - len(finished)
+        seeds = f"{len(finished)}" + (f", {lost} diverged" if lost else "")
+        if not finished:
             body.append([model, seeds, *[""] * (len(head) - 2)])
             continue
-        measured = [line["result"]["ablated"] for line in found if line["result"].get("ablated")]  # the first have none
-        replaced = [
-            mean_and_deviation([each[name]["accuracy"] for each in measured]) if measured else "" for name in ABLATED
-        ]
-        grown = ", ".join(max(line["result"]["grown"], key=int) for line in found)
-        by_length = scores[task, model]
-        at = [mean_and_deviation(by_length[length]) if by_length.get(length) else "" for length in lengths]
-        flops = statistics.fmean(line["result"]["training_flops"] for line in found)
-        body.append([model, seeds, *at, *replaced, f"{grown} ({found[0]['fields']['longest']})", f"{flops:.1e}"])
+        # The first results were made before memories were ablated.
+        ablated = [line["result"]["ablated"] for line in finished if line["result"].get("ablated")]
+        replaced = [mean_and_deviation([by_name[name]["accuracy"] for by_name in ablated]) for name in ABLATED]
+        grown = ", ".join(max(line["result"]["grown"], key=int) for line in finished)
+        at_length = [mean_and_deviation(scores[task, model].get(length, [])) for length in lengths]
+        flops = statistics.fmean(line["result"]["training_flops"] for line in finished)
+        longest = finished[0]["fields"]["longest"]
+        body.append([model, seeds, *at_length, *replaced, f"{grown} ({longest})", f"{flops:.1e}"])
     chance = lines[0]["result"]["chance"]
     return Table(f"{task}: last state right, %, by length; chance {chance:.1%}", head, body)
 
 
-def reads_rows(lines: Sequence[Line]) -> Table:
+def reads_table(lines: Sequence[Line]) -> Table:
     """Errors among all answers of longer or other sequences."""
     rows = []
-    for (task, model), found in group_by_choices(lines, "task", "model").items():
-        for test in found[0]["result"]["reads"]:
-            reads = [line["result"]["reads"][test] for line in found]
+    for (task, model), of_pair in group_by_choices(lines, "task", "model").items():
+        for test in of_pair[0]["result"]["reads"]:
+            reads = [line["result"]["reads"][test] for line in of_pair]
             errors = ", ".join(f"{read['errors']:,} / {read['reads']:,}" for read in reads)
             rows.append([task, model, test, errors])
     return Table("", ["trained on", "model", "test", "errors / reads, by seed"], rows)
 
 
-def stream_rows(lines: Sequence[Line]) -> Table:
+def stream_table(lines: Sequence[Line]) -> Table:
     """One row per stream."""
     rows = []
     for line in lines:
         if "stream" in line["result"]:
-            found, task, model = line["result"]["stream"], choice_on(line, "task"), choice_on(line, "model")
-            scores = [f"{100 * each:.4f}" for each in (found["accuracy"], min(found["tenths"]))]
-            rows.append([task, model, str(line["seed"]), f"{found['symbols']:,}", *scores])
+            stream, task, model = line["result"]["stream"], choice_on(line, "task"), choice_on(line, "model")
+            scores = [f"{100 * accuracy:.4f}" for accuracy in (stream["accuracy"], min(stream["tenths"]))]
+            rows.append([task, model, str(line["seed"]), f"{stream['symbols']:,}", *scores])
     return Table("", ["stream", "model", "seed", "symbols", "right, %", "worst tenth, %"], rows)
 
 
 def group_by_choices(lines: Sequence[Line], *axes: str) -> dict[tuple[str, ...], list[Line]]:
     """Lines by their choices on these axes, in order."""
-    found: dict[tuple[str, ...], list[Line]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[Line]] = defaultdict(list)
     for line in lines:
-        found[tuple(choice_on(line, axis) for axis in axes)].append(line)
-    return found
+        groups[tuple(choice_on(line, axis) for axis in axes)].append(line)
+    return groups
 
 
 def choice_on(line: Line, axis: str) -> str:
@@ -294,12 +301,14 @@ def choice_on(line: Line, axis: str) -> str:
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, in per cent."""
+    """Mean ± standard deviation, in per cent; nothing of no values."""
+    if not values:
+        return ""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{100 * statistics.fmean(values):.1f} ± {100 * deviation:.1f}"
 
 
-def draw(panel: Any, index: int, model: str, points: dict[int, list[float]]) -> None:
+def draw_curve(panel: Any, index: int, model: str, points: dict[int, list[float]]) -> None:
     """A model's curve, its mean with a bar of one standard deviation either side."""
     lengths = sorted(points)
     means = [100 * statistics.fmean(points[n]) for n in lengths]

@@ -11,23 +11,24 @@ from lrt.data.prepared import Prepared
 TEXTS = Path("runs/studies/texts")
 """Prepared folders by their name: `lrt prepare runs/studies/texts/books --text FILE…`."""
 STDLIB, VOCABULARY = "stdlib", 2048
+"""The text that needs no download, and the size of the tokenizer that is trained on it."""
 
 
 @functools.cache
-def prepared_text(name: str) -> Prepared:
+def open_text(name: str) -> Prepared:
     """A text by its name, prepared. ValueError that says how where it is not there."""
     if name == STDLIB:
         return prepare(TEXTS / name, None, VOCABULARY)
-    if not is_here(name):
-        raise ValueError(how_to(name))
+    if not is_prepared(name):
+        raise ValueError(missing_text(name))
     return Prepared.open(TEXTS / name)
 
 
-def how_to(name: str) -> str:
-    """That a text is not there, and what makes it."""
+def missing_text(name: str) -> str:
+    """The message that a text is not there, with the command that makes it."""
     return f"the text {name!r} is not there; prepare it with: lrt prepare {TEXTS / name} --text FILE…"
 
 
-def is_here(name: str) -> bool:
+def is_prepared(name: str) -> bool:
     """Whether a text is prepared."""
     return (TEXTS / name / "manifest.json").is_file()

@@ -1,7 +1,7 @@
 """What cells of language take: paired ratios of times, measured once and kept, and how long a cell will run.
 
-Ratios are kept in a file beside the texts, so that all seeds and rates of a family, also in a study that goes on or
-runs in several processes, have the same horizon at equal wall-clock (contract, section 5).
+Ratios are kept in a file beside the texts (`ratios.json`). Measured anew by each process and each resumption, they
+would give the seeds and rates of a family different horizons at equal wall-clock (contract, section 5).
 """
 
 from __future__ import annotations
@@ -42,31 +42,32 @@ machine changes within a text, so that pairs of whole texts say little."""
 DECODED = 16
 """Tokens that are decoded to say how long scoring will take."""
 REFINEMENTS = 64
+"""Of the test whether an iteration settles (contract, section 4: stable, two-cycle)."""
 
 
-def kept_file() -> Path:
+def ratios_file() -> Path:
     """Where ratios are kept."""
     return texts.TEXTS.parent / "ratios.json"
 
 
-def ratios(run: RunConfig, other: RunConfig, data: Prepared, device: str) -> Ratios:
+def paired_ratios(run: RunConfig, other: RunConfig, data: Prepared, device: str) -> Ratios:
     """The ratios of a run and the Transformer's beside it: those that are kept, or measured now."""
     if run.model == other.model and run.schedule == other.schedule:
         return {"step": 1.0, "schedule": 1.0, "decode": 1.0}
-    shape = {"horizon": "", "seed": 0, "optim": None}
-    key = json.dumps([{**r.to_dict(), **shape} for r in (run, other)] + [hardware(device)], sort_keys=True, default=str)
-    file = kept_file()
+    same = {"horizon": "", "seed": 0, "optim": None}  # what takes no time of a step
+    key = json.dumps([{**r.to_dict(), **same} for r in (run, other)] + [hardware(device)], sort_keys=True, default=str)
+    file = ratios_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(file.with_suffix(".lock")):  # held while measuring: two at once would disturb each other
-        known: dict[str, Ratios] = json.loads(file.read_text()) if file.exists() else {}
-        if key not in known:
-            known[key] = {
+        measured: dict[str, Ratios] = json.loads(file.read_text()) if file.exists() else {}
+        if key not in measured:
+            measured[key] = {
                 "step": step_time_ratio(run, other, data, SingleProcess(device)),
                 "schedule": schedule_ratio(run, device),
                 "decode": decode_ratio(run, other, device),
             }
-            replace_atomically(file, json.dumps(known, indent=1))
-    return known[key]
+            replace_atomically(file, json.dumps(measured, indent=1))
+    return measured[key]
 
 
 def schedule_ratio(run: RunConfig, device: str) -> float:
@@ -78,14 +79,14 @@ def schedule_ratio(run: RunConfig, device: str) -> float:
     model = LatentRecurrentTransformer(run.model).to(device).train()
     rows = run.device_batch or run.batch_size
     tokens = torch.randint(run.model.vocab_size, (2, rows, run.model.context), device=device)
-    wrapped = make_objective(model, torch.bfloat16 if run.precision == "bfloat16" else torch.float32)
+    objective = make_objective(model, torch.bfloat16 if run.precision == "bfloat16" else torch.float32)
 
     def step(schedule: Schedule) -> Work:
         loss = StepLoss.of(schedule, [tokens[1]])
 
         def work() -> None:
             model.zero_grad()
-            wrapped(loss, tokens[0], tokens[1], None).backward()
+            objective(loss, tokens[0], tokens[1], None).backward()
 
         return work
 
@@ -97,54 +98,54 @@ def schedule_ratio(run: RunConfig, device: str) -> float:
 def decode_ratio(run: RunConfig, other: RunConfig, device: str) -> float:
     """Time to decode a token of one row over the other model's: the median of alternated turns through whole texts."""
     work = {}
-    for name, each in (("this", run), ("other", other)):
-        model = LatentRecurrentTransformer(each.model).to(device).eval()
-        work[name] = by_turns(model, each.model.context)
+    for name, config in (("this", run.model), ("other", other.model)):
+        model = LatentRecurrentTransformer(config).to(device).eval()
+        work[name] = decode_in_turns(model, config.context)
     times = alternate(work, TEXTS * TURNS, device=device, progress=False)
     return times["this"].ratio(times["other"])[0]
 
 
-def by_turns(model: LatentRecurrentTransformer, context: int) -> Work:
+def decode_in_turns(model: LatentRecurrentTransformer, context: int) -> Work:
     """Decode the next part of a text of `context` tokens; behind its end, of a new one."""
     size = max(1, context // TURNS)
 
     def parts() -> Iterator[None]:
         while True:
-            way: Any = decoder(model, model.empty_state(1, context))
+            step: Any = decoder(model, model.empty_state(1, context))
             for position in range(context):
-                way.logits(way(torch.zeros(1, dtype=torch.long, device=model.embedding.weight.device), [position]))
+                step.logits(step(torch.zeros(1, dtype=torch.long, device=model.embedding.weight.device), [position]))
                 if (position + 1) % size == 0:
                     yield
 
-    going = parts()
-    return lambda: next(going)
+    turns = parts()
+    return lambda: next(turns)
 
 
-def decoding(model: LatentRecurrentTransformer, rows: int, count: int) -> Work:
+def decode_tokens(model: LatentRecurrentTransformer, rows: int, count: int) -> Work:
     """Decode `count` tokens of `rows` rows, from nothing."""
     device = model.embedding.weight.device
 
     def work() -> None:
-        way: Any = decoder(model, model.empty_state(rows, count))
+        step: Any = decoder(model, model.empty_state(rows, count))
         for position in range(count):
-            way.logits(way(torch.zeros(rows, dtype=torch.long, device=device), [position] * rows))
+            step.logits(step(torch.zeros(rows, dtype=torch.long, device=device), [position] * rows))
 
     return work
 
 
 def estimate_minutes(run: RunConfig, data: Prepared, targets: int, settling: int, device: str) -> float:
     """Minutes of a cell: training by one step of each part of its schedule, scores by some decoded tokens."""
-    training = Trainer(run, data, device)
-    training.step()
-    each = seconds_per_token(training)
-    training.close()
-    model = training.model.eval()
-    decoded = alternate({"": decoding(model, BATCH, DECODED)}, 1, 1, device, progress=False)[""].median
+    trainer = Trainer(run, data, device)
+    trainer.step()
+    per_token = seconds_per_token(trainer)
+    trainer.close()
+    model = trainer.model.eval()
+    decoded = alternate({"": decode_tokens(model, BATCH, DECODED)}, 1, 1, device, progress=False)[""].median
     has_memory = bool(model.config.stored_sources)
     live = (4 if has_memory else 2) * targets * decoded / (DECODED * BATCH)  # val, test, and test with two ablations
-    forward = each * sum(forward_flops(run.model, run.model.context)) / run.flops_per_token
+    forward = per_token * sum(forward_flops(run.model, run.model.context)) / run.flops_per_token
     length = run.model.context
     passes = sum(w * len(p.positions) / length for w, s in parse(run.schedule).shares() for p in s.passes(length))
-    parallel = targets * forward * passes
+    parallel = targets * forward * passes  # test, under the schedule trained with
     settled = settling * forward * (REFINEMENTS + 1) if has_memory else 0.0
-    return (run.tokens * each + live + parallel + settled) / 60
+    return (run.tokens * per_token + live + parallel + settled) / 60

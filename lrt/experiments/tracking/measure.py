@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrt.data.batch import IGNORED
-from lrt.experiments.tracking.tasks import Task
+from lrt.experiments.tracking.tasks import Examples, Task
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules import library as schedules
@@ -25,14 +25,13 @@ SEQUENCES = 1000
 """Fresh rows per length."""
 HELD_OUT = 2**31
 """Seeds of tests begin here, and those of training end: a generator on the CPU knows 32 bits of a seed."""
-Drawn = tuple[Tensor, Tensor]
 BLOCK = 4096
 """Positions of a stream whose hidden states exist at one time."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answered."""
+    """How many answers were asked for, and how many were right."""
 
     asked: int
     right: int
@@ -52,68 +51,71 @@ def live_answers(model: LatentRecurrentTransformer, tokens: Tensor) -> Tensor:
 
     A model without a stored memory needs no recurrence: one plain pass gives the same.
     """
-    if unrolled.reason_uncovered(model) is None:
+    if unrolled.reason_uncovered(model) is None:  # the same numbers as `sequential`, faster
         return model.logits(unrolled.over(model, tokens)).argmax(-1)
     remembered = model.config.stored_sources
     schedule = schedules.sequential() if remembered else schedules.plain()
     return model.logits(refine(model, tokens, schedule).hidden).argmax(-1)
 
 
-def test_generator(purpose: str, task: Task, length: int, seed: int) -> torch.Generator:
+def held_out_generator(purpose: str, task: Task, length: int, seed: int) -> torch.Generator:
     """The generator of a test's rows: another one for each test, and none that training draws from."""
-    spelled = f"{purpose}/{task.name}/{length}/{seed}"
-    return torch.Generator().manual_seed(HELD_OUT + int(hashlib.sha256(spelled.encode()).hexdigest(), 16) % HELD_OUT)
+    name = f"{purpose}/{task.name}/{length}/{seed}"
+    # A large constant added to a training seed would be none: the generator drops what is above 32 bits.
+    return torch.Generator().manual_seed(HELD_OUT + int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT)
 
 
-def draw_rows(
+def sample_rows(
     model: LatentRecurrentTransformer, task: Task, rows: int, length: int, generator: torch.Generator
-) -> Drawn:
-    """Fresh tokens and classes (B, T), where the model is."""
+) -> Examples:
+    """Fresh tokens and classes (B, T), on the model's device."""
     tokens, classes = task.sample(rows, length, generator)
     return tokens.to(model.embedding.weight.device), classes.to(model.embedding.weight.device)
 
 
-def last(answers: Tensor, classes: Tensor) -> Answers:
-    """The last answer that each row asks for."""
+def count_last(answers: Tensor, classes: Tensor) -> Answers:
+    """The last answer that each row asks for; answers, classes (B, T)."""
     positions = torch.arange(classes.shape[1], device=classes.device)
+    # Not always the row's last position: a flip-flop row ends in the bit that was asked for.
     where = torch.where(classes != IGNORED, positions, -1).amax(1, keepdim=True)
     right = answers.gather(1, where) == classes.gather(1, where)
     return Answers(len(classes), int(right.sum()))
 
 
-def every(answers: Tensor, classes: Tensor) -> Answers:
-    """All answers that are asked for."""
+def count_all(answers: Tensor, classes: Tensor) -> Answers:
+    """All answers that are asked for; answers, classes (B, T)."""
     asked = classes != IGNORED
     return Answers(int(asked.sum()), int((answers[asked] == classes[asked]).sum()))
 
 
-def final_state(
+def score_last_state(
     model: LatentRecurrentTransformer, task: Task, length: int, rows: int = SEQUENCES, seed: int = 0, batch: int = 1000
 ) -> Answers:
     """The last position's state over `rows` fresh sequences."""
-    generator, found = test_generator("last state", task, length, seed), []
+    generator = held_out_generator("last state", task, length, seed)
+    right = 0
     for start in range(0, rows, batch):
-        tokens, classes = draw_rows(model, task, min(batch, rows - start), length, generator)
-        found.append(last(live_answers(model, tokens), classes))
-    return Answers(sum(f.asked for f in found), sum(f.right for f in found))
+        tokens, classes = sample_rows(model, task, min(batch, rows - start), length, generator)
+        right += count_last(live_answers(model, tokens), classes).right
+    return Answers(rows, right)
 
 
-def reads(
+def score_reads(
     model: LatentRecurrentTransformer, task: Task, length: int, wanted: int, seed: int = 0, batch: int = 1000
 ) -> Answers:
     """All answers in fresh sequences, until at least `wanted` were asked for: errors are what counts."""
-    generator = test_generator("reads", task, length, seed)
+    generator = held_out_generator("reads", task, length, seed)
     asked = right = 0
     while asked < wanted:
-        tokens, classes = draw_rows(model, task, batch, length, generator)
-        found = every(live_answers(model, tokens), classes)
-        asked, right = asked + found.asked, right + found.right
+        tokens, classes = sample_rows(model, task, batch, length, generator)
+        answers = count_all(live_answers(model, tokens), classes)
+        asked, right = asked + answers.asked, right + answers.right
     return Answers(asked, right)
 
 
 @dataclass(frozen=True)
-class Streamed:
-    """How a stream went."""
+class StreamAnswers:
+    """What a model answered along a stream."""
 
     parts: tuple[Answers, ...]
     """Its parts in order, of equal length: drift would show as a fall."""
@@ -134,21 +136,21 @@ def stream_answers(
     execution: Execution = EAGER,
     advance: Callable[[float, str], object] = lambda *_: None,
     first: int = 0,
-) -> Streamed:
+) -> StreamAnswers:
     """Answers along tokens, classes (B, T) with one carried state of constant size; the first position is `first`.
 
-    Only models that `exact` covers; the rows may be as long as one likes.
+    Only models that `lrt.schedules.unrolled` covers. The carry is all that is kept, so rows may have any length.
     """
     carry = dataclasses.replace(unrolled.empty_carry(model, tokens.shape[0]), position=first)
-    found = []
-    size = -(-tokens.shape[1] // parts)
-    for part, asked in zip(tokens.split(size, 1), classes.split(size, 1), strict=True):
-        right = counted = 0
-        for some, wanted in zip(part.split(BLOCK, 1), asked.split(BLOCK, 1), strict=True):
-            hidden, carry = unrolled.run_chunks(model, some, carry, execution)
-            answers = every(model.logits(hidden).argmax(-1), wanted)
-            right, counted = right + answers.right, counted + answers.asked
-            advance(some.shape[1] / tokens.shape[1], f"position {carry.position:,}")
-        found.append(Answers(counted, right))
+    answered = []
+    size = -(-tokens.shape[1] // parts)  # rounded up: the last part may be shorter
+    for part, part_classes in zip(tokens.split(size, 1), classes.split(size, 1), strict=True):
+        asked = right = 0
+        for block, block_classes in zip(part.split(BLOCK, 1), part_classes.split(BLOCK, 1), strict=True):
+            hidden, carry = unrolled.run_chunks(model, block, carry, execution)
+            answers = count_all(model.logits(hidden).argmax(-1), block_classes)
+            asked, right = asked + answers.asked, right + answers.right
+            advance(block.shape[1] / tokens.shape[1], f"position {carry.position:,}")
+        answered.append(Answers(asked, right))
     tensors = (carry.memory, *carry.keys, *carry.values)
-    return Streamed(tuple(found), sum(x.numel() for x in tensors) // tokens.shape[0])
+    return StreamAnswers(tuple(answered), sum(x.numel() for x in tensors) // tokens.shape[0])

@@ -46,36 +46,38 @@ class Group:
     def order(self) -> int:
         return len(self.elements)
 
-    def small(self, moved: int) -> tuple[int, ...]:
-        """The elements that move at most `moved` places; 2: the swaps and the identity."""
-        return tuple(n for n, g in enumerate(self.elements) if sum(i != j for i, j in enumerate(g)) <= moved)
+    def moving_at_most(self, places: int) -> tuple[int, ...]:
+        """The elements that move at most so many places; 2: the swaps and the identity."""
+        return tuple(n for n, g in enumerate(self.elements) if sum(i != j for i, j in enumerate(g)) <= places)
 
 
-def symmetric(places: int) -> Group:
+def symmetric_group(places: int) -> Group:
     """S_n: all permutations."""
-    return group(list(itertools.permutations(range(places))))
+    return make_group(list(itertools.permutations(range(places))))
 
 
-def alternating(places: int) -> Group:
+def alternating_group(places: int) -> Group:
     """A_n: the even ones."""
-    return group([g for g in itertools.permutations(range(places)) if even(g)])
+    return make_group([g for g in itertools.permutations(range(places)) if is_even(g)])
 
 
-def even(g: Permutation) -> bool:
+def is_even(g: Permutation) -> bool:
     """Whether a permutation has an even number of inversions."""
     return sum(a > b for a, b in itertools.combinations(g, 2)) % 2 == 0
 
 
-def group(elements: list[Permutation]) -> Group:
+def make_group(elements: list[Permutation]) -> Group:
     """The group of these elements, which must be closed."""
     number = {g: n for n, g in enumerate(elements)}
+    # "a, then b" takes place i to b[a[i]].
     table = [[number[tuple(b[i] for i in a)] for b in elements] for a in elements]
     return Group(tuple(elements), torch.tensor(table))
 
 
-Rows = tuple[Tensor, Tensor]
+Examples = tuple[Tensor, Tensor]
 """Tokens (B, T) int and classes (B, T) int, IGNORED where nothing is asked."""
-Draw = Callable[[int, int, torch.Generator], Rows]
+Sampler = Callable[[int, int, torch.Generator], Examples]
+"""(rows, length, generator) -> tokens and classes."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,7 @@ class Task:
     classes: int
     chance: float
     """Accuracy of the best guess that ignores the input, of the last answer; for `dyck`, in rows of odd length."""
-    draw: Draw
-    """(rows, length, generator) -> tokens and classes."""
+    sampler: Sampler
     shortest: int = 1
     multiple: int = 1
     """Lengths are `shortest` plus a multiple of this."""
@@ -99,14 +100,14 @@ class Task:
         """Tokens and classes share the model's vocabulary."""
         return max(self.tokens, self.classes)
 
-    def sample(self, rows: int, length: int, generator: torch.Generator) -> Rows:
+    def sample(self, rows: int, length: int, generator: torch.Generator) -> Examples:
         """`rows` fresh sequences of `length` tokens. ValueError for a length that the format does not have."""
         if length < self.shortest or (length - self.shortest) % self.multiple != 0:
             raise ValueError(
                 f"{self.name} has no sequences of {length} tokens; take {self.shortest} plus a multiple of "
                 f"{self.multiple}"
             )
-        return self.draw(rows, length, generator)
+        return self.sampler(rows, length, generator)
 
     def length(self, wanted: int) -> int:
         """The longest length of the format that is at most `wanted`."""
@@ -118,12 +119,12 @@ def integers(high: int, shape: tuple[int, ...], generator: torch.Generator) -> T
     return torch.randint(high, shape, generator=generator)
 
 
-def nowhere(tokens: Tensor) -> Tensor:
+def ask_nothing(tokens: Tensor) -> Tensor:
     """Classes of which none is asked yet."""
     return torch.full_like(tokens, IGNORED)
 
 
-def parity(rows: int, length: int, generator: torch.Generator) -> Rows:
+def parity(rows: int, length: int, generator: torch.Generator) -> Examples:
     """Bits; after each, whether the ones so far are odd."""
     tokens = integers(2, (rows, length), generator)
     return tokens, tokens.cumsum(1) % 2
@@ -134,7 +135,7 @@ PLUS, MINUS, TIMES, OPEN, CLOSE = range(MODULUS, MODULUS + 5)
 """Tokens behind the digits 0 … 4."""
 
 
-def arithmetic(rows: int, length: int, generator: torch.Generator) -> Rows:
+def arithmetic(rows: int, length: int, generator: torch.Generator) -> Examples:
     """digit (operator digit)*, operators + - *, * first; after each digit, the value modulo 5 of what stands so far."""
     tokens = integers(MODULUS, (rows, length), generator)
     tokens[:, 1::2] = PLUS + integers(3, (rows, length // 2), generator)
@@ -143,7 +144,8 @@ def arithmetic(rows: int, length: int, generator: torch.Generator) -> Rows:
 
 def flat_values(tokens: Tensor) -> Tensor:
     """The value of every prefix of flat expressions (B, T) that ends in a digit; IGNORED at operators."""
-    values = nowhere(tokens)
+    values = ask_nothing(tokens)
+    # `term` is the product that is still open, `total` the sum of those before it: * binds first.
     total, term = torch.zeros_like(tokens[:, 0]), tokens[:, 0]
     values[:, 0] = term
     for t in range(2, tokens.shape[1], 2):
@@ -155,12 +157,12 @@ def flat_values(tokens: Tensor) -> Tensor:
     return values
 
 
-def brackets(rows: int, length: int, generator: torch.Generator) -> Rows:
+def brackets(rows: int, length: int, generator: torch.Generator) -> Examples:
     """Expressions of exactly `length` tokens, Delétang et al.'s grammar without *; the value is asked at the last."""
-    drawn = [expression(length, generator) for _ in range(rows)]
-    tokens = torch.tensor([words for words, _ in drawn])
-    values = nowhere(tokens)
-    values[:, -1] = torch.tensor([value for _, value in drawn])
+    expressions = [expression(length, generator) for _ in range(rows)]
+    tokens = torch.tensor([words for words, _ in expressions])
+    values = ask_nothing(tokens)
+    values[:, -1] = torch.tensor([value for _, value in expressions])
     return tokens, values
 
 
@@ -171,112 +173,118 @@ def expression(length: int, generator: torch.Generator) -> tuple[list[int], int]
         words = [digit] if length in (1, 3) else [MINUS, digit]
         value = digit if length in (1, 3) else -digit % MODULUS
         return ([OPEN, *words, CLOSE] if length >= 3 else words), value
-    left = 1 + int(integers(length - 4, (), generator))
+    left = 1 + int(integers(length - 4, (), generator))  # two brackets and the sign take 3, each side at least 1
     (a, x), (b, y) = expression(left, generator), expression(length - 3 - left, generator)
     minus = bool(integers(2, (), generator))
     return [OPEN, *a, MINUS if minus else PLUS, *b, CLOSE], (x - y if minus else x + y) % MODULUS
 
 
-def word_problem(group: Group, letters: tuple[int, ...]) -> Draw:
+def word_problem(group: Group, letters: tuple[int, ...]) -> Sampler:
     """Elements of `group`, drawn from `letters`; after each, the product so far."""
 
-    def draw(rows: int, length: int, generator: torch.Generator) -> Rows:
+    def sample(rows: int, length: int, generator: torch.Generator) -> Examples:
         alphabet = torch.tensor(letters)
-        drawn = integers(len(letters), (rows, length), generator)
-        return drawn, prefix_products(group, alphabet[drawn])
+        tokens = integers(len(letters), (rows, length), generator)
+        return tokens, prefix_products(group, alphabet[tokens])
 
-    return draw
+    return sample
 
 
 def prefix_products(group: Group, elements: Tensor) -> Tensor:
     """Products (B, T) of all prefixes of elements (B, T): each new one acts after those before it."""
-    reached = torch.full_like(elements[:, 0], group.identity)
-    found = []
+    product = torch.full_like(elements[:, 0], group.identity)
+    products = []
     for element in elements.unbind(1):
-        reached = group.table[reached, element]
-        found.append(reached)
-    return torch.stack(found, 1)
+        product = group.table[product, element]
+        products.append(product)
+    return torch.stack(products, 1)
 
 
 WRITE, READ, IGNORE = 2, 3, 4
 """Tokens of the flip-flop language; 0 and 1 are the bits."""
 
 
-def flip_flop(ignore: float) -> Draw:
+def flip_flop(ignore: float) -> Sampler:
     """Instruction and bit in turn; after a read stands the bit last written: asked at the read, one token before it."""
 
-    def draw(rows: int, length: int, generator: torch.Generator) -> Rows:
+    def sample(rows: int, length: int, generator: torch.Generator) -> Examples:
         pairs = length // 2
         u = torch.rand(rows, pairs, generator=generator)
+        # What is not ignored is half writes, half reads.
         instructions = torch.where(u < ignore, IGNORE, torch.where(u < (1 + ignore) / 2, WRITE, READ))
         instructions[:, 0], instructions[:, -1] = WRITE, READ
         bits = integers(2, (rows, pairs), generator)
         steps = torch.arange(pairs).expand(rows, -1)
+        # At each step, the step of the last write.
         written = torch.where(instructions == WRITE, steps, -1).cummax(1).values
         bits = torch.where(instructions == READ, bits.gather(1, written), bits)
         tokens = torch.stack((instructions, bits), 2).flatten(1)
         asked = torch.where(instructions == READ, bits, IGNORED)
         return tokens, torch.stack((asked, torch.full_like(asked, IGNORED)), 2).flatten(1)
 
-    return draw
+    return sample
 
 
 KEYS, VALUES = 16, 16
+"""Of associative recall: keys are the tokens 0 … 15, values stand behind them."""
 
 
-def recall(rows: int, length: int, generator: torch.Generator) -> Rows:
+def recall(rows: int, length: int, generator: torch.Generator) -> Examples:
     """Half of the row: different keys, each with its value; then queries, each asking for its key's value."""
     pairs = min(KEYS, length // 4)
-    keys = torch.rand(rows, KEYS, generator=generator).argsort(1)[:, :pairs]
+    keys = torch.rand(rows, KEYS, generator=generator).argsort(1)[:, :pairs]  # a random order: no key twice
     values = integers(VALUES, (rows, pairs), generator)
     queried = integers(pairs, (rows, length - 2 * pairs), generator)
-    told = torch.stack((keys, KEYS + values), 2).flatten(1)
-    tokens = torch.cat((told, keys.gather(1, queried)), 1)
-    return tokens, torch.cat((nowhere(told), values.gather(1, queried)), 1)
+    shown = torch.stack((keys, KEYS + values), 2).flatten(1)
+    tokens = torch.cat((shown, keys.gather(1, queried)), 1)
+    return tokens, torch.cat((ask_nothing(shown), values.gather(1, queried)), 1)
 
 
 KINDS, DEPTH = 2, 8
+"""Of brackets, and the most that are open at once."""
 
 
-def dyck(rows: int, length: int, generator: torch.Generator) -> Rows:
+def dyck(rows: int, length: int, generator: torch.Generator) -> Examples:
     """Prefixes of Dyck-(2, 8): opening brackets 0 and 1, closing 2 and 3; asked: the one on top, 2 for none."""
     tokens = integers(KINDS, (rows, length), generator)
     coin = torch.rand(rows, length, generator=generator) < 0.5
     stack = torch.zeros(rows, DEPTH + 1, dtype=torch.long)  # entry d: the bracket opened at depth d
-    depth, every, tops = torch.zeros(rows, dtype=torch.long), torch.arange(rows), []
+    depth, index, tops = torch.zeros(rows, dtype=torch.long), torch.arange(rows), []
     for t in range(length):
+        # An empty stack must open, a full one must close.
         opens = (depth == 0) | ((depth < DEPTH) & coin[:, t])
-        tokens[:, t] = torch.where(opens, tokens[:, t], KINDS + stack[every, depth])
+        tokens[:, t] = torch.where(opens, tokens[:, t], KINDS + stack[index, depth])
         depth = torch.where(opens, depth + 1, depth - 1)
-        stack[every, depth] = torch.where(opens, tokens[:, t], stack[every, depth])
-        tops.append(torch.where(depth > 0, stack[every, depth], KINDS))
+        stack[index, depth] = torch.where(opens, tokens[:, t], stack[index, depth])
+        tops.append(torch.where(depth > 0, stack[index, depth], KINDS))
     return tokens, torch.stack(tops, 1)
 
 
 ITEMS = 5
+"""Places of tracked retrieval: what S5 permutes."""
 
 
-def tracked_retrieval(group: Group) -> Draw:
+def tracked_retrieval(group: Group) -> Sampler:
     """Five values in places 0 … 4, then permutations that move them, then a query of a place: which value is there now?
 
     Tokens: values 0 … 15, places 16 … 20, permutations of at most two places 21 ….
     """
-    swaps = torch.tensor(group.small(2))
+    swaps = torch.tensor(group.moving_at_most(2))
     places = torch.tensor(group.elements)
 
-    def draw(rows: int, length: int, generator: torch.Generator) -> Rows:
+    def sample(rows: int, length: int, generator: torch.Generator) -> Examples:
         values = integers(VALUES, (rows, ITEMS), generator)
         moves = integers(len(swaps), (rows, length - ITEMS - 1), generator)
         place = integers(ITEMS, (rows,), generator)
         reached = prefix_products(group, swaps[moves])[:, -1] if moves.shape[1] else torch.full((rows,), group.identity)
         tokens = torch.cat((values, VALUES + ITEMS + moves, VALUES + place.unsqueeze(1)), 1)
-        asked = nowhere(tokens)
+        asked = ask_nothing(tokens)
         # Element g takes what is in place i to place g(i).
         origin = (places[reached] == place.unsqueeze(1)).int().argmax(1)
         asked[:, -1] = values.gather(1, origin.unsqueeze(1)).squeeze(1)
         return tokens, asked
 
-    return draw
+    return sample
 
 
 def word_task(name: str, group: Group, letters: tuple[int, ...]) -> Task:
@@ -287,7 +295,7 @@ def flip_flop_task(name: str, ignore: float) -> Task:
     return Task(name, 5, 2, 0.5, flip_flop(ignore), shortest=4, multiple=2)
 
 
-S3, S5, A5 = symmetric(3), symmetric(5), alternating(5)
+S3, S5, A5 = symmetric_group(3), symmetric_group(5), alternating_group(5)
 TASKS = {
     task.name: task
     for task in (
@@ -297,14 +305,19 @@ TASKS = {
         word_task("s3", S3, tuple(range(S3.order))),
         word_task("a5", A5, tuple(range(A5.order))),
         word_task("s5", S5, tuple(range(S5.order))),
-        word_task("s5_swaps", S5, S5.small(2)),
+        word_task("s5_swaps", S5, S5.moving_at_most(2)),
         flip_flop_task("flip_flop", 0.8),
         flip_flop_task("flip_flop_sparse", 0.98),
         flip_flop_task("flip_flop_dense", 0.1),
         Task("recall", KEYS + VALUES, VALUES, 1 / VALUES, recall, shortest=4),
         Task("dyck", 2 * KINDS, KINDS + 1, 0.5, dyck),
         Task(
-            "tracked_retrieval", VALUES + ITEMS + len(S5.small(2)), VALUES, 1 / VALUES, tracked_retrieval(S5), ITEMS + 1
+            "tracked_retrieval",
+            VALUES + ITEMS + len(S5.moving_at_most(2)),
+            VALUES,
+            1 / VALUES,
+            tracked_retrieval(S5),
+            ITEMS + 1,
         ),
     )
 }

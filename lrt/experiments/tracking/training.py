@@ -1,8 +1,9 @@
 """Train a small model to track a state: fresh rows every step, longer ones once it has mastered the shorter.
 
-The trainer of `lrt train` reads prepared text in rows of one length; here rows are drawn, and they grow. Model,
-schedules, losses and optimisers are the same. The next
-length is earned, not scheduled: a model that has not learned to carry a state two positions learns nothing from forty.
+The trainer of `lrt train` reads prepared text in rows of one length; here rows are drawn, and they grow, so that this
+loop is its own. Model, schedules, losses and optimisers are the same. The next length is earned (the mean loss of ten
+steps falls below a bound), not scheduled: a model that has not learned to carry a state two positions learns nothing
+from forty (docs/log.md).
 
 Shapes: B rows, T positions, D width.
 """
@@ -91,7 +92,7 @@ class TrackingRun:
 
 @dataclass(frozen=True)
 class TrainedTracker:
-    """What training came to."""
+    """A trained model, and the course of its training."""
 
     model: LatentRecurrentTransformer
     losses: list[float] = field(repr=False)
@@ -115,42 +116,43 @@ def train_tracking(
     # The rates are the run's own: at the reference batch nothing is scaled.
     optimiser = Optimiser(model, run.model.width, run.optim.reference_batch, run.steps, run.optim)
     schedule = parse(run.schedule)
-    lengths, reached = run.lengths(), [0]
-    losses, tokens, begun = [], 0, time.perf_counter()
+    lengths, reached = run.lengths(), [0]  # the steps at which a length was reached, the first at once
+    losses, trained_tokens, begun = [], 0, time.perf_counter()
     for step in range(run.steps):
-        generator = torch.Generator().manual_seed(STRIDE * run.seed + step)
-        drawn, asked = (x.to(device) for x in task.sample(run.rows, lengths[len(reached) - 1], generator))
-        loss, final = step_loss(model, drawn, asked, schedule.at(step, run.steps, run.seed), execution)
+        generator = torch.Generator().manual_seed(STRIDE * run.seed + step)  # a function of the seed and the step
+        tokens, classes = (x.to(device) for x in task.sample(run.rows, lengths[len(reached) - 1], generator))
+        loss, final = step_loss(model, tokens, classes, schedule.at(step, run.steps, run.seed), execution)
         loss.backward()
         norm = float(clip_gradients(model, run.optim.clip))
         if not math.isfinite(norm + final + float(loss.detach())):
             raise FloatingPointError(f"at step {step} the loss is {float(loss.detach())}, the gradient's norm {norm}")
         optimiser.step(step)
         losses.append(final)
-        tokens += drawn.numel()
+        trained_tokens += tokens.numel()
+        # Losses of shorter rows do not count towards the next length.
         recent = losses[reached[-1] :][-PATIENCE:]
         if len(reached) < len(lengths) and len(recent) == PATIENCE and statistics.fmean(recent) < run.mastered:
             reached.append(step + 1)
-        advance(1, f"length {drawn.shape[1]} loss {statistics.fmean(losses[-20:]):.3f}")
+        advance(1, f"length {tokens.shape[1]} loss {statistics.fmean(losses[-20:]):.3f}")
     grown = dict(zip(lengths, reached, strict=False))
-    return TrainedTracker(model.eval(), losses, grown, tokens, time.perf_counter() - begun)
+    return TrainedTracker(model.eval(), losses, grown, trained_tokens, time.perf_counter() - begun)
 
 
 def step_loss(
-    model: LatentRecurrentTransformer, tokens: Tensor, asked: Tensor, schedule: Schedule, execution: Execution = EAGER
+    model: LatentRecurrentTransformer, tokens: Tensor, classes: Tensor, schedule: Schedule, execution: Execution = EAGER
 ) -> tuple[Tensor, float]:
-    """The loss of a step over tokens, asked (B, T), by the fast way for sequential passes; and what shows mastery.
+    """(Loss of a step over tokens, classes (B, T), mean nats of its last pass). Sequential passes run in chunks.
 
-    That is the mean nats under what the schedule leaves in the end: its earlier passes need not be good.
+    The second shows mastery: it is the loss under what the schedule leaves, whose earlier passes need not be good.
     """
-    count = max(1, int((asked != IGNORED).sum()))
+    count = max(1, int((classes != IGNORED).sum()))
     if isinstance(schedule, Simple) and schedule.name == "sequential" and unrolled.reason_uncovered(model) is None:
         (backprop,) = schedule.arguments or (None,)
         hidden = unrolled.over(model, tokens, backprop, execution)
-        loss = summed_nats(model, hidden, asked, execution=execution) / count
+        loss = summed_nats(model, hidden, classes, execution=execution) / count
         return loss, float(loss.detach())
-    step = StepLoss.of(schedule, [asked], execution=execution)
+    step = StepLoss.of(schedule, [classes], execution=execution)
     out = refine(model, tokens, schedule, execution=execution)
     with torch.no_grad():
-        final = float(token_nats(model, out.hidden, asked).sum()) / count
-    return step.over(model, [hidden for _, _, hidden in out.passes], asked), final
+        final = float(token_nats(model, out.hidden, classes).sum()) / count
+    return step.over(model, [hidden for _, _, hidden in out.passes], classes), final

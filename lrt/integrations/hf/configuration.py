@@ -27,7 +27,7 @@ class LRTConfig(PreTrainedConfig):
         """`architecture` is `ModelConfig.to_dict()` (None: its defaults); the rest of a model's shape follows from it.
 
         schedule: the training schedule, used in `train()`. prefill: how prompts and whole texts are read, one of
-        "exact", "converged", "fast", "one_sweep" (lrt.prefill). ValueError on an unknown one.
+        "exact", "converged", "fast", "one_sweep" (lrt.inference.prefill). ValueError on an unknown one.
         """
         model = ModelConfig.from_dict(architecture or {})
         parse(schedule)
@@ -36,7 +36,7 @@ class LRTConfig(PreTrainedConfig):
         self.architecture = model.to_dict()
         self.schedule = schedule
         self.prefill = prefill
-        # What transformers and the tools around it ask of a config, under their names.
+        # What transformers and the tools around it ask of a config, under their names: derived, so never read back.
         self.vocab_size = model.vocab_size
         self.hidden_size = model.width
         self.intermediate_size = model.mlp_dim

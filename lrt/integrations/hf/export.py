@@ -4,6 +4,10 @@ config.json, generation_config.json, model.safetensors, tokenizer.json, tokenize
 configuration_lrt.py, modeling_lrt.py   what transformers loads with trust_remote_code=True
 lrt_*.py                                the modules of lrt that those need, imports made relative
 README.md                               the model card
+
+The folder holds lrt's own modules, found by following imports, and no second implementation. transformers knows no
+packages in such a folder, so modules are flattened: lrt.model.state becomes lrt_model_state.py. What is imported from
+here decides what a folder carries; a test names the rooms that it may not (tests/integrations/test_hf.py).
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from lrt.data.tokenizer import Tokenizer
 from lrt.integrations.hf.configuration import LRTConfig
-from lrt.integrations.hf.model_card import card
+from lrt.integrations.hf.model_card import card_markdown
 from lrt.integrations.hf.modeling import LRTForCausalLM
 from lrt.model import checkpoint
 from lrt.utils import files
@@ -36,7 +40,7 @@ def export(source: Path | str, out: Path | str, prefill: str = "converged", remo
     Without `remote_code` the folder needs `import lrt.hf` before it is loaded. Returns the model that was written.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()) and (not is_export(out)):
+    if out.exists() and any(out.iterdir()) and not is_export(out):
         raise ValueError(f"{out} holds something that is no exported LRT; choose another folder")
     fresh = files.temporary_name(out)
     try:
@@ -59,7 +63,7 @@ def write_folder(source: Path | str, out: Path, prefill: str, remote_code: bool)
     """Write a checkpoint as a folder that does not exist yet."""
     native, tokenizer = checkpoint.load(source)
     about = checkpoint.about(source)
-    model = wrap(native, tokenizer, about.get("schedule", "plain()"), prefill)
+    model = wrap_model(native, tokenizer, about.get("schedule", "plain()"), prefill)
     model.save_pretrained(out)
     special = tokenizer.inner.id_to_token(tokenizer.bos)
     fast = PreTrainedTokenizerFast(
@@ -73,12 +77,12 @@ def write_folder(source: Path | str, out: Path, prefill: str, remote_code: bool)
     fast.save_pretrained(out)
     if remote_code:
         write_code(out)
-    (out / "README.md").write_text(card(model, about, remote_code), encoding="utf-8")
+    (out / "README.md").write_text(card_markdown(model, about, remote_code), encoding="utf-8")
     return model
 
 
-def wrap(native: Any, tokenizer: Tokenizer, schedule: str, prefill: str) -> LRTForCausalLM:
-    """A native model as transformers' one, with the same parameters."""
+def wrap_model(native: Any, tokenizer: Tokenizer, schedule: str, prefill: str) -> LRTForCausalLM:
+    """A LatentRecurrentTransformer as transformers' model, with the same parameters, in `eval()`."""
     config = LRTConfig(
         native.config.to_dict(),
         schedule,
@@ -106,12 +110,12 @@ def prepend_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 def write_code(out: Path) -> None:
     """The modules that a folder needs to work alone, and where transformers finds them (config.json's auto_map)."""
-    modules = modules_needed(list(ENTRIES.values()))
-    names = {module: flat(module) for module in modules}
+    modules = required_modules(list(ENTRIES.values()))
+    names = {module: flat_name(module) for module in modules}
     for module in modules:
-        source = relative(Path(module_file(module)).read_text(encoding="utf-8"), names)
+        source = flatten_imports(Path(module_file(module)).read_text(encoding="utf-8"), names)
         if module in ENTRIES.values():
-            source += mentions(sorted(set(names.values()) - {names[module]}))
+            source += mention_files(sorted(set(names.values()) - {names[module]}))
         (out / f"{names[module]}.py").write_text(source, encoding="utf-8")
     license_file = Path(module_file("lrt")).parents[1] / "LICENSE"
     if license_file.is_file():
@@ -124,12 +128,14 @@ def write_code(out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def flat(module: str) -> str:
+def flat_name(module: str) -> str:
     """A module's file name in the folder, in which there are no packages."""
-    return {v: k for k, v in ENTRIES.items()}.get(module, module.replace(".", "_"))
+    entries = {path: name for name, path in ENTRIES.items()}
+    return entries.get(module, module.replace(".", "_"))
 
 
 def module_file(module: str) -> str:
+    """The path of a module's source."""
     spec = find_spec(module)
     assert spec is not None, module
     assert spec.origin is not None, module
@@ -138,40 +144,42 @@ def module_file(module: str) -> str:
 
 def lrt_imports(tree: ast.Module) -> list[tuple[ast.ImportFrom, list[str]]]:
     """The imports from lrt in a module, each with the modules that it names (`from lrt import a` names lrt.a)."""
-    found = []
+    imports = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lrt":
             assert node.module is not None
-            below = [f"{node.module}.{alias.name}" for alias in node.names]
-            inner = [name for name in below if is_module(name)]
-            assert len(inner) in (0, len(below)), f"line {node.lineno}: modules and names of {node.module} mixed"
-            found.append((node, inner or [node.module]))
-    return found
+            dotted = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules = [name for name in dotted if is_module(name)]
+            assert len(modules) in (0, len(dotted)), f"line {node.lineno}: modules and names of {node.module} mixed"
+            imports.append((node, modules or [node.module]))
+    return imports
 
 
 def is_module(name: str) -> bool:
+    """Whether a dotted name is a module, and not a class or function in one."""
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # its parent is a module, not a package
         return False
 
 
-def modules_needed(entries: list[str]) -> list[str]:
-    """`entries` and all modules of lrt that they import, directly or not."""
-    found, todo = [], list(entries)
+def required_modules(entries: list[str]) -> list[str]:
+    """`entries` and all modules of lrt that they import, directly or not; what only type checkers import, too."""
+    modules, todo = set(), list(entries)
     while todo:
         module = todo.pop()
-        if module not in found:
-            found.append(module)
+        if module not in modules:
+            modules.add(module)
             tree = ast.parse(Path(module_file(module)).read_text(encoding="utf-8"))
             todo.extend(name for _, names in lrt_imports(tree) for name in names)
-    return sorted(found)
+    return sorted(modules)
 
 
-def relative(source: str, names: dict[str, str]) -> str:
+def flatten_imports(source: str, names: dict[str, str]) -> str:
     """The source with its imports from lrt made relative to a flat folder."""
     lines = source.splitlines(keepends=True)
-    for node, modules in sorted(lrt_imports(ast.parse(source)), key=lambda found: -found[0].lineno):
+    # From the last import to the first, so that a shorter one moves no line that is still to be replaced.
+    for node, modules in sorted(lrt_imports(ast.parse(source)), key=lambda entry: -entry[0].lineno):
         indent = " " * node.col_offset
         if modules == [node.module]:
             imported = ", ".join(ast.unparse(alias) for alias in node.names)
@@ -186,7 +194,7 @@ def relative(source: str, names: dict[str, str]) -> str:
     return "".join(lines)
 
 
-def mentions(names: list[str]) -> str:
+def mention_files(names: list[str]) -> str:
     """A block that never runs and names every file: transformers copies those that an import line mentions."""
     return "\n\nif False:  # transformers looks for lines like these to know which files belong together\n" + "".join(
         f"    from .{name} import __name__ as _\n" for name in names

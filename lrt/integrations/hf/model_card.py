@@ -48,8 +48,10 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 """
 
 
-def card(model: LRTForCausalLM, about: dict[str, Any], remote_code: bool, name: str = "path/to/this/folder") -> str:
-    """Markdown. `about` is what the checkpoint says of itself; what it does not say is called not measured."""
+def card_markdown(
+    model: LRTForCausalLM, about: dict[str, Any], remote_code: bool, name: str = "path/to/this/folder"
+) -> str:
+    """The card as Markdown. `about` is what the checkpoint says of itself; a score that it lacks is "not measured"."""
     config, memory = model.config.model, model.config.model.memory
     scores = about.get("scores") or {}
     sources = memory.sources(config.depth)

@@ -3,7 +3,8 @@
 Shapes: B rows, T new columns of a call (padding included), D width, V vocabulary.
 
 In `eval()` a call is a prefill of its tokens behind what the cache holds (`config.prefill`), a call with one token a
-decoded token. In `train()` it is the training schedule (`config.schedule`), with gradients.
+decoded token. In `train()` it is the training schedule (`config.schedule`), with gradients. Adapters (LoRA) around any
+projection are called: what the model fuses uses a weight only of a plain `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from lrt.schedules.loss import StepLoss
 from lrt.schedules.parse import parse
 from lrt.schedules.refinement import refine
 
-COUNT = "position_ids do not count the tokens of each text from 0; leave them out. Packed texts have no cache"
-WAYS = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
+MISCOUNTED = "position_ids do not count the tokens of each text from 0; leave them out. Packed texts have no cache"
+GENERATION_MODES = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
 CACHES = (None, "dynamic", "static")
 HF_IGNORED = -100
 """What transformers writes where a label counts nowhere."""
@@ -69,14 +70,15 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any):  # type: ignore[override]
-        """transformers' generate(), in the ways whose tokens tests hold against the native model's."""
+        """transformers' generate(), in the modes whose tokens tests hold against the native model's."""
         if self.training:
             raise ValueError("generation is live, and train() is the training schedule; call model.eval() first")
         config = copy.deepcopy(generation_config or self.generation_config)
         config.update(**kwargs)
+        # An allow-list: a mode that is not known to carry the memory along would give other tokens in silence.
         mode = config.get_generation_mode(kwargs.get("assistant_model")).value
-        if mode not in WAYS:
-            raise ValueError(f"{mode} is not supported by an LRT; what works: {', '.join(WAYS)}")
+        if mode not in GENERATION_MODES:
+            raise ValueError(f"{mode} is not supported by an LRT; what works: {', '.join(GENERATION_MODES)}")
         if config.cache_implementation not in CACHES:
             raise ValueError(
                 f"cache_implementation {config.cache_implementation!r} is not supported by an LRT; choose one of "
@@ -147,7 +149,6 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 "an LRT reads token ids (its memory may contain their embedding); pass input_ids, not inputs_embeds"
             )
-        assert input_ids is not None
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name):
                 raise ValueError(f"{name} is not supported; lrt.refine on model.model gives hidden states")
@@ -156,16 +157,17 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
             hidden, loss = self._train(input_ids, attention_mask, position_ids, cache, labels, num_items_in_batch)
         else:
             with torch.no_grad():
-                wants = self.config.use_cache if use_cache is None else use_cache
-                if cache is None and wants and not is_packed(input_ids, attention_mask, position_ids):
+                use_cache = self.config.use_cache if use_cache is None else use_cache
+                if cache is None and use_cache and not is_packed(input_ids, attention_mask, position_ids):
                     cache = DynamicCache(config=self.config)
                 hidden = self._recur(input_ids, attention_mask, position_ids, cache)
                 loss = None if labels is None else self._loss(hidden, input_ids, labels, attention_mask, position_ids)
+        # Their convention: a number counts from the end (0: all), a tensor names the columns.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             logits = self.model.logits(hidden[:, kept])
-        named: dict[str, Any] = {CACHE_NAME: cache}
-        output = LRTOutput(loss=loss, logits=logits, last_hidden_state=hidden, **named)
+        fields: dict[str, Any] = {CACHE_NAME: cache}
+        output = LRTOutput(loss=loss, logits=logits, last_hidden_state=hidden, **fields)
         return output if return_dict is not False else output.to_tuple()
 
     def _recur(self, ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
@@ -198,8 +200,8 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Mean nats of the labels (B, T) under live hidden states (B, T, D); nothing foretells a text's first token."""
         new = None if mask is None else mask[:, -ids.shape[1] :]
-        begun = position_ids if is_packed(ids, new, position_ids) else None
-        rows = Unpadded.of(ids, new, begun)
+        starts = position_ids if is_packed(ids, new, position_ids) else None
+        rows = Unpadded.of(ids, new, starts)
         targets = shift_labels(rows.split(labels, HF_IGNORED))
         nats = token_nats(self.model, hidden.flatten(0, 1)[rows.index.clamp(min=0)], targets)
         return nats.sum() / (targets != IGNORED).sum()
@@ -223,7 +225,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         out = refine(self.model, tokens, schedule)
         loss = None
         if targets is not None and items is not None and bool((targets == IGNORED).all()):
-            loss = 0 * out.hidden.sum()  # nothing of an accumulated batch is here
+            loss = 0 * out.hidden.sum()  # nothing of an accumulated batch is here: a loss with gradients, all zero
         elif targets is not None:
             loss = StepLoss.of(schedule, [targets]).over(self.model, [hidden for _, _, hidden in out.passes], targets)
             if items is not None:  # a share of an accumulated batch
@@ -245,16 +247,16 @@ class Unpadded:
         begins = torch.zeros_like(real) if position_ids is None else (position_ids == 0).expand_as(ids) & real
         begins[:, 0] = True  # a row never goes on with the text of the row before
         text = begins.flatten().cumsum(0) - 1
-        flat = real.flatten().nonzero().squeeze(1)
+        flat = real.flatten().nonzero().squeeze(1)  # where in the flattened batch the real tokens stand
         text = torch.unique(text[flat], return_inverse=True)[1]  # those without any token are none
         lengths = torch.bincount(text)
         within = torch.arange(len(flat), device=ids.device) - (lengths.cumsum(0) - lengths)[text]
         index = torch.full((len(lengths), int(lengths.max())), -1, device=ids.device)
         index[text, within] = flat
         if position_ids is not None:
-            given = position_ids.expand_as(ids).flatten()[flat]
-            if not bool((given == within).all()):
-                raise ValueError(COUNT)
+            positions = position_ids.expand_as(ids).flatten()[flat]
+            if not bool((positions == within).all()):
+                raise ValueError(MISCOUNTED)
         return cls(index)
 
     def split(self, columns: Tensor, filler: int) -> Tensor:
@@ -274,7 +276,7 @@ def real_columns(ids: Tensor, mask: Tensor | None, known: Tensor | None) -> Tens
         return torch.ones_like(ids, dtype=torch.bool)
     held = 0 if known is None else known.shape[1]
     new = ids.shape[1]
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or (not bool(((mask == 0) | (mask == 1)).all())):
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(
             "attention_mask must be (batch, tokens) of 0 for padding and 1: an LRT makes its own causal mask"
         )
@@ -315,11 +317,11 @@ def check_positions(position_ids: Tensor | None, start: Tensor, columns: Columns
     """ValueError where positions do not count the real tokens of each row: they would be ignored, not obeyed."""
     if position_ids is None:
         return
-    given = columns.compact(position_ids.expand(len(start), -1), 1)
-    index = torch.arange(given.shape[1], device=given.device)
-    right = (given == start.unsqueeze(1) + index) | (index >= columns.lengths.unsqueeze(1))
-    if not bool(right.all()):
-        raise ValueError(COUNT)
+    positions = columns.compact(position_ids.expand(len(start), -1), 1)
+    index = torch.arange(positions.shape[1], device=positions.device)
+    counted = (positions == start.unsqueeze(1) + index) | (index >= columns.lengths.unsqueeze(1))  # padding may be any
+    if not bool(counted.all()):
+        raise ValueError(MISCOUNTED)
 
 
 def shift_labels(labels: Tensor) -> Tensor:
