@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from lrt.model.transformer import LatentRecurrentTransformer, fingerprint
+from lrt.model.fingerprint import fingerprint
+from lrt.model.transformer import LatentRecurrentTransformer
 
 FILE = "calibration.json"
 FORMAT = 1

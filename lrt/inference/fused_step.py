@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from lrt.inference.fused_weights import FusedLayer, FusedWeights
 from lrt.model.config import ModelConfig
 from lrt.model.layers import rms, rotary
-from lrt.model.state import Positions, State
+from lrt.model.state import State
+from lrt.model.state_protocol import Positions
 from lrt.model.visibility import additive, visible_keys
 from lrt.utils.torch_private import packed_linear
 

@@ -31,8 +31,9 @@ from lrt.inference.decoders import decoder
 from lrt.inference.generation import continuation
 from lrt.inference.prefill import Mode, Prefilled, prefill
 from lrt.inference.sampling import Sampling
+from lrt.model.fingerprint import fingerprint
 from lrt.model.state import State
-from lrt.model.transformer import LatentRecurrentTransformer, fingerprint
+from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.files import read_json, recover, sha256, swap
 
 FORMAT = 1

@@ -6,7 +6,7 @@ Shapes: B batch, T positions of this call, S slots, D width, H query heads, G ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,6 @@ from lrt.model.memory import NoMemory, Projected
 
 Cache = tuple[Any, Any]
 """Keys and values of one layer, as the State holds them."""
-
-
-class Visible(Protocol):
-    """What a State's `visible` gives: the keys and values that one layer's queries see."""
-
-    def attend(self, q: Tensor, keys: Any, values: Any) -> Tensor:
-        """Softmax attention (B, H, T, K) of q (B, H, T, K) over what is visible of one layer's cache."""
-        ...
 
 
 FEW = 32

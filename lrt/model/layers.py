@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrt.model.state import Positions
+from lrt.model.state_protocol import Positions
 
 
 def rms(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lrt.model.config import ModelConfig
 from lrt.model.layers import rms
-from lrt.model.state import MemoryRead, ModelState, Positions
+from lrt.model.state_protocol import MemoryRead, ModelState, Positions
 
 Projected = tuple[Tensor, Tensor]
 """U_k m and U_v m of one layer, each (C, B, T, G, K)."""

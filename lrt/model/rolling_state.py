@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lrt.model.execution import EAGER, Execution
-from lrt.model.state import MemoryRead, Positions, State
+from lrt.model.state import State
+from lrt.model.state_protocol import MemoryRead, Positions
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +20,8 @@ from torch.nn import functional as F
 
 from lrt.model.buffers import COPYING, OVERWRITING, Slots, Writer, gather, materialise
 from lrt.model.execution import EAGER, Execution
+from lrt.model.state_protocol import MemoryRead, Positions
 from lrt.model.visibility import visible_keys
-
-Positions = range | Tensor
-"""Positions of one call: a range (known to Python, the fast path) or an int tensor (T,) or (B, T)."""
 
 
 @dataclass(frozen=True)
@@ -41,98 +39,6 @@ class Visibility:
         k, v = keys[:, :, self.view], values[:, :, self.view]
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal, enable_gqa=grouped)
-
-
-@dataclass(frozen=True)
-class MemoryRead:
-    """What `read_memory` found `delay` positions back."""
-
-    tokens: Tensor
-    """(B, T) int, -1 where unknown."""
-    memory: Tensor
-    """(B, T, P, D); arbitrary where not written."""
-    written: Tensor
-    """(B, T) bool: whether a call has written that position."""
-    inside: Tensor
-    """(B, T) bool: whether that position exists and belongs to the same document."""
-
-
-class ModelState(Protocol):
-    """What the model asks of a State, and all that it knows of one.
-
-    Four things are such: `State` (slots), `StridedState` (residue classes, for training), `RollingState` (windows, of
-    constant size), and a Hugging Face cache, read into slots and back around each call. tests/model/test_states.py
-    runs over all of them. Methods that change something return another State.
-    """
-
-    @property
-    def batch(self) -> int: ...
-
-    @property
-    def slots(self) -> int:
-        """S: positions that can be held at once."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(layers, G, K, P, D): what the model that made it must have."""
-        ...
-
-    @property
-    def reusable(self) -> bool:
-        """Whether slots may be reused, so that positions may exceed S."""
-        ...
-
-    @property
-    def documents(self) -> Tensor | None:
-        """(B, S) int, the packed document of each slot; None where a row is one document."""
-        ...
-
-    @property
-    def execution(self) -> Execution:
-        """How calls compute; decides no numbers."""
-        ...
-
-    # `keys` and `values`, one entry per layer, are the State's own affair: the model hands them on to `write` and
-    # `attend`.
-    @property
-    def keys(self) -> tuple[Any, ...]: ...
-
-    @property
-    def values(self) -> tuple[Any, ...]: ...
-
-    @property
-    def write(self) -> Callable[[Any, Any, Tensor, int], Any]:
-        """(a layer's keys or values, `where`, new (B, G, T, K), dimension 2) -> the layer's keys or values."""
-        ...
-
-    def where(self, positions: Positions) -> Any:
-        """Where these positions stand, as `write` takes it."""
-        ...
-
-    def write_tokens(self, positions: Positions, tokens: Tensor) -> Self:
-        """Note the tokens (B, T) of a call: source 0 of their successors is known from now on."""
-        ...
-
-    def read_memory(self, positions: Positions, delay: int) -> MemoryRead:
-        """What stands `delay` positions before each of `positions`."""
-        ...
-
-    def mark_written(self, positions: Positions) -> Self:
-        """Mark the positions of a call as written. Keys, values and memory follow in the same call."""
-        ...
-
-    def visible(self, positions: Positions, window: int | None) -> Any:
-        """What attends to the keys that `visible_keys` names (`Visible` in attention.py). Call after `mark_written`."""
-        ...
-
-    def write_cache(self, keys: tuple[Any, ...], values: tuple[Any, ...]) -> Self:
-        """The same with the layers' keys and values that a call has written."""
-        ...
-
-    def write_memory(self, positions: Positions, memory: Tensor) -> Self:
-        """Replace the memory (B, T, P, D) of these positions."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from torch import Tensor
 from lrt.model.blockwise_attention import AttentionPiece, attend
 from lrt.model.buffers import write_copy
 from lrt.model.execution import EAGER, Execution
-from lrt.model.state import MemoryRead, Positions, State, extend
+from lrt.model.state import State, extend
+from lrt.model.state_protocol import MemoryRead, Positions
 from lrt.model.visibility import additive, visible_keys
 
 TILE = 128

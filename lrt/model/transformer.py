@@ -9,8 +9,6 @@ layers that they write after it. Source: LRT, arXiv 2605.26797, section 3; the b
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -19,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lrt.model import state as states
-from lrt.model.attention import Attention, Cache, ValueEmbedding, Visible
+from lrt.model.attention import Attention, Cache, ValueEmbedding
 from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution
 from lrt.model.layers import MLP, rms, rotary
 from lrt.model.memory import INJECTIONS, MemoryReader, NoMemory, NoProjection, Projected, Projection
-from lrt.model.state import ModelState, Positions, State, as_positions
+from lrt.model.state import State, as_positions
+from lrt.model.state_protocol import ModelState, Positions, Visible
 
 AnyState = TypeVar("AnyState", bound=ModelState)
 
@@ -316,35 +315,3 @@ def state_positions(positions: Positions, places: int, place: int) -> Positions:
         return positions * places + place
     first, last = (p * places + place for p in (positions[0], positions[-1]))
     return range(first, last + 1, positions.step * places)
-
-
-HASHED_ALWAYS = frozenset({
-    "depth", "width", "heads", "kv_heads", "head_size", "vocab_size", "context", "value_embeddings", "window_pattern",
-    "window", "mlp_ratio", "mlp_width", "rope_base", "softcap", "skip_init", "memory", "loops", "thoughts",
-})  # fmt: skip
-"""ModelConfig's fields in version 0.1.0, which a fingerprint names always. This list never changes."""
-MEMORY_HASHED_ALWAYS = frozenset({
-    "injection", "projection", "source", "combine", "initial", "delay", "layers", "residual_init"
-})  # fmt: skip
-"""MemoryConfig's, likewise."""
-
-
-def hashed_fields(config: ModelConfig) -> dict[str, Any]:
-    """What a fingerprint names of a configuration: 0.1.0's fields, and later ones that are not at their default.
-
-    So a field that a version adds leaves the fingerprints of the models that do not use it as they were, and with them
-    the sessions and calibrations that name one.
-    """
-    fields, defaults = config.to_dict(), type(config)().to_dict()
-    memory, memory_defaults = fields["memory"], defaults["memory"]
-    fields["memory"] = {k: v for k, v in memory.items() if k in MEMORY_HASHED_ALWAYS or v != memory_defaults[k]}
-    return {k: v for k, v in fields.items() if k in HASHED_ALWAYS or v != defaults[k]}
-
-
-def fingerprint(model: LatentRecurrentTransformer) -> str:
-    """SHA-256 of a model's configuration and weights, types included: what a state or a calibration belongs to."""
-    digest = hashlib.sha256(json.dumps(hashed_fields(model.config), sort_keys=True).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(memoryview(weight.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()

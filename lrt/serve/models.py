@@ -14,7 +14,8 @@ from lrt.data.tokenizer import Tokenizer
 from lrt.inference import cost_model
 from lrt.inference.chat_template import TEMPLATES, Template, specials, template_of
 from lrt.inference.engine import Engine
-from lrt.model import checkpoint, transformer
+from lrt.model import checkpoint
+from lrt.model.fingerprint import fingerprint
 from lrt.model.size import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.serve.async_engine import AsyncEngine
@@ -104,7 +105,7 @@ def make(
         )
 
     worker = AsyncEngine(name, engine, metrics, limits.queue_seconds)
-    mark = transformer.fingerprint(model)[:12]
+    mark = fingerprint(model)[:12]
     return ServedModel(
         name, model, tokenizer, worker, choose_template(tokenizer, settings.template), created, f"fp_{mark}", settings
     )
