@@ -1,11 +1,21 @@
-"""How the memory of an earlier position enters the model: recall it, project it, inject it.
+"""How the memory of an earlier position enters the model: read it, project it, inject it.
 
 Shapes: B batch, T positions, C memory channels, P remembered sources (those >= 1), D width, G key/value heads,
 K head size. Memory is (C, B, T, D): one vector per channel and position, zeros where a document begins.
 
-Source: LRT, arXiv 2605.26797, section 3. To add an injection, write a class with `residual` and `key_value` and give
-it a line in `INJECTIONS`; its parameters are the block's own, only U_k and U_v live apart in `Projection`, which runs
-before the layer stack because the memory is known before it starts.
+Source: LRT, arXiv 2605.26797, section 3:
+
+    x <- x + γ m                                 residual injection, before a block
+    k <- g_loc k + g_mem U_k m, v likewise       key/value injection, before rotary positions and QK-norm
+    [g_loc, g_mem] = 2σ(G u)                     per token and head, u the block's normalised input; 1 while G is 0
+
+The embedding is not stored. Source 0, and the stand-in of `initial="embedding"`, follow from the token and are computed
+again whenever the memory is read. So `plain` is exact for token shift, and gradients reach the embedding under every
+schedule. The State stores sources >= 1 alone, each as a vector of its own; they are combined at reading.
+
+To add an injection, write a class with `residual` and `key_value` and give it a line in `INJECTIONS`; its parameters
+are the block's own. Only U_k and U_v live apart in `Projection`, which runs before the layer stack because the memory
+is known before it starts.
 """
 
 from __future__ import annotations
@@ -25,7 +35,10 @@ Projected = tuple[Tensor, Tensor]
 
 
 class MemoryReader(nn.Module):
-    """Assemble the memory that positions read: stored sources, the predecessor's embedding, their combination."""
+    """Assemble the memory that positions read: stored sources, the predecessor's embedding, their combination.
+
+    An ablation puts another module in its place (`with_memory_reader`); the model's forward does not know.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -49,6 +62,7 @@ class MemoryReader(nn.Module):
         if 0 in self.sources or self.stand_in:
             embedded = self.embed(past, embedding)
         unwritten = embedded if self.stand_in else zero
+        # Outside the document: zeros. Inside: what was written, or the stand-in. `embedded` has its zeros already.
         inside, written = past.inside.unsqueeze(-1), past.written.unsqueeze(-1)
         parts = [
             torch.where(inside, torch.where(written, past.memory[:, :, self.stored.index(s)], unwritten), zero)
@@ -59,15 +73,15 @@ class MemoryReader(nn.Module):
         return self.combine(parts, past.memory)
 
     def embed(self, past: MemoryRead, embedding: nn.Embedding) -> Tensor:
-        """x_0 (B, T, D) of the remembered tokens, zeros where unknown or outside the document.
-
-        Recomputed at every read, so that gradients reach the embedding under every schedule.
-        """
+        """x_0 (B, T, D) of the remembered tokens, zeros where unknown or outside the document."""
         known = past.inside & (past.tokens >= 0)
         return rms(embedding(past.tokens.clamp(min=0))) * known.unsqueeze(-1)
 
     def combine(self, parts: list[Tensor], like: Tensor) -> Tensor:
-        """Parts (B, T, D), one per source, to channels (C, B, T, D)."""
+        """Parts (B, T, D), one per source, to channels (C, B, T, D): one each, or the one rms(Σ w_s · part_s).
+
+        Parts are RMS-normalised already: the State stores them so, and x_0 is.
+        """
         if not parts:
             return like.new_zeros(0, *like.shape[:2], like.shape[-1])
         stacked = torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
@@ -77,7 +91,7 @@ class MemoryReader(nn.Module):
 
 
 class NoProjection(nn.Module):
-    """Absent projections: nothing to project, nothing to add."""
+    """Absent projections: as many sets as a block may ask for, all of them empty."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -89,14 +103,17 @@ class NoProjection(nn.Module):
 
 
 class Projection(nn.Module):
-    """U_k and U_v of all layers, applied in one matrix product."""
+    """U_k and U_v of all layers and channels: one parameter, applied in one matrix product.
+
+    A module of its own that runs first, and for FSDP2 a unit of its own, as a block is (`shard_units`).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         layers = len(config.injected_layers) if config.memory.projection == "layerwise" else 1
         channels = config.channels
         self.heads = (config.num_kv_heads, config.head_dim)
-        # A stack of logical matrices (layers, C, [k, v], G·K, D): the optimiser treats each on its own.
+        # A stack of logical matrices (layers, C, [k, v], G·K, D): Muon orthogonalises each on its own.
         self.weight = nn.Parameter(
             torch.empty(layers, channels, 2, config.num_kv_heads * config.head_dim, config.width)
         )
@@ -119,6 +136,7 @@ class NoMemory(nn.Module):
     """The neutral injection: a plain Transformer's block."""
 
     projects = False
+    """Whether the model needs U_k and U_v."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -137,13 +155,13 @@ class NoMemory(nn.Module):
     def key_value(self, logits: Sequence[Tensor], k: Tensor, v: Tensor, projected: Projected) -> tuple[Tensor, Tensor]:
         """Keys and values (B, T, G, K) before rotary positions and normalisation.
 
-        logits (B, T, rows), one per layer of `gates`: what it gives.
+        logits: what each layer of `gates` gives, (B, T, its outputs). projected: U_k m and U_v m, (C, B, T, G, K) each.
         """
         return k, v
 
 
 class Residual(NoMemory):
-    """x + Σ_c γ_c · m_c before the block."""
+    """x + Σ_c γ_c · m_c before the block; γ are learned scalars that start at `MemoryConfig.residual_init`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -161,7 +179,10 @@ class Residual(NoMemory):
 
 
 class KeyValue(NoMemory):
-    """g_loc · k + Σ_c g_mem,c · U_k,c m_c, and likewise for v; gates 2σ(G u) per token and head start at 1."""
+    """g_loc · k + Σ_c g_mem,c · U_k,c m_c, and likewise for v; gates 2σ(G u) per token and head start at 1.
+
+    The gates belong to this injection and exist only with it.
+    """
 
     projects = True
 

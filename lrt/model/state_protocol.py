@@ -18,21 +18,25 @@ from torch import Tensor
 from lrt.model.execution import Execution
 
 Positions = range | Tensor
-"""Positions of one call: a range (known to Python, the fast path) or an int tensor (T,) or (B, T)."""
+"""Positions of one call: a range, or an int tensor (T,) or, for ragged rows, (B, T).
+
+A pass is a range. Python then knows which slots are visible, and the common cases (everything; one token; a stride) run
+without a mask made from tensors. Tensors take the general path; tests hold the two against each other.
+"""
 
 
 @dataclass(frozen=True)
 class MemoryRead:
-    """What `read_memory` found `delay` positions back."""
+    """What stands `delay` positions before each of T positions. Which of it counts is `MemoryReader`'s affair."""
 
     tokens: Tensor
     """(B, T) int, -1 where unknown."""
     memory: Tensor
     """(B, T, P, D); arbitrary where not written."""
     written: Tensor
-    """(B, T) bool: whether a call has written that position."""
+    """(B, T) bool: whether a call has written that position; if not, the memory's `initial` stands in."""
     inside: Tensor
-    """(B, T) bool: whether that position exists and belongs to the same document."""
+    """(B, T) bool: whether that position exists and belongs to the same document; if not, zeros are read."""
 
 
 class Visible(Protocol):
@@ -49,10 +53,15 @@ class ModelState(Protocol):
     Four things are such: `State` (slots), `StridedState` (residue classes, for training), `RollingState` (windows, of
     constant size), and a Hugging Face cache, read into slots and back around each call. tests/model/test_states.py
     runs over all of them. Methods that change something return another State.
+
+    A call asks in this order: `write_tokens`, `read_memory`, `mark_written`, `visible`; per layer `write`, then the
+    `attend` of what `visible` gave; at the end `write_cache` and `write_memory`.
     """
 
     @property
-    def batch(self) -> int: ...
+    def batch(self) -> int:
+        """B: rows."""
+        ...
 
     @property
     def slots(self) -> int:
@@ -76,11 +85,11 @@ class ModelState(Protocol):
 
     @property
     def execution(self) -> Execution:
-        """How calls compute; decides no numbers."""
+        """How calls compute; decides no numbers. It travels here so that the model and schedules need no flag."""
         ...
 
-    # `keys` and `values`, one entry per layer, are the State's own affair: the model hands them on to `write` and
-    # `attend`.
+    # `keys` and `values`, one entry per layer and loop, are the State's own affair: the model hands them on to `write`
+    # and `attend`.
     @property
     def keys(self) -> tuple[Any, ...]: ...
 
