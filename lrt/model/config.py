@@ -30,9 +30,8 @@ class MemoryConfig:
     """The layer whose output is remembered: 0 (the embedding: token shift) to L (the final hidden state, also
     spelled None), or several layers."""
     combine: Literal["sum", "channels"] = "sum"
-    """Several sources: rms(Σ w · m) with learned weights w that start equal, 1/n; or one channel each with its own γ,
-    gates and projections. Source (0, 0) as channels is token shift with as many of them as (0, L) has: what a channel
-    gives without recurrence."""
+    """Several sources: one learned weighted sum, or one channel each with its own γ, gates and projections. Source
+    (0, 0) as channels is token shift with as many of them as (0, L) has: what a channel gives without recurrence."""
     initial: Literal["zeros", "embedding"] = "zeros"
     """What stands for sources >= 1 of a slot that no pass has written yet: zeros, or that token's embedding x_0."""
     delay: int = 1
@@ -46,7 +45,7 @@ class MemoryConfig:
         for name in ("source", "layers"):  # JSON has no tuples
             value = getattr(self, name)
             if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))  # a frozen dataclass, still being made
+                object.__setattr__(self, name, tuple(value))
         choice(self, "injection", ("none", "residual", "key_value", "both"))
         choice(self, "projection", ("shared", "layerwise"))
         choice(self, "combine", ("sum", "channels"))

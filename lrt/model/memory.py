@@ -3,19 +3,19 @@
 Shapes: B batch, T positions, C memory channels, P remembered sources (those >= 1), D width, G key/value heads,
 K head size. Memory is (C, B, T, D): one vector per channel and position, zeros where a document begins.
 
-Source: LRT, arXiv 2605.26797, section 3:
+With u the block's normalised input, γ and G learned (spec, section 1):
 
     x <- x + γ m                                 residual injection, before a block
     k <- g_loc k + g_mem U_k m, v likewise       key/value injection, before rotary positions and QK-norm
-    [g_loc, g_mem] = 2σ(G u)                     per token and head, u the block's normalised input; 1 while G is 0
+    [g_loc, g_mem] = 2σ(G u)                     gates per token and head; 1 at first, as G starts at 0
 
 The embedding is not stored. Source 0, and the stand-in of `initial="embedding"`, follow from the token and are computed
 again whenever the memory is read. So `plain` is exact for token shift, and gradients reach the embedding under every
 schedule. The State stores sources >= 1 alone, each as a vector of its own; they are combined at reading.
 
-To add an injection, write a class with `residual` and `key_value` and give it a line in `INJECTIONS`; its parameters
-are the block's own. Only U_k and U_v live apart in `Projection`, which runs before the layer stack because the memory
-is known before it starts.
+Source: LRT, arXiv 2605.26797, section 3. To add an injection, write a class with `residual` and `key_value` and give
+it a line in `INJECTIONS`; its parameters are the block's own, only U_k and U_v live apart in `Projection`, which runs
+before the layer stack because the memory is known before it starts.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class MemoryReader(nn.Module):
         self.stored = config.stored_sources
         self.delay = memory.delay
         self.stand_in = memory.initial == "embedding" and len(self.stored) > 0
-        if isinstance(memory.source, tuple) and self.sources and memory.combine == "sum":
+        if isinstance(memory.source, tuple) and self.sources and memory.combine == "sum":  # equal weights at first
             self.weights = nn.Parameter(torch.full((len(self.sources),), 1.0 / len(self.sources)))
         else:
             self.register_parameter("weights", None)
@@ -91,11 +91,11 @@ class MemoryReader(nn.Module):
 
 
 class NoProjection(nn.Module):
-    """Absent projections: as many sets as a block may ask for, all of them empty."""
+    """Absent projections: nothing to project, nothing to add."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.sets = 1 + max(config.projection_sets)
+        self.sets = 1 + max(config.projection_sets)  # as many as a block may ask for
 
     def forward(self, memory: Tensor) -> tuple[Projected, ...]:
         empty = memory.new_zeros(0)
@@ -103,17 +103,15 @@ class NoProjection(nn.Module):
 
 
 class Projection(nn.Module):
-    """U_k and U_v of all layers and channels: one parameter, applied in one matrix product.
-
-    A module of its own that runs first, and for FSDP2 a unit of its own, as a block is (`shard_units`).
-    """
+    """U_k and U_v of all layers, applied in one matrix product."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         layers = len(config.injected_layers) if config.memory.projection == "layerwise" else 1
         channels = config.channels
         self.heads = (config.num_kv_heads, config.head_dim)
-        # A stack of logical matrices (layers, C, [k, v], G·K, D): Muon orthogonalises each on its own.
+        # One parameter for all layers and channels, a stack of logical matrices (layers, C, [k, v], G·K, D): Muon
+        # orthogonalises each on its own, and FSDP2 gathers them as one unit.
         self.weight = nn.Parameter(
             torch.empty(layers, channels, 2, config.num_kv_heads * config.head_dim, config.width)
         )
@@ -136,7 +134,6 @@ class NoMemory(nn.Module):
     """The neutral injection: a plain Transformer's block."""
 
     projects = False
-    """Whether the model needs U_k and U_v."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
