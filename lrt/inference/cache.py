@@ -30,7 +30,7 @@ def row_bytes(model: LatentRecurrentTransformer, slots: int) -> int:
     numbers = 2 * config.kv_layers * config.num_kv_heads * config.head_dim + remembered * config.width
     return (
         slots * config.positions_per_token * (numbers * model.embedding.weight.element_size() + 2 * torch.long.itemsize)
-    )
+    )  # 2: token and position of each slot
 
 
 def rows_that_fit(model: LatentRecurrentTransformer, available: int, slots: int) -> int:
@@ -65,14 +65,14 @@ class RowPool:
         assert self.free > 0
         row, self.used = self.used, self.used + 1
         self._forget()
-        self._fill(row, -1)
+        self._fill(row, -1)  # keys, values and memory may stay: nothing reads a slot whose position is -1
         return row
 
     def give_back(self, row: int) -> int:
         """Free a row. The last row in use takes its number; returns the number that it had."""
         last = self.used - 1
         self.used = last
-        if row != last:
+        if row != last:  # the one copy that keeps the rows in use together
             self.copy(row, self.state, last, int(self.state.slot_positions[last].max()) + 1)
         return last
 
@@ -106,12 +106,12 @@ class RowPool:
                 memory=state.memory[row : row + 1, :width].clone(),
                 tokens=state.tokens[row : row + 1, :width].masked_fill(later, -1),
                 slot_positions=positions.masked_fill(later, -1),
-                written_until=0,
+                written_until=0,  # not looked for: it is right, and whoever copies the row does not need more
                 pending_strides=(),
             )
 
     def _fill(self, row: int, value: int) -> None:
-        """Set all positions and tokens of a row; with -1 it is empty, whatever its keys and values are."""
+        """Set all positions and tokens of a row; with -1 it is empty."""
         with torch.no_grad():
             self.state.slot_positions[row] = value
             self.state.tokens[row] = value

@@ -186,7 +186,7 @@ class Engine:
             events += self._draw(jobs, hidden)
         if self.running:
             tokens = torch.tensor([job.tokens[job.fed] for job in self.running], device=self.rows.state.tokens.device)
-            hidden = self.decoder(tokens, [job.fed for job in self.running])
+            hidden = self.decoder(tokens, [job.fed for job in self.running])  # each row at its own position
             for job in self.running:
                 job.fed += 1
             # The others are within their prompt: the next token is known.
@@ -260,6 +260,7 @@ class Engine:
         return any(job.number == number and not job.new for job in self.running)
 
     def _mode(self, job: Job) -> Mode:
+        """How a job's prompt is computed."""
         return job.request.prefill or self.prefill
 
     def _sweeps(self, job: Job) -> bool:
@@ -267,6 +268,7 @@ class Engine:
         mode, left = self._mode(job), len(job.tokens) - job.fed
         if mode == "exact" or left <= 1:
             return False
+        # As if it were alone, so that what else waits does not decide whether it is swept.
         reason = by_tokens(self.model, mode, left, 1, self.calibration)
         if reason is not None:
             job.certificate = Certificate("exact", reason, left)
@@ -286,7 +288,7 @@ class Engine:
         parts = [torch.tensor(job.tokens[job.fed :]) for job in jobs]
         device = self.rows.state.tokens.device
         tokens = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
-        state = self.rows.state.select(torch.tensor(rows, device=device))
+        state = self.rows.state.select(torch.tensor(rows, device=device))  # a copy, which prefill may overwrite
         lengths = torch.tensor([len(part) for part in parts], device=device)
         out = prefill(self.model, tokens, state, mode, lengths, self.calibration)
         for i, (row, job) in enumerate(zip(rows, jobs, strict=True)):
@@ -299,8 +301,7 @@ class Engine:
         """The next token of jobs whose tokens are all fed, from hidden (n, D)."""
         logits = self.decoder.logits(hidden)
         seeds = [(job.seed, len(job.tokens)) for job in jobs]  # (seed, position of the token that is drawn)
-        steered = self._steered(jobs, logits)
-        tokens = draw_rows(steered, [job.request.sampling for job in jobs], seeds).tolist()
+        tokens = draw_rows(self._steer(jobs, logits), [job.request.sampling for job in jobs], seeds).tolist()
         events = []
         for i, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
             if job.sample == 0 and not job.new:
@@ -312,13 +313,13 @@ class Engine:
                 logprob = log_probability(logits[i], token, job.request.logprobs)
                 job.logprobs.append(logprob)
             finish = job.request.ends(job.new, self.limit)
-            if finish is not None:
+            if finish is not None:  # rows move now; jobs and logits keep the order of this call
                 self._leave(job)
                 self._finish(job, finish)
             events.append(Event(job.number, job.sample, token, finish, logprob, certificate))
         return events
 
-    def _steered(self, jobs: Sequence[Job], logits: Tensor) -> Tensor:
+    def _steer(self, jobs: Sequence[Job], logits: Tensor) -> Tensor:
         """Logits (n, V) with the penalties and biases of their requests."""
         if all(job.request.steering.neutral for job in jobs):
             return logits

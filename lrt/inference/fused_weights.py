@@ -95,13 +95,14 @@ def fuse_weights(model: LatentRecurrentTransformer, layout: Layout = transposed_
     layers, mix = [], []
     for layer, block in enumerate(model.blocks, start=1):
         assert isinstance(block, Block)
+        # A block that adds no memory to its stream has γ 0 in the common product.
         gamma = block.injection.gamma if isinstance(block.injection, Residual) else block.beta.new_zeros(channels)
         mix.append(torch.cat([block.beta, gamma]))
         layers.append(_layer(block, injected.index(layer) if layered and layer in injected else 0, layout))
     weights = model.recall.weights if isinstance(model.recall, MemoryReader) else None
     return FusedWeights(
         config=config,
-        embedding=rms(table_rows(model.embedding)),
+        embedding=rms(table_rows(model.embedding)),  # normalised once, not per token
         mix=torch.stack(mix).repeat(config.loops, 1),
         projection=_projection(model.projection, layout) if isinstance(model.projection, Projection) else (),
         recall=None if weights is None else weights.clone(),
@@ -117,7 +118,8 @@ def _layer(block: Block, projection: int, layout: Layout) -> FusedLayer:
     assert isinstance(injection, NoMemory)
     embedded = attention.value_embedding if isinstance(attention.value_embedding, ValueEmbedding) else None
     gated = isinstance(injection, KeyValue)
-    scale = 2 if gated else 1  # 2σ(G u) · W u = σ(G u) · 2W u, exactly
+    # 2σ(G u) · W u = σ(G u) · 2W u: a factor of the gates less per token, and doubling rounds nothing.
+    scale = 2 if gated else 1
     parts = [matrix(attention.query), scale * matrix(attention.key), scale * matrix(attention.value)]
     if isinstance(injection, KeyValue):
         parts.append(matrix(injection.gate))

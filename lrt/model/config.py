@@ -63,6 +63,7 @@ class MemoryConfig:
         if isinstance(self.source, tuple):
             if len(self.source) == 0:
                 raise ValueError("memory.source is empty; name at least one layer, or use injection='none'")
+            # As channels, 0 may come twice: the control of `combine`.
             once = [s for s in self.source if s != 0 or self.combine == "sum"]
             if len(set(once)) != len(once):
                 raise ValueError(

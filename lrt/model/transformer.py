@@ -93,7 +93,6 @@ class Block(nn.Module):
         rows = call.inputs.value_rows(self)
         run = call.execution
         x, q, k, v = run.function(before_attention)(self, x, call.inputs.x0, call.memory, rows, projected, call.angles)
-        # Written before attention: a position sees itself.
         keys, values = call.write(cache[0], call.slots, k, 2), call.write(cache[1], call.slots, v, 2)
         y = visible.attend(q, keys, values)
         return run.function(after_attention)(self, x, y), (keys, values)
@@ -188,6 +187,7 @@ class LatentRecurrentTransformer(nn.Module):
                     f"{name} has shape {tuple(value.shape)}; it must be (batch, slots) = ({batch}, {slots})"
                 )
         weight = self.embedding.weight
+        # A thought belongs to its token's document, and knows its token.
         documents, tokens = (
             None if x is None else x.repeat_interleave(config.positions_per_token, 1) for x in (documents, tokens)
         )
@@ -211,7 +211,7 @@ class LatentRecurrentTransformer(nn.Module):
         these positions, after the last RMSNorm, and the new State. Raises ValueError where sizes do not match, the
         state has no slot for a position, or it is another model's.
         """
-        positions = as_positions(positions)
+        positions = as_positions(positions)  # a range where the tensor is one: the State's fast path
         if isinstance(positions, Tensor):
             positions = positions.to(tokens.device)
         self._check(tokens, positions, state)
@@ -225,6 +225,7 @@ class LatentRecurrentTransformer(nn.Module):
         self, tokens: Tensor, positions: Positions, state: AnyState, thought: Tensor | None
     ) -> tuple[Tensor, AnyState]:
         """The blocks at positions of the State, on the tokens' embeddings or, in their place, on thought (B, T, D)."""
+        # Before the memory is read: source 0 may be a token of this very call.
         state = state.write_tokens(positions, tokens)
         x0 = rms(self.embedding(tokens)) if thought is None else thought
         angles = rotary(positions, self.config.head_dim, self.config.rope_base, x0)
@@ -238,6 +239,7 @@ class LatentRecurrentTransformer(nn.Module):
         positions are the State's, of which a token with latent thoughts has several.
         """
         memory = self.recall(state, positions, self.embedding)
+        # After the memory is read, which is that of earlier passes; before attention, as a position sees itself.
         state = state.mark_written(positions)
 
         config = self.config

@@ -232,7 +232,7 @@ def test_an_unreadable_schedule_is_named_in_the_error(text: str):
         parse(text)
 
 
-def test_an_unknown_schedule_is_told_the_known_ones():
+def test_an_unknown_schedule_is_an_error_that_names_the_known_ones():
     with pytest.raises(ValueError, match=r"'waves'; choose one of") as caught:
         parse("waves(2)")
     assert all(name in str(caught.value) for name in [*SCHEDULES, "mixture", "stages"])
