@@ -367,5 +367,5 @@ def test_a_mixture_is_scored_in_proportion_and_stages_by_their_last():
 
 def test_passes_of_a_mixture_need_a_step():
     for schedule in (MIXED, NESTED):
-        with pytest.raises(ValueError, match=r"\.at\(step, steps, seed\), or \.drawn\(\)"):
+        with pytest.raises(ValueError, match=r"\.at\(step, steps, seed\), or \.draw\(\)"):
             schedule.passes(4)
