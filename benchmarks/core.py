@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.eval.core_metric.answers import On, score_alone, score_questions
+from lrt.eval.core_metric.answers import On, answer_question, score_alone, score_questions
 from lrt.eval.core_metric.benchmark import ROWS
 from lrt.eval.core_metric.bundle import Bundle
+from lrt.eval.core_metric.questions import build_question
 from lrt.model.config import ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.provenance import hardware
@@ -47,7 +48,9 @@ def main() -> None:
     task = next(t for t in Bundle.open(arguments.bundle).tasks if t.label == arguments.task)
     items = task.questions()
     step = len(items) // arguments.questions
-    questions = [build_question(task, items, i * step, tokenizer, arguments.context) for i in range(arguments.questions)]
+    questions = [
+        build_question(task, items, i * step, tokenizer, arguments.context) for i in range(arguments.questions)
+    ]
 
     choices: dict[str, list[int]] = {}
 
@@ -61,7 +64,9 @@ def main() -> None:
         size, batched = max(1, ROWS // len(questions[0].rows)), []
         for first in range(0, len(questions), size):
             part = questions[first : first + size]
-            batched += [answer_question(q, r).option for q, r in zip(part, score_questions(model, part, mode), strict=True)]
+            batched += [
+                answer_question(q, r).option for q, r in zip(part, score_questions(model, part, mode), strict=True)
+            ]
         return batched
 
     def batch_exactly() -> None:

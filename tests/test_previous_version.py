@@ -22,7 +22,8 @@ from lrt.data.prepared import Prepared
 from lrt.eval.report.page import report
 from lrt.inference import cost_model
 from lrt.inference.session import Session
-from lrt.model import checkpoint, transformer
+from lrt.model import checkpoint
+from lrt.model.fingerprint import HASHED_ALWAYS, MEMORY_HASHED_ALWAYS, fingerprint
 from lrt.training.config import RunConfig
 from lrt.training.loop import train
 from lrt.training.trainer import Trainer
@@ -111,17 +112,17 @@ def test_fingerprints_stay_as_they_were():
     model, _ = load(OLD / "finished")
     recorded = json.loads((OLD / "session" / "session.json").read_text())["model"]
     assert recorded == "d7ce7483e579e01896dadf80aa42c215519190ca5daa941293eb5a9e67e7b87f"
-    assert transformer.fingerprint(model) == recorded
+    assert fingerprint(model) == recorded
     fields = json.loads((OLD / "finished" / "checkpoint" / "config.json").read_text())["model"]
-    assert set(fields) == transformer.HASHED_ALWAYS
-    assert set(fields["memory"]) == transformer.MEMORY_HASHED_ALWAYS
+    assert set(fields) == HASHED_ALWAYS
+    assert set(fields["memory"]) == MEMORY_HASHED_ALWAYS
     memory = LaterMemory(**dataclasses.asdict(model.config.memory))
     later = LaterConfig(**{**dataclasses.asdict(model.config), "memory": memory})
     model.config = later
-    assert transformer.fingerprint(model) == recorded
+    assert fingerprint(model) == recorded
     for changed in (replace(later, rope_scale=2.0), replace(later, memory=replace(memory, decay=0.5))):
         model.config = changed
-        assert transformer.fingerprint(model) != recorded
+        assert fingerprint(model) != recorded
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class LaterConfig(ModelConfig):
 def test_measurements_and_calibration_count(tmp_path: Path):
     model, _ = load(OLD / "finished")
     (measured,) = json.loads((OLD / "finished" / "checkpoint" / "calibration.json").read_text())["entries"]
-    assert measured["model"] == transformer.fingerprint(model)  # else the calibration would be passed over
+    assert measured["model"] == fingerprint(model)  # else the calibration would be passed over
     assert cost_model.read_calibration(OLD / "finished" / "checkpoint", model).plans
     report(tmp_path / "report.html", [OLD / "finished"])
     page = (tmp_path / "report.html").read_text()

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lrt.model.memory import MemoryReader
-from lrt.model.state import Positions, State
+from lrt.model.state import State
+from lrt.model.state_protocol import Positions
 from lrt.model.transformer import LatentRecurrentTransformer
 
 

@@ -1,9 +1,12 @@
-"""The rows of a decoder's State: taken, filled from a snapshot, given back; and how many of them fit into memory.
+"""The rows of a decoder's State, taken and given back; how many fit into memory; and snapshots of rows, for reuse.
 
 The rows in use are always the first ones, so that a step computes no others: when one is given back, the last takes
 its place.
 
-Shapes: B rows, S slots.
+A fork and a reused prefix are one thing: a row copied up to where the texts part. A copy is exact because a State has
+the memory of every position, not of the last one alone.
+
+Shapes: B rows, S slots, G key/value heads, K head size, P remembered sources, D width.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ def row_bytes(model: LatentRecurrentTransformer, slots: int) -> int:
     numbers = 2 * config.kv_layers * config.num_kv_heads * config.head_dim + remembered * config.width
     return (
         slots * config.positions_per_token * (numbers * model.embedding.weight.element_size() + 2 * torch.long.itemsize)
-    )
+    )  # 2: token and position of each slot
 
 
 def rows_that_fit(model: LatentRecurrentTransformer, available: int, slots: int) -> int:
@@ -41,7 +44,7 @@ def rows_that_fit(model: LatentRecurrentTransformer, available: int, slots: int)
 
 
 class RowPool:
-    """A decoder's rows and the slots they fill."""
+    """The rows of a decoder's State. It changes the State's buffers in place: the decoder owns them."""
 
     def __init__(self, decoder: EagerDecoder) -> None:
         self.decoder = decoder
@@ -54,62 +57,67 @@ class RowPool:
 
     @property
     def free(self) -> int:
+        """Rows not in use."""
         return self.state.batch - self.used
 
     def take(self) -> int:
-        """An empty row's number."""
+        """The number of an empty row, now in use. Ask `free` first."""
         assert self.free > 0
         row, self.used = self.used, self.used + 1
         self._forget()
-        self._fill(row, -1)
+        self._fill(row, -1)  # keys, values and memory may stay: nothing reads a slot whose position is -1
         return row
 
     def give_back(self, row: int) -> int:
         """Free a row. The last row in use takes its number; returns the number that it had."""
         last = self.used - 1
         self.used = last
-        if row != last:
+        if row != last:  # the one copy that keeps the rows in use together
             self.copy(row, self.state, last, int(self.state.slot_positions[last].max()) + 1)
         return last
 
     def copy(self, row: int, source: State, source_row: int, length: int) -> None:
-        """Row `row` becomes the first `length` positions of row `source_row` of another State (or of this one)."""
+        """Row `row` becomes the first `length` positions of row `source_row` of another State (or of this one).
+
+        Where slots are reused, those of later positions are left out: what they replaced is lost (`State.intact`).
+        """
         self._forget()
         width = min(length, source.slots, self.state.slots)
         with torch.no_grad():
             for buffer, other in zip(buffers_of(self.state), buffers_of(source), strict=True):
                 buffer[row].narrow(-2, 0, width).copy_(other[source_row].narrow(-2, 0, width))
             self._fill(row, -1)
-            held = source.slot_positions[source_row, :width]
-            known = (held >= 0) & (held < length)
-            self.state.slot_positions[row, :width] = held.where(known, -1)
+            positions = source.slot_positions[source_row, :width]
+            known = (positions >= 0) & (positions < length)
+            self.state.slot_positions[row, :width] = positions.where(known, -1)
             self.state.tokens[row, :width] = source.tokens[source_row, :width].where(known, -1)
 
     def snapshot(self, row: int, length: int) -> State:
-        """The first `length` positions of a row as a State of its own, of as many slots where none is reused."""
+        """The first `length` positions of a row as a State of its own, of so many slots (where reused: of all)."""
         state = self.state
         width = state.slots if state.reusable else max(1, length)
         with torch.no_grad():
-            held = state.slot_positions[row : row + 1, :width].clone()
-            gone = held >= length
+            positions = state.slot_positions[row : row + 1, :width].clone()
+            later = positions >= length
             return dataclasses.replace(
                 state,
                 keys=tuple(k[row : row + 1, :, :width].clone() for k in state.keys),
                 values=tuple(v[row : row + 1, :, :width].clone() for v in state.values),
                 memory=state.memory[row : row + 1, :width].clone(),
-                tokens=state.tokens[row : row + 1, :width].masked_fill(gone, -1),
-                slot_positions=held.masked_fill(gone, -1),
-                written_until=0,
+                tokens=state.tokens[row : row + 1, :width].masked_fill(later, -1),
+                slot_positions=positions.masked_fill(later, -1),
+                written_until=0,  # not looked for: it is right, and whoever copies the row does not need more
                 pending_strides=(),
             )
 
     def _fill(self, row: int, value: int) -> None:
+        """Set all positions and tokens of a row; with -1 it is empty."""
         with torch.no_grad():
             self.state.slot_positions[row] = value
             self.state.tokens[row] = value
 
     def _forget(self) -> None:
-        """What Python knows of all rows (`filled`) no longer holds."""
+        """What Python knows of all rows (`written_until`) is no longer true: rows now differ."""
         self.decoder.state = dataclasses.replace(self.state, written_until=0, pending_strides=())
 
 
@@ -122,20 +130,23 @@ class PrefixCache:
     """Snapshots of rows, the least recently used dropped where they exceed a budget."""
 
     def __init__(self, budget: int) -> None:
-        """`budget` in bytes; 0 keeps nothing."""
+        """`budget` in bytes; 0 keeps nothing. ValueError below 0."""
         if budget < 0:
             raise ValueError(f"the budget of prefixes is {budget} bytes; give 0 (keep none) or more")
         self.budget = budget
         self.kept: dict[tuple[int, ...], State] = {}
+        """By the tokens that a row has, the least recently used first."""
 
     @property
     def bytes(self) -> int:
+        """What the snapshots take."""
         return sum(size(state) for state in self.kept.values())
 
-    def find(self, tokens: Sequence[int], reach: int) -> tuple[int, State] | None:
-        """(n, State) of the kept text that shares most tokens, n of them; at most all but the last, which is needed.
+    def find(self, tokens: Sequence[int], lookback: int) -> tuple[int, State] | None:
+        """(n, State) of the kept text that shares most tokens, n of them; None where none shares any.
 
-        reach: where slots are reused, how many positions before n must be intact.
+        At most all but the last token: its hidden state is needed, and is computed anew.
+        lookback: where slots are reused, how many positions before n must be intact.
         """
         wanted = tuple(tokens[:-1])
         shared = {text: common_prefix(text, wanted) for text in self.kept}
@@ -144,19 +155,22 @@ class PrefixCache:
             return None
         state = self.kept.pop(text)
         self.kept[text] = state  # now the most recently used
-        if state.reusable and not bool(state.intact(ends(state, shared[text]), reach).all()):
+        if state.reusable and not bool(state.intact(ends(state, shared[text]), lookback).all()):
             return None
         return shared[text], state
 
     def keep(self, tokens: Sequence[int], state: State) -> None:
-        """Keep a row that holds these tokens; texts that it begins with are dropped."""
+        """Keep a row that has these tokens; kept texts that it begins with are dropped, as it serves for them.
+
+        One that is larger than the whole budget is not kept.
+        """
         text = tuple(tokens)
         if size(state) > self.budget or not text:
             return
         for other in [t for t in self.kept if text[: len(t)] == t]:
             del self.kept[other]
         self.kept[text] = state
-        while self.bytes > self.budget:
+        while self.bytes > self.budget:  # ends before the new one, which fits
             del self.kept[next(iter(self.kept))]
 
 

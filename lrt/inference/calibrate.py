@@ -15,7 +15,8 @@ from torch import Tensor
 from lrt.inference.cost_model import Calibration, Plan, device_name
 from lrt.inference.prefill import TOLERANCES, tolerance
 from lrt.inference.sweeps import Prompt, SweepState
-from lrt.model.transformer import LatentRecurrentTransformer, fingerprint
+from lrt.model.fingerprint import fingerprint
+from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.progress import bar
 
 STRIDES = (4, 8, 16, 32)

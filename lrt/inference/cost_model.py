@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from lrt.model.transformer import LatentRecurrentTransformer, fingerprint
+from lrt.model.fingerprint import fingerprint
+from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.files import replace_atomically
 
 FILE = "calibration.json"

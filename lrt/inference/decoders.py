@@ -1,11 +1,18 @@
-"""Ways to decode one token for each of several rows, at positions of their own. All give the numbers of `eager`.
+"""Decoders: one token for each of several rows, at positions of their own. All give the numbers of `eager`.
 
     eager      the model itself: the reference
     fused      `lrt.inference.fused_step` over `lrt.inference.fused_weights`: fewer, larger matrix products, in place
     packed     the same over weights in oneDNN's layout: on a CPU, in float32
     compiled   fused, through torch.compile; on a GPU with static shapes, as CUDA graphs
 
-A decoder owns a State of B rows. A call computes its first n rows; which rows those are is the caller's business.
+A decoder owns a State of B rows. A call computes its first n rows; which rows those are is the caller's business. Its
+buffers are a State's, so prefill, sessions and every decoder read what another wrote. Weights are copied when a decoder
+is made: it does not see later training.
+
+`fused` is the default, as it starts at once; `best` measures. `packed` is a mode of its own because one row is faster
+in the layout of `fused`, and many rows are in oneDNN's (docs/log.md).
+
+Shapes: B rows of the State, n of them in a call, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils import torch_private
 
 BUCKET = 128
-"""Where shapes are static (CUDA graphs), the slots in view are a power of two times this."""
+"""Where shapes are static (CUDA graphs), the slots in view are a power of two times this: few widths, so few graphs."""
 
 
 class EagerDecoder:
@@ -43,7 +50,7 @@ class EagerDecoder:
 
     @classmethod
     def covers(cls, model: LatentRecurrentTransformer) -> bool:
-        """Whether this way takes such a model; one that does not says so when it is made."""
+        """Whether this decoder takes such a model; one that does not raises ValueError when it is made."""
         return True
 
     @torch.inference_mode()
@@ -51,9 +58,9 @@ class EagerDecoder:
         """The final hidden state (n, D) of tokens (n,) int, row b at positions[b], behind all that the row holds."""
         count, first = len(positions), positions[0]
         state = rows_of(self.state, count)
-        if all(p == first for p in positions):
+        if all(p == first for p in positions):  # a range: the State's fast path
             hidden, after = self.model(tokens.unsqueeze(1), range(first, first + 1), state)
-            if count == self.state.batch:
+            if count == self.state.batch:  # the same buffers, and what Python now knows of all rows (`written_until`)
                 self.state = after
             return hidden.squeeze(1)
         at = torch.tensor(positions, device=tokens.device).unsqueeze(1)
@@ -67,7 +74,7 @@ class EagerDecoder:
 
 
 class FusedDecoder(EagerDecoder):
-    """The flat step over fused products."""
+    """The flat step over fused weights: a decoded token is a few large products, written into the State in place."""
 
     name = "fused"
 
@@ -75,28 +82,33 @@ class FusedDecoder(EagerDecoder):
         super().__init__(model, state)
         self.weights = fuse_weights(model, self.layout(self.state.batch))
         self.buffers = buffers(self.state)
+        # A reader of another kind (an ablation) is called.
         self.read = self.read_buffers if type(model.recall) is MemoryReader else self.ask_reader
         self.slides = any(w is not None for w in model.config.windows)
 
     def layout(self, rows: int) -> Layout:
-        """How the weights are kept for steps of so many rows."""
+        """The layout of the weights for steps of so many rows."""
         return transposed_layout
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         first, last = min(positions), max(positions)
-        slots, places = self.state.slots, self.model.config.positions_per_token
-        if last >= slots // places and not self.state.reusable:
-            raise ValueError(f"position {last} exceeds the {slots // places} slots of this state; make a longer one")
+        slots, per_token = self.state.slots, self.model.config.positions_per_token
+        if last >= slots // per_token and not self.state.reusable:
+            raise ValueError(f"position {last} exceeds the {slots // per_token} slots of this state; make a longer one")
         at = torch.tensor(positions, device=tokens.device)
+        # All rows at one position, nothing slides: every slot up to it is visible, and no mask is needed.
         everything = first == last < slots and not self.slides and self.state.documents is None
-        hidden = self.run(tokens, at * places, min(last * places + 1, slots), everything, None)
-        for place in range(1, places):  # latent thoughts
-            hidden = self.run(tokens, at * places + place, last * places + place + 1, everything, hidden)
+        hidden = self.run(tokens, at * per_token, min(last * per_token + 1, slots), everything, None)
+        for thought in range(1, per_token):
+            hidden = self.run(tokens, at * per_token + thought, last * per_token + thought + 1, everything, hidden)
         return hidden
 
     def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool, thought: Tensor | None) -> Tensor:
-        """One position of the State for each row, on the tokens' embeddings or, in their place, on thought (n, D)."""
+        """One position of the State for each row, on the tokens' embeddings or, in their place, on thought (n, D).
+
+        width: the slots in view are 0 … width - 1; everything: all of them are visible to every row.
+        """
         view = torch.arange(width, device=tokens.device)
         memory = self.read(tokens, positions)
         place = occupy(self.weights, self.buffers, positions, view, everything)
@@ -118,7 +130,7 @@ class FusedDecoder(EagerDecoder):
 
 
 class PackedDecoder(FusedDecoder):
-    """The flat step over weights in oneDNN's layout: on a CPU, in float32, the faster way for many rows."""
+    """The flat step over weights in oneDNN's layout, faster for many rows. ValueError but for float32 on a CPU."""
 
     name = "packed"
 
@@ -136,7 +148,12 @@ class PackedDecoder(FusedDecoder):
 
 
 class CompiledDecoder(FusedDecoder):
-    """The flat step as one compiled graph. The first calls compile, which takes a minute on a CPU."""
+    """The flat step as one compiled graph, tokens in, hidden states out. The first calls compile: a minute on a CPU.
+
+    On a CPU the number of slots in view is a dynamic size. On a GPU widths are few static ones, recorded as CUDA
+    graphs. Batches are not padded: each number of rows has graphs of its own. ValueError for a model whose memory
+    reader is replaced.
+    """
 
     name = "compiled"
 
@@ -151,7 +168,7 @@ class CompiledDecoder(FusedDecoder):
             with_own_code(full_step), fullgraph=True, mode="reduce-overhead" if self.static else None
         )
         self.compiled: set[tuple[int, bool, bool, bool, int, bool]] = set()
-        """Kinds of steps that were run."""
+        """Kinds of steps that were run: what makes torch compile anew (rows, mask, sizes that it specialises on, …)."""
         if self.static:  # CUDA graphs read and write these where they are, without copies
             for tensor in tensors_of(self.weights, self.buffers):
                 torch_private.mark_static_address(tensor)
@@ -163,17 +180,18 @@ class CompiledDecoder(FusedDecoder):
     def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool, thought: Tensor | None) -> Tensor:
         if self.static:  # few shapes: a graph for each
             width = min(bucket(width), self.state.slots)
-            everything = False
+            everything = False  # the rounded width has slots that nothing is written in
             torch.compiler.cudagraph_mark_step_begin()
         view = torch.arange(width, device=tokens.device)
         if not self.static:
             torch_private.mark_maybe_dynamic(view, 0)
         arguments = (self.weights, self.buffers, tokens, positions, view, everything, thought)
+        # A dynamic size has one graph, but torch makes others where it is 1 and where the view is all slots.
         whole_view, static_width = width == self.state.slots, width if self.static else 0
         kind = (len(tokens), everything, width == 1, whole_view, static_width, thought is None)
         if kind in self.compiled:
             hidden = self.graph(*arguments)
-        else:  # may compile: each kind of step has a graph of its own
+        else:  # may compile: each kind of step has a graph of its own, which torch's limit (8) is not to stop
             with torch_private.recompile_limit(len(self.compiled) + 8):
                 hidden = self.graph(*arguments)
             self.compiled.add(kind)
@@ -205,6 +223,7 @@ COUNTER = itertools.count()
 MODES: dict[str, type[EagerDecoder]] = {
     kind.name: kind for kind in (EagerDecoder, FusedDecoder, PackedDecoder, CompiledDecoder)
 }
+"""By name. To add one, subclass `EagerDecoder` and give it a place here; the tests hold it against the oracle."""
 
 
 def decoder(
@@ -213,6 +232,7 @@ def decoder(
     """A decoder for a State, whose buffers it copies.
 
     mode: a name in MODES; or `best`, which times `candidates` (all by default) here, on copies, and takes the fastest.
+    Raises ValueError where there is no such mode, or where it does not take this model.
     """
     if mode not in MODES and mode != "best":
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)} or best")
@@ -230,7 +250,7 @@ def fastest(model: LatentRecurrentTransformer, state: State, candidates: Sequenc
         trial = MODES[name](model, model.empty_state(state.batch, state.slots))
         tokens = torch.zeros(state.batch, dtype=torch.long, device=state.tokens.device)
         spent = []
-        for position in range(min(state.slots, steps + 4)):
+        for position in range(min(state.slots, steps + 4)):  # the first ones may compile; the best is taken
             begin = time.perf_counter()
             trial.logits(trial(tokens, [position] * state.batch)).sum().item()  # a number, so that a GPU is waited for
             spent.append(time.perf_counter() - begin)
@@ -259,7 +279,7 @@ def bucket(width: int) -> int:
 
 
 def tensors_of(*parts: object) -> list[Tensor]:
-    """All tensors in nested tuples."""
+    """All tensors in nested tuples (named ones, too): what CUDA graphs may read where it is."""
     tensors: list[Tensor] = []
     for part in parts:
         if isinstance(part, Tensor):

@@ -1,8 +1,15 @@
 """Many prompts at once: continuous batching over the rows of one State.
 
 Every step feeds each row in use its next token, of the prompt or just drawn, at the row's own position; rows that are
-done are given back at once and taken by those waiting. So prompts of any lengths share a batch without padding, and a
-row's tokens are those that it would have alone (contract, section 7).
+done are given back at once and taken by those waiting. So prompts of any lengths share a batch without padding, exact
+prefill is the same step as decoding, and a row's tokens are those that it would have alone (contract, section 7).
+
+Prompts that are computed in parallel instead (`prefill="converged"`) are swept when they take a row. Those that sweeps
+would not pay for are fed among the others' tokens.
+
+Rows in use are the first ones of the State: when a row is done the last one takes its place (one copy), and a step
+computes no idle rows. Samples of a request and reused prefixes are one thing: a row copied up to where the texts part,
+at most all but the prompt's last token, whose hidden state is computed anew. The memory history makes that exact.
 
 Shapes: n rows in use, V vocabulary, D width.
 """
@@ -27,28 +34,33 @@ from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 
 CHUNK = 256
-"""Slots beyond the reach where they are reused, so that prefill takes as much at once."""
+"""Slots beyond the lookback where slots are reused: what a parallel prefill computes at once."""
 
 
 @dataclass(eq=False)
 class Job:
-    """One sample of a request on its way."""
+    """One sample of a request, from its submission to its end. Jobs are compared by identity."""
 
     request: Request
     number: int
+    """The request's, as `submit` gave it."""
     sample: int
+    """0 … request.samples - 1."""
     tokens: list[int]
     """The prompt and what was drawn."""
     fed: int = 0
-    """How many of them the row holds."""
+    """How many of them are in the row's State: the next call computes tokens[fed], at this position."""
     reused: int = 0
+    """How many of them were copied, not computed."""
     fork: State | None = None
-    """A row that holds the prompt, computed for an earlier sample."""
+    """A row that has the prompt, computed for an earlier sample."""
     logprobs: list[Logprob] = field(default_factory=list)
     certificate: Certificate | None = None
+    """How the prompt was computed, where in parallel (or why not)."""
 
     @property
     def new(self) -> list[int]:
+        """What was drawn."""
         return self.tokens[len(self.request.tokens) :]
 
     @property
@@ -59,7 +71,7 @@ class Job:
 class Engine:
     """Serves requests with one model. `submit`, then `step` until `idle`; or `complete`, or `stream`.
 
-    `mode` says which path decodes (`engine.mode` names it): eager, fused, compiled, or best, which measures them.
+    Not for several threads at once: one thread owns an engine.
     """
 
     def __init__(
@@ -74,11 +86,23 @@ class Engine:
         calibration: Calibration | None = None,
         prompts: int | None = None,
     ) -> None:
-        """rows: sequences decoded at once (8; as many as fit where `memory`, in bytes, is given, which is their limit).
-        slots: the longest a sequence may become (the context). prefill: `exact` feeds prompts token by token among
-        the others, the rest as in `prefill.py`. prefixes: bytes for rows of earlier requests, whose beginnings later
-        prompts reuse. prompts: how many are prefilled in parallel in one step at most, so that the others' tokens do
-        not wait for long; with 1 a prompt is computed as it would be alone, whatever arrives beside it."""
+        """Allocates all rows at once.
+
+        model: without latent thoughts, whose prompts no engine serves.
+        rows: sequences decoded at once. None: 8, or as many as fit into `memory`.
+        slots: the longest a sequence may become, in tokens. None: the context, or where every layer slides what a
+            position looks back on and, for a parallel prefill, a chunk more.
+        mode: which path decodes (`engine.mode` names it): eager, fused, packed, compiled, or best, which measures them.
+        prefill: how prompts are computed. `exact` feeds them token by token among the others' tokens; the rest as in
+            `prefill.py`. A request may say otherwise for itself.
+        memory: bytes that the rows may take, beside the weights. None: no limit.
+        prefixes: bytes for rows of earlier requests, whose beginnings later prompts reuse. 0 keeps none.
+        calibration: what decides between sweeps and token by token. None: a device's usual costs.
+        prompts: how many prompts are prefilled in parallel in one step at most, so that the others' tokens do not wait
+            for long. None: no limit. With 1 a prompt is computed as it would be alone, whatever arrives beside it.
+
+        Raises ValueError, which names value, limit and fix, on numbers below 1 and where `memory` is too little.
+        """
         config = model.config
         refuse_thoughts(config)
         if slots is None:
@@ -102,16 +126,20 @@ class Engine:
         self.rows = RowPool(self.decoder)
         self.slots = slots
         self.limit = None if config.unlimited_context else slots
+        """Tokens that a row may have; None where slots are reused."""
         self.prefixes = PrefixCache(prefixes)
         self.waiting: deque[Job] = deque()
+        """Jobs without a row, in the order in which they came."""
         self.running: list[Job] = []
         """Job i is in row i."""
         self.done: dict[int, list[Completion]] = {}
         """What `step` completed, by request, until it is fetched with `finished`."""
         self.ended: list[Event] = []
+        """What ended outside a step (cancelled, or no token asked for), for the next one to report."""
         self.streams: dict[int, deque[Event]] = {}
         """What each open stream has still to give, whoever makes the steps."""
         self.count = 0
+        """Requests so far: the next one's number."""
 
     @property
     def mode(self) -> str:
@@ -120,6 +148,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
+        """Whether another step would do nothing."""
         return not self.waiting and not self.running and not self.ended
 
     def submit(self, request: Request) -> int:
@@ -137,27 +166,30 @@ class Engine:
     def cancel(self, number: int, sample: int | None = None) -> None:
         """End a request, or one sample of it; rows are free at once. What is done, or unknown, stays as it is."""
 
-        def meant(jobs: Iterable[Job]) -> list[Job]:
+        def matching(jobs: Iterable[Job]) -> list[Job]:
             return [job for job in jobs if job.number == number and sample in (None, job.sample)]
 
-        for job in meant(self.waiting):
+        for job in matching(self.waiting):
             self.waiting.remove(job)
             self.ended.append(self._finish(job, "cancelled"))
-        for job in meant(self.running):
+        for job in matching(self.running):
             self._leave(job)
             self.ended.append(self._finish(job, "cancelled"))
 
     def step(self) -> list[Event]:
-        """One token for every row in use (two where its prompt was just prefilled); returns what was drawn, and which
-        samples ended."""
+        """One token for every row in use (two where its prompt was just prefilled).
+
+        Returns what was drawn, and which samples ended. A row that is still within its prompt draws nothing.
+        """
         events, self.ended = self.ended, []
-        for jobs, hidden in self._prefilled(self._admit()):  # they already stand at their prompt's end
+        for jobs, hidden in self._prefill_new(self._admit()):  # these already stand at their prompt's end
             events += self._draw(jobs, hidden)
         if self.running:
             tokens = torch.tensor([job.tokens[job.fed] for job in self.running], device=self.rows.state.tokens.device)
-            hidden = self.decoder(tokens, [job.fed for job in self.running])
+            hidden = self.decoder(tokens, [job.fed for job in self.running])  # each row at its own position
             for job in self.running:
                 job.fed += 1
+            # The others are within their prompt: the next token is known.
             ready = [i for i, job in enumerate(self.running) if job.fed == len(job.tokens)]
             hidden = hidden if len(ready) == len(self.running) else hidden[ready]
             if ready:
@@ -207,28 +239,28 @@ class Engine:
         for job in list(self.waiting):
             if not self.rows.free or (self.prompts is not None and sum(map(self._sweeps, fresh)) >= self.prompts):
                 break
-            first = job.sample > 0 and job.fork is None and self._prompted(job.number)
-            if first:  # its prompt is being computed for the first sample; it waits for that, the next do not
-                continue
+            if job.sample > 0 and job.fork is None and self._prompt_running(job.number):
+                continue  # its prompt is being computed for the first sample; it waits for that, those behind do not
             self.waiting.remove(job)
             row = self.rows.take()
-            if job.fork is not None:
+            if job.fork is not None:  # all but the last token of the prompt, whose hidden state is computed anew
                 known: tuple[int, State] | None = (len(job.request.tokens) - 1, job.fork)
             else:
                 known = self.prefixes.find(job.tokens, self.model.config.lookback)
             if known is not None and known[0] > 0:
                 job.fed = job.reused = known[0]
                 self.rows.copy(row, known[1], 0, job.fed)
-            job.fork = None
+            job.fork = None  # copied: let go of it
             self.running.append(job)
             fresh.append(job)
         return fresh
 
-    def _prompted(self, number: int) -> bool:
+    def _prompt_running(self, number: int) -> bool:
         """Whether the first sample of a request is still busy with the prompt."""
         return any(job.number == number and not job.new for job in self.running)
 
     def _mode(self, job: Job) -> Mode:
+        """How a job's prompt is computed."""
         return job.request.prefill or self.prefill
 
     def _sweeps(self, job: Job) -> bool:
@@ -236,12 +268,13 @@ class Engine:
         mode, left = self._mode(job), len(job.tokens) - job.fed
         if mode == "exact" or left <= 1:
             return False
+        # As if it were alone, so that what else waits does not decide whether it is swept.
         reason = exact_reason(self.model, mode, left, 1, self.calibration)
         if reason is not None:
             job.certificate = Certificate("exact", reason, left)
         return reason is None
 
-    def _prefilled(self, fresh: Sequence[Job]) -> list[tuple[list[Job], Tensor]]:
+    def _prefill_new(self, fresh: Sequence[Job]) -> list[tuple[list[Job], Tensor]]:
         """Compute the prompts of new rows in parallel, mode by mode: jobs and their last hidden states (n, D)."""
         groups: dict[Mode, list[Job]] = {}
         for job in fresh:
@@ -250,11 +283,12 @@ class Engine:
         return [self._prefill(jobs, mode) for mode, jobs in groups.items()]
 
     def _prefill(self, jobs: list[Job], mode: Mode) -> tuple[list[Job], Tensor]:
+        """Compute the rest of these jobs' prompts: on copies of their rows, which are then written back."""
         rows = [self.running.index(job) for job in jobs]
         parts = [torch.tensor(job.tokens[job.fed :]) for job in jobs]
         device = self.rows.state.tokens.device
         tokens = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(device)
-        state = self.rows.state.select(torch.tensor(rows, device=device))
+        state = self.rows.state.select(torch.tensor(rows, device=device))  # a copy, which prefill may overwrite
         lengths = torch.tensor([len(part) for part in parts], device=device)
         out = prefill(self.model, tokens, state, mode, lengths, self.calibration)
         for i, (row, job) in enumerate(zip(rows, jobs, strict=True)):
@@ -266,27 +300,26 @@ class Engine:
     def _draw(self, jobs: Sequence[Job], hidden: Tensor) -> list[Event]:
         """The next token of jobs whose tokens are all fed, from hidden (n, D)."""
         logits = self.decoder.logits(hidden)
-        seeds = [(job.seed, len(job.tokens)) for job in jobs]
-        steered = self._steered(jobs, logits)
-        tokens = draw_rows(steered, [job.request.sampling for job in jobs], seeds).tolist()
+        seeds = [(job.seed, len(job.tokens)) for job in jobs]  # (seed, position of the token that is drawn)
+        tokens = draw_rows(self._steer(jobs, logits), [job.request.sampling for job in jobs], seeds).tolist()
         events = []
         for i, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
             if job.sample == 0 and not job.new:
                 self._fork(job)
-            certificate = None if job.new else job.certificate
+            certificate = None if job.new else job.certificate  # with the first token only
             job.tokens.append(token)
             logprob = None
             if job.request.logprobs is not None:
                 logprob = log_probability(logits[i], token, job.request.logprobs)
                 job.logprobs.append(logprob)
             finish = job.request.finish_reason(job.new, self.limit)
-            if finish is not None:
+            if finish is not None:  # rows move now; jobs and logits keep the order of this call
                 self._leave(job)
                 self._finish(job, finish)
             events.append(Event(job.number, job.sample, token, finish, logprob, certificate))
         return events
 
-    def _steered(self, jobs: Sequence[Job], logits: Tensor) -> Tensor:
+    def _steer(self, jobs: Sequence[Job], logits: Tensor) -> Tensor:
         """Logits (n, V) with the penalties and biases of their requests."""
         if all(job.request.steering.neutral for job in jobs):
             return logits
@@ -306,13 +339,14 @@ class Engine:
     def _leave(self, job: Job) -> None:
         """A job's row is free; the last row takes its number."""
         row = self.running.index(job)
-        if self.prefixes.budget:
+        if self.prefixes.budget:  # the last token drawn was not fed, so it is not part of what is kept
             self.prefixes.keep(job.tokens[: job.fed], self.rows.snapshot(row, job.fed))
         last = self.rows.give_back(row)
         self.running[row] = self.running[last]
         self.running.pop()
 
     def _finish(self, job: Job, finish: Finish) -> Event:
+        """Note the completed sample; the event that says so without another token."""
         prompt = len(job.request.tokens)
         completion = Completion(
             job.number, job.sample, tuple(job.new), finish, tuple(job.logprobs), prompt, job.reused, job.certificate
@@ -322,7 +356,7 @@ class Engine:
 
 
 def log_probability(logits: Tensor, token: int, alternatives: int) -> Logprob:
-    """Of a token and of the most likely ones, from logits (V,)."""
+    """The log-probability, in nats, of a token and of the `alternatives` most likely ones, from logits (V,)."""
     log = logits.float().log_softmax(-1)
     values, indices = log.topk(alternatives) if alternatives else (log[:0], log[:0].long())
     pairs = zip(indices.tolist(), values.tolist(), strict=True)

@@ -4,6 +4,10 @@ The same numbers as `model(tokens, positions, state)`, over `fused_weights.py`; 
 `occupy` says where tokens stand that are decoded in order, one for each row, and `locate_class` where the positions of
 a strided class do.
 
+It is the model written a second time: functions of tensors, which torch.compile takes as one graph, over few large
+products. So tests hold every configuration of the exactness tests against the oracle in each mode of `decoders.MODES`,
+at ragged positions.
+
 Shapes: R rows of this step, q positions of each, n = R·q (q = 1 when decoding), B rows, S slots, D width, C channels,
 P remembered sources, H query heads, G key/value heads, K head size, W slots in view.
 """
@@ -20,12 +24,14 @@ from torch.nn import functional as F
 from lrt.inference.fused_weights import FusedLayer, FusedWeights
 from lrt.model.config import ModelConfig
 from lrt.model.layers import rms, rotary
-from lrt.model.state import Positions, State
+from lrt.model.state import State
+from lrt.model.state_protocol import Positions
 from lrt.model.visibility import additive, visible_keys
 from lrt.utils.torch_private import packed_linear
 
 RUNS, SHORTEST = 4, 16
-"""A class's queries are taken in so many runs, none shorter than this."""
+"""On a CPU a class's queries are taken in so many runs, none shorter than this. Up to stride 16 a sweep is 2 to 6 %
+faster so than in one run; eight are no faster (docs/log.md)."""
 
 
 class Buffers(NamedTuple):
@@ -34,14 +40,15 @@ class Buffers(NamedTuple):
     keys: tuple[Tensor, ...]
     """One (B·G·S, K) per layer."""
     values: tuple[Tensor, ...]
+    """Likewise."""
     memory: Tensor
     """(B·S, P, D)."""
     tokens: Tensor
-    """(B·S,)."""
+    """(B·S,) int, -1 where unknown."""
     slot_positions: Tensor
-    """(B·S,)."""
+    """(B·S,) int, the position that each slot holds, -1 for none."""
     documents: Tensor | None
-    """(B·S,)."""
+    """(B·S,) int, or None where a row is one document."""
     slots: int
     """S."""
 
@@ -82,9 +89,9 @@ class SlotPlacement(NamedTuple):
     cache: Tensor
     """(n·G,): the same among the slots of keys and values."""
     angles: tuple[Tensor, Tensor]
-    """Cosine, and sine with the first half's sign turned: (n, 1, K) each."""
+    """As `rotations` gives them: (n, 1, K) each."""
     parts: tuple[tuple[Part, ...], ...]
-    """What is visible in each layer."""
+    """What is visible in each layer, in runs of queries; one run when decoding."""
 
 
 class MemoryPlace(NamedTuple):
@@ -100,7 +107,7 @@ def locate_memory(p: FusedWeights, b: Buffers, positions: Tensor) -> MemoryPlace
     """Where rows decoded in order, at `positions` (n,), read their memory."""
     rows = torch.arange(positions.shape[0], device=positions.device)
     earlier = positions - p.config.memory.delay
-    slots = rows * b.slots + earlier.clamp(min=0) % b.slots
+    slots = rows * b.slots + earlier.clamp(min=0) % b.slots  # before the beginning: any slot, as it is not `inside`
     inside = earlier >= 0
     if b.documents is not None:
         inside = inside & (b.documents[rows * b.slots + positions % b.slots] == b.documents[slots])
@@ -115,6 +122,7 @@ def occupy(p: FusedWeights, b: Buffers, positions: Tensor, view: Tensor, everyth
     """
     rows = torch.arange(positions.shape[0], device=positions.device)
     here = rows * b.slots + positions % b.slots
+    # Marked before the masks are made: a position sees itself.
     b.slot_positions.index_copy_(0, here, positions)
     windows = p.config.windows
     masks: dict[int | None, Tensor | None] = dict.fromkeys(windows)
@@ -125,7 +133,7 @@ def occupy(p: FusedWeights, b: Buffers, positions: Tensor, view: Tensor, everyth
 
 
 def locate_class(p: FusedWeights, state: State, positions: Positions) -> SlotPlacement:
-    """The place of `positions`, a range or (R, q) int, which an `in_place` State of R rows holds since just now.
+    """The place of `positions`, a range or (R, q) int, which an `in_place` State of R rows has just marked as written.
 
     On a CPU the queries are taken in runs, each of which looks at no slot behind its own last one: with a mask, its
     attention kernel computes what is masked as well.
@@ -133,7 +141,7 @@ def locate_class(p: FusedWeights, state: State, positions: Positions) -> SlotPla
     config, b = p.config, buffers(state)
     index = state.index(positions).expand(state.batch, -1)
     rows = torch.arange(state.batch, device=index.device).unsqueeze(1)
-    windows, runs = config.windows, [(0, index.shape[1], state.slots)]
+    windows, runs = config.windows, [(0, index.shape[1], state.slots)]  # a run: first query, one past its last, width
     if index.device.type == "cpu":
         count = index.shape[1]
         cuts = range(0, count, max(SHORTEST, -(-count // RUNS)))
@@ -159,8 +167,8 @@ def locate_class(p: FusedWeights, state: State, positions: Positions) -> SlotPla
 
 def class_mask(state: State, positions: Tensor, width: int, window: int | None, like: Tensor) -> Tensor:
     """(R, 1, q, W), 0 or -inf: what positions (R, q) see of the first W slots."""
-    held = state.slot_positions[:, None, :width]
-    return additive(visible_keys(positions.unsqueeze(2), held, window), like).unsqueeze(1)
+    keys = state.slot_positions[:, None, :width]
+    return additive(visible_keys(positions.unsqueeze(2), keys, window), like).unsqueeze(1)
 
 
 def cache_slots(p: FusedWeights, b: Buffers, rows: Tensor, positions: Tensor) -> Tensor:
@@ -172,28 +180,34 @@ def cache_slots(p: FusedWeights, b: Buffers, rows: Tensor, positions: Tensor) ->
 
 
 def rotations(p: FusedWeights, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine, and sine with the first half's sign turned, of positions (n,): (n, 1, K) each."""
+    """Cosine, and sine with the second half's sign turned, of positions (n,): (n, 1, K) each.
+
+    `layers.rotate` is then x · cos + (x with its halves exchanged) · sin.
+    """
     cos, sin = rotary(positions, p.config.head_dim, p.config.rope_base, p.embedding)
     return torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
 
 
 def rows_in_view(b: Buffers, here: Tensor, positions: Tensor, view: Tensor, window: int | None) -> Tensor:
-    """(n, 1, 1, W) bool: what each row's position (n,), written since just now, sees of the slots in view."""
+    """(n, 1, 1, W) bool: what each row's position (n,), already marked as written, sees of the slots in view."""
     count, width = positions.shape[0], view.shape[0]
-    held = b.slot_positions.view(-1, b.slots)[:count, :width]
+    keys = b.slot_positions.view(-1, b.slots)[:count, :width]
     own = documents = None
     if b.documents is not None:
         own, documents = b.documents[here].unsqueeze(1), b.documents.view(-1, b.slots)[:count, :width]
-    return visible_keys(positions.unsqueeze(1), held, window, own, documents).unsqueeze(1).unsqueeze(1)
+    return visible_keys(positions.unsqueeze(1), keys, window, own, documents).unsqueeze(1).unsqueeze(1)
 
 
 def read_memory(p: FusedWeights, b: Buffers, before: MemoryPlace) -> Tensor:
-    """The memory (C, n, D) that rows decoded in order read: all that lies before them is written."""
+    """The memory (C, n, D) that rows decoded in order read.
+
+    All that lies before them is written, so that there is no stand-in (`MemoryConfig.initial`) to put in.
+    """
     sources, stored = p.config.sources, p.config.stored_sources
     if not sources:
         return p.embedding.new_zeros(0, before.slots.shape[0], p.config.width)
-    held = b.memory.index_select(0, before.slots)
-    by_source = {s: held[:, i] for i, s in enumerate(stored)}
+    memory = b.memory.index_select(0, before.slots)
+    by_source = {s: memory[:, i] for i, s in enumerate(stored)}
     if 0 in sources:
         by_source[0] = p.embedding[b.tokens.index_select(0, before.slots).clamp(min=0)]
     parts = [by_source[s] for s in sources]
@@ -206,7 +220,7 @@ def read_memory(p: FusedWeights, b: Buffers, before: MemoryPlace) -> Tensor:
 def step(
     p: FusedWeights, b: Buffers, memory: Tensor, tokens: Tensor, place: SlotPlacement, thought: Tensor | None = None
 ) -> Tensor:
-    """The final hidden state (n, D) of tokens (n,), whose memory is (C, n, D), at a place. Writes the State.
+    """The final hidden state (n, D) of tokens (n,), whose memory is (C, n, D), at a place. Writes the State's buffers.
 
     thought (n, D) stands in the place of the tokens' embeddings where they are latent thoughts.
     """
@@ -214,7 +228,8 @@ def step(
     b.tokens.index_copy_(0, place.here, tokens)
     x = x0 = p.embedding[tokens] if thought is None else thought
     count = tokens.shape[0]
-    added = p.mix @ torch.cat((x0.unsqueeze(0), memory)).flatten(1)  # (L, n·D)
+    # β x_0 + Σ γ m of all blocks: they need no layer to be computed first. (L·loops, n·D)
+    added = p.mix @ torch.cat((x0.unsqueeze(0), memory)).flatten(1)
     # Per channel and set (n, 2, G, K): U_k m and U_v m; no channel's where memory enters the residual stream alone.
     projected = [
         product(channel, weight).view(count, -1, 2, config.num_kv_heads, config.head_dim).unbind(1)
@@ -223,7 +238,7 @@ def step(
     remembered = config.stored_sources
     outputs: dict[int, Tensor] = {}
     for i, layer in enumerate(p.layers):
-        x = torch.addcmul(added[i].view(count, -1), x, layer.alpha)
+        x = torch.addcmul(added[i].view(count, -1), x, layer.alpha)  # α x + β x_0 + Σ γ m
         own = [] if layer.projection is None else [sets[layer.projection] for sets in projected]
         q = write_layer(config, b, layer, i, rms(x), tokens, own, place)
         y = attend(config, b, i, q.unflatten(0, (place.rows, -1)).transpose(1, 2), place)
@@ -249,19 +264,19 @@ def write_layer(
 ) -> Tensor:
     """Keys and values of one layer into its cache; the queries (n, H, K).
 
-    u (n, D) is the block's input, projected what U gives, (n, 2, G, K) per channel that the block adds.
+    u (n, D) is the block's normalised input, projected what U gives, (n, 2, G, K) per channel that the block adds.
     """
     heads, groups, size = config.heads, config.num_kv_heads, config.head_dim
     out = product(u, layer.inputs)
-    split = (heads + 2 * groups) * size
+    split = (heads + 2 * groups) * size  # columns: queries, keys, values | gates
     gates = torch.sigmoid(out[:, split:]).unflatten(1, (-1, 1, groups, 1)) if out.shape[1] > split else None
     kv = out[:, heads * size : split].unflatten(1, (2, groups, size))
-    if layer.projection is not None and gates is not None:
+    if layer.projection is not None and gates is not None:  # σ alone: the gates' 2 is in the weights of k, v and U
         kv = kv * gates[:, 0]
         for channel, added in enumerate(projected, start=1):
             kv = torch.addcmul(kv, gates[:, channel], added)
     k, v = kv.unbind(1)
-    if layer.table is not None and gates is not None:
+    if layer.table is not None and gates is not None:  # its gate is the last one; its 2 is here
         v = torch.addcmul(v, gates[:, -1, 0], F.embedding(tokens, layer.table).unflatten(1, (groups, size)), value=2)
     qk = torch.cat((out[:, : heads * size].unflatten(1, (heads, size)), k), 1)
     cos, sin = place.angles
@@ -272,7 +287,7 @@ def write_layer(
 
 
 def attend(config: ModelConfig, b: Buffers, index: int, q: Tensor, place: SlotPlacement) -> Tensor:
-    """Softmax attention (R, H, q, K) of one layer's queries (R, H, q, K)."""
+    """Softmax attention (R, H, q, K) of one layer's queries (R, H, q, K), run by run."""
     outputs = []
     for part in place.parts[index]:
         keys, values = (
@@ -289,14 +304,14 @@ def attend(config: ModelConfig, b: Buffers, index: int, q: Tensor, place: SlotPl
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (n, in) times a weight (in, out), or one packed for the CPU."""
+    """x (n, in) times a weight (in, out), or one in oneDNN's layout (`packed_layout`)."""
     if weight.is_mkldnn:
         return packed_linear(x, weight)
     return x @ weight
 
 
 def added_product(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """x + y · weight."""
+    """x + y · weight, with the sum in the product where the weight's layout allows it."""
     return x + product(y, weight) if weight.is_mkldnn else torch.addmm(x, y, weight)
 
 

@@ -1,10 +1,14 @@
 """A model's weights, arranged for decoding: what one token needs is a few large matrix products.
 
-Made once per model, for inference: the products are copies (a second set of weights in memory), so weights that are
-changed afterwards need new ones.
+Queries, keys, values and all gates of a layer are one matrix; U of all layers is one per channel; β and γ of all layers
+are one. Made once per model, for inference: they are copies (a second set of weights in memory), and do not see later
+training.
 
-Shapes: D width, V vocabulary, L layers, C memory channels, H query heads, G key/value heads, K head size, N columns.
-Matrices are (in, out) and contiguous (with one row, the faster layout), or packed for a CPU (docs/log.md).
+Matrices are (in, out) and contiguous, which one row reads a quarter faster on a CPU, or in oneDNN's layout, because
+products of a hundred rows else spend half of their time on arranging the weights (docs/log.md).
+
+Shapes: D width, V vocabulary, L layers, C memory channels, H query heads, G key/value heads, K head size, M the MLP's
+hidden width, N columns.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from lrt.utils.torch_private import pack_linear, packs_linear
 
 
 class FusedLayer(NamedTuple):
-    """One block's."""
+    """One block's weights."""
 
     inputs: Tensor
     """(D, N): W_q, W_k, W_v, then the gates: local, one per channel, the value embedding's (those that exist)."""
@@ -44,7 +48,7 @@ class FusedLayer(NamedTuple):
 
 
 class FusedWeights(NamedTuple):
-    """A whole model's."""
+    """A whole model's weights. Named tuples, as torch.compile and `tensors_of` see through them."""
 
     config: ModelConfig
     embedding: Tensor
@@ -54,14 +58,15 @@ class FusedWeights(NamedTuple):
     projection: tuple[Tensor, ...]
     """Per channel (D, sets·2·G·K): U_k and U_v of all layers; doubled, as the gates' factor 2 is taken into them."""
     recall: Tensor | None
-    """Learned weights of a summed source."""
+    """(sources,): the learned weights of a summed source; None where sources are not summed."""
     layers: tuple[FusedLayer, ...]
+    """L·loops: one per application of a block."""
     head: Tensor
     """(D, V)."""
 
 
 Layout = Callable[[Tensor], Tensor]
-"""How a weight (out, in) is kept."""
+"""Turns a weight (out, in) into the form in which `fused_step.product` takes it."""
 
 
 def transposed_layout(weight: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ def packs(model: LatentRecurrentTransformer) -> bool:
 
 @torch.no_grad()
 def fuse_weights(model: LatentRecurrentTransformer, layout: Layout = transposed_layout) -> FusedWeights:
-    """The products of a model's present weights; `layout` is that of the blocks' and the head's matrices."""
+    """The fused form of a model's present weights; `layout` is that of the blocks' and the head's matrices."""
     config = model.config
     channels = config.channels
     injected = config.injected_layers
@@ -90,13 +95,14 @@ def fuse_weights(model: LatentRecurrentTransformer, layout: Layout = transposed_
     layers, mix = [], []
     for layer, block in enumerate(model.blocks, start=1):
         assert isinstance(block, Block)
+        # A block that adds no memory to its stream has γ 0 in the common product.
         gamma = block.injection.gamma if isinstance(block.injection, Residual) else block.beta.new_zeros(channels)
         mix.append(torch.cat([block.beta, gamma]))
         layers.append(_layer(block, injected.index(layer) if layered and layer in injected else 0, layout))
     weights = model.recall.weights if isinstance(model.recall, MemoryReader) else None
     return FusedWeights(
         config=config,
-        embedding=rms(table_rows(model.embedding)),
+        embedding=rms(table_rows(model.embedding)),  # normalised once, not per token
         mix=torch.stack(mix).repeat(config.loops, 1),
         projection=_projection(model.projection, layout) if isinstance(model.projection, Projection) else (),
         recall=None if weights is None else weights.clone(),
@@ -106,12 +112,14 @@ def fuse_weights(model: LatentRecurrentTransformer, layout: Layout = transposed_
 
 
 def _layer(block: Block, projection: int, layout: Layout) -> FusedLayer:
+    """One block's weights; `projection` is the set of U_k and U_v that it adds, if it adds one."""
     attention, injection = block.attention, block.injection
     assert isinstance(attention, Attention)
     assert isinstance(injection, NoMemory)
     embedded = attention.value_embedding if isinstance(attention.value_embedding, ValueEmbedding) else None
     gated = isinstance(injection, KeyValue)
-    scale = 2 if gated else 1  # 2σ(G u) · W u = σ(G u) · 2W u, exactly
+    # 2σ(G u) · W u = σ(G u) · 2W u: a factor of the gates less per token, and doubling rounds nothing.
+    scale = 2 if gated else 1
     parts = [matrix(attention.query), scale * matrix(attention.key), scale * matrix(attention.value)]
     if isinstance(injection, KeyValue):
         parts.append(matrix(injection.gate))

@@ -2,7 +2,7 @@
 
 For prompts of one length; `engine.py` serves many of any lengths, and draws the same tokens for the same seeds.
 
-Shapes: B batch, T prompt positions, V vocabulary.
+Shapes: B batch, T prompt positions, D width.
 """
 
 from __future__ import annotations
@@ -40,23 +40,26 @@ def generate(
     if len(wrong):
         raise ValueError(f"token {int(wrong[0])} is not in the vocabulary of {config.vocab_size}; use its tokenizer")
     room = None if config.unlimited_context else config.context + 1 - length  # the last token drawn is never fed back
+    # One token fits at least, also where none is asked for: the prompt itself has to.
     if room is not None and room < max(1, max_new_tokens or 1):
         raise ValueError(
             f"a prompt of {length} tokens and {max_new_tokens or 1} new ones exceed the context of {config.context}; "
             "shorten one of them, or use a model in which every layer has a sliding window"
         )
     wanted = room if max_new_tokens is None else max_new_tokens
+    # A generator of its own does the work, so that mistakes raise here and not at the first token.
     return iter(()) if wanted == 0 else _generate(model, tokens, wanted, sampling or Sampling(), seed)
 
 
 def _generate(
     model: LatentRecurrentTransformer, tokens: Tensor, wanted: int | None, sampling: Sampling, seed: int
 ) -> Iterator[Tensor]:
+    """The tokens of `generate`, whose arguments are checked; `wanted` None goes on for ever."""
     rows, length = tokens.shape
     slots = model.config.context if wanted is None else length + wanted - 1
     if model.config.unlimited_context:  # an endless stream reuses its slots
         slots = min(slots, model.config.lookback + 1) if wanted is not None else model.config.lookback + 1
-    with torch.no_grad():
+    with torch.no_grad():  # not inference mode: buffers are ordinary tensors, whoever reads them later
         step = decoder(model, model.empty_state(rows, max(1, slots)))
     hidden = step(tokens[:, 0], [0] * rows)
     for position in range(1, length):

@@ -1,5 +1,8 @@
 """How the next token is drawn, row by row: what one row gets depends on its own logits, seed and position alone.
 
+It is the inverse of the cumulated distribution at a number hashed from (seed, position). So neither the batch nor the
+order of rows nor a rewind matters, and `generate`, sessions and the engine draw the same.
+
 Shapes: n rows, V vocabulary.
 """
 
@@ -19,7 +22,7 @@ COLDEST = 1e-30
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn."""
+    """The distribution that the next token is drawn from. ValueError on a number out of its range."""
 
     temperature: float = 1.0
     """Logits are divided by it; 0 takes the most likely token."""
@@ -41,16 +44,16 @@ class Sampling:
         if self.temperature == 0:
             return logits.argmax(-1)
         passed = self.probabilities(logits).to(uniform.dtype).cumsum(-1)
-        total = passed[:, -1]
+        total = passed[:, -1]  # 1 but for rounding
         # Below the total whatever the rounding, so that a token of probability 0 is never taken.
         sought = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(passed, sought.unsqueeze(1), right=True).squeeze(1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The distribution (n, V) that is drawn from; temperature above 0."""
+        """The distribution (n, V) that is drawn from, float32; temperature above 0. Top-k is cut first, then top-p."""
         logits = logits.float() / max(self.temperature, COLDEST)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k).values[:, -1:]
+            least = logits.topk(self.top_k).values[:, -1:]  # as likely as the k-th: stays, so there may be more than k
             logits = logits.masked_fill(logits < least, -torch.inf)
         probabilities = logits.softmax(-1)
         if self.top_p is not None and self.top_p < 1:
@@ -67,7 +70,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Steering:
-    """Added to the logits before a token is drawn, in the terms of OpenAI's API; log-probabilities ignore it."""
+    """Added to the logits before a token is drawn, in the terms of OpenAI's API; log-probabilities ignore it.
+
+    ValueError on a number that is not finite.
+    """
 
     frequency: float = 0.0
     """Taken from a token's logit for every time that it was drawn."""
@@ -97,7 +103,10 @@ class Steering:
 
 
 def draw_rows(logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[tuple[int, int]]) -> Tensor:
-    """The next tokens (n,) from logits (n, V), each row by its own sampling and its own (seed, position)."""
+    """The next tokens (n,) from logits (n, V), each row by its own sampling and its own (seed, position).
+
+    Rows of equal sampling are computed together, which changes none of them.
+    """
     groups: dict[Sampling, list[int]] = {}
     for row, sampling in enumerate(samplings):
         groups.setdefault(sampling, []).append(row)
@@ -110,13 +119,20 @@ def draw_rows(logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[tup
 
 
 def uniform(seed: int, position: int) -> Tensor:
-    """(1,) in [0, 1): what decides the token at a position, however it was reached."""
+    """(1,) float64 in [0, 1): what decides the token at a position, however it was reached.
+
+    On the CPU, so that every device draws the same number.
+    """
     return torch.rand(1, generator=generator_at(seed, position), dtype=torch.float64)
 
 
 def generator_at(seed: int, position: int) -> torch.Generator:
-    """What the token at a position is drawn with: a function of (seed, position), so that going back is exact."""
+    """What the token at a position is drawn with: a function of (seed, position), so that going back is exact.
+
+    Hashed, so that neighbouring seeds and positions have nothing in common.
+    """
     digest = hashlib.sha256(f"{seed} {position}".encode()).digest()
+    # 63 bits, as torch takes a seed for a signed number of 64.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 

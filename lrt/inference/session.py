@@ -1,7 +1,9 @@
 """A session: one sequence, all that a model knows about it, and where its sampling stands, as a value.
 
-Nothing changes a session: to extend, rewind or continue it gives another one, and both stay good. The memory history
-in the State is what makes going back exact: a recurrent state alone could not.
+Nothing changes a session, a frozen value of state, tokens and seed: to extend, rewind or continue it gives another one,
+and both stay good. The memory history in the State is what makes going back exact: the last memory alone would not.
+
+A draw is a function of seed and position, so that going back and on again draws the same.
 
 On the disk a session is a folder, and reading one unpickles nothing:
 
@@ -30,13 +32,15 @@ from lrt.inference.decoders import decoder
 from lrt.inference.generation import continuation
 from lrt.inference.prefill import Mode, Prefilled, prefill
 from lrt.inference.sampling import Sampling
+from lrt.model.fingerprint import fingerprint
 from lrt.model.state import State
-from lrt.model.transformer import LatentRecurrentTransformer, fingerprint
+from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.files import read_json, recover, replace_folder, sha256, temporary_name
 
 FORMAT = 1
+"""Of the folder."""
 CHUNK = 256
-"""Positions that are computed at once where slots are reused."""
+"""Slots beyond the lookback where slots are reused: what is computed at once, and about how far `crop` can go back."""
 
 
 @dataclass(frozen=True)
@@ -64,26 +68,31 @@ class Session:
         seed: int = 0,
         calibration: Calibration | None = None,
     ) -> Session:
-        """A session that begins with these tokens. ValueError where there are none, or more than the context holds."""
+        """A session that begins with these tokens, prefilled by `mode` (as in `prefill.py`).
+
+        ValueError where there are none, or more than the context holds.
+        """
+        # Where the context is bounded, slots are added as they are needed (`_room`).
         slots = model.config.lookback + CHUNK if model.config.unlimited_context else 1
         empty = model.empty_state(1, slots)
-        return _extended(cls(model, (), empty, empty.memory.new_zeros(1, 1, 1), seed), tokens, mode, calibration)
+        return _extend(cls(model, (), empty, empty.memory.new_zeros(1, 1, 1), seed), tokens, mode, calibration)
 
     def extend(
         self, tokens: Sequence[int], mode: Mode = "converged", calibration: Calibration | None = None
     ) -> Session:
-        """This session and more given tokens, prefilled behind what it holds."""
-        return _extended(self, tokens, mode, calibration)
+        """This session and more given tokens, prefilled behind its own. ValueErrors as in `start`."""
+        return _extend(self, tokens, mode, calibration)
 
     def fork(self, seed: int) -> Session:
-        """The same session with another seed: one of several continuations."""
+        """The same session with another seed and tensors of its own: one of several continuations."""
         return dataclasses.replace(self, state=self.state.clone(), hidden=self.hidden.clone(), seed=seed)
 
     def crop(self, length: int) -> Session:
         """The session as it was when it had `length` tokens.
 
+        The last token is computed anew: for most sources its final hidden state is not part of the State.
         Raises ValueError where slots are reused and what was then known is overwritten: no more than the State's
-        slots less the reach (longest window, delay) can be taken back.
+        slots less the lookback (longest window, delay) can be taken back.
         """
         if not 1 <= length <= len(self.tokens):
             raise ValueError(
@@ -97,7 +106,7 @@ class Session:
                 f"{len(self.tokens)} tokens cannot be cropped to {length}: the {self.state.slots} slots were reused, "
                 f"so that at most {self.state.slots - self.model.config.lookback - 1} can be taken back"
             )
-        with torch.no_grad():  # the last token anew: its hidden state is not part of the State for every source
+        with torch.no_grad():
             hidden, state = self.model(last, range(before, length), self.state.crop(before))
         return dataclasses.replace(self, tokens=self.tokens[:length], state=state, hidden=hidden, report=None)
 
@@ -120,7 +129,7 @@ class Session:
         """
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
-        step = decoder(self.model, self._room(max_new_tokens))
+        step = decoder(self.model, self._room(max_new_tokens))  # on a copy of the State, which it overwrites
         tokens, hidden = list(self.tokens), self.hidden.squeeze(1)
         for token in continuation(step, hidden, len(tokens), sampling or Sampling(), [self.seed], max_new_tokens):
             tokens.append(int(token))
@@ -128,15 +137,20 @@ class Session:
                 on_token(tokens[-1])
             if tokens[-1] in stop:
                 break
-        if len(tokens) > len(self.tokens):  # a session holds its last token too
+        if len(tokens) > len(self.tokens):  # `continuation` feeds all but the last; a session has that in its State too
             hidden = step(self._row(tokens[-1:])[0], [len(tokens) - 1])
+        # A fused step does not raise `written_until`. Where all was written before, it still is.
         written = len(tokens) if self.state.written_until == len(self.tokens) else self.state.written_until
         state = dataclasses.replace(step.state, write=self.state.write, written_until=written)
         hidden = hidden.unsqueeze(1).clone()  # outside inference mode: an ordinary tensor
         return dataclasses.replace(self, tokens=tuple(tokens), state=state, hidden=hidden, report=None)
 
     def save(self, path: str | Path) -> None:
-        """Write the session to a folder, in the place of an older session there."""
+        """Write the session to a folder, in the place of an older session there.
+
+        It is written beside its target and renamed when whole. Raises ValueError where the folder is something else's,
+        OSError where the disk does not take it; an older session is then untouched.
+        """
         path = Path(path)
         if path.exists() and not (path / "session.json").exists() and any(path.iterdir()):
             raise ValueError(f"{path} holds something that is no session; choose another folder")
@@ -175,13 +189,14 @@ class Session:
             raise ValueError(
                 f"{file} is missing, truncated or changed; restore it from a copy, or prefill the text anew"
             )
-        place = str(model.embedding.weight.device)
+        device = str(model.embedding.weight.device)
         try:
-            return _rebuilt(model, safetensors.torch.load_file(file, device=place), about)
+            return _rebuild(model, safetensors.torch.load_file(file, device=device), about)
         except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} describes no session of this version ({error!r})") from error
 
     def _row(self, tokens: Sequence[int]) -> Tensor:
+        """Tokens as a batch of one row, (1, n)."""
         return torch.tensor([list(tokens)], device=self.state.tokens.device)
 
     def _room(self, count: int) -> State:
@@ -197,7 +212,8 @@ class Session:
         return self.state.resized(max(1, length))
 
 
-def _extended(session: Session, tokens: Sequence[int], mode: Mode, calibration: Calibration | None) -> Session:
+def _extend(session: Session, tokens: Sequence[int], mode: Mode, calibration: Calibration | None) -> Session:
+    """What `start` and `extend` share: the tokens checked, prefilled behind the session's, and appended to them."""
     if len(tokens) == 0:
         raise ValueError("the prompt is empty; give at least one token (BOS will do)")
     vocabulary = session.model.config.vocab_size
@@ -216,6 +232,7 @@ def _extended(session: Session, tokens: Sequence[int], mode: Mode, calibration: 
 
 
 def _tensors(session: Session) -> dict[str, Tensor]:
+    """What state.safetensors keeps: the slots in use, or all of them where they are reused."""
     state = session.state if session.model.config.unlimited_context else session.state.resized(len(session.tokens))
     layers = range(len(state.keys))
     named = {f"keys.{i}": state.keys[i] for i in layers} | {f"values.{i}": state.values[i] for i in layers}
@@ -226,6 +243,7 @@ def _tensors(session: Session) -> dict[str, Tensor]:
 
 
 def _about(session: Session, folder: Path) -> dict[str, Any]:
+    """What session.json says, of a folder that has state.safetensors already."""
     file = folder / "state.safetensors"
     return {
         "format": FORMAT,
@@ -236,15 +254,16 @@ def _about(session: Session, folder: Path) -> dict[str, Any]:
     }
 
 
-def _rebuilt(model: LatentRecurrentTransformer, read: dict[str, Tensor], about: dict[str, Any]) -> Session:
-    layers, slots = model.config.kv_layers, read["held"].shape[1]
+def _rebuild(model: LatentRecurrentTransformer, tensors: dict[str, Tensor], about: dict[str, Any]) -> Session:
+    """The session of `_tensors` and `_about`. KeyError or ValueError where something is lacking or unknown."""
+    layers, slots = model.config.kv_layers, tensors["held"].shape[1]
     state = dataclasses.replace(
         model.empty_state(1, slots),
-        keys=tuple(read[f"keys.{i}"] for i in range(layers)),
-        values=tuple(read[f"values.{i}"] for i in range(layers)),
-        memory=read["memory"],
-        tokens=read["known"],
-        slot_positions=read["held"],
-        written_until=read["tokens"].shape[0],
+        keys=tuple(tensors[f"keys.{i}"] for i in range(layers)),
+        values=tuple(tensors[f"values.{i}"] for i in range(layers)),
+        memory=tensors["memory"],
+        tokens=tensors["known"],
+        slot_positions=tensors["held"],
+        written_until=tensors["tokens"].shape[0],
     )
-    return Session(model, tuple(read["tokens"].tolist()), state, read["hidden"], int(about["seed"]))
+    return Session(model, tuple(tensors["tokens"].tolist()), state, tensors["hidden"], int(about["seed"]))

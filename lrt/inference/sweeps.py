@@ -27,7 +27,8 @@ from lrt.inference.cost_model import Calibration
 from lrt.inference.fused_step import buffers, locate_class, step
 from lrt.inference.fused_weights import FusedWeights, fuse_weights, packed_layout, packs, transposed_layout
 from lrt.model.buffers import gather
-from lrt.model.state import Positions, State
+from lrt.model.state import State
+from lrt.model.state_protocol import Positions
 from lrt.model.transformer import LatentRecurrentTransformer
 
 PACKED_FOR = 128

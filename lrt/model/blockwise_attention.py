@@ -6,6 +6,10 @@ A pass's keys lie in several tensors (sources), none of which is copied. Each pi
 one source's keys, for which a library's kernel gives output and log-sum-exp; outputs are merged with the weights that
 the log-sum-exps imply. The backward calls the kernels' backward per piece with the *merged* output and log-sum-exp:
 then exp(s - lse) is the softmax over all keys, and each piece's gradients are exact (as in ring attention, 2310.01889).
+
+Which pieces there are is decided by `strided_state.py`. Kernels: the CPU's flash; on CUDA flash for half precision
+without masks, the memory-efficient one for the rest; the plain form elsewhere, in float64 on CUDA, and where this torch
+lacks one of these private operators.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ when it is needed, so that few exist at a time."""
 
 @dataclass(frozen=True)
 class AttentionPiece:
-    """Queries `rows` against `keys` of one source."""
+    """Queries `rows` against `keys` of source number `source`. `keys` may have a step: one class in a tensor of all."""
 
     rows: slice
     source: int
@@ -41,10 +45,12 @@ class AttentionPiece:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Attention of one piece, with its log-sum-exp."""
+    """Attention of one piece, with its log-sum-exp. Scores are scaled by 1/√K; there is no dropout (the 0.0 below)."""
 
     forward: Callable[..., tuple[Any, ...]]
-    """(q, k, v, causal, mask) -> output (B, H, n, K), log-sum-exp (B, H, n), and what its backward wants besides."""
+    """(q, k, v, causal, mask) -> output (B, H, n, K), log-sum-exp (B, H, n), and what its backward wants besides.
+
+    A query that sees no key has output 0 and log-sum-exp -inf, so that it weighs nothing when pieces are merged."""
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """(gradient, q, k, v, output, log-sum-exp, causal, mask, *besides) -> gradients of q, k, v."""
     operators: tuple[torch_private.Operator, ...] = ()
@@ -60,6 +66,7 @@ def attention_scores(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) ->
     return s if mask is None else s + mask
 
 
+# Each pair below is a Kernel's `forward` and `backward`, whose shapes are given there.
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     s = attention_scores(q, k, causal, mask)
     lse = s.logsumexp(-1)
@@ -70,6 +77,8 @@ def plain_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     p = (attention_scores(q, k, causal, mask) - mask_empty(lse).unsqueeze(-1)).exp()
+    # dS = P ∘ (dP - rowsum(dO ∘ O)), FlashAttention's backward (2205.14135). With the merged O and lse the row sum runs
+    # over all pieces, so that a piece needs to know nothing of the others.
     dp = (g @ v.mT).to(p.dtype) - (g * out).to(p.dtype).sum(-1, keepdim=True)
     ds = (p * dp / math.sqrt(q.shape[-1])).to(q.dtype)
     return ds @ k, ds.mT @ q, p.to(g.dtype).mT @ g
@@ -91,14 +100,14 @@ def cpu_backward(
 
 def cuda_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Any, ...]:
     assert mask is None
-    out, lse, *besides, _ = torch_private.CUDA_FLASH(q, k, v, 0.0, causal)
+    out, lse, *besides, _ = torch_private.CUDA_FLASH(q, k, v, 0.0, causal)  # the last is a debugging mask
     return out, lse, *besides
 
 
 def cuda_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: None, *besides: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    first_q, first_k, max_q, max_k, seed, offset = besides
+    first_q, first_k, max_q, max_k, seed, offset = besides  # rows' lengths, and the state of dropout's generator
     backward = torch_private.CUDA_FLASH_BACKWARD
     lse = mask_empty(lse).contiguous()  # the kernel takes no strides for it
     return backward(g, q, k, v, out, lse, first_q, first_k, max_q, max_k, 0.0, causal, seed, offset)
@@ -106,9 +115,9 @@ def cuda_backward(
 
 def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Any, ...]:
     attention = torch_private.CUDA_EFFICIENT
-    out, lse, *besides = attention(q, k, v, align_mask(mask, q), True, 0.0, causal)
+    out, lse, *besides = attention(q, k, v, align_mask(mask, q), True, 0.0, causal)  # True: the log-sum-exp, too
     lse = lse[:, :, : q.shape[2]]  # it comes padded
-    if mask is not None:
+    if mask is not None:  # whatever the kernel says of a query that sees nothing
         blind = (mask == -math.inf).all(-1)
         out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -math.inf)
     return out, lse, *besides
@@ -126,8 +135,8 @@ def efficient_backward(
     *besides: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = torch_private.CUDA_EFFICIENT_BACKWARD
-    lse = F.pad(mask_empty(lse), (0, -lse.shape[-1] % 32)).contiguous()
-    wanted = [True, True, True, False]
+    lse = F.pad(mask_empty(lse), (0, -lse.shape[-1] % 32)).contiguous()  # as the forward gave it: multiples of 32
+    wanted = [True, True, True, False]  # gradients of q, k, v; the mask has none
     return backward(g, q, k, v, align_mask(mask, q), out, lse, *besides, 0.0, wanted, causal)[:3]
 
 
@@ -140,7 +149,7 @@ def align_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 PLAIN = Kernel(plain_forward, plain_backward)
-"""Written out: the reference of the others, and what serves where there is none."""
+"""Written out: the reference of the others, and what serves where there is no kernel."""
 CPU = Kernel(cpu_forward, cpu_backward, (torch_private.CPU_FLASH, torch_private.CPU_FLASH_BACKWARD))
 CUDA = Kernel(cuda_forward, cuda_backward, (torch_private.CUDA_FLASH, torch_private.CUDA_FLASH_BACKWARD))
 EFFICIENT = Kernel(
@@ -149,7 +158,10 @@ EFFICIENT = Kernel(
 
 
 def choose_kernel(q: Tensor, masked: bool) -> Kernel:
-    """The fastest kernel for these queries. CUDA's flash takes half precision and no mask, the other one no float64."""
+    """The fastest kernel for these queries. Warns, once, where this torch lacks it, and takes the plain form.
+
+    CUDA's flash takes half precision and no mask, the other one no float64; both want head sizes in multiples of 8.
+    """
     if q.device.type == "cpu":
         kernel = CPU
     elif q.device.type != "cuda" or q.dtype == torch.float64 or q.shape[-1] % 8:
@@ -173,7 +185,8 @@ def mask_empty(lse: Tensor) -> Tensor:
 def attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], pieces: Sequence[AttentionPiece]) -> Tensor:
     """Softmax attention (B, H, n, K) of q (B, H, n, K) over all pieces' keys; sources (B, G, m, K).
 
-    The first pieces must reach every query, in order: what comes later is merged into what is there.
+    The first pieces must reach every query, in order: what comes later is merged into what is there. So no buffer is
+    filled with zeros first, and a single piece is not copied at all.
     """
     out: Tensor = Attend.apply(q, pieces, *keys, *values)  # type: ignore[assignment]
     return out
@@ -188,7 +201,7 @@ def attend_reference(
     columns = [torch.arange(k.shape[2], device=q.device) for k in keys]
     for i, k in enumerate(keys):
         s = (q @ k.repeat_interleave(repeat, 1).mT) / math.sqrt(q.shape[-1])
-        seen = torch.full(s.shape, -math.inf, dtype=s.dtype, device=s.device)
+        seen = torch.full(s.shape, -math.inf, dtype=s.dtype, device=s.device)  # no piece: not visible
         for piece in pieces:
             if piece.source != i:
                 continue
@@ -201,7 +214,7 @@ def attend_reference(
             seen[:, :, rows.unsqueeze(1), at] = add.expand(*s.shape[:2], -1, -1)
         parts.append(s + seen)
     whole = torch.cat(parts, -1)
-    blind = (whole == -math.inf).all(-1, keepdim=True)
+    blind = (whole == -math.inf).all(-1, keepdim=True)  # queries without a key give 0, where softmax gives nan
     p = whole.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     return p @ torch.cat([v.repeat_interleave(repeat, 1) for v in values], 2)
 
@@ -223,7 +236,7 @@ class Attend(torch.autograd.Function):
             besides.append((kernel, rest))
         out, lse = merged.result()
         ctx.save_for_backward(q, out, lse, *sources)
-        ctx.pieces, ctx.besides = pieces, besides
+        ctx.pieces, ctx.besides = pieces, besides  # masks are made again in the backward, not kept
         return out
 
     @staticmethod
@@ -247,22 +260,26 @@ class Attend(torch.autograd.Function):
 
 
 def repeat_groups(x: Tensor, repeat: int) -> Tensor:
-    """Keys or values (B, G, m, K) for every query head, (B, H, m, K)."""
+    """Keys or values (B, G, m, K) for every query head, (B, H, m, K): the kernels here get as many heads as queries."""
     return x if repeat == 1 else x.repeat_interleave(repeat, 1)
 
 
 def sum_groups(x: Tensor, repeat: int) -> Tensor:
-    """The gradient (B, H, m, K) of `repeated`, summed over the query heads that share a key head."""
+    """The inverse for gradients: (B, H, m, K) summed over the query heads that share a key head, (B, G, m, K)."""
     return x if repeat == 1 else x.unflatten(1, (-1, repeat)).sum(2)
 
 
 class Merged:
-    """Outputs and log-sum-exps of pieces, merged as they come."""
+    """Outputs and log-sum-exps of pieces, merged as they come, in float32 at least.
+
+    Two outputs over disjoint keys have the common softmax Σ_i out_i · exp(lse_i) / Σ_i exp(lse_i).
+    """
 
     def __init__(self, q: Tensor) -> None:
-        self.q, self.covered = q, 0
+        self.q, self.covered = q, 0  # queries 0 … covered - 1 have an output; memory behind them is not filled yet
 
     def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
+        """Merge a piece's output (B, H, n, K) and log-sum-exp (B, H, n) into those of the queries `rows`."""
         batch, heads, n, size = self.q.shape
         if self.covered == 0:
             if rows.start == 0 and rows.stop == n:
@@ -277,7 +294,8 @@ class Merged:
             return
         assert rows.stop <= self.covered, "the first pieces must reach every query, in order"
         before = self.lse[:, :, rows]
-        share = (lse - before).sigmoid().nan_to_num(0.0)  # of the new piece; nan where neither has a key
+        # exp(lse) / (exp(before) + exp(lse)), the new piece's weight; nan (inf - inf) where neither has a key.
+        share = (lse - before).sigmoid().nan_to_num(0.0)
         self.out[:, :, rows].lerp_(out.to(self.out.dtype), share.unsqueeze(-1).to(self.out.dtype))
         self.lse[:, :, rows] = torch.logaddexp(before, lse)
 
@@ -287,12 +305,16 @@ class Merged:
 
 
 class Total:
-    """A gradient (B, heads, n, K), added up from pieces."""
+    """A gradient (B, heads, n, K), added up from pieces in float32 at least.
+
+    What comes in order is written, not added to zeros: most of a gradient is then touched once.
+    """
 
     def __init__(self, like: Tensor) -> None:
-        self.like, self.sum, self.covered = like, None, 0
+        self.like, self.sum, self.covered = like, None, 0  # as in Merged: memory behind `covered` is not filled yet
 
     def add(self, where: slice, part: Tensor) -> None:
+        """Add a piece's part, of the run `where` (with a step where a class lies in a tensor of all positions)."""
         n = self.like.shape[2]
         if self.sum is None:
             if where == slice(0, n):
@@ -307,6 +329,7 @@ class Total:
         self.sum[:, :, where].add_(part)
 
     def _clear(self) -> None:
+        """Zeros in what no piece has written."""
         assert self.sum is not None
         self.sum[:, :, self.covered :] = 0
         self.covered = self.like.shape[2]

@@ -1,5 +1,9 @@
 """Buffers by slots: read some, replace some, in a copy or in place. What a State keeps its keys, values and memory in.
 
+Writing copies, or overwrites, by State: which of the two is a function in the State (`State.write`), not a flag. Copies
+let gradients flow and keep older States valid, as training wants; overwriting suits decoding, where a State is used
+once.
+
 Shapes: B batch, T positions of one call, S slots; slots are a buffer's dimension `dim` (1 or 2).
 """
 
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor
 
 Slots = slice | Tensor
-"""Positions of one call as slots: a slice, or an index tensor (T,) or (B, T)."""
+"""Positions of one call as slots: a slice (start, stop and step all given), or an index tensor (T,) or (B, T)."""
 
 
 class Writer(Protocol):
@@ -32,7 +36,7 @@ def materialise(buffer: Tensor) -> Tensor:
 
 
 def gather(buffer: Tensor, slots: Slots, dim: int) -> Tensor:
-    """Read slots of dimension `dim` (1 or 2): a slice, (T,), or per row (B, T)."""
+    """Read slots of dimension `dim` (1 or 2): a slice (a view, no copy), (T,), or per row (B, T)."""
     if isinstance(slots, slice):
         return buffer[(slice(None),) * dim + (slots,)]
     if slots.dim() == 1:
@@ -51,11 +55,11 @@ def write_copy(buffer: Tensor, slots: Slots, new: Tensor, dim: int) -> Tensor:
             return buffer.slice_scatter(new, dim, slots.start, slots.stop, slots.step)
         if slots.dim() == 1:
             return buffer.index_copy(dim, slots, new)
-        return write_in_place(materialise(buffer), slots, new, dim)
+        return write_in_place(materialise(buffer), slots, new, dim)  # the copy is ours, and autograd follows it
 
 
 def write_in_place(buffer: Tensor, slots: Slots, new: Tensor, dim: int) -> Tensor:
-    """The same buffer, overwritten."""
+    """The same buffer, overwritten: no gradients through it, and every State that shares it sees the change."""
     if isinstance(slots, slice):
         buffer[(slice(None),) * dim + (slots,)] = new
     elif slots.dim() == 1:
@@ -73,6 +77,7 @@ class Copying:
         return write_copy(buffer, slots, new, dim)
 
     def owned(self, buffer: Tensor) -> Tensor:
+        """A copy: other States may read this buffer."""
         return materialise(buffer)
 
 
@@ -83,6 +88,7 @@ class Overwriting:
         return write_in_place(buffer, slots, new, dim)
 
     def owned(self, buffer: Tensor) -> Tensor:
+        """The buffer itself: `in_place` has copied it before."""
         return buffer
 
 

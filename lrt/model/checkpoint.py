@@ -8,6 +8,8 @@
     manifest.json       size and SHA-256 of the others
 
 A save is written beside its target, flushed to the disk, and renamed: whatever fails, one whole checkpoint remains.
+The weights are one file also where ranks hold shards of them; only the optimisers' state may be saved in shards. So any
+number of ranks can load what any other number saved.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.files import free_megabytes, read_json, recover, replace_folder, sha256, temporary_name
 
 FORMAT = 1
+"""Of config.json. A field that is added needs no new number: where it is absent it has its default."""
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
+"""What every checkpoint has, beside the manifest."""
 
 
 def save(
@@ -53,6 +57,8 @@ def save(
         raise ValueError(f"{path} holds something that is no checkpoint; choose another folder")
     fresh = ranks.broadcast(temporary_name(path))
     try:
+        # Two collective blocks: the folder exists on rank 0's word before any rank writes into it, and a failure on one
+        # rank is an OSError on all, so that none waits for ever.
         with ranks.collective():
             if ranks.rank == 0:
                 for stale in path.parent.glob(f".{path.name}.saving-*"):  # of a save that was killed
@@ -84,7 +90,10 @@ def megabytes_needed(model: LatentRecurrentTransformer, training: bool) -> float
 
 
 def differences(saved: Any, current: Any, name: str) -> str:
-    """What differs between two values that JSON can write, field by field."""
+    """What differs between two values that JSON can write, field by field, as text; empty where nothing does.
+
+    `name` is the path to them. A field that one of them lacks counts as None.
+    """
     if not (isinstance(saved, dict) and isinstance(current, dict)):
         return f"{name}: {saved} there, {current} here"
     return "; ".join(
@@ -107,6 +116,7 @@ def _write(
     }
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     tokenizer.save(folder / "tokenizer.json")
+    # The manifest comes last and names all that is there, training state included.
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     manifest = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -138,7 +148,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRe
 
 
 def _config(folder: Path) -> tuple[ModelConfig, str]:
-    """The model's configuration and the tokenizer's hash; ValueError naming config.json where it makes no sense."""
+    """The model's configuration and the tokenizer's SHA-256; ValueError naming config.json where it makes no sense."""
     file = folder / "config.json"
     data = read_json(file)
     if data.get("format") != FORMAT:
@@ -165,6 +175,7 @@ def load_training(
     folder = verify(Path(path))
     saved, _ = _config(folder)
     if saved != model.config:
+        # Through JSON, so that tuples and lists compare and read alike.
         there, here = (json.loads(json.dumps(c.to_dict())) for c in (saved, model.config))
         differing = differences(there, here, "model")
         raise ValueError(
@@ -178,13 +189,16 @@ def load_training(
 
 
 def about(path: str | Path) -> dict[str, Any]:
-    """How the checkpoint came to be: what `save` was given."""
+    """How the checkpoint came to be: the JSON data that `save` was given. ValueError as in `verify`."""
     return read_json(verify(Path(path)) / "config.json")["about"]
 
 
 def verify(path: Path) -> Path:
-    """The checkpoint's folder, after its files were held against the manifest."""
-    recover(path)
+    """The checkpoint's folder: `path`, or the newest of a run's folder `path`.
+
+    Raises ValueError, naming the file, where one is missing, truncated or changed against the manifest.
+    """
+    recover(path)  # a save that was cut off between two renames
     if not (path / "manifest.json").exists():  # a run's folder: its checkpoint, or how far it has come
         recover(path / "checkpoint")
         path = next(iter([*path.glob("checkpoint"), *sorted(path.glob("snapshots/step-*"), reverse=True)]), path)
@@ -208,11 +222,12 @@ def verify(path: Path) -> Path:
 
 
 def snapshots(out: Path) -> list[Path]:
-    """The snapshots of a run's folder, oldest first."""
+    """The snapshots of a run's folder, oldest first: names have eight digits, so that their order is that of steps."""
     return sorted((out / "snapshots").glob("step-*"))
 
 
 def snapshot_path(out: Path, step: int) -> Path:
+    """The folder, in a run's folder, of the snapshot taken after `step` steps."""
     return out / "snapshots" / f"step-{step:08d}"
 
 
@@ -223,5 +238,6 @@ def snapshot_step(path: Path) -> int:
 
 
 def drop_snapshots(paths: list[Path]) -> None:
+    """Delete these folders."""
     for path in paths:
         shutil.rmtree(path)

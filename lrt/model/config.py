@@ -15,6 +15,7 @@ from typing import Any, Literal
 from lrt.utils.validation import check_choice
 
 HEAD_SIZES = (128, 64, 32, 16, 8)
+"""What `from_depth` tries, in this order (spec, section 1: 128, smaller where the model is small)."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class MemoryConfig:
         if isinstance(self.source, tuple):
             if len(self.source) == 0:
                 raise ValueError("memory.source is empty; name at least one layer, or use injection='none'")
+            # As channels, 0 may come twice: the control of `combine`.
             once = [s for s in self.source if s != 0 or self.combine == "sum"]
             if len(set(once)) != len(once):
                 raise ValueError(
@@ -94,7 +96,10 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer in the nanochat style (spec, section 1) and its memory."""
+    """A decoder-only transformer in the nanochat style (spec, section 1) and its memory.
+
+    Raises ValueError, with the value, the limit and the fix, where fields contradict each other.
+    """
 
     depth: int = 4
     """Number of blocks, L."""
@@ -130,10 +135,13 @@ class ModelConfig:
     """The recurrent memory."""
     loops: int = 1
     """How often the stack of blocks is applied to a token (Loop Transformer); every loop has keys and values of its
-    own, and what layer l remembers or gives is that of the last loop."""
+    own, and what layer l remembers or gives is that of the last loop. A State has depth · loops pairs of keys and
+    values; nothing else knows of loops."""
     thoughts: int = 0
     """Latent thoughts per token (PonderLM-2, 2509.23184): positions behind it, whose input is the final hidden state of
-    the position before; what follows the token is read off the last of them."""
+    the position before; what follows the token is read off the last of them. A State has 1 + thoughts positions per
+    token. Only the model's forward and the fused step count in them; callers count tokens, so that schedules, losses
+    and decoders are a Transformer's. What counts the State's positions (prefill, engine, sessions) refuses thoughts."""
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "heads", "vocab_size", "context", "loops"):
@@ -187,6 +195,7 @@ class ModelConfig:
     def _check_thoughts(self) -> None:
         if not isinstance(self.thoughts, int) or self.thoughts < 0:
             raise ValueError(f"thoughts is {self.thoughts!r}; it must be a whole number of at least 0")
+        # A delay and a window count positions of the State, of which a token then has several.
         if self.thoughts != 0 and (self.memory.injection != "none" or "S" in self.window_pattern):
             raise ValueError(
                 f"thoughts is {self.thoughts}: latent thoughts need memory.injection 'none' and full attention "
@@ -276,7 +285,7 @@ class ModelConfig:
 
     @cached_property
     def lookback(self) -> int:
-        """How many earlier positions an endless stream must keep: the longest window, or the memory's delay."""
+        """How many earlier positions an endless stream must keep: the longest window less the own, or the delay."""
         return max(max(w or 0 for w in self.windows) - 1, self.memory.delay)
 
     def has_value_embedding(self, layer: int) -> bool:
@@ -287,6 +296,7 @@ class ModelConfig:
     def from_depth(cls, depth: int, **overrides: Any) -> ModelConfig:
         """The one size dial: width 64 · depth, head size 128 where it divides the width, else 64, 32, … (spec 1)."""
         width = overrides.pop("width", 64 * depth)
+        # width > size: at least two heads
         head_size = next((size for size in HEAD_SIZES if width % size == 0 and width > size), None)
         if head_size is None:
             raise ValueError(f"width {width} fits no head size of {HEAD_SIZES}; give heads and head_size")
@@ -298,8 +308,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        """The inverse of `to_dict`; unknown fields are an error that names them."""
-        data = json.loads(json.dumps(data))
+        """The inverse of `to_dict`. A field that is absent has its default: files of older versions stay readable.
+
+        Raises ValueError, naming them, where fields are unknown.
+        """
+        data = json.loads(json.dumps(data))  # a deep copy: `pop` below is not to change the caller's
         memory = data.pop("memory", {})
         for kind, fields in ((MemoryConfig, memory), (cls, data)):
             known = {f.name for f in dataclasses.fields(kind)}

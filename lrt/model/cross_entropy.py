@@ -1,6 +1,10 @@
 """Cross-entropy of hidden states: nats per token, and their sum fused with the head, so that logits never pile up.
 
-Shapes: R rows of hidden states at a time, D width, V vocabulary.
+Shapes: N rows (batch and positions, flattened), n of them in a block, D width, V vocabulary.
+
+The fused form makes the gradient in the forward, block of rows by block of rows; `summed_nats_reference` is the plain
+form beside it. It is our own because of the soft-cap: `torch.nn.functional.linear_cross_entropy` (2.13) has none, and
+Liger's kernel, which does the same as this one, runs on CUDA only.
 """
 
 from __future__ import annotations
@@ -17,11 +21,12 @@ from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
 
 ROWS = 1024
-"""Rows whose logits exist at one time: (1024, V) stays near the cache, and memory does not grow with the batch."""
+"""Rows whose logits exist at one time, so that memory does not grow with the batch. (1024, V) stays near the cache, and
+products of half as many rows run at a lower rate."""
 
 
 def token_nats(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood (…) of targets (…) under hidden states (…, D); 0 where ignored. For scoring."""
+    """Negative log-likelihood in nats (…) of targets (…) under hidden states (…, D); 0 where ignored. For scoring."""
     flat, wanted = hidden.flatten(0, -2), targets.flatten()
     nats = [
         F.cross_entropy(model.logits(h).to(at_least_float32(h)), t, ignore_index=IGNORED, reduction="none")
@@ -40,7 +45,7 @@ def summed_nats(
     """Σ weight · nats of targets (…) under hidden (…, D), with gradients; weights (…) count each target once if None.
 
     Logits never exist for more than ROWS rows. A head that is more than its weight (an adapter was put around it) is
-    called, and its logits exist at once.
+    called, so that the adapter computes and gets its gradients; its logits then exist all at once.
     """
     counted = (targets != IGNORED).to(at_least_float32(hidden))
     if weights is not None:
@@ -56,28 +61,31 @@ def summed_nats(
 
 
 def summed_nats_reference(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    """The plain form of `summed_nats`, for tests."""
+    """The plain form of `summed_nats` without weights, for tests: all logits exist, autograd makes the gradient."""
     return F.cross_entropy(
         model.logits(hidden).flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )
 
 
 def at_least_float32(x: Tensor) -> torch.dtype:
+    """The type in which losses and their sums are computed: float64 for float64, else float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def grade(z: Tensor, index: Tensor, weights: Tensor, cap: float) -> Tensor:
     """Nats (n,) of targets `index` (n, 1) under logits z (n, V) before the cap; z becomes their weighted gradient.
 
+    With t = tanh(z / cap) and p = softmax(cap · t): d nats / dz = (p - onehot) · (1 - t²), times the row's weight.
     A few sweeps over z, each in place: the head of a small model is half its work, and most of that is these sweeps.
     """
     z.div_(cap).tanh_()
-    # Capped logits are at most `cap`, which therefore serves as their maximum while exp(-2 cap) is no underflow.
+    # Capped logits are at most `cap`, which therefore serves as their maximum while exp(-2 cap) is no underflow:
+    # exp(-80) = 2e-35 is a normal number in float32. That saves the sweep that looks for the maximum.
     peak = z.new_full((), cap) if cap <= 40 else cap * z.amax(1, keepdim=True)
     exps = torch.add(-peak, z, alpha=cap).exp_()
     total = exps.sum(1, keepdim=True)
     nats = peak + total.log() - cap * z.gather(1, index)
-    z.mul_(z).sub_(1)  # minus the slope of the cap
+    z.mul_(z).sub_(1)  # t² - 1: minus the slope of the cap
     at_target = z.gather(1, index) * weights.unsqueeze(1)
     z.mul_(exps).mul_(-weights.unsqueeze(1) / total)
     z.scatter_add_(1, index, at_target)
@@ -88,7 +96,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Head, soft-cap and cross-entropy in one, by row blocks; the gradient is made in the forward.
 
     Going through the logits once (three products per block, the softmax used for loss and gradient alike) is what
-    autograd would do, without keeping five copies of (N, V).
+    autograd would do, without keeping five copies of (N, V). It can be done ahead because the result is a scalar: the
+    backward has only to scale.
     """
 
     @staticmethod
@@ -101,7 +110,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         d_head = torch.zeros_like(head, dtype=total.dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), ROWS):
             rows = slice(start, start + ROWS)
-            h, index = hidden[rows], targets[rows].clamp(min=0).unsqueeze(1)
+            h, index = hidden[rows], targets[rows].clamp(min=0).unsqueeze(1)  # ignored ones weigh 0: any index will do
             z = (h @ head.T).to(total.dtype)
             total += (graded(z, index, weights[rows], cap) * weights[rows]).sum()
             grad = z.to(hidden.dtype)

@@ -1,8 +1,13 @@
 """How a step is computed: compiled or not, recomputing or keeping. It decides speed and memory, not numbers.
 
-Source of the choice to compile regions rather than the whole: PyTorch's regional compilation recipe. A block's two
-halves are compiled once and serve all blocks, all passes of one size and all steps; attention between them is a
-library's kernel either way.
+An Execution travels in the State, as `write` does, so that neither the model nor a schedule has a flag. It is not in
+RunConfig, which holds what decides numbers, and may change when a run goes on.
+
+Regions are compiled rather than the whole (PyTorch's regional compilation recipe): the two halves of a block, before
+and after attention, and the head's sweeps. Compiled once, they serve all blocks, all passes of one size and all steps.
+Whole passes would repeat a block's code once per layer, for two minutes of compiling, and call the same attention
+kernels in between. Nothing of a schedule is unrolled, so a mixture or `sequential` compiles no more than its sizes of
+pass.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from lrt.utils.validation import check_choice
 
 F = TypeVar("F", bound=Callable[..., Any])
 LONG = 1000
-"""Steps from which a run repays the time of compiling."""
+"""Steps from which a run repays the time of compiling (`auto`)."""
 VARIANTS = 128
 """Compiled forms of one function, at most: one per size of a pass, kind of block, and whether gradients are wanted."""
 
@@ -85,17 +90,22 @@ EAGER = Execution(compile="never")
 
 @functools.cache
 def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with static shapes and without graph breaks; each new size or kind of block is compiled once."""
+    """`function` with static shapes and without graph breaks; each new size or kind of block is compiled once.
+
+    Cached, so that there is one compiled function however many Executions ask for it.
+    """
     raise_recompile_limit(VARIANTS)
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def recompute(module: nn.Module, *arguments: Any) -> Any:
-    """`module(*arguments)`, of which only the arguments are kept."""
-    # What `Cast` has put in the place of parameters is gone when the backward comes, so it is kept here.
+    """`module(*arguments)`, of which only the arguments are kept; the rest is computed again in the backward."""
+    # What `Cast` has put in the place of parameters is gone when the backward comes, so it is kept here. Such tensors
+    # are no leaves: they were computed from the parameters.
     swapped: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if not p.is_leaf}
 
     def call(*arguments: Any) -> Any:
         return functional_call(module, swapped, arguments) if swapped else module(*arguments)
 
+    # Nothing in the model is random, so there is no state of a generator to restore.
     return checkpoint(call, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrt.model.state import Positions
+from lrt.model.state_protocol import Positions
 
 
 def rms(x: Tensor) -> Tensor:
@@ -34,14 +34,17 @@ def rotary(positions: Positions, size: int, base: float, like: Tensor) -> tuple[
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the two halves of each head (B, T, heads, K) by its position's angles."""
+    """Rotate the two halves of each head (B, T, heads, K) by its position's angles.
+
+    Entries i and i + K/2 are a pair, turned clockwise as in nanochat; scores depend on differences of angles alone.
+    """
     cos, sin = angles
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
 class MLP(nn.Module):
-    """D -> hidden -> D with a squared ReLU between."""
+    """D -> hidden -> D with a squared ReLU between (Primer, 2109.08668)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()

@@ -1,7 +1,17 @@
-"""How the memory of an earlier position enters the model: recall it, project it, inject it.
+"""How the memory of an earlier position enters the model: read it, project it, inject it.
 
 Shapes: B batch, T positions, C memory channels, P remembered sources (those >= 1), D width, G key/value heads,
 K head size. Memory is (C, B, T, D): one vector per channel and position, zeros where a document begins.
+
+With u the block's normalised input, γ and G learned (spec, section 1):
+
+    x <- x + γ m                                 residual injection, before a block
+    k <- g_loc k + g_mem U_k m, v likewise       key/value injection, before rotary positions and QK-norm
+    [g_loc, g_mem] = 2σ(G u)                     gates per token and head; 1 at first, as G starts at 0
+
+The embedding is not stored. Source 0, and the stand-in of `initial="embedding"`, follow from the token and are computed
+again whenever the memory is read. So `plain` is exact for token shift, and gradients reach the embedding under every
+schedule. The State stores sources >= 1 alone, each as a vector of its own; they are combined at reading.
 
 Source: LRT, arXiv 2605.26797, section 3. To add an injection, write a class with `residual` and `key_value` and give
 it a line in `INJECTIONS`; its parameters are the block's own, only U_k and U_v live apart in `Projection`, which runs
@@ -18,14 +28,17 @@ from torch.nn import functional as F
 
 from lrt.model.config import ModelConfig
 from lrt.model.layers import rms
-from lrt.model.state import MemoryRead, ModelState, Positions
+from lrt.model.state_protocol import MemoryRead, ModelState, Positions
 
 Projected = tuple[Tensor, Tensor]
 """U_k m and U_v m of one layer, each (C, B, T, G, K)."""
 
 
 class MemoryReader(nn.Module):
-    """Assemble the memory that positions read: stored sources, the predecessor's embedding, their combination."""
+    """Assemble the memory that positions read: stored sources, the predecessor's embedding, their combination.
+
+    An ablation puts another module in its place (`with_memory_reader`); the model's forward does not know.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -34,7 +47,7 @@ class MemoryReader(nn.Module):
         self.stored = config.stored_sources
         self.delay = memory.delay
         self.stand_in = memory.initial == "embedding" and len(self.stored) > 0
-        if isinstance(memory.source, tuple) and self.sources and memory.combine == "sum":
+        if isinstance(memory.source, tuple) and self.sources and memory.combine == "sum":  # equal weights at first
             self.weights = nn.Parameter(torch.full((len(self.sources),), 1.0 / len(self.sources)))
         else:
             self.register_parameter("weights", None)
@@ -49,6 +62,7 @@ class MemoryReader(nn.Module):
         if 0 in self.sources or self.stand_in:
             embedded = self.embed(past, embedding)
         unwritten = embedded if self.stand_in else zero
+        # Outside the document: zeros. Inside: what was written, or the stand-in. `embedded` has its zeros already.
         inside, written = past.inside.unsqueeze(-1), past.written.unsqueeze(-1)
         parts = [
             torch.where(inside, torch.where(written, past.memory[:, :, self.stored.index(s)], unwritten), zero)
@@ -59,15 +73,15 @@ class MemoryReader(nn.Module):
         return self.combine(parts, past.memory)
 
     def embed(self, past: MemoryRead, embedding: nn.Embedding) -> Tensor:
-        """x_0 (B, T, D) of the remembered tokens, zeros where unknown or outside the document.
-
-        Recomputed at every read, so that gradients reach the embedding under every schedule.
-        """
+        """x_0 (B, T, D) of the remembered tokens, zeros where unknown or outside the document."""
         known = past.inside & (past.tokens >= 0)
         return rms(embedding(past.tokens.clamp(min=0))) * known.unsqueeze(-1)
 
     def combine(self, parts: list[Tensor], like: Tensor) -> Tensor:
-        """Parts (B, T, D), one per source, to channels (C, B, T, D)."""
+        """Parts (B, T, D), one per source, to channels (C, B, T, D): one each, or the one rms(Σ w_s · part_s).
+
+        Parts are RMS-normalised already: the State stores them so, and x_0 is.
+        """
         if not parts:
             return like.new_zeros(0, *like.shape[:2], like.shape[-1])
         stacked = torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
@@ -81,7 +95,7 @@ class NoProjection(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.sets = 1 + max(config.projection_sets)
+        self.sets = 1 + max(config.projection_sets)  # as many as a block may ask for
 
     def forward(self, memory: Tensor) -> tuple[Projected, ...]:
         empty = memory.new_zeros(0)
@@ -96,7 +110,8 @@ class Projection(nn.Module):
         layers = len(config.injected_layers) if config.memory.projection == "layerwise" else 1
         channels = config.channels
         self.heads = (config.num_kv_heads, config.head_dim)
-        # A stack of logical matrices (layers, C, [k, v], G·K, D): the optimiser treats each on its own.
+        # One parameter for all layers and channels, a stack of logical matrices (layers, C, [k, v], G·K, D): Muon
+        # orthogonalises each on its own, and FSDP2 gathers them as one unit.
         self.weight = nn.Parameter(
             torch.empty(layers, channels, 2, config.num_kv_heads * config.head_dim, config.width)
         )
@@ -137,13 +152,13 @@ class NoMemory(nn.Module):
     def key_value(self, logits: Sequence[Tensor], k: Tensor, v: Tensor, projected: Projected) -> tuple[Tensor, Tensor]:
         """Keys and values (B, T, G, K) before rotary positions and normalisation.
 
-        logits (B, T, rows), one per layer of `gates`: what it gives.
+        logits: what each layer of `gates` gives, (B, T, its outputs). projected: U_k m and U_v m, (C, B, T, G, K) each.
         """
         return k, v
 
 
 class Residual(NoMemory):
-    """x + Σ_c γ_c · m_c before the block."""
+    """x + Σ_c γ_c · m_c before the block; γ are learned scalars that start at `MemoryConfig.residual_init`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -161,7 +176,10 @@ class Residual(NoMemory):
 
 
 class KeyValue(NoMemory):
-    """g_loc · k + Σ_c g_mem,c · U_k,c m_c, and likewise for v; gates 2σ(G u) per token and head start at 1."""
+    """g_loc · k + Σ_c g_mem,c · U_k,c m_c, and likewise for v; gates 2σ(G u) per token and head start at 1.
+
+    The gates belong to this injection and exist only with it.
+    """
 
     projects = True
 

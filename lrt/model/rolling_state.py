@@ -5,6 +5,8 @@ K head size.
 
 All that a position can see is the last memory and the last W keys and values of each layer, so nothing else is kept,
 and nothing asks which position it is: that would be another graph for each when the calls are compiled.
+
+It serves models whose layers all slide, with sources >= 1 at delay 1 (`schedules/unrolled.py` says which).
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lrt.model.execution import EAGER, Execution
-from lrt.model.state import MemoryRead, Positions, State
+from lrt.model.state import State
+from lrt.model.state_protocol import MemoryRead, Positions
 
 
 @dataclass(frozen=True)
 class Everything:
-    """Attention to all keys that are there."""
+    """Attention to all keys that are there: the window's, and the position's own. So no mask is needed."""
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Softmax attention (B, H, 1, K) of q (B, H, 1, K) over keys and values (B, G, n, K)."""
@@ -36,17 +39,20 @@ class RollingState:
     keys: tuple[Tensor, ...]
     """One (B, G, W, K) per layer, the last ones; fewer at the beginning."""
     values: tuple[Tensor, ...]
+    """Likewise."""
     memory: Tensor
     """(B, 1, P, D): the sources' states at the last position; zeros before the first, as that one reads zeros."""
     tokens: Tensor
     """(B, 1) int: unknown (-1), as no source needs them."""
     windows: tuple[int, ...]
-    """Of each layer, the own position included."""
+    """Of each layer, in positions, the own one included."""
     position: int = 0
     """How many positions came before."""
     execution: Execution = EAGER
     documents: None = None
+    """A row is one document."""
     reusable: bool = True
+    """Positions are not bounded by `slots`."""
 
     @classmethod
     def of(cls, empty: State, windows: tuple[int | None, ...]) -> RollingState:
@@ -71,7 +77,7 @@ class RollingState:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.keys), *self.keys[0].shape[1::2], *self.memory.shape[2:])
+        return (len(self.keys), *self.keys[0].shape[1::2], *self.memory.shape[2:])  # [1::2] of (B, G, W, K): G, K
 
     def detach(self) -> RollingState:
         """The same, with every gradient cut."""
@@ -85,10 +91,10 @@ class RollingState:
     # --- what the model asks -----------------------------------------------------------------------------------
 
     def where(self, positions: Positions) -> None:
-        """Behind all that is held."""
+        """Behind all that is stored: `write` needs no place."""
 
     def write(self, cache: Tensor, slots: None, new: Tensor, dim: int) -> Tensor:
-        """The new ones behind those that are held."""
+        """The new keys or values (B, G, 1, K) behind those that are stored."""
         return torch.cat((cache, new), dim)
 
     def write_tokens(self, positions: Positions, tokens: Tensor) -> RollingState:
@@ -97,6 +103,7 @@ class RollingState:
 
     def read_memory(self, positions: Positions, delay: int) -> MemoryRead:
         """The last memory; `delay` is 1."""
+        # Before the first position the zeros that it reads stand in `memory`, so that nothing is a special case.
         yes = torch.ones_like(self.tokens, dtype=torch.bool)
         return MemoryRead(self.tokens, self.memory, yes, yes)
 
@@ -105,6 +112,7 @@ class RollingState:
         return self
 
     def visible(self, positions: Positions, window: int | None) -> Everything:
+        """Everything: `write_cache` has dropped what is out of the window."""
         return Everything()
 
     def write_cache(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> RollingState:
@@ -117,4 +125,5 @@ class RollingState:
         )
 
     def write_memory(self, positions: Positions, memory: Tensor) -> RollingState:
+        """Replace the memory (B, 1, P, D): the next position reads no other."""
         return dataclasses.replace(self, memory=memory)

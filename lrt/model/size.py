@@ -1,4 +1,4 @@
-"""How many parameters a configuration has, counted without allocating them."""
+"""How many parameters a configuration has, counted on the meta device: no memory, no random numbers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ class Unfilled(TorchFunctionMode):
 
 @functools.lru_cache(maxsize=256)
 def parameter_sizes(config: ModelConfig) -> dict[str, int]:
-    """Numbers of every parameter by name, without allocating them."""
+    """The number of elements of every parameter, by name. Cached and shared: not to be changed."""
     with torch.device("meta"), Unfilled():
         model = LatentRecurrentTransformer(config)
     return {name: p.numel() for name, p in model.named_parameters()}
 
 
 def is_table(name: str) -> bool:
-    """Whether a parameter is token-indexed, or the head."""
+    """Whether a parameter is token-indexed (embedding, value embeddings but for their gates), or the head.
+
+    These are the ones that "non-embedding parameters" leave out (contract, section 5).
+    """
     return ("embedding." in name and "gate" not in name) or name == "head.weight"
 
 

@@ -1,10 +1,14 @@
-"""State: what a token may know about earlier positions.
+"""State: what a token may know about earlier positions, in slots.
 
 Shapes: B batch, T positions of one call, S slots, G key/value heads, K head size, P remembered sources, D width.
 
 Position p lives in slot p % S. Slots are reused only where every layer slides, so elsewhere the slot is the position.
-`held` says which position a slot holds, and everything else (masks, resets at document borders, what counts as
-written) follows from it. `filled` is the same knowledge for Python: it lets the common cases run without a mask.
+`slot_positions` says which position a slot holds, and everything else (masks, resets at document borders, what counts
+as written) follows from it. `written_until` is the part of that which Python knows without asking the device: it lets
+the common cases run without a mask.
+
+Batches need a State by rows: `select`, `put`, `crop` and `resized` let rows leave, return, fork and go back. Prefill,
+sessions and all decoders keep their sequences in this State, so each reads what another wrote.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +24,16 @@ from torch.nn import functional as F
 
 from lrt.model.buffers import COPYING, OVERWRITING, Slots, Writer, gather, materialise
 from lrt.model.execution import EAGER, Execution
+from lrt.model.state_protocol import MemoryRead, Positions
 from lrt.model.visibility import visible_keys
-
-Positions = range | Tensor
-"""Positions of one call: a range (known to Python, the fast path) or an int tensor (T,) or (B, T)."""
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """What one layer's queries may attend to, among the slots `view`."""
+    """What one layer's queries may attend to: the slots `view`, and which of them each query sees."""
 
     view: slice
+    """Slots that no query sees are left out: attention takes time for masked keys, too."""
     causal: bool = False
     """Queries and keys are the same positions, so that plain causal attention is right and needs no mask."""
     mask: Tensor | None = None
@@ -41,98 +44,6 @@ class Visibility:
         k, v = keys[:, :, self.view], values[:, :, self.view]
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal, enable_gqa=grouped)
-
-
-@dataclass(frozen=True)
-class MemoryRead:
-    """What `read_memory` found `delay` positions back."""
-
-    tokens: Tensor
-    """(B, T) int, -1 where unknown."""
-    memory: Tensor
-    """(B, T, P, D); arbitrary where not written."""
-    written: Tensor
-    """(B, T) bool: whether a call has written that position."""
-    inside: Tensor
-    """(B, T) bool: whether that position exists and belongs to the same document."""
-
-
-class ModelState(Protocol):
-    """What the model asks of a State, and all that it knows of one.
-
-    Four things are such: `State` (slots), `StridedState` (residue classes, for training), `RollingState` (windows, of
-    constant size), and a Hugging Face cache, read into slots and back around each call. tests/model/test_states.py
-    runs over all of them. Methods that change something return another State.
-    """
-
-    @property
-    def batch(self) -> int: ...
-
-    @property
-    def slots(self) -> int:
-        """S: positions that can be held at once."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(layers, G, K, P, D): what the model that made it must have."""
-        ...
-
-    @property
-    def reusable(self) -> bool:
-        """Whether slots may be reused, so that positions may exceed S."""
-        ...
-
-    @property
-    def documents(self) -> Tensor | None:
-        """(B, S) int, the packed document of each slot; None where a row is one document."""
-        ...
-
-    @property
-    def execution(self) -> Execution:
-        """How calls compute; decides no numbers."""
-        ...
-
-    # `keys` and `values`, one entry per layer, are the State's own affair: the model hands them on to `write` and
-    # `attend`.
-    @property
-    def keys(self) -> tuple[Any, ...]: ...
-
-    @property
-    def values(self) -> tuple[Any, ...]: ...
-
-    @property
-    def write(self) -> Callable[[Any, Any, Tensor, int], Any]:
-        """(a layer's keys or values, `where`, new (B, G, T, K), dimension 2) -> the layer's keys or values."""
-        ...
-
-    def where(self, positions: Positions) -> Any:
-        """Where these positions stand, as `write` takes it."""
-        ...
-
-    def write_tokens(self, positions: Positions, tokens: Tensor) -> Self:
-        """Note the tokens (B, T) of a call: source 0 of their successors is known from now on."""
-        ...
-
-    def read_memory(self, positions: Positions, delay: int) -> MemoryRead:
-        """What stands `delay` positions before each of `positions`."""
-        ...
-
-    def mark_written(self, positions: Positions) -> Self:
-        """Mark the positions of a call as written. Keys, values and memory follow in the same call."""
-        ...
-
-    def visible(self, positions: Positions, window: int | None) -> Any:
-        """What attends to the keys that `visible_keys` names (`Visible` in attention.py). Call after `mark_written`."""
-        ...
-
-    def write_cache(self, keys: tuple[Any, ...], values: tuple[Any, ...]) -> Self:
-        """The same with the layers' keys and values that a call has written."""
-        ...
-
-    def write_memory(self, positions: Positions, memory: Tensor) -> Self:
-        """Replace the memory (B, T, P, D) of these positions."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -148,9 +59,9 @@ class State:
     values: tuple[Tensor, ...]
     """One (B, G, S, K) per layer."""
     memory: Tensor
-    """(B, S, P, D): the remembered layers >= 1 of each position, RMS-normalised."""
+    """(B, S, P, D): the remembered layers >= 1 of each position, RMS-normalised, not combined yet."""
     tokens: Tensor
-    """(B, S) int, -1 where unknown."""
+    """(B, S) int, -1 where unknown. May be known ahead of what is written: source 0 needs nothing else."""
     documents: Tensor | None
     """(B, S) int, the packed document of each slot; None where a row is one document."""
     slot_positions: Tensor
@@ -158,9 +69,9 @@ class State:
     reusable: bool = False
     """Whether slots may be reused, so that positions may exceed S."""
     written_until: int = 0
-    """Every position below this one is written, in all rows."""
+    """Every position below this one is written, in all rows. A lower bound: 0 is always right, and slower."""
     pending_strides: tuple[range, ...] = ()
-    """Strided classes written since; together they may raise `filled`."""
+    """Strided classes written since; once together they cover all positions, they raise `written_until`."""
     write: Writer = COPYING
     """How calls replace what the buffers hold."""
     execution: Execution = EAGER
@@ -179,16 +90,16 @@ class State:
     @property
     def shape(self) -> tuple[int, ...]:
         """(layers, G, K, P, D): what the model that made it must have."""
-        return (len(self.keys), *self.keys[0].shape[1::2], *self.memory.shape[2:])
+        return (len(self.keys), *self.keys[0].shape[1::2], *self.memory.shape[2:])  # [1::2] of (B, G, S, K): G, K
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) int: one past the last position written, per row."""
+        """(B,) int: one past the last position written, per row. It does not say that all before it are written."""
         return self.slot_positions.amax(1) + 1
 
     @property
     def length(self) -> int:
-        """One past the last position written, over all rows."""
+        """One past the last position written, over all rows. Waits for the device."""
         return int(self.lengths.max())
 
     # --- forks -------------------------------------------------------------------------------------------------
@@ -198,11 +109,11 @@ class State:
         return dataclasses.replace(self._map(materialise), write=OVERWRITING)
 
     def writable(self) -> State:
-        """A State whose calls overwrite its buffers: this one where they do already, else a copy."""
+        """A State whose calls overwrite its buffers: on this one's buffers where they do already, else on copies."""
         return dataclasses.replace(self._map(self.write.owned), write=OVERWRITING)
 
     def clone(self) -> State:
-        """An independent copy."""
+        """An independent copy: a fork, also of a State whose buffers are overwritten."""
         return self._map(Tensor.clone)
 
     def detach_memory(self) -> State:
@@ -210,6 +121,7 @@ class State:
         return dataclasses.replace(self, memory=self.memory.detach())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> State:
+        """With every buffer changed but documents, which no call writes."""
         return dataclasses.replace(
             self,
             keys=tuple(change(k) for k in self.keys),
@@ -228,23 +140,26 @@ class State:
         return dataclasses.replace(selected, documents=documents)
 
     def put(self, rows: Tensor, other: State) -> State:
-        """This State with its rows `rows` (n,) int replaced by those of `other`, which has as many slots."""
+        """This State with its rows `rows` (n,) int replaced by those of `other`, which has as many slots.
+
+        Raises ValueError where rows or slots do not match, or `other` has documents.
+        """
         if other.slots != self.slots or other.batch != len(rows) or other.documents is not None:
             raise ValueError(
                 f"{other.batch} rows of {other.slots} slots cannot replace {len(rows)} rows of {self.slots}; give one "
                 "row for each, of as many slots (resized), without documents"
             )
 
-        def replaced(buffer: Tensor, new: Tensor) -> Tensor:
+        def replace(buffer: Tensor, new: Tensor) -> Tensor:
             return self.write(buffer, rows, new.to(buffer), 0)
 
         return dataclasses.replace(
             self,
-            keys=tuple(map(replaced, self.keys, other.keys)),
-            values=tuple(map(replaced, self.values, other.values)),
-            memory=replaced(self.memory, other.memory),
-            tokens=replaced(self.tokens, other.tokens),
-            slot_positions=replaced(self.slot_positions, other.slot_positions),
+            keys=tuple(map(replace, self.keys, other.keys)),
+            values=tuple(map(replace, self.values, other.values)),
+            memory=replace(self.memory, other.memory),
+            tokens=replace(self.tokens, other.tokens),
+            slot_positions=replace(self.slot_positions, other.slot_positions),
             written_until=min(self.written_until, other.written_until),
             pending_strides=(),
         )
@@ -252,24 +167,29 @@ class State:
     def crop(self, lengths: int | Tensor) -> State:
         """Forget every position from `lengths` on, an int or one per row (B,): as if it had never been computed.
 
+        Keys, values and memory stay where they are: nothing reads a slot whose position is -1. Tokens are forgotten as
+        well, as they would else be known ahead to whatever is computed next.
         Where slots are reused, ask `intact` first: what a forgotten position replaced does not come back.
         """
         ends = torch.as_tensor(lengths, device=self.slot_positions.device).expand(self.batch).unsqueeze(1)
-        held = self.slot_positions.masked_fill(self.slot_positions >= ends, -1)
+        kept = self.slot_positions.masked_fill(self.slot_positions >= ends, -1)
         everything = slice(0, self.slots, 1)
         return dataclasses.replace(
             self,
-            slot_positions=self.write(self.slot_positions, everything, held, 1),
-            tokens=self.write(self.tokens, everything, self.tokens.masked_fill(held < 0, -1), 1),
+            slot_positions=self.write(self.slot_positions, everything, kept, 1),
+            tokens=self.write(self.tokens, everything, self.tokens.masked_fill(kept < 0, -1), 1),
             written_until=min(self.written_until, lengths if isinstance(lengths, int) else int(lengths.min())),
             pending_strides=(),
         )
 
-    def intact(self, lengths: Tensor, reach: int) -> Tensor:
-        """(B,) bool: whether the last `reach` positions before `lengths` (B,) are all still held."""
-        needed = lengths.unsqueeze(1) - 1 - torch.arange(min(reach, self.slots), device=self.slot_positions.device)
-        held = gather(self.slot_positions, needed % self.slots, 1) == needed
-        return (held | (needed < 0)).all(1)
+    def intact(self, lengths: Tensor, lookback: int) -> Tensor:
+        """(B,) bool: whether the last `lookback` positions before `lengths` (B,) are all still in their slots.
+
+        A position needs these of its past (`ModelConfig.lookback`); where slots are reused they may be overwritten.
+        """
+        needed = lengths.unsqueeze(1) - 1 - torch.arange(min(lookback, self.slots), device=self.slot_positions.device)
+        present = gather(self.slot_positions, needed % self.slots, 1) == needed
+        return (present | (needed < 0)).all(1)  # below 0 there is nothing to need
 
     def resized(self, slots: int) -> State:
         """A copy with another number of slots. ValueError where they cannot hold every position written so far."""
@@ -279,7 +199,7 @@ class State:
                 "for each position, none reused, and no documents"
             )
 
-        def fitted(buffer: Tensor, dim: int, fill: int = 0) -> Tensor:
+        def resize(buffer: Tensor, dim: int, fill: int = 0) -> Tensor:
             shape = list(buffer.shape)
             shape[dim] = slots
             kept = min(slots, buffer.shape[dim])
@@ -289,17 +209,17 @@ class State:
 
         return dataclasses.replace(
             self,
-            keys=tuple(fitted(k, 2) for k in self.keys),
-            values=tuple(fitted(v, 2) for v in self.values),
-            memory=fitted(self.memory, 1),
-            tokens=fitted(self.tokens, 1, -1),
-            slot_positions=fitted(self.slot_positions, 1, -1),
+            keys=tuple(resize(k, 2) for k in self.keys),
+            values=tuple(resize(v, 2) for v in self.values),
+            memory=resize(self.memory, 1),
+            tokens=resize(self.tokens, 1, -1),
+            slot_positions=resize(self.slot_positions, 1, -1),
         )
 
     # --- where -------------------------------------------------------------------------------------------------
 
     def where(self, positions: Positions) -> Slots:
-        """The slots of these positions."""
+        """The slots of these positions; a slice wherever Python knows them and none is reused."""
         if isinstance(positions, Tensor):
             return positions % self.slots if self.reusable else positions
         if positions.stop <= self.slots:
@@ -323,7 +243,7 @@ class State:
         """What stands `delay` positions before each of `positions`; a tensor, (T,) or (B, T), gives each its own."""
         index = self.index(positions)
         before = index - delay
-        slots = before % self.slots if self.reusable else before.clamp(min=0)
+        slots = before % self.slots if self.reusable else before.clamp(min=0)  # below 0: any slot, as not `inside`
         inside = (before >= 0).expand(self.batch, -1)
         if self.documents is not None:
             here = self.where(index)
@@ -331,20 +251,20 @@ class State:
         return MemoryRead(
             gather(self.tokens, slots, 1),
             gather(self.memory, slots, 1),
-            gather(self.slot_positions, slots, 1) == before,
+            gather(self.slot_positions, slots, 1) == before,  # written, and not overwritten by a later position
             inside,
         )
 
     def mark_written(self, positions: Positions) -> State:
         """Mark the positions of a call as written. Keys, values and memory follow in the same call."""
         index = self.index(positions)
-        held = self.write(
+        occupied = self.write(
             self.slot_positions, self.where(positions), index.to(self.slot_positions).expand(self.batch, -1), 1
         )
-        if isinstance(positions, Tensor):
-            return dataclasses.replace(self, slot_positions=held)
-        filled, pending = extend(self.written_until, self.pending_strides, positions)
-        return dataclasses.replace(self, slot_positions=held, written_until=filled, pending_strides=pending)
+        if isinstance(positions, Tensor):  # Python does not look into it, which would wait for the device
+            return dataclasses.replace(self, slot_positions=occupied)
+        written_until, pending = extend(self.written_until, self.pending_strides, positions)
+        return dataclasses.replace(self, slot_positions=occupied, written_until=written_until, pending_strides=pending)
 
     def write_memory(self, positions: Positions, memory: Tensor) -> State:
         """Replace the memory (B, T, P, D) of these positions."""
@@ -371,13 +291,13 @@ class State:
     def _visible_range(self, positions: range, window: int | None) -> Visibility:
         """The case that Python understands: every slot up to the last position is written."""
         first, stop = positions[0], positions[-1] + 1
-        begin = 0 if window is None else max(0, first - window + 1)
+        begin = 0 if window is None else max(0, first - window + 1)  # the first key that the first query sees
         view = slice(begin, stop)
-        slides = window is not None and stop - window > begin
+        slides = window is not None and stop - window > begin  # the last query sees fewer than all in view
         if self.documents is None and not slides and positions.step == 1:
             if begin == first:
                 return Visibility(view, causal=True)
-            if len(positions) == 1:
+            if len(positions) == 1:  # a decoded token sees all that is in view
                 return Visibility(view)
         here = self.index(positions).unsqueeze(1)
         there = torch.arange(begin, stop, device=here.device)
@@ -400,19 +320,19 @@ def as_positions(positions: Positions) -> Positions:
     return positions
 
 
-def extend(filled: int, pending: tuple[range, ...], new: range) -> tuple[int, tuple[range, ...]]:
-    """`filled` and `pending` after writing `new`: contiguous positions count at once, strided classes together."""
-    if new.stop <= filled:
-        return filled, pending
-    if new.start <= filled and new.step == 1:
+def extend(written_until: int, pending: tuple[range, ...], new: range) -> tuple[int, tuple[range, ...]]:
+    """(written_until, pending_strides) after writing `new`: contiguous positions count at once, strides together."""
+    if new.stop <= written_until:
+        return written_until, pending
+    if new.start <= written_until and new.step == 1:
         return new.stop, pending
     alike = [r for r in pending if (r.step, r.stop) == (new.step, new.stop) and r != new]
     pending = (*alike, new)
-    # A class covers its share of filled … stop - 1 if it starts with the first of them.
-    covered = {r.start % r.step for r in pending if r.start < filled + r.step}
-    if covered >= {p % new.step for p in range(filled, min(filled + new.step, new.stop))}:
+    # A class covers its share of written_until … stop - 1 if it starts with the first of them.
+    covered = {r.start % r.step for r in pending if r.start < written_until + r.step}
+    if covered >= {p % new.step for p in range(written_until, min(written_until + new.step, new.stop))}:
         return new.stop, ()
-    return filled, pending
+    return written_until, pending
 
 
 def empty_state(
@@ -424,11 +344,14 @@ def empty_state(
     documents: Tensor | None,
     tokens: Tensor | None,
     reusable: bool,
-    **place: Any,
+    **options: Any,
 ) -> State:
-    """Zeros, nothing written; buffers take memory only when something is. `key_shape` (G, K), `memory_shape` (P, D)."""
+    """A State in which nothing is written. `key_shape` is (G, K), `memory_shape` (P, D); `options`: device and dtype.
+
+    Buffers are one zero, expanded: they take memory only when something is written.
+    """
     groups, size = key_shape
-    zero = torch.zeros((), **place)
+    zero = torch.zeros((), **options)
     cache = tuple(zero.expand(batch, groups, slots, size) for _ in range(layers))
     unknown = torch.full((batch, slots), -1, device=zero.device, dtype=torch.long)
     return State(

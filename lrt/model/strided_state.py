@@ -1,11 +1,15 @@
-"""PassState: a State for training, where every pass is the full range or a residue class r::S.
+"""StridedState: a State for training, where every pass is the full range or a residue class r::S.
 
-Shapes: B batch, T positions of a row, n of them in a class, S classes, G key/value heads, K head size, D width.
+Shapes: B batch, T positions of a row, n queries and m keys of a class, S classes, H query heads, G key/value heads,
+K head size, P remembered sources, D width.
 
 A State copies a buffer to replace some of its slots, and attends through a mask. Here keys, values and memory are kept
 as S classes of positions, each in the tensor of the pass that wrote it last: a pass *replaces* one class (or all), and
 nothing is copied. Query i of class a is position a + iS, key j of class b is b + jS; so it sees keys j <= i where
 b <= a and keys j <= i - 1 where b > a: each pair of classes is plain causal attention, shifted by one or not.
+
+`refine` takes it where a schedule's passes allow (`common_stride`); chunked, sequential and too many classes keep the
+general State. The model does not know: it asks both for the same things, and what `visible` gives attends by itself.
 """
 
 from __future__ import annotations
@@ -22,14 +26,17 @@ from torch import Tensor
 from lrt.model.blockwise_attention import AttentionPiece, attend
 from lrt.model.buffers import write_copy
 from lrt.model.execution import EAGER, Execution
-from lrt.model.state import MemoryRead, Positions, State, extend
+from lrt.model.state import State, extend
+from lrt.model.state_protocol import MemoryRead, Positions
 from lrt.model.visibility import additive, visible_keys
 
 TILE = 128
-"""Queries and keys of the smallest triangle: the CPU's kernel computes 512 keys at a time, also those that a causal
-mask then hides."""
+"""Queries and keys of the smallest triangle, on CPUs. Their kernel computes 512 keys at a time, also those that a
+causal mask then hides. Forward and backward take 0.7 (4 rows of 512 tokens) and 0.9 (1 of 2048) of one piece's time;
+with 64 instead, 0.66 and 0.93 (docs/log.md)."""
 QUERIES, KEYS = 256, 1024
-"""Largest mask: windows and documents are attended in blocks of so many queries and keys."""
+"""Largest mask: windows and documents are attended in blocks of so many queries and keys, whose masks are made when
+needed."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +44,12 @@ class Held:
     """One class's keys, values or memory, in a tensor of its own or in that of a pass over all positions."""
 
     tensor: Tensor
+    """Keys or values (B, G, m, K), memory (B, m, P, D); T for m where it is `whole`."""
     whole: bool
+    """Whether the tensor has all positions, of which this class is residue::S."""
 
     def of(self, residue: int, stride: int, dim: int) -> Tensor:
-        """This class alone, as a view."""
+        """This class alone, as a view; `dim` is the dimension of positions."""
         if not self.whole:
             return self.tensor
         return self.tensor[(slice(None),) * dim + (slice(residue, None, stride),)]
@@ -52,15 +61,17 @@ Classes = tuple[Held | None, ...]
 
 @dataclass(frozen=True)
 class Pieces:
-    """What one layer's queries attend to: the pieces, and the class whose tensor is each piece's source."""
+    """What one layer's queries attend to."""
 
     pieces: tuple[AttentionPiece, ...]
+    """In an order in which the first ones reach every query, as `attend` wants."""
     sources: tuple[int, ...]
+    """The class whose tensor is source 0, 1, … of the pieces."""
 
     def attend(self, q: Tensor, keys: Classes, values: Classes) -> Tensor:
         """Softmax attention (B, H, n, K) of q (B, H, n, K)."""
-        held = [(k, v) for i in self.sources if (k := keys[i]) is not None and (v := values[i]) is not None]
-        return attend(q, [k.tensor for k, _ in held], [v.tensor for _, v in held], self.pieces)
+        pairs = [(k, v) for i in self.sources if (k := keys[i]) is not None and (v := values[i]) is not None]
+        return attend(q, [k.tensor for k, _ in pairs], [v.tensor for _, v in pairs], self.pieces)
 
 
 @dataclass(frozen=True)
@@ -80,10 +91,12 @@ class StridedState:
     keys: tuple[Classes, ...]
     """Per layer; tensors (B, G, n, K)."""
     values: tuple[Classes, ...]
+    """Likewise."""
     memory: Classes
     """Tensors (B, n, P, D)."""
     execution: Execution = EAGER
     reusable: bool = False
+    """A slot is its position."""
 
     @classmethod
     def of(cls, state: State, stride: int, execution: Execution = EAGER) -> StridedState:
@@ -102,7 +115,7 @@ class StridedState:
         return self.tokens.shape[1]
 
     def where(self, positions: Positions) -> range:
-        """A class is its own slot."""
+        """A class is its own place: `write` replaces it as a whole."""
         assert isinstance(positions, range)
         return positions
 
@@ -117,13 +130,14 @@ class StridedState:
         return self
 
     def write(self, classes: Classes, slots: range, new: Tensor, dim: int) -> Classes:
-        """These classes with those of `slots` replaced by `new`."""
+        """These classes with those of `slots`, the full range or one class, replaced by `new`: nothing is copied."""
         if slots.step == 1:
             return (Held(new, whole=True),) * self.stride
-        held = Held(new, whole=False)
-        return tuple(held if residue == slots.start else old for residue, old in enumerate(classes))
+        replacement = Held(new, whole=False)
+        return tuple(replacement if residue == slots.start else old for residue, old in enumerate(classes))
 
     def write_cache(self, keys: tuple[Classes, ...], values: tuple[Classes, ...]) -> StridedState:
+        """The same with the layers' classes that a call has written."""
         return dataclasses.replace(self, keys=keys, values=values)
 
     def write_memory(self, positions: Positions, memory: Tensor) -> StridedState:
@@ -141,42 +155,48 @@ class StridedState:
         """What stands `delay` positions before each of `positions`."""
         assert isinstance(positions, range)
         n, step = len(positions), positions.step
+        # Position start + i·step reads start - delay + i·step, which is entry i - shift of the class `residue`. With
+        # stride 2 and delay 1, class 1 reads class 0 unshifted, and class 0 reads class 1 shifted by one.
         residue = (positions.start - delay) % step
-        shift = (residue + delay - positions.start) // step  # entry i reads entry i - shift of that class
+        shift = (residue + delay - positions.start) // step
         inside = torch.arange(n, device=self.tokens.device) >= shift
         inside = inside.expand(self.batch, n)
         tokens = shift_back(self.tokens[:, residue::step], n, shift)
         if self.documents is not None:
             before = shift_back(self.documents[:, residue::step], n, shift)
             inside = inside & (self.documents[:, positions.start :: step] == before)
-        memory, there = self._memory_of(residue, step)
+        memory, written = self._memory_of(residue, step)
         return MemoryRead(
-            tokens, shift_back(memory, n, shift), inside & shift_back(there.unsqueeze(0), n, shift), inside
+            tokens, shift_back(memory, n, shift), inside & shift_back(written.unsqueeze(0), n, shift), inside
         )
 
     def _memory_of(self, residue: int, step: int) -> tuple[Tensor, Tensor]:
         """Memory (B, m, P, D) of a class, or of all positions, and which of it (m,) is written."""
         classes = self.memory if step == 1 else (self.memory[residue],)
-        there = torch.tensor([held is not None for held in classes], device=self.tokens.device)
+        written = torch.tensor([held is not None for held in classes], device=self.tokens.device)
         m = len(range(residue, self.slots, step))
-        there = there.repeat(-(-m // len(classes)))[:m]
+        written = written.repeat(-(-m // len(classes)))[:m]  # class by class, as positions go
         if step == 1:
-            return self._buffer(self.memory, 1, self.shape[-2:]), there
+            return self._buffer(self.memory, 1, self.shape[-2:]), written
         held = self.memory[residue]
         if held is None:
-            return self._buffer((None,), 1, self.shape[-2:])[:, :m], there
-        return held.of(residue, step, 1), there
+            return self._buffer((None,), 1, self.shape[-2:])[:, :m], written
+        return held.of(residue, step, 1), written
 
     # --- attention ---------------------------------------------------------------------------------------------
 
     def visible(self, positions: Positions, window: int | None) -> Pieces:
-        """Position p sees written positions <= p of its own document, within the window."""
+        """Position p sees written positions <= p of its own document, within the window.
+
+        Asked before the pass writes: its own class will be the pass's own, the others are as earlier passes left them.
+        """
         assert isinstance(positions, range)
         own, step = positions.start, positions.step
         if step == 1:
             return Pieces(tuple(self._pieces(positions, 0, 1, 0, False, window)), (0,))
+        # The own class first: its pieces reach every query.
         sources, pieces = [own], list(self._pieces(positions, own, step, 0, False, window))
-        whole: int | None = None
+        whole: int | None = None  # the source that is a full pass's tensor: one for all classes that it still holds
         for residue, held in enumerate(self.keys[0]):
             if held is None or residue == own or residue >= self.slots:
                 continue
@@ -191,12 +211,15 @@ class StridedState:
     def _pieces(
         self, positions: range, residue: int, step: int, source: int, whole: bool, window: int | None
     ) -> Iterator[AttentionPiece]:
-        """The pieces of one class's keys, as entries of the class's own tensor or of the whole one."""
+        """The pieces of one class's keys, as entries of the class's own tensor or of the whole one.
+
+        Without windows and documents triangles and rectangles, which need no mask; else blocks with one.
+        """
         behind = 1 if residue > positions.start else 0  # query i sees keys up to i - behind
         n, m = len(positions), len(range(residue, self.slots, step))
         where = functools.partial(entries, residue, step) if whole else slice
         if self.documents is None and (window is None or window > positions[-1]):
-            tile = TILE if self.tokens.device.type == "cpu" else n
+            tile = TILE if self.tokens.device.type == "cpu" else n  # CUDA's kernels skip what is masked
             for rows, keys in triangles(0, min(n - behind, m), tile):
                 shifted_rows = slice(rows.start + behind, rows.stop + behind)
                 yield AttentionPiece(shifted_rows, source, where(keys.start, keys.stop), causal=rows == keys)
@@ -216,28 +239,28 @@ class StridedState:
 
     def whole(self) -> State:
         """The State that other passes would have left: contiguous buffers, to be continued."""
-        written = self.keys[0]  # a model may remember nothing
-        there = torch.tensor([held is not None for held in written], device=self.tokens.device)
+        classes = self.keys[0]  # not the memory's: a model may remember nothing
+        written = torch.tensor([held is not None for held in classes], device=self.tokens.device)
         index = torch.arange(self.slots, device=self.tokens.device)
-        filled, pending = 0, ()
-        for residue, held in enumerate(written):
+        written_until, pending = 0, ()
+        for residue, held in enumerate(classes):
             if held is not None and residue < self.slots:
-                filled, pending = extend(filled, pending, range(residue, self.slots, self.stride))
+                written_until, pending = extend(written_until, pending, range(residue, self.slots, self.stride))
         return State(
             keys=tuple(self._buffer(classes, 2, self.shape[1:3]) for classes in self.keys),
             values=tuple(self._buffer(classes, 2, self.shape[1:3]) for classes in self.values),
             memory=self._buffer(self.memory, 1, self.shape[-2:]),
             tokens=self.tokens,
             documents=self.documents,
-            slot_positions=torch.where(there[index % self.stride], index, -1).expand(self.batch, -1),
-            written_until=filled,
+            slot_positions=torch.where(written[index % self.stride], index, -1).expand(self.batch, -1),
+            written_until=written_until,
             pending_strides=pending,
             execution=self.execution,
         )
 
     def _buffer(self, classes: Classes, dim: int, sizes: Sequence[int]) -> Tensor:
         """All positions' keys or values (B, G, T, K) or memory (B, T, P, D), zeros where nothing is written."""
-        first = classes[0]
+        first = classes[0]  # of a full pass, if all share its tensor: nothing to put together
         if first is not None and all(held is not None and held.tensor is first.tensor for held in classes):
             return first.tensor
         shape = (self.batch, sizes[0], self.slots, sizes[1]) if dim == 2 else (self.batch, self.slots, *sizes)
@@ -255,23 +278,23 @@ class Band:
 
     documents: Tensor | None
     queries: range
-    """Positions."""
+    """Positions, as are the keys."""
     keys: range
     window: int | None
 
     def mask(self, like: Tensor) -> Tensor:
         """(1 or B, 1, n, m) to add to scores, 0 or -inf, of the type and on the device of `like`."""
-        here = index_tensor(self.queries, like.device).unsqueeze(1)
-        there = index_tensor(self.keys, like.device)
+        queries, keys = index_tensor(self.queries, like.device).unsqueeze(1), index_tensor(self.keys, like.device)
         own = other = None
         if self.documents is not None:
             own, other = (self.documents[:, r.start : r.stop : r.step] for r in (self.queries, self.keys))
             own, other = own.unsqueeze(2), other.unsqueeze(1)
-        mask = visible_keys(here, there, self.window, own, other)
+        mask = visible_keys(queries, keys, self.window, own, other)
         return additive(mask if mask.dim() == 3 else mask.unsqueeze(0), like).unsqueeze(1)
 
 
 def index_tensor(positions: range, device: torch.device) -> Tensor:
+    """(n,) int: a range as a tensor."""
     return torch.arange(positions.start, positions.stop, positions.step, device=device)
 
 

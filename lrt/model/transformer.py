@@ -1,16 +1,18 @@
 """The Latent Recurrent Transformer: one forward for training passes, prefill and decoding.
 
-Shapes: B batch, T positions of this call, S slots, D width, V vocabulary.
+Shapes: B batch, T positions of this call, C memory channels, S slots, H query heads, G key/value heads, K head size,
+D width, V vocabulary.
 
 Only two lines know about recurrence: the memory that the positions read before the layer stack, and the source
 layers that they write after it. Source: LRT, arXiv 2605.26797, section 3; the base model is in nanochat's style.
+
+Loops and latent thoughts, the rivals, are two numbers of the configuration. A loop is the blocks again, with keys and
+values of its own. A thought is a position of the State behind its token's; callers count tokens and never see it.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -19,18 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from lrt.model import state as states
-from lrt.model.attention import Attention, Cache, ValueEmbedding, Visible
+from lrt.model.attention import Attention, Cache, ValueEmbedding
 from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution
 from lrt.model.layers import MLP, rms, rotary
 from lrt.model.memory import INJECTIONS, MemoryReader, NoMemory, NoProjection, Projected, Projection
-from lrt.model.state import ModelState, Positions, State, as_positions
+from lrt.model.state import State, as_positions
+from lrt.model.state_protocol import ModelState, Positions, Visible
 
 AnyState = TypeVar("AnyState", bound=ModelState)
 
 
 class Inputs(Protocol):
-    """What is looked up in tables for the positions of a call."""
+    """What is looked up in tables for the positions of a call: at once by `LookedUp`, when needed by `TokenInputs`."""
 
     @property
     def x0(self) -> Tensor:
@@ -44,7 +47,8 @@ class Inputs(Protocol):
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """Tokens (B, T), whose rows a block looks up itself: under FSDP2 its tables are whole only while it runs."""
+    """Tokens (B, T) and x_0 (B, T, D); a block looks up its rows itself: under FSDP2 its tables are whole only while it
+    runs."""
 
     tokens: Tensor
     x0: Tensor
@@ -61,10 +65,11 @@ class Call:
     memory: Tensor
     """(C, B, T, D)."""
     angles: tuple[Tensor, Tensor]
+    """Cosine and sine of the rotary angles, (T, 1, K/2) or (B, T, 1, K/2) each."""
     slots: Any
-    """Where the State holds the call's positions."""
+    """Where the State keeps the call's positions: `ModelState.where`."""
     write: Any
-    """How the State replaces them in a layer's keys and values."""
+    """How the State replaces them in a layer's keys and values: `ModelState.write`."""
     execution: Execution
 
 
@@ -74,7 +79,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         injected = layer in config.injected_layers
-        self.alpha = nn.Parameter(torch.empty(1))  # one element, as FSDP2 shards no scalars; used as scalars
+        # α and β scale the stream and x_0. One element each, as FSDP2 shards no scalars; used as scalars.
+        self.alpha = nn.Parameter(torch.empty(1))
         self.beta = nn.Parameter(torch.empty(1))
         self.injection = (INJECTIONS[config.memory.injection] if injected else NoMemory)(config)
         self.attention = Attention(config, layer)
@@ -92,8 +98,9 @@ class Block(nn.Module):
         return run.function(after_attention)(self, x, y), (keys, values)
 
 
-# The two halves of a block, functions so that one compiled form serves all blocks. Lookups in tables stay outside:
-# compiled, their gradients are added up in an order that changes from run to run.
+# The two halves of a block, functions so that one compiled form serves all blocks and all passes of a size. Lookups in
+# tables stay outside: compiled, their gradients are added up atomically, in another order each time, and a run would
+# not resume bit for bit.
 def before_attention(
     block: Block,
     x: Tensor,
@@ -120,7 +127,8 @@ def after_attention(block: Block, x: Tensor, y: Tensor) -> Tensor:
 class LatentRecurrentTransformer(nn.Module):
     """A decoder-only transformer whose tokens read a high-layer state of the token before them.
 
-    With `MemoryConfig(injection="none")` it is a plain Transformer.
+    Called, it computes some positions from a State: `forward`. With `MemoryConfig(injection="none")` it is a plain
+    Transformer.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -135,7 +143,10 @@ class LatentRecurrentTransformer(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Initial values (nanochat's): unit embeddings, uniform inputs, zero outputs; gates at 1."""
+        """Initial values (nanochat's): unit embeddings, uniform inputs, zero outputs; gates at 1.
+
+        With zero outputs every block starts by passing the stream on, and with a small head all tokens start alike.
+        """
         bound = math.sqrt(3 / self.config.width)  # uniform with standard deviation 1/sqrt(D)
         nn.init.normal_(self.embedding.weight)
         nn.init.normal_(self.head.weight, std=0.001)
@@ -176,6 +187,7 @@ class LatentRecurrentTransformer(nn.Module):
                     f"{name} has shape {tuple(value.shape)}; it must be (batch, slots) = ({batch}, {slots})"
                 )
         weight = self.embedding.weight
+        # A thought belongs to its token's document, and knows its token.
         documents, tokens = (
             None if x is None else x.repeat_interleave(config.positions_per_token, 1) for x in (documents, tokens)
         )
@@ -193,26 +205,27 @@ class LatentRecurrentTransformer(nn.Module):
         )
 
     def forward(self, tokens: Tensor, positions: Positions, state: AnyState) -> tuple[Tensor, AnyState]:
-        """Compute these positions from what the state holds, and replace what it holds of them.
+        """Compute these positions from what the state knows, and replace what it knows of them.
 
         tokens (B, T) int; positions: a range, or ints (T,) or (B, T). Returns the final hidden state (B, T, D) of
-        these positions, after the last RMSNorm, and the new State.
+        these positions, after the last RMSNorm, and the new State. Raises ValueError where sizes do not match, the
+        state has no slot for a position, or it is another model's.
         """
-        positions = as_positions(positions)
+        positions = as_positions(positions)  # a range where the tensor is one: the State's fast path
         if isinstance(positions, Tensor):
             positions = positions.to(tokens.device)
         self._check(tokens, positions, state)
-        hidden, state = self._at(tokens, state_positions(positions, self.config.positions_per_token, 0), state, None)
-        for place in range(1, self.config.positions_per_token):  # latent thoughts
-            hidden, state = self._at(
-                tokens, state_positions(positions, self.config.positions_per_token, place), state, hidden
-            )
+        per_token = self.config.positions_per_token
+        hidden, state = self._at(tokens, state_positions(positions, per_token, 0), state, None)
+        for thought in range(1, per_token):
+            hidden, state = self._at(tokens, state_positions(positions, per_token, thought), state, hidden)
         return hidden, state
 
     def _at(
         self, tokens: Tensor, positions: Positions, state: AnyState, thought: Tensor | None
     ) -> tuple[Tensor, AnyState]:
         """The blocks at positions of the State, on the tokens' embeddings or, in their place, on thought (B, T, D)."""
+        # Before the memory is read: source 0 may be a token of this very call.
         state = state.write_tokens(positions, tokens)
         x0 = rms(self.embedding(tokens)) if thought is None else thought
         angles = rotary(positions, self.config.head_dim, self.config.rope_base, x0)
@@ -221,25 +234,31 @@ class LatentRecurrentTransformer(nn.Module):
     def run_blocks(
         self, inputs: Inputs, angles: tuple[Tensor, Tensor], positions: Positions, state: AnyState
     ) -> tuple[Tensor, AnyState]:
-        """Read the memory, run the blocks, write the sources: the final hidden state (B, T, D), and the new State."""
+        """Read the memory, run the blocks, write the sources: the final hidden state (B, T, D), and the new State.
+
+        positions are the State's, of which a token with latent thoughts has several.
+        """
         memory = self.recall(state, positions, self.embedding)
+        # After the memory is read, which is that of earlier passes; before attention, as a position sees itself.
         state = state.mark_written(positions)
 
         config = self.config
-        projected = self.projection(memory)
+        projected = self.projection(memory)  # U m of all layers at once: the memory is known before the stack starts
         visible = {window: state.visible(positions, window) for window in dict.fromkeys(config.windows)}
         call = Call(inputs, memory, angles, state.where(positions), state.write, state.execution)
         x = inputs.x0
         outputs: dict[int, Tensor] = {}
         caches: list[Cache] = []
         for i, block in enumerate(tuple(self.blocks) * config.loops):
-            layer = i % config.depth + 1
+            layer = i % config.depth + 1  # counted from 1, as sources are; i counts loops, too, as caches do
             own = projected[config.projection_sets[layer - 1]]
             cache = state.keys[i], state.values[i]
             x, cache = state.execution.block(block, x, call, own, visible[config.windows[i]], cache)
             caches.append(cache)
             if layer in config.stored_sources or layer == config.depth:
-                outputs[layer] = rms(x)  # the last loop's stays
+                # The memory of a layer, and of the last one the final hidden state: the same vector. The last loop's
+                # stays.
+                outputs[layer] = rms(x)
 
         state = state.write_cache(tuple(k for k, _ in caches), tuple(v for _, v in caches))
         if config.stored_sources:
@@ -252,17 +271,24 @@ class LatentRecurrentTransformer(nn.Module):
         return cap * torch.tanh(self.head(hidden) / cap)
 
     def shard_units(self) -> tuple[nn.Module, ...]:
-        """The modules that FSDP2 gathers one at a time; embeddings and head, which every pass needs, are the rest."""
+        """The modules that FSDP2 gathers one at a time.
+
+        Embedding and head are not among them: every pass needs both, at its start and its end, so that they would be
+        whole nearly always.
+        """
         return (*self.blocks, self.projection)
 
     def with_memory_reader(self, recall: nn.Module) -> LatentRecurrentTransformer:
         """This model, all parameters shared, reading its memory through `recall` (for ablations at test time)."""
         other = copy.copy(self)
-        other._modules = {**self._modules, "recall": recall}
+        other._modules = {**self._modules, "recall": recall}  # a dict of its own: the copy shares this model's
         return other
 
     def _check(self, tokens: Tensor, positions: Positions, state: ModelState) -> None:
-        """Wrong sizes are the caller's mistake and named; what only the device knows is left to it."""
+        """Wrong sizes are the caller's mistake and named.
+
+        Positions on a GPU are not looked at, which would wait for it at every call: an indexing error is then its own.
+        """
         batch, length = tokens.shape
         count = len(positions) if isinstance(positions, range) else positions.shape[-1]
         if count != length or batch != state.batch or count == 0:
@@ -287,6 +313,7 @@ class LatentRecurrentTransformer(nn.Module):
             self._check_room(int(ends[1]), length, state)
 
     def _check_room(self, last: int, length: int, state: ModelState) -> None:
+        """ValueError where the State has no slot for position `last`, or reuses one that this call still reads."""
         slots = state.slots // self.config.positions_per_token
         if last < slots:
             return
@@ -300,51 +327,20 @@ class LatentRecurrentTransformer(nn.Module):
                 f"position {last} reuses a slot of this state of {state.slots}, whose documents are fixed; "
                 "make a state with a slot for every position, or without documents"
             )
-        reach = self.config.lookback
-        if length + reach > state.slots:
+        needed = length + self.config.lookback
+        if needed > state.slots:
             raise ValueError(
-                f"{length} positions at once need {length + reach} slots (window and delay included), the state has "
+                f"{length} positions at once need {needed} slots (window and delay included), the state has "
                 f"{state.slots}; pass fewer at once or make a longer state"
             )
 
 
-def state_positions(positions: Positions, places: int, place: int) -> Positions:
-    """Where the State holds place `place` (0: the token, then its thoughts) of tokens at `positions`."""
-    if places == 1:
+def state_positions(positions: Positions, per_token: int, number: int) -> Positions:
+    """The State's positions of tokens at `positions`, of which each has `per_token`: of them the one of this `number`,
+    0 for the token itself, then its thoughts."""
+    if per_token == 1:
         return positions
     if isinstance(positions, Tensor):
-        return positions * places + place
-    first, last = (p * places + place for p in (positions[0], positions[-1]))
-    return range(first, last + 1, positions.step * places)
-
-
-HASHED_ALWAYS = frozenset({
-    "depth", "width", "heads", "kv_heads", "head_size", "vocab_size", "context", "value_embeddings", "window_pattern",
-    "window", "mlp_ratio", "mlp_width", "rope_base", "softcap", "skip_init", "memory", "loops", "thoughts",
-})  # fmt: skip
-"""ModelConfig's fields in version 0.1.0, which a fingerprint names always. This list never changes."""
-MEMORY_HASHED_ALWAYS = frozenset({
-    "injection", "projection", "source", "combine", "initial", "delay", "layers", "residual_init"
-})  # fmt: skip
-"""MemoryConfig's, likewise."""
-
-
-def hashed_fields(config: ModelConfig) -> dict[str, Any]:
-    """What a fingerprint names of a configuration: 0.1.0's fields, and later ones that are not at their default.
-
-    So a field that a version adds leaves the fingerprints of the models that do not use it as they were, and with them
-    the sessions and calibrations that name one.
-    """
-    fields, defaults = config.to_dict(), type(config)().to_dict()
-    memory, memory_defaults = fields["memory"], defaults["memory"]
-    fields["memory"] = {k: v for k, v in memory.items() if k in MEMORY_HASHED_ALWAYS or v != memory_defaults[k]}
-    return {k: v for k, v in fields.items() if k in HASHED_ALWAYS or v != defaults[k]}
-
-
-def fingerprint(model: LatentRecurrentTransformer) -> str:
-    """SHA-256 of a model's configuration and weights, types included: what a state or a calibration belongs to."""
-    digest = hashlib.sha256(json.dumps(hashed_fields(model.config), sort_keys=True).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(memoryview(weight.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()
+        return positions * per_token + number
+    first, last = (p * per_token + number for p in (positions[0], positions[-1]))
+    return range(first, last + 1, positions.step * per_token)

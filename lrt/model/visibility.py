@@ -1,6 +1,7 @@
-"""What a position may see: one rule, for every State and every way to compute.
+"""What a position may see: one rule, for every State and every kernel.
 
-Position p sees the written positions <= p of its own document, within its layer's window (docs/contract.md, section 2).
+Position p sees the written positions <= p of its own document, within its layer's window. Later positions may hold
+values of an earlier pass, and are as invisible as if nothing were there.
 """
 
 from __future__ import annotations

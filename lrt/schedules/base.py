@@ -4,6 +4,10 @@ A schedule is a frozen value. `schedule.passes(T)` expands it to passes over T p
 as Python would call it, `parse` reads that back, and `schedule.at(step, steps, seed)` gives the schedule of one
 optimiser step. To add a schedule, write a function from T and its arguments to passes and decorate it.
 
+Exact recurrence is the fixed point of h = F(tokens, shift(h)), T forwards in sequence; every schedule but `sequential`
+approximates it (spec, section 2). A pass recomputes a set of positions from the buffer of keys, values and memory, and
+writes its own positions back.
+
 Source: LRT, arXiv 2605.26797, section 4 (interleaved, multi-refinement, chunked); WhiteMatter, 2608.18486 (settled).
 """
 
@@ -30,10 +34,12 @@ class Pass:
     grad: bool = True
     """Whether gradients flow into what this pass computes and writes."""
     detach_memory: bool = False
-    """Cut the gradient through the memory as this pass leaves it, all of it; keys and values keep theirs."""
+    """Cut the gradient through the memory as this pass leaves it, all of it; keys and values keep theirs, as a
+    Transformer's do."""
 
     @property
     def positions(self) -> range:
+        """What is recomputed. A range, so that a State knows what is visible without a mask."""
         return range(self.start, self.stop, self.stride)
 
     @property
@@ -82,6 +88,7 @@ class Simple:
     arguments: tuple[Any, ...]
 
     def passes(self, length: int) -> Passes:
+        # A short text has no positions in some classes: those passes are left out.
         return tuple(p for p in SCHEDULES[self.name](length, *self.arguments) if len(p.positions) > 0)
 
     def at(self, step: int, steps: int, seed: int) -> Schedule:
@@ -97,6 +104,7 @@ class Simple:
         return ((1.0, self),)
 
     def cost(self, length: int) -> float:
+        # 3: a forward and a backward of twice its cost
         return sum(len(p.positions) * (3 if p.grad else 1) for p in self.passes(length)) / length
 
     def __repr__(self) -> str:
@@ -121,7 +129,10 @@ def schedule(expand: Callable[Concatenate[int, P], list[Pass]]) -> Callable[P, S
 
 
 def bind(expand: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Positional arguments in order, sequences as tuples, trailing defaults left out: one spelling per schedule."""
+    """Positional arguments in order, sequences as tuples, trailing defaults left out: one spelling per schedule.
+
+    So equal schedules are equal values, with one `repr`. Raises ValueError on unknown, doubled or missing arguments.
+    """
     names = expand.__code__.co_varnames[1 : expand.__code__.co_argcount]
     defaults = dict(zip(reversed(names), reversed(expand.__defaults__ or ()), strict=False))
     unknown = sorted((set(kwargs) - set(names)) | (set(kwargs) & set(names[: len(args)])))  # or given twice
@@ -138,7 +149,7 @@ def bind(expand: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def count(name: str, value: object, least: int) -> int:
-    """Require a whole number of at least `least`."""
+    """`value`, required to be a whole number of at least `least`; ValueError, naming it, where it is not."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
     return value
@@ -179,7 +190,7 @@ class Mixture(Composed):
             total += probability
             if u < total:
                 return part
-        return self.parts[-1][1]
+        return self.parts[-1][1]  # probabilities that sum to just below 1
 
     def scoring_parts(self) -> tuple[tuple[float, Schedule], ...]:
         return tuple((p * q, s) for p, part in self.parts for q, s in part.scoring_parts())

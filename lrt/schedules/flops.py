@@ -12,7 +12,10 @@ from lrt.schedules.base import Schedule
 
 
 def mean_visible_keys(length: int, window: int | None) -> float:
-    """Keys a query sees on average over a sequence of `length` positions."""
+    """Keys a causal query sees on average over a sequence of `length` positions.
+
+    The first `window` queries see 1, 2, … window keys, all later ones `window`.
+    """
     if window is None or window >= length:
         return (length + 1) / 2
     return window - window * (window - 1) / (2 * length)
@@ -24,10 +27,12 @@ def forward_flops(config: ModelConfig, length: int) -> tuple[float, float]:
     All loops and thoughts are in it; a first pass, which finds no thoughts before a token, is counted like the others.
     As decoding computes the same, it is also the cost of a generated token, on average over a text of `length`.
     """
+    # One multiply-add per weight and position: 2 FLOPs. Loops repeat the blocks, not the projections.
     dense = {name: n for name, n in parameter_sizes(config).items() if not is_table(name)}
     looped = sum(n for name, n in dense.items() if name.startswith("blocks."))
     products = 2 * (config.loops * looped + sum(dense.values()) - looped)
     positions = config.positions_per_token * length
+    # Scores and weighted values: two products of K multiply-adds per head and visible key.
     attention = sum(4 * config.heads * config.head_dim * mean_visible_keys(positions, w) for w in config.windows)
     return config.positions_per_token * (products + attention), 2 * config.width * config.vocab_size
 

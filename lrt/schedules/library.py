@@ -1,6 +1,7 @@
 """The schedules: each a function from T positions and its arguments to passes.
 
-To add one, write such a function and decorate it with `@schedule`.
+To add one, write such a function and decorate it with `@schedule`. Costs are in forwards over the sequence, a backward
+counting two (spec, section 2): `plain` costs 3.
 
 Source: LRT, arXiv 2605.26797, section 4 (interleaved, multi-refinement, chunked); WhiteMatter, 2608.18486 (settled).
 """
@@ -14,7 +15,7 @@ from lrt.schedules.base import Mixture, Pass, Schedule, Simple, Stages, count, s
 
 
 def loss_weights(weights: Sequence[float] | None, passes: int) -> Sequence[float]:
-    """One non-negative weight per pass, not all zero; None counts each pass alike."""
+    """One non-negative weight per pass, not all zero; None counts each pass alike. ValueError for anything else."""
     if weights is None:
         return [1.0] * passes
     numbers = isinstance(weights, tuple | list) and all(isinstance(w, int | float) for w in weights)
@@ -25,13 +26,16 @@ def loss_weights(weights: Sequence[float] | None, passes: int) -> Sequence[float
 
 @schedule
 def plain(T: int) -> list[Pass]:
-    """One full pass with nothing in memory: how a Transformer is trained."""
+    """One full pass with nothing in memory: how a Transformer is trained. Cost 3."""
     return [Pass(0, T)]
 
 
 @schedule
 def interleaved(T: int, subsets: int, weights: Sequence[float] | None = None) -> list[Pass]:
-    """A full pass, then `subsets` strided passes, each seeing what the earlier ones wrote (the paper's default, 2)."""
+    """A full pass, then `subsets` strided passes, each seeing what the earlier ones wrote. Cost 6.
+
+    The paper's default, with 2 subsets. By default each of the passes counts alike, the first one included.
+    """
     count("subsets", subsets, 1)
     first, *rest = loss_weights(weights, subsets + 1)
     return [Pass(0, T, 1, first), *(Pass(r, T, subsets, w) for r, w in enumerate(rest))]
@@ -41,27 +45,37 @@ def interleaved(T: int, subsets: int, weights: Sequence[float] | None = None) ->
 def multi_refinement(
     T: int, refinements: int, weights: Sequence[float] | None = None, detach: bool = False
 ) -> list[Pass]:
-    """`refinements` + 1 full passes; each reads the last one's memory (Jacobi). `detach` cuts its gradient."""
+    """`refinements` + 1 full passes; each reads the last one's memory (Jacobi). Cost 3 (refinements + 1).
+
+    `detach` cuts the gradient through the memory between passes. After n passes the first n positions are exact.
+    """
     count("refinements", refinements, 0)
     per_pass = loss_weights(weights, refinements + 1)
+    # Nobody reads the memory of the last pass.
     return [Pass(0, T, 1, w, True, detach and k < refinements) for k, w in enumerate(per_pass)]
 
 
 @schedule
 def chunked(T: int, length: int) -> list[Pass]:
-    """Contiguous chunks in order; memory crosses chunk borders only (the paper's losing baseline)."""
+    """Contiguous chunks in order; memory crosses chunk borders only (the paper's losing baseline). Cost 3."""
     count("length", length, 1)
     return [Pass(start, min(start + length, T)) for start in range(0, T, length)]
 
 
 def sweep(T: int, groups: int, weight: float = 1.0, grad: bool = True) -> list[Pass]:
-    """One strided Gauss-Seidel sweep: 0::g, 1::g, … g-1::g."""
+    """One strided Gauss-Seidel sweep: 0::g, 1::g, … g-1::g, each class from what was written before it.
+
+    n sweeps leave the first n·g positions exact, where n Jacobi passes leave n.
+    """
     return [Pass(r, T, groups, weight, grad) for r in range(groups)]
 
 
 @schedule
 def strided(T: int, groups: int, sweeps: int) -> list[Pass]:
-    """`sweeps` strided sweeps from an empty buffer: a first-sweep position attends only to what is written."""
+    """`sweeps` strided sweeps from an empty buffer: a first-sweep position attends only to what is written.
+
+    No full pass goes first: in a prefill it costs a forward and saves less than one (docs/log.md).
+    """
     count("groups", groups, 1)
     count("sweeps", sweeps, 1)
     return sweep(T, groups) * sweeps
@@ -69,14 +83,21 @@ def strided(T: int, groups: int, sweeps: int) -> list[Pass]:
 
 @schedule
 def sequential(T: int, backprop: int | None = None) -> list[Pass]:
-    """One position at a time: exact. `backprop` cuts the gradient through the memory after so many positions."""
+    """One position at a time: exact, with back-propagation through time. Cost 3 in tokens, T steps in time.
+
+    `backprop` cuts the gradient through the memory after so many positions; keys and values keep theirs.
+    """
     cut = 0 if backprop is None else count("backprop", backprop, 1)
     return [Pass(t, t + 1, 1, 1.0, True, cut > 0 and (t + 1) % cut == 0) for t in range(T)]
 
 
 @schedule
 def settled(T: int, free: int, groups: int, sweeps: int) -> list[Pass]:
-    """A full pass and `free` sweeps without gradient or loss, then `sweeps` sweeps with both (WhiteMatter's recipe)."""
+    """A full pass and `free` sweeps without gradient or loss, then `sweeps` sweeps with both (WhiteMatter's recipe).
+
+    Cost 1 + free + 3 sweeps. `groups` = 1 makes a sweep a full pass. The quiet passes bring the memory near to what
+    decoding reads; without them the loss may be low on a memory that decoding never has (spec, section 6).
+    """
     count("free", free, 0)
     count("groups", groups, 1)
     count("sweeps", sweeps, 1)
@@ -85,6 +106,7 @@ def settled(T: int, free: int, groups: int, sweeps: int) -> list[Pass]:
 
 
 def _parts(kind: str, unit: str, parts: Sequence[tuple[float, Schedule]]) -> tuple[tuple[float, Schedule], ...]:
+    """The parts of a mixture or of stages, checked: schedules, with weights >= 0 that sum to 1."""
     total = math.fsum(p for p, _ in parts)
     for _, part in parts:
         if not isinstance(part, Simple | Mixture | Stages):

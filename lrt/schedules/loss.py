@@ -1,6 +1,6 @@
-"""Cross-entropy of hidden states, in nats, and the loss of an optimiser step over a schedule's passes.
+"""The loss of an optimiser step over a schedule's passes (contract, section 3).
 
-Shapes: N rows (batch and positions, flattened), D width, V vocabulary. Targets of IGNORED count nowhere.
+Shapes: B batch, T positions, n positions of a pass, D width. Targets of IGNORED count nowhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StepLoss:
     schedule: Schedule
     passes: tuple[Pass, ...]
     scales: tuple[float, ...]
-    """w_p / (n_p Σ w) per pass, 0 for passes that dropped out."""
+    """w_p / (n_p Σ w) per pass, 0 for passes that dropped out: what one target's nats count in the loss."""
     execution: Execution = EAGER
 
     @classmethod
@@ -49,6 +49,7 @@ class StepLoss:
         """
         length = targets[0].shape[1]
         passes = schedule.passes(length)
+        # The targets of the whole step are counted before any of it is computed: a micro-batch's share needs them.
         counts = sum_over_ranks([sum(int((t[:, p.slice] != IGNORED).sum()) for t in targets) for p in passes])
         weights = [p.loss_weight if n else 0.0 for p, n in zip(passes, counts, strict=True)]
         if sum(weights) <= 0:
@@ -61,7 +62,11 @@ class StepLoss:
     def __call__(
         self, model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor, documents: Tensor | None
     ) -> Tensor:
-        """The share of micro-batch tokens, targets (B, T) in the step's loss; the shares of all ranks sum to it."""
+        """The share of micro-batch tokens, targets (B, T) in the step's loss; the shares of all ranks sum to it.
+
+        Hidden states that no loss reads are let go of pass by pass, so that a gradient-free pass keeps nothing but
+        what the next one reads.
+        """
         ran = walk(model, tokens, self.schedule, documents, execution=self.execution)
         kept: list[Tensor | None] = []
         for scale in self.scales:
@@ -77,7 +82,8 @@ class StepLoss:
             for p, h, scale in zip(self.passes, hidden, self.scales, strict=True)
             if scale and h is not None
         ]
-        # One head for all passes: its gradient is made once, and short passes share a block of rows.
+        # One head for all passes: their hidden states are rows of one product, weighted by their pass. So the head's
+        # gradient exists once, and short passes share a block of rows.
         rows, wanted = torch.cat([h for h, _, _ in scored]), torch.cat([t for _, t, _ in scored])
         weights = [torch.full((len(h),), scale, device=h.device, dtype=at_least_float32(h)) for h, _, scale in scored]
         return summed_nats(model, rows, wanted, torch.cat(weights), self.execution)

@@ -10,6 +10,7 @@ from lrt.schedules.base import SCHEDULES, Mixture, Schedule, Simple, Stages, bin
 from lrt.schedules.library import mixture, stages
 
 _COMPOSED: dict[str, Callable[..., Schedule]] = {"mixture": mixture, "stages": stages}
+"""Schedules made of schedules, which are no entries of SCHEDULES: they have no passes of their own."""
 
 
 def names() -> Iterator[str]:
@@ -28,6 +29,7 @@ def parse(text: str) -> Schedule:
         if not isinstance(built, Simple | Mixture | Stages):
             raise ValueError("that is no schedule")
         return built
+    # Python's own parser raises the last two for text that nests too deeply.
     except (SyntaxError, KeyError, TypeError, AttributeError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"cannot read the schedule {text!r}: {error}; write for example interleaved(2)") from error
 
@@ -53,5 +55,5 @@ def _build(node: ast.expr) -> Any:
 
 def _simple(name: str, args: list[Any], kwargs: dict[str, Any]) -> Simple:
     arguments = bind(SCHEDULES[name], tuple(args), kwargs)
-    SCHEDULES[name](1, *arguments)
+    SCHEDULES[name](1, *arguments)  # a wrong argument is an error here, not when it is run
     return Simple(name, arguments)

@@ -1,6 +1,11 @@
 """Run a schedule: for each pass, call the model on its positions.
 
 Training, exact scoring, prefill and decoding are the same thing: a list of position sets, and one function.
+
+`refine` runs all passes and keeps them; `walk` gives one at a time. A training step takes `walk` and lets go of what it
+does not score.
+
+Shapes: B batch, T positions, n positions of a pass, D width.
 """
 
 from __future__ import annotations
@@ -33,9 +38,9 @@ class Refined:
     length: int
     """T."""
     last: State | StridedState
-    """What the last pass left."""
+    """What the last pass left, in the form that it ran on."""
 
-    # Training asks for neither of these: both copy.
+    # Training asks for neither of these, which copy. So they are made when asked for.
 
     @functools.cached_property
     def hidden(self) -> Tensor:
@@ -44,7 +49,7 @@ class Refined:
 
     @functools.cached_property
     def state(self) -> State:
-        """To continue from."""
+        """The general State, to continue from or to decode behind."""
         return self.last if isinstance(self.last, State) else self.last.whole()
 
 
@@ -59,8 +64,11 @@ def refine(
     """Run `schedule` over tokens (B, T).
 
     documents (B, T) int says which packed document each token belongs to. With a `state`, the tokens continue behind
-    what it holds; its own documents serve. A mixture or stages without a step are drawn (`schedule.draw`).
+    its last position; its own documents serve. A mixture or stages without a step are drawn (`schedule.draw`).
     `execution` says how it is computed, not what.
+
+    Raises ValueError without tokens, with `documents` beside a `state`, and where the state's rows differ in length or
+    its slots do not suffice.
     """
     ran: list[Ran] = []
     last: State | StridedState | None = None
@@ -79,18 +87,19 @@ def walk(
     state: State | None = None,
     execution: Execution = EAGER,
 ) -> Iterator[tuple[Pass, Tensor, State | StridedState]]:
-    """The passes of `refine`, one after another: (pass, its hidden states (B, n, D), what it left).
+    """The passes of `refine`, one after another: (pass, its hidden states (B, n, D), the State it left).
 
-    For who does not want all of them at once: of a pass that was let go of, only what later passes read stays.
+    For callers that do not want all of them at once: of a pass that was let go of, only what later passes read stays.
+    ValueErrors as in `refine`, at the first pass.
     """
     batch, length = tokens.shape
     if length == 0:
         raise ValueError("there are no tokens; give at least one position (a BOS token will do)")
     if state is not None and documents is not None:
         raise ValueError("documents come with an empty state; make it with model.empty_state(batch, slots, documents)")
-    offset, places = 0, model.config.positions_per_token
+    offset, per_token = 0, model.config.positions_per_token
     if state is not None:
-        offset = state.length // places
+        offset = state.length // per_token  # a State counts positions, a pass tokens
         if bool((state.lengths != state.length).any()):
             raise ValueError(
                 f"the state's rows have lengths {state.lengths.tolist()}; refine continues rows of one length"
@@ -98,7 +107,7 @@ def walk(
     passes = schedule.draw().passes(length)
     current: State | StridedState
     if state is None:
-        current = initial_state(model.empty_state(batch, length, documents, tokens), passes, execution, places)
+        current = initial_state(model.empty_state(batch, length, documents, tokens), passes, execution, per_token)
     else:
         current = dataclasses.replace(state, execution=execution)
     for p in passes:
@@ -111,20 +120,23 @@ def walk(
         del hidden  # the next pass runs without it
 
 
-def initial_state(empty: State, passes: Sequence[Pass], execution: Execution, places: int = 1) -> State | StridedState:
+def initial_state(
+    empty: State, passes: Sequence[Pass], execution: Execution, per_token: int = 1
+) -> State | StridedState:
     """The State to run `passes` from: by residue classes where all of them are such, else the general one.
 
-    `places` positions of the State are one of `passes`' (`ModelConfig.positions_per_token`).
+    `per_token` positions of the State are one of `passes`' (`ModelConfig.positions_per_token`).
     """
-    stride = common_stride(passes, empty.slots // places)
-    if stride is None or (stride > 1 and places > 1):  # full passes over places are classes, of one stride only
+    stride = common_stride(passes, empty.slots // per_token)
+    # With latent thoughts a full pass is itself run as classes, of stride `per_token`; a strided one would need two.
+    if stride is None or (stride > 1 and per_token > 1):
         return dataclasses.replace(empty, execution=execution)
-    return StridedState.of(empty, stride * places, execution)
+    return StridedState.of(empty, stride * per_token, execution)
 
 
 def last_written(ran: list[tuple[Pass, Tensor, Tensor]], length: int) -> Tensor:
     """(B, T, D): each position from the last pass that computed it."""
-    needed, missing = [], set(range(length))
+    needed, missing = [], set(range(length))  # from the last pass backwards, until every position has its writer
     for p, _, hidden in reversed(ran):
         if missing.isdisjoint(p.positions):
             continue
@@ -139,7 +151,7 @@ def last_written(ran: list[tuple[Pass, Tensor, Tensor]], length: int) -> Tensor:
     if all(len(p.positions) == 1 for p, _ in needed):  # sequential: one concatenation, not T copies
         return torch.cat([h for _, h in sorted(needed, key=lambda entry: entry[0].start)], dim=1)
     whole = hidden.new_zeros(hidden.shape[0], length, hidden.shape[2])
-    for p, part in reversed(needed):
+    for p, part in reversed(needed):  # in their order: later passes overwrite
         whole = write_copy(whole, p.slice, part, 1)
     return whole
 
@@ -150,7 +162,7 @@ CLASSES = 32
 
 def common_stride(passes: Sequence[Pass], length: int) -> int | None:
     """S, where each of `passes` over `length` positions is the full range or a class r::S of one S; None elsewhere."""
-    strides = set()
+    strides: set[int] = set()
     for p in passes:
         if (p.start, p.stop) == (0, length) and p.stride == 1:
             continue

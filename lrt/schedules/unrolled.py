@@ -24,11 +24,12 @@ from lrt.model.rolling_state import RollingState
 from lrt.model.transformer import Block, LatentRecurrentTransformer
 
 CHUNK = 8
-"""Positions of a graph: more compile longer, and gain little."""
+"""Positions of a compiled graph: more compile longer, and gain little."""
 Angles = tuple[Tensor, Tensor]
 Rows = tuple[tuple[Tensor, ...], ...]
+"""Of each block, the rows that its value embedding looked up."""
 NEXT = range(1)
-"""A position for a RollingState, which does not ask which one it is."""
+"""The positions of a call over a RollingState: one, and the state does not ask which (`rotary` has its angles)."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,14 @@ def reason_uncovered(model: LatentRecurrentTransformer) -> str | None:
         return f"{config.loops} loops and {config.thoughts} thoughts: it needs one forward per token"
     if not config.sources or 0 in config.sources or config.memory.delay != 1:
         return f"memory sources {config.sources} at delay {config.memory.delay}: it needs sources >= 1 at delay 1"
+    # Windows are full after one chunk: from the second on a State has its final size, and the graph its shapes.
     if not config.unlimited_context or max(w or 0 for w in config.windows) - 1 > CHUNK:
         return f"windows {config.windows}: every layer must slide over at most {CHUNK + 1} positions"
     return None
 
 
 def empty_carry(model: LatentRecurrentTransformer, batch: int) -> RollingState:
-    """Before the first position of `batch` rows. ValueError where the model is not covered."""
+    """The State before the first position of `batch` rows. ValueError where the model is not covered."""
     reason = reason_uncovered(model)
     if reason is not None:
         raise ValueError(f"exact passes in chunks do not cover {reason}; use refine with sequential()")
@@ -68,7 +70,10 @@ def empty_carry(model: LatentRecurrentTransformer, batch: int) -> RollingState:
 def over(
     model: LatentRecurrentTransformer, tokens: Tensor, backprop: int | None = None, execution: Execution = EAGER
 ) -> Tensor:
-    """The hidden states (B, T, D) that `refine(model, tokens, sequential(backprop))` gives."""
+    """The hidden states (B, T, D) that `refine(model, tokens, sequential(backprop))` gives, with their gradients.
+
+    ValueError where the model is not covered (`reason_uncovered`).
+    """
     state, hidden = empty_carry(model, tokens.shape[0]), []
     for part in tokens.split(tokens.shape[1] if backprop is None else backprop, dim=1):
         out, state = run_chunks(model, part, state, execution)

@@ -16,8 +16,9 @@ from lrt.inference.chat_template import TEMPLATES, Template, check_template, def
 from lrt.inference.engine import Engine
 from lrt.model import checkpoint
 from lrt.model.config import ModelConfig
+from lrt.model.fingerprint import fingerprint
 from lrt.model.size import count_parameters
-from lrt.model.transformer import LatentRecurrentTransformer, fingerprint
+from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.serve.async_engine import AsyncEngine
 from lrt.serve.config import Limits, Settings
 from lrt.serve.errors import ApiError, busy_error, shutdown_error, unavailable_error

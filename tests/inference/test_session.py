@@ -171,7 +171,7 @@ def test_what_was_overwritten_cannot_be_taken_back() -> None:
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_a_user_is_told() -> None:
+def test_mistakes_are_errors_that_say_the_fix() -> None:
     model = model_of(MemoryConfig())
     with pytest.raises(ValueError, match="the prompt is empty"):
         Session.start(model, [])

@@ -15,7 +15,8 @@ from lrt import ModelConfig
 from lrt.inference.fused_step import SHORTEST
 from lrt.inference.fused_weights import fuse_weights, packed_layout, transposed_layout
 from lrt.inference.sweeps import forward_fused
-from lrt.model.state import Positions, State
+from lrt.model.state import State
+from lrt.model.state_protocol import Positions
 
 ROWS, GROUPS = 2, 3
 LENGTH = 5 * SHORTEST * GROUPS + 1  # classes of unequal size, in several runs of queries

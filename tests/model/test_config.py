@@ -246,10 +246,10 @@ def test_parameters_are_counted_exactly(value_embeddings: Any, kv_heads: int | N
 def test_matched_widens_the_mlp_and_nothing_else(target: float):
     config = ModelConfig(vocab_size=512, memory=MemoryConfig(injection="none"))
     wanted = int(target * count_parameters(config)[0])
-    found = match_parameters(config, wanted)
-    assert found.mlp_dim > config.mlp_dim
-    assert replace(found, mlp_width=None) == config
-    assert abs(count_parameters(found)[0] - wanted) <= MATCHED * wanted
+    matched = match_parameters(config, wanted)
+    assert matched.mlp_dim > config.mlp_dim
+    assert replace(matched, mlp_width=None) == config
+    assert abs(count_parameters(matched)[0] - wanted) <= MATCHED * wanted
 
 
 def test_matched_says_where_it_cannot():

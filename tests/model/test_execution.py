@@ -50,8 +50,8 @@ def step(model: Any, schedule: Any, execution: Execution, dtype: torch.dtype = t
     model.zero_grad()
     loss = make_objective(model, dtype)(StepLoss.of(schedule, [targets], execution=execution), tokens, targets, None)
     loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {**found, "loss": loss.detach()}
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {**grads, "loss": loss.detach()}
 
 
 def test_auto_is_for_long_runs():
@@ -92,14 +92,14 @@ def test_a_mixture_is_compiled_once_and_without_graph_breaks():
     counters.clear()
     model = random_model(CONFIG)
     mixture = [schedules.interleaved(2), schedules.settled(0, 1, 1)]
-    found = [step(model, s, Execution("always")) for s in mixture]
+    steps = [step(model, s, Execution("always")) for s in mixture]
     compiled = counters["stats"]["unique_graphs"]
     assert compiled > 0
     for _, s in zip(range(4), itertools.cycle(mixture), strict=False):
         step(model, s, Execution("always"))
     assert counters["stats"]["unique_graphs"] == compiled
     assert not counters["graph_break"]
-    for actual, s in zip(found, mixture, strict=True):
+    for actual, s in zip(steps, mixture, strict=True):
         assert_same_gradients(actual, step(model, s, EAGER), repr(s))
 
 
@@ -137,8 +137,8 @@ def test_recomputing_under_bfloat16_computes_in_bfloat16(recompute: Any):
     model = random_model(CONFIG, torch.float32)
     schedule = schedules.interleaved(2)
     expected = step(model, schedule, EAGER, torch.bfloat16)
-    for name, found in step(model, schedule, Execution("never", recompute), torch.bfloat16).items():
-        assert torch.equal(found, expected[name]), name
+    for name, actual in step(model, schedule, Execution("never", recompute), torch.bfloat16).items():
+        assert torch.equal(actual, expected[name]), name
 
 
 MEMORY = ModelConfig(depth=3, width=32, heads=2, vocab_size=CONFIG.vocab_size, context=256)

@@ -102,14 +102,14 @@ def test_pieces_equal_one_softmax(name: str, groups: int, kernel: Kernel, monkey
     n, sizes, pieces = PLANS[name]
     sources = [random(groups, m, seed) for seed, m in enumerate(sizes * 2)]
     inputs = [random(H, n, 7), *sources]
-    found = with_gradients(lambda q, k, v: attend(q, k, v, pieces), inputs)
+    results = with_gradients(lambda q, k, v: attend(q, k, v, pieces), inputs)
     expected = with_gradients(lambda q, k, v: attend_reference(q, k, v, pieces), inputs)
-    for actual, wanted in zip(found, expected, strict=True):
+    for actual, wanted in zip(results, expected, strict=True):
         assert_same(actual, wanted, name)
         assert not actual.isnan().any()
     if name == "a row without any key":
-        assert not found[0][:, :, 3].any()
-        assert not found[1][:, :, 3].any()  # nor a gradient of its query
+        assert not results[0][:, :, 3].any()
+        assert not results[1][:, :, 3].any()  # nor a gradient of its query
         out, lse = kernel.forward(inputs[0], *(x.repeat_interleave(H // groups, 1) for x in sources[::2]), False,
                                   hiding([0, 3], 5, 5)(inputs[0]))[:2]  # fmt: skip
         assert (lse[:, :, [0, 3]] == -math.inf).all()
@@ -194,20 +194,20 @@ def test_passes_by_classes_equal_passes_by_masks(
     tokens = torch.randint(config.vocab_size, (2, length), generator=generator)
     borders = torch.rand(2, length, generator=generator) < 0.05
     for documents in (None, borders.long().cumsum(1)):
-        found = refine(model, tokens, schedule, documents)
-        assert isinstance(found.last, StridedState)
+        refined = refine(model, tokens, schedule, documents)
+        assert isinstance(refined.last, StridedState)
         with monkeypatch.context() as patch:
             by_masks(patch)
             expected = refine(model, tokens, schedule, documents)
-        assert_same(found.hidden, expected.hidden)
-        assert_same_gradients(gradients(model, found.hidden), gradients(model, expected.hidden))
+        assert_same(refined.hidden, expected.hidden)
+        assert_same_gradients(gradients(model, refined.hidden), gradients(model, expected.hidden))
         for a, b in zip(
-            (*found.state.keys, found.state.memory), (*expected.state.keys, expected.state.memory), strict=True
+            (*refined.state.keys, refined.state.memory), (*expected.state.keys, expected.state.memory), strict=True
         ):
             if b.numel():
                 assert_same(a, b, "state")
-        assert torch.equal(found.state.slot_positions, expected.state.slot_positions)
-        assert (found.state.written_until, found.state.pending_strides) == (
+        assert torch.equal(refined.state.slot_positions, expected.state.slot_positions)
+        assert (refined.state.written_until, refined.state.pending_strides) == (
             expected.state.written_until,
             expected.state.pending_strides,
         )
@@ -253,11 +253,11 @@ def test_a_pass_replaces_and_copies_nothing():
     model = random_model(config)
     tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
     state = StridedState.of(model.empty_state(1, 64, tokens=tokens), 2)
-    held = []
+    keys = []
     for p in schedules.interleaved(2).passes(64):
         _, state = model(tokens[:, p.slice], p.positions, state)
-        held.append(state.keys[0])
-    (whole, again), (first, untouched), (kept, second) = held
+        keys.append(state.keys[0])
+    (whole, again), (first, untouched), (kept, second) = keys
     assert whole is again
     assert untouched is whole  # the other class is still the first pass's tensor
     assert kept is first

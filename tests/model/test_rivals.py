@@ -77,8 +77,8 @@ def test_live_equals_the_oracle(config: ModelConfig):
     expected = expected_rows(model, tokens)
     assert_same(decode(model, tokens, model.empty_state(BATCH, LENGTH)), expected, "the model")
     for mode in ("eager", "fused"):
-        way = decoder(model, model.empty_state(BATCH, LENGTH), mode)
-        assert_same(torch.stack([way(tokens[:, t], [t] * BATCH) for t in range(LENGTH)], 1), expected, mode)
+        step = decoder(model, model.empty_state(BATCH, LENGTH), mode)
+        assert_same(torch.stack([step(tokens[:, t], [t] * BATCH) for t in range(LENGTH)], 1), expected, mode)
     nats = token_nats(model, expected[:, :-1], tokens[:, 1:])
     assert_same(score(model, tokens), nats, "score")
     assert_differs(expected, oracle_rows(random_model(replace(config, loops=1, thoughts=0)), tokens))
@@ -89,11 +89,11 @@ def test_rows_at_positions_of_their_own(config: ModelConfig):
     model, tokens = random_model(config), random_tokens()
     expected = expected_rows(model, tokens)
     for mode in ("eager", "fused"):
-        way = decoder(model, model.empty_state(BATCH, LENGTH), mode)
-        way(tokens[:1, 0], [0])
-        found = [way(torch.stack([tokens[0, t + 1], tokens[1, t]]), [t + 1, t]) for t in range(LENGTH - 1)]
-        assert_same(torch.stack([h[0] for h in found], 0), expected[0, 1:], mode)
-        assert_same(torch.stack([h[1] for h in found], 0), expected[1, :-1], mode)
+        step = decoder(model, model.empty_state(BATCH, LENGTH), mode)
+        step(tokens[:1, 0], [0])
+        hidden = [step(torch.stack([tokens[0, t + 1], tokens[1, t]]), [t + 1, t]) for t in range(LENGTH - 1)]
+        assert_same(torch.stack([h[0] for h in hidden], 0), expected[0, 1:], mode)
+        assert_same(torch.stack([h[1] for h in hidden], 0), expected[1, :-1], mode)
 
 
 @over(RIVALS)
@@ -326,5 +326,5 @@ def test_every_rival_trains(name: str):
     # A chunk as long as the text would leave the memory unread.
     passes = schedules.parse(rival.schedule.replace("chunked(64)", "chunked(4)")).draw()
     loss = StepLoss.of(passes, [tokens])(model, tokens, tokens, None)
-    found = torch.autograd.grad(loss, list(model.parameters()))
-    assert all(float(g.abs().max()) > 0 for g in found)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(float(g.abs().max()) > 0 for g in grads)

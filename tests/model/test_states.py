@@ -1,6 +1,6 @@
 """One promise: whatever State a model runs on, it computes the same recurrence, values and gradients.
 
-The protocol is `lrt.model.state.ModelState`. Whoever writes another State adds it to `STATES`.
+The protocol is `lrt.model.state_protocol.ModelState`. Whoever writes another State adds it to `STATES`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from transformers import DynamicCache
 from lrt import MemoryConfig, ModelConfig, refine, schedules
 from lrt.integrations.hf.cache import Columns, append, read_cache
 from lrt.model.rolling_state import RollingState
-from lrt.model.state import ModelState, State
+from lrt.model.state import State
+from lrt.model.state_protocol import ModelState
 from lrt.model.strided_state import StridedState
 
 LENGTH = 9

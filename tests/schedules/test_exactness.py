@@ -208,7 +208,7 @@ def test_prefill_split_anywhere_then_decoding_equals_the_oracle(config: ModelCon
     with torch.no_grad():
         expected = oracle_rows(model, tokens)
         for split in range(1, LENGTH):
-            # Passes over the first `split` positions, by each way of an exact prefill in turn.
+            # Passes over the first `split` positions, on each path of an exact prefill in turn.
             schedule = exact_schedules(split)[split % len(exact_schedules(split))]
             state = model.empty_state(BATCH, LENGTH)
             for p in schedule.passes(split):
@@ -360,8 +360,8 @@ def test_no_schedule_lets_gradients_flow_from_later_tokens(config: ModelConfig, 
     direction = torch.randn(hidden[:, 0].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for t in (0, 3, LENGTH - 2):
         loss = (hidden[:, t] * direction).sum()
-        found = torch.autograd.grad(loss, list(tables.values()), retain_graph=True, allow_unused=True)
-        for name, g in zip(tables, found, strict=True):
+        grads = torch.autograd.grad(loss, list(tables.values()), retain_graph=True, allow_unused=True)
+        for name, g in zip(tables, grads, strict=True):
             assert g is not None, f"{name} has no gradient"
             assert not g[tokens[:, t + 1 :]].any(), f"position {t} reads later rows of {name}"
             # With one token per position, a row without a gradient would also be one the test looks at in vain.
@@ -504,13 +504,13 @@ def test_detach_memory_cuts_the_memory_and_nothing_else(config: ModelConfig):
         return gradients(model, refine(model, tokens, schedule).hidden), gradients(model, expected)
 
     whole, cut, free = (Pass(0, LENGTH), Pass(0, LENGTH, detach_memory=True), Pass(0, LENGTH, grad=False))
-    found = {}
+    by_name = {}
     for name, first in (("whole", whole), ("cut", cut), ("free", free)):
-        found[name], expected = under(first)
-        assert_same_gradients(found[name], expected, name)
+        by_name[name], expected = under(first)
+        assert_same_gradients(by_name[name], expected, name)
     # Three different gradients: memory was cut, keys and values were not.
-    for a, b in itertools.combinations(found, 2):
-        assert gradient_difference(found[a], found[b]) > VISIBLE, (a, b)
+    for a, b in itertools.combinations(by_name, 2):
+        assert gradient_difference(by_name[a], by_name[b]) > VISIBLE, (a, b)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

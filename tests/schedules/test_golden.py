@@ -44,7 +44,7 @@ def losses() -> list[float]:
     model = LatentRecurrentTransformer(run.model)
     optimiser = Optimiser(model, run.model.width, run.batch_tokens, STEPS, run.optim)
     rows, schedule = Rows(documents(run.model.vocab_size), run.model.context, run.seed), schedules.parse(run.schedule)
-    found, position = [], Position()
+    values, position = [], Position()
     for step in range(STEPS):
         batch, position = rows.batch(position, run.batch_size)
         loss = StepLoss.of(schedule.at(step, STEPS, run.seed), [batch.targets])(
@@ -52,16 +52,16 @@ def losses() -> list[float]:
         )
         loss.backward()
         optimiser.step(step)
-        found.append(float(loss.detach()))
-    return found
+        values.append(float(loss.detach()))
+    return values
 
 
 def test_the_losses_are_the_golden_ones():
     golden = json.loads(FILE.read_text())
-    found = losses()
+    values = losses()
     recipe = repr(recipes.depth_recipe(2))
     assert golden["recipe"] == recipe, "the recipe has changed: write the golden file anew, and say why"
-    assert found == pytest.approx(golden["losses"], abs=TOLERANCE)
+    assert values == pytest.approx(golden["losses"], abs=TOLERANCE)
     assert golden["losses"][0] - golden["losses"][-1] > 0.1  # it learns, so the steps matter
 
 

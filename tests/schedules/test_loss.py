@@ -102,15 +102,15 @@ def test_in_bfloat16_the_heads_gradient_is_summed_in_float32():
     hidden = torch.randn(16 * ROWS, 8, generator=generator, dtype=torch.float64).bfloat16()
     head = torch.randn(19, 8, generator=generator, dtype=torch.float64).bfloat16()
     wanted = torch.randint(0, 19, (16 * ROWS,), generator=generator)
-    ones, found = torch.ones(16 * ROWS), list[Tensor]()
+    ones, grads = torch.ones(16 * ROWS), list[Tensor]()
     for dtype in (torch.bfloat16, torch.float64):
         weight = head.detach().to(dtype, copy=True).requires_grad_()
         nats: Tensor = LinearCrossEntropy.apply(hidden.to(dtype), weight, wanted, ones, 15.0, EAGER)  # type: ignore[assignment]
         (nats / 12345).backward()
         assert weight.grad is not None
         assert weight.grad.dtype == dtype
-        found.append(weight.grad.double())
-    assert difference(found[0], found[1]) < 0.004  # bfloat16 itself: 2^-8
+        grads.append(weight.grad.double())
+    assert difference(grads[0], grads[1]) < 0.004  # bfloat16 itself: 2^-8
 
 
 def test_without_gradients_the_value_is_the_same():
@@ -212,8 +212,8 @@ def step(model: Any, schedule: Any, parts: list[tuple[Tensor, Tensor]]) -> tuple
 
 def collected(model: Any, loss: Tensor) -> dict[str, Tensor]:
     names, weights = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, weights, allow_unused=True)
-    return {n: torch.zeros_like(w) if g is None else g for n, w, g in zip(names, weights, found, strict=True)}
+    grads = torch.autograd.grad(loss, weights, allow_unused=True)
+    return {n: torch.zeros_like(w) if g is None else g for n, w, g in zip(names, weights, grads, strict=True)}
 
 
 WEIGHTED = [
@@ -268,8 +268,8 @@ def test_micro_batches_of_unequal_filling_count_as_one_batch(schedule: Any, cuts
     borders = [0, *cuts, len(tokens)]
     parts = [(tokens[a:b], targets[a:b]) for a, b in itertools.pairwise(borders)]
     whole, expected = step(model, schedule, [(tokens, targets)])
-    found, gradients = step(model, schedule, parts)
-    assert_same(found, whole)
+    loss, gradients = step(model, schedule, parts)
+    assert_same(loss, whole)
     scale = max(float(g.norm()) for g in expected.values())
     for name, wanted in expected.items():
         assert float((gradients[name] - wanted).norm()) <= TOLERANCE[torch.float64] * scale, name
@@ -283,8 +283,8 @@ def test_a_micro_batch_without_targets_adds_nothing():
     empty = torch.full_like(targets, IGNORED)
     schedule = schedules.interleaved(2)
     whole, expected = step(model, schedule, [(tokens, targets)])
-    found, gradients = step(model, schedule, [(tokens, empty), (tokens, targets)])
-    assert_same(found, whole)
+    loss, gradients = step(model, schedule, [(tokens, empty), (tokens, targets)])
+    assert_same(loss, whole)
     assert_same(gradients["head.weight"], expected["head.weight"])
 
 

@@ -232,7 +232,7 @@ def test_an_unreadable_schedule_is_named_in_the_error(text: str):
         parse(text)
 
 
-def test_an_unknown_schedule_is_told_the_known_ones():
+def test_an_unknown_schedule_is_an_error_that_names_the_known_ones():
     with pytest.raises(ValueError, match=r"'waves'; choose one of") as caught:
         parse("waves(2)")
     assert all(name in str(caught.value) for name in [*SCHEDULES, "mixture", "stages"])
@@ -367,5 +367,5 @@ def test_a_mixture_is_scored_in_proportion_and_stages_by_their_last():
 
 def test_passes_of_a_mixture_need_a_step():
     for schedule in (MIXED, NESTED):
-        with pytest.raises(ValueError, match=r"\.at\(step, steps, seed\), or \.drawn\(\)"):
+        with pytest.raises(ValueError, match=r"\.at\(step, steps, seed\), or \.draw\(\)"):
             schedule.passes(4)
