@@ -84,7 +84,7 @@ class SweepCurve:
 def judge(bpb: Sequence[float], parallel: float, change: float) -> str:
     """The verdict in words, of the BPB after 0, 1, …, n full refinements and the last relative change.
 
-    Two-cycle and stable are the contract's (section 4). What is neither, has left the trained score after the last
+    Two-cycle and stable: contract, section 4. What is neither, has left the trained score after the last
     refinement that still gave it: it *settles elsewhere* where the iteration came to rest, else it *diverges*.
     """
     if len(bpb) < 2:

@@ -3,7 +3,7 @@
 Each case reaches a prompt's continuation in its own way and decodes greedily; it is held, token by token, against the
 prompt prefilled exactly and decoded alone. At the first token that differs the *margin* is taken, the distance of the
 two tokens' logits in the reference; below 1e-4 the difference is allowed, and counted. In float64 the same is tested
-to 1e-10 (tests/test_session.py, tests/test_prefill.py).
+to 1e-10 (tests/inference/test_session.py, tests/inference/test_prefill.py).
 """
 
 from __future__ import annotations

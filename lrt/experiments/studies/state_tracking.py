@@ -34,7 +34,7 @@ from lrt.utils.torch_private import missing_compiler
 TRAINING = 0.8
 """The part of a cell's time that training takes, for the bar."""
 ABLATED = ("zero", "embedding")
-"""Contract 5: what the memory is replaced with, live, at the shortest test."""
+"""What the memory is replaced with, live, at the shortest test (contract, section 5)."""
 FEW = 250
 """Rows for that."""
 
