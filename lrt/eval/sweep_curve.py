@@ -85,9 +85,9 @@ class SweepCurve:
 def classify_curve(bpb: Sequence[float], parallel: float, change: float) -> str:
     """The verdict in words, of the BPB after 0, 1, …, n full refinements and the last relative change.
 
-    Two-cycle and stable are the contract's (section 4). What is neither, has left the trained score after the last
-    refinement that still gave it. It *settles elsewhere* where the iteration came to rest, else it *diverges*: an
-    iteration that rests at another score than the trained one does not diverge.
+    Two-cycle and stable: contract, section 4. What is neither, has left the trained score after the last refinement
+    that still gave it. It *settles elsewhere* where the iteration came to rest, else it *diverges*: an iteration that
+    rests at another score than the trained one does not diverge.
     """
     if len(bpb) < 2:
         raise ValueError(f"{len(bpb)} scores; a verdict needs those of at least two refinement counts")

@@ -294,7 +294,7 @@ class ModelConfig:
 
     @classmethod
     def from_depth(cls, depth: int, **overrides: Any) -> ModelConfig:
-        """The one size dial: width 64 · depth, head size 128 where it divides the width, else 64, 32, … (spec 1)."""
+        """The one size dial (spec, section 1): width 64 · depth, head size 128 where it divides that, else 64, 32, …"""
         width = overrides.pop("width", 64 * depth)
         # width > size: at least two heads
         head_size = next((size for size in HEAD_SIZES if width % size == 0 and width > size), None)

@@ -1,7 +1,8 @@
 """Floating-point operations, counted from the configuration: a multiply-add is two, the backward twice the forward.
 
-Counted are the matrix products of every pass (spec, trap 4: published counts leave the extra passes out), attention
-over the keys that are visible on average, and the head where a pass has a loss. Lookups and elementwise work are not.
+Counted are the matrix products of every pass (published counts leave the extra ones out: spec, section 5, trap 4),
+attention over the keys that are visible on average, and the head where a pass has a loss. Lookups and elementwise work
+are not.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from lrt.training.recipes import FAMILIES
 from lrt.utils.provenance import hardware_line
 
 MODELS = ("transformer", "token_shift", "lrt")
-# What the issue promises of every model; more may stand beside it.
+# What the demo promises of every model; more may stand beside it.
 PROMISED = {"parameters", "tokens", "train_seconds", "training_flops", "parallel_bpb", "live_bpb"}
 ABLATED = {"live_bpb_memory_zero", "live_bpb_memory_embedding"}
 STEP = recipes.demo_recipe("lrt").batch_tokens
@@ -75,7 +75,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # summary.json
-def test_the_summary_has_what_the_issue_promises(summary: dict[str, Any]):
+def test_the_summary_has_what_is_promised(summary: dict[str, Any]):
     assert {"models", "hardware", "seconds"} <= set(summary)
     assert tuple(summary["models"]) == MODELS
     for name, model in summary["models"].items():

@@ -402,7 +402,7 @@ def test_rotary_angles_are_exact_at_a_million_positions():
 
 
 def test_reused_slots_give_what_a_carry_gives():
-    """Contract 7: where every layer slides, a State of a few slots serves an endless stream."""
+    """Where every layer slides, a State of a few slots serves an endless stream (contract, section 2)."""
     model = awake(small())
     tokens = torch.randint(7, (2, 25), generator=seeded())
     state, hidden = model.empty_state(2, model.config.lookback + 1).in_place(), []

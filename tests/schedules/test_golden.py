@@ -1,8 +1,8 @@
 """Twenty steps of the d2 recipe, loss by loss: a refactor leaves the file as it is.
 
-    python tests/test_golden.py
+    python tests/schedules/test_golden.py
 
-writes it anew. A change of numbers that is meant shows its curves in docs/log.md (house rule 6).
+writes it anew. A change of numbers that is meant shows its curves in docs/log.md (docs/design.md, house rules).
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_the_smaller_model_is_widened_not_the_larger_narrowed(data: Prepared, tm
 
 
 def test_tokens_shut_the_trap_of_equal_ratios(data: Prepared, reference: ReferenceRun, tmp_path: Path):
-    """Spec 5.5: at an equal ratio of tokens to parameters the larger LRT gets more tokens."""
+    """Trap 5 of spec, section 5: at an equal ratio of tokens to parameters the larger LRT gets more tokens."""
     assert LRT.tokens > TRANSFORMER.tokens
     assert "tokens" in mismatches(TRANSFORMER, reference, data)
     run = match(TRANSFORMER, "tokens", reference, data, SINGLE_PROCESS, tmp_path)
@@ -76,13 +76,13 @@ def test_tokens_shut_the_trap_of_equal_ratios(data: Prepared, reference: Referen
 
 
 def test_a_baseline_with_fewer_value_embeddings_is_said(data: Prepared, reference: ReferenceRun):
-    """Spec 5.5: the published baseline has them on every other layer, the LRT on all."""
+    """Trap 5 of spec, section 5: the published baseline has them on every other layer, the LRT on all."""
     poorer = replace(TRANSFORMER, model=replace(TRANSFORMER.model, value_embeddings="alternate"))
     assert "value embeddings" in mismatches(poorer, reference, data)
 
 
 def test_compute_counts_every_pass(data: Prepared, reference: ReferenceRun, tmp_path: Path):
-    """Spec 5.4: of FLOPs that leave the extra passes out, the baseline would get as many tokens as the LRT."""
+    """Trap 4 of spec, section 5: of FLOPs without the extra passes the baseline would get as many tokens as the LRT."""
     run = match(TRANSFORMER, "compute", reference, data, SINGLE_PROCESS, tmp_path)
     assert run.flops == pytest.approx(LRT.flops, rel=0.5 / run.steps)
     assert run.tokens > 1.3 * LRT.tokens

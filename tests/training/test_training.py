@@ -85,7 +85,7 @@ def test_a_bad_horizon_names_itself_and_the_units(text: str):
 
 
 def test_training_flops_count_every_pass_and_no_idle_head():
-    """Spec 5.4: published counts leave the extra passes out, which halves the LRT's apparent cost."""
+    """Trap 4 of spec, section 5: published counts leave the extra passes out, which halves the LRT's apparent cost."""
     config = run_config().model
     stack, head = forward_flops(config, 32)
     cost = {text: training_flops(config, schedules.parse(text), 32) for text in SCHEDULE_COSTS}
@@ -152,7 +152,7 @@ def test_one_dial_sets_every_rung():
             if run.batch_size % ranks == 0:
                 assert run.micro_batches(ranks) >= 1
         families = [recipes.RECIPES[f"d{layers}{family}"]() for family in ("", "-transformer", "-token-shift")]
-        for other in families:  # spec 5.5: a baseline has the same value embeddings
+        for other in families:  # spec, section 5, trap 5: a baseline has the same value embeddings
             assert other.model.value_embeddings == "all"
             assert replace(other.model, memory=run.model.memory) == run.model
             assert (other.optim, other.batch_size, other.seed) == (run.optim, run.batch_size, run.seed)
