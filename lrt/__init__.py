@@ -22,8 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_face.py holds the two lists together
     from lrt import schedules as schedules
+    from lrt.data.records import register_source as register_source
+    from lrt.eval.ablations import register_ablation as register_ablation
     from lrt.eval.scoring import evaluate as evaluate
     from lrt.eval.scoring import score as score
+    from lrt.experiments.tracking.tasks import register_task as register_task
     from lrt.inference.engine import Engine as Engine
     from lrt.inference.generation import generate as generate
     from lrt.inference.prefill import prefill as prefill
@@ -34,6 +37,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_fa
     from lrt.model.checkpoint import save as save
     from lrt.model.config import MemoryConfig as MemoryConfig
     from lrt.model.config import ModelConfig as ModelConfig
+    from lrt.model.memory import register_combination as register_combination
+    from lrt.model.memory import register_injection as register_injection
     from lrt.model.state import State as State
     from lrt.model.transformer import LatentRecurrentTransformer as LatentRecurrentTransformer
     from lrt.schedules.base import schedule as schedule
@@ -59,6 +64,11 @@ __all__ = [
     "load",
     "prefill",
     "refine",
+    "register_ablation",
+    "register_combination",
+    "register_injection",
+    "register_source",
+    "register_task",
     "save",
     "schedule",
     "schedules",
@@ -68,7 +78,10 @@ __all__ = [
 
 DISTRIBUTION = "latent-recurrent-transformer"
 HOMES = {
+    "lrt.data.records": ("register_source",),
+    "lrt.eval.ablations": ("register_ablation",),
     "lrt.eval.scoring": ("evaluate", "score"),
+    "lrt.experiments.tracking.tasks": ("register_task",),
     "lrt.inference.engine": ("Engine",),
     "lrt.inference.generation": ("generate",),
     "lrt.inference.prefill": ("prefill",),
@@ -77,6 +90,7 @@ HOMES = {
     "lrt.inference.session": ("Session",),
     "lrt.model.checkpoint": ("load", "save"),
     "lrt.model.config": ("MemoryConfig", "ModelConfig"),
+    "lrt.model.memory": ("register_combination", "register_injection"),
     "lrt.model.state": ("State",),
     "lrt.model.transformer": ("LatentRecurrentTransformer",),
     "lrt.schedules.base": ("schedule",),

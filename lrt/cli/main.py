@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
@@ -17,8 +18,13 @@ from lrt.cli.prepare import Prepare
 from lrt.cli.serve import Serve
 from lrt.cli.study import RunStudy
 from lrt.cli.train import Train
+from lrt.utils import plugins
 
-ABOUT = "Prepare text, train latent recurrent transformers, score them live, let them write, and serve them."
+ABOUT = (
+    "Prepare text, train latent recurrent transformers, score them live, let them write, and serve them. "
+    "`lrt --plugin FILE.py VERB …` runs a file of your own first, which registers injections, schedules, tasks, … "
+    "(docs/extending.md); it may be given several times."
+)
 Verb = (
     Prepare | Train | Evaluate | Diagnose | Report | Sample | Chat | Serve | Calibrate | Bench | Export | Import | Demo
     | Annotated[RunStudy, tyro.conf.subcommand("study")]
@@ -29,13 +35,32 @@ RESUMED = {"prepare", "train", "evaluate", "diagnose", "study", "demo"}
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake ends with one line on standard error and status 2."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        tyro.cli(Verb, prog="lrt", description=ABOUT, args=arguments, config=(tyro.conf.CascadeSubcommandArgs,)).run()
+        words = load_plugins(words)
+        tyro.cli(Verb, prog="lrt", description=ABOUT, args=words, config=(tyro.conf.CascadeSubcommandArgs,)).run()
     except (ValueError, OSError, FloatingPointError) as error:
         Console(stderr=True, highlight=False).print(f"lrt: {error}", style="red", soft_wrap=True, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        verb = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+        verb = next(iter(words), "")
         kept = "; what was done is kept, and the same command goes on from there" if verb in RESUMED else ""
         print(f"lrt: interrupted{kept}", file=sys.stderr)
         sys.exit(130)
+
+
+def load_plugins(words: Sequence[str]) -> list[str]:
+    """The command line without the `--plugin FILE` before its verb, each of which was loaded.
+
+    They come before the command line is read, as what is registered may stand in it.
+    """
+    left = list(words)
+    plugins.load_entry_points()
+    while left and (left[0] == "--plugin" or left[0].startswith("--plugin=")):
+        option, equals, file = left.pop(0).partition("=")
+        if not equals:
+            if not left:
+                raise ValueError(f"{option} names no file; write lrt --plugin FILE.py VERB …")
+            file = left.pop(0)
+        plugins.load_file(file)
+    return left

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lrt.data.hub import Dataset, hub_source
-from lrt.data.records import JSON_LINES, JsonLines, Parquet, Selection
+from lrt.data.records import SOURCES, Selection, suffix_of
 from lrt.data.sources import Mark, Piece, Source, TextFile, readable, text_chunks
 from lrt.data.splits import assign, cut_file
 from lrt.utils.progress import Advance
@@ -134,10 +134,8 @@ def open_corpus(
     splits = dict(zip(plain, assign(plain), strict=True)) if len(plain) >= SPLIT_BY_FILE else {}
     for name, size, _ in described:
         path = paths[name]
-        if path.suffix == ".parquet":
-            sources.append(Parquet(path, name, size, selection))
-        elif is_structured(path):
-            sources.append(JsonLines(path, name, size, selection))
+        if (suffix := suffix_of(path)) is not None:
+            sources.append(SOURCES[suffix](path, name, size, selection))
         elif name in splits:
             sources.append(TextFile(path, name, splits[name], 0, size))
         else:
@@ -151,7 +149,7 @@ def open_corpus(
 
 def is_structured(path: Path) -> bool:
     """Whether the name of a file says that it holds records, not text."""
-    return path.name.endswith((*JSON_LINES, ".parquet"))
+    return suffix_of(path) is not None
 
 
 def inspect(path: Path) -> tuple[int, str]:

@@ -30,10 +30,11 @@ from lrt.data.corpus import SMALLEST_TEXT, Corpus, CorpusPosition, DocumentGroup
 from lrt.data.encode import Encoders, token_dtype
 from lrt.data.hub import Dataset
 from lrt.data.prepared import FORMAT, SPLITS, Prepared, read_manifest
-from lrt.data.records import Selection
+from lrt.data.records import SOURCES, Selection, suffix_of
 from lrt.data.shards import SplitWriter
 from lrt.data.sources import Mark
 from lrt.data.tokenizer import Tokenizer
+from lrt.utils import plugins
 from lrt.utils.progress import bar
 
 SHARD_TOKENS = 100_000_000
@@ -83,6 +84,7 @@ def prepare(
         "vocab_size": vocab_size if ready is None else None,
         "tokenizer": None if ready is None else ready.sha256,
         "shard_tokens": shard_tokens,
+        **plugins_read_by(texts or ()),
     }
     inputs = hashlib.sha256(json.dumps([FORMAT, arguments, corpus.description]).encode()).hexdigest()
     if (same := reusable(out, inputs)) is not None:
@@ -107,6 +109,13 @@ def prepare(
         (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         move_into_place(part, out)
     return Prepared.open(out)
+
+
+def plugins_read_by(texts: Sequence[Path]) -> dict[str, Any]:
+    """The plugins that read some of the texts: another hash of theirs is another corpus. Empty where there are none."""
+    suffixes = sorted({suffix for path in texts if (suffix := suffix_of(Path(path))) is not None})
+    records = plugins.describe([use for suffix in suffixes for use in SOURCES.uses(suffix)])
+    return {"plugins": records} if records else {}
 
 
 def chosen_workers(workers: int | None, corpus: Corpus) -> int:

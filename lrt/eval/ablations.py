@@ -1,7 +1,7 @@
 """The memory replaced at test time: each ablation reads it in its own way, all parameters are shared.
 
 What a model loses when its memory is tampered with says what the memory carries. To add one, write a module that takes
-the model's own `Recall`, and give it a line in `ABLATIONS`; the tests run over the table.
+the model's own `MemoryReader`, and register it (`register_ablation`); the tests run over the table.
 
 Shapes: B batch, T positions of this call, C memory channels, D width. Memory is (C, B, T, D).
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lrt.model.memory import MemoryReader
 from lrt.model.state import Positions, State
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils.registry import Registry
 
 
 class Ablation(nn.Module):
@@ -97,21 +98,38 @@ class OwnMemory(Ablation):
         return self.recall.read(state.read_memory(positions, 0), embedding)
 
 
-ABLATIONS: dict[str, Callable[[MemoryReader], nn.Module]] = {
-    "zero": ZeroMemory,
-    "embedding": EmbeddingMemory,
-    "shuffled": ShuffledMemory,
-    "delayed_1": partial(DelayedMemory, more=1),
-    "delayed_8": partial(DelayedMemory, more=8),
-    "frozen": FrozenMemory,
-}
+ABLATIONS: Registry[Callable[[MemoryReader], nn.Module]] = Registry(
+    "ablation",
+    {
+        "zero": ZeroMemory,
+        "embedding": EmbeddingMemory,
+        "shuffled": ShuffledMemory,
+        "delayed_1": partial(DelayedMemory, more=1),
+        "delayed_8": partial(DelayedMemory, more=8),
+        "frozen": FrozenMemory,
+    },
+)
+
+
+def register_ablation(name: str, ablation: Callable[[MemoryReader], nn.Module]) -> None:
+    """Let `evaluate` and `lrt diagnose` replace the memory in a way of one's own: `ablation(the model's reader)`.
+
+    The module takes (state, positions, embedding) and returns the memory (C, B, T, D) that is read instead; `Ablation`
+    is its base class. ValueError where the name is taken.
+
+    >>> import lrt
+    >>> from lrt.eval.ablations import Ablation
+    >>> class Halved(Ablation):
+    ...     def forward(self, state, positions, embedding):
+    ...         return self.recall(state, positions, embedding) / 2
+    >>> lrt.register_ablation("halved", Halved)
+    """
+    ABLATIONS.register(name, ablation, stacklevel=2)
 
 
 def ablate(model: LatentRecurrentTransformer, name: str) -> LatentRecurrentTransformer:
     """The model, parameters shared, with its memory replaced at test time: a name of `ABLATIONS`."""
-    if name not in ABLATIONS:
-        raise ValueError(f"unknown ablation {name!r}; choose one of {', '.join(ABLATIONS)}")
-    return reading(model, ABLATIONS[name])
+    return reading(model, ABLATIONS.find(name))
 
 
 def reading(

@@ -18,16 +18,17 @@ from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
 from lrt.eval.ledger import Ledger
 from lrt.eval.memory_stats import NOISE, layers, memory_reach, sample, scales, token_pieces
 from lrt.eval.results import Result
-from lrt.eval.scoring import EVERY, HEADLINE, Metrics, evaluate
+from lrt.eval.scoring import HEADLINE, Metrics, evaluate, every_ablation
 from lrt.eval.sweep_curve import sweep_curve
 from lrt.eval.token_scores import Columns, TokenScores, bfloat16, standard, summarise, token_scores
 from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshot_step, snapshots
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules import library as schedules
-from lrt.schedules.base import Schedule
-from lrt.schedules.parse import parse
-from lrt.utils import files
+from lrt.schedules.base import SCHEDULES, Schedule
+from lrt.schedules.parse import Unknown, parse, parse_saved
+from lrt.utils import files, plugins
+from lrt.utils.progress import warn
 from lrt.utils.provenance import hardware
 
 ALONE_BY_FIRST = ("memory",)
@@ -124,7 +125,7 @@ def subject(
         model,
         tokenizer,
         files.sha256(folder / "model.safetensors"),
-        parse(schedule or checkpoint.about(folder).get("schedule", "plain()")),
+        trained_with(folder) if schedule is None else parse(schedule),
         windows(data.split(split), model.config.context, at_least),
         batch_size,
         progress and ranks.first,
@@ -134,6 +135,13 @@ def subject(
         out or path / "evaluation",
         ranks,
     )
+
+
+def trained_with(folder: Path) -> Schedule:
+    """A checkpoint's schedule; one that a plugin registers, and that is not loaded, is `Unknown`."""
+    about = checkpoint.about(folder)
+    reason = plugins.missing(about.get("plugins", ()), (SCHEDULES.kind,))
+    return parse_saved(about.get("schedule", "plain()"), reason)
 
 
 def corpus_names(folders: Sequence[Path]) -> list[str]:
@@ -159,7 +167,7 @@ def sweeps(s: Subject) -> dict[str, Any]:
 
 def ablations(s: Subject) -> dict[str, Any]:
     """Live, and live with the memory replaced in every way."""
-    return summary_scores(s, EVERY).to_dict()
+    return summary_scores(s, every_ablation()).to_dict()
 
 
 def summary_scores(s: Subject, replaced: Sequence[str] = HEADLINE) -> Metrics:
@@ -175,8 +183,10 @@ def score_corpora(subjects: Sequence[Subject]) -> Result:
     All ranks call it; nothing is written but what a stopped call goes on from.
     """
     begun = time.perf_counter()
-    corpora = {s.name: summary_scores(s).to_dict() for s in subjects}
     first = subjects[0]
+    if isinstance(first.used, Unknown) and first.ranks.first:
+        warn(f"{first.used.reason}. The score under {first.used} is left out")
+    corpora = {s.name: summary_scores(s).to_dict() for s in subjects}
     settings = {"complete": all(c["complete"] for c in corpora.values()), "schedule": repr(first.schedule)}
     values = score_together(list(corpora.values())) | {"corpora": corpora}
     spent = time.perf_counter() - begun
@@ -195,7 +205,7 @@ def score_together(corpora: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "targets": sum(c["targets"] for c in corpora),
         "bytes": size,
         "complete": all(c["complete"] for c in corpora),
-        "gap": found["live_bpb"] - found["parallel_bpb"],
+        **({"gap": found["live_bpb"] - found["parallel_bpb"]} if "parallel_bpb" in found else {}),
     }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration
 from lrt.inference.fused_step import buffers, locate_class, step
-from lrt.inference.fused_weights import FusedWeights, fuse_weights, packed_layout, packs, transposed_layout
+from lrt.inference.fused_weights import FusedWeights, can_fuse, fuse_weights, packed_layout, packs, transposed_layout
 from lrt.model.buffers import gather
 from lrt.model.state import Positions, State
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -89,8 +89,8 @@ class SweepState:
     """Which rows of the prompt these are."""
     prompt: Prompt
     state: State
-    products: FusedWeights
-    """The model's weights as `lrt.inference.fused_step` takes them."""
+    products: FusedWeights | None
+    """The model's weights as `lrt.inference.fused_step` takes them; None where the model itself computes."""
     values: Tensor
     """(B, T, Q, D): the newest compared states."""
     moved: Tensor
@@ -110,7 +110,8 @@ class SweepState:
         compared = 1 + len(below_top(model))
         values = state.memory.new_zeros(rows, length, compared, model.config.width)
         zeros = values.new_zeros(rows, length, compared, dtype=torch.promote_types(values.dtype, torch.float32))
-        weights = fuse_weights(model, packed_layout(rows * PACKED_FOR) if packs(model) else transposed_layout)
+        layout = packed_layout(rows * PACKED_FOR) if packs(model) else transposed_layout
+        weights = fuse_weights(model, layout) if can_fuse(model) else None
         return cls(
             list(range(rows)),
             prompt,
@@ -174,9 +175,11 @@ class SweepState:
 
 
 def forward_fused(
-    model: LatentRecurrentTransformer, weights: FusedWeights, tokens: Tensor, positions: Positions, state: State
+    model: LatentRecurrentTransformer, weights: FusedWeights | None, tokens: Tensor, positions: Positions, state: State
 ) -> tuple[Tensor, State]:
     """What `model(tokens, positions, state)` gives, on the path of decoding: large products, written in place."""
+    if weights is None:
+        return model(tokens, positions, state)
     memory = model.recall(state, positions, model.embedding).flatten(1, 2)
     state = state.mark_written(positions)
     place = locate_class(weights, state, positions)

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from lrt.data.tokenizer import Tokenizer
 from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, load_weights
-from lrt.model.config import ModelConfig
+from lrt.model.config import MODEL_KINDS, ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils import plugins
 from lrt.utils.files import _flush, free_megabytes, read_json, recover, sha256, swap
 
 FORMAT = 1
@@ -99,6 +100,8 @@ def _write(
     folder: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, about: dict[str, Any]
 ) -> None:
     safetensors.torch.save_file(weights, folder / "model.safetensors")
+    if records := plugins.describe(config.memory.plugin_uses()):
+        about = {"plugins": records, **about}
     written = {
         "format": FORMAT,
         "model": config.to_dict(),
@@ -118,7 +121,8 @@ def _write(
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRecurrentTransformer, Tokenizer]:
     """The model, in evaluation mode, and the tokenizer of a checkpoint folder, or of a run's folder that holds one.
 
-    Raises ValueError, naming the file, where one is missing, truncated, changed, or belongs to another checkpoint.
+    Raises ValueError, naming the file, where one is missing, truncated, changed, or belongs to another checkpoint; and
+    naming the plugin, where a part of the model is one's that is not loaded: none is loaded by itself.
     """
     folder = verify(Path(path))
     config, recorded = _config(folder)
@@ -146,6 +150,7 @@ def _config(folder: Path) -> tuple[ModelConfig, str]:
     data = read_json(file)
     if data.get("format") != FORMAT:
         raise ValueError(f"{file}: format {data.get('format')!r}; this version reads {FORMAT}")
+    plugins.require(data.get("about", {}).get("plugins", ()), MODEL_KINDS)
     try:
         return ModelConfig.from_dict(data["model"]), str(data["tokenizer_sha256"])
     except (KeyError, TypeError, ValueError) as error:
@@ -167,6 +172,7 @@ def load_training(
     """
     folder = verify(Path(path))
     saved, _ = _config(folder)
+    plugins.require(read_json(folder / "config.json")["about"].get("plugins", ()), (*MODEL_KINDS, "schedule"))
     if saved != model.config:
         theirs, mine = (json.loads(json.dumps(c.to_dict())) for c in (saved, model.config))
         found = differences(theirs, mine, "model")

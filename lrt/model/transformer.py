@@ -23,7 +23,7 @@ from lrt.model.buffers import Writer
 from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution
 from lrt.model.layers import MLP, rms, rotary
-from lrt.model.memory import INJECTIONS, MemoryReader, NoMemory, NoProjection, Projected, Projection
+from lrt.model.memory import INJECTIONS, READERS, NoMemory, NoProjection, Projected
 from lrt.model.state import Positions, State, as_positions
 from lrt.model.strided_state import StridedState
 
@@ -96,8 +96,8 @@ class LatentRecurrentTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.recall: nn.Module = MemoryReader(config)
-        self.projection = Projection(config) if INJECTIONS[config.memory.injection].projects else NoProjection()
+        self.recall: nn.Module = READERS[config.memory.combine](config)
+        self.projection: NoProjection = INJECTIONS[config.memory.injection].projection(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(1, config.depth + 1))
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.reset()
@@ -121,8 +121,7 @@ class LatentRecurrentTransformer(nn.Module):
             if isinstance(attention.value_embedding, ValueEmbedding):
                 nn.init.uniform_(attention.value_embedding.table.weight, -bound, bound)
                 nn.init.zeros_(attention.value_embedding.gate.weight)
-        if isinstance(self.projection, Projection):
-            nn.init.uniform_(self.projection.weight, -bound, bound)
+        self.projection.reset()
 
     def empty_state(
         self, batch: int, slots: int, documents: Tensor | None = None, tokens: Tensor | None = None

@@ -15,11 +15,14 @@ from pathlib import Path
 from lrt.data.prepared import Prepared
 from lrt.distributed.single import SingleProcess
 from lrt.model import checkpoint
+from lrt.model.config import MODEL_KINDS
 from lrt.model.size import count_parameters
+from lrt.schedules.base import SCHEDULES
 from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
 from lrt.training.recipes import match_parameters
 from lrt.training.trainer import Trainer
+from lrt.utils import plugins
 
 KINDS = ("parameters", "tokens", "compute", "wall_clock")
 PAIRS = 12
@@ -43,6 +46,7 @@ class Other:
     def read(cls, path: Path) -> Other:
         """From a run's folder or a checkpoint. ValueError where that does not say how it was trained."""
         about = checkpoint.about(path)
+        plugins.require(about.get("plugins", ()), (*MODEL_KINDS, SCHEDULES.kind))
         if "run" not in about:
             raise ValueError(f"{path} does not say how it was trained; give the folder of a run that `lrt train` made")
         return cls(path, RunConfig.from_dict(about["run"]), about.get("data", ""))

@@ -175,8 +175,7 @@ def tracking_run(fields: Fields) -> TrackingRun:
     if missing:
         raise ValueError(f"a tracking cell needs {', '.join(sorted(missing))}")
     for name in (fields["task"], *fields.get("reads", ())):
-        if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+        TASKS.check(name)
     task = TASKS[fields["task"]]
     model = ModelConfig.from_dict({**fields["model"], "vocab_size": task.vocabulary})
     rest = {k: v for k, v in fields.items() if k not in {"model", "optim", *TESTS}}

@@ -3,6 +3,7 @@
 config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json
 configuration_lrt.py, modeling_lrt.py   what transformers loads with trust_remote_code=True
 lrt_*.py                                the modules of lrt that those need, imports made relative
+plugin_*.py                             the files of a user's own that registered parts of this model, if any
 README.md                               the model card
 """
 
@@ -12,20 +13,25 @@ import ast
 import json
 import os
 import shutil
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from lrt.data.tokenizer import Tokenizer
+from lrt.integrations.hf import plugin_code
 from lrt.integrations.hf.configuration import LRTConfig
 from lrt.integrations.hf.model_card import card
 from lrt.integrations.hf.modeling import LRTForCausalLM
 from lrt.model import checkpoint
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules.base import plugin_uses
+from lrt.schedules.parse import Unknown, parse_saved
 from lrt.utils import files
+from lrt.utils.plugins import Plugin, describe
 
 ENTRIES = {"configuration_lrt": "lrt.integrations.hf.configuration", "modeling_lrt": "lrt.integrations.hf.modeling"}
 """File names that transformers knows from config.json, and the modules that they are."""
@@ -72,18 +78,26 @@ def write_folder(source: Path | str, out: Path, prefill: str, remote_code: bool)
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(out)
+    plugins = list(dict(plugins_behind(native, model.config.schedule)).values())
     if remote_code:
-        write_code(out)
+        write_code(out, list(dict.fromkeys(plugins)))
     (out / "README.md").write_text(card(model, about, remote_code), encoding="utf-8")
     return model
 
 
-def wrap(native: Any, tokenizer: Tokenizer, schedule: str, prefill: str) -> LRTForCausalLM:
+def plugins_behind(native: LatentRecurrentTransformer, schedule: str) -> list[tuple[str, Plugin]]:
+    """What plugins registered of a model and its schedule, as `plugins.describe` takes it."""
+    trained = parse_saved(schedule)
+    return native.config.memory.plugin_uses() + ([] if isinstance(trained, Unknown) else plugin_uses(trained))
+
+
+def wrap(native: LatentRecurrentTransformer, tokenizer: Tokenizer, schedule: str, prefill: str) -> LRTForCausalLM:
     """A native model as transformers' one, with the same parameters."""
     config = LRTConfig(
         native.config.to_dict(),
         schedule,
         prefill,
+        describe(plugins_behind(native, schedule)),
         bos_token_id=tokenizer.bos,
         eos_token_id=tokenizer.bos,  # one special token opens a document, and so ends the one before
         pad_token_id=tokenizer.bos,
@@ -105,15 +119,19 @@ def prepend_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     return inner
 
 
-def write_code(out: Path) -> None:
+def write_code(out: Path, plugins: Sequence[Plugin] = ()) -> None:
     """The modules that a folder needs to work alone, and where transformers finds them (config.json's auto_map)."""
-    modules = modules_needed(list(ENTRIES.values()))
+    own = plugin_code.sources(plugins)
+    modules = modules_needed(list(ENTRIES.values()), own.values())
     names = {module: flat(module) for module in modules}
-    for module in modules:
-        source = relative(Path(module_file(module)).read_text(encoding="utf-8"), names)
-        if module in ENTRIES.values():
-            source += mentions(sorted(set(names.values()) - {names[module]}))
-        (out / f"{names[module]}.py").write_text(source, encoding="utf-8")
+    written = {names[module]: Path(module_file(module)).read_text(encoding="utf-8") for module in modules} | own
+    for name, text in written.items():
+        source = relative(text, names)
+        if name in ENTRIES:
+            source += mentions(sorted(set(written) - {name}))
+        if name == "configuration_lrt":  # before a configuration can name what they register
+            source += "".join(f"\nfrom .{plugin_code.file_name(plugin)} import __name__ as _\n" for plugin in plugins)
+        (out / f"{name}.py").write_text(source, encoding="utf-8")
     license_file = Path(module_file("lrt")).parents[1] / "LICENSE"
     if license_file.is_file():
         shutil.copy(license_file, out / "LICENSE")
@@ -157,9 +175,10 @@ def is_module(name: str) -> bool:
         return False
 
 
-def modules_needed(entries: list[str]) -> list[str]:
-    """`entries` and all modules of lrt that they import, directly or not."""
+def modules_needed(entries: list[str], sources: Iterable[str] = ()) -> list[str]:
+    """`entries` and all modules of lrt that they, or these sources, import, directly or not."""
     found, todo = [], list(entries)
+    todo += [name for source in sources for _, names in lrt_imports(ast.parse(source)) for name in names]
     while todo:
         module = todo.pop()
         if module not in found:
