@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from lrt.model.config import COMBINATIONS, INJECTIONS, ModelConfig, one_channel
 from lrt.model.layers import rms
 from lrt.model.state import MemoryRead, Positions, State
-from lrt.utils.registry import Registry
 
 Projected = tuple[Tensor, Tensor]
 """U_k m and U_v m of one layer, each (C, B, T, G, K)."""
@@ -83,8 +82,8 @@ class MemoryReader(nn.Module):
         return rms(torch.einsum("c,cbtd->btd", self.weights.to(stacked.dtype), stacked)).unsqueeze(0)
 
 
-READERS: Registry[type[MemoryReader]] = Registry("memory reader", {"sum": MemoryReader, "channels": MemoryReader})
-"""Name of a combination -> what reads and combines the sources."""
+READERS: dict[str, type[MemoryReader]] = {"sum": MemoryReader, "channels": MemoryReader}
+"""Name of a combination -> what reads and combines the sources; `COMBINATIONS` knows whose the names are."""
 
 
 class NoProjection(nn.Module):
@@ -252,5 +251,5 @@ def register_combination(
     gives C for so many sources. `optim` says how its parameters are trained. ValueError where the name is taken.
     """
     COMBINATIONS.register(name, channels, stacklevel=2)
-    READERS.register(name, reader, stacklevel=2)
+    READERS[name] = reader
     GROUPS[f"{COMBINATIONS.kind} {name}"] = dict(optim or {})

@@ -115,9 +115,10 @@ def run_file(path: Path, source: bytes, digest: str) -> Plugin:
     """Run the source of a plugin as the module of its name."""
     name = path.stem
     spec = None if name in sys.modules else importlib.util.find_spec(name)
-    taken = name in sys.modules or (spec is not None and Path(spec.origin or "").resolve() != path.resolve())
-    if taken:
-        raise ValueError(f"{path} has the name of another module; a plugin needs a name of its own")
+    if name in sys.modules or (spec is not None and Path(spec.origin or "").resolve() != path.resolve()):
+        raise ValueError(
+            f"{path} cannot be a plugin: Python has another module {name}; give the file a name of its own"
+        )
     module = ModuleType(name)
     module.__file__ = str(path)
     plugin = Plugin(name, path, digest, module)

@@ -44,7 +44,7 @@ class Registry(Mapping[str, T], Generic[T]):
         """
         plugin = plugins.owner(sys._getframe(stacklevel).f_globals["__name__"])
         if not name.isidentifier() and not name.startswith("."):  # a source's name is a suffix
-            raise ValueError(f"{name!r} is no name of a {self.kind}; use letters, digits and _")
+            raise ValueError(f"{self.kind} {name!r} is no name; use letters, digits and _")
         taken = name in self._entries or (name in self._names and plugin is not None)
         if taken and not self._again(name, entry, plugin):
             raise ValueError(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.registries import restored
 
 import lrt
 
@@ -39,6 +40,12 @@ def test_no_docstring_holds_code_that_is_not_run() -> None:
 
 def test_the_face_has_an_example() -> None:
     assert "lrt/__init__.py" in EXAMPLES
+
+
+@pytest.fixture(autouse=True)
+def tables() -> Iterator[None]:
+    with restored():
+        yield
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
