@@ -125,7 +125,7 @@ def subject(
         model,
         tokenizer,
         files.sha256(folder / "model.safetensors"),
-        trained_with(folder) if schedule is None else parse(schedule),
+        saved_schedule(folder) if schedule is None else parse(schedule),
         windows(data.split(split), model.config.context, at_least),
         batch_size,
         progress and ranks.first,
@@ -137,7 +137,7 @@ def subject(
     )
 
 
-def trained_with(folder: Path) -> Schedule:
+def saved_schedule(folder: Path) -> Schedule:
     """A checkpoint's schedule; one that a plugin registers, and that is not loaded, is `Unknown`."""
     about = checkpoint.about(folder)
     reason = plugins.missing(about.get("plugins", ()), (SCHEDULES.kind,))

@@ -125,7 +125,7 @@ def run_file(path: Path, source: bytes, digest: str) -> Plugin:
     sys.modules[name] = module
     try:
         with loading(plugin):
-            exec(compile(source, str(path), "exec"), vars(module))  # these bytes, which were hashed
+            exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))  # these bytes, which were hashed
         if not plugin.provides:
             raise ValueError("it registers nothing; see docs/extending.md")
     except (Exception, SystemExit) as error:
@@ -190,6 +190,8 @@ def missing(records: Sequence[dict[str, Any]], kinds: Collection[str]) -> str | 
             plugin = REGISTERED.get(use)
             if plugin is not None:
                 compare(record, plugin, version)
+            elif use.partition(" ")[0] in kinds and record["sha256"] is None:
+                return f"this checkpoint needs {use}, which was defined in an interactive session: define it first"
             elif use.partition(" ")[0] in kinds:
                 return (
                     f"this checkpoint needs the plugin {record['name']}: pass --plugin {record['name']}.py, or import "

@@ -42,7 +42,7 @@ class Registry(Mapping[str, T], Generic[T]):
         ValueError, naming both owners, where the name is taken. The same definition again (a module that is reloaded, a
         cell of a notebook that is run twice) replaces itself.
         """
-        plugin = plugins.owner(sys._getframe(stacklevel).f_globals["__name__"])
+        plugin = plugins.owner(sys._getframe(stacklevel).f_globals.get("__name__", "__main__"))
         if not name.isidentifier() and not name.startswith("."):  # a source's name is a suffix
             raise ValueError(f"{self.kind} {name!r} is no name; use letters, digits and _")
         taken = name in self._entries or (name in self._names and plugin is not None)
