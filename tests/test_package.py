@@ -196,6 +196,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lrt").rglob("*") if path.is_file()}
     sources = {name for name in sources if "__pycache__" not in name}
     assert inside == sources
+    assert "lrt/py.typed" in inside
 
 
 def test_help_does_not_wait_for_what_it_does_not_need() -> None:

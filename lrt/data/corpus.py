@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lrt.data.hub import Dataset, hub_source
-from lrt.data.records import JSON_LINES, JsonLines, Parquet, Selection
+from lrt.data.records import SOURCES, Selection, suffix_of
 from lrt.data.sources import Piece, Source, SourcePosition, TextFile, open_source, text_chunks
 from lrt.data.splits import assign_splits, cut_file
 from lrt.utils.progress import Advance
@@ -149,10 +149,8 @@ def file_sources(paths: Mapping[str, Path], sizes: Mapping[str, int], selection:
     plain = [name for name in sorted(paths) if not is_structured(paths[name])]
     splits = dict(zip(plain, assign_splits(plain), strict=True)) if len(plain) >= SPLIT_BY_FILE else {}
     for name, path in sorted(paths.items()):
-        if path.suffix == ".parquet":
-            sources.append(Parquet(path, name, sizes[name], selection))
-        elif is_structured(path):
-            sources.append(JsonLines(path, name, sizes[name], selection))
+        if (suffix := suffix_of(path)) is not None:
+            sources.append(SOURCES[suffix](path, name, sizes[name], selection))
         elif name in splits:
             sources.append(TextFile(path, name, splits[name], 0, sizes[name]))
         else:
@@ -184,8 +182,8 @@ def stdlib_paths() -> dict[str, Path]:
 
 
 def is_structured(path: Path) -> bool:
-    """Whether the name of a file says that it holds records (JSON lines, Parquet), not text."""
-    return path.name.endswith((*JSON_LINES, ".parquet"))
+    """Whether the name of a file says that it holds records, not text."""
+    return suffix_of(path) is not None
 
 
 def size_and_digest(path: Path) -> tuple[int, str]:

@@ -33,10 +33,11 @@ from lrt.data.corpus import SMALLEST_TEXT, Corpus, CorpusPosition, DocumentGroup
 from lrt.data.encode import Encoders, token_dtype
 from lrt.data.hub import Dataset
 from lrt.data.prepared import FORMAT, SPLITS, Prepared, read_manifest
-from lrt.data.records import Selection
+from lrt.data.records import SOURCES, Selection, suffix_of
 from lrt.data.shards import SplitWriter
 from lrt.data.sources import SourcePosition
 from lrt.data.tokenizer import Tokenizer
+from lrt.utils import plugins
 from lrt.utils.files import replace_atomically, replace_folder
 from lrt.utils.progress import bar
 
@@ -87,6 +88,7 @@ def prepare(
         "vocab_size": vocab_size if ready is None else None,
         "tokenizer": None if ready is None else ready.sha256,
         "shard_tokens": shard_tokens,
+        **plugins_read_by(texts or ()),
     }  # not the number of workers, on which nothing depends
     inputs = hashlib.sha256(json.dumps([FORMAT, arguments, corpus.description]).encode()).hexdigest()
     if (same := open_if_same(out, inputs)) is not None:
@@ -103,6 +105,13 @@ def prepare(
             write_manifest(part, inputs, arguments, corpus, ready, splits)
         move_into_place(part, out)
     return Prepared.open(out)
+
+
+def plugins_read_by(texts: Sequence[Path]) -> dict[str, Any]:
+    """The plugins that read some of the texts: another hash of theirs is another corpus. Empty where there are none."""
+    suffixes = sorted({suffix for path in texts if (suffix := suffix_of(Path(path))) is not None})
+    records = plugins.describe([use for suffix in suffixes for use in SOURCES.uses(suffix)])
+    return {"plugins": records} if records else {}
 
 
 def write_manifest(

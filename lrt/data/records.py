@@ -7,14 +7,16 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lrt.data.sources import PieceStream, SourcePosition, cut_documents, open_source, with_positions
+from lrt.data.sources import PieceStream, Source, SourcePosition, cut_documents, open_source, with_positions
 from lrt.data.splits import split_of
 from lrt.utils.imports import optional_module
+from lrt.utils.registry import Registry
 
 LONGEST_LINE = 1 << 24
 """Bytes of the longest line of JSON that is read (16 MB): one document is held in memory."""
@@ -182,3 +184,53 @@ class Parquet:
                         yield row / rows, record
         except (arrow.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} is damaged behind row {row} ({error}); copy or download it again") from error
+
+
+@dataclass(frozen=True)
+class Records:
+    """A file of a kind that a user registered."""
+
+    path: Path
+    name: str
+    size: int
+    selection: Selection
+    records: Callable[[Path], Iterable[dict[str, Any]]]
+
+    def read(self, after: SourcePosition | None = None) -> PieceStream:
+        done = 0
+
+        def documents() -> Iterator[tuple[str, str]]:
+            nonlocal done
+            for number, record in enumerate(self.records(self.path), 1):
+                if (document := self.selection.document(record, f"{self.path} record {number}")) is not None:
+                    done = min(self.size, done + len(document[0].encode()))
+                    yield document
+
+        return with_positions(cut_documents(documents()), after, lambda: done)
+
+
+SOURCES: Registry[Callable[[Path, str, int, Selection], Source]] = Registry(
+    "source", {**dict.fromkeys(JSON_LINES, JsonLines), ".parquet": Parquet}
+)
+"""How a file's name ends -> what reads it, made from (path, name, bytes, selection)."""
+
+
+def register_source(suffix: str, records: Callable[[Path], Iterable[dict[str, Any]]]) -> None:
+    """Let `lrt prepare` read files whose names end in `suffix`: `records(path)` gives a dictionary per document.
+
+    Which field holds the text, and how documents are split, the options of `lrt prepare` say as for JSON lines. The
+    records must follow from the file alone, in one order: that is how preparing goes on after an interruption.
+    ValueError where the suffix is taken.
+
+    >>> import csv, lrt
+    >>> def rows(path):
+    ...     with path.open(newline="") as file:
+    ...         yield from csv.DictReader(file)
+    >>> lrt.register_source(".csv", rows)
+    """
+    SOURCES.register(suffix, partial(Records, records=records), stacklevel=2)
+
+
+def suffix_of(path: Path) -> str | None:
+    """The entry of `SOURCES` that reads a file; None for a file of text."""
+    return max((suffix for suffix in SOURCES if path.name.endswith(suffix)), key=len, default=None)

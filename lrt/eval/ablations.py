@@ -1,8 +1,8 @@
 """The memory replaced at test time: each ablation reads it in its own way, all parameters are shared.
 
 What a model loses when its memory is tampered with says what the memory carries. An ablation takes the place of the
-model's `MemoryReader` (`with_recall`); the model's forward does not know of it. To add one, write a module that takes
-that reader, and give it a line in `ABLATIONS`; the tests run over the table.
+model's `MemoryReader` (`with_memory_reader`); the model's forward does not know of it. To add one, write a module that
+takes that reader, and register it (`register_ablation`); the tests run over the table.
 
 Shapes: B batch, T positions of this call, C memory channels, D width. Memory is (C, B, T, D).
 """
@@ -20,6 +20,7 @@ from lrt.model.memory import MemoryReader
 from lrt.model.state import State
 from lrt.model.state_protocol import Positions
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils.registry import Registry
 
 
 class Ablation(nn.Module):
@@ -101,22 +102,39 @@ class OwnMemory(Ablation):
         return self.recall.read(state.read_memory(positions, 0), embedding)
 
 
-ABLATIONS: dict[str, Callable[[MemoryReader], nn.Module]] = {
-    "zero": ZeroMemory,
-    "embedding": EmbeddingMemory,
-    "shuffled": ShuffledMemory,
-    "delayed_1": partial(DelayedMemory, more=1),
-    "delayed_8": partial(DelayedMemory, more=8),
-    "frozen": FrozenMemory,
-}
+ABLATIONS: Registry[Callable[[MemoryReader], nn.Module]] = Registry(
+    "ablation",
+    {
+        "zero": ZeroMemory,
+        "embedding": EmbeddingMemory,
+        "shuffled": ShuffledMemory,
+        "delayed_1": partial(DelayedMemory, more=1),
+        "delayed_8": partial(DelayedMemory, more=8),
+        "frozen": FrozenMemory,
+    },
+)
 """Name -> the module that takes the place of a model's memory reader."""
+
+
+def register_ablation(name: str, ablation: Callable[[MemoryReader], nn.Module]) -> None:
+    """Let `evaluate` and `lrt diagnose` replace the memory in a way of one's own: `ablation(the model's reader)`.
+
+    The module takes (state, positions, embedding) and returns the memory (C, B, T, D) that is read instead; `Ablation`
+    is its base class. ValueError where the name is taken.
+
+    >>> import lrt
+    >>> from lrt.eval.ablations import Ablation
+    >>> class Halved(Ablation):
+    ...     def forward(self, state, positions, embedding):
+    ...         return self.recall(state, positions, embedding) / 2
+    >>> lrt.register_ablation("halved", Halved)
+    """
+    ABLATIONS.register(name, ablation, stacklevel=2)
 
 
 def ablate(model: LatentRecurrentTransformer, name: str) -> LatentRecurrentTransformer:
     """A copy of the model, parameters shared, with its memory replaced as an entry of `ABLATIONS` says."""
-    if name not in ABLATIONS:
-        raise ValueError(f"unknown ablation {name!r}; choose one of {', '.join(ABLATIONS)}")
-    return with_ablation(model, ABLATIONS[name])
+    return with_ablation(model, ABLATIONS.find(name))
 
 
 def with_ablation(

@@ -23,16 +23,17 @@ from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
 from lrt.eval.ledger import Ledger
 from lrt.eval.memory_stats import NOISE, layer_stats, longest_inputs, memory_reach, memory_scales, token_pieces
 from lrt.eval.results import Result
-from lrt.eval.scoring import EVERY, HEADLINE, Metrics, evaluate
+from lrt.eval.scoring import HEADLINE, Metrics, evaluate, every_ablation
 from lrt.eval.sweep_curve import sweep_curve
 from lrt.eval.token_scores import Columns, TokenScores, bfloat16_columns, standard_columns, summarise, token_scores
 from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshot_step, snapshots
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules import library as schedules
-from lrt.schedules.base import Schedule
-from lrt.schedules.parse import parse
-from lrt.utils import files
+from lrt.schedules.base import SCHEDULES, Schedule
+from lrt.schedules.parse import Unknown, parse, parse_saved
+from lrt.utils import files, plugins
+from lrt.utils.progress import warn
 from lrt.utils.provenance import hardware
 
 RANK_0_ALONE = ("memory",)
@@ -132,7 +133,7 @@ def load_subject(
         model,
         tokenizer,
         files.sha256(folder / "model.safetensors"),
-        parse(schedule or checkpoint.about(folder).get("schedule", "plain()")),
+        saved_schedule(folder) if schedule is None else parse(schedule),
         windows(data.split(split), model.config.context, at_least),
         batch_size,
         progress and ranks.first,
@@ -142,6 +143,13 @@ def load_subject(
         out or path / "evaluation",
         ranks,
     )
+
+
+def saved_schedule(folder: Path) -> Schedule:
+    """A checkpoint's schedule; one that a plugin registers, and that is not loaded, is `Unknown`."""
+    about = checkpoint.about(folder)
+    reason = plugins.missing(about.get("plugins", ()), (SCHEDULES.kind,))
+    return parse_saved(about.get("schedule", "plain()"), reason)
 
 
 def corpus_names(folders: Sequence[Path]) -> list[str]:
@@ -167,7 +175,7 @@ def measure_sweeps(subject: Subject) -> dict[str, Any]:
 
 def measure_ablations(subject: Subject) -> dict[str, Any]:
     """Scores with the memory replaced by every ablation."""
-    return summary_scores(subject, EVERY).to_dict()
+    return summary_scores(subject, every_ablation()).to_dict()
 
 
 def summary_scores(subject: Subject, ablations: Sequence[str] = HEADLINE) -> Metrics:
@@ -191,8 +199,11 @@ def score_corpora(subjects: Sequence[Subject]) -> Result:
     All ranks call it; nothing is written but what a stopped call goes on from.
     """
     start = time.perf_counter()
-    corpora = {subject.name: summary_scores(subject).to_dict() for subject in subjects}
     first = subjects[0]
+    schedule = first.scoring_schedule
+    if isinstance(schedule, Unknown) and first.ranks.first:
+        warn(f"{schedule.reason}. The score under {schedule} is left out")
+    corpora = {subject.name: summary_scores(subject).to_dict() for subject in subjects}
     settings = {"complete": all(c["complete"] for c in corpora.values()), "schedule": repr(first.schedule)}
     values = score_together(list(corpora.values())) | {"corpora": corpora}
     spent = time.perf_counter() - start
@@ -211,7 +222,7 @@ def score_together(corpora: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "targets": sum(c["targets"] for c in corpora),
         "bytes": size,
         "complete": all(c["complete"] for c in corpora),
-        "gap": scores["live_bpb"] - scores["parallel_bpb"],
+        **({"gap": scores["live_bpb"] - scores["parallel_bpb"]} if "parallel_bpb" in scores else {}),
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,16 +22,20 @@ from lrt.model.cross_entropy import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.base import Schedule
 from lrt.schedules.library import plain
+from lrt.schedules.parse import Unknown
 from lrt.schedules.refinement import refine
 from lrt.utils.progress import Advance, bar
 
 BATCH = 64
 """Windows scored at once."""
 TWO_FORWARDS = "two_forwards"
-EVERY = (*ABLATIONS, TWO_FORWARDS)
-"""What `evaluate` can replace the memory with."""
 HEADLINE = ("zero", "embedding")
 """What a comparison always contains (contract, section 5)."""
+
+
+def every_ablation() -> tuple[str, ...]:
+    """What `evaluate` can replace the memory with."""
+    return (*ABLATIONS, TWO_FORWARDS)
 
 
 def score(
@@ -87,11 +91,11 @@ class Metrics:
     """Their UTF-8 bytes."""
     complete: bool
     """Whether that is the whole split, not a sample of windows."""
-    parallel_bpb: float
-    """Bits per byte under the schedule."""
+    parallel_bpb: float | None
+    """Bits per byte under the schedule. None: the schedule is a plugin's that is not loaded."""
     live_bpb: float
     """Bits per byte decoding token by token: the headline."""
-    gap: float
+    gap: float | None
     """live_bpb - parallel_bpb: what training sees and decoding does not get."""
     live_bpb_memory_zero: float | None = None
     """Live, with the memory zeroed at test time."""
@@ -107,10 +111,14 @@ class Metrics:
     """Live, every position reading the memory of its window's first one."""
     live_bpb_two_forwards: float | None = None
     """Live, every token refined once more, with its own memory: depth instead of recurrence."""
+    registered: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Live, under ablations that users registered, by live_bpb_memory_NAME."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON; what was not measured is left out."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        values = dataclasses.asdict(self)
+        registered = values.pop("registered")
+        return {name: value for name, value in values.items() if value is not None} | registered
 
 
 Scorer = Callable[[LatentRecurrentTransformer, Tensor, Advance], Tensor]
@@ -231,9 +239,9 @@ def evaluate(
     single window cannot be `shuffled`. `open_ledger` gives each score's ledger by its name: a stopped evaluation goes
     on from there, and its ranks, which all call this, share the batches. ValueError for an unknown ablation.
     """
-    unknown = sorted(set(ablations) - set(EVERY))
+    unknown = sorted(set(ablations) - set(every_ablation()))
     if unknown:
-        raise ValueError(f"unknown ablations {', '.join(unknown)}; choose among {', '.join(EVERY)}")
+        raise ValueError(f"unknown ablations {', '.join(unknown)}; choose among {', '.join(every_ablation())}")
     recurrent = bool(model.config.stored_sources)
     schedule = schedule if model.config.is_recurrent else plain()
 
@@ -251,8 +259,8 @@ def evaluate(
 
     was_training = model.training
     model.eval()
-    parallel, size = bpb(model, schedule_scorer(schedule), "parallel")
-    live, _ = bpb(model, live_scorer, "live")
+    parallel = None if isinstance(schedule, Unknown) else bpb(model, schedule_scorer(schedule), "parallel")[0]
+    live, size = bpb(model, live_scorer, "live")
     ablated: dict[str, float] = {}
     for name in ablations if recurrent else ():
         if name == TWO_FORWARDS:
@@ -260,4 +268,9 @@ def evaluate(
         else:
             ablated[f"live_bpb_memory_{name}"], _ = bpb(ablate(model, name), live_scorer, f"memory {name}")
     model.train(was_training)
-    return Metrics(repr(schedule), windows.targets, size, windows.complete, parallel, live, live - parallel, **ablated)
+    gap = None if parallel is None else live - parallel
+    own = {field.name for field in dataclasses.fields(Metrics)}
+    registered = {name: ablated.pop(name) for name in sorted(set(ablated) - own)}
+    return Metrics(
+        repr(schedule), windows.targets, size, windows.complete, parallel, live, gap, registered=registered, **ablated
+    )

@@ -1,7 +1,8 @@
 """Decoders: one token for each of several rows, at positions of their own. All give the numbers of `eager`.
 
     eager      the model itself: the reference
-    fused      `lrt.inference.fused_step` over `lrt.inference.fused_weights`: fewer, larger matrix products, in place
+    fused      `lrt.inference.fused_step` over `lrt.inference.fused_weights`: fewer, larger matrix products, in place;
+               eager for an injection that a user registered, whose products it does not know
     packed     the same over weights in oneDNN's layout: on a CPU, in float32
     compiled   fused, through torch.compile; on a GPU with static shapes, as CUDA graphs
 
@@ -27,7 +28,15 @@ import torch
 from torch import Tensor
 
 from lrt.inference.fused_step import Buffers, buffers, locate_memory, logits, occupy, read_memory, step
-from lrt.inference.fused_weights import FusedWeights, Layout, fuse_weights, packed_layout, packs, transposed_layout
+from lrt.inference.fused_weights import (
+    FusedWeights,
+    Layout,
+    can_fuse,
+    fuse_weights,
+    packed_layout,
+    packs,
+    transposed_layout,
+)
 from lrt.model.memory import MemoryReader
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -86,6 +95,10 @@ class FusedDecoder(EagerDecoder):
         self.read = self.read_buffers if type(model.recall) is MemoryReader else self.ask_reader
         self.slides = any(w is not None for w in model.config.windows)
 
+    @classmethod
+    def covers(cls, model: LatentRecurrentTransformer) -> bool:
+        return can_fuse(model)
+
     def layout(self, rows: int) -> Layout:
         """The layout of the weights for steps of so many rows."""
         return transposed_layout
@@ -135,7 +148,7 @@ class PackedDecoder(FusedDecoder):
     name = "packed"
 
     def __init__(self, model: LatentRecurrentTransformer, state: State) -> None:
-        if not self.covers(model):
+        if not packs(model):
             raise ValueError(f"mode='packed' needs float32 on a CPU; this is {model.embedding.weight.dtype}")
         super().__init__(model, state)
 
@@ -144,7 +157,7 @@ class PackedDecoder(FusedDecoder):
 
     @classmethod
     def covers(cls, model: LatentRecurrentTransformer) -> bool:
-        return packs(model)
+        return packs(model) and can_fuse(model)
 
 
 class CompiledDecoder(FusedDecoder):
@@ -161,7 +174,8 @@ class CompiledDecoder(FusedDecoder):
         super().__init__(model, state)
         if not self.covers(model):
             raise ValueError(
-                "a model whose recall is replaced (an ablation) is not compiled; decode it with mode='fused'"
+                "a model whose recall is replaced (an ablation, or a combination that a user registered) is not "
+                "compiled; decode it with mode='fused'"
             )
         self.static = model.embedding.weight.device.type == "cuda"
         self.graph = torch.compile(
@@ -175,7 +189,7 @@ class CompiledDecoder(FusedDecoder):
 
     @classmethod
     def covers(cls, model: LatentRecurrentTransformer) -> bool:
-        return type(model.recall) is MemoryReader
+        return type(model.recall) is MemoryReader and can_fuse(model)
 
     def run(self, tokens: Tensor, positions: Tensor, width: int, everything: bool, thought: Tensor | None) -> Tensor:
         if self.static:  # few shapes: a graph for each
@@ -238,6 +252,8 @@ def decoder(
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)} or best")
     if mode == "best":
         mode = fastest(model, state, candidates or tuple(MODES))
+    if mode == "fused" and not FusedDecoder.covers(model):
+        mode = "eager"
     return MODES[mode](model, state)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lrt.model.attention import Attention, ValueEmbedding
 from lrt.model.config import ModelConfig
 from lrt.model.layers import rms
-from lrt.model.memory import KeyValue, MemoryReader, NoMemory, Projection, Residual
+from lrt.model.memory import BUILT_IN, KeyValue, MemoryReader, NoMemory, Projection, Residual
 from lrt.model.transformer import Block, LatentRecurrentTransformer
 from lrt.utils.torch_private import pack_linear, packs_linear
 
@@ -85,10 +85,21 @@ def packs(model: LatentRecurrentTransformer) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and packs_linear()
 
 
+def can_fuse(model: LatentRecurrentTransformer) -> bool:
+    """Whether all blocks inject as a class of the library's does; of a user's own no products are known."""
+    kinds = tuple(BUILT_IN.values())
+    return all(type(block.injection) in kinds for block in model.blocks if isinstance(block, Block))
+
+
 @torch.no_grad()
 def fuse_weights(model: LatentRecurrentTransformer, layout: Layout = transposed_layout) -> FusedWeights:
     """The fused form of a model's present weights; `layout` is that of the blocks' and the head's matrices."""
     config = model.config
+    if not can_fuse(model):
+        raise ValueError(
+            f"injection {config.memory.injection!r} is a user's own, of which no fused products are known; decode with "
+            "mode='eager'"
+        )
     channels = config.channels
     injected = config.injected_layers
     layered = isinstance(model.projection, Projection) and len(model.projection.weight) > 1

@@ -25,7 +25,7 @@ from torch import Tensor
 from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration
 from lrt.inference.fused_step import buffers, locate_class, step
-from lrt.inference.fused_weights import FusedWeights, fuse_weights, packed_layout, packs, transposed_layout
+from lrt.inference.fused_weights import FusedWeights, can_fuse, fuse_weights, packed_layout, packs, transposed_layout
 from lrt.model.buffers import gather
 from lrt.model.state import State
 from lrt.model.state_protocol import Positions
@@ -104,8 +104,8 @@ class SweepState:
     """By place, which row of the prompt it is."""
     prompt: Prompt
     state: State
-    weights: FusedWeights
-    """The model's, as `lrt.inference.fused_step` takes them."""
+    weights: FusedWeights | None
+    """The model's, as `lrt.inference.fused_step` takes them; None where the model itself computes."""
     values: Tensor
     """(B, T, Q, D): the newest compared states."""
     change: Tensor
@@ -127,11 +127,12 @@ class SweepState:
         values = state.memory.new_zeros(rows, length, compared, model.config.width)
         zeros = values.new_zeros(rows, length, compared, dtype=torch.promote_types(values.dtype, torch.float32))
         layout = packed_layout(rows * PACKED_FOR) if packs(model) else transposed_layout
+        weights = fuse_weights(model, layout) if can_fuse(model) else None
         return cls(
             rows=list(range(rows)),
             prompt=prompt,
             state=state,
-            weights=fuse_weights(model, layout),
+            weights=weights,
             values=values,
             change=zeros,
             size=zeros.clone(),
@@ -189,9 +190,11 @@ class SweepState:
 
 
 def forward_fused(
-    model: LatentRecurrentTransformer, weights: FusedWeights, tokens: Tensor, positions: Positions, state: State
+    model: LatentRecurrentTransformer, weights: FusedWeights | None, tokens: Tensor, positions: Positions, state: State
 ) -> tuple[Tensor, State]:
     """What `model(tokens, positions, state)` gives, on the path of decoding: large products, written in place."""
+    if weights is None:
+        return model(tokens, positions, state)
     memory = model.recall(state, positions, model.embedding).flatten(1, 2)
     state = state.mark_written(positions)  # first: `step` writes these slots in place, and then reads them
     place = locate_class(weights, state, positions)

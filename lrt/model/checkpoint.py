@@ -27,8 +27,9 @@ from torch import Tensor
 
 from lrt.data.tokenizer import Tokenizer
 from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, load_weights
-from lrt.model.config import ModelConfig
+from lrt.model.config import MODEL_KINDS, ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils import plugins
 from lrt.utils.files import free_megabytes, read_json, recover, replace_folder, sha256, temporary_name
 
 FORMAT = 1
@@ -107,6 +108,8 @@ def _write(
     folder: Path, weights: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, about: dict[str, Any]
 ) -> None:
     safetensors.torch.save_file(weights, folder / "model.safetensors")
+    if records := plugins.describe(config.memory.plugin_uses()):
+        about = {"plugins": records, **about}
     written = {
         "format": FORMAT,
         "model": config.to_dict(),
@@ -125,7 +128,8 @@ def _write(
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRecurrentTransformer, Tokenizer]:
     """The model, in evaluation mode, and the tokenizer of a checkpoint folder, or of a run's folder that holds one.
 
-    Raises ValueError, naming the file, where one is missing, truncated, changed, or belongs to another checkpoint.
+    Raises ValueError, naming the file, where one is missing, truncated, changed, or belongs to another checkpoint; and
+    naming the plugin, where a part of the model is one's that is not loaded: none is loaded by itself.
     """
     folder = verify(Path(path))
     config, recorded = _config(folder)
@@ -153,6 +157,7 @@ def _config(folder: Path) -> tuple[ModelConfig, str]:
     data = read_json(file)
     if data.get("format") != FORMAT:
         raise ValueError(f"{file}: format {data.get('format')!r}; this version reads {FORMAT}")
+    plugins.require(data.get("about", {}).get("plugins", ()), MODEL_KINDS)
     try:
         return ModelConfig.from_dict(data["model"]), str(data["tokenizer_sha256"])
     except (KeyError, TypeError, ValueError) as error:
@@ -174,6 +179,7 @@ def load_training(
     """
     folder = verify(Path(path))
     saved, _ = _config(folder)
+    plugins.require(read_json(folder / "config.json")["about"].get("plugins", ()), (*MODEL_KINDS, "schedule"))
     if saved != model.config:
         # Through JSON, so that tuples and lists compare and read alike.
         there, here = (json.loads(json.dumps(c.to_dict())) for c in (saved, model.config))

@@ -8,30 +8,54 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from lrt.utils.plugins import Plugin
+from lrt.utils.registry import Registry
 from lrt.utils.validation import check_choice
 
 HEAD_SIZES = (128, 64, 32, 16, 8)
 """What `from_depth` tries, in this order (spec, section 1: 128, smaller where the model is small)."""
 
 
+def one_channel(sources: int) -> int:
+    """All sources together make one memory vector."""
+    return min(1, sources)
+
+
+def channel_per_source(sources: int) -> int:
+    """Each source is a memory vector of its own."""
+    return sources
+
+
+# The tables of names stand here, below the classes, because a configuration is checked where no model is built.
+INJECTIONS: Registry[Any] = Registry("injection", reserved=("none", "residual", "key_value", "both"))
+"""Name -> the class of a block's injection; `lrt.model.memory` fills it."""
+COMBINATIONS: Registry[Callable[[int], int]] = Registry("combine", {"sum": one_channel, "channels": channel_per_source})
+"""Name -> how many memory vectors so many sources give; `lrt.model.memory.READERS` has the classes."""
+MODEL_KINDS = (INJECTIONS.kind, COMBINATIONS.kind)
+"""What a plugin may register that weights belong to."""
+
+
 @dataclass(frozen=True)
 class MemoryConfig:
     """How a token receives the hidden state of the token before it (LRT, arXiv 2605.26797, section 3)."""
 
-    injection: Literal["none", "residual", "key_value", "both"] = "both"
-    """Where memory enters: nowhere (a plain Transformer), the residual stream, the keys and values, or both."""
+    injection: str = "both"
+    """Where memory enters: none (nowhere: a plain Transformer), residual (the residual stream), key_value (the keys and
+    values), both; or an injection that a plugin registers."""
     projection: Literal["shared", "layerwise"] = "shared"
     """One pair of memory projections U_k, U_v for all layers, or one pair per layer. Ignored without key_value."""
     source: int | tuple[int, ...] | None = None
     """The layer whose output is remembered: 0 (the embedding: token shift) to L (the final hidden state, also
     spelled None), or several layers."""
-    combine: Literal["sum", "channels"] = "sum"
-    """Several sources: one learned weighted sum, or one channel each with its own γ, gates and projections. Source
-    (0, 0) as channels is token shift with as many of them as (0, L) has: what a channel gives without recurrence."""
+    combine: str = "sum"
+    """Several sources: sum, one learned weighted sum; channels, one each with its own γ, gates and projections; or a
+    combination that a plugin registers. Source (0, 0) as channels is token shift with as many of them as (0, L) has:
+    what a channel gives without recurrence."""
     initial: Literal["zeros", "embedding"] = "zeros"
     """What stands for sources >= 1 of a slot that no pass has written yet: zeros, or that token's embedding x_0."""
     delay: int = 1
@@ -46,9 +70,9 @@ class MemoryConfig:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        check_choice(self, "injection", ("none", "residual", "key_value", "both"))
+        INJECTIONS.check(self.injection)
         check_choice(self, "projection", ("shared", "layerwise"))
-        check_choice(self, "combine", ("sum", "channels"))
+        COMBINATIONS.check(self.combine)
         check_choice(self, "initial", ("zeros", "embedding"))
         if not isinstance(self.delay, int) or self.delay < 1:
             raise ValueError(
@@ -84,14 +108,17 @@ class MemoryConfig:
 
     def channels(self, depth: int) -> int:
         """How many memory vectors a position reads: one per source with `channels`, else one (zero with `none`)."""
-        sources = self.sources(depth)
-        return len(sources) if self.combine == "channels" else min(1, len(sources))
+        return COMBINATIONS[self.combine](len(self.sources(depth)))
 
     def injected_layers(self, depth: int) -> tuple[int, ...]:
         """The blocks (1..depth) that inject the memory, in order."""
         if self.injection == "none":
             return ()
         return tuple(sorted(self.layers)) if self.layers is not None else tuple(range(1, depth + 1))
+
+    def plugin_uses(self) -> list[tuple[str, Plugin]]:
+        """What plugins have to register before this can be built, as `plugins.describe` takes it."""
+        return INJECTIONS.uses(self.injection) + COMBINATIONS.uses(self.combine)
 
 
 @dataclass(frozen=True)

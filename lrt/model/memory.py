@@ -13,25 +13,31 @@ The embedding is not stored. Source 0, and the stand-in of `initial="embedding"`
 again whenever the memory is read. So `plain` is exact for token shift, and gradients reach the embedding under every
 schedule. The State stores sources >= 1 alone, each as a vector of its own; they are combined at reading.
 
-Source: LRT, arXiv 2605.26797, section 3. To add an injection, write a class with `residual` and `key_value` and give
-it a line in `INJECTIONS`; its parameters are the block's own, only U_k and U_v live apart in `Projection`, which runs
-before the layer stack because the memory is known before it starts.
+Source: LRT, arXiv 2605.26797, section 3. To add an injection, write a class with `residual` and `key_value` and
+register it (`register_injection`); its parameters are the block's own, only U_k and U_v live apart in `Projection`,
+which runs before the layer stack because the memory is known before it starts. To add a way to combine sources, write a
+`MemoryReader` with another `combine` (`register_combination`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrt.model.config import ModelConfig
+from lrt.model.config import COMBINATIONS, INJECTIONS, ModelConfig, one_channel
 from lrt.model.layers import rms
 from lrt.model.state_protocol import MemoryRead, ModelState, Positions
 
 Projected = tuple[Tensor, Tensor]
 """U_k m and U_v m of one layer, each (C, B, T, G, K)."""
+Groups = Mapping[str, str | tuple[object, ...]]
+"""Parameter -> how it is trained: "muon" (a matrix, or a stack of them), "adamw" (anything else), or the fields of an
+`lrt.training.optim.ParameterRow` behind its pattern, such as ("adamw", "scalar_lr", 0.1)."""
 
 
 class MemoryReader(nn.Module):
@@ -90,19 +96,23 @@ class MemoryReader(nn.Module):
         return rms(torch.einsum("c,cbtd->btd", self.weights.to(stacked.dtype), stacked)).unsqueeze(0)
 
 
+READERS: dict[str, type[MemoryReader]] = {"sum": MemoryReader, "channels": MemoryReader}
+"""Name of a combination -> what reads and combines the sources; `COMBINATIONS` knows whose the names are."""
+
+
 class NoProjection(nn.Module):
     """Absent projections: nothing to project, nothing to add."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.sets = 1 + max(config.projection_sets)  # as many as a block may ask for
+    def reset(self) -> None:
+        """Initial values."""
 
     def forward(self, memory: Tensor) -> tuple[Projected, ...]:
+        """One set, for all blocks."""
         empty = memory.new_zeros(0)
-        return ((empty, empty),) * self.sets
+        return ((empty, empty),)
 
 
-class Projection(nn.Module):
+class Projection(NoProjection):
     """U_k and U_v of all layers, applied in one matrix product."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -115,6 +125,11 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(layers, channels, 2, config.num_kv_heads * config.head_dim, config.width)
         )
+
+    def reset(self) -> None:
+        """Uniform, with standard deviation 1/sqrt(D)."""
+        bound = math.sqrt(3 / self.weight.shape[-1])
+        nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, memory: Tensor) -> tuple[Projected, ...]:
         """(U_k m, U_v m) for each set of projections: one if shared, else one per injected block."""
@@ -133,10 +148,16 @@ class Projection(nn.Module):
 class NoMemory(nn.Module):
     """The neutral injection: a plain Transformer's block."""
 
-    projects = False
+    projects: ClassVar[bool] = False
+    """Whether U_k and U_v exist."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+
+    @classmethod
+    def projection(cls, config: ModelConfig) -> NoProjection:
+        """What gives all blocks their U_k m and U_v m."""
+        return Projection(config) if cls.projects else NoProjection()
 
     def reset(self) -> None:
         """Initial values."""
@@ -209,9 +230,43 @@ class Both(Residual, KeyValue):
     """Residual and key/value injection together: the paper's best."""
 
 
-INJECTIONS: dict[str, type[NoMemory]] = {
-    "none": NoMemory,
-    "residual": Residual,
-    "key_value": KeyValue,
-    "both": Both,
-}
+GROUPS: dict[str, Groups] = {}
+"""How parameters are trained that were registered with, by "injection low_rank" or "combine gated"."""
+BUILT_IN: dict[str, type[NoMemory]] = {"none": NoMemory, "residual": Residual, "key_value": KeyValue, "both": Both}
+for _name, _kind in BUILT_IN.items():
+    INJECTIONS.register(_name, _kind)
+
+
+def register_injection(name: str, injection: type[NoMemory], optim: Groups | None = None) -> None:
+    """Make `MemoryConfig(injection=name)` mean a class of one's own, `injection(config)`, one in each injecting block.
+
+    It has `residual` and `key_value`, and may have `gates` and a `projection`, as `NoMemory` documents them. `optim`
+    says how its parameters are trained, by their names. ValueError where the name is taken.
+
+    >>> import lrt
+    >>> from lrt.model.memory import Residual
+    >>> class Clipped(Residual):
+    ...     def residual(self, x, memory):
+    ...         return super().residual(x, memory.clamp(-2, 2))
+    >>> lrt.register_injection("clipped", Clipped)
+    >>> lrt.MemoryConfig(injection="clipped").injection
+    'clipped'
+    """
+    INJECTIONS.register(name, injection, stacklevel=2)
+    GROUPS[f"{INJECTIONS.kind} {name}"] = dict(optim or {})
+
+
+def register_combination(
+    name: str,
+    reader: type[MemoryReader],
+    optim: Groups | None = None,
+    channels: Callable[[int], int] = one_channel,
+) -> None:
+    """Make `MemoryConfig(source=(…), combine=name)` mean a `MemoryReader` of one's own, with another `combine`.
+
+    `combine(parts, like)` takes a tensor (B, T, D) per source and returns the memory (C, B, T, D), of which `channels`
+    gives C for so many sources. `optim` says how its parameters are trained. ValueError where the name is taken.
+    """
+    COMBINATIONS.register(name, channels, stacklevel=2)
+    READERS[name] = reader
+    GROUPS[f"{COMBINATIONS.kind} {name}"] = dict(optim or {})

@@ -25,7 +25,7 @@ from lrt.model.attention import Attention, Cache, ValueEmbedding
 from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution
 from lrt.model.layers import MLP, rms, rotary
-from lrt.model.memory import INJECTIONS, MemoryReader, NoMemory, NoProjection, Projected, Projection
+from lrt.model.memory import INJECTIONS, READERS, NoMemory, NoProjection, Projected
 from lrt.model.state import State, as_positions
 from lrt.model.state_protocol import ModelState, Positions, Visible
 
@@ -135,8 +135,8 @@ class LatentRecurrentTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.recall: nn.Module = MemoryReader(config)
-        self.projection = Projection(config) if INJECTIONS[config.memory.injection].projects else NoProjection(config)
+        self.recall: nn.Module = READERS[config.memory.combine](config)
+        self.projection: NoProjection = INJECTIONS[config.memory.injection].projection(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(1, config.depth + 1))
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.reset()
@@ -163,8 +163,7 @@ class LatentRecurrentTransformer(nn.Module):
             if isinstance(attention.value_embedding, ValueEmbedding):
                 nn.init.uniform_(attention.value_embedding.table.weight, -bound, bound)
                 nn.init.zeros_(attention.value_embedding.gate.weight)
-        if isinstance(self.projection, Projection):
-            nn.init.uniform_(self.projection.weight, -bound, bound)
+        self.projection.reset()
 
     def empty_state(
         self, batch: int, slots: int, documents: Tensor | None = None, tokens: Tensor | None = None
@@ -251,7 +250,7 @@ class LatentRecurrentTransformer(nn.Module):
         caches: list[Cache] = []
         for i, block in enumerate(tuple(self.blocks) * config.loops):
             layer = i % config.depth + 1  # counted from 1, as sources are; i counts loops, too, as caches do
-            own = projected[config.projection_sets[layer - 1]]
+            own = projected[config.projection_sets[layer - 1] if len(projected) > 1 else 0]
             cache = state.keys[i], state.values[i]
             x, cache = state.execution.block(block, x, call, own, visible[config.windows[i]], cache)
             caches.append(cache)

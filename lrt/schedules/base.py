@@ -21,6 +21,9 @@ from typing import Any, Concatenate, ParamSpec, Protocol, cast
 import numpy
 import torch
 
+from lrt.utils.plugins import Plugin
+from lrt.utils.registry import Registry
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -111,13 +114,22 @@ class Simple:
         return f"{self.name}({', '.join(repr(a) for a in self.arguments)})"
 
 
-SCHEDULES: dict[str, Callable[..., list[Pass]]] = {}
+SCHEDULES: Registry[Callable[..., list[Pass]]] = Registry("schedule")
 
 
 def schedule(expand: Callable[Concatenate[int, P], list[Pass]]) -> Callable[P, Simple]:
-    """Register `expand(length, …)` under its name; the result makes the schedule from its arguments alone."""
+    """Register `expand(length, …)` under its name; the result makes the schedule from its arguments alone.
+
+    >>> import lrt
+    >>> @lrt.schedule
+    ... def halves(T, sweeps):
+    ...     first, second = lrt.schedules.Pass(0, T // 2), lrt.schedules.Pass(T // 2, T)
+    ...     return [first, second] * sweeps
+    >>> lrt.schedules.parse("stages([(0.5, plain()), (0.5, halves(2))])")
+    stages([(0.5, plain()), (0.5, halves(2))])
+    """
     name: str = expand.__name__
-    SCHEDULES[name] = expand
+    SCHEDULES.register(name, expand, stacklevel=2)
 
     @functools.wraps(expand)
     def make(*args: P.args, **kwargs: P.kwargs) -> Simple:
@@ -126,6 +138,11 @@ def schedule(expand: Callable[Concatenate[int, P], list[Pass]]) -> Callable[P, S
         return Simple(name, arguments)
 
     return cast("Callable[P, Simple]", make)
+
+
+def plugin_uses(schedule: Schedule) -> list[tuple[str, Plugin]]:
+    """What plugins have to register before a schedule can be run, as `plugins.describe` takes it."""
+    return [use for name in dict.fromkeys(part.name for _, part in schedule.shares()) for use in SCHEDULES.uses(name)]
 
 
 def bind(expand: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

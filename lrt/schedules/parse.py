@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from lrt.schedules.base import SCHEDULES, Mixture, Schedule, Simple, Stages, bind
 from lrt.schedules.library import mixture, stages
+from lrt.utils.registry import UnknownName
 
 _COMPOSED: dict[str, Callable[..., Schedule]] = {"mixture": mixture, "stages": stages}
 """Schedules made of schedules, which are no entries of SCHEDULES: they have no passes of their own."""
@@ -22,24 +24,52 @@ def names() -> Iterator[str]:
 def parse(text: str) -> Schedule:
     """Read a schedule as `repr` writes it, for example `settled(0, 1, 1)`; nothing is executed.
 
-    Raises ValueError with the text and the known names.
+    Raises ValueError with the text and the known names; it is an UnknownName where that is all that is wrong.
     """
     try:
         built = _build(ast.parse(text.strip(), mode="eval").body)
         if not isinstance(built, Simple | Mixture | Stages):
             raise ValueError("that is no schedule")
         return built
+    except UnknownName as error:
+        raise UnknownName(f"cannot read the schedule {text!r}: {error}") from error
     # Python's own parser raises the last two for text that nests too deeply.
     except (SyntaxError, KeyError, TypeError, AttributeError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"cannot read the schedule {text!r}: {error}; write for example interleaved(2)") from error
+
+
+@dataclass(frozen=True, repr=False)
+class Unknown:
+    """A schedule that nobody registered here. It is kept and written as it is; whatever would run it raises."""
+
+    text: str
+    reason: str
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise ValueError(self.reason)
+
+    passes = at = draw = scoring_parts = shares = cost = _refuse
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def parse_saved(text: str, reason: str | None = None) -> Schedule:
+    """The schedule that a checkpoint was trained with; `Unknown`, for `reason`, where no plugin registers it here.
+
+    For who needs the weights, and may do without the schedule. ValueError for what is no schedule at all.
+    """
+    try:
+        return parse(text)
+    except UnknownName as error:
+        return Unknown(text, reason or str(error))
 
 
 def _build(node: ast.expr) -> Any:
     """A value of the small language of calls, lists, tuples and literals that `repr` writes."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         name = node.func.id
-        if name not in set(names()):
-            raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(names())}")
+        SCHEDULES.check(name, tuple(_COMPOSED))
         args = [_build(a) for a in node.args]
         kwargs = {k.arg or "**": _build(k.value) for k in node.keywords}
         return _COMPOSED[name](*args, **kwargs) if name in _COMPOSED else _simple(name, args, kwargs)

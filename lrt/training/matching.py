@@ -16,11 +16,14 @@ from typing import Any
 from lrt.data.prepared import Prepared
 from lrt.distributed.single import SingleProcess
 from lrt.model import checkpoint
+from lrt.model.config import MODEL_KINDS
 from lrt.model.size import count_parameters
+from lrt.schedules.base import SCHEDULES
 from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
 from lrt.training.recipes import match_parameters
 from lrt.training.trainer import Trainer
+from lrt.utils import plugins
 from lrt.utils.files import replace_atomically
 
 KINDS = ("parameters", "tokens", "compute", "wall_clock")
@@ -45,6 +48,7 @@ class ReferenceRun:
     def read(cls, path: Path) -> ReferenceRun:
         """From a run's folder or a checkpoint. ValueError where that does not say how it was trained."""
         about = checkpoint.about(path)
+        plugins.require(about.get("plugins", ()), (*MODEL_KINDS, SCHEDULES.kind))
         if "run" not in about:
             raise ValueError(f"{path} does not say how it was trained; give the folder of a run that `lrt train` made")
         return cls(path, RunConfig.from_dict(about["run"]), about.get("data", ""))

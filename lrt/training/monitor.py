@@ -76,6 +76,8 @@ def live_scores(
         progress=progress,
         prefix_bytes=data.tokenizer.prefix_bytes("a"),
     )
+    assert metrics.parallel_bpb is not None
+    assert metrics.gap is not None
     return {"live_bpb": metrics.live_bpb, "parallel_bpb": metrics.parallel_bpb, "gap": metrics.gap}
 
 

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
+from lrt.model.config import COMBINATIONS, INJECTIONS, ModelConfig
+from lrt.model.memory import GROUPS
+from lrt.model.transformer import LatentRecurrentTransformer
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,31 @@ TABLE = (
     ParameterRow(r"^recall\.weights$", "adamw", "scalar_lr", betas=(0.96, 0.95)),
 )
 
+RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
+SHORT: dict[str, tuple[str, str]] = {"muon": ("muon", "matrix_lr"), "adamw": ("adamw", "scalar_lr")}
+"""What an extension may write for (optimiser, rate)."""
+
+
+def extension_rows(config: ModelConfig) -> list[ParameterRow]:
+    """The rows of a model's injection and combination where users registered them (`register_injection`).
+
+    They come before the table: a `down` of an injection's own is no `down` of an MLP.
+    """
+    memory = config.memory
+    parts = {f"{INJECTIONS.kind} {memory.injection}": r"(^projection|\.injection)\."}
+    parts[f"{COMBINATIONS.kind} {memory.combine}"] = r"^recall\."
+    rows = []
+    for part, prefix in parts.items():
+        for name, group in GROUPS.get(part, {}).items():
+            fields: Any = SHORT.get(group, ()) if isinstance(group, str) else tuple(group)
+            if len(fields) < 2 or fields[0] not in SHORT or fields[1] not in RATES:
+                raise ValueError(
+                    f"{part} trains {name} by {group!r}; choose one of {', '.join(SHORT)}, or give (optimiser, rate, "
+                    f"factor, betas) with a rate of {', '.join(RATES)}"
+                )
+            rows.append(ParameterRow(rf"{prefix}(.*\.)?{re.escape(name)}(\.|$)", *fields))
+    return rows
+
 
 def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly, of a stack (N, rows, columns); quintic iteration.
@@ -167,15 +195,22 @@ class Muon(torch.optim.Optimizer):
 
 def place(model: nn.Module) -> list[tuple[ParameterRow, list[Tensor]]]:
     """The parameters of each row. A name that no row or several rows match is an error that says so."""
-    placed: dict[ParameterRow, list[Tensor]] = {row: [] for row in TABLE}
+    own = extension_rows(model.config) if isinstance(model, LatentRecurrentTransformer) else []
+    placed: dict[ParameterRow, list[Tensor]] = {row: [] for row in (*TABLE, *own)}
     for name, parameter in model.named_parameters():
-        rows = [row for row in TABLE if re.search(row.pattern, name)]
+        rows = [row for row in own if re.search(row.pattern, name)] or [
+            row for row in TABLE if re.search(row.pattern, name)
+        ]
         if len(rows) != 1:
             matched = [row.pattern for row in rows]
             raise ValueError(
-                f"parameter {name} matches {matched or 'no row'} of lrt.training.optim.TABLE; it must match one"
+                f"parameter {name} matches {matched or 'no row'} of lrt.training.optim.TABLE; it must match one (a "
+                "registered injection says with optim={…} how its own are trained)"
             )
         placed[rows[0]].append(parameter)
+    unused = [row.pattern for row in own if not placed[row]]
+    if unused:
+        raise ValueError(f"no parameter of this model matches {unused}; name what the registered class has")
     return [(row, parameters) for row, parameters in placed.items() if parameters]
 
 

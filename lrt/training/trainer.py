@@ -27,12 +27,13 @@ from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, clip_gradients
 from lrt.model import checkpoint
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.schedules.base import Schedule
+from lrt.schedules.base import Schedule, plugin_uses
 from lrt.schedules.flops import training_flops
 from lrt.schedules.loss import StepLoss
 from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
 from lrt.training.optim import Optimiser
+from lrt.utils import plugins
 from lrt.utils.progress import warn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -178,12 +179,14 @@ class Trainer:
 
     def about(self, loss: float) -> dict[str, Any]:
         """How the weights came to be: what a checkpoint says of itself in its config.json."""
+        records = plugins.describe([*self.run.model.memory.plugin_uses(), *plugin_uses(parse(self.run.schedule))])
         return {
             "run": self.run.to_dict(),
             "schedule": self.run.schedule,
             "trained": dataclasses.asdict(self.summary(loss)),
             "data": self.data.fingerprint,
             "packing": dataclasses.asdict(self.rows.packing),  # of the shards read since the run was last begun
+            **({"plugins": records} if records else {}),
         }
 
     def save(self, path: Path, about: dict[str, Any]) -> None:

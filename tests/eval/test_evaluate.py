@@ -28,10 +28,10 @@ from lrt.distributed.single import SingleProcess
 from lrt.eval.ablations import ABLATIONS, ablate
 from lrt.eval.ledger import Ledger
 from lrt.eval.scoring import (
-    EVERY,
     Metrics,
     bits_per_byte,
     evaluate,
+    every_ablation,
     live_scorer,
     schedule_scorer,
     score_parallel,
@@ -175,7 +175,7 @@ def test_a_shuffled_memory_is_the_same_shared_and_resumed(tmp_path: Path):
 
 
 def test_a_single_window_has_no_shuffled_memory():
-    found = metrics(random_model(LRT), schedules.plain(), windows(text((3,)), CONTEXT), ablations=EVERY)
+    found = metrics(random_model(LRT), schedules.plain(), windows(text((3,)), CONTEXT), ablations=every_ablation())
     assert found.live_bpb_memory_shuffled is None
     assert found.live_bpb_memory_frozen is not None
 
@@ -433,9 +433,9 @@ def test_shuffled_memory_is_another_row_s():
 def test_every_ablation_can_be_asked_for():
     """Seven windows in batches of three: none may be alone in its batch, or it had no other's memory to read."""
     model = random_model(LRT)
-    found = metrics(model, schedules.interleaved(2), ablations=EVERY, batch_size=3)
+    found = metrics(model, schedules.interleaved(2), ablations=every_ablation(), batch_size=3)
     values = found.to_dict()
-    assert len({v for k, v in values.items() if k.startswith("live_bpb")}) == len(EVERY)
+    assert len({v for k, v in values.items() if k.startswith("live_bpb")}) == len(every_ablation())
     assert found.live_bpb_memory_delayed_8 == found.live_bpb_memory_zero  # windows of 8
     assert all(values[k] is not None for k in values)
     with pytest.raises(ValueError, match="unknown ablations noise; choose among zero"):

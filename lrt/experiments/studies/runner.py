@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 
 from lrt.eval.report.table import Table
 from lrt.experiments.studies.grid import Cell, Fields, Study
+from lrt.utils import plugins
 from lrt.utils.progress import Advance, bar
 from lrt.utils.provenance import code_version, hardware
 
@@ -272,6 +273,7 @@ def run_cell(study: Study, cell: Cell, kind: Kind, advance: Advance, device: str
         "result": scores,
         "seconds": round(time.perf_counter() - begun, 1),
         "code": code_version(),
+        **({"plugins": records} if (records := plugins.describe(list(plugins.REGISTERED.items()))) else {}),
         "hardware": json.loads(json.dumps(hardware(device), default=str)),
     }
 
@@ -307,7 +309,9 @@ def run_on_devices(arguments: Sequence[str], devices: Sequence[str]) -> None:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         print(f"{processes} processes on cpu, OMP_NUM_THREADS={environment['OMP_NUM_THREADS']} each", flush=True)
     running = [
-        subprocess.Popen([sys.executable, "-m", "lrt", *arguments, "--devices", device], env=environment)
+        subprocess.Popen(
+            [sys.executable, "-m", "lrt", *plugins.arguments(), *arguments, "--devices", device], env=environment
+        )
         for device in devices
     ]
     try:

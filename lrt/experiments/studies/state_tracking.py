@@ -183,8 +183,7 @@ def tracking_run(fields: Fields) -> TrackingRun:
     if missing:
         raise ValueError(f"a tracking cell needs {', '.join(sorted(missing))}")
     for name in (fields["task"], *fields.get("reads", ())):
-        if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+        TASKS.check(name)
     task = TASKS[fields["task"]]
     model = ModelConfig.from_dict({**fields["model"], "vocab_size": task.vocabulary})
     # `tests` and the like are measured after training: they decide the cell, not its run.

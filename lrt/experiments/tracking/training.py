@@ -66,8 +66,7 @@ class TrackingRun:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"unknown task {self.task!r}; choose one of {', '.join(TASKS)}")
+        TASKS.check(self.task)
         if not 1 <= self.shortest <= self.longest or min(self.by, self.steps, self.rows) < 1 or (not self.mastered > 0):
             raise ValueError(
                 f"lengths {self.shortest} to {self.longest} by {self.by}, {self.steps} steps of {self.rows} rows, "

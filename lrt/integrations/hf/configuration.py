@@ -7,8 +7,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from lrt.inference.prefill import MODES
-from lrt.model.config import ModelConfig
-from lrt.schedules.parse import parse
+from lrt.model.config import MODEL_KINDS, ModelConfig
+from lrt.schedules.parse import parse_saved
+from lrt.utils import plugins as loaded
 
 
 class LRTConfig(PreTrainedConfig):
@@ -22,20 +23,25 @@ class LRTConfig(PreTrainedConfig):
         architecture: dict[str, Any] | None = None,
         schedule: str = "plain()",
         prefill: str = "converged",
+        plugins: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         """`architecture` is `ModelConfig.to_dict()` (None: its defaults); the rest of a model's shape follows from it.
 
         schedule: the training schedule, used in `train()`. prefill: how prompts and whole texts are read, one of
-        "exact", "converged", "fast", "one_sweep" (lrt.inference.prefill). ValueError on an unknown one.
+        "exact", "converged", "fast", "one_sweep" (lrt.inference.prefill). plugins: what a user's own parts come from
+        (`lrt.utils.plugins.describe`). ValueError on an unknown one, and where a part's plugin is not loaded; only
+        `train()` needs the schedule's.
         """
+        loaded.require(plugins or (), MODEL_KINDS)
         model = ModelConfig.from_dict(architecture or {})
-        parse(schedule)
+        parse_saved(schedule)
         if prefill not in MODES:
             raise ValueError(f"unknown prefill {prefill!r}; choose one of {', '.join(MODES)}")
         self.architecture = model.to_dict()
         self.schedule = schedule
         self.prefill = prefill
+        self.plugins = plugins or []
         # What transformers and the tools around it ask of a config, under their names: derived, so never read back.
         self.vocab_size = model.vocab_size
         self.hidden_size = model.width

@@ -3,6 +3,7 @@
 config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json
 configuration_lrt.py, modeling_lrt.py   what transformers loads with trust_remote_code=True
 lrt_*.py                                the modules of lrt that those need, imports made relative
+plugin_*.py                             the files of a user's own that registered parts of this model, if any
 README.md                               the model card
 
 The folder holds lrt's own modules, found by following imports, and no second implementation. transformers knows no
@@ -15,20 +16,25 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from lrt.data.tokenizer import Tokenizer
+from lrt.integrations.hf import plugin_code
 from lrt.integrations.hf.configuration import LRTConfig
 from lrt.integrations.hf.model_card import card_markdown
 from lrt.integrations.hf.modeling import LRTForCausalLM
 from lrt.model import checkpoint
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules.base import plugin_uses
+from lrt.schedules.parse import Unknown, parse_saved
 from lrt.utils import files
+from lrt.utils.plugins import Plugin, describe
 
 ENTRIES = {"configuration_lrt": "lrt.integrations.hf.configuration", "modeling_lrt": "lrt.integrations.hf.modeling"}
 """File names that transformers knows from config.json, and the modules that they are."""
@@ -75,18 +81,26 @@ def write_folder(source: Path | str, out: Path, prefill: str, remote_code: bool)
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(out)
+    plugins = list(dict(plugins_behind(native, model.config.schedule)).values())
     if remote_code:
-        write_code(out)
+        write_code(out, list(dict.fromkeys(plugins)))
     (out / "README.md").write_text(card_markdown(model, about, remote_code), encoding="utf-8")
     return model
 
 
-def wrap_model(native: Any, tokenizer: Tokenizer, schedule: str, prefill: str) -> LRTForCausalLM:
+def plugins_behind(native: LatentRecurrentTransformer, schedule: str) -> list[tuple[str, Plugin]]:
+    """What plugins registered of a model and its schedule, as `plugins.describe` takes it."""
+    trained = parse_saved(schedule)
+    return native.config.memory.plugin_uses() + ([] if isinstance(trained, Unknown) else plugin_uses(trained))
+
+
+def wrap_model(native: LatentRecurrentTransformer, tokenizer: Tokenizer, schedule: str, prefill: str) -> LRTForCausalLM:
     """A LatentRecurrentTransformer as transformers' model, with the same parameters, in `eval()`."""
     config = LRTConfig(
         native.config.to_dict(),
         schedule,
         prefill,
+        describe(plugins_behind(native, schedule)),
         bos_token_id=tokenizer.bos,
         eos_token_id=tokenizer.bos,  # one special token opens a document, and so ends the one before
         pad_token_id=tokenizer.bos,
@@ -108,15 +122,19 @@ def prepend_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     return inner
 
 
-def write_code(out: Path) -> None:
+def write_code(out: Path, plugins: Sequence[Plugin] = ()) -> None:
     """The modules that a folder needs to work alone, and where transformers finds them (config.json's auto_map)."""
-    modules = required_modules(list(ENTRIES.values()))
+    own = plugin_code.sources(plugins)
+    modules = required_modules(list(ENTRIES.values()), own.values())
     names = {module: flat_name(module) for module in modules}
-    for module in modules:
-        source = flatten_imports(Path(module_file(module)).read_text(encoding="utf-8"), names)
-        if module in ENTRIES.values():
-            source += mention_files(sorted(set(names.values()) - {names[module]}))
-        (out / f"{names[module]}.py").write_text(source, encoding="utf-8")
+    files = {names[module]: Path(module_file(module)).read_text(encoding="utf-8") for module in modules} | own
+    for name, text in files.items():
+        source = flatten_imports(text, names)
+        if name in ENTRIES:
+            source += mention_files(sorted(set(files) - {name}))
+        if name == "configuration_lrt":  # before a configuration can name what they register
+            source += "".join(f"\nfrom .{plugin_code.file_name(plugin)} import __name__ as _\n" for plugin in plugins)
+        (out / f"{name}.py").write_text(source, encoding="utf-8")
     license_file = Path(module_file("lrt")).parents[1] / "LICENSE"
     if license_file.is_file():
         shutil.copy(license_file, out / "LICENSE")
@@ -163,9 +181,11 @@ def is_module(name: str) -> bool:
         return False
 
 
-def required_modules(entries: list[str]) -> list[str]:
-    """`entries` and all modules of lrt that they import, directly or not; what only type checkers import, too."""
+def required_modules(entries: list[str], sources: Iterable[str] = ()) -> list[str]:
+    """`entries` and all modules of lrt that they, or these sources, import, directly or not; what only type checkers
+    import, too."""
     modules, todo = set(), list(entries)
+    todo += [name for source in sources for _, names in lrt_imports(ast.parse(source)) for name in names]
     while todo:
         module = todo.pop()
         if module not in modules:

@@ -60,8 +60,14 @@ def card_markdown(
         return f"{scores[key]:{form}}" if key in scores else "not measured"
 
     trust = ", trust_remote_code=True" if remote_code else ""
-    first = "" if remote_code else "import lrt.hf  # registers the model\n"
+    names = [record["name"] for record in model.config.plugins]
+    own = " and ".join(f"`{name}`" for name in names)
+    first = "" if remote_code else "".join(f"import {name}\n" for name in ["lrt.hf  # registers the model", *names])
     how = "The code comes with the folder." if remote_code else "Needs `pip install latent-recurrent-transformer[hf]`."
+    if names and remote_code:
+        how += f" Part of it is the author's own and no part of lrt: the plugin {own} (`plugin_*.py`)."
+    elif names:
+        how += f" Needs the author's own plugin {own} too, which is imported first."
     return TEMPLATE.format(
         parameters=count_parameters(config)[0],
         source=" and ".join("the embedding" if s == 0 else f"the output of layer {s}" for s in sources) or "nothing",
