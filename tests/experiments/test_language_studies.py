@@ -13,15 +13,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from matplotlib.figure import Figure
 
 from lrt.cli.main import main
 from lrt.data.prepare import prepare
+from lrt.data.prepared import Prepared
 from lrt.eval.report.table import Table, markdown
-from lrt.experiments.studies import comparisons, figures, grid, language, runner, texts
+from lrt.experiments.studies import comparisons, figures, grid, language, runner, texts, timing
 from lrt.experiments.studies.kinds import KINDS
 from lrt.model.size import count_parameters
 from lrt.training.trainer import Diverged, Trainer
@@ -83,6 +84,25 @@ def test_mistakes_in_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(texts, "TEXTS", tmp_path)
     with pytest.raises(ValueError, match="the text 'poems' is not there; prepare it with: lrt prepare"):
         texts.open_text("poems")
+
+
+def test_ratios_that_an_older_version_kept_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Their runs lack the fields that are new: those mean their defaults. Anything else is another pair."""
+    monkeypatch.setattr(texts, "TEXTS", tmp_path / "texts")
+    monkeypatch.setattr(timing, "step_time_ratio", lambda *_: 7.0)
+    monkeypatch.setattr(timing, "decode_ratio", lambda *_: 7.0)
+    run = language.build_run(FIELDS, 300)
+    other, data = language.baseline_run(run, FIELDS), cast("Prepared", None)
+    *runs, machine = json.loads(timing.ratios_key(run, other, "cpu"))
+    for saved in runs:
+        del saved["precision"], saved["model"]["thoughts"], saved["model"]["memory"]["residual_init"]
+    kept = {"step": 1.5, "schedule": 1.25, "decode": 1.1}
+    timing.ratios_file().write_text(json.dumps({json.dumps([*runs, machine]): kept}))
+    assert timing.paired_ratios(run, other, data, "cpu") == kept
+    assert timing.paired_ratios(dataclasses.replace(run, seed=4, horizon="steps=9"), other, data, "cpu") == kept
+    wider = dataclasses.replace(run, batch_size=8)
+    assert timing.paired_ratios(wider, other, data, "cpu")["step"] == 7
+    assert len(json.loads(timing.ratios_file().read_text())) == 2
 
 
 # --- sweeps and claims -------------------------------------------------------------------------------------------

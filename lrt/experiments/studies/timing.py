@@ -54,12 +54,12 @@ def paired_ratios(run: RunConfig, other: RunConfig, data: Prepared, device: str)
     """The ratios of a run and the Transformer's beside it: those that are kept, or measured now."""
     if run.model == other.model and run.schedule == other.schedule:
         return {"step": 1.0, "schedule": 1.0, "decode": 1.0}
-    same = {"horizon": "", "seed": 0, "optim": None}  # what takes no time of a step
-    key = json.dumps([{**r.to_dict(), **same} for r in (run, other)] + [hardware(device)], sort_keys=True, default=str)
+    key = ratios_key(run, other, device)
     file = ratios_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(file.with_suffix(".lock")):  # held while measuring: two at once would disturb each other
         measured: dict[str, Ratios] = json.loads(file.read_text()) if file.exists() else {}
+        key = next((saved for saved in measured if fill_key(saved) == key), key)
         if key not in measured:
             measured[key] = {
                 "step": step_time_ratio(run, other, data, SingleProcess(device)),
@@ -68,6 +68,24 @@ def paired_ratios(run: RunConfig, other: RunConfig, data: Prepared, device: str)
             }
             replace_atomically(file, json.dumps(measured, indent=1))
     return measured[key]
+
+
+def ratios_key(run: RunConfig, other: RunConfig, device: str) -> str:
+    """Two runs and a machine as JSON, without what takes no time of a step."""
+    untimed = {"horizon": "", "seed": 0, "optim": None}
+    runs = [{**config.to_dict(), **untimed} for config in (run, other)]
+    return json.dumps([*runs, hardware(device)], sort_keys=True, default=str)
+
+
+def fill_key(key: str) -> str:
+    """A key as this version writes it: a field that its runs lack means that field's default."""
+    *runs, machine = json.loads(key)
+    timed = {"horizon": "steps=1", "optim": {}}  # any that can be read
+    try:
+        filled = [{**RunConfig.from_dict({**run, **timed}).to_dict(), "horizon": "", "optim": None} for run in runs]
+    except ValueError:  # of a version that had other fields
+        return key
+    return json.dumps([*filled, machine], sort_keys=True)
 
 
 def schedule_ratio(run: RunConfig, device: str) -> float:
