@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from lrt.distributed.single import SingleProcess
+from lrt.eval.diagnose import MEASURES
 from lrt.eval.ledger import Ledger
+from lrt.eval.report.text import LINES
 from lrt.eval.results import Result, read_results
+from lrt.utils.files import temporary_name
 
 RESULT = Result("bpb", "books/val", "ab12", {"targets": 3}, {"live_bpb": 1.5}, 2.0, {"device": "cpu"})
 
@@ -29,6 +32,15 @@ def test_a_damaged_result_is_named(tmp_path: Path, content: str):
     RESULT.write(tmp_path).write_text(content)
     with pytest.raises(ValueError, match=r"bpb-books-val\.json is no result of this version"):
         read_results(tmp_path)
+
+
+def test_a_result_that_is_being_written_passes_for_none(tmp_path: Path):
+    temporary_name(RESULT.write(tmp_path)).write_text('{"format": 1, "ki')  # as a kill leaves it
+    assert read_results(tmp_path) == [RESULT]
+
+
+def test_every_kind_of_result_has_its_text():
+    assert set(LINES) == {*MEASURES, "scores", "core"}
 
 
 def test_a_ledger_goes_on_where_it_was_cut(tmp_path: Path):

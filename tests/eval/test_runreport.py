@@ -123,7 +123,7 @@ def test_what_does_not_recur_is_told_instead_of_drawn(tmp_path: Path):
 
 
 def test_blocks_are_shown_over_training(runs: list[Path], page: Path):
-    """A run's diary has γ, gates and shares by block from each of its live evaluations; snapshots add theirs."""
+    """A run's metrics log has γ, gates and shares by block from each of its live evaluations; snapshots add theirs."""
     lines = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
     known = [line["memory_layers"] for line in lines if "memory_layers" in line]
     assert len(known) >= 5

@@ -144,11 +144,13 @@ def training_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[st
     parts.append(figure_row(*pictures, caption="Training loss, smoothed, mean over the passes that have a loss."))
     live = runs_with(curves, "live_bpb")
     if live:
-        pictures = [_measured(live, colours, x, "live_bpb", "live bits per byte", f"Live, {x.label}") for x in X_AXES]
+        pictures = [
+            _measured_figure(live, colours, x, "live_bpb", "live bits per byte", f"Live, {x.label}") for x in X_AXES
+        ]
         parts.append(figure_row(*pictures, caption="Live bits per byte while training."))
     others = (("gap", "gap, bits per byte"), ("memory_gamma", "mean |γ|"), ("memory_projection", "RMS of U"))
     pictures = [
-        _measured(having, colours, TOKENS, key, label, label)
+        _measured_figure(having, colours, TOKENS, key, label, label)
         for key, label in others
         if (having := runs_with(curves, key))
     ]
@@ -158,7 +160,7 @@ def training_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[st
     return [*parts, "</section>"]
 
 
-def _measured(
+def _measured_figure(
     curves: Curves, colours: Mapping[str, str], x: Quantity, key: str, label: str, title: str
 ) -> tuple[Callable[[Axes], None], str]:
     """A figure of `figure_row`: `draw_measured` and its title."""
