@@ -90,8 +90,8 @@ class Engine:
 
         model: without latent thoughts, whose prompts no engine serves.
         rows: sequences decoded at once. None: 8, or as many as fit into `memory`.
-        slots: the longest a sequence may become, in tokens. None: the context, or where every layer slides what a
-            position looks back on and, for a parallel prefill, a chunk more.
+        slots: the longest a sequence may become, in tokens. None: the context. Where every layer slides they are
+            reused and limit nothing; None is then what a position looks back on, and room for a chunk of a prompt.
         mode: which path decodes (`engine.mode` names it): eager, fused, packed, compiled, or best, which measures them.
         prefill: how prompts are computed. `exact` feeds them token by token among the others' tokens; the rest as in
             `prefill.py`. A request may say otherwise for itself.
