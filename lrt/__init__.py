@@ -110,8 +110,8 @@ def __getattr__(name: str) -> Any:
     home = next((module for module, names in HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module 'lrt' has no attribute {name!r}")
-    globals()[name] = found = getattr(importlib.import_module(home), name)
-    return found
+    globals()[name] = public = getattr(importlib.import_module(home), name)
+    return public
 
 
 def __dir__() -> list[str]:

@@ -154,16 +154,9 @@ def sweep_curve(
     schedule = schedule if model.config.stored_sources else plain()
     ledger = open_ledger("sweeps")
     batch_size = batch_size_for(batch_size, len(windows), ledger.ranks.ranks)
+    scorer, parallel_ledger = schedule_scorer(schedule), open_ledger("parallel")
     parallel, size = bits_per_byte(
-        model,
-        windows,
-        token_bytes,
-        schedule_scorer(schedule),
-        batch_size,
-        "parallel",
-        progress,
-        prefix_bytes,
-        open_ledger("parallel"),
+        model, windows, token_bytes, scorer, batch_size, "parallel", progress, prefix_bytes, parallel_ledger
     )
     unit = math.log(2) * size  # nats / unit is BPB
     batches = window_batches(windows, batch_size)

@@ -30,6 +30,7 @@ from lrt.inference.decoders import decoder
 from lrt.inference.prefill import Mode, exact_reason, prefill, refuse_thoughts
 from lrt.inference.request import Completion, Event, Finish, Logprob, Request
 from lrt.inference.sampling import draw_rows
+from lrt.model.config import ModelConfig
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -105,10 +106,7 @@ class Engine:
         """
         config = model.config
         refuse_thoughts(config)
-        if slots is None:
-            slots = (
-                config.lookback + (1 if prefill == "exact" else CHUNK) if config.unlimited_context else config.context
-            )
+        slots = usual_slots(config, prefill) if slots is None else slots
         fitting = None if memory is None else rows_that_fit(model, memory, slots)
         rows = rows if rows is not None else fitting or 8
         if rows < 1:
@@ -353,6 +351,13 @@ class Engine:
         )
         self.done.setdefault(job.number, []).append(completion)
         return Event(job.number, job.sample, None, finish)
+
+
+def usual_slots(config: ModelConfig, prefill: Mode) -> int:
+    """Slots of a row: the context; where slots are reused, what a position looks back on, and room for a chunk."""
+    if not config.unlimited_context:
+        return config.context
+    return config.lookback + (1 if prefill == "exact" else CHUNK)
 
 
 def log_probability(logits: Tensor, token: int, alternatives: int) -> Logprob:

@@ -102,10 +102,10 @@ def overview(runs: Sequence[Run]) -> str:
     note = (
         "Bits per byte, lower is better; live is decoded token by token, what a user gets; gap is live less parallel."
     )
-    return Table("", head, [overview_row(run) for run in runs]).html() + f"<p>{note}</p>"
+    return Table("", head, [run_cells(run) for run in runs]).html() + f"<p>{note}</p>"
 
 
-def overview_row(run: Run) -> list[str]:
+def run_cells(run: Run) -> list[str]:
     """The cells of a run; empty where something is not known."""
     config, trained = run.config.get("model"), run.about.get("trained", {})
     # Later measurements replace those that the checkpoint was saved with.

@@ -29,17 +29,17 @@ def sources(plugins: Sequence[Plugin]) -> dict[str, str]:
 
     ValueError where a plugin is more than one file, or is in none.
     """
-    found: dict[str, str] = {}
+    modules: dict[str, str] = {}
     names: set[str] = set()
     for plugin in plugins:
         if plugin.path is None:
             raise ValueError(f"{plugin} is in no file that could be exported; write it to one and load that")
         source = plugin.path.read_text(encoding="utf-8")
-        found[file_name(plugin)] = by_module(source, plugin)
+        modules[file_name(plugin)] = by_module(source, plugin)
         names |= names_of_face(ast.parse(source))
     if names:
-        found[FACE] = '"""What the plugins of this folder take from lrt."""\n\n' + imports_of(sorted(names))
-    return found
+        modules[FACE] = '"""What the plugins of this folder take from lrt."""\n\n' + imports_of(sorted(names))
+    return modules
 
 
 def by_module(source: str, plugin: Plugin) -> str:
