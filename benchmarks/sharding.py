@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrt import MemoryConfig, ModelConfig, schedules
 from lrt.distributed.parallelize import PARALLEL, join_ranks
-from lrt.distributed.single import SingleProcess
+from lrt.distributed.single_process import SingleProcess
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.loss import StepLoss
 

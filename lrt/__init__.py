@@ -20,13 +20,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_face.py holds the two lists together
+if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_public_api.py holds the two lists together
     from lrt import schedules as schedules
     from lrt.data.records import register_source as register_source
     from lrt.eval.ablations import register_ablation as register_ablation
     from lrt.eval.scoring import evaluate as evaluate
     from lrt.eval.scoring import score as score
-    from lrt.experiments.tracking.tasks import register_task as register_task
+    from lrt.experiments.state_tracking.tasks import register_task as register_task
     from lrt.inference.engine import Engine as Engine
     from lrt.inference.generation import generate as generate
     from lrt.inference.prefill import prefill as prefill
@@ -81,7 +81,7 @@ HOMES = {
     "lrt.data.records": ("register_source",),
     "lrt.eval.ablations": ("register_ablation",),
     "lrt.eval.scoring": ("evaluate", "score"),
-    "lrt.experiments.tracking.tasks": ("register_task",),
+    "lrt.experiments.state_tracking.tasks": ("register_task",),
     "lrt.inference.engine": ("Engine",),
     "lrt.inference.generation": ("generate",),
     "lrt.inference.prefill": ("prefill",),

@@ -13,12 +13,12 @@ import tyro
 from rich.console import Console
 
 from lrt.cli.bench import Bench, Calibrate
-from lrt.cli.convert import Export, Import
 from lrt.cli.demo import Demo
 from lrt.cli.evaluate import Diagnose, Evaluate, Report
+from lrt.cli.export_import import Export, Import
 from lrt.cli.generate import Chat, Sample
 from lrt.cli.prepare import Prepare
-from lrt.cli.renamed import check_flags
+from lrt.cli.renamed_flags import check_flags
 from lrt.cli.serve import Serve
 from lrt.cli.study import RunStudy
 from lrt.cli.train import Train

@@ -11,7 +11,7 @@ import tyro
 
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import SingleProcess
+from lrt.distributed.single_process import SingleProcess
 from lrt.model import checkpoint
 from lrt.model.execution import Execution
 from lrt.model.size import count_parameters

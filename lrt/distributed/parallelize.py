@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lrt.distributed.objective import Objective, make_objective
-from lrt.distributed.single import OPTIMISERS, M, SingleProcess, T
+from lrt.distributed.single_process import OPTIMISERS, M, SingleProcess, T
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from lrt.data.prepared import Prepared
 from lrt.data.tokenizer import Tokenizer
 from lrt.data.windows import Windows, windows
-from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
+from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess
 from lrt.eval.ledger import Ledger
 from lrt.eval.memory_stats import NOISE, layer_stats, longest_inputs, memory_reach, memory_scales, token_pieces
 from lrt.eval.results import Result

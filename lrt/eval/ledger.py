@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
+from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess
 from lrt.eval.results import slug
 from lrt.utils.files import replace_atomically
 from lrt.utils.provenance import code_version

@@ -23,12 +23,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lrt.inference.cache import PrefixCache, RowPool, rows_that_fit
 from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration, fallback
 from lrt.inference.decoders import decoder
 from lrt.inference.prefill import Mode, exact_reason, prefill, refuse_thoughts
 from lrt.inference.request import Completion, Event, Finish, Logprob, Request
+from lrt.inference.row_pool import PrefixCache, RowPool, rows_that_fit
 from lrt.inference.sampling import draw_rows
 from lrt.model.config import ModelConfig
 from lrt.model.state import State

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, load_weights
+from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess, load_weights
 from lrt.model.config import MODEL_KINDS, ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils import plugins

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
+from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess
 from lrt.model import checkpoint
 from lrt.model.checkpoint import drop_snapshots, snapshot_path, snapshot_step, snapshots
 from lrt.model.execution import EAGER, Execution

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import SingleProcess
+from lrt.distributed.single_process import SingleProcess
 from lrt.model import checkpoint
 from lrt.model.config import MODEL_KINDS
 from lrt.model.size import count_parameters

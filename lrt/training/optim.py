@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
+from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess
 from lrt.model.config import COMBINATIONS, INJECTIONS, ModelConfig
 from lrt.model.memory import GROUPS
 from lrt.model.transformer import LatentRecurrentTransformer

@@ -23,7 +23,7 @@ import torch
 from lrt.data.batch import Batch
 from lrt.data.loader import Position, Rows, prefetch
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, clip_gradients, load_optimisers
+from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess, clip_gradients, load_optimisers
 from lrt.model import checkpoint
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer

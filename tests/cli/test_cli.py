@@ -23,7 +23,7 @@ from support.core_bundle import make_bundle
 from lrt.cli import demo, evaluate, train
 from lrt.cli import main as cli
 from lrt.cli.main import main
-from lrt.cli.renamed import RENAMED
+from lrt.cli.renamed_flags import RENAMED
 from lrt.data.corpus import stdlib_files
 from lrt.eval.results import read_results
 from lrt.model.checkpoint import about, load, save
@@ -469,7 +469,7 @@ import sys
 import torch
 torch.set_num_threads(1)
 from lrt.cli.main import main
-from lrt.cli.renamed import RENAMED
+from lrt.cli.renamed_flags import RENAMED
 from lrt.training.optim import Optimiser
 step = Optimiser.step
 def announcing(self, number):

@@ -25,7 +25,7 @@ TEXT = "def recall(token):\n    return memory[token - 1]  # what the token befor
 ECHO = """
 import torch
 import lrt
-from lrt.experiments.tracking.tasks import Task
+from lrt.experiments.state_tracking.tasks import Task
 
 def echo(rows, length, generator):
     tokens = torch.randint(3, (rows, length), generator=generator)

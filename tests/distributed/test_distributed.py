@@ -22,7 +22,7 @@ from torch import Tensor
 from lrt import MemoryConfig, ModelConfig
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import SINGLE_PROCESS, SingleProcess, clip_gradients
+from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess, clip_gradients
 from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshots
 from lrt.model.transformer import LatentRecurrentTransformer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lrt.distributed.single import SingleProcess
+from lrt.distributed.single_process import SingleProcess
 from lrt.eval.diagnose import MEASURES
 from lrt.eval.ledger import Ledger
 from lrt.eval.report.text import LINES

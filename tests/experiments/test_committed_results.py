@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from lrt.experiments import rivals
+from lrt.experiments.state_tracking.tasks import TASKS
+from lrt.experiments.state_tracking.training import TrackingRun
 from lrt.experiments.studies import grid, language, runner, texts
 from lrt.experiments.studies.kinds import find_kind
 from lrt.experiments.studies.state_tracking import TESTS, tracking_run
-from lrt.experiments.tracking.tasks import TASKS
-from lrt.experiments.tracking.training import TrackingRun
 from lrt.model.config import MemoryConfig, ModelConfig
 from lrt.model.size import count_parameters
 from lrt.schedules.flops import training_flops

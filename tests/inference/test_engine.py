@@ -15,10 +15,10 @@ from support.generation import CONFIGS, CONTEXT, V, every_model
 from support.models import NONE, PAIRWISE, over, random_model
 
 from lrt import ModelConfig, Sampling, refine, schedules
-from lrt.inference.cache import row_bytes, rows_that_fit
 from lrt.inference.cost_model import Calibration, Plan
 from lrt.inference.engine import Engine
 from lrt.inference.request import Completion, Request
+from lrt.inference.row_pool import row_bytes, rows_that_fit
 from lrt.inference.sampling import Steering, draw_rows, uniform
 
 WARM = Sampling(temperature=3.0)

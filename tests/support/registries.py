@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from lrt.data.records import SOURCES
 from lrt.eval.ablations import ABLATIONS
-from lrt.experiments.tracking.tasks import TASKS
+from lrt.experiments.state_tracking.tasks import TASKS
 from lrt.model.config import COMBINATIONS, INJECTIONS
 from lrt.model.memory import GROUPS, READERS
 from lrt.schedules.base import SCHEDULES

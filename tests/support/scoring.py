@@ -15,7 +15,7 @@ import torch
 from lrt import MemoryConfig, ModelConfig
 from lrt.data.prepared import Documents
 from lrt.data.windows import Windows, windows
-from lrt.distributed.single import SingleProcess
+from lrt.distributed.single_process import SingleProcess
 from lrt.eval.scoring import bits_per_byte
 
 V, CONTEXT = 31, 8

@@ -12,7 +12,7 @@ import pytest
 from lrt import MemoryConfig, ModelConfig
 from lrt.cli.main import main
 from lrt.data.prepared import Prepared
-from lrt.distributed.single import SINGLE_PROCESS
+from lrt.distributed.single_process import SINGLE_PROCESS
 from lrt.model.size import count_parameters
 from lrt.training import recipes
 from lrt.training.config import RunConfig

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import lrt
 from lrt.data.records import SOURCES, Selection, suffix_of
 from lrt.eval.ablations import ABLATIONS, Ablation
-from lrt.experiments.tracking.tasks import TASKS, Task
-from lrt.experiments.tracking.training import TrackingRun
+from lrt.experiments.state_tracking.tasks import TASKS, Task
+from lrt.experiments.state_tracking.training import TrackingRun
 from lrt.inference.decoders import EagerDecoder, FusedDecoder, decoder
 from lrt.model.memory import INJECTIONS, KeyValue, MemoryReader, NoProjection, Residual
 from lrt.model.transformer import LatentRecurrentTransformer

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.distributed.single import SINGLE_PROCESS, SingleProcess
+from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess
 from lrt.eval.core_metric.answers import MODES, Mode, On, answer_question, score_questions
 from lrt.eval.core_metric.bundle import TASKS, Bundle, CoreTask, bundle_digest
 from lrt.eval.core_metric.questions import Question, build_question

@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 
 from lrt.eval.ablations import ablate
 from lrt.eval.report.table import Table
+from lrt.experiments.state_tracking import measure
+from lrt.experiments.state_tracking.tasks import TASKS, Task
+from lrt.experiments.state_tracking.training import TrackingRun, train_tracking
 from lrt.experiments.studies import grid
 from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.runner import Line
-from lrt.experiments.tracking import measure
-from lrt.experiments.tracking.tasks import TASKS, Task
-from lrt.experiments.tracking.training import TrackingRun, train_tracking
 from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution
 from lrt.model.size import count_parameters

@@ -16,7 +16,7 @@ import torch
 
 from lrt.data.prepared import Prepared
 from lrt.distributed.objective import make_objective
-from lrt.distributed.single import SingleProcess
+from lrt.distributed.single_process import SingleProcess
 from lrt.eval.scoring import BATCH
 from lrt.experiments.studies import texts
 from lrt.inference.decoders import decoder

@@ -12,8 +12,8 @@ import torch
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, refine, schedules
 from lrt.data.batch import IGNORED
 from lrt.eval.ablations import ablate
-from lrt.experiments.tracking import measure
-from lrt.experiments.tracking.tasks import (
+from lrt.experiments.state_tracking import measure
+from lrt.experiments.state_tracking.tasks import (
     CLOSE,
     IGNORE,
     MINUS,
@@ -31,7 +31,7 @@ from lrt.experiments.tracking.tasks import (
     prefix_products,
     symmetric_group,
 )
-from lrt.experiments.tracking.training import STRIDE, TrackingRun, step_loss, train_tracking
+from lrt.experiments.state_tracking.training import STRIDE, TrackingRun, step_loss, train_tracking
 from lrt.model.execution import Execution
 from lrt.model.layers import rotary
 from lrt.schedules import unrolled

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from lrt.data.batch import IGNORED
-from lrt.distributed.single import clip_gradients
-from lrt.experiments.tracking.measure import HELD_OUT
-from lrt.experiments.tracking.tasks import TASKS
+from lrt.distributed.single_process import clip_gradients
+from lrt.experiments.state_tracking.measure import HELD_OUT
+from lrt.experiments.state_tracking.tasks import TASKS
 from lrt.model.config import ModelConfig
 from lrt.model.cross_entropy import summed_nats, token_nats
 from lrt.model.execution import EAGER, Execution

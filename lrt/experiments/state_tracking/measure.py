@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrt.data.batch import IGNORED
-from lrt.experiments.tracking.tasks import Examples, Task
+from lrt.experiments.state_tracking.tasks import Examples, Task
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules import library as schedules

@@ -14,7 +14,7 @@ from support.scoring import BYTES, CONTEXT, LRT, NONE, bpb, cut, text
 
 from lrt import schedules
 from lrt.data.windows import windows
-from lrt.distributed.single import SingleProcess
+from lrt.distributed.single_process import SingleProcess
 from lrt.eval.ledger import Ledger
 from lrt.eval.report.text import bpb_lines
 from lrt.eval.scoring import live_scorer, schedule_scorer

@@ -327,7 +327,7 @@ def register_task(task: Task) -> None:
     """Let studies of state tracking have `task: NAME` of one's own. ValueError where the name is taken.
 
     >>> import lrt, torch
-    >>> from lrt.experiments.tracking.tasks import Task
+    >>> from lrt.experiments.state_tracking.tasks import Task
     >>> def last_bit(rows, length, generator):
     ...     tokens = torch.randint(2, (rows, length), generator=generator)
     ...     return tokens, tokens  # asked at every position: the bit that stands there

@@ -20,7 +20,7 @@ from support.models import configuration as any_configuration
 from support.models import random_model
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.distributed.single import SingleProcess
+from lrt.distributed.single_process import SingleProcess
 from lrt.eval.core_metric.answers import MODES, Answer, On, OptionScore, answer_question, score_alone, score_questions
 from lrt.eval.core_metric.benchmark import CoreSettings, run_core
 from lrt.eval.core_metric.bundle import OFFICIAL, Bundle, CoreTask, download, read_sums

@@ -24,7 +24,7 @@ from torch import Tensor
 from lrt import ModelConfig, refine, schedules, score
 from lrt.data.tokenizer import Tokenizer
 from lrt.data.windows import Windows, windows
-from lrt.distributed.single import SingleProcess
+from lrt.distributed.single_process import SingleProcess
 from lrt.eval.ablations import ABLATIONS, ablate
 from lrt.eval.ledger import Ledger
 from lrt.eval.scoring import (

@@ -14,7 +14,7 @@ from support.scoring import BYTES, LRT, NONE, SHIFT, V, bpb, on_ranks, text
 
 from lrt import MemoryConfig, ModelConfig, schedules
 from lrt.data.windows import windows
-from lrt.distributed.single import SingleProcess
+from lrt.distributed.single_process import SingleProcess
 from lrt.eval.ledger import Ledger
 from lrt.eval.scoring import live_scorer, schedule_scorer
 from lrt.eval.sweep_curve import SweepCurve, classify_curve, mean_contraction, sweep_curve
