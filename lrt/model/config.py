@@ -198,8 +198,9 @@ class ModelConfig:
         self._check_memory()
         self._check_thoughts()
         # Asked for now, so that they are plain attributes: torch's compiler cannot compute a cached property.
-        _ = (self.windows, self.sources, self.stored_sources, self.injected_layers, self.channels)
-        _ = (self.projection_sets, self.lookback)
+        for name, attribute in vars(ModelConfig).items():
+            if isinstance(attribute, cached_property):
+                getattr(self, name)
 
     def _check_memory(self) -> None:
         for source in self.sources:
@@ -229,22 +230,22 @@ class ModelConfig:
                 f"(window_pattern 'L'), here {self.memory.injection!r} and {self.window_pattern!r}"
             )
 
-    @property
+    @cached_property
     def num_kv_heads(self) -> int:
         """Key and value heads, G."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         """Size of one head, K."""
         return self.width // self.heads if self.head_size is None else self.head_size
 
-    @property
+    @cached_property
     def mlp_dim(self) -> int:
         """Hidden width of the MLP."""
         return int(self.mlp_ratio * self.width) if self.mlp_width is None else self.mlp_width
 
-    @property
+    @cached_property
     def sliding_window(self) -> int:
         """Tokens an S layer sees, itself included."""
         return max(1, self.context // 2) if self.window is None else self.window
@@ -285,27 +286,27 @@ class ModelConfig:
         layers = range(1, self.depth + 1)
         return tuple(self.injected_layers.index(i) if own and i in self.injected_layers else 0 for i in layers)
 
-    @property
+    @cached_property
     def kv_layers(self) -> int:
         """Pairs of keys and values a position leaves: one per block and loop."""
         return self.depth * self.loops
 
-    @property
+    @cached_property
     def positions_per_token(self) -> int:
         """Positions of a token: its own and its thoughts'."""
         return 1 + self.thoughts
 
-    @property
+    @cached_property
     def forwards(self) -> int:
         """Forwards through the stack of blocks per generated token."""
         return self.loops * self.positions_per_token
 
-    @property
+    @cached_property
     def is_recurrent(self) -> bool:
         """Whether one full pass only approximates what decoding computes: a remembered layer, or a latent thought."""
         return self.thoughts > 0 or len(self.stored_sources) > 0
 
-    @property
+    @cached_property
     def unlimited_context(self) -> bool:
         """Whether every layer slides, so that the context is no limit and slots may be reused."""
         return "L" not in self.window_pattern[: self.depth]

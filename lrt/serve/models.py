@@ -94,6 +94,7 @@ def create_served_model(
     created: int = 0,
 ) -> ServedModel:
     """A model in memory, ready to be served; its engine is not started yet."""
+    tokenizer.decoder(())  # makes its table of bytes: the first request would make it in the event loop
 
     def make_engine() -> Engine:
         return Engine(
