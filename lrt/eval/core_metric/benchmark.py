@@ -17,7 +17,7 @@ from lrt.eval.core_metric.bundle import TASKS, Bundle, CoreTask, bundle_digest
 from lrt.eval.core_metric.questions import Question, build_question
 from lrt.eval.ledger import Ledger
 from lrt.eval.results import Result
-from lrt.inference.prefill import Mode as PrefillMode
+from lrt.inference.prefill import PrefillMode
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.files import sha256
 from lrt.utils.progress import bar
