@@ -43,7 +43,10 @@ def sources(plugins: Sequence[Plugin]) -> dict[str, str]:
 
 
 def import_from_modules(source: str, plugin: Plugin) -> str:
-    """The source, importing public names of `import lrt` from the modules that define them."""
+    """The source, importing public names of `import lrt` from the modules that define them.
+
+    ValueError for imports that cannot be exported, and where such an import shares its line with other code.
+    """
     lines = source.splitlines(keepends=True)
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
     # From the last line up: what replaces an import may have more lines, which would move those below.
@@ -51,6 +54,14 @@ def import_from_modules(source: str, plugin: Plugin) -> str:
         text = replacement(node, plugin)
         if text is not None:
             assert node.end_lineno is not None
+            assert node.end_col_offset is not None
+            # Whole lines are replaced. The offsets of ast count UTF-8 bytes.
+            before = lines[node.lineno - 1].encode()[: node.col_offset].strip()
+            after = lines[node.end_lineno - 1].encode()[node.end_col_offset :].strip()
+            if before or (after and not after.startswith(b"#")):
+                raise ValueError(
+                    f"{plugin}, line {node.lineno}: other code shares the line of an import from lrt; give it its own"
+                )
             indented = "".join(" " * node.col_offset + line for line in text.splitlines(keepends=True))
             lines[node.lineno - 1 : node.end_lineno] = [indented]
     return "".join(lines)
