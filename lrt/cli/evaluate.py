@@ -20,6 +20,9 @@ from lrt.utils import files
 from lrt.utils.device import choose_device
 from lrt.utils.imports import extra
 
+CORE_BUNDLE = Path("runs/data/core")
+"""Where the questions of CORE are downloaded to."""
+
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -62,9 +65,9 @@ class Evaluate:
 
     def run(self) -> None:
         if self.tasks:
-            return self.run_tasks()
+            return self.evaluate_tasks()
         if self.core is not None:
-            return self.run_core(self.core)
+            return self.evaluate_core(self.core)
         from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
 
         checkpoint.verify(self.checkpoint)  # before the corpora: the first thing named is the first looked for
@@ -84,25 +87,31 @@ class Evaluate:
                 scores.write(out)
                 print(json.dumps(scores.values) if self.json else "\n".join(result_lines(scores)))
 
-    def run_core(self, folders: tuple[Path, ...]) -> None:
+    def evaluate_core(self, bundles: tuple[Path, ...]) -> None:
+        """Print CORE, from the bundle that is named or else downloaded.
+
+        ValueError, after the others' scores are printed, where some tasks could not be run: a partial score is no
+        success. Every rank raises it, so that torchrun fails as a whole.
+        """
         from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
 
-        if len(folders) > 1:
-            raise ValueError(f"--core is {' '.join(map(str, folders))}; give one folder, or none")
+        if len(bundles) > 1:
+            raise ValueError(f"--core is {' '.join(map(str, bundles))}; give one folder, or none")
         settings = CoreSettings(self.tasks_limit, self.tasks_prefill, self.batch_size)
         with join_ranks("ddp", choose_device(self.device)) as ranks:
             folder = checkpoint.verify(self.checkpoint)
             model, tokenizer = checkpoint.load(folder, ranks.device)
-            bundle = folders[0] if folders else ranks.rank0_first(lambda: download(Path("runs/data/core")))
-            weights = files.sha256(folder / "model.safetensors")
+            bundle = bundles[0] if bundles else ranks.rank0_first(lambda: download(CORE_BUNDLE))
+            weights_sha256 = files.sha256(folder / "model.safetensors")
             out = self.out or self.checkpoint / "evaluation"
-            scores, problems = run_core(model, tokenizer, Bundle.open(bundle), weights, out, settings, ranks)
+            scores, problems = run_core(model, tokenizer, Bundle.open(bundle), weights_sha256, out, settings, ranks)
             if ranks.first:
                 print(json.dumps(scores.to_dict()) if self.json else "\n".join(result_lines(scores)))
         if problems:
             raise ValueError("some tasks could not be run: " + "; ".join(problems))
 
-    def run_tasks(self) -> None:
+    def evaluate_tasks(self) -> None:
+        """Print the metrics of lm-eval's tasks."""
         with extra("lm-eval", "--tasks"):
             from lrt.integrations.lm_eval import run_tasks
         results = run_tasks(

@@ -96,6 +96,7 @@ class Corpus:
         below the limit is taken whole.
         """
         remaining = limit
+        # A stream does not know its size: it comes last, and takes what the others leave.
         ordered = sorted(self.sources, key=lambda source: source.size or float("inf"))
         for rank, source in enumerate(ordered):
             share = remaining // (len(ordered) - rank)
@@ -144,7 +145,11 @@ def check_size(description: list[list[Any]]) -> None:
 
 
 def file_sources(paths: Mapping[str, Path], sizes: Mapping[str, int], selection: Selection) -> list[Source]:
-    """The sources of files, by name; splits of text are by file where there are enough of them."""
+    """The sources of `paths`, by name; splits of text are by file where there are enough of them.
+
+    sizes: bytes of each file. `selection` goes to files of records alone: it names fields, which plain text has not,
+    and `Corpus.groups` counts its limit of documents over all sources.
+    """
     sources: list[Source] = []
     plain = [name for name in sorted(paths) if not is_structured(paths[name])]
     splits = dict(zip(plain, assign_splits(plain), strict=True)) if len(plain) >= SPLIT_BY_FILE else {}
@@ -152,9 +157,9 @@ def file_sources(paths: Mapping[str, Path], sizes: Mapping[str, int], selection:
         if (suffix := suffix_of(path)) is not None:
             sources.append(SOURCES[suffix](path, name, sizes[name], selection))
         elif name in splits:
-            sources.append(TextFile(path, name, splits[name], 0, sizes[name]))
+            sources.append(TextFile(path, name, splits[name], start=0, stop=sizes[name]))
         else:
-            sources += [TextFile(path, name, *part) for part in cut_file(path)]
+            sources += [TextFile(path, name, split, start, stop) for split, start, stop in cut_file(path)]
     return sources
 
 

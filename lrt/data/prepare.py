@@ -90,11 +90,12 @@ def prepare(
         "shard_tokens": shard_tokens,
         **plugins_read_by(texts or ()),
     }  # not the number of workers, on which nothing depends
-    inputs = hashlib.sha256(json.dumps([FORMAT, arguments, corpus.description]).encode()).hexdigest()
-    if (same := open_if_same(out, inputs)) is not None:
+    # All that the bytes depend on, as one digest: it is what a later call compares.
+    inputs_sha256 = hashlib.sha256(json.dumps([FORMAT, arguments, corpus.description]).encode()).hexdigest()
+    if (same := open_if_same(out, inputs_sha256)) is not None:
         return same
-    with partial_folder(out, inputs) as part:
-        if (same := open_if_same(out, inputs)) is not None:  # another process made it while this one waited
+    with partial_folder(out, inputs_sha256) as part:
+        if (same := open_if_same(out, inputs_sha256)) is not None:  # another process made it while this one waited
             return same
         if not (part / "new").is_dir():  # else an earlier call was stopped while it moved what was finished
             if ready is None:
@@ -102,7 +103,7 @@ def prepare(
             else:
                 ready.save(part / "tokenizer.json")
             splits = write_splits(part, corpus, ready, shard_tokens, worker_count(workers, corpus), progress)
-            write_manifest(part, inputs, arguments, corpus, ready, splits)
+            write_manifest(part, inputs_sha256, arguments, corpus, ready, splits)
         move_into_place(part, out)
     return Prepared.open(out)
 
@@ -115,12 +116,17 @@ def plugins_read_by(texts: Sequence[Path]) -> dict[str, Any]:
 
 
 def write_manifest(
-    part: Path, inputs: str, arguments: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer, splits: dict[str, Any]
+    part: Path,
+    inputs_sha256: str,
+    arguments: dict[str, Any],
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    splits: dict[str, Any],
 ) -> None:
     """Write manifest.json, the last file of a prepared folder."""
     manifest = {
         "format": FORMAT,
-        "inputs": inputs,
+        "inputs": inputs_sha256,
         "arguments": arguments,
         "sources": corpus.description,
         "vocab_size": tokenizer.vocab_size,
@@ -231,10 +237,10 @@ def check_replaceable(out: Path) -> None:
         raise ValueError(f"{out} holds other files ({', '.join(others[:3])}); give a new or empty folder")
 
 
-def open_if_same(out: Path, inputs: str) -> Prepared | None:
-    """The folder `out`, every byte of it verified, if it was made of these inputs; None otherwise."""
+def open_if_same(out: Path, inputs_sha256: str) -> Prepared | None:
+    """The folder `out`, every byte of it verified, if its manifest names these inputs by their digest; else None."""
     try:
-        if read_manifest(out)["inputs"] != inputs:
+        if read_manifest(out)["inputs"] != inputs_sha256:
             return None
         prepared = Prepared.open(out)
         for name in SPLITS:
@@ -245,7 +251,7 @@ def open_if_same(out: Path, inputs: str) -> Prepared | None:
 
 
 @contextlib.contextmanager
-def partial_folder(out: Path, inputs: str) -> Iterator[Path]:
+def partial_folder(out: Path, inputs_sha256: str) -> Iterator[Path]:
     """A hidden folder beside `out` to write into, for one process at a time.
 
     It is kept where the work was stopped, for a later call with the same inputs to go on from; removed when it is
@@ -255,10 +261,10 @@ def partial_folder(out: Path, inputs: str) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(lock):
         marker = part / "inputs"
-        if not marker.is_file() or marker.read_text() != inputs:
+        if not marker.is_file() or marker.read_text() != inputs_sha256:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-            marker.write_text(inputs)
+            marker.write_text(inputs_sha256)
         try:
             yield part
             shutil.rmtree(part)

@@ -183,25 +183,29 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def open_split(path: Path, name: str, entry: dict[str, Any], tokenizer: Tokenizer) -> Documents:
+def open_split(path: Path, split: str, entry: dict[str, Any], tokenizer: Tokenizer) -> Documents:
     """One split, memory-mapped, of the sizes its manifest entry says."""
-    shards = [open_shard(path, name, index, shard, tokenizer) for index, shard in enumerate(entry["shards"])]
+    shards = [open_shard(path, split, index, shard, tokenizer) for index, shard in enumerate(entry["shards"])]
     if len(shards) == 0:
-        raise ValueError(f"{path / 'manifest.json'} is damaged (no shards of {name}); prepare the folder again")
+        raise ValueError(f"{path / 'manifest.json'} is damaged (no shards of {split}); prepare the folder again")
     for key in ("tokens", "documents"):
         total = sum(shard[key] for shard in entry["shards"])
         if total != entry[key]:
             raise ValueError(
-                f"{path / 'manifest.json'} is damaged ({name} has {entry[key]} {key}, its shards {total}); "
+                f"{path / 'manifest.json'} is damaged ({split} has {entry[key]} {key}, its shards {total}); "
                 "prepare the folder again"
             )
     return Documents.join(shards)
 
 
-def open_shard(path: Path, name: str, index: int, entry: dict[str, Any], tokenizer: Tokenizer) -> Documents:
-    """One shard, memory-mapped. ValueError naming its file where offsets do not ascend or sizes differ."""
-    tokens_file, documents_file = (path / file for file in shard_files(name, index))
+def open_shard(path: Path, split: str, index: int, entry: dict[str, Any], tokenizer: Tokenizer) -> Documents:
+    """Shard number `index` of a split, memory-mapped.
+
+    ValueError naming its file where offsets do not ascend or sizes differ.
+    """
+    tokens_file, documents_file = (path / file for file in shard_files(split, index))
     tokens = open_array(tokens_file, entry["tokens"])
+    # Offsets are computed with: without this view of the map, results would be np.memmap too. Tokens are only cut.
     offsets = np.asarray(open_array(documents_file, entry["documents"] + 1))
     try:
         return Documents(tokens, offsets, tokenizer.bos, entry["bytes"])

@@ -101,8 +101,11 @@ class TextFile:
     path: Path
     name: str
     split: str
+    """The split that all of it falls to."""
     start: int
+    """Its first byte in the file."""
     stop: int
+    """Behind its last byte."""
 
     @property
     def size(self) -> int:

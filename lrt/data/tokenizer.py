@@ -164,7 +164,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _pieces(self) -> Mapping[int, bytes] | None:
-        """Token id -> its bytes. None where the vocabulary is spelled in neither of the two known alphabets."""
+        """Token id -> its bytes. None where the vocabulary is neither byte-level (GPT-2) nor has byte fallback."""
         vocab = self.inner.get_vocab(with_added_tokens=True)
         added = self.inner.get_added_tokens_decoder()
         if "ByteLevel" in component_types(json.loads(self.to_json())):
@@ -173,9 +173,16 @@ class Tokenizer:
             pieces = {i: s.encode() if i in added else alphabet_bytes(s, alphabet) for s, i in vocab.items()}
         elif all(fallback_name(byte) in vocab for byte in range(256)):
             single = {fallback_name(byte): bytes([byte]) for byte in range(256)}
-            pieces = {i: single.get(s) or s.replace("▁", " ").encode() for s, i in vocab.items()}
+            own = self.inner.get_vocab(with_added_tokens=False)
+            # Added tokens as above, but for two kinds: where the normaliser has been at work ('▁' for a space), and
+            # what the model can give too (Gemma adds its runs of '▁', which nearly always come from spaces).
+            raw = {i for i, token in added.items() if not token.normalized and token.content not in own}
+            pieces = {
+                i: s.encode() if i in raw else single.get(s) or s.replace("▁", " ").encode() for s, i in vocab.items()
+            }
         else:
             return None
+        # No text encodes to a special token (`without_processing`), so that none of its bytes are a special token's.
         return pieces | dict.fromkeys(self.special, b"")
 
     @functools.cached_property

@@ -33,7 +33,11 @@ OPTIMISERS = "optimisers"
 
 @dataclass(frozen=True)
 class SingleProcess:
-    """One process: the neutral object, and the interface of the others."""
+    """One process: the neutral object, and the interface of the others.
+
+    `ProcessGroup` overrides methods. "All ranks call it" binds the callers, also where there is one rank: under several
+    a method is a collective, in which a rank that is missing would be waited for.
+    """
 
     device: str = "cpu"
     """Where this process computes."""
@@ -127,7 +131,10 @@ class SingleProcess:
         model: nn.Module,
         optimisers: Sequence[torch.optim.Optimizer],
     ) -> None:
-        """Write training.pt, the optimisers' state in it or in shards beside it. All ranks call it."""
+        """Write training.pt, the optimisers' state in it or, under FSDP2, in shards beside it. All ranks call it.
+
+        `model` is for FSDP2 alone, whose shards name each parameter's state as the model does.
+        """
         if self.first:
             torch.save(
                 {**training, OPTIMISERS: [optimiser.state_dict() for optimiser in optimisers]}, folder / "training.pt"

@@ -29,6 +29,7 @@ from lrt.utils.progress import Advance, bar
 BATCH = 64
 """Windows scored at once."""
 TWO_FORWARDS = "two_forwards"
+"""The ablation that is a scorer of its own, not another memory."""
 HEADLINE = ("zero", "embedding")
 """What a comparison always contains (contract, section 5)."""
 
@@ -46,8 +47,10 @@ def score(
 ) -> Tensor:
     """Live negative log-likelihoods (B, T-1), in nats, of tokens (B, T) int: each decoded from those before it.
 
-    documents (B, T) int separates packed documents. `advance` is called with the rows of each position done. Gives no
-    gradients; `refine(model, tokens, schedules.sequential())` is the same with them. ValueError for T below 2.
+    documents (B, T) int separates packed documents. The first token of a later one (its BOS) is scored from the last
+    position of the one before, which says nothing of it: leave it out. `advance` is called with the rows
+    of each position done. Gives no gradients; `refine(model, tokens, schedules.sequential())` is the same with them.
+    ValueError for T below 2.
     """
     batch, length = tokens.shape
     if length < 2:
@@ -57,14 +60,15 @@ def score(
     inputs = tokens[:, :-1]
     input_documents = None if documents is None else documents[:, :-1]
     hidden: list[Tensor] = []
-    # The decoder of generation, so that what is scored is what a user gets.
+    # The decoder of generation, so that what is scored is what a user gets. Its buffers are ordinary tensors, hence
+    # no_grad; its calls enter inference mode themselves.
     with torch.no_grad():
         decode = decoder(model, model.empty_state(batch, length - 1, input_documents))
     for t in range(length - 1):
         hidden.append(decode(inputs[:, t], [t] * batch))
         if advance is not None:
             advance(batch)
-    with torch.inference_mode():
+    with torch.inference_mode():  # what they returned are inference tensors, which autograd refuses
         nats = token_nats(model, torch.stack(hidden, dim=1), tokens[:, 1:])
     return nats.clone()  # outside inference mode: an ordinary tensor
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from lrt.data.tokenizer import Tokenizer
 from lrt.inference.chat_template import Message, check_template, default_template, special_tokens, turn_tokens
 from lrt.inference.cost_model import Calibration
-from lrt.inference.prefill import Mode
+from lrt.inference.prefill import PrefillMode
 from lrt.inference.sampling import Sampling
 from lrt.inference.session import Session
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -30,14 +30,14 @@ class Conversation:
         sampling: Sampling,
         seed: int = 0,
         template: str | None = None,
-        prefill: Mode = "converged",
+        prefill: PrefillMode = "converged",
         calibration: Calibration | None = None,
     ) -> None:
         """template: a name in TEMPLATES; None takes the one that the tokenizer is made for."""
         self.model, self.tokenizer, self.sampling, self.seed = model, tokenizer, sampling, seed
         self.name = default_template(tokenizer) if template is None else template
         self.template = check_template(tokenizer, self.name)
-        self.prefill: Mode = prefill
+        self.prefill: PrefillMode = prefill
         self.calibration = calibration
         self.session: Session | None = None
         self.turns: list[int] = []

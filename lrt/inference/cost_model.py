@@ -96,7 +96,7 @@ def device_name(device: torch.device) -> str:
 def read_calibration(folder: str | Path, model: LatentRecurrentTransformer) -> Calibration:
     """The calibration beside a checkpoint for this model and its device; `fallback` where there is none.
 
-    Raises ValueError where the file is damaged.
+    Raises ValueError where the file is damaged, OSError where it cannot be read.
     """
     device = model.embedding.weight.device
     measured = _read_entries(Path(folder) / FILE).get(device_name(device))
@@ -105,7 +105,7 @@ def read_calibration(folder: str | Path, model: LatentRecurrentTransformer) -> C
 
 
 def write_calibration(folder: str | Path, calibration: Calibration) -> None:
-    """Keep a calibration beside a checkpoint, in the place of an older one for its device."""
+    """Keep a calibration beside a checkpoint, in the place of an older one for its device. Raises as reading does."""
     file = Path(folder) / FILE
     entries = {**_read_entries(file), calibration.device: calibration}
     data = {"format": FORMAT, "entries": [entry.to_dict() for entry in entries.values()]}
@@ -113,7 +113,7 @@ def write_calibration(folder: str | Path, calibration: Calibration) -> None:
 
 
 def _read_entries(file: Path) -> dict[str, Calibration]:
-    """By device; none without a file. ValueError where it is damaged."""
+    """By device; none without a file. ValueError where it is damaged, OSError where it cannot be read."""
     if not file.exists():
         return {}
     try:
@@ -121,11 +121,13 @@ def _read_entries(file: Path) -> dict[str, Calibration]:
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']!r}, this version reads {FORMAT}")
         return {entry["device"]: _parse_entry(entry) for entry in data["entries"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    # Not OSError: a file that cannot be read (permissions, a lost disk) may be whole, and must not be deleted for it.
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no calibration ({error!r}); delete it, and run `lrt calibrate` again") from error
 
 
 def _parse_entry(entry: dict[str, Any]) -> Calibration:
+    """A calibration from its JSON. ValueError, KeyError or TypeError where it is none, or costs make no sense."""
     plans = {mode: Plan(**plan) for mode, plan in entry.pop("plans").items()}
     calibration = Calibration(plans=plans, **entry)
     if {"converged", "fast"} - plans.keys() or min(min(p.groups, p.sweeps) for p in plans.values()) < 1:

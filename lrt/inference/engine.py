@@ -26,7 +26,7 @@ from torch import Tensor
 from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration, fallback
 from lrt.inference.decoders import decoder
-from lrt.inference.prefill import Mode, exact_reason, prefill, refuse_thoughts
+from lrt.inference.prefill import PrefillMode, exact_reason, prefill, refuse_thoughts
 from lrt.inference.request import Completion, Event, Finish, Logprob, Request
 from lrt.inference.row_pool import PrefixCache, RowPool, rows_that_fit
 from lrt.inference.sampling import draw_rows
@@ -34,6 +34,8 @@ from lrt.model.config import ModelConfig
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 
+ROWS = 8
+"""Rows of an engine that neither `rows` nor `memory` limits: a few users, in little memory."""
 CHUNK = 256
 """Slots beyond the lookback where slots are reused: what a parallel prefill computes at once."""
 
@@ -81,7 +83,7 @@ class Engine:
         rows: int | None = None,
         slots: int | None = None,
         mode: str = "fused",
-        prefill: Mode = "exact",
+        prefill: PrefillMode = "exact",
         memory: int | None = None,
         prefixes: int = 0,
         calibration: Calibration | None = None,
@@ -90,7 +92,7 @@ class Engine:
         """Allocates all rows at once.
 
         model: without latent thoughts, whose prompts no engine serves.
-        rows: sequences decoded at once. None: 8, or as many as fit into `memory`.
+        rows: sequences decoded at once. None: `ROWS`, or as many as fit into `memory`.
         slots: the longest a sequence may become, in tokens. None: the context. Where every layer slides they are
             reused and limit nothing; None is then what a position looks back on, and room for a chunk of a prompt.
         mode: which path decodes (`engine.mode` names it): eager, fused, packed, compiled, or best, which measures them.
@@ -108,7 +110,8 @@ class Engine:
         refuse_thoughts(config)
         slots = usual_slots(config, prefill) if slots is None else slots
         fitting = None if memory is None else rows_that_fit(model, memory, slots)
-        rows = rows if rows is not None else fitting or 8
+        if rows is None:
+            rows = ROWS if fitting is None else fitting  # at least 1: where not even one row fits, it has raised
         if rows < 1:
             raise ValueError(f"rows is {rows}; an engine needs at least 1")
         if fitting is not None and rows > fitting:
@@ -119,7 +122,7 @@ class Engine:
             raise ValueError(f"prompts is {prompts}; give at least 1 per step, or None: no limit")
         self.model, self.prompts = model, prompts
         self.calibration = calibration or fallback(model.embedding.weight.device)
-        self.prefill: Mode = prefill
+        self.prefill: PrefillMode = prefill
         self.decoder = decoder(model, model.empty_state(rows, slots), mode)
         self.rows = RowPool(self.decoder)
         self.slots = slots
@@ -136,8 +139,8 @@ class Engine:
         """What ended outside a step (cancelled, or no token asked for), for the next one to report."""
         self.streams: dict[int, deque[Event]] = {}
         """What each open stream has still to give, whoever makes the steps."""
-        self.count = 0
-        """Requests so far: the next one's number."""
+        self.next_request = 0
+        """The number that the next request gets."""
 
     @property
     def mode(self) -> str:
@@ -152,7 +155,7 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Queue a request; returns its number. ValueError where it cannot be served."""
         request.check(self.model.config, self.slots)
-        number, self.count = self.count, self.count + 1
+        number, self.next_request = self.next_request, self.next_request + 1
         jobs = [Job(request, number, i, list(request.tokens)) for i in range(request.samples)]
         if request.max_new_tokens == 0:
             for job in jobs:
@@ -257,7 +260,7 @@ class Engine:
         """Whether the first sample of a request is still busy with the prompt."""
         return any(job.number == number and not job.new for job in self.running)
 
-    def _mode(self, job: Job) -> Mode:
+    def _mode(self, job: Job) -> PrefillMode:
         """How a job's prompt is computed."""
         return job.request.prefill or self.prefill
 
@@ -274,13 +277,13 @@ class Engine:
 
     def _prefill_new(self, fresh: Sequence[Job]) -> list[tuple[list[Job], Tensor]]:
         """Compute the prompts of new rows in parallel, mode by mode: jobs and their last hidden states (n, D)."""
-        groups: dict[Mode, list[Job]] = {}
+        groups: dict[PrefillMode, list[Job]] = {}
         for job in fresh:
             if self._sweeps(job):
                 groups.setdefault(self._mode(job), []).append(job)
         return [self._prefill(jobs, mode) for mode, jobs in groups.items()]
 
-    def _prefill(self, jobs: list[Job], mode: Mode) -> tuple[list[Job], Tensor]:
+    def _prefill(self, jobs: list[Job], mode: PrefillMode) -> tuple[list[Job], Tensor]:
         """Compute the rest of these jobs' prompts: on copies of their rows, which are then written back."""
         rows = [self.running.index(job) for job in jobs]
         parts = [torch.tensor(job.tokens[job.fed :]) for job in jobs]
@@ -353,7 +356,7 @@ class Engine:
         return Event(job.number, job.sample, None, finish)
 
 
-def usual_slots(config: ModelConfig, prefill: Mode) -> int:
+def usual_slots(config: ModelConfig, prefill: PrefillMode) -> int:
     """Slots of a row: the context; where slots are reused, what a position looks back on, and room for a chunk."""
     if not config.unlimited_context:
         return config.context

@@ -28,11 +28,11 @@ from lrt.model.config import ModelConfig
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 
-Mode = Literal["exact", "converged", "fast", "one_sweep"]
+PrefillMode = Literal["exact", "converged", "fast", "one_sweep"]
 PathOutput = tuple[Tensor, State, list[Certificate]]
 """Hidden states (B, T, D) of rows of a common length T, the state, and how each row was computed."""
-MODES = get_args(Mode)
-TOLERANCES: dict[Mode, float] = {"converged": 1e-5, "fast": 1e-3}
+PREFILL_MODES = get_args(PrefillMode)
+TOLERANCES: dict[PrefillMode, float] = {"converged": 1e-5, "fast": 1e-3}
 """Of the modes that sweep until converged (docs/contract.md, section 4)."""
 
 
@@ -58,7 +58,7 @@ def prefill(
     model: LatentRecurrentTransformer,
     tokens: Tensor,
     state: State,
-    mode: Mode = "converged",
+    mode: PrefillMode = "converged",
     lengths: Tensor | None = None,
     calibration: Calibration | None = None,
 ) -> Prefilled:
@@ -70,8 +70,8 @@ def prefill(
     gradients. A state made by `in_place` is used up, any other stays as it was. Raises ValueError, before any work, on
     an empty prompt or one that the state cannot hold.
     """
-    if mode not in MODES:
-        raise ValueError(f"prefill is {mode!r}; choose one of {', '.join(MODES)}")
+    if mode not in PREFILL_MODES:
+        raise ValueError(f"prefill is {mode!r}; choose one of {', '.join(PREFILL_MODES)}")
     prompt = check_prompt(model, tokens, state, lengths)
     calibration = calibration or fallback(tokens.device)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def prefill(
         return Prefilled(prompt.last_position(hidden), hidden, dataclasses.replace(current, write=state.write), report)
 
 
-def tolerance(mode: Mode, model: LatentRecurrentTransformer) -> float | None:
+def tolerance(mode: PrefillMode, model: LatentRecurrentTransformer) -> float | None:
     """The residual below which a row has converged; None where the mode asks for none.
 
     Never less than the spacing of the weights' type at 1: sweeps of a bfloat16 model go on to differ by rounding. The
@@ -140,7 +140,7 @@ def refuse_thoughts(config: ModelConfig) -> None:
 
 
 def prefill_in_chunks(
-    model: LatentRecurrentTransformer, prompt: Prompt, state: State, mode: Mode, calibration: Calibration
+    model: LatentRecurrentTransformer, prompt: Prompt, state: State, mode: PrefillMode, calibration: Calibration
 ) -> PathOutput:
     """All of a prompt; where slots are reused, as much at a time as leaves what the next position reads in place."""
     size = prompt.length
@@ -167,7 +167,7 @@ def prefill_in_chunks(
 
 
 def exact_reason(
-    model: LatentRecurrentTransformer, mode: Mode, length: int, rows: int, calibration: Calibration
+    model: LatentRecurrentTransformer, mode: PrefillMode, length: int, rows: int, calibration: Calibration
 ) -> str | None:
     """Why a prompt of `length` is computed token by token, among so many rows; None where it is not."""
     if not model.config.stored_sources:
@@ -179,7 +179,7 @@ def exact_reason(
 
 
 def prefill_at_once(
-    model: LatentRecurrentTransformer, prompt: Prompt, state: State, mode: Mode, calibration: Calibration
+    model: LatentRecurrentTransformer, prompt: Prompt, state: State, mode: PrefillMode, calibration: Calibration
 ) -> PathOutput:
     """A prompt that the state's slots hold at once: each row on the path that `mode` and the costs choose."""
     if not model.config.stored_sources:
@@ -227,7 +227,7 @@ def decode_prompt(model: LatentRecurrentTransformer, prompt: Prompt, state: Stat
 
 
 def sweep_prompt(
-    model: LatentRecurrentTransformer, prompt: Prompt, state: State, mode: Mode, calibration: Calibration
+    model: LatentRecurrentTransformer, prompt: Prompt, state: State, mode: PrefillMode, calibration: Calibration
 ) -> PathOutput:
     """Sweeps; then, token by token from the start, the rows that do not converge."""
     # Source 0 of a position is its predecessor's token, whichever of the two is computed first.

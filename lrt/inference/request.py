@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lrt.inference.certificate import Certificate
-from lrt.inference.prefill import MODES, Mode
+from lrt.inference.prefill import PREFILL_MODES, PrefillMode
 from lrt.inference.sampling import Sampling, Steering
 from lrt.model.config import ModelConfig
 
@@ -38,7 +38,7 @@ class Request:
     """Give each token's log-probability (of the model, before temperature and cuts) and this many alternatives'."""
     steering: Steering = field(default_factory=Steering)
     """Penalties and biases."""
-    prefill: Mode | None = None
+    prefill: PrefillMode | None = None
     """How its prompt is computed; None: as the engine's others."""
 
     def check(self, config: ModelConfig, slots: int) -> None:
@@ -57,8 +57,8 @@ class Request:
         biased = [t for t, _ in self.steering.bias if not 0 <= t < config.vocab_size]
         if biased:
             raise ValueError(f"token {biased[:1]} of the bias is not in the vocabulary of {config.vocab_size}")
-        if self.prefill is not None and self.prefill not in MODES:
-            raise ValueError(f"prefill is {self.prefill!r}; choose one of {', '.join(MODES)}")
+        if self.prefill is not None and self.prefill not in PREFILL_MODES:
+            raise ValueError(f"prefill is {self.prefill!r}; choose one of {', '.join(PREFILL_MODES)}")
         if not all(self.stop_sequences):
             raise ValueError("a stop sequence is empty; give at least one token in each")
         new = 1 if self.max_new_tokens is None else self.max_new_tokens

@@ -30,7 +30,7 @@ from lrt.inference.certificate import PrefillReport
 from lrt.inference.cost_model import Calibration
 from lrt.inference.decoders import decoder
 from lrt.inference.generation import continuation
-from lrt.inference.prefill import Mode, Prefilled, prefill
+from lrt.inference.prefill import Prefilled, PrefillMode, prefill
 from lrt.inference.sampling import Sampling
 from lrt.model.fingerprint import fingerprint
 from lrt.model.state import State
@@ -64,7 +64,7 @@ class Session:
         cls,
         model: LatentRecurrentTransformer,
         tokens: Sequence[int],
-        mode: Mode = "converged",
+        mode: PrefillMode = "converged",
         seed: int = 0,
         calibration: Calibration | None = None,
     ) -> Session:
@@ -78,7 +78,7 @@ class Session:
         return _extend(cls(model, (), empty, empty.memory.new_zeros(1, 1, 1), seed), tokens, mode, calibration)
 
     def extend(
-        self, tokens: Sequence[int], mode: Mode = "converged", calibration: Calibration | None = None
+        self, tokens: Sequence[int], mode: PrefillMode = "converged", calibration: Calibration | None = None
     ) -> Session:
         """This session and more given tokens, prefilled behind its own. ValueErrors as in `start`."""
         return _extend(self, tokens, mode, calibration)
@@ -212,7 +212,7 @@ class Session:
         return self.state.resized(max(1, length))
 
 
-def _extend(session: Session, tokens: Sequence[int], mode: Mode, calibration: Calibration | None) -> Session:
+def _extend(session: Session, tokens: Sequence[int], mode: PrefillMode, calibration: Calibration | None) -> Session:
     """What `start` and `extend` share: the tokens checked, prefilled behind the session's, and appended to them."""
     if len(tokens) == 0:
         raise ValueError("the prompt is empty; give at least one token (BOS will do)")

@@ -39,7 +39,8 @@ class AttentionPiece:
     source: int
     keys: slice
     causal: bool = False
-    """Query i of the piece sees its keys 0 … i; the piece is square."""
+    """Query i of the piece sees its keys 0 … i, counted within the piece. It is square, so that kernels which align the
+    triangle at the first query and those which align it at the last one agree."""
     mask: Mask | None = None
 
 
@@ -48,11 +49,11 @@ class Kernel:
     """Attention of one piece, with its log-sum-exp. Scores are scaled by 1/√K; there is no dropout (the 0.0 below)."""
 
     forward: Callable[..., tuple[Any, ...]]
-    """(q, k, v, causal, mask) -> output (B, H, n, K), log-sum-exp (B, H, n), and what its backward wants besides.
+    """(q, k, v, causal, mask) -> output (B, H, n, K), log-sum-exp (B, H, n), and extras that its backward wants.
 
     A query that sees no key has output 0 and log-sum-exp -inf, so that it weighs nothing when pieces are merged."""
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """(gradient, q, k, v, output, log-sum-exp, causal, mask, *besides) -> gradients of q, k, v."""
+    """(gradient, q, k, v, output, log-sum-exp, causal, mask, *extras) -> gradients of q, k, v."""
     operators: tuple[torch_private.Operator, ...] = ()
     """torch's private operators that it calls."""
 
@@ -100,14 +101,14 @@ def cpu_backward(
 
 def cuda_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Any, ...]:
     assert mask is None
-    out, lse, *besides, _ = torch_private.CUDA_FLASH(q, k, v, 0.0, causal)  # the last is a debugging mask
-    return out, lse, *besides
+    out, lse, *extras, _ = torch_private.CUDA_FLASH(q, k, v, 0.0, causal)  # the last is a debugging mask
+    return out, lse, *extras
 
 
 def cuda_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: None, *besides: Any
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: None, *extras: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    first_q, first_k, max_q, max_k, seed, offset = besides  # rows' lengths, and the state of dropout's generator
+    first_q, first_k, max_q, max_k, seed, offset = extras  # rows' lengths, and the state of dropout's generator
     backward = torch_private.CUDA_FLASH_BACKWARD
     lse = mask_empty(lse).contiguous()  # the kernel takes no strides for it
     return backward(g, q, k, v, out, lse, first_q, first_k, max_q, max_k, 0.0, causal, seed, offset)
@@ -115,12 +116,12 @@ def cuda_backward(
 
 def efficient_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Any, ...]:
     attention = torch_private.CUDA_EFFICIENT
-    out, lse, *besides = attention(q, k, v, align_mask(mask, q), True, 0.0, causal)  # True: the log-sum-exp, too
+    out, lse, *extras = attention(q, k, v, align_mask(mask, q), True, 0.0, causal)  # True: the log-sum-exp, too
     lse = lse[:, :, : q.shape[2]]  # it comes padded
     if mask is not None:  # whatever the kernel says of a query that sees nothing
         blind = (mask == -math.inf).all(-1)
         out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -math.inf)
-    return out, lse, *besides
+    return out, lse, *extras
 
 
 def efficient_backward(
@@ -132,12 +133,12 @@ def efficient_backward(
     lse: Tensor,
     causal: bool,
     mask: Tensor | None,
-    *besides: Any,
+    *extras: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = torch_private.CUDA_EFFICIENT_BACKWARD
     lse = F.pad(mask_empty(lse), (0, -lse.shape[-1] % 32)).contiguous()  # as the forward gave it: multiples of 32
     wanted = [True, True, True, False]  # gradients of q, k, v; the mask has none
-    return backward(g, q, k, v, align_mask(mask, q), out, lse, *besides, 0.0, wanted, causal)[:3]
+    return backward(g, q, k, v, align_mask(mask, q), out, lse, *extras, 0.0, wanted, causal)[:3]
 
 
 def align_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -220,39 +221,47 @@ def attend_reference(
 
 
 class Attend(torch.autograd.Function):
-    """`attend`, with its exact backward."""
+    """`attend`, with its exact backward.
+
+    Keys and values are given one by one, all keys and then all values: autograd sees only tensors that are arguments
+    themselves, not those within a list.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, pieces: Sequence[AttentionPiece], *sources: Tensor) -> Tensor:
+        """q (B, H, n, K), sources (B, G, m, K), m each its own -> (B, H, n, K)."""
         keys, values = sources[: len(sources) // 2], sources[len(sources) // 2 :]
         repeat = q.shape[1] // keys[0].shape[1]
-        merged, besides = Merged(q), []
+        merged, kernel_calls = Merged(q), []
         for piece in pieces:
             mask = None if piece.mask is None else piece.mask(q)
             k, v = (repeat_groups(x[piece.source][:, :, piece.keys], repeat) for x in (keys, values))
             kernel = choose_kernel(q, mask is not None)
-            part, lse, *rest = kernel.forward(q[:, :, piece.rows], k, v, piece.causal, mask)
+            part, lse, *extras = kernel.forward(q[:, :, piece.rows], k, v, piece.causal, mask)
             merged.add(piece.rows, part, lse)
-            besides.append((kernel, rest))
+            kernel_calls.append((kernel, extras))
         out, lse = merged.result()
         ctx.save_for_backward(q, out, lse, *sources)
-        ctx.pieces, ctx.besides = pieces, besides  # masks are made again in the backward, not kept
+        # Inputs and outputs have to go through save_for_backward (else a reference cycle keeps them). What a kernel
+        # made besides, a few numbers and the generator's state, is neither. Masks are made again, not kept.
+        ctx.pieces, ctx.kernel_calls = pieces, kernel_calls
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """From the gradient (B, H, n, K): those of q, of `pieces` (None), and of each of `sources`."""
         q, out, lse, *sources = ctx.saved_tensors
         keys, values = sources[: len(sources) // 2], sources[len(sources) // 2 :]
         repeat = q.shape[1] // keys[0].shape[1]
         (g,) = grads
         d_q, d_keys, d_values = Total(q), [Total(k) for k in keys], [Total(v) for v in values]
-        for piece, (kernel, rest) in zip(ctx.pieces, ctx.besides, strict=True):
+        for piece, (kernel, extras) in zip(ctx.pieces, ctx.kernel_calls, strict=True):
             rows, i = piece.rows, piece.source
             mask = None if piece.mask is None else piece.mask(q)
             k, v = (repeat_groups(x[i][:, :, piece.keys], repeat) for x in (keys, values))
             taken = [x[:, :, rows] for x in (out, lse)]
-            dq, dk, dv = kernel.backward(g[:, :, rows], q[:, :, rows], k, v, *taken, piece.causal, mask, *rest)
+            dq, dk, dv = kernel.backward(g[:, :, rows], q[:, :, rows], k, v, *taken, piece.causal, mask, *extras)
             d_q.add(rows, dq)
             d_keys[i].add(piece.keys, sum_groups(dk, repeat))
             d_values[i].add(piece.keys, sum_groups(dv, repeat))

@@ -86,6 +86,7 @@ class MemoryReader(nn.Module):
     def combine(self, parts: list[Tensor], like: Tensor) -> Tensor:
         """Parts (B, T, D), one per source, to channels (C, B, T, D): one each, or the one rms(Σ w_s · part_s).
 
+        `like`, the stored memory (B, T, P, D), gives shape, type and device where there are no sources: C is then 0.
         Parts are RMS-normalised already: the State stores them so, and x_0 is.
         """
         if not parts:
@@ -262,10 +263,12 @@ def register_combination(
     optim: Groups | None = None,
     channels: Callable[[int], int] = one_channel,
 ) -> None:
-    """Make `MemoryConfig(source=(…), combine=name)` mean a `MemoryReader` of one's own, with another `combine`.
+    """Add a way to combine several sources: `MemoryConfig(source=(…), combine=name)` then makes a `reader`.
 
-    `combine(parts, like)` takes a tensor (B, T, D) per source and returns the memory (C, B, T, D), of which `channels`
-    gives C for so many sources. `optim` says how its parameters are trained. ValueError where the name is taken.
+    A reader is a subclass of `MemoryReader` that overrides its method `combine(parts, like)`: from one tensor (B, T, D)
+    per source to the memory (C, B, T, D). `like`, the stored memory (B, T, P, D), gives type and device.
+    `channels(number of sources)` is C, which sizes of parameters follow from. `optim` says how the reader's parameters
+    are trained, by their names. ValueError where the name is taken.
     """
     COMBINATIONS.register(name, channels, stacklevel=2)
     READERS[name] = reader

@@ -144,7 +144,10 @@ def add_openai_routes(app: FastAPI, registry: ModelRegistry) -> None:
 
 
 def add_playground_routes(app: FastAPI, registry: ModelRegistry, inspector: MemoryInspector) -> None:
-    """What the page calls beside OpenAI's interface."""
+    """What the page calls beside OpenAI's interface.
+
+    In the answer of /playground/models "inspect" is the most tokens of a text that /playground/inspect takes.
+    """
 
     @app.get("/playground/models")
     async def playground_models() -> dict[str, Any]:
@@ -187,7 +190,10 @@ class EventStream(Response):
 
 
 async def event_stream(events: AsyncIterator[str]) -> Response:
-    """A response of events. An ApiError before the first of them is raised, and so has a status of its own."""
+    """A response of events. An ApiError before the first of them is raised, and so has a status of its own.
+
+    ApiError 499, nginx's code for a client that has gone away, where there is no event; nobody receives it.
+    """
     first = await anext(events, None)
     if first is None:
         raise ApiError(499, "the client has gone away")

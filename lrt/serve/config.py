@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lrt.inference.prefill import Mode
+from lrt.inference.prefill import PrefillMode
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Settings:
 
     rows: int = 16
     """Sequences of each model that are decoded at once."""
-    prefill: Mode = "converged"
+    prefill: PrefillMode = "converged"
     """How prompts are computed, where a request does not say; one prompt at a time, so that it is computed as alone."""
     mode: str = "fused"
     """Which path decodes: eager, fused, packed, compiled or best."""

@@ -114,7 +114,9 @@ class MemoryInspector:
 
     def __init__(self, registry: ModelRegistry) -> None:
         threads = torch.get_num_threads()
-        self.registry, self.pending = registry, 0
+        self.registry = registry
+        self.pending = 0
+        """Calls of `inspect` that wait for an answer."""
         # The number of threads is set in the thread itself: OpenMP keeps it per thread.
         self.executor = ThreadPoolExecutor(1, "inspection", lambda: torch.set_num_threads(threads))
 
@@ -123,8 +125,12 @@ class MemoryInspector:
         self.executor.shutdown(wait=False, cancel_futures=True)
 
     async def inspect(self, model: ServedModel, tokens: list[int], http: HttpRequest) -> dict[str, Any]:
-        """What the memory did with a text. ApiError 400 where it is too long, 429 where too many wait."""
-        self._check(model, tokens)
+        """What the memory did with a text.
+
+        ApiError 400 where it is too long or no text of this model, 429 where too many wait, 503 where the server ends,
+        and 499 where the client has gone away: nginx's code for it, as HTTP has none; only logs show it.
+        """
+        self._admit(model, tokens)
         self.pending += 1
         disconnected = threading.Event()
         watch = asyncio.create_task(watch_disconnect(http, disconnected.set))
@@ -134,11 +140,12 @@ class MemoryInspector:
         except Cancelled:
             raise ApiError(499, "the client has gone away") from None
         finally:
-            disconnected.set()
+            disconnected.set()  # where this call is cancelled, nobody waits for the worker; else it has ended already
             watch.cancel()
-            self.pending -= 1
+            self.pending -= 1  # counts calls that wait: a worker without one ends before its next chunk of work
 
-    def _check(self, model: ServedModel, tokens: list[int]) -> None:
+    def _admit(self, model: ServedModel, tokens: list[int]) -> None:
+        """ApiError where a text cannot be inspected: its length, its tokens, a server that ends or is busy."""
         limit, config = self.registry.limits.inspect_tokens, model.config
         # The last token is scored and not read, so a text may have one more than the context.
         longest = limit if config.unlimited_context else min(limit, config.context + 1)

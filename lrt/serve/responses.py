@@ -40,7 +40,7 @@ class RunningTask:
     def __init__(self, task: GenerationTask, events: asyncio.Queue[Any]) -> None:
         self.task, self.events = task, events
         self.submissions = [task.model.engine.submit(request, events) for request in task.requests]
-        self.prompt_index = {submission: i for i, submission in enumerate(self.submissions)}
+        self.prompt_indices = {submission: i for i, submission in enumerate(self.submissions)}
         decoder = task.model.tokenizer.decoder
         self.detokenizers = [
             [Detokenizer(decoder(request.tokens), task.stop_strings, task.strip) for _ in range(request.samples)]
@@ -57,7 +57,7 @@ class RunningTask:
         return sum(detokenizer.token_count for samples in self.detokenizers for detokenizer in samples)
 
     async def deltas(self) -> AsyncIterator[tuple[int, int, TextDelta, str | None]]:
-        """(prompt, sample, its new text, why it ended or None) until all samples have ended.
+        """(prompt's index, sample, its new text, why it ended or None) until all samples have ended.
 
         ApiError or ClientDisconnected ends it early.
         """
@@ -70,25 +70,26 @@ class RunningTask:
                 requests_left -= 1
                 self.cached_tokens += event.completions[0].reused_tokens
                 continue
-            prompt = self.prompt_index[submission]
-            for delta, finish in self._handle(submission, prompt, event):
-                yield prompt, event.sample, delta, finish
+            prompt_index = self.prompt_indices[submission]
+            for delta, finish in self._handle(submission, prompt_index, event):
+                yield prompt_index, event.sample, delta, finish
 
-    def _handle(self, submission: Submission, prompt: int, event: Event) -> list[tuple[TextDelta, str | None]]:
-        if self.ended[prompt][event.sample]:  # its stop string came; what was drawn since does not count
+    def _handle(self, submission: Submission, prompt_index: int, event: Event) -> list[tuple[TextDelta, str | None]]:
+        """(new text, why its sample ended or None) of one event: none, one, or the token's text and then the end's."""
+        if self.ended[prompt_index][event.sample]:  # its stop string came; what was drawn since does not count
             return []
-        detokenizer, deltas = self.detokenizers[prompt][event.sample], []
+        detokenizer, deltas = self.detokenizers[prompt_index][event.sample], []
         if event.token is not None and event.token in submission.request.stop:
             detokenizer.count_stop_token()
         elif event.token is not None:
             deltas.append((detokenizer.push(event.token, event.logprob), None))
         if deltas and deltas[0][0].stopped:  # the engine knows tokens only, so it has to be stopped
-            self.ended[prompt][event.sample] = True
+            self.ended[prompt_index][event.sample] = True
             if event.finish is None:
                 self.task.model.engine.cancel(submission, event.sample)
             return [(deltas[0][0], "stop")]
         if event.finish is not None:
-            self.ended[prompt][event.sample] = True
+            self.ended[prompt_index][event.sample] = True
             rest = detokenizer.finish()
             deltas.append((rest, "stop" if rest.stopped else event.finish))
         return deltas
@@ -157,9 +158,9 @@ async def full_response(
     formatter = FORMATS[task.chat](task, response_head(task))
     outputs = [[SampleOutput() for _ in range(request.samples)] for request in task.requests]
     async with run_generation(task, registry, http) as run:
-        prompts = await echo_prompts(task)
-        async for prompt, sample, delta, finish in run.deltas():
-            outputs[prompt][sample].add(delta, finish)
+        prompts = await echo_prompts(task)  # it decodes meanwhile: events wait in their queue
+        async for prompt_index, sample, delta, finish in run.deltas():
+            outputs[prompt_index][sample].add(delta, finish)
     choices = []
     for prompt, samples in zip(prompts, outputs, strict=True):
         for output in best_samples(samples, task.choices_per_prompt):
@@ -180,13 +181,13 @@ async def stream_response(task: GenerationTask, registry: ModelRegistry, http: H
     try:
         async with run_generation(task, registry, http) as run:
             prompts = await echo_prompts(task)
-            async for prompt, sample, delta, finish in run.deltas():
+            async for prompt_index, sample, delta, finish in run.deltas():
                 # Choices are opened with the first token, so that an error before it is a status of its own.
                 for index in range(0 if started else task.samples):
                     if opening := formatter.opening(index, prompts[index // n]):
                         yield sse(opening)
                 started = True
-                for chunk in formatter.chunks(prompt * n + sample, prompts[prompt], delta, finish):
+                for chunk in formatter.chunks(prompt_index * n + sample, prompts[prompt_index], delta, finish):
                     yield sse(chunk)
             if task.include_usage:
                 yield sse(formatter.chunk([], token_usage(task, run.completion_tokens, run.cached_tokens)))

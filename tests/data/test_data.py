@@ -131,6 +131,20 @@ def test_added_tokens_that_are_not_special_count_as_written() -> None:
     assert tokenizer.decode(ids) == text
 
 
+def test_added_tokens_beside_byte_fallback_count_as_written() -> None:
+    inner = fallback_tokenizer(prefix=False).inner
+    # The first is matched in the raw text, so that its '▁' is one. The second is a token of the model too: two spaces.
+    inner.add_tokens([tokenizers.AddedToken(s, normalized=False) for s in ("<tool▁call>", "▁▁")])
+    tokenizer = Tokenizer(inner)
+    sizes = tokenizer.token_bytes()
+    assert sizes is not None
+    for text, count in (("a<tool▁call>b", 3), ("a  b", 3)):
+        ids = tokenizer.encode(text)
+        assert len(ids) == count
+        assert sum(sizes[i].item() for i in ids) == len(text.encode())
+        assert tokenizer.decode(ids) == text
+
+
 def test_a_tokenizer_without_bytes_says_so() -> None:
     tokenizer = word_tokenizer()
     assert tokenizer.token_bytes() is None

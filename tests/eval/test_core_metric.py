@@ -27,12 +27,12 @@ from lrt.eval.core_metric.bundle import OFFICIAL, Bundle, CoreTask, download, re
 from lrt.eval.core_metric.questions import (
     Question,
     build_question,
-    common_prefix,
     crop_question,
     few_shot_examples,
     language_modeling_prompts,
     multiple_choice_prompts,
     schema_prompts,
+    shared_length,
 )
 from lrt.eval.report.text import result_lines
 from lrt.eval.results import read_results
@@ -216,7 +216,7 @@ def test_greedy_means_every_token():
     right, wrong = (Question(0, (tuple(row),), (2,), 2, None) for row in (tokens, [*tokens[:-1], 1 + tokens[-1] % 7]))
     assert score_questions(model, [right], On())[0][0].greedy
     assert not score_questions(model, [wrong], On())[0][0].greedy
-    assert common_prefix(right.rows[0], wrong.rows[0]) == len(tokens) - 1
+    assert shared_length(right.rows[0], wrong.rows[0]) == len(tokens) - 1
 
 
 def test_centred_accuracy():

@@ -22,11 +22,11 @@ from lrt.inference.calibrate import STRIDES, calibrate, count_sweeps, sample_tex
 from lrt.inference.certificate import Certificate, merge_certificates
 from lrt.inference.cost_model import FILE, Calibration, Plan, fallback, read_calibration, write_calibration
 from lrt.inference.generation import generate
-from lrt.inference.prefill import TOLERANCES, Mode, Prefilled, prefill
+from lrt.inference.prefill import TOLERANCES, Prefilled, PrefillMode, prefill
 from lrt.model.state import State
 
-MODES: tuple[Mode, ...] = get_args(Mode)
-SWEPT: tuple[Mode, ...] = ("converged", "fast")
+MODES: tuple[PrefillMode, ...] = get_args(PrefillMode)
+SWEPT: tuple[PrefillMode, ...] = ("converged", "fast")
 LENGTH = 70
 MEMORIES = {
     "final": MemoryConfig(),
@@ -56,7 +56,9 @@ def prompts(rows: int, length: int = LENGTH, seed: int = 1) -> Tensor:
     return torch.randint(31, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def run(model: LatentRecurrentTransformer, tokens: Tensor, mode: Mode, lengths: Tensor | None = None) -> Prefilled:
+def run(
+    model: LatentRecurrentTransformer, tokens: Tensor, mode: PrefillMode, lengths: Tensor | None = None
+) -> Prefilled:
     return prefill(model, tokens, model.empty_state(len(tokens), 100), mode, lengths, PARALLEL)
 
 
@@ -96,7 +98,7 @@ def test_exact_equals_the_oracle_and_decoding_goes_on(model: LatentRecurrentTran
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_rows_of_a_ragged_batch_are_what_they_are_alone(model: LatentRecurrentTransformer, mode: Mode) -> None:
+def test_rows_of_a_ragged_batch_are_what_they_are_alone(model: LatentRecurrentTransformer, mode: PrefillMode) -> None:
     """Also with other rows' padding, whatever it holds, and where each row has its own number of sweeps."""
     lengths = torch.tensor([70, 41, 3, 55])
     tokens = prompts(4).masked_fill(torch.arange(LENGTH) >= lengths.unsqueeze(1), -5)
@@ -124,7 +126,7 @@ def test_rows_of_a_ragged_batch_are_what_they_are_alone(model: LatentRecurrentTr
 
 
 @pytest.mark.parametrize("mode", SWEPT)
-def test_converged_means_what_it_says(model: LatentRecurrentTransformer, mode: Mode) -> None:
+def test_converged_means_what_it_says(model: LatentRecurrentTransformer, mode: PrefillMode) -> None:
     """The residual is that of `refine`'s own sweeps; the estimated distance from exact is of the right size."""
     tokens = prompts(1)
     done = run(model, tokens, mode)
@@ -175,7 +177,7 @@ def test_as_many_sweeps_as_a_class_has_positions_are_exact() -> None:
 # ----------------------------------------------------------------------------------------------- what does not contract
 @pytest.mark.parametrize("mode", SWEPT)
 @pytest.mark.parametrize("source", [None, 1, (2, 1)])
-def test_an_adversarial_model_is_detected_and_computed_exactly(mode: Mode, source: Any) -> None:
+def test_an_adversarial_model_is_detected_and_computed_exactly(mode: PrefillMode, source: Any) -> None:
     """Weights scaled until the sweeps do not contract."""
     model = model_of(MemoryConfig(source=source, combine="channels"), strength=30.0)
     tokens = prompts(2)
@@ -209,7 +211,7 @@ def test_each_row_takes_its_own_path() -> None:
 
 # ------------------------------------------------------------------------------------------------ from a state, sliding
 @pytest.mark.parametrize("mode", MODES)
-def test_continuing_from_a_state(model: LatentRecurrentTransformer, mode: Mode) -> None:
+def test_continuing_from_a_state(model: LatentRecurrentTransformer, mode: PrefillMode) -> None:
     """Rows that start at different places; the second part is as good as the mode says."""
     first, second = prompts(3, 20), prompts(3, LENGTH, seed=2)
     starts, lengths = torch.tensor([20, 7, 13]), torch.tensor([50, 70, 61])
@@ -226,7 +228,9 @@ def test_continuing_from_a_state(model: LatentRecurrentTransformer, mode: Mode) 
 
 
 @pytest.mark.parametrize("mode", SWEPT)
-def test_split_prefill_equals_the_whole_within_the_tolerance(model: LatentRecurrentTransformer, mode: Mode) -> None:
+def test_split_prefill_equals_the_whole_within_the_tolerance(
+    model: LatentRecurrentTransformer, mode: PrefillMode
+) -> None:
     tokens = prompts(2, 100)
     begun = prefill(model, tokens[:, :50], model.empty_state(2, 100), mode, calibration=PARALLEL)
     done = prefill(model, tokens[:, 50:], begun.state, mode, calibration=PARALLEL)
@@ -245,7 +249,7 @@ def test_a_state_in_place_is_used_and_another_is_not(model: LatentRecurrentTrans
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_a_long_prompt_where_every_layer_slides(mode: Mode, memory: str) -> None:
+def test_a_long_prompt_where_every_layer_slides(mode: PrefillMode, memory: str) -> None:
     """In chunks, on slots that are used again; rows of different lengths."""
     model = model_of(MEMORIES[memory], window_pattern="S", window=6, context=16)
     lengths = torch.tensor([160, 97, 12])
@@ -277,7 +281,7 @@ def test_padding_that_would_not_fit_the_state(model: LatentRecurrentTransformer)
 # -------------------------------------------------------------------------------------------------------------- choices
 @pytest.mark.parametrize("memory", [MemoryConfig(injection="none"), MemoryConfig(source=0)], ids=["none", "shift"])
 @pytest.mark.parametrize("mode", MODES)
-def test_without_recurrence_one_forward_is_exact(memory: MemoryConfig, mode: Mode) -> None:
+def test_without_recurrence_one_forward_is_exact(memory: MemoryConfig, mode: PrefillMode) -> None:
     model = model_of(memory)
     calls: list[int] = []
     model.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[1]))
@@ -323,7 +327,7 @@ def test_float32_converges_too(model: LatentRecurrentTransformer) -> None:
 
 
 @pytest.mark.parametrize("mode", SWEPT)
-def test_bfloat16_converges_to_its_rounding(mode: Mode) -> None:
+def test_bfloat16_converges_to_its_rounding(mode: PrefillMode) -> None:
     """Never nearer: the sweeps go on to differ by rounding. What is reported is the tolerance that was used."""
     model, tokens = model_of(MEMORIES["channels"]), prompts(2)
     expected = torch.stack([exact(model, row) for row in tokens])
@@ -474,6 +478,10 @@ def test_damaged_or_useless_calibrations(tmp_path: Path) -> None:
         (tmp_path / FILE).write_text(text)
         with pytest.raises(ValueError, match=FILE):
             read_calibration(tmp_path, model)
+    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(OSError, match=FILE):  # it cannot be read: that does not make it damaged
+        read_calibration(tmp_path, model)
     with pytest.raises(ValueError, match="at least 8 tokens"):
         calibrate(model, prompts(1, 7), progress=False)
     with pytest.raises(ValueError, match="nothing recurs"):
@@ -481,7 +489,7 @@ def test_damaged_or_useless_calibrations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", SWEPT)
-def test_padding_does_not_overwrite_what_is_still_read(mode: Mode) -> None:
+def test_padding_does_not_overwrite_what_is_still_read(mode: PrefillMode) -> None:
     """Where slots are reused: one row nearly fills them, beside a short one that goes on far behind."""
     model = model_of(MemoryConfig(), strength=30.0, window_pattern="S", window=6)
     eager = Calibration(1e6, {"converged": Plan(2, 1), "fast": Plan(2, 1)})  # sweeps, whatever they give

@@ -17,7 +17,7 @@ from lrt.eval.core_metric.bundle import TASKS, Bundle, CoreTask, bundle_digest
 from lrt.eval.core_metric.questions import Question, build_question
 from lrt.eval.ledger import Ledger
 from lrt.eval.results import Result
-from lrt.inference.prefill import Mode as PrefillMode
+from lrt.inference.prefill import PrefillMode
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.files import sha256
 from lrt.utils.progress import bar
@@ -53,8 +53,8 @@ class CoreRun:
 
     model: LatentRecurrentTransformer
     tokenizer: Tokenizer
-    weights: str
-    """SHA-256 of the checkpoint's weights."""
+    weights_sha256: str
+    """Of the checkpoint."""
     out: Path
     """Where results go, and in partial/ what is done."""
     settings: CoreSettings
@@ -72,7 +72,7 @@ def run_core(
     model: LatentRecurrentTransformer,
     tokenizer: Tokenizer,
     bundle: Bundle,
-    weights: str,
+    weights_sha256: str,
     out: Path,
     settings: CoreSettings | None = None,
     ranks: SingleProcess = SINGLE_PROCESS,
@@ -81,11 +81,11 @@ def run_core(
     """Answer the bundle's questions; returns the result, and what is wrong with the tasks that could not be run.
 
     Every answer is kept in `out`/partial as soon as it is there: a stopped run goes on, and a task with a damaged file
-    leaves the others' results alone. `weights` is the checkpoint's SHA-256. All ranks call it. ValueError where no task
-    could be run.
+    leaves the others' results alone. `weights_sha256` identifies the checkpoint. All ranks call it. ValueError where no
+    task could be run.
     """
     settings, start = settings or CoreSettings(), time.perf_counter()
-    run = CoreRun(model, tokenizer, weights, out, settings, ranks, progress)
+    run = CoreRun(model, tokenizer, weights_sha256, out, settings, ranks, progress)
     tasks, problems = {}, []
     for task in bundle.tasks:
         try:
@@ -100,7 +100,8 @@ def run_core(
     result_settings = {"bundle": bundle_digest(bundle), "limit": settings.limit, "prefill": settings.prefill}
     values = summarise_tasks(tasks, run.modes, bundle, settings.limit)
     seconds = time.perf_counter() - start
-    result = Result("core", "CORE", weights, result_settings, values, seconds, hardware(model.embedding.weight.device))
+    machine = hardware(model.embedding.weight.device)
+    result = Result("core", "CORE", weights_sha256, result_settings, values, seconds, machine)
     if ranks.first:
         result.write(out)
     return result, problems
@@ -110,7 +111,7 @@ def run_task(run: CoreRun, task: CoreTask, items: Sequence[dict[str, Any]]) -> d
     """Accuracy of one task by mode, of `items` in the order in which they are numbered: its entry in the result."""
     count = len(range(len(items))[: run.settings.limit])
     ledger_settings = {
-        "checkpoint": run.weights,
+        "checkpoint": run.weights_sha256,
         "file": sha256(task.file),
         "shots": task.shots,
         "delimiter": task.delimiter,

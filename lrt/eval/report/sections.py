@@ -160,11 +160,12 @@ def ablation_section(runs: Sequence[Run]) -> list[str]:
 
 
 def figures_over_training(run: Run) -> list[str]:
-    """γ, gates and the memory's share by block over training.
+    """Curves over training, one per block: γ, gates, the memory's share. None for fewer than two points.
 
-    From the metrics log, as snapshots go when a run ends, and from those that were still there when it was measured.
+    A point comes from the metrics log, or from a snapshot that `lrt diagnose` measured: of these only the newest stay.
     """
-    # A line is a step counted from 0; a snapshot is named by the steps done.
+    # The log counts steps from 0; a snapshot is named by the steps done. Where both have a step the snapshot stands: it
+    # was measured on the text of the rest of this section, the log's on a smaller sample.
     by_step = {line["step"] + 1: line["memory_layers"] for line in run.metrics if "memory_layers" in line}
     by_step |= {s["step"]: s["layers"] for s in run.values("memory").get("snapshots", []) if "layers" in s}
     points = sorted(by_step.items())
@@ -173,7 +174,7 @@ def figures_over_training(run: Run) -> list[str]:
     pictures = [
         (partial(figures.draw_by_block, points=points, key=key, label=label), f"{label} of {run.name}")
         for key, label in BLOCK_QUANTITIES
-        if any(key in row for row in points[0][1])
+        if any(key in row for row in points[0][1])  # the injection decides what there is: all points have the same
     ]
     return [figure_row(*pictures, caption="Over training, by block, on validation text.")] if pictures else []
 

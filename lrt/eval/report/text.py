@@ -9,6 +9,10 @@ from lrt.eval.results import Result
 
 ROUNDING = 0.01
 """Bits by which scores of a token differ at most where nothing recurs."""
+TASK = {"task": 34, "shots": 6, "items": 7, "chance": 8}
+"""Characters of a CORE table's first columns."""
+ACCURACY, CENTRED, REFERENCE = 9, 7, 14
+"""Characters of a mode's two columns, which share one heading, and of another model's."""
 
 
 def result_lines(result: Result) -> list[str]:
@@ -17,7 +21,10 @@ def result_lines(result: Result) -> list[str]:
 
 
 def score_lines(values: Mapping[str, Any]) -> list[str]:
-    """Every score on a line; of several corpora, each by itself and then all together."""
+    """Every score on a line; of several corpora, each by itself and then all together.
+
+    "corpora" maps names to scores of their own; the other entries of `values` are those of all together.
+    """
 
     def block(scores: Mapping[str, Any]) -> list[str]:
         cells = {k: f"{v:.4f}" if isinstance(v, float) else f"{v}" for k, v in scores.items()}
@@ -114,18 +121,22 @@ def text_lines(values: Mapping[str, Any]) -> list[str]:
 
 
 def core_lines(values: Mapping[str, Any]) -> list[str]:
-    """Accuracy and centred accuracy of each mode by task, other models' centred beside."""
+    """Accuracy and centred accuracy of each mode by task, other models' centred beside; last the means."""
     modes, references = values["modes"], values["references"]
-    head = f"{'task':34}{'shots':>6}{'items':>7}{'chance':>8}"
-    head += "".join(f"{mode.replace('_', ' '):>16}" for mode in modes) + "".join(f"{name:>14}" for name in references)
-    lines = [head]
+    both = ACCURACY + CENTRED
+    first, *numbers = TASK
+    head = f"{first:{TASK[first]}}" + "".join(f"{name:>{TASK[name]}}" for name in numbers)
+    head += "".join(f"{mode.replace('_', ' '):>{both}}" for mode in modes)
+    lines = [head + "".join(f"{name:>{REFERENCE}}" for name in references)]
     for label, task in values["tasks"].items():
-        line = f"{label:34}{task['shots']:>6}{task['items']:>7}{task['random']:>8.3f}"
+        line = f"{label:{TASK['task']}}{task['shots']:>{TASK['shots']}}{task['items']:>{TASK['items']}}"
+        line += f"{task['random']:>{TASK['chance']}.3f}"
         for mode in modes:
-            line += f"{task['accuracy'][mode]:>9.4f}{task['centred'][mode]:>+7.3f}"
-        lines.append(line + "".join(f"{scores[label]:>+14.3f}" for scores in references.values()))
-    total = f"{values['name']:55}" + "".join(f"{values['score'][mode]:>+16.4f}" for mode in modes)
-    lines.append(total + "".join(f"{scores['same tasks']:>+14.4f}" for scores in references.values()))
+            line += f"{task['accuracy'][mode]:>{ACCURACY}.4f}{task['centred'][mode]:>+{CENTRED}.3f}"
+        lines.append(line + "".join(f"{scores[label]:>+{REFERENCE}.3f}" for scores in references.values()))
+    total = f"{values['name']:{sum(TASK.values())}}" + "".join(f"{values['score'][m]:>+{both}.4f}" for m in modes)
+    # Beside its scores by task, a reference has their mean over the tasks that ran here.
+    lines.append(total + "".join(f"{scores['same tasks']:>+{REFERENCE}.4f}" for scores in references.values()))
     if values["missing"]:
         lines.append(f"not in the bundle: {', '.join(values['missing'])}")
     lines.append("accuracy and centred accuracy, (accuracy - chance) / (1 - chance); other models: centred")

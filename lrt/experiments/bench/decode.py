@@ -15,7 +15,7 @@ from lrt.experiments.bench.rows import Row
 from lrt.inference.cost_model import Calibration
 from lrt.inference.decoders import EagerDecoder, decoder, fastest
 from lrt.inference.engine import Engine
-from lrt.inference.prefill import Mode
+from lrt.inference.prefill import PrefillMode
 from lrt.inference.request import Request
 from lrt.inference.sampling import Sampling
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -109,7 +109,7 @@ def ragged_rows(
     modes = {name: fastest(model, model.empty_state(rows, slots), candidates) for name, rows in sides.items()}
     new_tokens = sum(r.max_new_tokens or 0 for r in requests)
     measured = []
-    targets: dict[Mode, float | None] = {"exact": 6, "converged": None}
+    targets: dict[PrefillMode, float | None] = {"exact": 6, "converged": None}
     for prefill, target in targets.items():
         engines = {
             name: Engine(model, rows, slots, modes[name], prefill, calibration=calibration)

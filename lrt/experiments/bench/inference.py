@@ -22,9 +22,9 @@ from lrt.inference.cost_model import Calibration
 from lrt.model import checkpoint
 from lrt.model.transformer import LatentRecurrentTransformer
 
-PROMPT = 1024
-"""Tokens of the long prompt."""
-SCORED = 4
+PROMPT_TOKENS = 1024
+"""Length of the long prompt, with its BOS, where both models' context is that long."""
+SCORED_WINDOWS = 4
 """Prompts that the prefill is scored on."""
 
 
@@ -36,10 +36,11 @@ class Pair:
     transformer: LatentRecurrentTransformer
     tokenizer: Tokenizer
     calibration: Calibration
-    """Of the LRT, on its device."""
+    """Of the LRT, on its device. A Transformer is prefilled in one forward: it has nothing to choose."""
     prompts: Tensor
     """(B, T) int: held-out text."""
     rounds: int
+    """Timings of each kind, alternated."""
     progress: bool
 
 
@@ -71,10 +72,13 @@ def read_pair(folder: Path, data: Path, device: str, rounds: int, progress: bool
             f"{folder / 'lrt'} holds a model in which nothing recurs; train the pair with "
             "benchmarks/inference_models.py"
         )
-    length = min(PROMPT, lrt.config.context, transformer.config.context)
-    batch = next(iter(windows(prepared.split("val"), length, None).batches(SCORED)))
-    if not bool((batch.targets[:, :-1] >= 0).all()):
-        raise ValueError(f"{data} has fewer than {SCORED} validation windows of {length} tokens; prepare more text")
+    length = min(PROMPT_TOKENS, lrt.config.context, transformer.config.context)
+    longest = windows(prepared.split("val"), length, at_least=None).select(slice(SCORED_WINDOWS))  # longest first
+    if len(longest) < SCORED_WINDOWS or longest.lengths.min() < length - 1:  # BOS is the one more
+        raise ValueError(
+            f"{data} has fewer than {SCORED_WINDOWS} validation windows of {length} tokens; prepare more text"
+        )
+    batch = next(longest.batches(SCORED_WINDOWS))
     calibration = ensure_calibration(folder / "lrt", device, progress)
     return Pair(lrt, transformer, tokenizer, calibration, batch.tokens.to(device), rounds, progress)
 

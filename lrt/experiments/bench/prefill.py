@@ -18,7 +18,7 @@ from lrt.experiments.bench.rows import Row
 from lrt.inference.calibrate import STRIDES
 from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration
-from lrt.inference.prefill import Mode, prefill
+from lrt.inference.prefill import PrefillMode, prefill
 from lrt.inference.sweeps import Prompt, SweepState
 from lrt.model.cross_entropy import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -96,11 +96,11 @@ def prefill_work(
         for sweep in range(sweeps):
             rows.sweep(model, groups, sweep * groups)
 
-    def fill(mode: Mode) -> Certificate:
+    def fill(mode: PrefillMode) -> Certificate:
         state = model.empty_state(1, context).in_place()
         return prefill(model, tokens, state, mode, calibration=calibration).report.rows[0]
 
-    modes: tuple[Mode, ...] = ("fast", "converged", "exact")
+    modes: tuple[PrefillMode, ...] = ("fast", "converged", "exact")
     return {"plain": run_plain, "live": sweep_to_live, **{mode: partial(fill, mode) for mode in modes}}
 
 

@@ -72,7 +72,11 @@ class Kind(Protocol):
 
 
 def read_lines(file: Path) -> list[Line]:
-    """The lines of a file of results; none where it does not exist. A line that was cut short is passed over."""
+    """The lines of a file of results; none where it does not exist. A line that was cut short is passed over.
+
+    `append_line` sees to it that such a line stands alone, and writes ASCII: no character is cut in half, and
+    splitlines finds no other line ends than the ones written.
+    """
     lines = []
     for text in file.read_text().splitlines() if file.exists() else ():
         try:
@@ -257,7 +261,7 @@ def claim(file: Path, cell: Cell) -> Iterator[Path | None]:
 
 
 def append_line(file: Path, line: Line) -> None:
-    """Add a line, on its own also where the last one was cut short."""
+    """Add a line, on its own also where the last one was cut short. In ASCII, which json.dumps gives unless told."""
     with filelock.FileLock(file.with_suffix(".lock")):
         whole = not file.exists() or file.read_text()[-1:] in ("", "\n")
         with file.open("a") as out:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from lrt.inference.prefill import MODES
+from lrt.inference.prefill import PREFILL_MODES
 from lrt.model.config import MODEL_KINDS, ModelConfig
 from lrt.schedules.parse import parse_saved
 from lrt.utils import plugins as loaded
@@ -36,8 +36,8 @@ class LRTConfig(PreTrainedConfig):
         loaded.require(plugins or (), MODEL_KINDS)
         model = ModelConfig.from_dict(architecture or {})
         parse_saved(schedule)
-        if prefill not in MODES:
-            raise ValueError(f"unknown prefill {prefill!r}; choose one of {', '.join(MODES)}")
+        if prefill not in PREFILL_MODES:
+            raise ValueError(f"unknown prefill {prefill!r}; choose one of {', '.join(PREFILL_MODES)}")
         self.architecture = model.to_dict()
         self.schedule = schedule
         self.prefill = prefill

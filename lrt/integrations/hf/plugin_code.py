@@ -1,7 +1,7 @@
-"""A plugin's source as part of an exported folder: `import lrt` and `from lrt import …` spelled by modules.
+"""A plugin's source as part of an exported folder: `import lrt` and `from lrt import …` become imports from modules.
 
-The folder has no package lrt, only its modules side by side. What a plugin takes from the public face is therefore
-written as an import from the module that defines it, which `export` then makes relative as in every other file.
+The folder has no package lrt, only its modules side by side. A public name that a plugin uses is therefore imported
+from the module that defines it, which `export` then makes relative as in every other file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lrt.utils.plugins import Plugin
 
-FACE = "lrt_face"
+PUBLIC_NAMES = "lrt_face"
 """The module that stands for `import lrt` in the folder, with the names that plugins use."""
 
 
@@ -35,21 +35,33 @@ def sources(plugins: Sequence[Plugin]) -> dict[str, str]:
         if plugin.path is None:
             raise ValueError(f"{plugin} is in no file that could be exported; write it to one and load that")
         source = plugin.path.read_text(encoding="utf-8")
-        modules[file_name(plugin)] = by_module(source, plugin)
-        names |= names_of_face(ast.parse(source))
+        modules[file_name(plugin)] = import_from_modules(source, plugin)
+        names |= public_names_used(ast.parse(source))
     if names:
-        modules[FACE] = '"""What the plugins of this folder take from lrt."""\n\n' + imports_of(sorted(names))
+        modules[PUBLIC_NAMES] = '"""What the plugins of this folder take from lrt."""\n\n' + imports_of(sorted(names))
     return modules
 
 
-def by_module(source: str, plugin: Plugin) -> str:
-    """The source with what it takes from the face of lrt taken from where that is defined."""
+def import_from_modules(source: str, plugin: Plugin) -> str:
+    """The source, importing public names of `import lrt` from the modules that define them.
+
+    ValueError for imports that cannot be exported, and where such an import shares its line with other code.
+    """
     lines = source.splitlines(keepends=True)
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    # From the last line up: what replaces an import may have more lines, which would move those below.
     for node in sorted(nodes, key=lambda node: -node.lineno):
         text = replacement(node, plugin)
         if text is not None:
             assert node.end_lineno is not None
+            assert node.end_col_offset is not None
+            # Whole lines are replaced. The offsets of ast count UTF-8 bytes.
+            before = lines[node.lineno - 1].encode()[: node.col_offset].strip()
+            after = lines[node.end_lineno - 1].encode()[node.end_col_offset :].strip()
+            if before or (after and not after.startswith(b"#")):
+                raise ValueError(
+                    f"{plugin}, line {node.lineno}: other code shares the line of an import from lrt; give it its own"
+                )
             indented = "".join(" " * node.col_offset + line for line in text.splitlines(keepends=True))
             lines[node.lineno - 1 : node.end_lineno] = [indented]
     return "".join(lines)
@@ -73,7 +85,7 @@ def replacement(node: ast.Import | ast.ImportFrom, plugin: Plugin) -> str | None
         return None
     rest = f"import {', '.join(ast.unparse(alias) for alias in others)}\n" if others else ""
     name = next(alias.asname or alias.name for alias in node.names if alias.name == "lrt")
-    return f"{rest}from . import {FACE} as {name}\n"
+    return f"{rest}from . import {PUBLIC_NAMES} as {name}\n"
 
 
 def own_file(module: str, plugin: Plugin) -> bool:
@@ -87,7 +99,7 @@ def own_file(module: str, plugin: Plugin) -> bool:
     return first != "" and ((folder / f"{first}.py").is_file() or (folder / first / "__init__.py").is_file())
 
 
-def names_of_face(tree: ast.Module) -> set[str]:
+def public_names_used(tree: ast.Module) -> set[str]:
     """The public names that a source uses through `import lrt`."""
     imported = [alias for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     called = {alias.asname or alias.name for alias in imported if alias.name == "lrt"}
@@ -97,7 +109,8 @@ def names_of_face(tree: ast.Module) -> set[str]:
 
 def imports_of(names: Iterable[str], renamed: dict[str, str | None] | None = None) -> str:
     """Lines that import public names from the modules that define them. ValueError for a name that is none."""
-    homes: dict[str, tuple[str, ...]] = importlib.import_module("lrt").HOMES  # the face is above all rooms
+    # By name, as lrt/__init__.py is above all rooms.
+    homes: dict[str, tuple[str, ...]] = importlib.import_module("lrt").HOMES
     lines = []
     for name in names:
         home = next((module for module, defined in homes.items() if name in defined), None)
