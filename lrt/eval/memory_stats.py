@@ -43,9 +43,9 @@ def record_block_inputs(
 
     def note(number: int) -> Callable[..., None]:
         def before(block: Block, inputs: tuple[Any, ...]) -> None:
-            x, call = inputs[:2]
-            stream = block.alpha.squeeze() * x + block.beta.squeeze() * call.inputs.x0
-            inputs_by_block[number] = stream.detach(), rms(block.injection.residual(stream, call.memory)).detach()
+            x, x0, memory = inputs[:3]
+            stream = block.alpha.squeeze() * x + block.beta.squeeze() * x0
+            inputs_by_block[number] = stream.detach(), rms(block.injection.residual(stream, memory)).detach()
 
         return before
 

@@ -62,8 +62,6 @@ class Call:
     """What all blocks share in one call of the model."""
 
     inputs: Inputs
-    memory: Tensor
-    """(C, B, T, D)."""
     angles: tuple[Tensor, Tensor]
     """Cosine and sine of the rotary angles, (T, 1, K/2) or (B, T, 1, K/2) each."""
     slots: Any
@@ -87,12 +85,17 @@ class Block(nn.Module):
         self.mlp = MLP(config.width, config.mlp_dim)
 
     def forward(
-        self, x: Tensor, call: Call, projected: Projected, visible: Visible, cache: Cache
+        self, x: Tensor, x0: Tensor, memory: Tensor, projected: Projected, call: Call, visible: Visible, cache: Cache
     ) -> tuple[Tensor, Cache]:
-        """x (B, T, D) -> the residual stream after the block, and its cache with this call's keys and values."""
+        """x, x0 (B, T, D), memory (C, B, T, D) -> the residual stream after the block, and its cache with this call's
+        keys and values.
+
+        What gradients flow through are arguments of their own: FSDP2 looks at the tensors among a module's arguments
+        to know when its backward is over.
+        """
         rows = call.inputs.value_rows(self)
         run = call.execution
-        x, q, k, v = run.function(before_attention)(self, x, call.inputs.x0, call.memory, rows, projected, call.angles)
+        x, q, k, v = run.function(before_attention)(self, x, x0, memory, rows, projected, call.angles)
         keys, values = call.write(cache[0], call.slots, k, 2), call.write(cache[1], call.slots, v, 2)
         y = visible.attend(q, keys, values)
         return run.function(after_attention)(self, x, y), (keys, values)
@@ -226,25 +229,26 @@ class LatentRecurrentTransformer(nn.Module):
         """The blocks at positions of the State, on the tokens' embeddings or, in their place, on thought (B, T, D)."""
         # Before the memory is read: source 0 may be a token of this very call.
         state = state.write_tokens(positions, tokens)
+        memory = self.recall(state, positions, self.embedding)
         x0 = rms(self.embedding(tokens)) if thought is None else thought
         angles = rotary(positions, self.config.head_dim, self.config.rope_base, x0)
-        return self.run_blocks(TokenInputs(tokens, x0), angles, positions, state)
+        return self.run_blocks(TokenInputs(tokens, x0), memory, angles, positions, state)
 
     def run_blocks(
-        self, inputs: Inputs, angles: tuple[Tensor, Tensor], positions: Positions, state: AnyState
+        self, inputs: Inputs, memory: Tensor, angles: tuple[Tensor, Tensor], positions: Positions, state: AnyState
     ) -> tuple[Tensor, AnyState]:
-        """Read the memory, run the blocks, write the sources: the final hidden state (B, T, D), and the new State.
+        """Run the blocks with the memory (C, B, T, D), write the sources: the final hidden state (B, T, D), and the
+        new State.
 
         positions are the State's, of which a token with latent thoughts has several.
         """
-        memory = self.recall(state, positions, self.embedding)
-        # After the memory is read, which is that of earlier passes; before attention, as a position sees itself.
+        # After the memory was read, which is that of earlier passes; before attention, as a position sees itself.
         state = state.mark_written(positions)
 
         config = self.config
         projected = self.projection(memory)  # U m of all layers at once: the memory is known before the stack starts
         visible = {window: state.visible(positions, window) for window in dict.fromkeys(config.windows)}
-        call = Call(inputs, memory, angles, state.where(positions), state.write, state.execution)
+        call = Call(inputs, angles, state.where(positions), state.write, state.execution)
         x = inputs.x0
         outputs: dict[int, Tensor] = {}
         caches: list[Cache] = []
@@ -252,7 +256,7 @@ class LatentRecurrentTransformer(nn.Module):
             layer = i % config.depth + 1  # counted from 1, as sources are; i counts loops, too, as caches do
             own = projected[config.projection_sets[layer - 1] if len(projected) > 1 else 0]
             cache = state.keys[i], state.values[i]
-            x, cache = state.execution.block(block, x, call, own, visible[config.windows[i]], cache)
+            x, cache = state.execution.block(block, x, inputs.x0, memory, own, call, visible[config.windows[i]], cache)
             caches.append(cache)
             if layer in config.stored_sources or layer == config.depth:
                 # The memory of a layer, and of the last one the final hidden state: the same vector. The last loop's

@@ -123,6 +123,7 @@ def chunk(
             (block, tuple(table[:, here] for table in layer)) for block, layer in zip(model.blocks, rows, strict=True)
         )
         inputs = LookedUp(x0[:, here], looked_up)  # type: ignore[arg-type]
-        out, state = model.run_blocks(inputs, (angles[0][here], angles[1][here]), NEXT, state)
+        read = model.recall(state, NEXT, model.embedding)
+        out, state = model.run_blocks(inputs, read, (angles[0][here], angles[1][here]), NEXT, state)
         hidden.append(out)
     return torch.cat(hidden, dim=1), state.memory, state.keys, state.values

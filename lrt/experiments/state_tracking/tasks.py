@@ -331,6 +331,6 @@ def register_task(task: Task) -> None:
     >>> def last_bit(rows, length, generator):
     ...     tokens = torch.randint(2, (rows, length), generator=generator)
     ...     return tokens, tokens  # asked at every position: the bit that stands there
-    >>> lrt.register_task(Task("last_bit", tokens=2, classes=2, chance=0.5, draw=last_bit))
+    >>> lrt.register_task(Task("last_bit", tokens=2, classes=2, chance=0.5, sampler=last_bit))
     """
     TASKS.register(task.name, task, stacklevel=2)
