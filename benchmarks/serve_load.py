@@ -283,11 +283,11 @@ def main(
     folder = checkpoint.verify(checkpoint_folder)
     model, tokenizer = checkpoint.load(folder)
     requests = make_queries(model, tokenizer.bos, folder, pool, longest)
-    from lrt.serve.detokenizer import displayed
+    from lrt.serve.detokenizer import display_token
 
     for one in requests:
         shown = [t for t in one.tokens if t != tokenizer.bos]
-        SPELLED[one.request.seed] = [displayed(tokenizer.spelling(t)) for t in shown]
+        SPELLED[one.request.seed] = [display_token(tokenizer.spelling(t)) for t in shown]
     outcome, status, errors = serve_under_load(checkpoint_folder, requests, clients, seconds, rows)
     seen: Tally = outcome["seen"]
     near = [smallest_margin(model, one) for one, _ in seen.wrong]

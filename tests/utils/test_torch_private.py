@@ -19,7 +19,7 @@ from lrt.model import blockwise_attention
 from lrt.utils import torch_private
 from lrt.utils.torch_private import Missing, available
 
-TRIED = ("2.13.0",)
+TRIED = ("2.9.1", "2.13.0")
 """Versions of torch that the whole suite was run on, or (the older ones) tests/model, tests/schedules and
 tests/inference."""
 OPERATORS = {name: value for name, value in vars(torch_private).items() if name.isupper()}
