@@ -19,6 +19,7 @@ from lrt.eval.ablations import ABLATIONS, OwnMemory, ablate, with_ablation
 from lrt.eval.ledger import InMemory, LedgerFactory, in_memory
 from lrt.inference.decoders import decoder
 from lrt.model.cross_entropy import token_nats
+from lrt.model.execution import EAGER
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.base import Schedule
 from lrt.schedules.library import plain
@@ -79,7 +80,7 @@ def score_parallel(
     """Negative log-likelihoods (B, T-1) in nats under a schedule, each position by the last pass that computed it."""
     input_documents = None if documents is None else documents[:, :-1]
     with torch.no_grad():
-        hidden = refine(model, tokens[:, :-1], schedule, input_documents).hidden
+        hidden = refine(model, tokens[:, :-1], schedule, input_documents, execution=EAGER).hidden
         return token_nats(model, hidden, tokens[:, 1:])
 
 

@@ -270,6 +270,11 @@ class ModelConfig:
         return self.memory.stored_sources(self.depth)
 
     @cached_property
+    def memory_blocks(self) -> int:
+        """Blocks to run, loop after loop, until the memory of a position is known: none where only source 0 is read."""
+        return (self.loops - 1) * self.depth + max(self.stored_sources) if self.stored_sources else 0
+
+    @cached_property
     def injected_layers(self) -> tuple[int, ...]:
         """The blocks (1..L) that inject the memory, in order."""
         return self.memory.injected_layers(self.depth)
@@ -285,6 +290,11 @@ class ModelConfig:
         own = self.memory.projection == "layerwise"
         layers = range(1, self.depth + 1)
         return tuple(self.injected_layers.index(i) if own and i in self.injected_layers else 0 for i in layers)
+
+    def projections_of(self, blocks: int | None) -> int:
+        """Sets of U_k and U_v that the first `blocks` blocks add, loop after loop; all for None."""
+        reached = [i for i in self.injected_layers if blocks is None or i <= blocks]
+        return len(reached) if self.memory.projection == "layerwise" else min(1, len(self.injected_layers))
 
     @cached_property
     def kv_layers(self) -> int:

@@ -43,10 +43,14 @@ class Execution:
     recompute: Literal["nothing", "blocks", "passes"] = "nothing"
     """What is computed again in the backward instead of being kept (activation checkpointing): nothing; the inside of
     each block; the inside of each pass, of which only what later passes read is kept."""
+    free_passes: Literal["source", "whole"] = "source"
+    """How far a pass runs that only the memory is wanted of (`schedules.refinement.is_free`): to the highest remembered
+    layer, or whole. Such a pass leaves no hidden state where it ends early."""
 
     def __post_init__(self) -> None:
         check_choice(self, "compile", ("auto", "always", "never"))
         check_choice(self, "recompute", ("nothing", "blocks", "passes"))
+        check_choice(self, "free_passes", ("source", "whole"))
 
     def resolve(self, steps: int, device: str | torch.device, unproved: str | None = None) -> tuple[Execution, str]:
         """`always` or `never` in place of `auto` for a run of `steps`, and which path that is, in words.
@@ -85,7 +89,9 @@ class Execution:
 
 
 EAGER = Execution(compile="never")
-"""Everything as it is written."""
+"""Not compiled, nothing recomputed."""
+WHOLE = Execution(compile="never", free_passes="whole")
+"""Everything as it is written: the plain reference, which has the hidden states of every pass."""
 
 
 @functools.cache

@@ -132,14 +132,16 @@ class Projection(NoProjection):
         bound = math.sqrt(3 / self.weight.shape[-1])
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, memory: Tensor) -> tuple[Projected, ...]:
-        """(U_k m, U_v m) for each set of projections: one if shared, else one per injected block."""
+    def forward(self, memory: Tensor, sets: int | None = None) -> tuple[Projected, ...]:
+        """(U_k m, U_v m) for each set of projections: one if shared, else one per injected block; or the first `sets`
+        of them."""
         channels, batch, length, _ = memory.shape
-        layers = self.weight.shape[0]
+        stack = self.weight[:sets]
+        layers = stack.shape[0]
         if channels == 1:  # the usual case: one plain product
-            out = F.linear(memory, self.weight.flatten(0, 3))
+            out = F.linear(memory, stack.flatten(0, 3))
         else:
-            weight = self.weight.transpose(0, 1).flatten(1, 3)  # (C, layers·2·G·K, D)
+            weight = stack.transpose(0, 1).flatten(1, 3)  # (C, layers·2·G·K, D)
             out = torch.bmm(memory.flatten(1, 2), weight.transpose(1, 2))
         # unbind, not indices: the gradients are stacked once, where each index would make zeros for all.
         pairs = out.view(channels, batch, length, 2 * layers, *self.heads).unbind(3)

@@ -25,7 +25,7 @@ from lrt.model.attention import Attention, Cache, ValueEmbedding
 from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution
 from lrt.model.layers import MLP, rms, rotary
-from lrt.model.memory import INJECTIONS, READERS, NoMemory, NoProjection, Projected
+from lrt.model.memory import INJECTIONS, READERS, NoMemory, NoProjection, Projected, Projection
 from lrt.model.state import State, as_positions
 from lrt.model.state_protocol import ModelState, Positions, Visible
 
@@ -206,25 +206,30 @@ class LatentRecurrentTransformer(nn.Module):
             dtype=weight.dtype,
         )
 
-    def forward(self, tokens: Tensor, positions: Positions, state: AnyState) -> tuple[Tensor, AnyState]:
+    def forward(
+        self, tokens: Tensor, positions: Positions, state: AnyState, blocks: int | None = None
+    ) -> tuple[Tensor, AnyState]:
         """Compute these positions from what the state knows, and replace what it knows of them.
 
         tokens (B, T) int; positions: a range, or ints (T,) or (B, T). Returns the final hidden state (B, T, D) of
         these positions, after the last RMSNorm, and the new State. Raises ValueError where sizes do not match, the
         state has no slot for a position, or it is another model's.
+
+        blocks: run only so many, loop after loop; what comes back is the stream behind them, after RMSNorm. Enough of
+        them write the memory (`ModelConfig.memory_blocks`); keys and values above stay what they were.
         """
         positions = as_positions(positions)  # a range where the tensor is one: the State's fast path
         if isinstance(positions, Tensor):
             positions = positions.to(tokens.device)
         self._check(tokens, positions, state)
         per_token = self.config.positions_per_token
-        hidden, state = self._at(tokens, state_positions(positions, per_token, 0), state, None)
+        hidden, state = self._at(tokens, state_positions(positions, per_token, 0), state, None, blocks)
         for thought in range(1, per_token):
-            hidden, state = self._at(tokens, state_positions(positions, per_token, thought), state, hidden)
+            hidden, state = self._at(tokens, state_positions(positions, per_token, thought), state, hidden, blocks)
         return hidden, state
 
     def _at(
-        self, tokens: Tensor, positions: Positions, state: AnyState, thought: Tensor | None
+        self, tokens: Tensor, positions: Positions, state: AnyState, thought: Tensor | None, blocks: int | None
     ) -> tuple[Tensor, AnyState]:
         """The blocks at positions of the State, on the tokens' embeddings or, in their place, on thought (B, T, D)."""
         # Before the memory is read: source 0 may be a token of this very call.
@@ -232,13 +237,19 @@ class LatentRecurrentTransformer(nn.Module):
         memory = self.recall(state, positions, self.embedding)
         x0 = rms(self.embedding(tokens)) if thought is None else thought
         angles = rotary(positions, self.config.head_dim, self.config.rope_base, x0)
-        return self.run_blocks(TokenInputs(tokens, x0), memory, angles, positions, state)
+        return self.run_blocks(TokenInputs(tokens, x0), memory, angles, positions, state, blocks)
 
     def run_blocks(
-        self, inputs: Inputs, memory: Tensor, angles: tuple[Tensor, Tensor], positions: Positions, state: AnyState
+        self,
+        inputs: Inputs,
+        memory: Tensor,
+        angles: tuple[Tensor, Tensor],
+        positions: Positions,
+        state: AnyState,
+        count: int | None = None,
     ) -> tuple[Tensor, AnyState]:
-        """Run the blocks with the memory (C, B, T, D), write the sources: the final hidden state (B, T, D), and the
-        new State.
+        """Run the blocks, or the first `count`, with the memory (C, B, T, D), write the sources: the final hidden state
+        (B, T, D), and the new State.
 
         positions are the State's, of which a token with latent thoughts has several.
         """
@@ -246,27 +257,32 @@ class LatentRecurrentTransformer(nn.Module):
         state = state.mark_written(positions)
 
         config = self.config
-        projected = self.projection(memory)  # U m of all layers at once: the memory is known before the stack starts
+        # U m of all layers at once: the memory is known before the stack starts.
+        if count is None or not isinstance(self.projection, Projection):
+            projected = self.projection(memory)
+        else:  # at least one, for blocks that inject nothing
+            projected = self.projection(memory, max(1, config.projections_of(count)))
         visible = {window: state.visible(positions, window) for window in dict.fromkeys(config.windows)}
         call = Call(inputs, angles, state.where(positions), state.write, state.execution)
-        x = inputs.x0
+        x, layer = inputs.x0, 0
         outputs: dict[int, Tensor] = {}
         caches: list[Cache] = []
-        for i, block in enumerate(tuple(self.blocks) * config.loops):
+        for i, block in enumerate((tuple(self.blocks) * config.loops)[:count]):
             layer = i % config.depth + 1  # counted from 1, as sources are; i counts loops, too, as caches do
             own = projected[config.projection_sets[layer - 1] if len(projected) > 1 else 0]
             cache = state.keys[i], state.values[i]
             x, cache = state.execution.block(block, x, inputs.x0, memory, own, call, visible[config.windows[i]], cache)
             caches.append(cache)
-            if layer in config.stored_sources or layer == config.depth:
-                # The memory of a layer, and of the last one the final hidden state: the same vector. The last loop's
-                # stays.
-                outputs[layer] = rms(x)
+            if layer in config.stored_sources:
+                outputs[layer] = rms(x)  # of all loops the last one's stays
 
-        state = state.write_cache(tuple(k for k, _ in caches), tuple(v for _, v in caches))
+        keys, values = zip(*caches, strict=True)
+        state = state.write_cache(keys + state.keys[len(keys) :], values + state.values[len(values) :])
+        # The memory of the last layer is the final hidden state: the same vector.
+        hidden = outputs[layer] if layer in outputs else rms(x)
         if config.stored_sources:
             state = state.write_memory(positions, torch.stack([outputs[s] for s in config.stored_sources], dim=2))
-        return outputs[config.depth], state
+        return hidden, state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (…, V) of hidden states (…, D), soft-capped."""

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from lrt.model.buffers import write_copy
-from lrt.model.execution import EAGER, Execution
+from lrt.model.config import ModelConfig
+from lrt.model.execution import WHOLE, Execution
 from lrt.model.state import State
 from lrt.model.strided_state import StridedState
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.schedules.base import Pass, Schedule
+from lrt.schedules.base import Pass, Passes, Schedule
 
 Ran = tuple[Pass, Tensor, Tensor]
-"""(pass, its positions (n,), its hidden states (B, n, D))."""
+"""(pass, its positions (n,), its hidden states (B, n, D); those of a pass that ended early are (B, 0, D))."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,14 @@ def refine(
     schedule: Schedule,
     documents: Tensor | None = None,
     state: State | None = None,
-    execution: Execution = EAGER,
+    execution: Execution = WHOLE,
 ) -> Refined:
     """Run `schedule` over tokens (B, T).
 
     documents (B, T) int says which packed document each token belongs to. With a `state`, the tokens continue behind
     its last position; its own documents serve. A mixture or stages without a step are drawn (`schedule.draw`).
-    `execution` says how it is computed, not what.
+    `execution` says how it is computed, not what. By default all passes run whole; with `free_passes="source"` those
+    that only the memory is wanted of end early, and have no hidden states.
 
     Raises ValueError without tokens, with `documents` beside a `state`, and where the state's rows differ in length or
     its slots do not suffice.
@@ -85,9 +87,11 @@ def walk(
     schedule: Schedule,
     documents: Tensor | None = None,
     state: State | None = None,
-    execution: Execution = EAGER,
+    execution: Execution = WHOLE,
 ) -> Iterator[tuple[Pass, Tensor, State | StridedState]]:
     """The passes of `refine`, one after another: (pass, its hidden states (B, n, D), the State it left).
+
+    A pass that ends early gives (B, 0, D) for hidden states.
 
     For callers that do not want all of them at once: of a pass that was let go of, only what later passes read stays.
     ValueErrors as in `refine`, at the first pass.
@@ -110,14 +114,59 @@ def walk(
         current = initial_state(model.empty_state(batch, length, documents, tokens), passes, execution, per_token)
     else:
         current = dataclasses.replace(state, execution=execution)
-    for p in passes:
+    for p, blocks in zip(passes, blocks_of_passes(model.config, passes, execution), strict=True):
         positions = range(p.start + offset, p.stop + offset, p.stride)
+        if blocks == 0:  # source 0 alone: the memory is known without a pass
+            yield p, no_hidden(model, batch), current
+            continue
         with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
-            hidden, current = execution.whole_pass(model, tokens[:, p.slice], positions, current)
+            hidden, current = execution.whole_pass(model, tokens[:, p.slice], positions, current, blocks)
+        if blocks is not None:
+            hidden = no_hidden(model, batch)
         if p.detach_memory:
             current = current.detach_memory()
         yield p, hidden, current
         del hidden  # the next pass runs without it
+
+
+def no_hidden(model: LatentRecurrentTransformer, batch: int) -> Tensor:
+    """(B, 0, D): what a pass that ended early has computed of the final hidden states."""
+    return model.embedding.weight.new_zeros(batch, 0, model.config.width)
+
+
+def blocks_of_passes(config: ModelConfig, passes: Passes, execution: Execution) -> tuple[int | None, ...]:
+    """How many blocks each pass runs; None for all of them.
+
+    A free pass runs those that its memory needs, which gives the same numbers. With latent thoughts none ends early:
+    a later pass reads the thoughts that an earlier one wrote.
+    """
+    if execution.free_passes == "whole" or config.positions_per_token > 1 or config.memory_blocks == config.kv_layers:
+        return (None,) * len(passes)
+    return tuple(config.memory_blocks if free else None for free in free_passes(passes))
+
+
+@functools.lru_cache(maxsize=64)  # the same for every step of a schedule
+def free_passes(passes: Passes) -> tuple[bool, ...]:
+    """Of each pass, whether only its memory is ever read: it has no loss, and all of its positions are computed again
+    before a query sees their keys and values.
+
+    Windows and documents are not looked at: with them a pass could be free that is not called so here.
+    """
+    return tuple(is_free(p, passes[i + 1 :]) for i, p in enumerate(passes))
+
+
+def is_free(p: Pass, later: Passes) -> bool:
+    """Whether `later` passes replace all that `p` writes before they see it; see `free_passes`."""
+    if p.loss_weight:
+        return False
+    left = set(p.positions)
+    for other in later:
+        left.difference_update(other.positions)  # a pass writes its own keys and values before it reads
+        if not left:
+            return True
+        if min(left) < other.positions[-1]:
+            return False
+    return False  # what is left is the final state
 
 
 def initial_state(

@@ -49,6 +49,7 @@ from support.oracle import simulate
 from torch import Tensor
 
 from lrt import MemoryConfig, ModelConfig, refine, schedules
+from lrt.model.execution import EAGER, WHOLE
 from lrt.schedules import refinement
 from lrt.schedules.base import SCHEDULES, Pass, Passes, Simple
 
@@ -707,3 +708,91 @@ def test_random_configurations_equal_the_oracle(seed: int):
     expected, _ = simulate_rows(model, tokens, schedule, documents)
     assert_same(out.hidden, expected, repr(schedule))
     assert_same_gradients(gradients(model, out.hidden), gradients(model, expected), repr(schedule))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Passes that end at the highest remembered layer
+# ---------------------------------------------------------------------------------------------------------------------
+
+FREE: dict[str, tuple[bool, ...]] = {
+    "plain()": (False,),
+    "interleaved(2, (0.0, 1.0, 1.0))": (False, False, False),  # class 0 still reads the first pass's class 1
+    "multi_refinement(2)": (False, False, False),
+    "multi_refinement(2, (0.0, 0.0, 1.0))": (True, True, False),
+    "multi_refinement(2, (1.0, 0.0, 0.0))": (False, True, False),
+    "chunked(4)": (False,) * 3,
+    "strided(2, 2)": (False,) * 4,
+    "settled(0, 1, 1)": (True, False),
+    "settled(2, 1, 2)": (True, True, True, False, False),
+    "settled(0, 2, 1)": (False, False, False),
+    "settled(1, 2, 1)": (False,) * 5,
+}
+
+
+@pytest.mark.parametrize(("text", "free"), FREE.items())
+def test_a_pass_is_free_where_its_keys_are_replaced_before_they_are_seen(text: str, free: tuple[bool, ...]):
+    assert refinement.free_passes(schedules.parse(text).passes(LENGTH)) == free
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "": {},
+    "windows": {"window_pattern": "SLS", "window": 3},
+    "loops": {"loops": 2},
+    "some-layers": {"layers": (2, 3)},
+    "delay": {"delay": 2, "initial": "embedding"},
+}
+MEMORY_FIELDS = ("layers", "delay", "initial")
+
+
+def shallow_sources() -> Iterator[Any]:
+    """Configurations of three blocks whose memory is known before the last of them has run."""
+    sources: list[tuple[Any, str]] = [(0, "sum"), (1, "sum"), (2, "sum"), ((0, 1), "channels"), ((1, 2), "channels")]
+    kinds = (("both", "layerwise"), ("key_value", "shared"), ("residual", "shared"))
+    # Every source with every shape; the kinds of injection take turns, and meet every source and every shape.
+    for i, ((source, combine), (name, fields)) in enumerate(itertools.product(sources, SHAPES.items())):
+        injection, projection = kinds[i % len(kinds)]
+        recalled = {k: v for k, v in fields.items() if k in MEMORY_FIELDS}
+        memory = MemoryConfig(injection, projection, source, combine, **recalled)  # type: ignore[arg-type]
+        config = replace(
+            configuration({"depth": 3, "value_embeddings": "alternate"}),
+            memory=memory,
+            **{k: v for k, v in fields.items() if k not in MEMORY_FIELDS},
+        )
+        yield pytest.param(config, id=f"{source}-{injection}-{projection}-{name}".replace(" ", ""))
+
+
+@pytest.mark.parametrize("config", list(shallow_sources()))
+def test_free_passes_that_end_at_the_source_change_no_number(config: ModelConfig):
+    model, tokens = random_model(config), random_tokens()
+    middle = schedules.multi_refinement(2, (1.0, 0.0, 0.0))
+    for schedule, packed in ((schedules.settled(1, 1, 1), unaligned()), (middle, None)):
+        whole, ended = (refine(model, tokens, schedule, packed, execution=e) for e in (WHOLE, EAGER))
+        free = refinement.free_passes(schedule.passes(LENGTH))
+        for early, (_, _, reference), (_, _, hidden) in zip(free, whole.passes, ended.passes, strict=True):
+            assert hidden.shape[1] == (0 if early else LENGTH)
+            assert_same(hidden, reference[:, : hidden.shape[1]])
+        for reference, left in zip(buffers(whole.state), buffers(ended.state), strict=True):
+            assert_same(left, reference)
+        assert_same_gradients(gradients(model, ended.hidden), gradients(model, whole.hidden))
+
+
+def buffers(state: Any) -> list[Tensor]:
+    return [*state.keys, *state.values, state.memory]
+
+
+def test_a_pass_that_ends_at_the_source_runs_no_block_above_it():
+    """Blocks 1 and 2 of three remember layer 2: of four passes, three stop there. Token shift needs none of these."""
+    for source, runs in (((0, 2), [4, 4, 1]), ((0, 0), [1, 1, 1]), ((0, 3), [4, 4, 4])):
+        memory = MemoryConfig(source=source, combine="channels", projection="layerwise")
+        model = random_model(replace(configuration({"depth": 3}), memory=memory))
+        called: list[torch.nn.Module] = []
+        for block in model.blocks:
+            block.register_forward_hook(lambda module, *_, called=called: called.append(module))
+        refine(model, random_tokens(), schedules.settled(2, 1, 1), execution=EAGER)
+        assert [called.count(block) for block in model.blocks] == runs
+
+
+def test_latent_thoughts_are_read_by_the_next_pass_so_that_none_ends_early():
+    config = replace(NONE, thoughts=1)
+    passes = schedules.settled(1, 1, 1).passes(LENGTH)
+    assert refinement.blocks_of_passes(config, passes, EAGER) == (None,) * len(passes)

@@ -95,6 +95,20 @@ def test_training_flops_count_every_pass_and_no_idle_head():
     assert twice == pytest.approx(plain / 2, rel=0.01)  # the same compute buys half the steps
 
 
+def test_training_flops_of_a_pass_that_ends_at_its_source():
+    """With source 1 of 2 a free pass is half the blocks, and the projections of that half: counted by hand."""
+    run = run_config()
+    memory = MemoryConfig(source=(0, 1), combine="channels", projection="layerwise")
+    config = replace(run.model, depth=2, memory=memory)
+    sizes = {name: p.numel() for name, p in LatentRecurrentTransformer(config).named_parameters()}
+    stack, head = forward_flops(config, 32)
+    attention = 4 * config.width * 33 / 2
+    half = 2 * (sum(n for name, n in sizes.items() if name.startswith("blocks.0.")) + sizes["projection.weight"] / 2)
+    embeddings = 2 * sum(n for name, n in sizes.items() if "value_embedding.table" in name and "blocks.0." in name)
+    expected = 2 * (half - embeddings + attention) + 3 * (stack + head)
+    assert training_flops(config, schedules.settled(1, 1, 1), 32) == pytest.approx(expected, rel=1e-3)
+
+
 SCHEDULE_COSTS = {
     "plain()": (3, 3),
     "interleaved(2)": (6, 6),

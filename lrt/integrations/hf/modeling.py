@@ -26,6 +26,7 @@ from lrt.inference.prefill import prefill
 from lrt.integrations.hf.cache import Columns, append, check_cache, past, read_cache
 from lrt.integrations.hf.configuration import LRTConfig
 from lrt.model.cross_entropy import token_nats
+from lrt.model.execution import EAGER
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.loss import StepLoss
 from lrt.schedules.parse import parse
@@ -222,7 +223,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         tokens = rows.split(ids, 0)
         targets = None if labels is None else shift_labels(rows.split(labels, HF_IGNORED))
         schedule = parse(self.config.schedule).draw()
-        out = refine(self.model, tokens, schedule)
+        out = refine(self.model, tokens, schedule, execution=EAGER)
         loss = None
         if targets is not None and items is not None and bool((targets == IGNORED).all()):
             loss = 0 * out.hidden.sum()  # nothing of an accumulated batch is here: a loss with gradients, all zero
