@@ -667,7 +667,12 @@ def test_an_exported_tokenizer_pads_with_a_token_of_its_own_on_the_left(exported
     model = AutoModelForCausalLM.from_pretrained(exported)
     assert tokenizer.padding_side == "left"
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
-    assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id == len(tokenizer) - 1
+    assert (
+        model.config.pad_token_id
+        == model.generation_config.pad_token_id
+        == tokenizer.pad_token_id
+        == len(tokenizer) - 1
+    )
     assert model.resize_token_embeddings(len(tokenizer)).num_embeddings == model.config.vocab_size
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     rows = [tokenizer(text + tokenizer.eos_token) for text in ("The memory of a token", "A")]
@@ -703,7 +708,10 @@ def test_a_folder_whose_padding_is_bos_still_works(exported, tmp_path):
     data = json.loads((old / "tokenizer_config.json").read_text())
     data |= {"pad_token": tokenizer.bos_token, "padding_side": "right"}
     (old / "tokenizer_config.json").write_text(json.dumps(data))
-    model, before = AutoModelForCausalLM.from_pretrained(old), AutoTokenizer.from_pretrained(old, trust_remote_code=True)
+    model, before = (
+        AutoModelForCausalLM.from_pretrained(old),
+        AutoTokenizer.from_pretrained(old, trust_remote_code=True),
+    )
     assert before.pad_token_id == before.bos_token_id
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     texts = ["The memory of", "A token"]

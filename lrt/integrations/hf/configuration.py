@@ -11,7 +11,6 @@ from lrt.model.config import MODEL_KINDS, ModelConfig
 from lrt.schedules.parse import parse_saved
 from lrt.utils import plugins as loaded
 
-
 SCORING = ("auto", "schedule", "live")
 """By what `eval()` computes a call without a cache."""
 
@@ -39,12 +38,12 @@ class LRTConfig(PreTrainedConfig):
     ) -> None:
         """`architecture` is `ModelConfig.to_dict()` (None: its defaults); the rest of a model's shape follows from it.
 
-        schedule: the training schedule, used in `train()`. prefill: how prompts and whole texts are read, one of
-        "exact", "converged", "fast", "one_sweep" (lrt.inference.prefill). plugins: what a user's own parts come from
-        (`lrt.utils.plugins.describe`). scoring: what `eval()` runs where there is no cache. "live": true recurrence;
-        "schedule": the training schedule, as `train()` always does; "auto": live where the model is called, the schedule
-        where `base_model` is, as TRL does for its losses. generate() is live whatever it says. ValueError on an unknown one, and where a part's plugin is not loaded; only
-        `train()` needs the schedule's.
+        schedule: the training schedule. prefill: how prompts and whole texts are read, one of "exact", "converged",
+        "fast", "one_sweep" (lrt.inference.prefill). plugins: what a user's own parts come from
+        (`lrt.utils.plugins.describe`). scoring: what a call in `eval()` without a cache runs. "live": true recurrence;
+        "schedule": the training schedule, as `train()` always does; "auto": live where the model is called, the
+        schedule where `base_model` is, as TRL does for its losses. generate() is live whatever it says. ValueError on
+        an unknown one, and where a part's plugin is not loaded; only the schedule's may be missing until it is run.
         """
         loaded.require(plugins or (), MODEL_KINDS)
         model = ModelConfig.from_dict(architecture or {})

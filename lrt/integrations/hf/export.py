@@ -136,8 +136,8 @@ def add_padding(inner: tokenizers.Tokenizer) -> str:
     inner.add_special_tokens([PAD])
     if inner.token_to_id(PAD) in ids:
         raise ValueError(
-            f"the tokenizer's ids have holes, so that {PAD} gets {inner.token_to_id(PAD)}, which another token has; add "
-            f"a special token {PAD} to its tokenizer.json and train with that"
+            f"the tokenizer's ids have holes, so that {PAD} gets {inner.token_to_id(PAD)}, which another token has; "
+            f"add a special token {PAD} to its tokenizer.json and train with that"
         )
     return PAD
 

@@ -208,8 +208,8 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask (B, T), or (B, columns held + T): 0 for padding, at either side. position_ids must count each
         row's real tokens; without a cache they may begin anew, which starts a packed text, computed as its own row.
         labels are those of the inputs themselves, -100 where ignored; `num_items_in_batch` is Trainer's count for
-        accumulated batches. `scoring` stands for `config.scoring` in this call: "schedule" runs the training schedule in
-        `eval()` too, with the numbers and gradients of `train()`; a call with a cache is live whatever it says.
+        accumulated batches. `scoring` stands for `config.scoring` in this call: "schedule" runs the training schedule
+        in `eval()` too, with the numbers and gradients of `train()`; a call with a cache is live whatever it says.
         Where `eval()` is live no gradients are made, so that no wrong ones can be.
         """
         if input_ids is None or inputs_embeds is not None:
