@@ -24,6 +24,7 @@ from lrt.model.state import State
 from lrt.model.transformer import Block, LatentRecurrentTransformer
 from lrt.schedules.library import sequential
 from lrt.schedules.refinement import refine
+from lrt.utils.device import double
 
 BACK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Tokens ago that a memory is perturbed."""
@@ -169,7 +170,7 @@ def memory_by_token(model: LatentRecurrentTransformer, inputs: Tensor) -> dict[s
 
 def rms_of(x: Tensor) -> float:
     """The root of the mean square of all entries, in float64."""
-    return float(x.double().square().mean().sqrt())
+    return float(double(x).square().mean().sqrt())
 
 
 @torch.no_grad()
@@ -203,7 +204,7 @@ def memory_reach(
     if state.memory.shape[2] == 0:
         return []
     place = 2 * inputs.shape[1] // 3
-    expected = model.logits(hidden[:, place]).double().log_softmax(-1)
+    expected = double(model.logits(hidden[:, place])).log_softmax(-1)
     points = []
     for k in back:
         start = place - k  # whose memory is changed; start + 1 is the first to read it
@@ -217,7 +218,7 @@ def memory_reach(
         current, h = dataclasses.replace(before, memory=memory), hidden[:, :1]  # h is set below: k is at least 1
         for t in range(start + 1, place + 1):
             h, current = model(inputs[:, t : t + 1], range(t, t + 1), current)
-        changed = model.logits(h[:, 0]).double().log_softmax(-1)
+        changed = double(model.logits(h[:, 0])).log_softmax(-1)
         kl = F.kl_div(changed, expected, reduction="none", log_target=True).sum(-1).mean()
         moved = (h[:, 0] - hidden[:, place]).norm(dim=-1) / hidden[:, place].norm(dim=-1)
         points.append({"back": k, "kl": float(kl), "moved": float(moved.mean())})

@@ -29,6 +29,7 @@ from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.base import Schedule
 from lrt.schedules.library import plain, sequential, sweep
 from lrt.schedules.refinement import refine
+from lrt.utils.device import double
 from lrt.utils.progress import Advance, bar
 
 COUNTS = (0, 1, 2, 3, 4, 8, 16, 32, 63, 64)
@@ -224,7 +225,7 @@ def _batch_sums(
     valid = (targets != IGNORED).unsqueeze(-1)
 
     def nats(hidden: Tensor) -> float:
-        return float((token_nats(model, hidden, targets) * valid.squeeze(-1)).sum(dtype=torch.float64))
+        return float(double(token_nats(model, hidden, targets) * valid.squeeze(-1)).sum())
 
     state = model.empty_state(len(inputs), inputs.shape[1], tokens=inputs).in_place()
     out = refine(model, inputs, sequential(), state=state)
@@ -268,4 +269,4 @@ def comparable_state(state: State, hidden: Tensor) -> Tensor:
 
 def sum_of_squares(x: Tensor) -> float:
     """‖x‖² in float64."""
-    return float(x.double().square().sum())
+    return float(double(x).square().sum())

@@ -146,7 +146,7 @@ def token_scores(
     with bar("scoring tokens", len(todo), progress) as advance:
         first = 0
         for batch in part.batches(batch_size):
-            nats = {name: value.double().cpu() for name, value in columns(model, batch.tokens.to(device)).items()}
+            nats = {name: value.cpu().double() for name, value in columns(model, batch.tokens.to(device)).items()}
             rows = range(first, first + len(batch.tokens))
             valid = [int((row != IGNORED).sum()) for row in batch.targets]
             ledger.add(

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrt.utils.device import has_float64
+
 COLDEST = 1e-30
 """A temperature below it would make logits infinite in float32, and their distribution no number."""
 
@@ -114,7 +116,7 @@ def draw_rows(logits: Tensor, samplings: Sequence[Sampling], seeds: Sequence[tup
     for sampling, rows in groups.items():
         part = logits if len(rows) == len(logits) else logits[rows]
         numbers = torch.cat([uniform(*seeds[row]) for row in rows])
-        tokens[rows] = sampling.pick(part, numbers.to(logits.device, widest(logits.device)))
+        tokens[rows] = sampling.pick(part, numbers.to(widest(logits.device)).to(logits.device))
     return tokens
 
 
@@ -138,4 +140,4 @@ def generator_at(seed: int, position: int) -> torch.Generator:
 
 def widest(device: torch.device) -> torch.dtype:
     """float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float64 if has_float64(device) else torch.float32

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrt.model.state_protocol import Positions
+from lrt.utils.device import has_float64
 
 
 def rms(x: Tensor) -> Tensor:
@@ -25,12 +26,13 @@ def rotary(positions: Positions, size: int, base: float, like: Tensor) -> tuple[
     """
     if isinstance(positions, range):
         positions = torch.arange(positions.start, positions.stop, positions.step)
-    elif like.device.type == "mps":
+    elif not has_float64(positions.device):
         positions = positions.cpu()
     exponent = torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size
     angles = positions.to(torch.float64).unsqueeze(-1) * base**-exponent
     angles = angles.unsqueeze(-2)
-    return angles.cos().to(like), angles.sin().to(like)
+    # Narrowed before it is moved, so that no float64 reaches the device.
+    return angles.cos().to(like.dtype).to(like.device), angles.sin().to(like.dtype).to(like.device)
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

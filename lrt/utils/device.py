@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
+from torch import Tensor
 
 
 def choose_device(name: str) -> str:
@@ -22,6 +23,16 @@ def choose_device(name: str) -> str:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here: {reason}; try --device auto or cpu") from error
     return name
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: Apple's does not, and of others nothing is known."""
+    return device.type in ("cpu", "cuda")
+
+
+def double(x: Tensor) -> Tensor:
+    """x in float64, for sums and statistics that are to be exact; on the CPU where its own device has no float64."""
+    return x.double() if has_float64(x.device) else x.cpu().double()
 
 
 PEAKS = {

@@ -1,5 +1,6 @@
 """transformers' Trainer, PEFT and TRL run on an LRT as on any other causal model; what they train is measured live."""
 
+import copy
 import math
 
 import pytest
@@ -11,12 +12,13 @@ pytest.importorskip("trl")
 from datasets import Dataset as Rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, score
 from lrt.data.tokenizer import Tokenizer
 from lrt.integrations.hf import LRTForCausalLM
-from lrt.integrations.hf.export import prepend_bos, wrap_model
+from lrt.integrations.hf.export import prepend_bos, wrap_model, wrap_tokenizer
 
 TEXTS = [f"the state of token {i} is what token {i + 1} remembers" for i in range(40)]
 NEW = [f"token {i + 1} remembers what the state of token {i} is" for i in range(40, 50)]
@@ -143,3 +145,106 @@ def test_trl_fine_tunes(tmp_path, packing):
     trainer.train()
     assert live_bpb(model.model) < 0.95 * before
     assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+# --- preferences ---------------------------------------------------------------------------------------------------
+
+PREFERENCES = Rows.from_dict(
+    {
+        "prompt": [text[:20] for text in TEXTS[:8]],
+        "chosen": [text[20:] for text in TEXTS[:8]],
+        "rejected": [text[26:] + " no" for text in TEXTS[:8]],
+    }
+)
+
+
+def vivid() -> tuple[LRTForCausalLM, PreTrainedTokenizerFast]:
+    """A model whose memory matters, so that the training schedule and live decoding differ, and a tokenizer."""
+    model, _ = make()
+    torch.manual_seed(1)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model, wrap_tokenizer(TOKENIZER, 64)
+
+
+def dpo(tmp_path, model, tokenizer, **options) -> DPOTrainer:
+    settings = {"gradient_checkpointing": False, "bf16": False, "max_length": 64, **options}
+    made = arguments(DPOConfig, tmp_path, **settings)
+    made.max_steps, made.logging_steps, made.gradient_accumulation_steps = 2, 1, 1
+    none = isinstance(model, PeftModel) or "precompute_ref_log_probs" in options
+    return DPOTrainer(
+        model=model, ref_model=None if none else copy.deepcopy(model), args=made, processing_class=tokenizer,
+        train_dataset=PREFERENCES, eval_dataset=PREFERENCES,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["reference", "adapter", "precomputed"])
+def test_equal_weights_have_no_reward(tmp_path, kind):
+    """TRL scores the policy in train() with gradients, its reference in eval() without, or in advance."""
+    model, tokenizer = vivid()
+    live, trained = (model(**batch_of(tokenizer), scoring=scoring).logits for scoring in ("live", "schedule"))
+    assert float((live - trained).abs().max()) > 1  # else any way to score would do
+    if kind == "adapter":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["query", "key", "value", "out", "up", "down"]))
+    trainer = dpo(tmp_path, model, tokenizer, **({"precompute_ref_log_probs": True} if kind == "precomputed" else {}))
+    trainer.train()
+    first, second = (line for line in trainer.state.log_history if "rewards/margins" in line)
+    tolerance = 1e-4 if kind == "precomputed" else 0  # other batches, so other roundings
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert abs(first[name]) <= tolerance, name
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6 + tolerance)
+    assert second["rewards/margins"] > 0
+    assert trainer.evaluate()["eval_rewards/margins"] > second["rewards/margins"]
+
+
+def batch_of(tokenizer):
+    return tokenizer(TEXTS[:2], return_tensors="pt", padding=True)
+
+
+def test_policy_and_reference_are_bit_equal_as_dpo_calls_them():
+    """DPOTrainer's own steps: chosen and rejected in one batch padded on the right, labels, a head beside the model."""
+    policy, tokenizer = vivid()
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    policy.train()
+    batch = tokenizer(
+        [*TEXTS[:2], *(text[:-9] for text in TEXTS[:2])], return_tensors="pt", padding=True, padding_side="right"
+    )
+    for model in (policy, reference):
+        add_fused_lm_head(model)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    called = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    scores = policy(**called, labels=labels, fused_lm_head=True).log_probs
+    with torch.no_grad():
+        expected = reference(**called, labels=labels, fused_lm_head=True).log_probs
+    assert scores.requires_grad
+    assert torch.equal(scores, expected)
+
+
+def test_a_head_on_the_logits_compares_alike_where_the_setting_says_so():
+    """Trainers that read `logits` call the model itself."""
+    policy, tokenizer = vivid()
+    policy.config.scoring = "schedule"
+    reference = copy.deepcopy(policy).eval()
+    batch = batch_of(tokenizer)
+    with torch.no_grad():
+        expected = reference(**batch, use_cache=False).logits
+    assert torch.equal(policy.train()(**batch, use_cache=False).logits, expected)
+
+
+# --- the end of a text ---------------------------------------------------------------------------------------------
+
+
+def test_a_fine_tune_learns_to_stop(tmp_path):
+    """With the collator of docs/huggingface.md: an end of text is a label, and comes out again."""
+    model, _ = make()
+    tokenizer = wrap_tokenizer(TOKENIZER, 64)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    rows = Rows.from_dict(tokenizer([text + tokenizer.eos_token for text in ("the state", "a token remembers") * 8]))
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    assert all(row[-1] == tokenizer.eos_token_id for row in collator([rows[0], rows[1]])["labels"])
+    settings = arguments(TrainingArguments, tmp_path)
+    settings.max_steps = 40
+    Trainer(model=model, args=settings, train_dataset=rows, data_collator=collator).train()
+    prompt = tokenizer(["the", "a token"], return_tensors="pt", padding=True)
+    generated = model.eval().generate(**prompt, max_new_tokens=24, do_sample=False)
+    assert tokenizer.batch_decode(generated, skip_special_tokens=True) == ["the state", "a token remembers"]

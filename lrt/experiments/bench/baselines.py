@@ -99,16 +99,15 @@ class PlainModel(nn.Module):
         angles = torch.arange(config.context)[:, None] * config.rope_base ** (
             -torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
         )
-        # (T, 1, K/2): they broadcast over the heads.
-        self.register_buffer("cos", angles.cos().unsqueeze(1), persistent=False)
-        self.register_buffer("sin", angles.sin().unsqueeze(1), persistent=False)
+        # (T, 1, K/2): they broadcast over the heads. No buffers, which would be moved to devices without float64.
+        self.cos, self.sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of tokens (B, T)."""
         x = x0 = self.norm(self.embedding(tokens))
         memory = torch.zeros_like(x)  # of a first pass: the products with it are computed all the same
         k, v = self.key(memory), self.value(memory)
-        cos, sin = (angles[: tokens.shape[1]].to(x) for angles in (self.cos, self.sin))
+        cos, sin = (angles[: tokens.shape[1]].to(x.dtype).to(x.device) for angles in (self.cos, self.sin))
         for block in self.blocks:
             x = block(x, x0, memory, k, v, cos, sin)
         return self.config.softcap * torch.tanh(self.head(self.norm(x)) / self.config.softcap)

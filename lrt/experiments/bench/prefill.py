@@ -22,6 +22,7 @@ from lrt.inference.prefill import PrefillMode, prefill
 from lrt.inference.sweeps import Prompt, SweepState
 from lrt.model.cross_entropy import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils.device import double
 from lrt.utils.progress import bar
 from lrt.utils.timing import alternate
 
@@ -113,7 +114,7 @@ def gaps_to_live(
     bits = math.log(2) * int(token_bytes.to(prompts.device)[prompts[:, 1:]].sum())
     gaps: dict[int, list[float]] = {}
     with torch.no_grad(), bar("live score", batch * (length - 1) * (1 + len(strides)), progress) as advance:
-        live = float(score(model, prompts, advance=advance).double().sum()) / bits
+        live = float(double(score(model, prompts, advance=advance)).sum()) / bits
         for groups in strides:
             state = model.empty_state(batch, length, tokens=prompts).in_place()
             rows = SweepState.of(model, Prompt(prompts, [length] * batch, [0] * batch), state)
@@ -121,7 +122,7 @@ def gaps_to_live(
             for sweep in range(min(SCORED_SWEEPS, length // groups)):
                 rows.sweep(model, groups, sweep * groups)
                 nats = token_nats(model, rows.values[:, :-1, 0], prompts[:, 1:])
-                gaps[groups].append(float(nats.double().sum()) / bits - live)
+                gaps[groups].append(float(double(nats).sum()) / bits - live)
             advance(batch * (length - 1), f"stride {groups}")
     return live, gaps
 

@@ -11,6 +11,15 @@ from lrt.model.config import MODEL_KINDS, ModelConfig
 from lrt.schedules.parse import parse_saved
 from lrt.utils import plugins as loaded
 
+SCORING = ("auto", "schedule", "live")
+"""By what `eval()` computes a call without a cache."""
+
+
+def check_scoring(scoring: str) -> None:
+    """ValueError where it is none of `SCORING`."""
+    if scoring not in SCORING:
+        raise ValueError(f"unknown scoring {scoring!r}; choose one of {', '.join(SCORING)}")
+
 
 class LRTConfig(PreTrainedConfig):
     """Configuration of an `LRTForCausalLM`."""
@@ -24,21 +33,26 @@ class LRTConfig(PreTrainedConfig):
         schedule: str = "plain()",
         prefill: str = "converged",
         plugins: list[dict[str, Any]] | None = None,
+        scoring: str = "auto",
         **kwargs: Any,
     ) -> None:
         """`architecture` is `ModelConfig.to_dict()` (None: its defaults); the rest of a model's shape follows from it.
 
-        schedule: the training schedule, used in `train()`. prefill: how prompts and whole texts are read, one of
-        "exact", "converged", "fast", "one_sweep" (lrt.inference.prefill). plugins: what a user's own parts come from
-        (`lrt.utils.plugins.describe`). ValueError on an unknown one, and where a part's plugin is not loaded; only
-        `train()` needs the schedule's.
+        schedule: the training schedule. prefill: how prompts and whole texts are read, one of "exact", "converged",
+        "fast", "one_sweep" (lrt.inference.prefill). plugins: what a user's own parts come from
+        (`lrt.utils.plugins.describe`). scoring: what a call in `eval()` without a cache runs. "live": true recurrence;
+        "schedule": the training schedule, as `train()` always does; "auto": live where the model is called, the
+        schedule where `base_model` is, as TRL does for its losses. generate() is live whatever it says. ValueError on
+        an unknown one, and where a part's plugin is not loaded; only the schedule's may be missing until it is run.
         """
         loaded.require(plugins or (), MODEL_KINDS)
         model = ModelConfig.from_dict(architecture or {})
         parse_saved(schedule)
         if prefill not in PREFILL_MODES:
             raise ValueError(f"unknown prefill {prefill!r}; choose one of {', '.join(PREFILL_MODES)}")
+        check_scoring(scoring)
         self.architecture = model.to_dict()
+        self.scoring = scoring
         self.schedule = schedule
         self.prefill = prefill
         self.plugins = plugins or []

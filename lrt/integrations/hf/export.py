@@ -38,6 +38,9 @@ from lrt.utils.plugins import Plugin, describe
 
 ENTRIES = {"configuration_lrt": "lrt.integrations.hf.configuration", "modeling_lrt": "lrt.integrations.hf.modeling"}
 """File names that transformers knows from config.json, and the modules that they are."""
+PAD = "<|pad|>"
+PAD_NAMES = (PAD, "<pad>", "[PAD]")
+"""Special tokens that may pad, in order of preference; without one, PAD is added above the vocabulary."""
 
 
 def export(source: Path | str, out: Path | str, prefill: str = "converged", remote_code: bool = True) -> LRTForCausalLM:
@@ -70,16 +73,9 @@ def write_folder(source: Path | str, out: Path, prefill: str, remote_code: bool)
     native, tokenizer = checkpoint.load(source)
     about = checkpoint.about(source)
     model = wrap_model(native, tokenizer, about.get("schedule", "plain()"), prefill)
+    fast = wrap_tokenizer(tokenizer, native.config.context)
+    model.config.pad_token_id = model.generation_config.pad_token_id = fast.pad_token_id
     model.save_pretrained(out)
-    special = tokenizer.inner.id_to_token(tokenizer.bos)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=prepend_bos(tokenizer),
-        bos_token=special,
-        eos_token=special,
-        pad_token=special,
-        model_max_length=native.config.context,
-        clean_up_tokenization_spaces=False,
-    )
     fast.save_pretrained(out)
     plugins = list(dict(plugins_behind(native, model.config.schedule)).values())
     if remote_code:
@@ -110,6 +106,40 @@ def wrap_model(native: LatentRecurrentTransformer, tokenizer: Tokenizer, schedul
     model.model = native
     model.generation_config = GenerationConfig.from_model_config(config)
     return model.eval()
+
+
+def wrap_tokenizer(tokenizer: Tokenizer, context: int) -> PreTrainedTokenizerFast:
+    """A tokenizer as transformers' own: BOS opens a text and ends it, and padding is neither.
+
+    Padding of its own, because collators take every label that is padding for one that does not count: as BOS, it would
+    take the end of every text along. It stands on the left, where generate() wants it.
+    """
+    inner, bos = prepend_bos(tokenizer), tokenizer.inner.id_to_token(tokenizer.bos)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token=bos,
+        eos_token=bos,
+        pad_token=add_padding(inner),
+        padding_side="left",
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def add_padding(inner: tokenizers.Tokenizer) -> str:
+    """The special token that pads, added above the vocabulary where there is none."""
+    special = {token.content for token in inner.get_added_tokens_decoder().values() if token.special}
+    for name in PAD_NAMES:
+        if name in special:
+            return name
+    ids = set(inner.get_vocab(with_added_tokens=True).values())
+    inner.add_special_tokens([PAD])
+    if inner.token_to_id(PAD) in ids:
+        raise ValueError(
+            f"the tokenizer's ids have holes, so that {PAD} gets {inner.token_to_id(PAD)}, which another token has; "
+            f"add a special token {PAD} to its tokenizer.json and train with that"
+        )
+    return PAD
 
 
 def prepend_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:

@@ -3,14 +3,19 @@
 Shapes: B rows, T new columns of a call (padding included), D width, V vocabulary.
 
 In `eval()` a call is a prefill of its tokens behind what the cache holds (`config.prefill`), a call with one token a
-decoded token. In `train()` it is the training schedule (`config.schedule`), with gradients. Adapters (LoRA) around any
-projection are called: what the model fuses uses a weight only of a plain `nn.Linear`.
+decoded token. In `train()` it is the training schedule (`config.schedule`), with gradients. `config.scoring` says where
+`eval()` takes the schedule too. Adapters (LoRA) around any projection are called: what the model fuses uses a weight
+only of a plain `nn.Linear`.
+
+The id of padding may be one above the vocabulary, for which there is no embedding: tokenizers that are trained here
+have no other that is free. It is never computed; where no mask is given it is what the mask would hide.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +29,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lrt.data.batch import IGNORED
 from lrt.inference.prefill import prefill
 from lrt.integrations.hf.cache import Columns, append, check_cache, past, read_cache
-from lrt.integrations.hf.configuration import LRTConfig
+from lrt.integrations.hf.configuration import LRTConfig, check_scoring
 from lrt.model.cross_entropy import token_nats
 from lrt.model.execution import EAGER
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules.base import Schedule, Simple
 from lrt.schedules.loss import StepLoss
 from lrt.schedules.parse import parse
 from lrt.schedules.refinement import refine
@@ -35,6 +41,8 @@ from lrt.schedules.refinement import refine
 MISCOUNTED = "position_ids do not count the tokens of each text from 0; leave them out. Packed texts have no cache"
 GENERATION_MODES = ("greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation")
 CACHES = (None, "dynamic", "static")
+COMPONENTS = ("get_encoder", "set_encoder", "get_decoder", "set_decoder")
+"""What transformers asks a base model for, so that others may lie in it."""
 HF_IGNORED = -100
 """What transformers writes where a label counts nowhere."""
 CACHE_NAME = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -47,6 +55,29 @@ class LRTOutput(CausalLMOutputWithPast):
 
     last_hidden_state: Tensor | None = None
     """(B, T, D), for those who bring a head and a loss of their own (TRL)."""
+
+
+class Backbone:
+    """`base_model`: what tools call that bring a head and a loss of their own, and that compare two models by it (TRL).
+
+    By `config.scoring` "auto" it runs the training schedule in `eval()` as in `train()`: the reference of a preference
+    loss stands in `eval()`, its policy in `train()`, and both have to be scored by the same means. All else is the
+    model's own.
+    """
+
+    def __init__(self, model: LRTForCausalLM) -> None:
+        self.whole = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> LRTOutput | tuple[Tensor, ...]:
+        scoring = self.whole.config.scoring
+        scored = {"scoring": "schedule" if scoring == "auto" else scoring}
+        # Not by the model's own call, whose forward such tools replace, and whose hooks ran when they were called.
+        return LRTForCausalLM.forward(self.whole, *args, **{**scored, **kwargs})
+
+    def __getattr__(self, name: str) -> Any:
+        if name in COMPONENTS:  # which the model would look for here, and find itself again
+            raise AttributeError(name)
+        return getattr(self.whole, name)
 
 
 class LRTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -70,10 +101,23 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = LatentRecurrentTransformer(config.model)
         self.post_init()
 
+    @property
+    def base_model(self) -> Any:
+        """The model as a source of hidden states for others' losses."""
+        return Backbone(self)
+
     def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any):  # type: ignore[override]
-        """transformers' generate(), in the modes whose tokens tests hold against the native model's."""
+        """transformers' generate(), in the modes whose tokens tests hold against the native model's.
+
+        Prompts padded on the right are moved to the right end of their rows, and come back so: what follows the
+        columns of the prompt is new, as ever.
+        """
         if self.training:
-            raise ValueError("generation is live, and train() is the training schedule; call model.eval() first")
+            raise ValueError(
+                "generation is live, and train() is the training schedule; call model.eval() before generate(). "
+                "Trainers that generate while they train (TRL's GRPO and RLOO) do not work with an LRT yet; SFTTrainer "
+                "and DPOTrainer do"
+            )
         config = copy.deepcopy(generation_config or self.generation_config)
         config.update(**kwargs)
         # An allow-list: a mode that is not known to carry the memory along would give other tokens in silence.
@@ -85,10 +129,30 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation {config.cache_implementation!r} is not supported by an LRT; choose one of "
                 f"{', '.join(map(str, CACHES))}"
             )
-        prompt = kwargs.get("input_ids") if inputs is None else inputs
-        if prompt is not None and not self.config.model.unlimited_context:
-            check_room(self.config.model.context, prompt, kwargs.get("attention_mask"), config)
+        kwargs["scoring"] = "live"
+        prompt = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if prompt is not None:
+            caches = [kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None]
+            held = int(caches[0].get_seq_length()) if caches else 0
+            mask = kwargs.get("attention_mask")
+            mask = self._mask_of_padding(prompt) if mask is None else mask
+            inputs, moved = pad_left(prompt, mask, kwargs.get("position_ids"), held)
+            kwargs |= moved
+            if not self.config.model.unlimited_context:
+                check_room(self.config.model.context, inputs, kwargs.get("attention_mask"), config)
         return super().generate(inputs, generation_config, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def padding(self) -> int | None:
+        """The id of padding where it is above the vocabulary; None where it is one of its tokens."""
+        pad = self.config.pad_token_id
+        return pad if pad is not None and pad >= self.config.vocab_size else None
+
+    def _mask_of_padding(self, ids: Tensor) -> Tensor | None:
+        """A mask (B, T) that hides padding above the vocabulary; None where there is none."""
+        if self.padding is None or not bool((ids == self.padding).any()):
+            return None
+        return (ids != self.padding).long()
 
     @staticmethod
     def create_masks_for_generate(config: LRTConfig, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
@@ -115,8 +179,9 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.head
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Only the size it has: value embeddings and head belong to one vocabulary."""
-        if new_num_tokens not in (None, self.config.vocab_size):
+        """Only the size it has: value embeddings and head belong to one vocabulary. Padding needs no embedding."""
+        sizes = {None, self.config.vocab_size} | (set() if self.padding is None else {self.padding + 1})
+        if new_num_tokens not in sizes:
             raise ValueError(
                 f"the vocabulary of an LRT is fixed ({self.config.vocab_size} tokens, {new_num_tokens} asked for); use "
                 "tokens that its tokenizer has"
@@ -136,6 +201,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        scoring: str | None = None,
         **kwargs: Any,
     ) -> LRTOutput | tuple[Tensor, ...]:
         """Logits (B, T, V) of input_ids (B, T), and the loss where there are labels (B, T).
@@ -143,8 +209,9 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask (B, T), or (B, columns held + T): 0 for padding, at either side. position_ids must count each
         row's real tokens; without a cache they may begin anew, which starts a packed text, computed as its own row.
         labels are those of the inputs themselves, -100 where ignored; `num_items_in_batch` is Trainer's count for
-        accumulated batches.
-        Outside `train()` no gradients are made, so that no wrong ones can be.
+        accumulated batches. `scoring` stands for `config.scoring` in this call: "schedule" runs the training schedule
+        in `eval()` too, with the numbers and gradients of `train()`; a call with a cache is live whatever it says.
+        Where `eval()` is live no gradients are made, so that no wrong ones can be.
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError(
@@ -154,7 +221,14 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
             if kwargs.get(name):
                 raise ValueError(f"{name} is not supported; lrt.refine on model.model gives hidden states")
         cache = past_key_values if cache is None else cache
-        if self.training:
+        if self.padding is not None:
+            attention_mask = self._mask_of_padding(input_ids) if attention_mask is None else attention_mask
+            labels = None if labels is None else labels.masked_fill(labels == self.padding, HF_IGNORED)
+            # generate() fills the rows that have ended with padding, and shows it: it is computed as another end.
+            input_ids = input_ids.masked_fill(input_ids == self.padding, self.config.bos_token_id or 0)
+        check_scoring(scoring or self.config.scoring)
+        graded = self.training or (cache is None and (scoring or self.config.scoring) == "schedule")
+        if graded:
             hidden, loss = self._train(input_ids, attention_mask, position_ids, cache, labels, num_items_in_batch)
         else:
             with torch.no_grad():
@@ -165,7 +239,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
                 loss = None if labels is None else self._loss(hidden, input_ids, labels, attention_mask, position_ids)
         # Their convention: a number counts from the end (0: all), a tensor names the columns.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(graded and torch.is_grad_enabled()):
             logits = self.model.logits(hidden[:, kept])
         fields: dict[str, Any] = {CACHE_NAME: cache}
         output = LRTOutput(loss=loss, logits=logits, last_hidden_state=hidden, **fields)
@@ -222,7 +296,8 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         rows = Unpadded.of(ids, mask, position_ids)
         tokens = rows.split(ids, 0)
         targets = None if labels is None else shift_labels(rows.split(labels, HF_IGNORED))
-        schedule = parse(self.config.schedule).draw()
+        schedule = parse(self.config.schedule)
+        schedule = schedule.draw() if labels is not None else draw_for(schedule, tokens)
         out = refine(self.model, tokens, schedule, execution=EAGER)
         loss = None
         if targets is not None and items is not None and bool((targets == IGNORED).all()):
@@ -300,6 +375,32 @@ def is_packed(ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> 
         return False
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[1] :].bool()
     return bool((((position_ids == 0).expand_as(ids) & real).sum(1) > 1).any())
+
+
+def draw_for(schedule: Schedule, tokens: Tensor) -> Schedule:
+    """What a mixture draws for tokens (B, T): the same for the same rows, so that two models are scored by one."""
+    if isinstance(schedule, Simple):
+        return schedule
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(zlib.crc32(tokens.cpu().numpy().tobytes()))
+        return schedule.draw()
+
+
+def pad_left(
+    ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, held: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(ids (B, T), mask and position_ids, as far as there are any) with each row's padding before its new tokens.
+
+    The first `held` columns are in the cache, and stay. generate() reads the next token off the last column.
+    """
+    others = {"attention_mask": mask, "position_ids": position_ids}
+    kept = {name: tensor for name, tensor in others.items() if tensor is not None}
+    if mask is None or mask.shape != ids.shape or bool(mask[:, -1].all()):
+        return ids, kept
+    order = torch.argsort(mask[:, held:].bool().to(torch.uint8), dim=1, stable=True)  # stable: tokens keep their order
+    index = torch.arange(held, device=ids.device).expand(len(ids), held)
+    order = torch.cat((index, order + held), 1)
+    return ids.gather(1, order), {name: t.expand_as(ids).gather(1, order) for name, t in kept.items()}
 
 
 def check_room(context: int, prompt: Tensor, mask: Tensor | None, config: GenerationConfig) -> None:
