@@ -26,9 +26,10 @@ from torch import Tensor
 from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration, fallback
 from lrt.inference.decoders import decoder
-from lrt.inference.prefill import PrefillMode, exact_reason, prefill, refuse_thoughts
+from lrt.inference.exactness import asked_bound, least_exact
+from lrt.inference.prefill import PREFILL_MODES, PrefillMode, exact_reason, prefill, refuse_thoughts
 from lrt.inference.request import Completion, Event, Finish, Logprob, Request
-from lrt.inference.row_pool import PrefixCache, RowPool, rows_that_fit
+from lrt.inference.row_pool import KeptRow, PrefixCache, RowPool, rows_that_fit
 from lrt.inference.sampling import draw_rows
 from lrt.model.config import ModelConfig
 from lrt.model.state import State
@@ -55,11 +56,12 @@ class Job:
     """How many of them are in the row's State: the next call computes tokens[fed], at this position."""
     reused: int = 0
     """How many of them were copied, not computed."""
-    fork: State | None = None
+    fork: KeptRow | None = None
     """A row that has the prompt, computed for an earlier sample."""
     logprobs: list[Logprob] = field(default_factory=list)
     certificate: Certificate | None = None
-    """How the prompt was computed, where in parallel (or why not)."""
+    """How the prompt was computed, where in parallel (or why not), or the part of it that was copied; of the less
+    exact of the two."""
 
     @property
     def new(self) -> list[int]:
@@ -128,7 +130,7 @@ class Engine:
         self.slots = slots
         self.limit = None if config.unlimited_context else slots
         """Tokens that a row may have; None where slots are reused."""
-        self.prefixes = PrefixCache(prefixes)
+        self.prefixes = PrefixCache(prefixes, [asked_bound(mode, model) for mode in PREFILL_MODES])
         self.waiting: deque[Job] = deque()
         """Jobs without a row, in the order in which they came."""
         self.running: list[Job] = []
@@ -155,6 +157,10 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Queue a request; returns its number. ValueError where it cannot be served."""
         request.check(self.model.config, self.slots)
+        return self.enqueue(request)
+
+    def enqueue(self, request: Request) -> int:
+        """`submit` for a request that has passed `Request.check` already."""
         number, self.next_request = self.next_request, self.next_request + 1
         jobs = [Job(request, number, i, list(request.tokens)) for i in range(request.samples)]
         if request.max_new_tokens == 0:
@@ -201,15 +207,17 @@ class Engine:
         return events
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """The events of one request as they come; others in the engine go on beside it. Stopped early, it is cancelled.
+        """The events of one request as they come; others in the engine go on beside it.
 
-        ValueError, at the call, where it cannot be served.
+        It is submitted when its first event is asked for, and cancelled where it is left or collected before its end.
+        Nothing of it stays in the engine. ValueError, at the call, where it cannot be served.
         """
-        number = self.submit(request)
-        self.streams[number] = deque()
-        return self._stream(number, request.samples)
+        request.check(self.model.config, self.slots)
+        return self._stream(request)
 
-    def _stream(self, number: int, left: int) -> Iterator[Event]:
+    def _stream(self, request: Request) -> Iterator[Event]:
+        number, left = self.enqueue(request), request.samples
+        self.streams[number] = deque()
         try:
             while left:
                 while not self.streams[number]:
@@ -218,8 +226,9 @@ class Engine:
                 left -= event.finish is not None
                 yield event
         finally:
-            del self.streams[number]
             self.cancel(number)
+            del self.streams[number], self.done[number]  # all samples have ended by now
+            self.ended = [event for event in self.ended if event.request != number]
 
     def complete(self, requests: Iterable[Request]) -> list[list[Completion]]:
         """Serve requests to their end: the samples of each, in order."""
@@ -245,12 +254,14 @@ class Engine:
             self.waiting.remove(job)
             row = self.rows.take()
             if job.fork is not None:  # all but the last token of the prompt, whose hidden state is computed anew
-                known: tuple[int, State] | None = (len(job.request.tokens) - 1, job.fork)
+                known: tuple[int, KeptRow] | None = (len(job.request.tokens) - 1, job.fork)
             else:
-                known = self.prefixes.find(job.tokens, self.model.config.lookback)
+                error = asked_bound(self._mode(job), self.model)
+                known = self.prefixes.find(job.tokens, self.model.config.lookback, error)
             if known is not None and known[0] > 0:
                 job.fed = job.reused = known[0]
-                self.rows.copy(row, known[1], 0, job.fed)
+                job.certificate = known[1].certificate
+                self.rows.copy(row, known[1].state, 0, job.fed)
             job.fork = None  # copied: let go of it
             self.running.append(job)
             fresh.append(job)
@@ -272,7 +283,7 @@ class Engine:
         # As if it were alone, so that what else waits does not decide whether it is swept.
         reason = exact_reason(self.model, mode, left, 1, self.calibration)
         if reason is not None:
-            job.certificate = Certificate("exact", reason, left)
+            self._certify(job, Certificate("exact", reason, len(job.tokens)))
         return reason is None
 
     def _prefill_new(self, fresh: Sequence[Job]) -> list[tuple[list[Job], Tensor]]:
@@ -294,9 +305,13 @@ class Engine:
         out = prefill(self.model, tokens, state, mode, lengths, self.calibration)
         for i, (row, job) in enumerate(zip(rows, jobs, strict=True)):
             job.fed = len(job.tokens)
-            job.certificate = out.report.rows[i]
+            self._certify(job, out.report.rows[i])
             self.rows.copy(row, out.state, i, job.fed)
         return jobs, out.hidden.squeeze(1)
+
+    def _certify(self, job: Job, certificate: Certificate) -> None:
+        """Note how the rest of a prompt was computed: no more exactly than what it goes on from."""
+        job.certificate = least_exact(job.certificate, certificate, len(job.request.tokens))
 
     def _draw(self, jobs: Sequence[Job], hidden: Tensor) -> list[Event]:
         """The next token of jobs whose tokens are all fed, from hidden (n, D)."""
@@ -333,15 +348,20 @@ class Engine:
         """The prompt's row for the other samples, which wait for it."""
         others = [j for j in self.waiting if j.number == job.number]
         if others:
-            state = self.rows.snapshot(self.running.index(job), job.fed)
+            row = self._snapshot(job)
             for other in others:
-                other.fork = state
+                other.fork = row
+
+    def _snapshot(self, job: Job) -> KeptRow:
+        """What a job's row holds. The last token drawn was not fed, so it is not part of it."""
+        state = self.rows.snapshot(self.running.index(job), job.fed)
+        return KeptRow(tuple(job.tokens[: job.fed]), state, job.certificate)
 
     def _leave(self, job: Job) -> None:
         """A job's row is free; the last row takes its number."""
         row = self.running.index(job)
-        if self.prefixes.budget:  # the last token drawn was not fed, so it is not part of what is kept
-            self.prefixes.keep(job.tokens[: job.fed], self.rows.snapshot(row, job.fed))
+        if self.prefixes.budget:
+            self.prefixes.keep(self._snapshot(job))
         last = self.rows.give_back(row)
         self.running[row] = self.running[last]
         self.running.pop()
