@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import ipaddress
 from contextlib import suppress
 from dataclasses import dataclass
@@ -89,6 +90,9 @@ class Serve:
             chat = "with chat" if model.template is not None else "no chat template"
             print(f"{model.name}: {model.summary()['parameters']:,} parameters, {model.engine.rows} rows, {chat}")
         server = create_server(app, registry, self.host, self.port)
+        # What stays for ever is not looked through again: torch's modules alone pause all threads for 0.3 seconds.
+        gc.collect()
+        gc.freeze()
         with suppress(SystemExit):  # uvicorn's, where it cannot listen
             server.run()
         if not server.started:

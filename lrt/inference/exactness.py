@@ -1,4 +1,4 @@
-"""How exact a row is, as a number: what decides whether another request may go on from it (docs/contract.md, section 7).
+"""How exact a row is, as a number: may another request go on from it (docs/contract.md, section 7)?
 
 Whatever is computed after an inexact position is no more exact than that position. So a row, a fork of it and a session
 carry the certificate of the least exact part of their text.
@@ -27,7 +27,7 @@ def error_bound(certificate: Certificate | None) -> float:
 
 
 def asked_bound(mode: PrefillMode, model: LatentRecurrentTransformer) -> float:
-    """The largest error that a prompt of this mode may start from: none where exact, any where nothing is vouched for."""
+    """The largest error that a prompt of this mode may start from: 0 where exact, infinity where it asks for nothing."""
     if mode == "exact":
         return 0.0
     limit = tolerance(mode, model)

@@ -70,7 +70,7 @@ class RowPool:
         assert self.free > 0
         row, self.used = self.used, self.used + 1
         self._forget()
-        self._fill(row, -1)  # keys, values and memory may stay: nothing reads a slot whose position is -1
+        empty_row(self.state, row)  # keys, values and memory may stay: nothing reads a slot whose position is -1
         return row
 
     def give_back(self, row: int) -> int:
@@ -87,15 +87,7 @@ class RowPool:
         Where slots are reused, those of later positions are left out: what they replaced is lost (`State.intact`).
         """
         self._forget()
-        width = min(length, source.slots, self.state.slots)
-        with torch.no_grad():
-            for buffer, other in zip(buffers_of(self.state), buffers_of(source), strict=True):
-                buffer[row].narrow(-2, 0, width).copy_(other[source_row].narrow(-2, 0, width))
-            self._fill(row, -1)
-            positions = source.slot_positions[source_row, :width]
-            known = (positions >= 0) & (positions < length)
-            self.state.slot_positions[row, :width] = positions.where(known, -1)
-            self.state.tokens[row, :width] = source.tokens[source_row, :width].where(known, -1)
+        copy_row(self.state, row, source, source_row, length)
 
     def snapshot(self, row: int, length: int) -> State:
         """The first `length` positions of a row as a State of its own, of so many slots (where reused: of all)."""
@@ -115,15 +107,30 @@ class RowPool:
                 pending_strides=(),
             )
 
-    def _fill(self, row: int, value: int) -> None:
-        """Set all positions and tokens of a row; with -1 it is empty."""
-        with torch.no_grad():
-            self.state.slot_positions[row] = value
-            self.state.tokens[row] = value
-
     def _forget(self) -> None:
         """What Python knows of all rows (`written_until`) is no longer true: rows now differ."""
         self.decoder.state = dataclasses.replace(self.state, written_until=0, pending_strides=())
+
+
+def empty_row(state: State, row: int) -> None:
+    """Forget all positions and tokens of a row, in place."""
+    with torch.no_grad():
+        state.slot_positions[row] = -1
+        state.tokens[row] = -1
+
+
+def copy_row(target: State, row: int, source: State, source_row: int, length: int) -> None:
+    """`RowPool.copy` into any State whose buffers may be overwritten."""
+    width = min(length, source.slots, target.slots)
+    with torch.no_grad():
+        for buffer, other in zip(buffers_of(target), buffers_of(source), strict=True):
+            buffer[row].narrow(-2, 0, width).copy_(other[source_row].narrow(-2, 0, width))
+        positions = source.slot_positions[source_row, :width].clone()  # the row may be its own source
+        tokens = source.tokens[source_row, :width].clone()
+        empty_row(target, row)
+        known = (positions >= 0) & (positions < length)
+        target.slot_positions[row, :width] = positions.where(known, -1)
+        target.tokens[row, :width] = tokens.where(known, -1)
 
 
 def buffers_of(state: State) -> list[Tensor]:
@@ -155,8 +162,8 @@ class PrefixCache:
     """Snapshots of rows, the least recently used dropped where they exceed a budget.
 
     A row serves whoever asks for no more than its certificate vouches for. There is a radix tree for what is exact, for
-    each tolerance that a mode asks for, and for the rest. So the cost of finding one grows with the prompt's length, not
-    with how many are kept.
+    each tolerance that a mode asks for, and for the rest. So the cost of finding one grows with the prompt's length,
+    not with how many are kept.
     """
 
     def __init__(self, budget: int, steps: Sequence[float] = ()) -> None:
