@@ -27,7 +27,7 @@ def error_bound(certificate: Certificate | None) -> float:
 
 
 def asked_bound(mode: PrefillMode, model: LatentRecurrentTransformer) -> float:
-    """The largest error that a prompt of this mode may start from: 0 where exact, infinity where it asks for nothing."""
+    """The largest error that a prompt of this mode may start from: 0 where exact, infinity where any will do."""
     if mode == "exact":
         return 0.0
     limit = tolerance(mode, model)
