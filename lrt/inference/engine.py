@@ -16,6 +16,7 @@ Shapes: n rows in use, V vocabulary, D width.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
@@ -360,8 +361,12 @@ class Engine:
         return jobs, out.hidden.squeeze(1)
 
     def _certify(self, job: Job, certificate: Certificate) -> None:
-        """Note how the rest of a prompt was computed: no more exactly than what it goes on from."""
-        job.certificate = least_exact(job.certificate, certificate, len(job.request.tokens))
+        """Note how the rest of a prompt was computed: no more exactly than what it goes on from.
+
+        It is a certificate of the whole prompt: how much of it was known would tell what others have asked.
+        """
+        length = len(job.request.tokens)
+        job.certificate = least_exact(job.certificate, dataclasses.replace(certificate, tokens=length), length)
 
     def _draw(self, jobs: Sequence[Job], hidden: Tensor) -> list[Event]:
         """The next token of jobs whose tokens are all fed, from hidden (n, D)."""

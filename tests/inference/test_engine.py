@@ -11,6 +11,7 @@ import itertools
 import math
 import random
 import weakref
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from support.generation import CONFIGS, CONTEXT, V, every_model
 from support.models import NONE, PAIRWISE, over, random_model
 
 from lrt import ModelConfig, Sampling, refine, schedules
+from lrt.inference import radix_tree
 from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration, Plan
 from lrt.inference.engine import Engine
@@ -235,6 +237,24 @@ def test_what_is_found_is_the_longest_beginning_that_is_exact_enough():
                 assert next(reversed(cache.kept)) is found[1]
 
 
+def test_finding_a_prefix_takes_as_long_with_many_kept(monkeypatch: pytest.MonkeyPatch):
+    model, r, compared = random_model(CONFIGS["both"]), random.Random(0), []
+    row = KeptRow((0,), model.empty_state(1, 1), None)
+    cache, common = PrefixCache(10**9), [r.randrange(30) for _ in range(20)]
+    monkeypatch.setattr(radix_tree, "common_prefix", lambda a, b: compared.append(len(a)) or common_prefix(a, b))
+    work = []
+    for count in (30, 2000):
+        while len(cache.kept) < count:
+            cache.keep(dataclasses.replace(row, tokens=(*common, *(r.randrange(30) for _ in range(20)))))
+        compared.clear()
+        found = cache.find([*common, *range(30, 50)], 1)
+        assert found is not None
+        assert found[0] == 20
+        work.append(sum(compared))
+    assert max(work) <= 40
+    assert cache.bytes == 2000 * row.bytes
+
+
 def certificate_of(residual: float | None) -> Certificate:
     return Certificate("sweeps", "", 1, 2, 3, residual, residual, contraction=0.5)
 
@@ -442,3 +462,65 @@ def test_prompts_with_several_samples_do_not_wait_for_each_other():
         engine.step()
         steps += 1
     assert steps <= 10 + 3 + 1
+
+
+class Held(Executor):
+    """Runs what it is given when the test says so."""
+
+    def __init__(self) -> None:
+        self.work: list[tuple[Future[Any], Any]] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.work.append((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def finish(self) -> None:
+        for future, run in self.work:
+            if future.set_running_or_notify_cancel():
+                future.set_result(run())
+        self.work.clear()
+
+
+def test_prompts_in_the_background_keep_nobody_waiting():
+    model, prompt = random_model(CONFIGS["both"]), (3, 1, 4, 1, 5, 9, 2, 6)
+    long = Request(prompt, 3, WARM, samples=2, prefill="one_sweep", seed=4)
+    short = Request((3, 1), 4, WARM, prefill="exact")
+    (expected,) = Engine(model, rows=3, calibration=QUICK).complete([long])
+    held = Held()
+    engine = Engine(model, rows=3, calibration=QUICK, background=held)
+    numbers = [engine.submit(long), engine.submit(short), engine.submit(long)]
+    for _ in range(6):
+        engine.step()
+    assert [c.finish for c in engine.finished(numbers[1])] == ["length"]
+    assert len(engine.prefilling) == 2
+    assert not engine.idle
+    engine.cancel(numbers[2])
+    held.finish()
+    while not engine.idle:
+        engine.step()
+    done = engine.finished(numbers[0])
+    assert [c.tokens for c in done] == [c.tokens for c in expected]
+    assert [error_bound(c.certificate) for c in done] == [math.inf] * 2
+    assert [c.finish for c in engine.finished(numbers[2])] == ["cancelled"] * 2
+    assert engine.rows.used == 0
+
+
+def test_a_prompt_in_the_background_goes_on_from_what_is_known():
+    model, prompt = random_model(CONFIGS["both"]), (3, 1, 4, 1, 5, 9, 2, 6)
+    held, asked = Held(), Request((*prompt, 5, 3, 5), 3, WARM, prefill="one_sweep")
+    engine = Engine(model, rows=2, calibration=QUICK, background=held, prefixes=10**6)
+    engine.complete([Request(prompt, 1, WARM, prefill="exact")])
+    kept = next(iter(engine.prefixes.kept))
+    before = [buffer.clone() for buffer in kept.state.keys]
+    number = engine.submit(asked)
+    engine.step()
+    held.finish()
+    while not engine.idle:
+        engine.step()
+    (done,) = engine.finished(number)
+    assert done.reused_tokens == len(prompt)
+    beside = Engine(model, rows=2, calibration=QUICK, prefixes=10**6)
+    beside.complete([Request(prompt, 1, WARM, prefill="exact")])
+    assert done.tokens == beside.complete([asked])[0][0].tokens
+    assert all(torch.equal(a, b) for a, b in zip(before, kept.state.keys, strict=True))
