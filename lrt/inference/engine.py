@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
 
@@ -222,7 +222,7 @@ class Engine:
                 self.streams[event.request].append(event)
         return events
 
-    def stream(self, request: Request) -> Iterator[Event]:
+    def stream(self, request: Request) -> Generator[Event, None, None]:
         """The events of one request as they come; others in the engine go on beside it.
 
         It is submitted when its first event is asked for, and cancelled where it is left or collected before its end.
@@ -231,7 +231,7 @@ class Engine:
         request.check(self.model.config, self.slots)
         return self._stream(request)
 
-    def _stream(self, request: Request) -> Iterator[Event]:
+    def _stream(self, request: Request) -> Generator[Event, None, None]:
         number, left = self.enqueue(request), request.samples
         self.streams[number] = deque()
         try:
