@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import ipaddress
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,10 @@ import tyro
 from lrt.serve.config import Limits
 from lrt.utils.device import choose_device
 from lrt.utils.imports import extra
+
+SWITCH_SECONDS = 0.001
+"""How long a thread that works on a large request keeps the event loop and the engine from going on; Python's own
+default is five times that."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,10 @@ class Serve:
             chat = "with chat" if model.template is not None else "no chat template"
             print(f"{model.name}: {model.summary()['parameters']:,} parameters, {model.engine.rows} rows, {chat}")
         server = create_server(app, registry, self.host, self.port)
+        # What stays for ever is not looked through again: torch's modules alone pause all threads for 0.3 seconds.
+        gc.collect()
+        gc.freeze()
+        sys.setswitchinterval(SWITCH_SECONDS)
         with suppress(SystemExit):  # uvicorn's, where it cannot listen
             server.run()
         if not server.started:

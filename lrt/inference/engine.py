@@ -4,8 +4,8 @@ Every step feeds each row in use its next token, of the prompt or just drawn, at
 done are given back at once and taken by those waiting. So prompts of any lengths share a batch without padding, exact
 prefill is the same step as decoding, and a row's tokens are those that it would have alone (contract, section 7).
 
-Prompts that are computed in parallel instead (`prefill="converged"`) are swept when they take a row. Those that sweeps
-would not pay for are fed among the others' tokens.
+Prompts that are computed in parallel instead (`prefill="converged"`) are swept when they take a row, or before, in a
+thread beside the steps (`background`). Those that sweeps would not pay for are fed among the others' tokens.
 
 Rows in use are the first ones of the State: when a row is done the last one takes its place (one copy), and a step
 computes no idle rows. Samples of a request and reused prefixes are one thing: a row copied up to where the texts part,
@@ -16,8 +16,10 @@ Shapes: n rows in use, V vocabulary, D width.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
 
 import torch
@@ -26,18 +28,21 @@ from torch import Tensor
 from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration, fallback
 from lrt.inference.decoders import decoder
-from lrt.inference.prefill import PrefillMode, exact_reason, prefill, refuse_thoughts
+from lrt.inference.exactness import asked_bound, least_exact
+from lrt.inference.prefill import PREFILL_MODES, Prefilled, PrefillMode, exact_reason, prefill, refuse_thoughts
 from lrt.inference.request import Completion, Event, Finish, Logprob, Request
-from lrt.inference.row_pool import PrefixCache, RowPool, rows_that_fit
+from lrt.inference.row_pool import KeptRow, PrefixCache, RowPool, copy_row, rows_that_fit
 from lrt.inference.sampling import draw_rows
 from lrt.model.config import ModelConfig
-from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 
 ROWS = 8
 """Rows of an engine that neither `rows` nor `memory` limits: a few users, in little memory."""
 CHUNK = 256
 """Slots beyond the lookback where slots are reused: what a parallel prefill computes at once."""
+
+MOMENT = 0.005
+"""Seconds that a step waits for the background where no row is in use, so that it can be cancelled meanwhile."""
 
 
 @dataclass(eq=False)
@@ -55,11 +60,12 @@ class Job:
     """How many of them are in the row's State: the next call computes tokens[fed], at this position."""
     reused: int = 0
     """How many of them were copied, not computed."""
-    fork: State | None = None
+    fork: KeptRow | None = None
     """A row that has the prompt, computed for an earlier sample."""
     logprobs: list[Logprob] = field(default_factory=list)
     certificate: Certificate | None = None
-    """How the prompt was computed, where in parallel (or why not)."""
+    """How the prompt was computed, where in parallel (or why not), or the part of it that was copied; of the less
+    exact of the two."""
 
     @property
     def new(self) -> list[int]:
@@ -88,6 +94,7 @@ class Engine:
         prefixes: int = 0,
         calibration: Calibration | None = None,
         prompts: int | None = None,
+        background: Executor | None = None,
     ) -> None:
         """Allocates all rows at once.
 
@@ -103,6 +110,8 @@ class Engine:
         calibration: what decides between sweeps and token by token. None: a device's usual costs.
         prompts: how many prompts are prefilled in parallel in one step at most, so that the others' tokens do not wait
             for long. None: no limit. With 1 a prompt is computed as it would be alone, whatever arrives beside it.
+        background: where prompts are prefilled in parallel, each alone, while the others' tokens go on: a thread. None:
+            within the step.
 
         Raises ValueError, which names value, limit and fix, on numbers below 1 and where `memory` is too little.
         """
@@ -120,7 +129,7 @@ class Engine:
             )
         if prompts is not None and prompts < 1:
             raise ValueError(f"prompts is {prompts}; give at least 1 per step, or None: no limit")
-        self.model, self.prompts = model, prompts
+        self.model, self.prompts, self.background = model, prompts, background
         self.calibration = calibration or fallback(model.embedding.weight.device)
         self.prefill: PrefillMode = prefill
         self.decoder = decoder(model, model.empty_state(rows, slots), mode)
@@ -128,11 +137,13 @@ class Engine:
         self.slots = slots
         self.limit = None if config.unlimited_context else slots
         """Tokens that a row may have; None where slots are reused."""
-        self.prefixes = PrefixCache(prefixes)
+        self.prefixes = PrefixCache(prefixes, [asked_bound(mode, model) for mode in PREFILL_MODES])
         self.waiting: deque[Job] = deque()
         """Jobs without a row, in the order in which they came."""
         self.running: list[Job] = []
         """Job i is in row i."""
+        self.prefilling: list[tuple[Job, Future[Prefilled]]] = []
+        """Jobs whose prompts are computed in the background, in order; each gets a row when it is done."""
         self.done: dict[int, list[Completion]] = {}
         """What `step` completed, by request, until it is fetched with `finished`."""
         self.ended: list[Event] = []
@@ -150,11 +161,15 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether another step would do nothing."""
-        return not self.waiting and not self.running and not self.ended
+        return not self.waiting and not self.running and not self.ended and not self.prefilling
 
     def submit(self, request: Request) -> int:
         """Queue a request; returns its number. ValueError where it cannot be served."""
         request.check(self.model.config, self.slots)
+        return self.enqueue(request)
+
+    def enqueue(self, request: Request) -> int:
+        """`submit` for a request that has passed `Request.check` already."""
         number, self.next_request = self.next_request, self.next_request + 1
         jobs = [Job(request, number, i, list(request.tokens)) for i in range(request.samples)]
         if request.max_new_tokens == 0:
@@ -173,6 +188,11 @@ class Engine:
         for job in matching(self.waiting):
             self.waiting.remove(job)
             self.ended.append(self._finish(job, "cancelled"))
+        for job in matching(job for job, _ in self.prefilling):
+            (future,) = (future for other, future in self.prefilling if other is job)
+            future.cancel()  # what is at work ends by itself, and is not looked at
+            self.prefilling.remove((job, future))
+            self.ended.append(self._finish(job, "cancelled"))
         for job in matching(self.running):
             self._leave(job)
             self.ended.append(self._finish(job, "cancelled"))
@@ -183,6 +203,8 @@ class Engine:
         Returns what was drawn, and which samples ended. A row that is still within its prompt draws nothing.
         """
         events, self.ended = self.ended, []
+        for job, prefilled in self._take_prefilled():
+            events += self._draw([job], self._join(job, prefilled))
         for jobs, hidden in self._prefill_new(self._admit()):  # these already stand at their prompt's end
             events += self._draw(jobs, hidden)
         if self.running:
@@ -200,16 +222,18 @@ class Engine:
                 self.streams[event.request].append(event)
         return events
 
-    def stream(self, request: Request) -> Iterator[Event]:
-        """The events of one request as they come; others in the engine go on beside it. Stopped early, it is cancelled.
+    def stream(self, request: Request) -> Generator[Event, None, None]:
+        """The events of one request as they come; others in the engine go on beside it.
 
-        ValueError, at the call, where it cannot be served.
+        It is submitted when its first event is asked for, and cancelled where it is left or collected before its end.
+        Nothing of it stays in the engine. ValueError, at the call, where it cannot be served.
         """
-        number = self.submit(request)
-        self.streams[number] = deque()
-        return self._stream(number, request.samples)
+        request.check(self.model.config, self.slots)
+        return self._stream(request)
 
-    def _stream(self, number: int, left: int) -> Iterator[Event]:
+    def _stream(self, request: Request) -> Generator[Event, None, None]:
+        number, left = self.enqueue(request), request.samples
+        self.streams[number] = deque()
         try:
             while left:
                 while not self.streams[number]:
@@ -218,8 +242,9 @@ class Engine:
                 left -= event.finish is not None
                 yield event
         finally:
-            del self.streams[number]
             self.cancel(number)
+            del self.streams[number], self.done[number]  # all samples have ended by now
+            self.ended = [event for event in self.ended if event.request != number]
 
     def complete(self, requests: Iterable[Request]) -> list[list[Completion]]:
         """Serve requests to their end: the samples of each, in order."""
@@ -238,27 +263,64 @@ class Engine:
         """Waiting jobs into free rows, in order, each with the beginning that is known already."""
         fresh: list[Job] = []
         for job in list(self.waiting):
-            if not self.rows.free or (self.prompts is not None and sum(map(self._sweeps, fresh)) >= self.prompts):
+            if self.rows.free <= len(self.prefilling) or self._enough(fresh):
                 break
             if job.sample > 0 and job.fork is None and self._prompt_running(job.number):
                 continue  # its prompt is being computed for the first sample; it waits for that, those behind do not
             self.waiting.remove(job)
-            row = self.rows.take()
             if job.fork is not None:  # all but the last token of the prompt, whose hidden state is computed anew
-                known: tuple[int, State] | None = (len(job.request.tokens) - 1, job.fork)
+                known: tuple[int, KeptRow] | None = (len(job.request.tokens) - 1, job.fork)
             else:
-                known = self.prefixes.find(job.tokens, self.model.config.lookback)
+                error = asked_bound(self._mode(job), self.model)
+                known = self.prefixes.find(job.tokens, self.model.config.lookback, error)
             if known is not None and known[0] > 0:
                 job.fed = job.reused = known[0]
-                self.rows.copy(row, known[1], 0, job.fed)
-            job.fork = None  # copied: let go of it
+                job.certificate = known[1].certificate
+            job.fork = None  # copied in a moment: let go of it
+            if self.background is not None and self._sweeps(job):
+                self.prefilling.append((job, self._prefill_beside(job, known, self.background)))
+                continue
+            row = self.rows.take()
+            if known is not None:
+                self.rows.copy(row, known[1].state, 0, job.fed)
             self.running.append(job)
             fresh.append(job)
         return fresh
 
+    def _enough(self, fresh: Sequence[Job]) -> bool:
+        """Whether no more prompts may be prefilled in this step than these."""
+        return self.prompts is not None and sum(map(self._sweeps, fresh)) >= self.prompts
+
+    def _prefill_beside(self, job: Job, known: tuple[int, KeptRow] | None, background: Executor) -> Future[Prefilled]:
+        """Begin to compute the rest of a job's prompt in the background, on a row of its own."""
+        state = self.model.empty_state(1, self.slots).in_place()
+        if known is not None:
+            copy_row(state, 0, known[1].state, 0, job.fed)
+        tokens = torch.tensor([job.tokens[job.fed :]], device=state.tokens.device)
+        mode, calibration = self._mode(job), self.calibration
+        return background.submit(prefill, self.model, tokens, state, mode, calibration=calibration)
+
+    def _take_prefilled(self) -> list[tuple[Job, Prefilled]]:
+        """What the background has done, in order; with nothing else to do, it is waited for a moment."""
+        if self.prefilling and not self.running:
+            wait([future for _, future in self.prefilling], MOMENT, FIRST_COMPLETED)
+        done = [(job, future) for job, future in self.prefilling if future.done()]
+        self.prefilling = [pair for pair in self.prefilling if pair not in done]
+        return [(job, future.result()) for job, future in done]
+
+    def _join(self, job: Job, prefilled: Prefilled) -> Tensor:
+        """A prompt that was computed in the background into a row: its last hidden state (1, D)."""
+        row = self.rows.take()
+        self.running.append(job)
+        self._certify(job, prefilled.report.rows[0])
+        job.fed = len(job.tokens)
+        self.rows.copy(row, prefilled.state, 0, job.fed)
+        return prefilled.hidden.squeeze(1)
+
     def _prompt_running(self, number: int) -> bool:
         """Whether the first sample of a request is still busy with the prompt."""
-        return any(job.number == number and not job.new for job in self.running)
+        prefilling = (job for job, _ in self.prefilling)
+        return any(job.number == number and not job.new for job in (*self.running, *prefilling))
 
     def _mode(self, job: Job) -> PrefillMode:
         """How a job's prompt is computed."""
@@ -272,7 +334,7 @@ class Engine:
         # As if it were alone, so that what else waits does not decide whether it is swept.
         reason = exact_reason(self.model, mode, left, 1, self.calibration)
         if reason is not None:
-            job.certificate = Certificate("exact", reason, left)
+            self._certify(job, Certificate("exact", reason, len(job.tokens)))
         return reason is None
 
     def _prefill_new(self, fresh: Sequence[Job]) -> list[tuple[list[Job], Tensor]]:
@@ -294,9 +356,17 @@ class Engine:
         out = prefill(self.model, tokens, state, mode, lengths, self.calibration)
         for i, (row, job) in enumerate(zip(rows, jobs, strict=True)):
             job.fed = len(job.tokens)
-            job.certificate = out.report.rows[i]
+            self._certify(job, out.report.rows[i])
             self.rows.copy(row, out.state, i, job.fed)
         return jobs, out.hidden.squeeze(1)
+
+    def _certify(self, job: Job, certificate: Certificate) -> None:
+        """Note how the rest of a prompt was computed: no more exactly than what it goes on from.
+
+        It is a certificate of the whole prompt: how much of it was known would tell what others have asked.
+        """
+        length = len(job.request.tokens)
+        job.certificate = least_exact(job.certificate, dataclasses.replace(certificate, tokens=length), length)
 
     def _draw(self, jobs: Sequence[Job], hidden: Tensor) -> list[Event]:
         """The next token of jobs whose tokens are all fed, from hidden (n, D)."""
@@ -333,15 +403,20 @@ class Engine:
         """The prompt's row for the other samples, which wait for it."""
         others = [j for j in self.waiting if j.number == job.number]
         if others:
-            state = self.rows.snapshot(self.running.index(job), job.fed)
+            row = self._snapshot(job)
             for other in others:
-                other.fork = state
+                other.fork = row
+
+    def _snapshot(self, job: Job) -> KeptRow:
+        """What a job's row holds. The last token drawn was not fed, so it is not part of it."""
+        state = self.rows.snapshot(self.running.index(job), job.fed)
+        return KeptRow(tuple(job.tokens[: job.fed]), state, job.certificate)
 
     def _leave(self, job: Job) -> None:
         """A job's row is free; the last row takes its number."""
         row = self.running.index(job)
-        if self.prefixes.budget:  # the last token drawn was not fed, so it is not part of what is kept
-            self.prefixes.keep(job.tokens[: job.fed], self.rows.snapshot(row, job.fed))
+        if self.prefixes.budget:
+            self.prefixes.keep(self._snapshot(job))
         last = self.rows.give_back(row)
         self.running[row] = self.running[last]
         self.running.pop()

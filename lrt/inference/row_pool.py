@@ -12,13 +12,18 @@ Shapes: B rows, S slots, G key/value heads, K head size, P remembered sources, D
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import math
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lrt.inference.certificate import Certificate
 from lrt.inference.decoders import EagerDecoder
+from lrt.inference.exactness import error_bound
+from lrt.inference.radix_tree import RadixTree
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -65,7 +70,7 @@ class RowPool:
         assert self.free > 0
         row, self.used = self.used, self.used + 1
         self._forget()
-        self._fill(row, -1)  # keys, values and memory may stay: nothing reads a slot whose position is -1
+        empty_row(self.state, row)  # keys, values and memory may stay: nothing reads a slot whose position is -1
         return row
 
     def give_back(self, row: int) -> int:
@@ -82,15 +87,7 @@ class RowPool:
         Where slots are reused, those of later positions are left out: what they replaced is lost (`State.intact`).
         """
         self._forget()
-        width = min(length, source.slots, self.state.slots)
-        with torch.no_grad():
-            for buffer, other in zip(buffers_of(self.state), buffers_of(source), strict=True):
-                buffer[row].narrow(-2, 0, width).copy_(other[source_row].narrow(-2, 0, width))
-            self._fill(row, -1)
-            positions = source.slot_positions[source_row, :width]
-            known = (positions >= 0) & (positions < length)
-            self.state.slot_positions[row, :width] = positions.where(known, -1)
-            self.state.tokens[row, :width] = source.tokens[source_row, :width].where(known, -1)
+        copy_row(self.state, row, source, source_row, length)
 
     def snapshot(self, row: int, length: int) -> State:
         """The first `length` positions of a row as a State of its own, of so many slots (where reused: of all)."""
@@ -110,15 +107,30 @@ class RowPool:
                 pending_strides=(),
             )
 
-    def _fill(self, row: int, value: int) -> None:
-        """Set all positions and tokens of a row; with -1 it is empty."""
-        with torch.no_grad():
-            self.state.slot_positions[row] = value
-            self.state.tokens[row] = value
-
     def _forget(self) -> None:
         """What Python knows of all rows (`written_until`) is no longer true: rows now differ."""
         self.decoder.state = dataclasses.replace(self.state, written_until=0, pending_strides=())
+
+
+def empty_row(state: State, row: int) -> None:
+    """Forget all positions and tokens of a row, in place."""
+    with torch.no_grad():
+        state.slot_positions[row] = -1
+        state.tokens[row] = -1
+
+
+def copy_row(target: State, row: int, source: State, source_row: int, length: int) -> None:
+    """`RowPool.copy` into any State whose buffers may be overwritten."""
+    width = min(length, source.slots, target.slots)
+    with torch.no_grad():
+        for buffer, other in zip(buffers_of(target), buffers_of(source), strict=True):
+            buffer[row].narrow(-2, 0, width).copy_(other[source_row].narrow(-2, 0, width))
+        positions = source.slot_positions[source_row, :width].clone()  # the row may be its own source
+        tokens = source.tokens[source_row, :width].clone()
+        empty_row(target, row)
+        known = (positions >= 0) & (positions < length)
+        target.slot_positions[row, :width] = positions.where(known, -1)
+        target.tokens[row, :width] = tokens.where(known, -1)
 
 
 def buffers_of(state: State) -> list[Tensor]:
@@ -126,57 +138,92 @@ def buffers_of(state: State) -> list[Tensor]:
     return [*state.keys, *state.values, state.memory.transpose(1, 2)]
 
 
-class PrefixCache:
-    """Snapshots of rows, the least recently used dropped where they exceed a budget."""
+@dataclass(eq=False)
+class KeptRow:
+    """The snapshot of a row. Compared by identity."""
 
-    def __init__(self, budget: int) -> None:
-        """`budget` in bytes; 0 keeps nothing. ValueError below 0."""
-        if budget < 0:
-            raise ValueError(f"the budget of prefixes is {budget} bytes; give 0 (keep none) or more")
-        self.budget = budget
-        self.kept: dict[tuple[int, ...], State] = {}
-        """By the tokens that a row has, the least recently used first."""
+    tokens: tuple[int, ...]
+    """What the row has."""
+    state: State
+    certificate: Certificate | None
+    """Of the least exact part of it; None is exact."""
 
     @property
     def bytes(self) -> int:
-        """What the snapshots take."""
-        return sum(size(state) for state in self.kept.values())
+        return size(self.state)
 
-    def find(self, tokens: Sequence[int], lookback: int) -> tuple[int, State] | None:
-        """(n, State) of the kept text that shares most tokens, n of them; None where none shares any.
+    @property
+    def error(self) -> float:
+        """As `error_bound` has it."""
+        return error_bound(self.certificate)
+
+
+class PrefixCache:
+    """Snapshots of rows, the least recently used dropped where they exceed a budget.
+
+    A row serves whoever asks for no more than its certificate vouches for. There is a radix tree for what is exact, for
+    each tolerance that a mode asks for, and for the rest. So the cost of finding one grows with the prompt's length,
+    not with how many are kept.
+    """
+
+    def __init__(self, budget: int, steps: Sequence[float] = ()) -> None:
+        """`budget` in bytes; 0 keeps nothing. `steps`: the errors that will be asked for, beside 0 and infinity.
+
+        ValueError for a budget below 0.
+        """
+        if budget < 0:
+            raise ValueError(f"the budget of prefixes is {budget} bytes; give 0 (keep none) or more")
+        self.budget = budget
+        self.trees: dict[float, RadixTree[KeptRow]] = {step: RadixTree() for step in sorted({0.0, *steps, math.inf})}
+        """By the largest error in them, in order."""
+        self.bytes = 0
+        """What the snapshots take."""
+        self.kept: OrderedDict[KeptRow, None] = OrderedDict()
+        """The least recently used first."""
+
+    def find(self, tokens: Sequence[int], lookback: int, error: float = 0.0) -> tuple[int, KeptRow] | None:
+        """(n, row) of the kept text that shares most tokens, n of them; None where none shares any.
 
         At most all but the last token: its hidden state is needed, and is computed anew.
         lookback: where slots are reused, how many positions before n must be intact.
+        error: the largest that will do, as `error_bound` has it. Of texts that share as much, the most exact.
         """
-        wanted = tuple(tokens[:-1])
-        shared = {text: common_prefix(text, wanted) for text in self.kept}
-        text = max(shared, key=lambda t: shared[t], default=())
-        if not shared or shared[text] == 0:
+        wanted, shared, row = tuple(tokens[:-1]), 0, None
+        for step, tree in self.trees.items():
+            length, other = tree.longest(wanted) if step <= error else (0, None)
+            if length > shared:
+                shared, row = length, other
+        if row is None:
             return None
-        state = self.kept.pop(text)
-        self.kept[text] = state  # now the most recently used
-        if state.reusable and not bool(state.intact(ends(state, shared[text]), lookback).all()):
+        self.kept.move_to_end(row)
+        if row.state.reusable and not bool(row.state.intact(ends(row.state, shared), lookback).all()):
             return None
-        return shared[text], state
+        return shared, row
 
-    def keep(self, tokens: Sequence[int], state: State) -> None:
-        """Keep a row that has these tokens; kept texts that it begins with are dropped, as it serves for them.
+    def keep(self, row: KeptRow) -> None:
+        """Keep a row; kept texts that it begins with and that are no more exact are dropped.
 
         One that is larger than the whole budget is not kept.
         """
-        text = tuple(tokens)
-        if size(state) > self.budget or not text:
+        if row.bytes > self.budget or not row.tokens:
             return
-        for other in [t for t in self.kept if text[: len(t)] == t]:
-            del self.kept[other]
-        self.kept[text] = state
+        step = self._step(row.error)
+        for other in [other for at, tree in self.trees.items() if at >= step for other in tree.beginnings(row.tokens)]:
+            self._drop(other)
+        self.trees[step].add(row.tokens, row)
+        self.kept[row] = None
+        self.bytes += row.bytes
         while self.bytes > self.budget:  # ends before the new one, which fits
-            del self.kept[next(iter(self.kept))]
+            self._drop(next(iter(self.kept)))
 
+    def _drop(self, row: KeptRow) -> None:
+        self.trees[self._step(row.error)].remove(row.tokens)
+        del self.kept[row]
+        self.bytes -= row.bytes
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their beginning."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    def _step(self, error: float) -> float:
+        """The tree that a row of this error lies in."""
+        return next(step for step in self.trees if error <= step)
 
 
 def size(state: State) -> int:

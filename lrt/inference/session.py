@@ -26,9 +26,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lrt.inference.certificate import PrefillReport
+from lrt.inference.certificate import Certificate, PrefillReport
 from lrt.inference.cost_model import Calibration
 from lrt.inference.decoders import decoder
+from lrt.inference.exactness import least_exact
 from lrt.inference.generation import continuation
 from lrt.inference.prefill import Prefilled, PrefillMode, prefill
 from lrt.inference.sampling import Sampling
@@ -57,7 +58,9 @@ class Session:
     seed: int = 0
     """What is drawn at a position depends on the seed and the position alone, not on how it was reached."""
     report: PrefillReport | None = None
-    """Of the last prefill; None after a token was drawn."""
+    """Of the last prefill, no more exact than what it went on from; None after a token was drawn."""
+    certificate: Certificate | None = None
+    """Of the least exact part of the text. None: exact, or loaded from a folder that does not say (of 0.1)."""
 
     @classmethod
     def start(
@@ -222,12 +225,15 @@ def _extend(session: Session, tokens: Sequence[int], mode: PrefillMode, calibrat
         raise ValueError(f"token {wrong[:1]} is none of the model's {vocabulary}; was it made by another tokenizer?")
     state = session._room(len(tokens))
     done: Prefilled = prefill(session.model, session._row(tokens), state, mode, calibration=calibration)
+    certificate = least_exact(session.certificate, done.report.rows[0], len(session.tokens) + len(tokens))
+    assert certificate is not None
     return dataclasses.replace(
         session,
         tokens=(*session.tokens, *map(int, tokens)),
         state=done.state,
         hidden=done.hidden,
-        report=done.report,
+        report=dataclasses.replace(done.report, rows=(certificate,)),
+        certificate=certificate,
     )
 
 
@@ -249,6 +255,7 @@ def _about(session: Session, folder: Path) -> dict[str, Any]:
         "format": FORMAT,
         "model": fingerprint(session.model),
         "seed": session.seed,
+        "certificate": None if session.certificate is None else session.certificate.to_dict(),
         "bytes": file.stat().st_size,
         "sha256": sha256(file),
     }
@@ -266,4 +273,7 @@ def _rebuild(model: LatentRecurrentTransformer, tensors: dict[str, Tensor], abou
         slot_positions=tensors["held"],
         written_until=tensors["tokens"].shape[0],
     )
-    return Session(model, tuple(tensors["tokens"].tolist()), state, tensors["hidden"], int(about["seed"]))
+    kept = about.get("certificate")
+    certificate = None if kept is None else Certificate(**kept)
+    tokens = tuple(tensors["tokens"].tolist())
+    return Session(model, tokens, state, tensors["hidden"], int(about["seed"]), certificate=certificate)

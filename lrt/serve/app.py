@@ -12,7 +12,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
-from lrt.serve.errors import ApiError, install_handlers
+from lrt.serve.body import body_route, body_size, off_loop
+from lrt.serve.errors import ClientDisconnected, install_handlers
 from lrt.serve.middleware import PUBLIC_PATHS, RequestGuard
 from lrt.serve.models import ModelRegistry, ServedModel
 from lrt.serve.playground import MemoryInspector, parse_generation, stream_generation
@@ -75,6 +76,7 @@ def create_app(registry: ModelRegistry, token: str | None = None, hosts: Collect
         responses=ERRORS,
     )
     install_handlers(app)
+    app.router.route_class = body_route(registry.limits)
     add_server_routes(app, registry)
     add_openai_routes(app, registry)
     add_playground_routes(app, registry, inspector)
@@ -130,17 +132,21 @@ def add_openai_routes(app: FastAPI, registry: ModelRegistry) -> None:
     async def respond(task: GenerationTask, http: Request) -> Response:
         if task.stream:
             return await event_stream(stream_response(task, registry, http))
-        return JSONResponse((await full_response(task, registry, http)).model_dump())
+        return await full_response(task, registry, http)
 
     @app.post("/v1/completions", responses={200: {"model": TextCompletion, "content": EVENT_STREAM}})
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue a prompt, or several. With `stream`, server-sent events."""
-        return await respond(await parse_completion(body, registry.find(body.model), registry.limits), request)
+        model = registry.find(body.model)
+        return await respond(
+            await off_loop(body_size(request), parse_completion, body, model, registry.limits), request
+        )
 
     @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, "content": EVENT_STREAM}})
     async def chat(body: ChatBody, request: Request) -> Response:
         """The next turn of a conversation. With `stream`, server-sent events."""
-        return await respond(await parse_chat(body, registry.find(body.model), registry.limits), request)
+        model = registry.find(body.model)
+        return await respond(await off_loop(body_size(request), parse_chat, body, model, registry.limits), request)
 
 
 def add_playground_routes(app: FastAPI, registry: ModelRegistry, inspector: MemoryInspector) -> None:
@@ -158,7 +164,8 @@ def add_playground_routes(app: FastAPI, registry: ModelRegistry, inspector: Memo
     @app.post("/playground/generate", response_class=Response, responses={200: {"content": EVENT_STREAM}})
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Tokens with their surprisal, as server-sent events."""
-        task = await parse_generation(body, registry.find(body.model), registry.limits)
+        model = registry.find(body.model)
+        task = await off_loop(body_size(request), parse_generation, body, model, registry.limits)
         return await event_stream(stream_generation(task, registry, request))
 
     @app.post("/playground/inspect")
@@ -192,11 +199,11 @@ class EventStream(Response):
 async def event_stream(events: AsyncIterator[str]) -> Response:
     """A response of events. An ApiError before the first of them is raised, and so has a status of its own.
 
-    ApiError 499, nginx's code for a client that has gone away, where there is no event; nobody receives it.
+    ClientDisconnected where there is no event.
     """
     first = await anext(events, None)
     if first is None:
-        raise ApiError(499, "the client has gone away")
+        raise ClientDisconnected
     return EventStream(first, events)
 
 

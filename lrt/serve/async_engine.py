@@ -166,14 +166,10 @@ class AsyncEngine:
 
     def _submit(self, submission: Submission) -> None:
         try:
-            submission.number = self.engine.submit(submission.request)
-        except Exception as exception:
-            # A ValueError is the client's mistake and says so. Others' texts are the server's own.
-            mistake = isinstance(exception, ValueError)
-            if not mistake:
-                LOG.exception("a request to %s cannot be taken", self.name)
-            error = ApiError(400, str(exception)) if mistake else internal_error()
-            self._call_in_loop(self._dispatch, [(submission, error)], submission.request.samples)
+            submission.number = self.engine.enqueue(submission.request)
+        except Exception:
+            LOG.exception("a request to %s cannot be taken", self.name)
+            self._call_in_loop(self._dispatch, [(submission, internal_error())], submission.request.samples)
             return
         submission.samples_left = submission.request.samples
         self._submissions[submission.number] = submission

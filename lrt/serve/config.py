@@ -13,6 +13,8 @@ class Limits:
 
     body_bytes: int = 1_000_000
     """Size of a request's body (else 413)."""
+    body_values: int = 32_768
+    """JSON values in a body, names counted too: these are what takes time to read, not text (else 413)."""
     body_seconds: float = 10.0
     """Time for its head and again for its body to arrive (else the connection is closed; 408)."""
     prompt_tokens: int | None = None

@@ -66,6 +66,17 @@ def internal_error() -> ApiError:
     return ApiError(500, "the server failed to answer this request; its log says more", "server_error", code="internal")
 
 
+def not_json_error() -> ApiError:
+    return ApiError(400, "the body is no JSON object; send one, with Content-Type: application/json")
+
+
+class ClientDisconnected(ApiError):
+    """The client has gone away. 499 is nginx's code for it, as HTTP has none; nobody receives it."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "the client has gone away")
+
+
 def install_handlers(app: FastAPI) -> None:
     """Every error of an app takes this shape."""
 
@@ -98,7 +109,7 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "value_error":
         return ApiError(400, str(first["msg"]).removeprefix("Value error, "))
     if not place or first["type"] == "json_invalid":
-        return ApiError(400, "the body is no JSON object; send one, with Content-Type: application/json")
+        return not_json_error()
     param = str(place[0])
     if param in UNSUPPORTED and first["type"] != "extra_forbidden":
         return ApiError(400, f"{param} is not supported here: {UNSUPPORTED[param]}", param=param, code="unsupported")

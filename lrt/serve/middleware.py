@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -68,8 +69,7 @@ class RequestGuard:
     def _authorise(self, scope: Scope) -> None:
         """ApiError 403 for a wrong host, 401 for a wrong token."""
         headers = Headers(scope=scope)
-        host = headers.get("host", "").rsplit(":", 1)[0]
-        if self.hosts is not None and host.strip("[]").lower() not in self.hosts:
+        if self.hosts is not None and host_name(headers.get("host", "")) not in self.hosts:
             raise ApiError(403, "this server is for its own machine only; use http://127.0.0.1", code="wrong_host")
         if self.token is None or scope["path"] in PUBLIC_PATHS:
             return
@@ -123,6 +123,12 @@ class RequestGuard:
             await send(message)
 
         return send_counted
+
+
+def host_name(host: str) -> str:
+    """The name or address in a Host header, which may have a port behind it; an IPv6 address is in brackets there."""
+    matched = re.fullmatch(r"(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::\d*)?", host)
+    return "" if matched is None else (matched[1] or matched[2] or "").lower()
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

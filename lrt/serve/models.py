@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class ServedModel:
     fingerprint: str
     """Of the weights."""
     settings: Settings
+    prefills: ThreadPoolExecutor
+    """Where prompts are computed in parallel, and scored, one at a time beside the engine."""
 
     @property
     def config(self) -> ModelConfig:
@@ -96,6 +99,9 @@ def create_served_model(
     """A model in memory, ready to be served; its engine is not started yet."""
     tokenizer.decoder(())  # makes its table of bytes: the first request would make it in the event loop
 
+    threads = torch.get_num_threads()  # set in the thread itself: OpenMP keeps the number per thread
+    prefills = ThreadPoolExecutor(1, f"prefill of {name}", lambda: torch.set_num_threads(threads))
+
     def make_engine() -> Engine:
         return Engine(
             transformer,
@@ -104,13 +110,13 @@ def create_served_model(
             prefill=settings.prefill,
             prefixes=settings.prefixes,
             calibration=calibration,
-            prompts=1,  # swept one per step: as they would be alone, and the others' tokens do not wait for long
+            background=prefills,  # as they would be alone, and the others' tokens do not wait
         )
 
     engine = AsyncEngine(name, make_engine, metrics, limits.queue_seconds)
     template = choose_template(tokenizer, settings.template)
     weights = f"fp_{fingerprint(transformer)[:12]}"
-    return ServedModel(name, transformer, tokenizer, engine, template, created, weights, settings)
+    return ServedModel(name, transformer, tokenizer, engine, template, created, weights, settings, prefills)
 
 
 def choose_template(tokenizer: Tokenizer, name: str | None) -> Template | None:
@@ -159,6 +165,7 @@ class ModelRegistry:
         """End the engines."""
         for model in self.models.values():
             await model.engine.stop()
+            model.prefills.shutdown(wait=False, cancel_futures=True)
 
     def drain(self) -> None:
         """Take no new requests."""

@@ -19,7 +19,6 @@ from lrt.serve.protocol import (
     ChatLogprobs,
     CompletionChoice,
     CompletionLogprobs,
-    PromptDetails,
     TextCompletion,
     Usage,
 )
@@ -172,12 +171,14 @@ def clamp_logprob(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def token_usage(task: GenerationTask, completion_tokens: int, cached_tokens: int) -> Usage:
-    """The counts of tokens, over all prompts and answers of a task."""
+def token_usage(task: GenerationTask, completion_tokens: int) -> Usage:
+    """The counts of tokens, over all prompts and answers of a task.
+
+    Not how many were taken from earlier rows: it would tell, token by token, what others have asked.
+    """
     prompt_tokens = sum(len(request.tokens) for request in task.requests)
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptDetails(cached_tokens=cached_tokens),
     )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from starlette.requests import Request as HttpRequest
 
+from lrt.data.tokenizer import Stream
 from lrt.eval.ablations import ablate
 from lrt.eval.memory_stats import memory_by_token
 from lrt.eval.scoring import score
@@ -23,13 +24,14 @@ from lrt.inference.request import Event, Request
 from lrt.inference.sampling import Sampling
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.serve.async_engine import Done
+from lrt.serve.body import off_loop
 from lrt.serve.config import Limits
 from lrt.serve.detokenizer import display_token
-from lrt.serve.errors import ApiError, busy_error, shutdown_error
+from lrt.serve.errors import ApiError, ClientDisconnected, busy_error, shutdown_error
 from lrt.serve.models import ModelRegistry, ServedModel
 from lrt.serve.protocol import GenerateBody
-from lrt.serve.request_parsing import GenerationTask, encode_text, fit_to_context
-from lrt.serve.responses import ClientDisconnected, RunningTask, run_generation, sse, watch_disconnect
+from lrt.serve.request_parsing import GenerationTask, encode_texts, fit_to_context
+from lrt.serve.responses import RunningTask, run_generation, sse, watch_disconnect
 
 ALTERNATIVES = 5
 """Likeliest tokens that are shown of each position."""
@@ -44,13 +46,13 @@ class Cancelled(Exception):
     """Nobody waits for an inspection any more."""
 
 
-async def parse_generation(body: GenerateBody, model: ServedModel, limits: Limits) -> GenerationTask:
+def parse_generation(body: GenerateBody, model: ServedModel, limits: Limits) -> GenerationTask:
     """What the page's form asks for. ApiError 400 where it cannot be served."""
     # top_p = 0 leaves only the most likely token, as a temperature of 0 does.
     sampling = Sampling(body.temperature if body.top_p else 0.0, top_p=body.top_p or 1.0)
     bos = model.tokenizer.bos
     request = Request(
-        (bos, *await encode_text(model, body.prompt)),
+        (bos, *encode_texts(model, [body.prompt])[0]),
         sampling=sampling,
         seed=body.seed,
         stop=frozenset({bos}),
@@ -67,8 +69,7 @@ async def stream_generation(task: GenerationTask, registry: ModelRegistry, http:
     decoder = task.model.tokenizer.decoder()
     try:
         async with run_generation(task, registry, http) as run:
-            texts = [decoder.push(token) for token in request.tokens]
-            yield sse({"type": "prompt", "tokens": list(request.tokens), "texts": texts})
+            yield await off_loop(len(request.tokens), prompt_event, request, decoder)
             async for event in request_events(run):
                 if event.certificate is not None:
                     yield sse({"type": "prefill", **json_number(event.certificate.to_dict())})
@@ -77,10 +78,16 @@ async def stream_generation(task: GenerationTask, registry: ModelRegistry, http:
                     yield sse(token_event(task.model, event, text))
                 if event.finish is not None:
                     yield sse({"type": "end", "finish": event.finish, "rest": decoder.finish()})
-    except ApiError as error:
-        yield sse({"type": "error", **error.error})
     except ClientDisconnected:
         return
+    except ApiError as error:
+        yield sse({"type": "error", **error.error})
+
+
+def prompt_event(request: Request, decoder: Stream) -> str:
+    """The tokens of a prompt and the text that each adds."""
+    texts = [decoder.push(token) for token in request.tokens]
+    return sse({"type": "prompt", "tokens": list(request.tokens), "texts": texts})
 
 
 def token_event(model: ServedModel, event: Event, text: str) -> dict[str, Any]:
@@ -127,8 +134,8 @@ class MemoryInspector:
     async def inspect(self, model: ServedModel, tokens: list[int], http: HttpRequest) -> dict[str, Any]:
         """What the memory did with a text.
 
-        ApiError 400 where it is too long or no text of this model, 429 where too many wait, 503 where the server ends,
-        and 499 where the client has gone away: nginx's code for it, as HTTP has none; only logs show it.
+        ApiError 400 where it is too long or no text of this model, 429 where too many wait, 503 where the server ends;
+        ClientDisconnected where nobody waits for it.
         """
         self._admit(model, tokens)
         self.pending += 1
@@ -138,7 +145,7 @@ class MemoryInspector:
         try:
             return await loop.run_in_executor(self.executor, inspect_text, model, tokens, disconnected)
         except Cancelled:
-            raise ApiError(499, "the client has gone away") from None
+            raise ClientDisconnected from None
         finally:
             disconnected.set()  # where this call is cancelled, nobody waits for the worker; else it has ended already
             watch.cancel()

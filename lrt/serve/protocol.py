@@ -8,10 +8,9 @@ Parameters of OpenAI's that mean nothing here are accepted where they ask for no
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -45,22 +44,6 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class Body(Strict):
-    """A whole body of text."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def refuse_lone_surrogates(cls, data: Any) -> Any:
-        """JSON can spell halves of characters (lone surrogates), which no text has."""
-        try:
-            json.dumps(data, ensure_ascii=False).encode()
-        except (UnicodeEncodeError, RecursionError):
-            raise ValueError("the body holds half a character (a lone surrogate), or is nested too deeply") from None
-        except TypeError:  # not JSON at all: validation says so
-            return data
-        return data
-
-
 class StreamOptions(Strict):
     include_usage: bool = False
     """Send one more event, with the counts of tokens."""
@@ -68,7 +51,7 @@ class StreamOptions(Strict):
     """Accepted; streams are not padded."""
 
 
-class GenerationBody(Body):
+class GenerationBody(Strict):
     """What both of OpenAI's routes take."""
 
     model: str = Field(min_length=1, max_length=200, description="A name of /v1/models.")
@@ -156,7 +139,7 @@ class ChatBody(GenerationBody):
     web_search_options: None = None
 
 
-class GenerateBody(Body):
+class GenerateBody(Strict):
     """POST /playground/generate."""
 
     model: str = Field(min_length=1, max_length=200)
@@ -187,15 +170,10 @@ class Error(BaseModel):
     error: ErrorDetail
 
 
-class PromptDetails(BaseModel):
-    cached_tokens: int
-
-
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
 
 
 class CompletionLogprobs(BaseModel):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from lrt.inference.chat_template import Message, Template, turn_tokens
 from lrt.inference.request import Request
@@ -18,8 +16,6 @@ from lrt.serve.protocol import ChatBody, ChatTurn, CompletionBody, GenerationBod
 
 DEFAULT_MAX_TOKENS = 16
 """Tokens of a completion that asks for no number, as OpenAI's have."""
-LONG_TEXT = 4096
-"""Characters from which a text is tokenized in a thread, so that the event loop goes on."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class GenerationTask:
         return sum(request.samples for request in self.requests)
 
 
-async def parse_completion(body: CompletionBody, model: ServedModel, limits: Limits) -> GenerationTask:
+def parse_completion(body: CompletionBody, model: ServedModel, limits: Limits) -> GenerationTask:
     """What a body of /v1/completions asks for. ApiError 400 where it cannot be served."""
     n = body.n or 1
     samples = n if body.best_of is None else body.best_of
@@ -60,8 +56,7 @@ async def parse_completion(body: CompletionBody, model: ServedModel, limits: Lim
         raise ApiError(400, "best_of cannot be streamed: the best is known at the end only", param="best_of")
     texts, prompts = parse_prompts(body)
     check_choices((len(texts) + len(prompts)) * samples, limits)  # before any of them is tokenized
-    for text in texts:
-        prompts.append([model.tokenizer.bos, *await encode_text(model, text)])
+    prompts += [[model.tokenizer.bos, *tokens] for tokens in encode_texts(model, texts)]
     # A number that was asked for is refused where there is no room for it; the default is cut.
     max_tokens = body.max_tokens if "max_tokens" in body.model_fields_set else None
     request = promptless_request(body, model)
@@ -102,15 +97,14 @@ def parse_prompts(body: CompletionBody) -> tuple[list[str], list[list[int]]]:
     return texts, lists or ([tokens] if tokens else [])
 
 
-async def parse_chat(body: ChatBody, model: ServedModel, limits: Limits) -> GenerationTask:
+def parse_chat(body: ChatBody, model: ServedModel, limits: Limits) -> GenerationTask:
     """What a body of /v1/chat/completions asks for. ApiError 400 where it cannot be served."""
     template = check_chat(body, model, limits)
     try:
         parts = template.parts([Message(message_role(turn), message_text(turn)) for turn in body.messages])
     except ValueError as error:
         raise ApiError(400, str(error), param="messages") from error
-    characters = sum(len(part) for part, _ in parts)
-    tokens = await in_thread_if_long(characters, turn_tokens, model.tokenizer, template, parts)
+    tokens = turn_tokens(model.tokenizer, template, parts)
     request = promptless_request(body, model)
     if template.end is not None:
         (end,) = turn_tokens(model.tokenizer, template, [(template.end, False)])
@@ -161,14 +155,9 @@ def message_text(turn: ChatTurn) -> str:
     return turn.content if isinstance(turn.content, str) else "".join(part.text for part in turn.content)
 
 
-async def encode_text(model: ServedModel, text: str) -> list[int]:
-    """Tokens of a text; of a long one in a thread."""
-    return await in_thread_if_long(len(text), model.tokenizer.encode, text)
-
-
-async def in_thread_if_long(characters: int, encode: Callable[..., list[int]], *arguments: Any) -> list[int]:
-    """encode(*arguments), in a thread where so many characters would hold the event loop up."""
-    return encode(*arguments) if characters < LONG_TEXT else await asyncio.to_thread(encode, *arguments)
+def encode_texts(model: ServedModel, texts: list[str]) -> list[list[int]]:
+    """Tokens of texts, without the interpreter: `encode` of one long text would hold it, and with it all threads."""
+    return model.tokenizer.encode_batch(texts)
 
 
 def promptless_request(body: GenerationBody, model: ServedModel) -> Request:
@@ -205,8 +194,8 @@ def fit_to_context(
 ) -> Request:
     """The request with the number of tokens that it may have: `max_tokens`, else `default`, else what is left.
 
-    ApiError 400 where `max_tokens` is more than is left, and for whatever else makes the request unservable. A
-    default that is more is cut.
+    ApiError 400 where `max_tokens` is more than is left, and for whatever else makes the request unservable: what
+    passes is not checked again. A default that is more is cut.
     """
     length, room = len(request.tokens), model.room(len(request.tokens))
     context, code = model.config.context, "context_length_exceeded"

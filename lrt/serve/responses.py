@@ -3,53 +3,50 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from lrt.inference.engine import log_probability
 from lrt.inference.prefill import prefill
 from lrt.inference.request import Event, Request
 from lrt.serve.async_engine import Done, Submission, WorkerEvent
+from lrt.serve.body import off_loop
 from lrt.serve.detokenizer import Detokenizer, EmittedToken, TextDelta
-from lrt.serve.errors import ApiError, timeout_error
+from lrt.serve.errors import ApiError, ClientDisconnected, timeout_error
 from lrt.serve.models import ModelRegistry, ServedModel
 from lrt.serve.openai_format import FORMATS, token_usage
-from lrt.serve.protocol import ChatCompletion, TextCompletion
 from lrt.serve.request_parsing import GenerationTask
 
 SCORED_AT_ONCE = 64
 """Positions of a prompt whose logits are made at once."""
-
-
-class ClientDisconnected(Exception):
-    """The client has gone away."""
+BYTES_PER_NUMBER = 8
+"""What `off_loop` counts for each number of an answer: about 500 are written at once."""
+PIECES = 4096
+"""Of JSON, a number or a name each, that are sent at once."""
 
 
 class RunningTask:
     """A task whose requests an engine has. Made and cancelled by `run_generation`."""
 
-    def __init__(self, task: GenerationTask, events: asyncio.Queue[Any]) -> None:
-        self.task, self.events = task, events
+    def __init__(self, task: GenerationTask, events: asyncio.Queue[Any], detokenizers: list[list[Detokenizer]]) -> None:
+        """detokenizers: by prompt and sample."""
+        self.task, self.events, self.detokenizers = task, events, detokenizers
         self.submissions = [task.model.engine.submit(request, events) for request in task.requests]
         self.prompt_indices = {submission: i for i, submission in enumerate(self.submissions)}
-        decoder = task.model.tokenizer.decoder
-        self.detokenizers = [
-            [Detokenizer(decoder(request.tokens), task.stop_strings, task.strip) for _ in range(request.samples)]
-            for request in task.requests
-        ]
-        """By prompt and sample."""
         self.ended = [[False] * request.samples for request in task.requests]
-        """Likewise: nothing more is shown of it."""
-        self.cached_tokens = 0
+        """By prompt and sample: nothing more is shown of it."""
 
     @property
     def completion_tokens(self) -> int:
@@ -63,12 +60,12 @@ class RunningTask:
         """
         requests_left = len(self.submissions)
         while requests_left:
+            await asyncio.sleep(0)  # a queue that is full would else be emptied before anybody else has a turn
             submission, event = await self.events.get()
             if isinstance(event, Exception):
                 raise event
             if isinstance(event, Done):
                 requests_left -= 1
-                self.cached_tokens += event.completions[0].reused_tokens
                 continue
             prompt_index = self.prompt_indices[submission]
             for delta, finish in self._handle(submission, prompt_index, event):
@@ -108,13 +105,15 @@ async def run_generation(
 
     ApiError 429 or 503 where the model cannot take it.
     """
+    size = sum(len(request.tokens) * request.samples for request in task.requests)
+    detokenizers = await off_loop(size, make_detokenizers, task)
     registry.admit(task.model, task.samples)
     events: asyncio.Queue[tuple[Submission | None, WorkerEvent | Exception]] = asyncio.Queue()
     seconds = registry.limits.request_seconds
     # The clock and the disconnect are messages in the queue of tokens: there is one thing to wait for.
     alarm = asyncio.get_running_loop().call_later(seconds, events.put_nowait, (None, timeout_error(seconds)))
     watch = asyncio.create_task(watch_disconnect(http, lambda: events.put_nowait((None, ClientDisconnected()))))
-    run = RunningTask(task, events)
+    run = RunningTask(task, events, detokenizers)
     try:
         yield run
     finally:
@@ -123,6 +122,15 @@ async def run_generation(
         watch.cancel()
         with suppress(asyncio.CancelledError):
             await watch
+
+
+def make_detokenizers(task: GenerationTask) -> list[list[Detokenizer]]:
+    """By prompt and sample: each goes on where the prompt's text ends."""
+    decoder = task.model.tokenizer.decoder
+    return [
+        [Detokenizer(decoder(request.tokens), task.stop_strings, task.strip) for _ in range(request.samples)]
+        for request in task.requests
+    ]
 
 
 async def watch_disconnect(http: HttpRequest, on_disconnect: Callable[[], None]) -> None:
@@ -151,21 +159,50 @@ class SampleOutput:
         return sum(logprobs) / len(logprobs) if logprobs else 0.0
 
 
-async def full_response(
-    task: GenerationTask, registry: ModelRegistry, http: HttpRequest
-) -> TextCompletion | ChatCompletion:
+async def full_response(task: GenerationTask, registry: ModelRegistry, http: HttpRequest) -> Response:
     """The answer at once. ApiError where it fails, ClientDisconnected where nobody waits for it."""
-    formatter = FORMATS[task.chat](task, response_head(task))
     outputs = [[SampleOutput() for _ in range(request.samples)] for request in task.requests]
     async with run_generation(task, registry, http) as run:
         prompts = await echo_prompts(task)  # it decodes meanwhile: events wait in their queue
         async for prompt_index, sample, delta, finish in run.deltas():
             outputs[prompt_index][sample].add(delta, finish)
-    choices = []
+    shown = sum(len(request.tokens) for request in task.requests) * task.echo + run.completion_tokens
+    numbers = max((request.logprobs or 0) for request in task.requests) + 1  # of each token
+    return await off_loop(
+        shown * numbers * BYTES_PER_NUMBER, write_answer, task, prompts, outputs, run.completion_tokens
+    )
+
+
+def write_answer(
+    task: GenerationTask, prompts: list[TextDelta], outputs: list[list[SampleOutput]], completion_tokens: int
+) -> Response:
+    """The response of a whole answer, from what each sample gave by prompt."""
+    formatter, choices = FORMATS[task.chat](task, response_head(task)), []
     for prompt, samples in zip(prompts, outputs, strict=True):
         for output in best_samples(samples, task.choices_per_prompt):
             choices.append(formatter.choice(len(choices), prompt, "".join(output.texts), output.tokens, output.finish))
-    return formatter.answer(choices, token_usage(task, run.completion_tokens, run.cached_tokens))
+    return JsonParts(formatter.answer(choices, token_usage(task, completion_tokens)))
+
+
+class JsonParts(Response):
+    """JSON that is written and sent in parts, each of which is soon done: pydantic and json.dumps write it in one go,
+    which keeps all other threads waiting."""
+
+    media_type = "application/json"
+    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=dict)
+
+    def __init__(self, answer: BaseModel) -> None:
+        pieces = self.encoder.iterencode(answer)  # a generator of Python's own; a model is the dict of its fields
+        self.parts = list(iter(lambda: "".join(itertools.islice(pieces, PIECES)).encode(), b""))
+        self.status_code, self.background = 200, None
+        self.init_headers({"Content-Length": str(sum(map(len, self.parts)))})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for part in self.parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def best_samples(samples: list[SampleOutput], count: int) -> list[SampleOutput]:
@@ -190,14 +227,14 @@ async def stream_response(task: GenerationTask, registry: ModelRegistry, http: H
                 for chunk in formatter.chunks(prompt_index * n + sample, prompts[prompt_index], delta, finish):
                     yield sse(chunk)
             if task.include_usage:
-                yield sse(formatter.chunk([], token_usage(task, run.completion_tokens, run.cached_tokens)))
+                yield sse(formatter.chunk([], token_usage(task, run.completion_tokens)))
             yield "data: [DONE]\n\n"
+    except ClientDisconnected:
+        return
     except ApiError as error:
         if not started:
             raise
         yield sse(error.body)
-    except ClientDisconnected:
-        return
 
 
 async def echo_prompts(task: GenerationTask) -> list[TextDelta]:
@@ -206,7 +243,7 @@ async def echo_prompts(task: GenerationTask) -> list[TextDelta]:
         return [TextDelta("", ())] * len(task.requests)
     deltas = []
     for request in task.requests:
-        text = task.model.tokenizer.decode(request.tokens)
+        text = await off_loop(len(request.tokens), task.model.tokenizer.decode, request.tokens)
         tokens = await prompt_logprobs(task.model, request, task.implicit_bos) if task.logprobs else ()
         deltas.append(TextDelta(text, tuple(tokens)))
     return deltas
@@ -230,13 +267,13 @@ def sse(data: dict[str, Any]) -> str:
 
 async def prompt_logprobs(model: ServedModel, request: Request, implicit_bos: bool) -> list[EmittedToken]:
     """The tokens of a prompt with their log-probabilities; the first has none. A BOS that nobody wrote is left out."""
-    tokens = await model.engine.call(partial(score_prompt, model, request))
+    tokens = await asyncio.get_running_loop().run_in_executor(model.prefills, score_prompt, model, request)
     return tokens[1:] if implicit_bos else tokens
 
 
 @torch.no_grad()
 def score_prompt(model: ServedModel, request: Request) -> list[EmittedToken]:
-    """In the engine's thread: all tokens of a prompt, each with its log-probability in nats after those before it."""
+    """In the thread of prefills: a prompt's tokens, each with its log-probability in nats after those before it."""
     transformer, tokens, alternatives = model.transformer, request.tokens, request.logprobs
     assert alternatives is not None
     decoder = model.tokenizer.decoder()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
+import math
 import socket
+from contextlib import suppress
 from typing import Any
 
 import h11
@@ -14,6 +18,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from lrt.serve.config import Limits
 from lrt.serve.models import ModelRegistry
 
+LOG = logging.getLogger("lrt.serve")
+QUIET_SECONDS = 30.0
+"""How long connections must have been accepted before it is said again that they cannot be."""
+OTHER_FILES = 256
+"""Files that a server may have open beside its connections."""
+READ_AT_ONCE = 4 * 1024
+"""Bytes of a connection that are looked at in one turn: chunks of one byte each take h11 about 10 µs a byte."""
+
 
 class Server(uvicorn.Server):
     """After SIGTERM or SIGINT: accept nothing, let answers end, and end those with an error that take too long."""
@@ -22,11 +34,47 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.registry = registry
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(AcceptErrors())
+        raise_open_files(self.registry.limits.connections + OTHER_FILES)
+        await super().startup(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.registry.drain()
         loop = asyncio.get_running_loop()
         loop.call_later(self.registry.limits.grace_seconds, self.registry.interrupt)
         await super().shutdown(sockets)
+
+
+class AcceptErrors:
+    """Says that no connection can be accepted, for want of file descriptors: once, until it has been well for a while.
+
+    asyncio reports it for every place in the queue of connections, and tries again each second.
+    """
+
+    def __init__(self) -> None:
+        self.last = -math.inf
+        """When it happened last, in seconds of the loop's clock."""
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE) and "socket" in context):
+            loop.default_exception_handler(context)
+            return
+        now = loop.time()
+        if now - self.last > QUIET_SECONDS:
+            LOG.warning("no connection can be accepted (%s): clients wait; raise `ulimit -n`", error.strerror)
+        self.last = now
+
+
+def raise_open_files(needed: int) -> None:
+    """Raise this process's limit of open files to what so many connections need, as far as it may."""
+    with suppress(ImportError, ValueError, OSError):  # not on Windows; not beyond what the system gives
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < needed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard < 0 else min(needed, hard), hard))
 
 
 def limited_protocol(limits: Limits) -> type[H11Protocol]:
@@ -41,6 +89,7 @@ def limited_protocol(limits: Limits) -> type[H11Protocol]:
             nonlocal connections
             connections += 1
             super().connection_made(transport)
+            transport.max_size = READ_AT_ONCE  # asyncio's own attribute
             if connections > limits.connections:
                 transport.abort()
                 return
@@ -88,10 +137,10 @@ def create_server(app: FastAPI, registry: ModelRegistry, host: str, port: int) -
         server_header=False,
         date_header=True,
         proxy_headers=False,
-        backlog=1024,
+        backlog=256,
         timeout_keep_alive=5,
         # After the grace answers end with an error event; a client that does not read that is cut off soon after.
         timeout_graceful_shutdown=max(1, round(limits.grace_seconds) + 5),
-        h11_max_incomplete_event_size=32 * 1024,
+        h11_max_incomplete_event_size=16 * 1024,
     )
     return Server(config, registry)

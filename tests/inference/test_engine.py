@@ -5,8 +5,13 @@ B rows, T positions, S slots.
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import itertools
+import math
 import random
+import weakref
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import pytest
@@ -15,10 +20,14 @@ from support.generation import CONFIGS, CONTEXT, V, every_model
 from support.models import NONE, PAIRWISE, over, random_model
 
 from lrt import ModelConfig, Sampling, refine, schedules
+from lrt.inference import radix_tree
+from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration, Plan
 from lrt.inference.engine import Engine
+from lrt.inference.exactness import asked_bound, error_bound
+from lrt.inference.radix_tree import common_prefix
 from lrt.inference.request import Completion, Request
-from lrt.inference.row_pool import row_bytes, rows_that_fit
+from lrt.inference.row_pool import KeptRow, PrefixCache, row_bytes, rows_that_fit
 from lrt.inference.sampling import Steering, draw_rows, uniform
 
 WARM = Sampling(temperature=3.0)
@@ -91,9 +100,10 @@ def test_prompts_that_begin_alike_reuse_what_was_computed(config: ModelConfig):
         assert list(done.tokens) == alone(model, request)
     reused = done.reused_tokens
     assert reused == 5 if not model.config.unlimited_context else reused in (0, 5)
+    row = next(iter(engine.prefixes.kept))
     engine.prefixes.budget = 1
-    engine.prefixes.keep((1, 2), next(iter(engine.prefixes.kept.values())))
-    assert (1, 2) not in engine.prefixes.kept
+    engine.prefixes.keep(dataclasses.replace(row, tokens=(1, 2)))
+    assert (1, 2) not in {kept.tokens for kept in engine.prefixes.kept}
 
 
 @pytest.mark.parametrize("mode", ["converged", "fast", "one_sweep"])
@@ -136,7 +146,117 @@ def test_events_stream_and_a_stream_that_is_left_is_cancelled():
     next(left)
     left.close()
     assert engine.rows.used == 0
-    assert [c.finish for c in engine.finished(1)] == ["cancelled"]
+    assert engine.idle
+    assert engine.finished(0) == engine.finished(1) == []  # nothing of them stays
+    assert not engine.done
+
+
+def test_a_stream_that_is_never_begun_costs_nothing_and_a_lost_one_is_cancelled():
+    model = random_model(CONFIGS["both"])
+    engine, request = Engine(model, rows=2), Request((3, 1, 4), 6, WARM)
+    unused = engine.stream(request)
+    assert engine.idle
+    del unused
+    assert engine.idle
+    lost = engine.stream(request)
+    next(lost)
+    watched = weakref.ref(engine.running[0])
+    del lost
+    gc.collect()
+    assert watched() is None
+    assert engine.idle
+    assert not engine.done
+    assert not engine.streams
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        engine.stream(Request(()))
+
+
+QUICK = Calibration(1.0, {"converged": Plan(2, 1), "fast": Plan(2, 1)})
+"""Sweeps everything but single tokens."""
+
+
+@pytest.mark.parametrize("before", ["one_sweep", "fast", "converged"])
+def test_a_prefix_serves_only_who_asks_for_no_more(before: Any):
+    model, prompt = random_model(CONFIGS["both"]), (3, 1, 4, 1, 5, 9, 2, 6)
+    engine = Engine(model, rows=2, prefixes=10**6, calibration=QUICK)
+    ((first,),) = engine.complete([Request(prompt, 2, WARM, prefill=before)])
+    assert first.certificate is not None
+    exact = Request((*prompt, 7), 4, WARM, prefill="exact")
+    ((done,),) = engine.complete([exact])
+    assert list(done.tokens) == alone(model, exact)
+    vouched = error_bound(first.certificate)
+    assert done.reused_tokens == (len(prompt) if vouched == 0 else 0)
+    ((again,),) = engine.complete([exact])
+    assert again.reused_tokens == len(prompt)  # of the exact row
+    assert list(again.tokens) == list(done.tokens)
+    for mode in ("one_sweep", "fast", "converged"):
+        fresh = Engine(model, rows=2, prefixes=10**6, calibration=QUICK)
+        fresh.complete([Request(prompt, 2, WARM, prefill=before)])
+        ((later,),) = fresh.complete([Request((*prompt, 7), 4, WARM, prefill=mode)])
+        assert (later.reused_tokens > 0) == (vouched <= asked_bound(mode, model))
+        if later.reused_tokens:  # what comes behind it is no more exact
+            assert error_bound(later.certificate) == vouched
+
+
+def test_samples_and_what_is_kept_of_them_are_as_exact_as_the_prompt():
+    model, prompt = random_model(CONFIGS["both"]), (3, 1, 4, 1, 5, 9, 2, 6)
+    engine = Engine(model, rows=2, prefixes=10**6, calibration=QUICK)
+    (samples,) = engine.complete([Request(prompt, 3, WARM, samples=3, prefill="one_sweep")])
+    assert [error_bound(sample.certificate) for sample in samples] == [math.inf] * 3
+    assert {kept.error for kept in engine.prefixes.kept} == {math.inf}
+    longer = Request((*prompt, *samples[2].tokens, 1), 3, WARM, prefill="exact")  # it goes on from a sample
+    ((done,),) = engine.complete([longer])
+    assert done.reused_tokens == 0
+    assert list(done.tokens) == alone(model, longer)
+
+
+def test_what_is_found_is_the_longest_beginning_that_is_exact_enough():
+    """Against a search through all that is kept."""
+    r = random.Random(0)
+    model = random_model(CONFIGS["both"])
+    errors = (None, *(certificate_of(residual) for residual in (1e-6, 5e-4, 0.1, None)))
+    cache = PrefixCache(10**9, (1e-5, 1e-3))
+    for step in range(400):
+        text = tuple(r.randrange(3) for _ in range(r.randint(1, 9)))
+        row = KeptRow(text, model.empty_state(1, 1), r.choice(errors))
+        cache.keep(row)
+        assert cache.bytes == sum(kept.bytes for kept in cache.kept)
+        if step % 3 == 0:
+            cache.budget = cache.bytes - 1  # the least recently used goes
+            cache.keep(KeptRow((9,), model.empty_state(1, 1), None))
+            cache.budget = 10**9
+        for error in (0.0, 1e-5, 1e-3, math.inf):
+            wanted = tuple(r.randrange(3) for _ in range(r.randint(1, 12)))
+            serving = [kept for kept in cache.kept if kept.error <= error]
+            best = max((common_prefix(kept.tokens, wanted[:-1]) for kept in serving), default=0)
+            found = cache.find(wanted, 1, error)
+            assert (0 if found is None else found[0]) == best
+            if found is not None:
+                assert common_prefix(found[1].tokens, wanted[:-1]) == best
+                assert found[1].error <= error
+                assert next(reversed(cache.kept)) is found[1]
+
+
+def test_finding_a_prefix_takes_as_long_with_many_kept(monkeypatch: pytest.MonkeyPatch):
+    model, r, compared = random_model(CONFIGS["both"]), random.Random(0), []
+    row = KeptRow((0,), model.empty_state(1, 1), None)
+    cache, common = PrefixCache(10**9), [r.randrange(30) for _ in range(20)]
+    monkeypatch.setattr(radix_tree, "common_prefix", lambda a, b: compared.append(len(a)) or common_prefix(a, b))
+    work = []
+    for count in (30, 2000):
+        while len(cache.kept) < count:
+            cache.keep(dataclasses.replace(row, tokens=(*common, *(r.randrange(30) for _ in range(20)))))
+        compared.clear()
+        found = cache.find([*common, *range(30, 50)], 1)
+        assert found is not None
+        assert found[0] == 20
+        work.append(sum(compared))
+    assert max(work) <= 40
+    assert cache.bytes == 2000 * row.bytes
+
+
+def certificate_of(residual: float | None) -> Certificate:
+    return Certificate("sweeps", "", 1, 2, 3, residual, residual, contraction=0.5)
 
 
 def test_a_cancelled_row_is_free_at_once_and_the_others_do_not_notice():
@@ -342,3 +462,65 @@ def test_prompts_with_several_samples_do_not_wait_for_each_other():
         engine.step()
         steps += 1
     assert steps <= 10 + 3 + 1
+
+
+class Held(Executor):
+    """Runs what it is given when the test says so."""
+
+    def __init__(self) -> None:
+        self.work: list[tuple[Future[Any], Any]] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.work.append((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def finish(self) -> None:
+        for future, run in self.work:
+            if future.set_running_or_notify_cancel():
+                future.set_result(run())
+        self.work.clear()
+
+
+def test_prompts_in_the_background_keep_nobody_waiting():
+    model, prompt = random_model(CONFIGS["both"]), (3, 1, 4, 1, 5, 9, 2, 6)
+    long = Request(prompt, 3, WARM, samples=2, prefill="one_sweep", seed=4)
+    short = Request((3, 1), 4, WARM, prefill="exact")
+    (expected,) = Engine(model, rows=3, calibration=QUICK).complete([long])
+    held = Held()
+    engine = Engine(model, rows=3, calibration=QUICK, background=held)
+    numbers = [engine.submit(long), engine.submit(short), engine.submit(long)]
+    for _ in range(6):
+        engine.step()
+    assert [c.finish for c in engine.finished(numbers[1])] == ["length"]
+    assert len(engine.prefilling) == 2
+    assert not engine.idle
+    engine.cancel(numbers[2])
+    held.finish()
+    while not engine.idle:
+        engine.step()
+    done = engine.finished(numbers[0])
+    assert [c.tokens for c in done] == [c.tokens for c in expected]
+    assert [error_bound(c.certificate) for c in done] == [math.inf] * 2
+    assert [c.finish for c in engine.finished(numbers[2])] == ["cancelled"] * 2
+    assert engine.rows.used == 0
+
+
+def test_a_prompt_in_the_background_goes_on_from_what_is_known():
+    model, prompt = random_model(CONFIGS["both"]), (3, 1, 4, 1, 5, 9, 2, 6)
+    held, asked = Held(), Request((*prompt, 5, 3, 5), 3, WARM, prefill="one_sweep")
+    engine = Engine(model, rows=2, calibration=QUICK, background=held, prefixes=10**6)
+    engine.complete([Request(prompt, 1, WARM, prefill="exact")])
+    kept = next(iter(engine.prefixes.kept))
+    before = [buffer.clone() for buffer in kept.state.keys]
+    number = engine.submit(asked)
+    engine.step()
+    held.finish()
+    while not engine.idle:
+        engine.step()
+    (done,) = engine.finished(number)
+    assert done.reused_tokens == len(prompt)
+    beside = Engine(model, rows=2, calibration=QUICK, prefixes=10**6)
+    beside.complete([Request(prompt, 1, WARM, prefill="exact")])
+    assert done.tokens == beside.complete([asked])[0][0].tokens
+    assert all(torch.equal(a, b) for a, b in zip(before, kept.state.keys, strict=True))

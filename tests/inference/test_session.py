@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig
+from lrt.inference.cost_model import Calibration, Plan
 from lrt.inference.engine import Engine
 from lrt.inference.request import Request
 from lrt.inference.sampling import Sampling
@@ -239,3 +240,29 @@ def test_an_unknown_format(tmp_path: Path) -> None:
     (folder / "session.json").write_text(json.dumps({k: v for k, v in about.items() if k != "seed"}))
     with pytest.raises(ValueError, match="no session of this version"):
         Session.load(folder, model)
+
+
+def test_what_follows_an_inexact_beginning_is_no_more_exact(tmp_path: Path) -> None:
+    quick = Calibration(1.0, {"converged": Plan(2, 1), "fast": Plan(2, 1)})
+    model = model_of(MEMORIES["final"])
+    swept = Session.start(model, PROMPT, "one_sweep", calibration=quick).generate(3)
+    swept.save(tmp_path / "session")
+    for session in (swept, swept.fork(1), swept.rewind(2), Session.load(tmp_path / "session", model)):
+        further = session.extend([7, 1], "exact")
+        assert further.report is not None
+        assert not further.report.converged
+        assert further.report.rows[0].path == "single"
+    exact = Session.start(model, PROMPT, "exact").extend([7, 1], "exact")
+    assert exact.report is not None
+    assert exact.report.converged
+
+
+def test_a_folder_that_says_nothing_of_exactness_is_read(tmp_path: Path) -> None:
+    model = model_of(MEMORIES["final"])
+    session = Session.start(model, PROMPT, "exact")
+    session.save(tmp_path / "session")
+    file = tmp_path / "session" / "session.json"
+    about = json.loads(file.read_text())
+    del about["certificate"]
+    file.write_text(json.dumps(about))
+    same(Session.load(tmp_path / "session", model), session)

@@ -177,7 +177,10 @@ def test_the_token_is_asked_for(folder: Path):
 def test_other_peoples_pages_cannot_reach_a_private_server(folder: Path):
     with live(folder, hosts=("127.0.0.1", "localhost", "::1")) as up:
         assert httpx.get(f"{up.url}/v1/models", headers={"Host": "evil.example:80"}).status_code == 403
-        assert httpx.get(f"{up.url}/v1/models", headers={"Host": "[::1]:80"}).status_code == 200
+        for host in ("[::1]:80", "[::1]", "localhost", "LOCALHOST:1", "127.0.0.1"):
+            assert httpx.get(f"{up.url}/v1/models", headers={"Host": host}).status_code == 200, host
+        for host in ("::1", "[::1]evil.example", "[::2]", "evil.example", "localhost.evil.example:80", ":80"):
+            assert httpx.get(f"{up.url}/v1/models", headers={"Host": host}).status_code in (400, 403), host
         assert httpx.get(f"{up.url}/v1/models").status_code == 200
         form = httpx.post(
             f"{up.url}/v1/completions", content=b'{"model":"lrt"}', headers={"Content-Type": "text/plain"}
@@ -324,8 +327,9 @@ def test_the_coldest_draws_take_the_likeliest_token(tight: Live, fields: dict[st
 def test_too_many_prompts_are_refused_before_they_are_tokenized(tight: Live, monkeypatch: pytest.MonkeyPatch):
     model = tight.registry.find("lrt")
     texts: list[str] = []
-    encode = model.tokenizer.encode
-    monkeypatch.setattr(model.tokenizer, "encode", lambda text: texts.append(text) or encode(text))
+    for name in ("encode", "encode_batch"):
+        encode = getattr(model.tokenizer, name)
+        monkeypatch.setattr(model.tokenizer, name, lambda text, encode=encode: texts.append(text) or encode(text))
     with pytest.raises(openai.BadRequestError, match="1000 continuations are asked for"):
         tight.client().completions.create(model="lrt", prompt=["a"] * 1000)
     assert texts == []
