@@ -92,8 +92,8 @@ def sha256(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; ValueError naming it where it holds none."""
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds no JSON object")
