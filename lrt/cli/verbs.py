@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from lrt.cli.bench import Bench, Calibrate
+from lrt.cli.checks import check_verb
 from lrt.cli.demo import Demo
 from lrt.cli.evaluate import Diagnose, Evaluate, Report
 from lrt.cli.export_import import Export, Import
@@ -32,6 +33,11 @@ Verb = (
 
 
 def parse(arguments: Sequence[str]) -> Verb:
-    """The verb that a command line names, with its flags. SystemExit, after a message, where tyro cannot read it."""
+    """The verb that a command line names, with its flags.
+
+    SystemExit, after a message, where tyro cannot read it; ValueError or OSError for what no flag takes.
+    """
     # Cascading: flags of a verb may stand before or behind its subcommand, as `lrt train d4 --out X`.
-    return tyro.cli(Verb, prog="lrt", description=ABOUT, args=arguments, config=(tyro.conf.CascadeSubcommandArgs,))
+    verb = tyro.cli(Verb, prog="lrt", description=ABOUT, args=arguments, config=(tyro.conf.CascadeSubcommandArgs,))
+    check_verb(verb)
+    return verb
