@@ -12,6 +12,8 @@ LIBRARIES = (
 """Module and class of what libraries raise for a damaged file or a full memory, and which is no ValueError or OSError."""
 ALLOCATOR = "can't allocate memory"
 """Of a RuntimeError: what torch says where a CPU's memory does not suffice."""
+SYMLINK_LOOP = "Symlink loop"
+"""Of a RuntimeError: how pathlib begins, up to Python 3.12, of a link that leads to itself."""
 ADVICE = {
     MemoryError: "out of memory; give a smaller batch, model or file",
     RecursionError: "nested too deeply to be read",
@@ -28,6 +30,8 @@ def mistakes() -> tuple[type[BaseException], ...]:
 
 def explain(error: Exception) -> str | None:
     """What to say of an error, in one line; None where it is a defect of the program, whose traceback is wanted."""
+    if isinstance(error, RuntimeError) and str(error).startswith(SYMLINK_LOOP):
+        return str(error)
     if isinstance(error, RuntimeError) and ALLOCATOR in str(error):
         return f"{ADVICE[MemoryError]} ({one_line(str(error).rpartition('DefaultCPUAllocator: ')[2])})"
     if not isinstance(error, mistakes()):
