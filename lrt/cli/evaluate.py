@@ -70,7 +70,9 @@ class Evaluate:
             if for_tasks is not None and not self.tasks:
                 raise ValueError(f"{flag} is {for_tasks}, but no task is run; name some with --tasks")
         if self.tasks_include is not None and not self.tasks_include.is_dir():
-            raise ValueError(f"tasks_include is {self.tasks_include}, which is no folder; name the folder of your tasks")
+            raise ValueError(
+                f"tasks_include is {self.tasks_include}, which is no folder; name the folder of your tasks"
+            )
         if self.tasks_limit is not None and self.tasks_limit < 1:
             raise ValueError(f"tasks_limit is {self.tasks_limit}; it must be at least 1")
         if self.tasks_limit is not None and not self.tasks and self.core is None:

@@ -9,7 +9,7 @@ LIBRARIES = (
     ("yaml", "YAMLError"), ("pickle", "UnpicklingError"), ("safetensors", "SafetensorError"), ("lzma", "LZMAError"),
     ("zipfile", "BadZipFile"), ("zlib", "error"), ("pyarrow", "ArrowException"), ("torch", "OutOfMemoryError"),
 )  # fmt: skip
-"""Module and class of what libraries raise for a damaged file or a full memory, and which is no ValueError or OSError."""
+"""Module and class of what libraries raise for a damaged file or a full memory, beside ValueError and OSError."""
 ALLOCATOR = "can't allocate memory"
 """Of a RuntimeError: what torch says where a CPU's memory does not suffice."""
 SYMLINK_LOOP = "Symlink loop"

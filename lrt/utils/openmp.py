@@ -1,9 +1,9 @@
 """How long an OpenMP thread spins at a barrier before it sleeps.
 
-torch's threads meet at a barrier several times per operation. GNU's OpenMP, which torch brings on Linux, spins there for
-about 3 ms. On a busy machine the thread that is waited for is often not running. The spinning keeps the core from it, and
-training falls to a tenth of its speed or less (docs/log.md). A spin of about 30 µs costs nothing measurable where the
-cores are free, and no number depends on it, as the count of threads stays what it was.
+torch's threads meet at a barrier several times per operation. GNU's OpenMP, which torch brings on Linux, spins there
+for about 3 ms. On a busy machine the thread that is waited for is often not running. The spinning keeps the core from
+it, and training falls to a fraction of its speed (docs/log.md). A spin of about 30 µs hardly costs anything where the
+cores are free. No number depends on it: the count of threads, which orders sums, stays what it was.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 
 SPINS = "3000"
-"""Turns of GNU's waiting loop, about 10 ns each: longer than a barrier of threads that run, shorter than a time slice."""
+"""Turns of GNU's waiting loop, about 10 ns each: longer than a barrier of running threads, shorter than a time slice."""
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 """Variables by which a user says how threads wait."""
 

@@ -31,11 +31,11 @@ import yaml
 from lrt.cli import verbs
 from lrt.cli.main import main
 from lrt.data.corpus import stdlib_files
+from lrt.data.prepared import Prepared
 from lrt.experiments.studies import grid
 from lrt.model.checkpoint import save
 from lrt.model.config import ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.data.prepared import Prepared
 
 # The walk over what tyro makes flags of
 
@@ -194,7 +194,9 @@ def command_line(flag: Flag, content: str, places: dict[str, Path], tmp_path: Pa
         words += ["--core", str(places["data"])]
     if flag.words:
         # A recipe, where the flag is of the verb above it.
-        below = next((f.command[len(flag.command) :] for f in FLAGS if len(f.command) > len(flag.command) and f.command[: len(flag.command)] == flag.command), ())
+        own = len(flag.command)
+        longer = (f.command for f in FLAGS if len(f.command) > own and f.command[:own] == flag.command)
+        below = next(longer, flag.command)[own:]
         return [*words, *below, *flag.words, *[content] * flag.count]
     after = len(flag.command)
     first = next((f for f in FLAGS if f.command == flag.command and not f.words), flag)
@@ -250,10 +252,6 @@ def refused(answered: Answer) -> bool:
     return status == 2 and "Traceback" not in errors and (len(own) == 1 or "see lrt" in errors)
 
 
-def of_kind(kind: type) -> list[Any]:
-    return [pytest.param(flag, id=flag.name) for flag in FLAGS if kind in flag.kinds]
-
-
 # Numbers
 
 NO_NUMBER = ("nan", "inf", "-inf", "-1", "1e400", "9" * 5000, "")
@@ -297,7 +295,9 @@ def test_zero_and_huge_numbers_are_refused_or_serve(flag: Flag, answer: Callable
 # Names
 
 
-@pytest.mark.parametrize("flag", [f for f in FLAGS if str in f.kinds and f.field not in FREE_TEXT], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "flag", [f for f in FLAGS if str in f.kinds and f.field not in FREE_TEXT], ids=lambda f: f.name
+)
 def test_unknown_names_are_refused(flag: Flag, answer: Callable[[Flag, str], Answer]):
     assert refused(answered := answer(flag, "no-such-name")), answered
 

@@ -140,7 +140,7 @@ Loader.add_implicit_resolver(
 def read_yaml(path: Path) -> Any:
     """Plain data from a file. ValueError that names it where it is no YAML; OSError where it cannot be read."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 (safe: SafeLoader's constructors)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     except yaml.MarkedYAMLError as error:
