@@ -2,8 +2,8 @@
 
 torch's threads meet at a barrier several times per operation. GNU's OpenMP, which torch brings on Linux, spins there
 for about 3 ms. On a busy machine the thread that is waited for is often not running. The spinning keeps the core from
-it, and training falls to a fraction of its speed (docs/log.md). A spin of about 30 µs hardly costs anything where the
-cores are free. No number depends on it: the count of threads, which orders sums, stays what it was.
+it, and training falls to a fraction of its speed (docs/log.md). A spin of about 30 µs costs 2 to 5 % where the cores
+are free. No number depends on it: the count of threads, which orders sums, stays what it was.
 """
 
 from __future__ import annotations
