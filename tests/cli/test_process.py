@@ -60,6 +60,7 @@ main(["report"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["-c", "-m"])
 def test_a_reader_that_leaves_ends_it_quietly(program: str):
     """`lrt … | head -1`: nothing on standard error, and the status that SIGPIPE would give."""
@@ -95,6 +96,7 @@ main(["report"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_what_a_terminal_cannot_show_is_replaced(encoding: str):
     done = subprocess.run(
@@ -109,6 +111,7 @@ def test_what_a_terminal_cannot_show_is_replaced(encoding: str):
     assert done.stdout.decode(encoding).splitlines()[0] == shown[encoding]
 
 
+@pytest.mark.slow
 def test_help_of_every_verb_on_a_terminal_of_ascii():
     """In one process: help of all verbs holds characters that ASCII lacks, and ends with status 0."""
     script = """

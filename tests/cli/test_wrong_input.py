@@ -260,6 +260,7 @@ NO_NUMBER = ("nan", "inf", "-inf", "-1", "1e400", "9" * 5000, "")
 NUMBERS = [flag for flag in FLAGS if {int, float} & flag.kinds]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", NUMBERS, ids=lambda flag: flag.name)
 def test_what_is_no_number_for_a_flag_is_refused(flag: Flag, answer: Callable[[Flag, str], Answer]):
     for content in NO_NUMBER:
@@ -284,6 +285,7 @@ def little_memory() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("little_memory")
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", NUMBERS, ids=lambda flag: flag.name)
 def test_zero_and_huge_numbers_are_refused_or_serve(flag: Flag, answer: Callable[[Flag, str], Answer]):
     """Zero and 10^12 are right for some flags: then the work begins, which it does at once."""
