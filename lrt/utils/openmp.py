@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 
 SPINS = "3000"
-"""Turns of GNU's waiting loop, about 10 ns each: longer than a barrier of running threads, shorter than a time slice."""
+"""Turns of GNU's waiting loop, 10 ns each: longer than a barrier of running threads, shorter than a time slice."""
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 """Variables by which a user says how threads wait."""
 
