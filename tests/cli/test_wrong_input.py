@@ -65,9 +65,11 @@ def subcommands(hint: Any) -> dict[str, type]:
     named: dict[type, str] = {}
     for option in typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ():
         kind, *marks = typing.get_args(option) if typing.get_origin(option) is typing.Annotated else (option,)
-        if dataclasses.is_dataclass(kind):
-            name = next((mark.name for mark in marks if getattr(mark, "name", None)), kind.__name__.lower())
-            named.setdefault(typing.cast(type, kind), name)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            own = typing.cast(type, kind)
+            named.setdefault(
+                own, next((mark.name for mark in marks if getattr(mark, "name", None)), own.__name__.lower())
+            )
     return {name: kind for kind, name in named.items()}
 
 
