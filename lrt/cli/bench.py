@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,4 +127,4 @@ class Bench:
     """What to measure."""
 
     def run(self) -> None:
-        self.suite.run()
+        dataclasses.replace(self.suite, device=choose_device(self.suite.device)).run()

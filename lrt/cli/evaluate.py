@@ -63,6 +63,21 @@ class Evaluate:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
+    def __post_init__(self) -> None:
+        if self.tasks and self.core is not None:
+            raise ValueError("--tasks and --core exclude each other; run one after the other")
+        for flag, for_tasks in (("--tasks-include", self.tasks_include), ("--tasks-shots", self.tasks_shots)):
+            if for_tasks is not None and not self.tasks:
+                raise ValueError(f"{flag} is {for_tasks}, but no task is run; name some with --tasks")
+        if self.tasks_include is not None and not self.tasks_include.is_dir():
+            raise ValueError(
+                f"tasks_include is {self.tasks_include}, which is no folder; name the folder of your tasks"
+            )
+        if self.tasks_limit is not None and self.tasks_limit < 1:
+            raise ValueError(f"tasks_limit is {self.tasks_limit}; it must be at least 1")
+        if self.tasks_limit is not None and not self.tasks and self.core is None:
+            raise ValueError(f"--tasks-limit is {self.tasks_limit}, but no task is run; give --tasks or --core")
+
     def run(self) -> None:
         if self.tasks:
             return self.evaluate_tasks()
@@ -73,7 +88,7 @@ class Evaluate:
         checkpoint.verify(self.checkpoint)  # before the corpora: the first thing named is the first looked for
         if len(self.data) == 0:
             raise ValueError("--data names no corpus; give at least one folder that `lrt prepare` wrote")
-        out = self.out or self.checkpoint / "evaluation"
+        files.check_writable(out := self.out or self.checkpoint / "evaluation")
         with join_ranks("ddp", choose_device(self.device)) as ranks:
             subjects = [
                 load_subject(
@@ -103,7 +118,7 @@ class Evaluate:
             model, tokenizer = checkpoint.load(folder, ranks.device)
             bundle = bundles[0] if bundles else ranks.rank0_first(lambda: download(CORE_BUNDLE))
             weights_sha256 = files.sha256(folder / "model.safetensors")
-            out = self.out or self.checkpoint / "evaluation"
+            files.check_writable(out := self.out or self.checkpoint / "evaluation")
             scores, problems = run_core(model, tokenizer, Bundle.open(bundle), weights_sha256, out, settings, ranks)
             if ranks.first:
                 print(json.dumps(scores.to_dict()) if self.json else "\n".join(result_lines(scores)))
@@ -159,7 +174,7 @@ class Diagnose:
     def run(self) -> None:
         from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
 
-        out = self.out or self.checkpoint / "evaluation"
+        files.check_writable(out := self.out or self.checkpoint / "evaluation")
         with join_ranks("ddp", choose_device(self.device)) as ranks:
             for folder, name in zip(self.data, corpus_names(self.data), strict=True):
                 data = Prepared.open(folder)

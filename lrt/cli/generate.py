@@ -21,6 +21,8 @@ from lrt.utils.device import choose_device
 
 ROWS = 32
 """Continuations that are decoded at once."""
+MOST = 100_000
+"""Continuations of a prompt: each is kept until it is printed."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,11 @@ class Sample:
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         if len(self.prompt) == 0:
             raise ValueError("--prompt names no text; give at least one, or leave it out")
+        if not 1 <= self.n <= MOST:
+            raise ValueError(f"n is {self.n}; it must be 1 to {MOST:,}")
         folder = checkpoint.verify(self.checkpoint)
         model, tokenizer = checkpoint.load(folder, choose_device(self.device))
         prompts = [(tokenizer.bos, *tokenizer.encode(text)) for text in self.prompt]
-        if self.n < 1:
-            raise ValueError(f"n is {self.n}; it must be at least 1")
         requests = [
             Request(ids, self.max_new_tokens, sampling, self.seed, self.n, frozenset({tokenizer.bos}))
             for ids in prompts

@@ -1,58 +1,83 @@
-"""The command line: one verb per thing to do (`lrt --help`). Each is a dataclass that runs itself.
+"""The command line's entry point, and its only boundary: arguments come in, lines and an exit status go out.
 
-tyro makes flags, their types and --help from the dataclasses: a field's docstring is its help.
+The verbs are in `lrt.cli.verbs`, which loads torch. It is imported only after the environment is set, and where an
+interruption or a closed pipe is answered.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 
-from lrt.cli.bench import Bench, Calibrate
-from lrt.cli.demo import Demo
-from lrt.cli.evaluate import Diagnose, Evaluate, Report
-from lrt.cli.export_import import Export, Import
-from lrt.cli.generate import Chat, Sample
-from lrt.cli.prepare import Prepare
+from lrt.cli.mistakes import explain
 from lrt.cli.renamed_flags import check_flags
-from lrt.cli.serve import Serve
-from lrt.cli.study import RunStudy
-from lrt.cli.train import Train
 from lrt.utils import plugins
+from lrt.utils.openmp import spin_briefly
 
-ABOUT = (
-    "Prepare text, train latent recurrent transformers, score them live, let them write, and serve them. "
-    "`lrt --plugin FILE.py VERB …` runs a file of your own first, which registers injections, schedules, tasks, … "
-    "(docs/extending.md); it may be given several times."
-)
-Verb = (
-    Prepare | Train | Evaluate | Diagnose | Report | Sample | Chat | Serve | Calibrate | Bench | Export | Import | Demo
-    | Annotated[RunStudy, tyro.conf.subcommand("study")]
-)  # fmt: skip
 RESUMABLE = {"prepare", "train", "evaluate", "diagnose", "study", "demo"}
 """Verbs that go on where they were stopped."""
+MISTAKE, INTERRUPTED, NO_READER = 2, 130, 141
+"""Exit statuses. The last two are those of a shell for a process that SIGINT or SIGPIPE has ended."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. A user's mistake ends with one line on standard error and status 2, an interruption with 130."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Entry point. A user's mistake ends with one line on standard error and status 2, an interruption with 130.
+
+    A reader that has left (`lrt … | head -1`) ends it without a word and with 141, as SIGPIPE ends other programs.
+    """
+    spin_briefly(os.environ)
+    replace_unencodable()
     try:
+        try:
+            run_verb(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can be answered; at exit Python would complain
+    except BrokenPipeError:
+        discard_output()
+        sys.exit(NO_READER)
+
+
+def run_verb(arguments: list[str]) -> None:
+    """Read the command line and run its verb. SystemExit, after one line, where it cannot be done."""
+    try:
+        from lrt.cli import verbs  # loads torch
+
         arguments = load_plugins(arguments)
         check_flags(arguments)
-        # Cascading: flags of a verb may stand before or behind its subcommand, as `lrt train d4 --out X`.
-        tyro.cli(Verb, prog="lrt", description=ABOUT, args=arguments, config=(tyro.conf.CascadeSubcommandArgs,)).run()
-    except (ValueError, OSError, FloatingPointError) as error:
-        Console(stderr=True, highlight=False).print(f"lrt: {error}", style="red", soft_wrap=True, markup=False)
-        sys.exit(2)
+        verbs.parse(arguments).run()
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if (line := explain(error)) is None:
+            raise
+        Console(stderr=True, highlight=False).print(f"lrt: {line}", style="red", soft_wrap=True, markup=False)
+        sys.exit(MISTAKE)
     except KeyboardInterrupt:
         resumable = next(iter(arguments), "") in RESUMABLE
         hint = "; what was done is kept, and the same command goes on from there" if resumable else ""
         print(f"lrt: interrupted{hint}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+
+
+def replace_unencodable() -> None:
+    """Have standard output and error replace what their encoding lacks, where they would end in a UnicodeEncodeError.
+
+    A terminal of ASCII lacks most characters. One of UTF-8 lacks what stands for bytes of a file name that is no text.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
+def discard_output() -> None:
+    """Nobody reads any more: what is still in the buffers goes nowhere, so that leaving does not fail on it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
 
 
 def load_plugins(arguments: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ from lrt.training.matching import ReferenceRun, compare_runs, match_all
 from lrt.training.monitor import EvalConfig
 from lrt.training.snapshots import SnapshotConfig
 from lrt.training.trainer import TrainingSummary
-from lrt.utils.device import choose_device
+from lrt.utils.device import choose_device, memory_bytes
 from lrt.utils.progress import warn
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class Train:
         # The vocabulary is a fact of the data, not a choice of the run.
         model = dataclasses.replace(self.recipe.model, vocab_size=data.vocab_size)
         run = self.match_runs(dataclasses.replace(self.recipe, model=model), data, ranks)
+        check_memory(run, ranks)
         if ranks.first:
             print_plan(run, data)
         _, summary = train(
@@ -107,6 +108,24 @@ class Train:
         for reference in by_path.values() if ranks.first else ():
             print(f"beside {reference.path}:", *map(str, compare_runs(run, reference, data, self.out)), sep="\n")
         return run
+
+
+def check_memory(run: RunConfig, ranks: SingleProcess) -> None:
+    """ValueError where a step cannot fit, whatever the schedule: its tokens, and what the backward needs of each block.
+
+    A lower bound. A step that passes may still need more memory than there is.
+    """
+    rows = run.batch_size // ranks.ranks
+    rows_at_once = rows // run.micro_batches(ranks.ranks)
+    numbers_per_token = run.model.depth * run.model.width
+    needed = run.model.context * (16 * rows + 2 * rows_at_once * numbers_per_token)  # int64 twice; 2 bytes a number
+    available = memory_bytes(ranks.device)
+    if available is not None and needed > available:
+        raise ValueError(
+            f"batch_size is {run.batch_size} and device_batch {run.device_batch}: a step of {rows:,} rows, "
+            f"{rows_at_once:,} at once, needs more than {needed / 1e9:,.0f} GB, and {ranks.device} has "
+            f"{available / 1e9:,.0f}; give smaller ones"
+        )
 
 
 def print_plan(run: RunConfig, data: Prepared) -> None:

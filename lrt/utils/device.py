@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import torch
@@ -52,3 +53,11 @@ def peak_flops(device: str | torch.device) -> float | None:
 def known_peak(name: str) -> float | None:
     """The peak of the first entry of PEAKS that stands in a device's name: the longer of two like names is first."""
     return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def memory_bytes(device: str | torch.device) -> int | None:
+    """Bytes of a device's whole memory; of the machine's for all but CUDA. None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    names = os.sysconf_names if hasattr(os, "sysconf_names") else {}  # not on Windows
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in names else None

@@ -21,6 +21,16 @@ def free_megabytes(path: Path) -> float:
     return shutil.disk_usage(next(p for p in [path, *path.absolute().parents] if p.exists())).free / 1e6
 
 
+def check_writable(path: Path) -> None:
+    """ValueError unless `path` can be made or replaced, as far as can be told before: its nearest parent that exists
+    is a folder that may be written."""
+    folder = next(p for p in path.absolute().parents if p.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{path} cannot be written: {folder} is a file; choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: {folder} is not yours to write; choose another place")
+
+
 def replace_atomically(file: Path, content: str | bytes | Callable[[Path], object]) -> None:
     """Write `file`, in the place of an older one. Its folder must exist.
 
@@ -92,8 +102,8 @@ def sha256(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; ValueError naming it where it holds none."""
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds no JSON object")

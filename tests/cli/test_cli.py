@@ -21,7 +21,7 @@ import torch
 from support.core_bundle import make_bundle
 
 from lrt.cli import demo, evaluate, train
-from lrt.cli import main as cli
+from lrt.cli import verbs as cli
 from lrt.cli.main import main
 from lrt.cli.renamed_flags import RENAMED
 from lrt.data.corpus import stdlib_files
@@ -591,7 +591,7 @@ def test_an_interruption_says_what_is_kept(
 
     monkeypatch.setattr(cli.tyro, "cli", stopped)
     with pytest.raises(SystemExit) as ended:
-        cli.main([verb])
+        main([verb])
     assert ended.value.code == 130
     message = capsys.readouterr().err
     assert message.startswith("lrt: interrupted")

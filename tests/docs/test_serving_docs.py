@@ -12,7 +12,7 @@ import pytest
 import tyro
 from support.server import live, saved
 
-from lrt.cli.main import Serve
+from lrt.cli.serve import Serve
 from lrt.serve.config import Limits
 from lrt.serve.protocol import ChatBody, CompletionBody
 

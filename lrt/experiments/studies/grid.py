@@ -16,6 +16,8 @@ fields, so that a changed field is another cell; `minutes` and `seeds` are none 
 
 `sweep: {axis: rate, by: val_live_bpb}`: all choices of that axis run with the first seed; with the others, only the one
 whose result `by` was lowest there, for each combination of the other axes.
+
+Scalars are read as in YAML 1.2: 1e-3 is a number, and yes, no, on and off are text.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,34 +98,109 @@ def known_studies() -> tuple[str, ...]:
 
 def editions(study: str) -> tuple[str, ...]:
     """The editions of a study that comes with the library."""
-    return tuple(yaml.safe_load((HERE / f"{study}.yaml").read_text())["editions"])
+    return tuple(read_yaml(HERE / f"{study}.yaml")["editions"])
 
 
 def read_study(study: str, edition: str) -> Study:
-    """A study by its name, or from a file of one's own. ValueError that names what is wrong."""
+    """A study by its name, or from a file of one's own. ValueError that names the file and what is wrong in it."""
     # A file of one's own may have the name of a shipped study, given with its suffix.
     path = HERE / f"{study}.yaml" if study in known_studies() else Path(study)
     if path.suffix != ".yaml":
         raise ValueError(f"unknown study {study!r}; choose one of {', '.join(known_studies())}, or give a .yaml file")
-    data = yaml.safe_load(path.read_text())
-    if not isinstance(data, dict) or set(data) != {"kind", "editions"} or edition not in data["editions"]:
-        raise ValueError(
-            f"{path} has no edition {edition!r}; a study has `kind` and `editions`, here "
-            f"{', '.join(data.get('editions', ())) if isinstance(data, dict) else 'neither'}"
-        )
+    data = read_yaml(path)
+    if not isinstance(data, dict) or set(data) != {"kind", "editions"} or not isinstance(data["editions"], dict):
+        raise ValueError(f"{path} is no study; at its top it has `kind` and `editions`, and nothing else")
+    if edition not in data["editions"]:
+        known = ", ".join(map(str, data["editions"]))
+        raise ValueError(f"{path} has no edition {edition!r}; its `editions` are {known}")
     content = data["editions"][edition]
+    try:
+        check_edition(content)
+        sweep = Sweep(**content["sweep"]) if "sweep" in content else None
+        cells = tuple(make_cells(content))
+    except ValueError as error:
+        raise ValueError(f"{path}: edition {edition}: {error}") from error
+    return Study(path.stem, edition, str(data["kind"]), tuple(content["axes"]), cells, sweep)
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's, which reads YAML 1.1, with the numbers and truth values of YAML 1.2."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain data from a file. ValueError that names it where it is no YAML; OSError where it cannot be read."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{path} is no YAML: {place}{error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-01
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def check_edition(content: Any) -> None:
+    """ValueError, naming the field, unless an edition has the form that the top of this file shows."""
+    check_kind("the edition", content, dict, "fields")
     if not set(content) <= KEYS or not {"seeds", "axes"} <= set(content):
         raise ValueError(
-            f"{path}: edition {edition} has {', '.join(content)}; it needs seeds and axes, and may have "
+            f"it has {', '.join(map(str, content)) or 'no fields'}; it needs seeds and axes, and may have "
             f"{', '.join(sorted(KEYS - {'seeds', 'axes'}))}"
         )
-    sweep = Sweep(**content["sweep"]) if "sweep" in content else None
-    if sweep is not None and sweep.axis not in content["axes"]:
-        raise ValueError(
-            f"{path}: edition {edition} sweeps over {sweep.axis}, which is none of its axes: "
-            f"{', '.join(content['axes'])}"
-        )
-    return Study(path.stem, edition, data["kind"], tuple(content["axes"]), tuple(make_cells(content)), sweep)
+    check_seeds("seeds", content["seeds"])
+    check_fields("base", content.get("base", {}))
+    check_kind("axes", content["axes"], dict, "axes, each with choices")
+    for axis, choices in content["axes"].items():
+        check_kind(f"axes: {axis}", choices, dict, "choices, each with fields")
+        for choice, fields in choices.items():
+            check_kind(f"axes: {axis}: the choice {choice}", choice, str, "text; write it in quotes")
+            check_fields(f"axes: {axis}: {choice}", fields or {})  # YAML reads `lrt: ` as None
+    check_kind("without", content.get("without", []), list, "lists of choices")
+    for choices in content.get("without", []):
+        check_kind("without", choices, list, "lists of choices")
+    if "sweep" in content:
+        check_sweep(content["sweep"], content["axes"])
+
+
+def check_sweep(sweep: Any, axes: dict[str, Any]) -> None:
+    if not isinstance(sweep, dict) or set(sweep) != {"axis", "by"}:
+        raise ValueError(f"sweep is {sweep!r}; it has `axis` and `by`")
+    if sweep["axis"] not in axes:
+        raise ValueError(f"it sweeps over {sweep['axis']}, which is none of its axes: {', '.join(axes)}")
+
+
+def check_fields(where: str, fields: Any) -> None:
+    """Those of a base or a choice, as far as every kind of study has them. What else they may be, its kind knows."""
+    check_kind(where, fields, dict, "fields")
+    for name in fields:
+        check_kind(f"{where}: the field {name}", name, str, "a name")
+    if "seeds" in fields:
+        check_seeds(f"{where}: seeds", fields["seeds"])
+    minutes = fields.get("minutes", 0)
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 <= minutes < float("inf"):
+        raise ValueError(f"{where}: minutes is {minutes!r}; give a number of at least 0")
+
+
+def check_seeds(where: str, seeds: Any) -> None:
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ValueError(f"{where} is {seeds!r}; give whole numbers from 0 on, such as [0, 1, 2]")
+
+
+def check_kind(where: str, content: Any, kind: type, wanted: str) -> None:
+    if not isinstance(content, kind):
+        raise ValueError(f"{where} is {content!r}; it has to be {wanted}")
 
 
 def make_cells(edition: dict[str, Any]) -> list[Cell]:

@@ -37,7 +37,7 @@ from lrt.experiments.studies import comparisons, figures, texts, timing
 from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.runner import Line
 from lrt.experiments.studies.texts import open_text
-from lrt.model.config import ModelConfig
+from lrt.model.config import MemoryConfig, ModelConfig
 from lrt.model.size import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.flops import forward_flops
@@ -48,6 +48,7 @@ from lrt.training.optim import OptimConfig
 from lrt.training.trainer import Diverged, Trainer, TrainingSummary
 from lrt.utils import files
 from lrt.utils.progress import Advance
+from lrt.utils.validation import check_fields
 
 BASELINE = "transformer"
 """The family that horizons and ratios of times refer to."""
@@ -66,6 +67,9 @@ KEEP_EVERY = 600.0
 
 def build_model(fields: Fields, vocab_size: int) -> ModelConfig:
     """The cell's model, widened where that is asked for."""
+    check_fields(ModelConfig, fields["size"], "size")
+    check_fields(ModelConfig, fields.get("model", {}), "model")
+    check_fields(MemoryConfig, fields.get("model", {}).get("memory", {}), "model.memory")
     # A Transformer, whatever its memory: every family replaces that.
     base = ModelConfig.from_dict({**fields["size"], "vocab_size": vocab_size})
     families = rivals.rivals(base.depth)
@@ -86,6 +90,12 @@ def build_run(fields: Fields, vocab_size: int) -> RunConfig:
     unknown = sorted(set(fields) - FIELDS)
     if unknown:
         raise ValueError(f"a language cell has no field {', '.join(unknown)}; it has {', '.join(sorted(FIELDS))}")
+    missing = sorted({"family", "size", "batch_size", "horizon"} - set(fields))
+    if missing:
+        raise ValueError(f"a language cell needs {', '.join(missing)}")
+    own = {"schedule", "batch_size", "device_batch", "precision", "horizon", "seed"}
+    check_fields(RunConfig, {name: field for name, field in fields.items() if name in own}, "the cell")
+    check_fields(OptimConfig, fields.get("optim", {}), "optim")
     model = build_model(fields, vocab_size)
     optim = OptimConfig(**fields.get("optim", {}))
     factor = fields.get("rate", 1)  # of a sweep: all four rates together

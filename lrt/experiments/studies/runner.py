@@ -149,7 +149,7 @@ def run_study(
     for reason in sorted(set(missing.values())):
         print(f"{list(missing.values()).count(reason)} cells are left out: {reason}", flush=True)
     minutes = {
-        cell.name: 0.0 if find_shared(study, kind, cell, file) else kind.minutes(cell, device)
+        cell.name: 0.0 if find_shared(study, kind, cell, file) else cell_minutes(study, kind, cell, device)
         for cell in waiting
         if cell.name not in missing
     }
@@ -187,6 +187,15 @@ def run_study(
             + "; ".join(f"{name}: {error}" for name, error in failed.items())
         )
     return study_lines(study, current_lines(kind, file))
+
+
+def cell_minutes(study: Study, kind: Kind, cell: Cell, device: str) -> float:
+    """How long a cell takes. ValueError, naming the study and the cell, where its fields are wrong."""
+    try:
+        return kind.minutes(cell, device)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # fields are a user's, and of any form
+        text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
+        raise ValueError(f"the study {study.name}, cell {cell.name}: {text}") from error
 
 
 def check_words(study: Study, only: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from lrt.experiments.state_tracking.training import TrackingRun, train_tracking
 from lrt.experiments.studies import grid
 from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.runner import Line
-from lrt.model.config import ModelConfig
+from lrt.model.config import MemoryConfig, ModelConfig
 from lrt.model.execution import Execution
 from lrt.model.size import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -30,6 +30,7 @@ from lrt.schedules.parse import parse
 from lrt.training.optim import OptimConfig
 from lrt.utils.progress import Advance
 from lrt.utils.torch_private import missing_compiler
+from lrt.utils.validation import check_fields
 
 TRAINING = 0.8
 """The part of a cell's time that training takes, for the bar."""
@@ -185,9 +186,13 @@ def tracking_run(fields: Fields) -> TrackingRun:
     for name in (fields["task"], *fields.get("reads", ())):
         TASKS.check(name)
     task = TASKS[fields["task"]]
+    check_fields(ModelConfig, fields["model"], "model")
+    check_fields(MemoryConfig, fields["model"].get("memory", {}), "model.memory")
+    check_fields(OptimConfig, fields["optim"], "optim")
     model = ModelConfig.from_dict({**fields["model"], "vocab_size": task.vocabulary})
     # `tests` and the like are measured after training: they decide the cell, not its run.
     rest = {k: v for k, v in fields.items() if k not in {"model", "optim", *TESTS}}
+    check_fields(TrackingRun, rest, "the cell")
     return TrackingRun(model=model, optim=OptimConfig(**fields["optim"]), **rest)
 
 
