@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 
 import lrt
 import lrt.distributed.parallelize  # with all that the verbs load when they run: each attempt would load it again
-import lrt.experiments.studies.kinds  # noqa: F401
+import lrt.experiments.studies.kinds
 from lrt.cli.main import main as command_line
 from lrt.eval.report.table import Table
 from lrt.experiments.studies.figures import save_figure
@@ -50,7 +50,9 @@ TIMES = {"seconds", "train_seconds", "tokens_per_second", "step_ratio", "schedul
 """Names of what no two runs have alike."""
 WHOLE = 10**12
 """The progress of what is finished."""
-SIZES = "--model.depth 2 --model.width 32 --model.heads 1 --model.context 64 --batch-size 2".split()
+SIZES = (
+    "--model.depth", "2", "--model.width", "32", "--model.heads", "1", "--model.context", "64", "--batch-size", "2",
+)  # fmt: skip
 TRACKING = """
 kind: tracking
 editions:
@@ -476,7 +478,7 @@ def make_texts(base: Path) -> None:
     pages = "".join(file.read_text() for file in sorted((ROOT / "docs").glob("*.md")))
     code = "".join(file.read_text() for file in sorted((ROOT / "lrt").rglob("*.py")))
     (base / "small.txt").write_text(pages[:120_000])
-    (base / "large.txt").write_text((code * (1 + 18_000_000 // len(code)))[:18_000_000])
+    (base / "large.txt").write_text((code * (1 + 25_000_000 // len(code)))[:25_000_000])
     for name, work in (("small", SMALL), ("trained", training(20, 0, 0.0))):
         new_round(work, base / name)
         run_whole(name, work, base / name)

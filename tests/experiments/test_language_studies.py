@@ -140,6 +140,9 @@ class Scores:
         advance(1, "done")
         return {"val_live_bpb": self.by_cell[name]}
 
+    def discard(self, line: runner.Line) -> None:
+        pass
+
     def tables(self, lines: Any) -> list[Table]:
         return []
 
@@ -471,6 +474,8 @@ def test_a_long_cell_goes_on_where_it_was_left(tmp_path: Path, monkeypatch: pyte
     gone_on = kind.run(fields, advance, "cpu")
     assert steps[4] == "goes on after step 2"
     assert steps[5].startswith("step 3 of 5")
+    assert len(list((tmp_path / "unfinished").iterdir())) == 1  # until its line is on the disk
+    kind.discard({"result": json.loads(json.dumps(gone_on))})
     assert not list((tmp_path / "unfinished").iterdir())
     whole = kind.run(fields, advance, "cpu")
     times = {"train_seconds": 0}
@@ -492,6 +497,7 @@ def test_a_cell_that_diverges_keeps_no_snapshot(tmp_path: Path, monkeypatch: pyt
     scores = language.Language().run({**SMALL, "seed": 0, "family": "transformer"}, lambda *_: None, "cpu")
     assert scores["diverged"] == "at step 3 the loss is nan"
     assert len(seen) == 1
+    language.Language().discard({"result": scores})
     assert not list((tmp_path / "unfinished").iterdir())
 
 

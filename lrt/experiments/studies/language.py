@@ -161,10 +161,8 @@ class Language:
         try:
             model, trained = train_cell(run, data, device, advance)
         except Diverged as error:
-            shutil.rmtree(snapshot_folder(run, data), ignore_errors=True)
             return {**costs, "diverged": str(error)}
         scores = score_run(model, data, run, fields)
-        shutil.rmtree(snapshot_folder(run, data), ignore_errors=True)
         advance(1 - TRAINING, f"live {scores['test']['live_bpb']:.4f}")
         return {
             **costs,
@@ -174,6 +172,10 @@ class Language:
             "train_seconds": round(trained.seconds, 1),
             **scores,
         }
+
+    def discard(self, line: Line) -> None:
+        scores = line["result"]
+        shutil.rmtree(snapshot_folder(scores["run"], scores["data"]), ignore_errors=True)
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
         return comparisons.comparison_tables(lines)
@@ -224,9 +226,12 @@ def count_costs(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def snapshot_folder(run: RunConfig, data: Prepared) -> Path:
-    """Where a long training's newest snapshot is kept, until its cell is scored or has diverged: beside the texts."""
-    about = json.dumps([run.to_dict(), data.fingerprint], sort_keys=True)
+def snapshot_folder(run: dict[str, Any], data: str) -> Path:
+    """Where the newest snapshot of a long training is kept, until its cell's line is on the disk: beside the texts.
+
+    `run` is a RunConfig as plain data, `data` the text's fingerprint.
+    """
+    about = json.dumps([run, data], sort_keys=True)
     return texts.TEXTS.parent / "unfinished" / hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
@@ -236,7 +241,7 @@ def train_cell(
     """Train a run from its snapshot, or from nothing, to its end. Its loss is the mean of the last twentieth of the
     steps, of those since the snapshot. Raises Diverged where a loss or a gradient is not finite."""
     trainer = Trainer(run, data, device)
-    snapshot = snapshot_folder(run, data)
+    snapshot = snapshot_folder(run.to_dict(), data.fingerprint)
     files.recover(snapshot)
     if snapshot.exists():
         trainer.restore(snapshot)

@@ -39,6 +39,9 @@ from lrt.utils.plugins import Plugin, describe
 ENTRIES = {"configuration_lrt": "lrt.integrations.hf.configuration", "modeling_lrt": "lrt.integrations.hf.modeling"}
 """File names that transformers knows from config.json, and the modules that they are."""
 
+OWN = ("*.json", "*.safetensors", "*.py", "*.jinja", "README.md", "LICENSE")
+"""What an exported folder may have. What else lies there, such as .git, stays when it is exported again."""
+
 
 def export(source: Path | str, out: Path | str, prefill: str = "converged", remote_code: bool = True) -> LRTForCausalLM:
     """Write the checkpoint (or run) `source` to the folder `out`, which must be new or an earlier export.
@@ -51,7 +54,7 @@ def export(source: Path | str, out: Path | str, prefill: str = "converged", remo
     fresh = files.temporary_name(out)
     try:
         model = write_folder(source, fresh, prefill, remote_code)
-        files.replace_folder(fresh, out)
+        files.replace_folder(fresh, out, OWN)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return model
