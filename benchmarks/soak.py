@@ -30,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # with all that the verbs load when they run: each attempt would load it again
 from matplotlib.figure import Figure
 
 import lrt
-import lrt.distributed.parallelize  # with all that the verbs load when they run: each attempt would load it again
+import lrt.distributed.parallelize
 import lrt.experiments.studies.kinds
 from lrt.cli.main import main as command_line
 from lrt.eval.report.table import Table
@@ -191,7 +192,7 @@ def digest_scores(folder: Path) -> Digests:
 
 def training(steps: int, every: int, share: float, late: bool = False) -> Work:
     """`lrt train` of a tiny LRT. `late` kills only after its last but one step."""
-    horizon = f"--horizon steps={steps} --snapshots.every {every} --eval.every 10 --eval.targets 300".split()
+    horizon = f"--horizon steps={steps} --snapshots.every {every} --eval.every {steps // 2} --eval.targets 300".split()
     command = ("train", "d2", "--data", "../small/data", "--out", "run", "--device", "cpu", *SIZES, *horizon)
     return Work(command, share, partial(steps_kept, steps=steps), digest_run, steps - 1 if late else None)
 
@@ -206,18 +207,7 @@ def studying(study: str, share: float) -> Work:
     return Work(command, share, lines_written, digest_lines, given={"grid.yaml": study})
 
 
-EVALUATION = (
-    "evaluate",
-    "../trained/run",
-    "--data",
-    "../small/data",
-    "--out",
-    "scores",
-    "--device",
-    "cpu",
-    "--batch-size",
-    "4",
-)
+EVALUATION = "evaluate ../trained/run --data ../small/data --out scores --device cpu --batch-size 4 --at-least 1000"
 SMALL = preparing("small.txt", 0.17, "--vocab-size", "400", "--shard-tokens", "20000")
 WORKS = {
     "train": training(60, 7, 0.35),
@@ -227,7 +217,7 @@ WORKS = {
     "prepare, large": preparing("large.txt", 0.03, "--tokenizer", "../small/data/tokenizer.json"),
     "study of tracking": studying(TRACKING, 0.12),
     "study of language": studying(LANGUAGE, 0.05),
-    "evaluate": Work(EVALUATION, 0.08, items_scored, digest_scores),
+    "evaluate": Work(tuple(EVALUATION.split()), 0.08, items_scored, digest_scores),
 }
 
 
