@@ -125,7 +125,7 @@ def usual_mode(folder: Path) -> int:
     """The mode of a new file in `folder`: 0666 & ~umask. A process can only ask for its umask by changing it, for all
     of its threads; a file that is made and removed shows it."""
     probe = folder / f".mode-{os.getpid()}-{threading.get_ident()}"
-    with probe.open("xb") as file:
+    with probe.open("wb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     probe.unlink()
     return mode
