@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean distclean
+.PHONY: help demo test test-slow soak lint format clean distclean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,9 @@ test: $(VENV)/.installed-dev ## every test that is not slow; ARGS goes to pytest
 # pytest exits 5 when it finds no test to run; there being no slow test is not a failure.
 test-slow: $(VENV)/.installed-dev ## the slow tests
 	@$(PYTEST) -m slow $(ARGS) || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
+
+soak: $(VENV)/.installed-dev ## kill everything a thousand times, and compare (about half an hour; stopped, it goes on)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py runs/soak $(ARGS)
 
 lint: $(VENV)/.installed-dev ## style, types and import order
 	$(BIN)/ruff check .

@@ -49,8 +49,9 @@ class Train:
     """Make the run fair beside another: `--match parameters RUN` widens the MLP, `tokens`, `compute` (training FLOPs)
     and `wall_clock` (paired step times, measured here) set the horizon. May be given several times."""
     resume: str = "auto"
-    """auto goes on from the newest snapshot in --out; never starts anew; a snapshot's folder goes on from that one,
-    also with other rates, schedule or horizon."""
+    """auto goes on from the newest snapshot in --out; never starts anew and sets the old run aside; a snapshot's folder
+    goes on from that one, also with other rates, schedule or horizon. Nothing in a snapshot is run. Still, it decides
+    the weights: resume those whose origin you trust."""
     snapshots: SnapshotConfig = dataclasses.field(default_factory=lambda: SnapshotConfig(every=200))
     """What is saved on the way."""
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)

@@ -12,7 +12,6 @@ where a process holds all of it, and in shards beside it under FSDP2. Either loa
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -174,7 +173,9 @@ def load_optimisers(
 ) -> None:
     """Put what `write_training` wrote, on any number of ranks, into the optimisers of this run's ranks."""
     if OPTIMISERS not in training:
-        _load_shards(folder / OPTIMISERS, model, optimisers)
+        from lrt.distributed.sharded_optimisers import load_shards  # loads much of torch.distributed
+
+        load_shards(folder / OPTIMISERS, model, optimisers)
         return
     for optimiser, saved in zip(optimisers, training[OPTIMISERS], strict=True):
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
@@ -186,16 +187,3 @@ def load_optimisers(
             for i, entries in saved["state"].items()
         }
         optimiser.load_state_dict({**saved, "state": state})
-
-
-def _load_shards(folder: Path, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> None:
-    """Read shards that any number of ranks wrote. This unpickles: a snapshot is the user's own."""
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    # Reading needs tensors to read into: this makes the moments of optimisers that have not stepped yet.
-    state = {OPTIMISERS: get_optimizer_state_dict(model, list(optimisers))}
-    with warnings.catch_warnings():  # shards may be read by a single process
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        load(state, checkpoint_id=folder)
-    set_optimizer_state_dict(model, list(optimisers), optim_state_dict=state[OPTIMISERS])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,6 +27,9 @@ from lrt.schedules.parse import parse
 from lrt.training import recipes
 from lrt.training.config import RunConfig
 from lrt.training.loop import train
+from lrt.training.resume import holds_run
+from lrt.training.snapshots import set_run_aside
+from lrt.utils import files
 from lrt.utils.files import replace_atomically
 from lrt.utils.provenance import hardware_line
 
@@ -111,7 +113,9 @@ def _train_family(
     if saved.get("key") == key:
         console.print(f"{family}: kept from an earlier call (delete {out} to train it again)")
         return saved["result"], False
-    shutil.rmtree(out / "checkpoint", ignore_errors=True)  # of other settings; `train` would refuse to replace it
+    if file.exists() or not holds_run(out, run, data.fingerprint):
+        set_run_aside(out)  # of other settings; `train` would refuse to go on from it
+        files.set_aside(file)
     begun = time.perf_counter()
     total, dense = count_parameters(run.model)
     console.print(

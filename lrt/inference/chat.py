@@ -14,7 +14,6 @@ from lrt.inference.prefill import PrefillMode
 from lrt.inference.sampling import Sampling
 from lrt.inference.session import Session
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.utils.files import replace_atomically
 
 TURNS = "turns.json"
 """Beside a saved session: where its turns began."""
@@ -97,9 +96,7 @@ class Conversation:
         if self.session is None:
             raise ValueError("there is nothing to save yet; say something first")
         assert self.session is not None
-        (path / TURNS).unlink(missing_ok=True)  # never the turns of another conversation beside this session
-        self.session.save(path)
-        replace_atomically(path / TURNS, json.dumps(self.turns) + "\n")
+        self.session.save(path, {TURNS: json.dumps(self.turns) + "\n"})
 
     def load(self, path: Path) -> None:
         """Go on with the conversation of a folder. ValueError where it is damaged, or another model's."""

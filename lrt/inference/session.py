@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,9 +148,10 @@ class Session:
         hidden = hidden.unsqueeze(1).clone()  # outside inference mode: an ordinary tensor
         return dataclasses.replace(self, tokens=tuple(tokens), state=state, hidden=hidden, report=None)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, beside: Mapping[str, str] | None = None) -> None:
         """Write the session to a folder, in the place of an older session there.
 
+        `beside`: name -> text of further files, which are the session's: they come and go with it.
         It is written beside its target and renamed when whole. Raises ValueError where the folder is something else's,
         OSError where the disk does not take it; an older session is then untouched.
         """
@@ -163,7 +164,9 @@ class Session:
         try:
             safetensors.torch.save_file(_tensors(self), fresh / "state.safetensors")
             (fresh / "session.json").write_text(json.dumps(_about(self, fresh), indent=2) + "\n")
-            replace_folder(fresh, path)
+            for name, text in (beside or {}).items():
+                (fresh / name).write_text(text, encoding="utf-8")
+            replace_folder(fresh, path, ("state.safetensors", "session.json", "turns.json"))
         except BaseException as error:
             shutil.rmtree(fresh, ignore_errors=True)
             if isinstance(error, safetensors.SafetensorError | RuntimeError):  # what its writer raises on a full disk

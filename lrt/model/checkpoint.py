@@ -18,6 +18,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors
@@ -36,6 +37,8 @@ FORMAT = 1
 """Of config.json. A field that is added needs no new number: where it is absent it has its default."""
 FILES = ("model.safetensors", "config.json", "tokenizer.json")
 """What every checkpoint has, beside the manifest."""
+OWN = (*FILES, "training.pt", "optimisers", "manifest.json")
+"""All that a checkpoint may have. What else lies in its folder, such as evaluation/, stays when it is saved again."""
 
 
 def save(
@@ -71,7 +74,7 @@ def save(
             weights = ranks.weights(model)
             if ranks.rank == 0:
                 _write(fresh, weights, model.config, tokenizer, about or {})
-                replace_folder(fresh, path)
+                replace_folder(fresh, path, OWN)
     except BaseException as error:
         if ranks.rank == 0:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -191,7 +194,13 @@ def load_training(
     if not (folder / "training.pt").is_file():
         raise ValueError(f"{folder} cannot be trained on: it has no training.pt; take a folder of snapshots/")
     load_weights(model, _read_weights(folder), ranks)
-    return torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+    try:
+        return torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{folder / 'training.pt'} cannot be read: it holds more than tensors and plain data; nothing in it was "
+            "run. Take another snapshot, or a copy"
+        ) from error
 
 
 def about(path: str | Path) -> dict[str, Any]:

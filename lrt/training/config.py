@@ -2,7 +2,8 @@
 
 RunConfig holds what decides numbers, and is compared when a run goes on. What stays on disk (SnapshotConfig), what is
 measured on the way (EvalConfig) and how a step is computed (Execution: no number depends on it beyond rounding) are
-not in it, and may change from one call to the next. `device_batch` is in it, although it only splits a step.
+not in it, and may change from one call to the next. `device_batch` is in it, although it only splits a step: it too
+may change, and numbers then differ in their last bits.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class WeightsAndBiases:
         self.run = wandb.init(
             project="lrt", name=out.name, id=run_id, resume="allow", dir=str(out), config=settings, reinit="create_new"
         )
-        id_file.write_text(f"{self.run.id}\n")
+        replace_atomically(id_file, f"{self.run.id}\n")
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self.run.log(dict(numbers), step=step)

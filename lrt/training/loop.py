@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import signal
 import sys
 import threading
@@ -40,8 +39,8 @@ from lrt.training.monitor import (
     report_divergence,
 )
 from lrt.training.resume import is_of_run, resume, tokens_trained
-from lrt.training.snapshots import SnapshotConfig
-from lrt.training.trainer import Diverged, Trainer, TrainingSummary
+from lrt.training.snapshots import SnapshotConfig, drop_finished
+from lrt.training.trainer import Diverged, OutOfMemory, Trainer, TrainingSummary
 from lrt.utils.device import peak_flops
 from lrt.utils.progress import Advance, bar, warn
 
@@ -80,7 +79,8 @@ def train(
     `auto`, `never` or a snapshot's folder. `log_to` names loggers that get the numbers too. `execution` says how steps
     are computed, on which no number depends beyond rounding; which path runs is said on standard error. Without
     `evaluation` nothing is scored on the way. A loss or gradient that is not finite, or a loss that explodes, raises
-    Diverged, naming the step and the last good snapshot, which stays.
+    Diverged, naming the step and the last good snapshot, which stays. Out of memory, it saves a snapshot and
+    raises OutOfMemory, a ValueError that names a smaller device_batch, with which the run may go on.
 
     All `ranks` call it, with one folder on a disk they share; the first writes. The model that comes back is this
     rank's, under FSDP2 its shards.
@@ -107,7 +107,7 @@ def train(
             save_result(training, advance)
     trainer.close()
     if result_is_saved(training) and ranks.first:  # nothing goes before what replaces it is whole
-        shutil.rmtree(out / "snapshots", ignore_errors=True)
+        drop_finished(out)
     return trainer.model, trainer.summary(recent_loss(training.lines))
 
 
@@ -181,6 +181,11 @@ def step_or_report(training: TrainingRun) -> MetricsLine:
         if error.last_good_step == step and not snapshots(training.out):
             save_snapshot(training)
         raise Diverged(report_failure(training, error), error.last_good_step) from error
+    except OutOfMemory:
+        if step > 0 and trainer.ranks.ranks == 1:  # of several, the others are still at work
+            with suppress(OSError):  # what is on the disk stays, and the message is the one about memory
+                save_snapshot(training)
+        raise
 
 
 def report_failure(training: TrainingRun, error: Diverged) -> str:

@@ -6,14 +6,16 @@ write: a snapshot from before a field existed goes on as long as the field has i
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lrt.model import checkpoint
-from lrt.model.checkpoint import drop_snapshots, snapshot_step, snapshots
+from lrt.model.checkpoint import snapshots
 from lrt.training.config import RunConfig
 from lrt.training.loggers import MetricsLog, read_metrics
-from lrt.training.snapshots import clear_unfinished, set_aside
+from lrt.training.snapshots import clear_unfinished, set_later_aside, set_run_aside
 from lrt.training.trainer import Trainer
 from lrt.utils import files
 from lrt.utils.progress import warn
@@ -46,8 +48,8 @@ def resume(trainer: Trainer, out: Path, source: str) -> MetricsLog:
                 f"{path} stands at step {step:,}, behind the horizon of {trainer.steps:,} steps "
                 f"({trainer.run.horizon}); give a horizon that is further, or resume from an earlier snapshot"
             )
-        if source != "auto" and ranks.first:  # later ones are of a path not taken
-            drop_snapshots([s for s in snapshots(out) if snapshot_step(s) > step])
+        if ranks.first:
+            set_later_aside(out, step)
         return read_metrics(path.parent.parent if path.parent.name == "snapshots" else path.parent, step)
 
 
@@ -55,9 +57,13 @@ def choose_snapshot(out: Path, source: str, run: RunConfig) -> Path | None:
     """The checkpoint to go on from; None to start anew, for which an old result is set aside."""
     clear_unfinished(out)
     if source == "never":
-        set_aside(out)
+        set_run_aside(out)
         return None
-    named = None if source == "auto" else checkpoint.verify(Path(source))
+    named, problem = None, None
+    try:
+        named = None if source == "auto" else checkpoint.verify(Path(source))
+    except ValueError as error:  # it may have gone when this run had newer ones of its own
+        problem = error
     named_tokens = -1 if named is None else tokens_trained(checkpoint.about(named))
     others = []
     files.recover(out / "checkpoint")
@@ -71,14 +77,28 @@ def choose_snapshot(out: Path, source: str, run: RunConfig) -> Path | None:
         if is_of_run(about, run) and tokens_trained(about) > named_tokens:
             return path
         others.append(path)
+    if problem is not None:
+        raise problem
     # Nothing of this run: the snapshot that was named, or what `restore` will refuse, saying what differs.
     return named or next(iter(others), None)
 
 
+def holds_run(out: Path, run: RunConfig, data: str) -> bool:
+    """Whether a run's folder holds a whole checkpoint or snapshot of this very run, on data of that fingerprint."""
+    files.recover(out / "checkpoint")
+    for path in (out / "checkpoint", *snapshots(out)):
+        with suppress(ValueError):  # damaged, or not there
+            about = checkpoint.about(path)
+            if is_of_run(about, run) and about.get("data") == data:
+                return True
+    return False
+
+
 def is_of_run(about: dict[str, Any], run: RunConfig) -> bool:
-    """Whether a checkpoint says that it is of this very run."""
+    """Whether a checkpoint says that it is of this very run, in however many parts its steps were computed."""
     try:
-        return RunConfig.from_dict(about["run"]) == run
+        saved = RunConfig.from_dict(about["run"])
+        return dataclasses.replace(saved, device_batch=run.device_batch) == run
     except (KeyError, ValueError):  # it does not say, or not so that this version understands it
         return False
 

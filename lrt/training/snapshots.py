@@ -1,4 +1,4 @@
-"""What a run saves on disk while it goes on, and what a fresh start removes or sets aside.
+"""What a run saves on disk while it goes on, and what a fresh start sets aside.
 
 A snapshot is a checkpoint in snapshots/step-… that the run can go on from; best/ holds the weights with the best live
 score so far. Where they lie is `lrt.model.checkpoint`'s knowledge; what is in them, `Trainer.save`'s.
@@ -9,6 +9,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from lrt.model.checkpoint import snapshot_step, snapshots
+from lrt.utils import files
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,30 @@ def clear_unfinished(out: Path) -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def set_aside(out: Path) -> None:
-    """Before a fresh start: an old run's results get the ending .old, its snapshots and its report go.
+def set_run_aside(out: Path) -> None:
+    """Before a fresh start: all that an old run left gets the ending .old.
 
-    Nothing of it may pass for this run's when it is interrupted and goes on.
+    Nothing of it may pass for this run's when it is interrupted and goes on, and nothing of it is lost: its snapshots
+    may be all there is of its weights, and this run has none yet.
     """
-    shutil.rmtree(out / "snapshots", ignore_errors=True)
-    (out / "diverged.json").unlink(missing_ok=True)
-    for name in ("checkpoint", "best"):
-        if (out / name).exists():
-            shutil.rmtree(out / f"{name}.old", ignore_errors=True)
-            (out / name).rename(out / f"{name}.old")
+    for name in ("checkpoint", "best", "snapshots", "metrics.jsonl", "diverged.json"):
+        files.set_aside(out / name)
+
+
+def set_later_aside(out: Path, step: int) -> None:
+    """Before a run goes on from `step`: later snapshots, of another path or damaged, go to snapshots.old/.
+
+    As the newest ones they would stay in the place of those that the run is about to save.
+    """
+    later = [snapshot for snapshot in snapshots(out) if snapshot_step(snapshot) > step]
+    aside = out / "snapshots.old"
+    if later:
+        aside.mkdir(exist_ok=True)
+    for snapshot in later:
+        snapshot.rename(files.free_name(aside / snapshot.name))
+
+
+def drop_finished(out: Path) -> None:
+    """Remove what a run went on from, its own and what was set aside for it. Its checkpoint is whole by now."""
+    for folder in (out / "snapshots", *out.glob("snapshots.old*")):
+        shutil.rmtree(folder, ignore_errors=True)

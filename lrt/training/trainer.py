@@ -34,6 +34,7 @@ from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
 from lrt.training.optim import Optimiser
 from lrt.utils import plugins
+from lrt.utils.device import is_out_of_memory
 from lrt.utils.progress import warn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -102,12 +103,18 @@ class Trainer:
         """One optimiser step; returns its line of the metrics log.
 
         Loss and gradient norm are looked at before the update: nothing that is not finite reaches the weights. Raises
-        Diverged then, weights untouched.
+        Diverged then, weights untouched; OutOfMemory, weights untouched, where the gradient takes more than there is.
         """
         run, before, started = self.run, self.progress, time.perf_counter()
         schedule = self.schedule.at(before.step, self.steps, run.seed)
         batches, position = self._batches()
-        loss = self._accumulate_gradients(schedule, batches)
+        try:
+            loss = self._accumulate_gradients(schedule, batches)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.optimiser.zero_grad()
+            raise OutOfMemory(self._advise_memory()) from error
         norm = float(clip_gradients(self.model, run.optim.clip, self.ranks))
         self._check_finite(loss, norm)
         rate = self.optimiser.step(before.step)
@@ -139,6 +146,22 @@ class Trainer:
             shares.append(share.detach())
         (loss,) = self.ranks.sum([float(torch.stack(shares).sum())])
         return loss
+
+    def _advise_memory(self) -> str:
+        """What to tell a user whose memory does not suffice for a micro-batch."""
+        ranks = self.ranks.ranks
+        share = self.run.batch_size // ranks
+        rows = share // self.micro_batches
+        smaller = next((n for n in range(rows // 2, 0, -1) if share % n == 0), None)
+        remedy = (
+            "it is one row already: take --execution.recompute passes, a shorter context or a smaller model"
+            if smaller is None
+            else f"give --device-batch {smaller}, which is the same step in more parts"
+        )
+        return (
+            f"out of memory at step {self.progress.step}, with {rows} rows of {self.run.model.context} tokens at once "
+            f"on {self.device}; {remedy}, and the same command goes on"
+        )
 
     def _check_finite(self, loss: float, norm: float) -> None:
         """Raise Diverged unless both are finite."""
@@ -202,7 +225,7 @@ class Trainer:
         """Go on from a checkpoint that `save` wrote.
 
         Raises ValueError where it is of other data, or of a run that differs in other fields of RunConfig than
-        `may_differ`, and says in which.
+        `may_differ` and device_batch, and says in which.
         """
         training = checkpoint.load_training(path, self.model, self.ranks)
         self._check_same_run(path, RunConfig.from_dict(json.loads(training["run"])), may_differ)
@@ -220,12 +243,17 @@ class Trainer:
         differing = [name for name in names if getattr(saved, name) != getattr(self.run, name)]
         there, here = (json.loads(json.dumps(run.to_dict())) for run in (saved, self.run))
         differences = "; ".join(checkpoint.differences(there[name], here[name], name) for name in differing)
-        if not set(differing) <= set(may_differ):
+        if not set(differing) <= {*may_differ, "device_batch"}:  # which only splits a step
             raise ValueError(
                 f"{path} is of another run ({differences}); choose another --out, or start anew with --resume never"
             )
         if differing and self.ranks.first:
-            warn(f"going on from {path} with other settings ({differences})")
+            last_bits = "; numbers may differ in their last bits" if differing == ["device_batch"] else ""
+            warn(f"going on from {path} with other settings ({differences}){last_bits}")
+
+
+class OutOfMemory(ValueError):
+    """A micro-batch that does not fit. Weights and optimisers are as they were before its step."""
 
 
 class Diverged(FloatingPointError):

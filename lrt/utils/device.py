@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the machine, has no memory left."""
+    texts = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
 def choose_device(name: str) -> str:
     """`auto` is CUDA, then Apple's MPS, then the CPU; anything else is a name of torch's, tried.
 

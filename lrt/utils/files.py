@@ -3,15 +3,22 @@
 Whatever replaces a file or folder is first written beside it, under a hidden name that ends in `.saving-PID`, and takes
 its place by a rename. A process that is killed, a full disk or a loss of power leaves the old one or the new one, never
 a half of either.
+
+Files get the mode that the user's umask gives a new file. Libraries that write through a temporary file (safetensors)
+leave one that only its owner can read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+import stat
+import threading
+from collections.abc import Callable, Collection
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +52,7 @@ def replace_atomically(file: Path, content: str | bytes | Callable[[Path], objec
             fresh.write_bytes(content)
         else:
             content(fresh)
+            fresh.chmod(usual_mode(file.parent))
         _flush(fresh)  # else a loss of power may keep the rename and lose the bytes
         fresh.replace(file)
     finally:
@@ -52,14 +60,20 @@ def replace_atomically(file: Path, content: str | bytes | Callable[[Path], objec
     _flush(file.parent)
 
 
-def replace_folder(fresh: Path, path: Path) -> None:
+def replace_folder(fresh: Path, path: Path, own: Collection[str] = ("*",)) -> None:
     """Put the finished folder `fresh` in the place of `path`, on the same disk.
 
     No system call exchanges two folders everywhere, so there are two renames. Between them the old folder is at
-    `.NAME.previous`, and `recover` puts it back. Where this fails, `fresh` is the caller's to remove.
+    `.NAME.previous`, and `recover` puts it back. Where this fails, `fresh` is the caller's to remove. What others keep
+    in `path`, all but the `own` names (patterns), is in the new folder too.
     """
+    mode = usual_mode(fresh)
     for entry in [*fresh.rglob("*"), fresh]:
+        if entry.is_file():
+            entry.chmod(mode)
         _flush(entry)
+    carry_over(path, fresh, own)
+    _flush(fresh)
     previous = _previous(path)
     if path.exists():
         shutil.rmtree(previous, ignore_errors=True)
@@ -73,6 +87,58 @@ def recover(path: Path) -> None:
     """Where `replace_folder` was cut off between its two renames, put the old folder back in its place."""
     if not path.exists() and _previous(path).exists():
         _previous(path).rename(path)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file or folder, where it exists, to `NAME.old`, or the first of `NAME.old-2`, … that is free."""
+    if path.exists():
+        path.rename(free_name(path.with_name(f"{path.name}.old")))
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or the first of `NAME-2`, `NAME-3`, … where nothing is."""
+    numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
+
+
+def carry_over(path: Path, fresh: Path, own: Collection[str]) -> None:
+    """Put into `fresh`, which is to replace the folder `path`, what others keep in that: all but `own` names.
+
+    `own` are patterns, such as *.json. Files are linked, not copied, where the disk can.
+    """
+    for entry in path.iterdir() if path.is_dir() else ():
+        if (fresh / entry.name).exists() or any(fnmatch(entry.name, pattern) for pattern in own):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, fresh / entry.name, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, fresh / entry.name)
+
+
+def _link(source: Path | str, target: Path | str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def append_durably(file: Path, text: str) -> None:
+    """Append to a file, which is made where it is missing, and wait until the disk has it."""
+    with file.open("a", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    _flush(file.parent)
+
+
+def usual_mode(folder: Path) -> int:
+    """The mode of a new file in `folder`: 0666 & ~umask. A process can only ask for its umask by changing it, for all
+    of its threads; a file that is made and removed shows it."""
+    probe = folder / f".mode-{os.getpid()}-{threading.get_ident()}"
+    with probe.open("wb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    probe.unlink()
+    return mode
 
 
 def temporary_name(path: Path) -> Path:

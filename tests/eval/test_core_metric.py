@@ -429,6 +429,14 @@ def test_a_bundle_is_downloaded_once(served: tuple[str, Path], bundle: Path, tmp
     assert download(folder, url, sums, progress=False) == folder  # there already
 
 
+def test_a_download_takes_no_place_of_what_a_user_put_there(tmp_path: Path):
+    (tmp_path / "core").mkdir()
+    (tmp_path / "core" / "core.yaml").write_text("the user's own")
+    with pytest.raises(ValueError, match=r"core holds files that were not downloaded .* --core "):
+        download(tmp_path / "core", "http://127.0.0.1:9/never", progress=False)
+    assert (tmp_path / "core" / "core.yaml").read_text() == "the user's own"
+
+
 def test_a_wrong_checksum_leaves_nothing(served: tuple[str, Path], bundle: Path, tmp_path: Path):
     url, packed = served
     sums = read_sums(bundle / "SHA256SUMS") | {"eval_data/some/winograd.jsonl": "0" * 64}

@@ -21,6 +21,7 @@ from lrt.experiments.demo import demo
 from lrt.model import checkpoint
 from lrt.training import recipes
 from lrt.training.recipes import FAMILIES
+from lrt.training.trainer import Trainer
 from lrt.utils.provenance import hardware_line
 
 MODELS = ("transformer", "token_shift", "lrt")
@@ -170,9 +171,12 @@ def test_the_sample_is_printed_and_starts_with_the_prompt(
 
 
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"tokens": 2 * TOKENS}], ids=str)
-def test_changed_settings_train_again(made: Path, texts: list[Path], changed: dict[str, Any], no_training: None):
+def test_changed_settings_train_again(
+    made: Path, texts: list[Path], tmp_path: Path, changed: dict[str, Any], no_training: None
+):
+    shutil.copytree(made, tmp_path / "copy")
     with pytest.raises(Trained):
-        run(made, texts, **changed)
+        run(tmp_path / "copy", texts, **changed)
 
 
 def test_changed_text_trains_again(made: Path, texts: list[Path], tmp_path: Path, no_training: None):
@@ -191,6 +195,33 @@ def test_a_family_without_its_files_is_trained_again(
     (tmp_path / "copy" / "lrt" / damage).unlink()
     with pytest.raises(Trained):
         run(tmp_path / "copy", texts)
+
+
+def test_a_family_that_was_trained_but_not_scored_is_not_trained_again(
+    made: Path, texts: list[Path], tmp_path: Path, summary: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """What a kill between its checkpoint and its result leaves."""
+    shutil.copytree(made, tmp_path / "copy")
+    (tmp_path / "copy" / "lrt" / "result.json").unlink()
+
+    def step(self: Trainer) -> None:
+        raise Trained
+
+    monkeypatch.setattr(Trainer, "step", step)
+    again = run(tmp_path / "copy", texts)
+    assert again["models"]["lrt"]["live_bpb"] == summary["models"]["lrt"]["live_bpb"]
+    assert not (tmp_path / "copy" / "lrt" / "checkpoint.old").exists()
+
+
+def test_other_settings_keep_the_weights_of_the_former(
+    made: Path, texts: list[Path], tmp_path: Path, no_training: None
+):
+    shutil.copytree(made, tmp_path / "copy")
+    with pytest.raises(Trained):
+        run(tmp_path / "copy", texts, seed=1)
+    (old,) = (tmp_path / "copy").glob("*/checkpoint.old")
+    assert (old / "model.safetensors").is_file()
+    assert (old.parent / "result.json.old").is_file()
 
 
 def test_a_result_cut_off_while_it_was_written_is_made_again(

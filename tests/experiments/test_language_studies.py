@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -139,6 +140,9 @@ class Scores:
         self.ran.append((name, fields["seed"], device))
         advance(1, "done")
         return {"val_live_bpb": self.by_cell[name]}
+
+    def discard(self, line: runner.Line) -> None:
+        pass
 
     def tables(self, lines: Any) -> list[Table]:
         return []
@@ -471,10 +475,33 @@ def test_a_long_cell_goes_on_where_it_was_left(tmp_path: Path, monkeypatch: pyte
     gone_on = kind.run(fields, advance, "cpu")
     assert steps[4] == "goes on after step 2"
     assert steps[5].startswith("step 3 of 5")
+    assert len(list((tmp_path / "unfinished").iterdir())) == 1  # until its line is on the disk
+    kind.discard({"result": json.loads(json.dumps(gone_on))})
     assert not list((tmp_path / "unfinished").iterdir())
     whole = kind.run(fields, advance, "cpu")
     times = {"train_seconds": 0}
     assert {**gone_on, **times} == {**whole, **times}
+
+
+@pytest.mark.usefixtures("story")
+def test_the_loss_of_a_cell_that_went_on_is_that_of_all_its_last_steps(monkeypatch: pytest.MonkeyPatch):
+    fields = {**SMALL, "seed": 0, "family": "transformer", "horizon": "steps=40", "settling": 0}
+    run = language.build_run(fields, language.open_text("story").vocab_size)
+
+    def train(stop_at: str = "never") -> float:
+        def advance(amount: float, text: str = "") -> None:
+            if text.startswith(stop_at):
+                raise KeyboardInterrupt
+
+        return language.train_cell(run, language.open_text("story"), "cpu", advance)[1].loss
+
+    monkeypatch.setattr(language, "KEEP_EVERY", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        train("step 40 ")  # the snapshot is of step 39; the loss is the mean of two steps
+    gone_on = train()
+    data = language.open_text("story")
+    shutil.rmtree(language.snapshot_folder(run.to_dict(), data.fingerprint))
+    assert train() == gone_on
 
 
 @pytest.mark.usefixtures("story")
@@ -492,6 +519,7 @@ def test_a_cell_that_diverges_keeps_no_snapshot(tmp_path: Path, monkeypatch: pyt
     scores = language.Language().run({**SMALL, "seed": 0, "family": "transformer"}, lambda *_: None, "cpu")
     assert scores["diverged"] == "at step 3 the loss is nan"
     assert len(seen) == 1
+    language.Language().discard({"result": scores})
     assert not list((tmp_path / "unfinished").iterdir())
 
 

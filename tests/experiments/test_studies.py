@@ -50,6 +50,7 @@ class Counting:
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.ran: list[dict[str, Any]] = []
+        self.discarded: list[str] = []
         self.fail_at = fail_at
 
     def missing(self, cell: grid.Cell) -> str | None:
@@ -67,6 +68,9 @@ class Counting:
         self.ran.append(fields)
         advance(1, "done")
         return {"steps": fields["steps"]}
+
+    def discard(self, line: runner.Line) -> None:
+        self.discarded.append(line["cell"])
 
     def tables(self, lines: Sequence[runner.Line]) -> list[Table]:
         return []
@@ -101,6 +105,22 @@ def test_a_choice_may_run_with_fewer_seeds(study: grid.Study, tmp_path: Path):
     (tmp_path / "bad.yaml").write_text(GRID.replace("deep: {", "deep: {seeds: [7], "))
     with pytest.raises(ValueError, match=r"easy/deep has seeds \[7\], none of the edition's"):
         grid.read_study(str(tmp_path / "bad.yaml"), "tiny")
+
+
+def test_a_cell_keeps_what_it_goes_on_from_until_its_line_is_on_the_disk(study: grid.Study, tmp_path: Path):
+    file, kind = tmp_path / study.results, Counting()
+    discard = kind.discard
+
+    def check(line: runner.Line) -> None:
+        assert line["cell"] in [written["cell"] for written in runner.read_lines(file)]
+        discard(line)
+
+    kind.discard = check  # type: ignore[method-assign]
+    runner.run_study(study, kind, file, ["0"], progress=False)
+    assert kind.discarded == [cell.name for cell in study.cells if cell.seed == 0]
+    again = Counting(fail_at=0)
+    runner.run_study(study, again, file, ["0"], progress=False)  # killed between the line and the end of its cell
+    assert again.discarded == kind.discarded
 
 
 def test_a_stopped_study_goes_on(study: grid.Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -98,6 +98,25 @@ def test_a_conversation_goes_on_after_it_was_saved(tmp_path: Path):
     assert again.session is None
 
 
+def test_a_full_disk_leaves_the_saved_conversation_with_its_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    chat = talking(tokenizer())
+    chat.say("hello", 6, str)
+    chat.save(tmp_path / "talk")
+    turns = list(chat.turns)
+    chat.say("there", 6, str)
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(OSError, match="no space left"):
+            chat.save(tmp_path / "talk")
+    again = talking(tokenizer())
+    again.load(tmp_path / "talk")
+    assert again.turns == turns
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="unknown template 'alpaca'; choose one of nanochat, chatml, plain"):
         talking(tokenizer(), template="alpaca")

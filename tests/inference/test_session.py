@@ -135,6 +135,17 @@ def test_a_save_replaces_an_older_one(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
+def test_a_saved_session_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    session = Session.start(model_of(MemoryConfig()), PROMPT, "exact")
+    (tmp_path / "plain").write_text("")
+    session.save(tmp_path / "s")
+    (tmp_path / "s" / "notes.txt").write_text("the user's own")
+    session.save(tmp_path / "s")
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "s").iterdir()}
+    usual = (tmp_path / "plain").stat().st_mode
+    assert modes == dict.fromkeys(["state.safetensors", "session.json", "notes.txt"], usual)
+
+
 # ------------------------------------------------------------------------------------------------------ sliding windows
 
 

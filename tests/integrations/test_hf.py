@@ -754,9 +754,14 @@ def test_export_leaves_other_folders_alone(exported, tmp_path):
         assert sorted(taken.rglob("*")) == before
     export(exported.parent / "checkpoint", tmp_path / "plain")
     assert list((tmp_path / "plain").glob("*.py"))
+    usual = (tmp_path / "notes.txt").stat().st_mode  # safetensors writes a file that only its owner can read
+    assert {file.stat().st_mode for file in (tmp_path / "plain").iterdir()} == {usual}
+    (tmp_path / "plain" / ".git").mkdir()
+    (tmp_path / "plain" / ".git" / "HEAD").write_text("ref: refs/heads/main")
     export(exported.parent / "checkpoint", tmp_path / "plain", remote_code=False)  # an earlier export is replaced
     assert not list((tmp_path / "plain").glob("*.py"))
     assert "import lrt.hf" in (tmp_path / "plain" / "README.md").read_text()
+    assert (tmp_path / "plain" / ".git" / "HEAD").read_text() == "ref: refs/heads/main"
 
 
 def test_pipeline(exported):

@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from lrt import MemoryConfig, ModelConfig
 from lrt.data.prepare import prepare
@@ -86,14 +90,57 @@ def test_a_run_without_resume_starts_again(data: Prepared, whole: Path, tmp_path
     assert_same(weights(tmp_path), weights(whole))
 
 
-def test_a_fresh_start_leaves_no_snapshot_of_the_old_run(
+def test_a_fresh_start_sets_the_old_run_aside_until_it_has_a_checkpoint(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_after(Trainer(replace(run_config(), seed=9), data, "cpu"), 5, tmp_path)
-    monkeypatch.setattr(Trainer, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(run_config(), data, tmp_path, progress=False, resume_from="never")
+    (old,) = snapshots(tmp_path)
+    kept, metrics = weights(old), (tmp_path / "metrics.jsonl").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        for _ in range(2):  # the second start has a .old in its way
+            with pytest.raises(KeyboardInterrupt):
+                train(run_config(), data, tmp_path, progress=False, resume_from="never")
     assert snapshots(tmp_path) == []
+    assert_same(weights(tmp_path / "snapshots.old" / old.name), kept)
+    assert (tmp_path / "metrics.jsonl.old").read_text() == metrics
+    train(run_config(), data, tmp_path, progress=False, resume_from="never")
+    assert not list(tmp_path.glob("snapshots*"))
+    assert len(weights(tmp_path / "checkpoint")) > 0
+
+
+@pytest.mark.parametrize("problem", ["damaged", "another path"])
+def test_later_snapshots_do_not_stand_in_the_place_of_new_ones(
+    data: Prepared, whole: Path, tmp_path: Path, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one snapshot to stay, the newest name was kept, whatever it held, and the whole ones went."""
+    run, named = run_config(), "auto"
+    trainer = Trainer(run, data, "cpu")
+    stop_after(trainer, 4, tmp_path)
+    trainer.save(snapshot_path(tmp_path, 30), trainer.about(1.0))
+    if problem == "damaged":
+        (snapshot_path(tmp_path, 30) / "training.pt").write_bytes(b"")
+    else:
+        run, named = replace(run, horizon="steps=31"), str(snapshot_path(tmp_path, 4))
+    steps: list[int] = []
+    step = Trainer.step
+
+    def step_until_9(self: Trainer) -> dict[str, Any]:
+        steps.append(self.progress.step)
+        if self.progress.step == 9 and steps.count(9) == 1:
+            raise KeyboardInterrupt  # as a kill: nothing is saved here
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", step_until_9)
+    keeping = SnapshotConfig(every=3, last=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, data, tmp_path, progress=False, snapshots=keeping, resume_from=named)
+    assert [path.name for path in snapshots(tmp_path)] == ["step-00000006", "step-00000009"]
+    assert snapshot_path(tmp_path / "x", 30).name in [path.name for path in (tmp_path / "snapshots.old").iterdir()]
+    train(run, data, tmp_path, progress=False, snapshots=keeping, resume_from=named)  # step 4 has gone by now
+    assert steps.count(8) == 1
+    if problem == "damaged":
+        assert_same(weights(tmp_path), weights(whole))
 
 
 def interrupted(self: Trainer) -> dict[str, object]:
@@ -348,3 +395,111 @@ def test_a_horizon_that_is_passed_is_an_error_and_removes_nothing(data: Prepared
         train(run_config(tokens=2 * 64), data, tmp_path, progress=False, resume_from=str(named))
     assert snapshots(tmp_path) == [named]
     assert weights(named)
+
+
+# --- out of memory ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_a_smaller_device_batch(
+    data: Prepared, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(Trainer(replace(run_config(), device_batch=2), data, "cpu"), 11, tmp_path)
+    train(run_config(), data, tmp_path, progress=False)  # device_batch=1
+    assert "device_batch: 2 there, 1 here); numbers may differ in their last bits" in capsys.readouterr().err
+    expected = weights(whole)
+    for name, weight in weights(tmp_path).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+    saved = (tmp_path / "checkpoint" / "config.json").stat().st_mtime_ns
+    train(replace(run_config(), device_batch=2), data, tmp_path, progress=False)  # a finished run stays finished
+    assert (tmp_path / "checkpoint" / "config.json").stat().st_mtime_ns == saved
+
+
+FULL = {
+    "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried …"),
+    "Python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
+def test_out_of_memory_names_a_smaller_device_batch_and_loses_no_step(
+    data: Prepared, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, gradients = replace(run_config(6 * 256), batch_size=8, device_batch=None), Trainer._accumulate_gradients
+
+    def full_at_step_3(self: Trainer, *arguments: Any) -> float:
+        if self.progress.step == 3 and self.micro_batches == 1:
+            raise error
+        return gradients(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_accumulate_gradients", full_at_step_3)
+    with pytest.raises(ValueError, match=r"out of memory at step 3, with 8 rows .* give --device-batch 4,"):
+        train(run, data, tmp_path, progress=False)
+    assert [path.name for path in snapshots(tmp_path)] == ["step-00000003"]
+    train(replace(run, device_batch=4), data, tmp_path, progress=False)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_one_row_that_does_not_fit_has_another_remedy(data: Prepared, tmp_path: Path) -> None:
+    trainer = Trainer(run_config(), data, "cpu")
+    assert "--execution.recompute passes" in trainer._advise_memory()
+    trainer.close()
+
+
+# --- a crafted snapshot runs nothing ------------------------------------------------------------------------------
+
+
+class Touch:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def sharded_snapshot(trainer: Trainer, path: Path, **entries: Any) -> None:
+    """A snapshot as FSDP2 writes it, by one process: the optimisers' state in shards. `entries` replace a group's."""
+    trainer.save(path, trainer.about(1.0))
+    state = torch.load(path / "training.pt", weights_only=True)
+    optimisers = get_optimizer_state_dict(trainer.model, list(trainer.optimiser.parts))
+    optimisers["param_groups"][0] |= entries
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_shards({"optimisers": optimisers}, checkpoint_id=path / "optimisers")
+    torch.save({k: v for k, v in state.items() if k != "optimisers"}, path / "training.pt")
+    rewrite_manifest(path)
+
+
+def rewrite_manifest(path: Path) -> None:
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"]
+    manifest = {str(f.relative_to(path)): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_shards_are_read_without_unpickling_what_they_like(data: Prepared, whole: Path, tmp_path: Path) -> None:
+    trainer = Trainer(run_config(), data, "cpu")
+    stop_after(trainer, 7, tmp_path)
+    sharded_snapshot(trainer, snapshot_path(tmp_path, 8))
+    train(run_config(), data, tmp_path, progress=False)
+    assert_same(weights(tmp_path), weights(whole))
+
+
+@pytest.mark.parametrize("place", ["index", "entry", "training.pt"])
+def test_a_crafted_snapshot_runs_nothing(data: Prepared, tmp_path: Path, place: str) -> None:
+    touched = tmp_path / "touched"
+    trainer = Trainer(run_config(), data, "cpu")
+    stop_after(trainer, 3, tmp_path)
+    snapshot = snapshot_path(tmp_path, 4)
+    # An entry that is no tensor, such as a rate, is pickled by itself.
+    sharded_snapshot(trainer, snapshot, **({"weight_decay": Touch(touched)} if place == "entry" else {}))
+    trainer.close()
+    if place == "index":
+        (snapshot / "optimisers" / ".metadata").write_bytes(pickle.dumps(Touch(touched)))
+    if place == "training.pt":
+        torch.save({"run": Touch(touched)}, snapshot / "training.pt")
+    rewrite_manifest(snapshot)
+    with pytest.raises(ValueError, match=r"(optimisers|training.pt) cannot be read: .*; nothing in it was run"):
+        train(run_config(), data, tmp_path / "out", progress=False, resume_from=str(snapshot))
+    assert not touched.exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lrt.utils.files import recover, replace_atomically, replace_folder, temporary_name
+from lrt.utils.files import append_durably, recover, replace_atomically, replace_folder, set_aside, temporary_name
 
 
 def names(folder: Path) -> list[str]:
@@ -51,6 +51,60 @@ def test_a_temporary_name_is_hidden_and_passes_for_no_file_of_that_kind(tmp_path
     name = temporary_name(tmp_path / "bpb.json").name
     assert name.startswith(".bpb.json.saving-")
     assert not name.endswith(".json")
+
+
+def test_what_a_library_writes_through_a_temporary_file_gets_the_usual_mode(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    usual = (tmp_path / "plain").stat().st_mode
+
+    def write(path: Path) -> None:
+        path.write_text("a secret by its mode")
+        path.chmod(0o600)
+
+    replace_atomically(tmp_path / "file", write)
+    assert (tmp_path / "file").stat().st_mode == usual
+    fresh = temporary_name(tmp_path / "out")
+    (fresh / "deep").mkdir(parents=True)
+    write(fresh / "deep" / "file")
+    replace_folder(fresh, tmp_path / "out")
+    assert (tmp_path / "out" / "deep" / "file").stat().st_mode == usual
+    assert names(tmp_path / "out") == ["deep"]
+
+
+def test_what_is_set_aside_takes_no_place_of_another(tmp_path: Path) -> None:
+    for content in ("one", "two", "three"):
+        (tmp_path / "run").write_text(content)
+        set_aside(tmp_path / "run")
+    set_aside(tmp_path / "run")  # nothing there
+    assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == {
+        "run.old": "one",
+        "run.old-2": "two",
+        "run.old-3": "three",
+    }
+
+
+def test_a_line_that_is_appended_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    append_durably(tmp_path / "lines", "a\n")
+    append_durably(tmp_path / "lines", "b\n")
+    assert (tmp_path / "lines").read_text() == "a\nb\n"
+    assert len(synced) == 4  # the file, and the folder that names it
+
+
+def test_what_others_keep_in_a_folder_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / ".git").mkdir(parents=True)
+    (out / ".git" / "HEAD").write_text("main")
+    (out / "notes.txt").write_text("theirs")
+    (out / "old.json").write_text("ours")
+    fresh = temporary_name(out)
+    fresh.mkdir()
+    (fresh / "new.json").write_text("ours")
+    replace_folder(fresh, out, ("*.json",))
+    assert names(out) == [".git", "new.json", "notes.txt"]
+    assert (out / ".git" / "HEAD").read_text() == "main"
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:

@@ -252,6 +252,11 @@ def download(folder: Path, url: str = URL, sums: Mapping[str, str] = OFFICIAL, p
     """
     if (folder / SUMS).is_file():
         return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds files that were not downloaded (it has no {SUMS}); score with them: --core {folder}, or "
+            "move them away"
+        )
     fresh = temporary_name(folder)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)

@@ -37,6 +37,7 @@ from lrt.experiments.studies import comparisons, figures, texts, timing
 from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.runner import Line
 from lrt.experiments.studies.texts import open_text
+from lrt.model import checkpoint
 from lrt.model.config import MemoryConfig, ModelConfig
 from lrt.model.size import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -171,10 +172,8 @@ class Language:
         try:
             model, trained = train_cell(run, data, device, advance)
         except Diverged as error:
-            shutil.rmtree(snapshot_folder(run, data), ignore_errors=True)
             return {**costs, "diverged": str(error)}
         scores = score_run(model, data, run, fields)
-        shutil.rmtree(snapshot_folder(run, data), ignore_errors=True)
         advance(1 - TRAINING, f"live {scores['test']['live_bpb']:.4f}")
         return {
             **costs,
@@ -184,6 +183,10 @@ class Language:
             "train_seconds": round(trained.seconds, 1),
             **scores,
         }
+
+    def discard(self, line: Line) -> None:
+        scores = line["result"]
+        shutil.rmtree(snapshot_folder(scores["run"], scores["data"]), ignore_errors=True)
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
         return comparisons.comparison_tables(lines)
@@ -234,9 +237,12 @@ def count_costs(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def snapshot_folder(run: RunConfig, data: Prepared) -> Path:
-    """Where a long training's newest snapshot is kept, until its cell is scored or has diverged: beside the texts."""
-    about = json.dumps([run.to_dict(), data.fingerprint], sort_keys=True)
+def snapshot_folder(run: dict[str, Any], data: str) -> Path:
+    """Where the newest snapshot of a long training is kept, until its cell's line is on the disk: beside the texts.
+
+    `run` is a RunConfig as plain data, `data` the text's fingerprint.
+    """
+    about = json.dumps([run, data], sort_keys=True)
     return texts.TEXTS.parent / "unfinished" / hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
@@ -244,24 +250,26 @@ def train_cell(
     run: RunConfig, data: Prepared, device: str, advance: Advance
 ) -> tuple[LatentRecurrentTransformer, TrainingSummary]:
     """Train a run from its snapshot, or from nothing, to its end. Its loss is the mean of the last twentieth of the
-    steps, of those since the snapshot. Raises Diverged where a loss or a gradient is not finite."""
+    steps. Raises Diverged where a loss or a gradient is not finite."""
     trainer = Trainer(run, data, device)
-    snapshot = snapshot_folder(run, data)
+    snapshot = snapshot_folder(run.to_dict(), data.fingerprint)
     files.recover(snapshot)
+    losses: list[float] = []
     if snapshot.exists():
         trainer.restore(snapshot)
-    begun, saved, losses = trainer.progress.step, time.monotonic(), []
+        losses += checkpoint.about(snapshot).get("losses", [])  # of the last twentieth before it
+    begun, saved, counted = trainer.progress.step, time.monotonic(), max(1, run.steps // 20)
     advance(TRAINING * begun / run.steps, f"goes on after step {begun}" if begun else "begins")
     try:
         for step in range(begun, run.steps):
             losses.append(trainer.step()["loss"])
             advance(TRAINING / run.steps, f"step {step + 1} of {run.steps}, loss {losses[-1]:.3f}")
             if time.monotonic() - saved >= KEEP_EVERY and step + 1 < run.steps:
-                trainer.save(snapshot, trainer.about(losses[-1]))
+                trainer.save(snapshot, trainer.about(losses[-1]) | {"losses": losses[-counted:]})
                 saved = time.monotonic()
     finally:
         trainer.close()
-    last = losses[-max(1, run.steps // 20) :]
+    last = losses[-counted:]
     return trainer.model, trainer.summary(sum(last) / len(last))
 
 

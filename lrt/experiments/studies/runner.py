@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from lrt.eval.report.table import Table
 from lrt.experiments.studies.grid import Cell, Fields, Study
 from lrt.utils import plugins
+from lrt.utils.files import append_durably
 from lrt.utils.progress import Advance, bar
 from lrt.utils.provenance import code_version, hardware
 
@@ -59,6 +60,10 @@ class Kind(Protocol):
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
         """One cell's result, plain data: no weights, no text. `advance(amount, text)` counts to 1."""
+        ...
+
+    def discard(self, line: Line) -> None:
+        """Remove what a cell kept to go on from. Called once its line is on the disk, perhaps more than once."""
         ...
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
@@ -144,6 +149,8 @@ def run_study(
     others go on; ValueError at the end.
     """
     check_words(study, only)
+    for line in study_lines(study, current_lines(kind, file)):
+        kind.discard(line)  # of a process that was killed behind its line
     waiting = cells_left(study, current_lines(kind, file), only)
     missing = {cell.name: reason for cell in waiting if (reason := kind.missing(cell)) is not None}
     for reason in sorted(set(missing.values())):
@@ -181,6 +188,7 @@ def run_study(
                     print(f"{cell.name} failed: {failed[cell.name]}", flush=True)
                 else:
                     append_line(file, line)
+                    kind.discard(line)
     if failed:
         raise ValueError(
             f"{len(failed)} cells failed, the others are done; they run again with the same command: "
@@ -270,11 +278,12 @@ def claim(file: Path, cell: Cell) -> Iterator[Path | None]:
 
 
 def append_line(file: Path, line: Line) -> None:
-    """Add a line, on its own also where the last one was cut short. In ASCII, which json.dumps gives unless told."""
+    """Add a line, on its own also where the last one was cut short, and wait until the disk has it.
+
+    In ASCII, which json.dumps gives unless told."""
     with filelock.FileLock(file.with_suffix(".lock")):
         whole = not file.exists() or file.read_text()[-1:] in ("", "\n")
-        with file.open("a") as out:
-            out.write(("" if whole else "\n") + json.dumps(line) + "\n")
+        append_durably(file, ("" if whole else "\n") + json.dumps(line) + "\n")
 
 
 def run_cell(study: Study, cell: Cell, kind: Kind, advance: Advance, device: str = "cpu") -> Line:

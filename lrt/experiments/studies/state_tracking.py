@@ -60,6 +60,9 @@ class StateTracking:
         test holds (tests/experiments/test_committed_results.py)."""
         return True
 
+    def discard(self, line: Line) -> None:
+        """Nothing: a cell that is stopped begins anew."""
+
     def minutes(self, cell: Cell, device: str) -> float:
         """As the study says: measuring would take training to mastery. Raises ValueError for fields that are wrong."""
         run = tracking_run(cell.fields)

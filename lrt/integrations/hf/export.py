@@ -42,6 +42,9 @@ PAD = "<|pad|>"
 PAD_NAMES = (PAD, "<pad>", "[PAD]")
 """Special tokens that may pad, in order of preference; without one, PAD is added above the vocabulary."""
 
+OWN = ("*.json", "*.safetensors", "*.py", "*.jinja", "README.md", "LICENSE")
+"""What an exported folder may have. What else lies there, such as .git, stays when it is exported again."""
+
 
 def export(source: Path | str, out: Path | str, prefill: str = "converged", remote_code: bool = True) -> LRTForCausalLM:
     """Write the checkpoint (or run) `source` to the folder `out`, which must be new or an earlier export.
@@ -54,7 +57,7 @@ def export(source: Path | str, out: Path | str, prefill: str = "converged", remo
     fresh = files.temporary_name(out)
     try:
         model = write_folder(source, fresh, prefill, remote_code)
-        files.replace_folder(fresh, out)
+        files.replace_folder(fresh, out, OWN)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return model
