@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -10,7 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -248,6 +252,66 @@ def test_reading_goes_on_from_every_mark(kind: str, tmp_path: Path) -> None:
         assert late.pieces < len(whole) / 2
     if source.size:
         assert 0.5 * source.size < whole[-1][1].at <= source.size
+
+
+
+class Frozen:
+    """A stream that reports the state it was given, noting that, however far it has read since: datasets 5.0.0."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.loaded: dict[str, Any] | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.stream)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = {**state, "resumed": True}
+        self.stream.load_state_dict({key: state[key] for key in state if key != "resumed"})
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict() if self.loaded is None else self.loaded
+
+
+class Forgetful(Frozen):
+    """A stream that moves, but begins anew whatever state it is given."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = None
+
+
+@pytest.mark.parametrize("stream", [None, Frozen, Forgetful])
+@pytest.mark.parametrize("stops", [(5,), (15, 12), (15, 25), (25, 31, 11), (31, 33), (33, 1, 1, 1), (12, 13, 14, 15, 16)])
+def test_a_data_set_goes_on_however_often_it_is_stopped(
+    stream: type[Frozen] | None, stops: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "SNAPSHOT", 10)
+    write_json_lines(tmp_path / "in" / "a.jsonl", records_of(60))
+    write_json_lines(tmp_path / "in" / "b.jsonl", records_of(95)[60:])
+    source = hub.hub_source(Dataset(str(tmp_path / "in")), Selection())
+    whole = [piece for piece, _ in source.read()]
+    if stream is not None:
+        opened = hub.open_stream
+        monkeypatch.setattr(hub, "open_stream", lambda *arguments: stream(opened(*arguments)))
+    taken, mark = [], None
+    for count in stops:
+        with closing(source.read(mark)) as pieces:
+            for piece, mark in itertools.islice(pieces, count):
+                taken.append(piece)
+        mark = SourcePosition(*json.loads(json.dumps(mark)))
+    assert taken + [piece for piece, _ in source.read(mark)] == whole
+
+
+def test_a_state_of_the_last_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not name the record that follows, so that nothing can vouch for it."""
+    monkeypatch.setattr(hub, "SNAPSHOT", 10)
+    write_json_lines(tmp_path / "in" / "a.jsonl", records_of(60))
+    source = hub.hub_source(Dataset(str(tmp_path / "in")), Selection())
+    whole = list(source.read())
+    mark = whole[24][1]
+    assert mark.state is not None
+    old = mark._replace(state={key: mark.state[key] for key in ("iterator", "seen")})
+    assert [piece for piece, _ in source.read(old)] == [piece for piece, _ in whole[25:]]
 
 
 # Workers, shards and interruptions

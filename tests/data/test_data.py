@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from lrt.data.packing import pack
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Documents, Prepared
 from lrt.data.splits import assign_splits, cut_places
-from lrt.data.tokenizer import BOS, Tokenizer
+from lrt.data.tokenizer import BOS, LONGEST_WORD, Tokenizer, byte_alphabet, cut_long_words
 from lrt.data.windows import windows
 
 SAMPLES = (
@@ -207,6 +208,66 @@ def test_training_is_deterministic_and_saved_exactly(library: list[Path], tmp_pa
     one.inner.save(str(tmp_path / "b.json"), pretty=True)
     assert Tokenizer.load(tmp_path / "a.json").sha256 == Tokenizer.load(tmp_path / "b.json").sha256 == one.sha256
     assert Tokenizer.train(texts[1:], 400).sha256 != one.sha256
+
+
+def uncut(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """What the library's own trainer learns from whole words."""
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return inner
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(chr(97 + n * n % 7) for n in range(LONGEST_WORD)),  # the longest word that is not cut
+        " " + "größer" * (LONGEST_WORD // 6) + "🙂" * 900 + "12345" * 200 + " " * 900 + "\n" * 100,
+        "a,b;c=" * 5000,  # a long run without blanks, of short words
+    ],
+)
+def test_words_below_the_bound_are_learnt_from_whole(text: str, library: list[Path]) -> None:
+    texts = [read_text(library[0]), text * 2, text]
+    assert Tokenizer.train(texts, 500).to_json() == Tokenizer(uncut(texts, 500)).to_json()
+
+
+def test_other_texts_learn_what_they_did(library: list[Path]) -> None:
+    texts = [read_text(path) for path in library[:60]]
+    assert Tokenizer.train(texts, 600).to_json() == Tokenizer(uncut(texts, 600)).to_json()
+
+
+@pytest.mark.parametrize("letters", ["abcdefghij", "语言模型学习文字", " \n", "0123456789"])
+def test_a_long_word_is_cut_for_training_alone(letters: str) -> None:
+    rng = random.Random(0)
+    word = "".join(rng.choice(letters) for _ in range(10 * LONGEST_WORD + 7))
+    text = f"some words {word} and more"
+    whole = tokenizers.Tokenizer(models.BPE())
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts = list(cut_long_words(text, whole))
+    assert "".join(parts) == text
+    words = [word for part in parts for word, _ in whole.pre_tokenizer.pre_tokenize_str(part)]
+    short = [w for w, (a, b) in whole.pre_tokenizer.pre_tokenize_str(text) if b - a <= LONGEST_WORD]
+    assert len(short) > 3
+    assert [w for w in words if w in short] == short
+    assert max(len(bytes(byte_alphabet()[c] for c in word).decode(errors="replace")) for word in words) <= LONGEST_WORD
+    made = Tokenizer.train([text], 400)
+    assert made.decode(made.encode(text)) == text
+
+
+def test_a_text_without_a_space_is_learnt_from_in_its_length() -> None:
+    """A word of 300 KB took minutes: time grew with its square. CPU seconds; a factor of ten is left to busy machines."""
+    rng = random.Random(0)
+    text = "".join(rng.choice("abcdefghij") for _ in range(300_000))
+    began = time.process_time()
+    assert Tokenizer.train([text], 600).vocab_size == 600
+    assert time.process_time() - began < 15
 
 
 def test_a_loaded_tokenizer_neither_truncates_nor_pads(tmp_path: Path) -> None:
