@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -76,7 +77,7 @@ class Tokenizer:
                 f"vocab_size is {vocab_size}; byte-level BPE needs at least {SMALLEST_VOCAB}: 256 bytes and {BOS}"
             )
         inner = tokenizers.Tokenizer(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits words as GPT-2 does
+        inner.pre_tokenizer = gpt2_words()
         inner.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -85,7 +86,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        inner.train_from_iterator((part for text in texts for part in cut_long_words(text, inner)), trainer)
+        inner.train_from_iterator(itertools.chain.from_iterable(map(cut_long_words, texts)), trainer)
         return cls(inner)
 
     @classmethod
@@ -247,12 +248,16 @@ class LibraryStream:
         return ""  # no bytes, so nothing is ever held back
 
 
-def cut_long_words(text: str, inner: tokenizers.Tokenizer) -> Iterator[str]:
+def gpt2_words() -> pre_tokenizers.PreTokenizer:
+    """What splits a text into words as GPT-2 does."""
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def cut_long_words(text: str) -> Iterator[str]:
     """`text` in parts, none of whose words has more than `LONGEST_WORD` characters; shorter words stay as they are."""
     start = 0
     if LONG_RUN.search(text):
-        assert inner.pre_tokenizer is not None
-        for _, (first, end) in inner.pre_tokenizer.pre_tokenize_str(text):
+        for _, (first, end) in gpt2_words().pre_tokenize_str(text):
             for cut in range(first + LONGEST_WORD, end, LONGEST_WORD):
                 yield text[start:cut]
                 start = cut
