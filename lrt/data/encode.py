@@ -28,6 +28,8 @@ from lrt.data.tokenizer import Tokenizer
 Encoded = tuple[np.ndarray, list[int]]
 """Ids of several texts, one after another, and how many each has."""
 T = TypeVar("T")
+MOST_WORKERS = 1024
+"""Processes at most: each is one core's work."""
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
@@ -39,9 +41,8 @@ class Encoders:
     """`workers` processes that encode, or with 0 a thread of this process. A context manager."""
 
     def __init__(self, tokenizer: Tokenizer, file: Path, workers: int) -> None:
-        """`file` is where `tokenizer` was saved, for the processes to read. ValueError for a negative `workers`."""
-        if workers < 0:
-            raise ValueError(f"workers is {workers}; give 0 (encode in this process) or more")
+        """`file` is where `tokenizer` was saved, for the processes to read. ValueError for a wrong `workers`."""
+        check_workers(workers)
         self.tokenizer = tokenizer
         self.dtype = token_dtype(tokenizer)
         self.ahead: int = 2 * max(1, workers)
@@ -92,6 +93,12 @@ class Encoders:
         self._threads.shutdown(wait=True, cancel_futures=True)
         for process in self._processes:
             process.communicate()  # closes its input, at whose end it ends
+
+
+def check_workers(workers: int | None) -> None:
+    """ValueError for a number of processes that cannot be; None stands for one per core."""
+    if workers is not None and not 0 <= workers <= MOST_WORKERS:
+        raise ValueError(f"workers is {workers}; give 0 (encode in this process) to {MOST_WORKERS}")
 
 
 def start_worker(file: Path, dtype: str) -> subprocess.Popen[bytes]:

@@ -63,7 +63,7 @@ class HubSource:
     def read(self, after: SourcePosition | None = None) -> PieceStream:
         state, taken = (None, 0) if after is None else (after.state, after.pieces)
         records, seen = self.records_behind(state)
-        # since: records since `state`; number: pieces since then; candidate: a state without the record that follows it.
+        # since, number: records and pieces since `state`; candidate: a state that lacks the record behind it.
         since = number = 0
         candidate: dict[str, Any] | None = None
         for stream, record in records:
@@ -101,7 +101,7 @@ class HubSource:
             if first is not None and self.digest(first[1]) == state["next"]:
                 return itertools.chain([first], records), seen
             stream = open_stream(self.dataset, revision)
-        warn(f"{self.name}: the datasets library cannot go on behind record {seen:,}; they are read again, and left out")
+        warn(f"{self.name}: the datasets library cannot go on behind record {seen:,}; it is read from its beginning")
         return itertools.islice(self.records(stream, 0), seen, None), seen
 
     def digest(self, record: dict[str, Any]) -> str:
@@ -122,6 +122,8 @@ class HubSource:
                     yield stream, record
         except (
             arrow.ArrowException,
+            UnicodeDecodeError,  # text that is not UTF-8
+            RecursionError,  # JSON that is nested too deeply
             optional_module("datasets.exceptions", "data", f"reading {self.name}").DatasetsError,
         ) as error:
             raise ValueError(f"{self.name} is damaged behind record {seen} ({error}); get its files again") from error

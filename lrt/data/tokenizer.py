@@ -31,6 +31,8 @@ BOS_NAMES = (BOS, "<|endoftext|>", "<s>", "<bos>", "<|begin_of_text|>")
 """Special tokens that may open a document in a tokenizer made elsewhere, in order of preference."""
 SMALLEST_VOCAB = 256 + 1
 """Every byte and BOS: below this some text could not be written."""
+LARGEST_VOCAB = 1 << 22
+"""Tokens of the largest vocabulary that is trained; known ones have up to 262,144."""
 LONGEST_WORD = 1024
 """Characters of the longest word that a vocabulary is learnt from: the trainer's time grows with a word's square.
 
@@ -70,12 +72,15 @@ class Tokenizer:
         """Byte-level BPE over `texts`; the same texts in the same order give the same tokenizer.
 
         Merging stops early where no pair of tokens occurs twice, so a small text gives fewer than `vocab_size`
-        tokens. Words of more than `LONGEST_WORD` characters are learnt from in parts. ValueError below 257 tokens (256 bytes and BOS).
+        tokens. Words of more than `LONGEST_WORD` characters are learnt from in parts. ValueError below 257 tokens
+        (256 bytes and BOS), and above `LARGEST_VOCAB`.
         """
         if vocab_size < SMALLEST_VOCAB:
             raise ValueError(
                 f"vocab_size is {vocab_size}; byte-level BPE needs at least {SMALLEST_VOCAB}: 256 bytes and {BOS}"
             )
+        if vocab_size > LARGEST_VOCAB:
+            raise ValueError(f"vocab_size is {vocab_size}; at most {LARGEST_VOCAB:,} tokens are learnt; give fewer")
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = gpt2_words()
         inner.decoder = decoders.ByteLevel()

@@ -254,7 +254,6 @@ def test_reading_goes_on_from_every_mark(kind: str, tmp_path: Path) -> None:
         assert 0.5 * source.size < whole[-1][1].at <= source.size
 
 
-
 class Frozen:
     """A stream that reports the state it was given, noting that, however far it has read since: datasets 5.0.0."""
 
@@ -281,7 +280,9 @@ class Forgetful(Frozen):
 
 
 @pytest.mark.parametrize("stream", [None, Frozen, Forgetful])
-@pytest.mark.parametrize("stops", [(5,), (15, 12), (15, 25), (25, 31, 11), (31, 33), (33, 1, 1, 1), (12, 13, 14, 15, 16)])
+@pytest.mark.parametrize(
+    "stops", [(5,), (15, 12), (15, 25), (25, 31, 11), (31, 33), (33, 1, 1, 1), (12, 13, 14, 15, 16)]
+)
 def test_a_data_set_goes_on_however_often_it_is_stopped(
     stream: type[Frozen] | None, stops: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
