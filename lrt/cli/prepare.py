@@ -21,8 +21,8 @@ class Prepare:
     out: tyro.conf.Positional[Path]
     """Folder to write."""
     text: Paths = ()
-    """UTF-8 text files, or folders of files; JSON lines (.jsonl, .ndjson, also .gz, .xz, .zst); Parquet (.parquet). None, and no data set:
-    the source of this Python's own standard library."""
+    """UTF-8 text files, or folders of files; JSON lines (.jsonl, .ndjson, also .gz, .xz, .zst); Parquet (.parquet).
+    None, and no data set: the source of this Python's own standard library."""
     dataset: str | None = None
     """A Hugging Face data set: a hub name (owner/name), a local folder, fineweb-edu or climbmix. It is streamed."""
     dataset_config: str | None = None
@@ -40,8 +40,8 @@ class Prepare:
     documents: int | None = None
     """Stop after so many documents. None: take all."""
     val: float = BY_CONTENT.val
-    """The share of the text to validate on, between 0 and 1. Whole text files fall to a split where their sizes come near
-    its share, equal ones together; else each file is cut. Of records, each document falls to a split by chance."""
+    """The share of the text to validate on, between 0 and 1. Whole text files fall to a split where their sizes come
+    near its share, equal ones together; else each file is cut. Of records, each document falls to one by a hash."""
     test: float = BY_CONTENT.test
     """The share of the text to test on."""
     vocab_size: int = 2048

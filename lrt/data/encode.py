@@ -23,6 +23,7 @@ from typing import TypeVar
 import numpy as np
 
 from lrt.data import encode_worker
+from lrt.data.sources import Piece
 from lrt.data.tokenizer import Tokenizer
 
 Encoded = tuple[np.ndarray, list[int]]
@@ -43,7 +44,7 @@ class Encoders:
     def __init__(self, tokenizer: Tokenizer, file: Path, workers: int) -> None:
         """`file` is where `tokenizer` was saved, for the processes to read. ValueError for a wrong `workers`."""
         check_workers(workers)
-        self.tokenizer = tokenizer
+        self.encoder = encode_worker.Encoder.of(tokenizer.inner)
         self.dtype = token_dtype(tokenizer)
         self.ahead: int = 2 * max(1, workers)
         """Groups in flight: each worker has one, and the next is ready for it."""
@@ -54,17 +55,18 @@ class Encoders:
         for process in self._processes:
             self._idle.put(process)
 
-    def submit(self, texts: Sequence[str]) -> Future[Encoded]:
-        """Encode `texts` as soon as there is a worker. The future raises OSError where its process died."""
+    def submit(self, pieces: Sequence[Piece]) -> Future[Encoded]:
+        """Encode `pieces` as soon as there is a worker. The future raises OSError where its process died."""
+        texts, firsts = [piece.text for piece in pieces], [piece.first for piece in pieces]
         if self._processes:
-            return self._threads.submit(self._encode_in_process, texts)
-        return self._threads.submit(encode_worker.encode, self.tokenizer.inner, texts, self.dtype)
+            return self._threads.submit(self._encode_in_process, texts, firsts)
+        return self._threads.submit(encode_worker.encode, self.encoder, texts, firsts, self.dtype)
 
-    def map(self, groups: Iterable[tuple[T, Sequence[str]]]) -> Iterator[tuple[T, Encoded]]:
-        """Encode the texts of each group; results come in order, reading and encoding overlap."""
+    def map(self, groups: Iterable[tuple[T, Sequence[Piece]]]) -> Iterator[tuple[T, Encoded]]:
+        """Encode the pieces of each group; results come in order, reading and encoding overlap."""
         pending: deque[tuple[T, Future[Encoded]]] = deque()
-        for key, texts in groups:
-            pending.append((key, self.submit(texts)))
+        for key, pieces in groups:
+            pending.append((key, self.submit(pieces)))
             if len(pending) > self.ahead:
                 key, future = pending.popleft()
                 yield key, future.result()
@@ -72,12 +74,12 @@ class Encoders:
             key, future = pending.popleft()
             yield key, future.result()
 
-    def _encode_in_process(self, texts: Sequence[str]) -> Encoded:
+    def _encode_in_process(self, texts: Sequence[str], firsts: Sequence[bool]) -> Encoded:
         process = self._idle.get()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            encode_worker.send(process.stdin, [text.encode() for text in texts])
+            encode_worker.send(process.stdin, [bytes(firsts), *(text.encode() for text in texts)])
             ids, lengths = encode_worker.receive(process.stdout)
         except (EOFError, BrokenPipeError) as error:
             raise OSError(

@@ -38,7 +38,7 @@ from lrt.data.hub import Dataset
 from lrt.data.prepared import FORMAT, SPLITS, Prepared, read_manifest
 from lrt.data.records import SOURCES, Selection, suffix_of
 from lrt.data.shards import SplitWriter
-from lrt.data.sources import SourcePosition
+from lrt.data.sources import Source, SourcePosition
 from lrt.data.splits import BY_CONTENT, BY_NAME, SplitRule
 from lrt.data.tokenizer import Tokenizer
 from lrt.utils import plugins
@@ -71,12 +71,14 @@ def prepare(
 ) -> Prepared:
     """Tokenise `texts` and `dataset` (both None: the running Python's standard library) into `out`, and open it.
 
-    A text is a folder of such files, or ends in .jsonl or .ndjson (.gz, .xz, .zst), in .parquet, or is a UTF-8 text file. Trains byte-level BPE of
-    at most `vocab_size` tokens on a sample of the training split, or uses the file `tokenizer`, and `vocab_size` is
-    then ignored. `workers` processes encode (None: one per core; 0: none but this one), on which no byte depends.
+    A text is a folder of files, or a file: .jsonl or .ndjson (.gz, .xz, .zst), .parquet, or UTF-8 text. Trains
+    byte-level BPE of at most `vocab_size` tokens on a sample of the training split, or uses the file `tokenizer`, and
+    `vocab_size` is then ignored. `workers` processes encode (None: one per core; 0: none but this one), on which no
+    byte depends.
 
     Nothing is done where `out` was made of the same inputs; a folder prepared from others is replaced. ValueError
-    naming the file, the line and the field for what cannot be used, and for an `out` that holds anything else.
+    naming the file, the line and the field for what cannot be used, for a text that `tokenizer` does not give back, and
+    for an `out` that holds anything else.
     """
     out = Path(out)
     if shard_tokens < 1:
@@ -100,7 +102,8 @@ def prepare(
     }  # not the number of workers, on which nothing depends
     if selection.rule == BY_CONTENT and inputs_digest(arguments, corpus) in begun_as(out):
         selection = dataclasses.replace(selection, rule=BY_NAME)  # by version 0.1.0: it stays, or goes on, as it was
-        corpus = open_corpus(texts, dataset, selection, lambda *_: None)
+        with bar("reading again", None, progress) as advance:
+            corpus = open_corpus(texts, dataset, selection, advance)
     if selection.rule != BY_NAME:
         arguments["split_rule"] = dataclasses.asdict(selection.rule)
     inputs_sha256 = inputs_digest(arguments, corpus)
@@ -170,8 +173,8 @@ def uneven_splits(prepared: Prepared, rule: SplitRule) -> Iterator[str]:
         largest = int(np.diff(split.offsets).max()) / len(split.tokens)
         if largest > 0.5 and entries["train"]["documents"] > 1:
             yield (
-                f"one of the {len(split):,} document(s) of {name} is {largest:.0%} of it, and so of its score; cut long "
-                "documents, or give a larger share"
+                f"one of the {len(split):,} document(s) of {name} is {largest:.0%} of it, and so of its score; cut "
+                "long documents, or give a larger share"
             )
 
 
@@ -234,9 +237,10 @@ def write_splits(
             Encoders(tokenizer, part / "tokenizer.json", workers) as encoders,
             bar("encoding", corpus.size or None, progress) as advance,
         ):
-            groups = ((group, [piece.text for _, piece in group.pieces]) for group in corpus.groups(place))
+            groups = ((group, [piece for _, piece in group.pieces]) for group in corpus.groups(place))
             shown = 0  # bytes, on the progress bar
             for number, (group, encoded) in enumerate(encoders.map(groups), 1):
+                check_group(group, encoded, tokenizer, corpus.sources)
                 write_group(group, encoded, writers)
                 place = group.after
                 reached = sum(source.size for source in corpus.sources[: place.source]) + (
@@ -253,6 +257,21 @@ def write_splits(
             writer.abandon()
     check_entries(entries)
     return entries
+
+
+def check_group(
+    group: DocumentGroup, encoded: tuple[Any, list[int]], tokenizer: Tokenizer, sources: Sequence[Source]
+) -> None:
+    """ValueError for the first text that its ids do not give back, byte for byte: its scores would be of another."""
+    ids, lengths = encoded
+    start = 0
+    for (source, piece), length in zip(group.pieces, lengths, strict=True):
+        if (why := tokenizer.loss(piece.text, ids[start : start + length].tolist(), piece.first, piece.last)) != "":
+            raise ValueError(
+                f"the tokenizer loses text of {sources[source].name}, in the document or part of one that begins "
+                f"{piece.text[:40]!r}: {why}; train one (leave out --tokenizer), give another, or change the text"
+            )
+        start += length
 
 
 def write_group(group: DocumentGroup, encoded: tuple[Any, list[int]], writers: dict[str, SplitWriter]) -> None:
@@ -288,9 +307,8 @@ def read_state(part: Path) -> tuple[CorpusPosition, dict[str, Any]]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         source, mark, documents = state["place"]
-        return CorpusPosition(source, SourcePosition(*mark), documents), {
-            name: state["splits"][name] for name in SPLITS
-        }
+        splits = {name: state["splits"][name] for name in SPLITS}
+        return CorpusPosition(source, SourcePosition(*mark), documents), splits
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}) and is removed; call it again to begin anew") from error
 

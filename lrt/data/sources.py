@@ -36,6 +36,8 @@ class Piece(NamedTuple):
     split: str
     last: bool
     """Whether its document ends with it."""
+    first: bool = True
+    """Whether its document begins with it."""
 
 
 class SourcePosition(NamedTuple):
@@ -90,8 +92,10 @@ def cut_text(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
 def cut_documents(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
     """The pieces of documents, which are (text, split)."""
     for text, split in documents:
+        first = True
         for part, last in cut_text([text]):
-            yield Piece(part, len(part.encode()), split, last)
+            yield Piece(part, len(part.encode()), split, last, first)
+            first = False
 
 
 def with_positions(pieces: Iterable[Piece], after: SourcePosition | None, at: Callable[[], int]) -> PieceStream:
@@ -128,7 +132,7 @@ class TextFile:
             for text, last in cut_text(text_chunks(self.path, self.start, self.stop)):
                 size = len(text.encode())
                 done += size
-                yield Piece(text, size, self.split, last)
+                yield Piece(text, size, self.split, last, first=done == size)
 
         return with_positions(read_pieces(), after, lambda: done)
 

@@ -88,7 +88,7 @@ def assign_by_content(files: Mapping[str, tuple[int, str]], rule: SplitRule) -> 
 
 
 def take_share(split: str, wanted: float, part: float, sizes: Mapping[str, int], taken: dict[str, str]) -> bool:
-    """Give `split` about `wanted` bytes of what is not `taken`, at most `part` of it at once; whether that was there."""
+    """Give `split` about `wanted` bytes of what is not `taken`, at most `part` of it at once; whether it got them."""
     total = 0
     for digest, size in sorted(sizes.items()):
         if digest not in taken and total < wanted and size <= part * wanted and total + size <= LONG * wanted:

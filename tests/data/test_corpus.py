@@ -30,7 +30,7 @@ from lrt.data.loader import Position, Rows
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.data.records import JsonLines, Parquet, Selection
-from lrt.data.sources import SourcePosition, TextFile, cut_text
+from lrt.data.sources import Piece, SourcePosition, TextFile, cut_text
 from lrt.data.splits import split_of
 from lrt.data.tokenizer import Tokenizer
 from lrt.data.windows import windows
@@ -297,9 +297,9 @@ def test_a_data_set_goes_on_however_often_it_is_stopped(
     taken, mark = [], None
     for count in stops:
         with closing(source.read(mark)) as pieces:
-            for piece, mark in itertools.islice(pieces, count):
-                taken.append(piece)
-        mark = SourcePosition(*json.loads(json.dumps(mark)))
+            read = list(itertools.islice(pieces, count))
+        taken += [piece for piece, _ in read]
+        mark = SourcePosition(*json.loads(json.dumps(read[-1][1])))
     assert taken + [piece for piece, _ in source.read(mark)] == whole
 
 
@@ -478,10 +478,11 @@ def test_two_processes_make_a_folder_once(tmp_path: Path, given: Path) -> None:
 
 def test_a_worker_that_dies_is_named(tmp_path: Path, given: Path) -> None:
     with Encoders(Tokenizer.load(given), given, 1) as encoders:
-        assert encoders.submit(["some text"]).result()[1] == [len(Tokenizer.load(given).encode("some text"))]
+        piece = Piece("some text", 9, "train", last=True)
+        assert encoders.submit([piece]).result()[1] == [len(Tokenizer.load(given).encode("some text"))]
         encoders._processes[0].kill()
         with pytest.raises(OSError, match=r"an encoding process ended with status -9.*--workers"):
-            encoders.submit(["some text"]).result()
+            encoders.submit([piece]).result()
     with pytest.raises(ValueError, match="workers is -1"):
         Encoders(Tokenizer.load(given), given, -1)
 
@@ -490,12 +491,13 @@ def test_a_worker_encodes_as_the_tokenizer_does(given: Path, monkeypatch: pytest
     monkeypatch.setattr(encode_worker, "AT_ONCE", 30)
     tokenizer = Tokenizer.load(given)
     texts = ["", "one", "<|bos|> is text", "größer 🙂\n" * 9, "", "end"]
-    ids, lengths = encode_worker.encode(tokenizer.inner, texts, "<u2")
+    encoder, firsts = encode_worker.Encoder.of(tokenizer.inner), [True, False, True, False, True, True]
+    ids, lengths = encode_worker.encode(encoder, texts, firsts, "<u2")
     assert ids.dtype == np.uint16
     assert [len(tokenizer.encode(text)) for text in texts] == lengths
     assert ids.tolist() == [i for text in texts for i in tokenizer.encode(text)]
-    assert encode_worker.encode(tokenizer.inner, texts, "<u4")[0].dtype == np.uint32
-    assert encode_worker.encode(tokenizer.inner, [], "<u2")[0].shape == (0,)
+    assert encode_worker.encode(encoder, texts, firsts, "<u4")[0].dtype == np.uint32
+    assert encode_worker.encode(encoder, [], [], "<u2")[0].shape == (0,)
 
 
 def test_the_vocabulary_is_trained_on_a_bounded_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
