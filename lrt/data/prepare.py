@@ -32,13 +32,13 @@ from typing import Any
 import filelock
 import numpy as np
 
-from lrt.data.corpus import SMALLEST_TEXT, Corpus, CorpusPosition, DocumentGroup, open_corpus, shortened
+from lrt.data.corpus import SMALLEST_TEXT, SPLIT_BY_FILE, Corpus, CorpusPosition, DocumentGroup, open_corpus, shortened
 from lrt.data.encode import Encoders, check_workers, token_dtype
 from lrt.data.hub import Dataset
 from lrt.data.prepared import FORMAT, SPLITS, Prepared, read_manifest
 from lrt.data.records import SOURCES, Selection, suffix_of
 from lrt.data.shards import SplitWriter
-from lrt.data.sources import Source, SourcePosition
+from lrt.data.sources import Source, SourcePosition, TextFile
 from lrt.data.splits import BY_CONTENT, BY_NAME, SplitRule
 from lrt.data.tokenizer import Tokenizer
 from lrt.utils import plugins
@@ -121,7 +121,7 @@ def prepare(
             write_manifest(part, inputs_sha256, arguments, corpus, ready, splits, selection.rule)
         move_into_place(part, out)
     prepared = Prepared.open(out)
-    for text in [*equal_files(corpus, selection.rule), *uneven_splits(prepared, selection.rule)]:
+    for text in [*equal_files(corpus, selection.rule), *cut_files(corpus), *uneven_splits(prepared, selection.rule)]:
         warn(text)
     return prepared
 
@@ -159,6 +159,16 @@ def equal_files(corpus: Corpus, rule: SplitRule) -> Iterator[str]:
         yield (
             f"{len(groups)} group(s) of files hold the same bytes and {splits}, where they count as often as they are "
             f"there: {shortened(groups)}"
+        )
+
+
+def cut_files(corpus: Corpus) -> Iterator[str]:
+    """What is to be said where there are enough files for splits by file, and yet they are cut."""
+    cut = {source.name for source in corpus.sources if isinstance(source, TextFile) and source.start > 0}
+    if len(cut) >= SPLIT_BY_FILE:
+        yield (
+            f"the sizes of the {len(cut)} text files allow no splits of whole files: each is cut into a part for "
+            "train, val and test; more and smaller files are split whole"
         )
 
 

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from lrt.utils.files import sha256
 FORMAT = 2
 """Version of the folder's layout; another one is prepared anew."""
 SPLITS = ("train", "val", "test")
+UNREADABLE = (ValueError, EOFError, OSError, OverflowError, MemoryError, RecursionError, SyntaxError, TokenError)
+"""What numpy raises of a file that is no array: it parses the header as Python."""
 
 
 class ConcatenatedArray:
@@ -224,7 +227,7 @@ def open_array(file: Path, length: int) -> np.ndarray:
         raise ValueError(f"{file} is missing; prepare the folder again")
     try:
         array = npy.open_memmap(file, mode="r")  # np.load would also open archives, and try to unpickle
-    except (ValueError, EOFError, OSError, OverflowError, MemoryError, RecursionError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{file} is truncated or damaged ({error}); prepare the folder again") from error
     if array.shape != (length,) or array.dtype.kind not in "iu":
         raise ValueError(

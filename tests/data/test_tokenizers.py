@@ -210,7 +210,7 @@ def short_pieces():
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(text=TEXTS)
 def test_every_byte_is_scored_once_or_the_text_is_refused(name: str, text: str) -> None:
     subject = made(name)
