@@ -102,7 +102,7 @@ def no_files(folder: Path) -> Iterator[tuple[Path, str]]:
 
 def refused(path: Path, errors: list[BaseException]) -> None:
     """Append what preparing `path` raises."""
-    with pytest.raises(ValueError) as raised:  # noqa: PT011: its words are looked at in the main thread
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - its words are looked at in the main thread
         prepare("out", [path], 300, progress=False)
     errors.append(raised.value)
 
