@@ -11,6 +11,7 @@ from lrt.cli.options import Paths
 from lrt.data.hub import Dataset
 from lrt.data.prepare import SHARD_TOKENS, prepare
 from lrt.data.records import Selection
+from lrt.data.splits import BY_CONTENT, SplitRule
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Prepare:
     out: tyro.conf.Positional[Path]
     """Folder to write."""
     text: Paths = ()
-    """UTF-8 text files; JSON lines (.jsonl, .ndjson, also .gz, .xz, .zst); Parquet (.parquet). None, and no data set:
-    the source of this Python's own standard library."""
+    """UTF-8 text files, or folders of files; JSON lines (.jsonl, .ndjson, also .gz, .xz, .zst); Parquet (.parquet).
+    None, and no data set: the source of this Python's own standard library."""
     dataset: str | None = None
     """A Hugging Face data set: a hub name (owner/name), a local folder, fineweb-edu or climbmix. It is streamed."""
     dataset_config: str | None = None
@@ -38,6 +39,11 @@ class Prepare:
     """Only the part of that value before this string, such as / for an id that reads author/title."""
     documents: int | None = None
     """Stop after so many documents. None: take all."""
+    val: float = BY_CONTENT.val
+    """The share of the text to validate on, between 0 and 1. Whole text files fall to a split where their sizes come
+    near its share, equal ones together; else each file is cut. Of records, each document falls to one by a hash."""
+    test: float = BY_CONTENT.test
+    """The share of the text to test on."""
     vocab_size: int = 2048
     """Size of the vocabulary to train."""
     tokenizer: Path | None = None
@@ -48,6 +54,7 @@ class Prepare:
     """Tokens of a shard."""
 
     def run(self) -> None:
+        rule = SplitRule(self.val, self.test)
         dataset = None
         if self.dataset is not None:
             dataset = Dataset(self.dataset, self.dataset_config, self.dataset_split, self.dataset_revision)
@@ -57,7 +64,7 @@ class Prepare:
             self.vocab_size,
             self.tokenizer,
             dataset=dataset,
-            selection=Selection(self.field, self.split_by, self.split_until, self.documents),
+            selection=Selection(self.field, self.split_by, self.split_until, self.documents, rule),
             workers=self.workers,
             shard_tokens=self.shard_tokens,
         )

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 from lrt.data.hub import Dataset, hub_source
 from lrt.data.records import SOURCES, Selection, suffix_of
-from lrt.data.sources import Piece, Source, SourcePosition, TextFile, open_source, text_chunks
-from lrt.data.splits import assign_splits, cut_file
-from lrt.utils.progress import Advance
+from lrt.data.sources import NotTextError, Piece, Source, SourcePosition, TextFile, open_source, text_chunks
+from lrt.data.splits import assign_by_content, assign_splits, cut_file
+from lrt.utils.progress import Advance, warn
 
 SPLIT_BY_FILE = 10
-"""Text files at least, for splits by file; of fewer, every file is cut into three contiguous parts."""
+"""Text files at least, for splits by file; of fewer, or where whole files do not come near the shares of the splits,
+every file is cut into three contiguous parts."""
 SMALLEST_TEXT = 2000
 """Bytes of text below which there is nothing to train on, choose by and report on."""
 GROUP_BYTES = 1 << 19
@@ -115,18 +116,31 @@ def open_corpus(
 ) -> Corpus:
     """The corpus of `texts` and `dataset`; of the standard library where both are None.
 
-    Every file is read once here: for its digest, and text also to be sure that it is text. ValueError as in
-    `text_chunks` and `hub_source`, for a file named twice, and for too little text.
+    Every file is read once here: for its digest, and text also to be sure that it is text. What is no text in a folder
+    of `texts` is left out, with a warning. ValueError as in `text_chunks` and `hub_source`, for a file named twice, and
+    for too little text.
     """
-    paths = paths_by_name(texts) if texts is not None or dataset is not None else stdlib_paths()
+    named = None if texts is None else [Path(path) for path in texts if not Path(path).is_dir()]
+    in_folders = [path for folder in texts or () if Path(folder).is_dir() for path in files_in(folder)]
+    paths = stdlib_paths() if texts is None and dataset is None else paths_by_name(named, in_folders)
     description: list[list[Any]] = []
+    left_out: list[str] = []
     for name in sorted(paths):
-        size, digest = size_and_digest(paths[name])
+        try:
+            size, digest = size_and_digest(paths[name])
+        except NotTextError as error:
+            if paths[name] not in in_folders:
+                raise
+            left_out.append(str(error))
+            continue
         description.append([name, size, digest])
         advance(size, name)
+    if left_out:
+        warn(f"{len(left_out)} file(s) of the folder are left out: {shortened(left_out)}")
+    paths = {name: paths[name] for name, *_ in description}
     if dataset is None and not any(map(is_structured, paths.values())):
         check_size(description)
-    sources = file_sources(paths, {name: size for name, size, _ in description}, selection)
+    sources = file_sources(paths, {name: (size, digest) for name, size, digest in description}, selection)
     if dataset is not None:
         streamed = hub_source(dataset, selection)
         sources.append(streamed)
@@ -144,33 +158,54 @@ def check_size(description: list[list[Any]]) -> None:
         )
 
 
-def file_sources(paths: Mapping[str, Path], sizes: Mapping[str, int], selection: Selection) -> list[Source]:
+def file_sources(paths: Mapping[str, Path], files: Mapping[str, tuple[int, str]], selection: Selection) -> list[Source]:
     """The sources of `paths`, by name; splits of text are by file where there are enough of them.
 
-    sizes: bytes of each file. `selection` goes to files of records alone: it names fields, which plain text has not,
-    and `Corpus.groups` counts its limit of documents over all sources.
+    files: bytes and digest of each file. The fields of `selection` are for files of records alone, which plain text has
+    not, and `Corpus.groups` counts its limit of documents over all sources.
     """
     sources: list[Source] = []
     plain = [name for name in sorted(paths) if not is_structured(paths[name])]
-    splits = dict(zip(plain, assign_splits(plain), strict=True)) if len(plain) >= SPLIT_BY_FILE else {}
+    splits: dict[str, str] = {}
+    if len(plain) >= SPLIT_BY_FILE and selection.rule.files == "name":
+        splits = dict(zip(plain, assign_splits(plain, selection.rule), strict=True))
+    elif len(plain) >= SPLIT_BY_FILE:
+        splits = assign_by_content({name: files[name] for name in plain}, selection.rule)
     for name, path in sorted(paths.items()):
         if (suffix := suffix_of(path)) is not None:
-            sources.append(SOURCES[suffix](path, name, sizes[name], selection))
+            sources.append(SOURCES[suffix](path, name, files[name][0], selection))
         elif name in splits:
-            sources.append(TextFile(path, name, splits[name], start=0, stop=sizes[name]))
+            sources.append(TextFile(path, name, splits[name], start=0, stop=files[name][0]))
         else:
-            sources += [TextFile(path, name, split, start, stop) for split, start, stop in cut_file(path)]
+            parts = cut_file(path, selection.rule)
+            sources += [TextFile(path, name, split, start, stop) for split, start, stop in parts]
     return sources
 
 
-def paths_by_name(texts: Sequence[Path] | None) -> dict[str, Path]:
+def files_in(folder: Path) -> list[Path]:
+    """All files below a folder, absolute; none of hidden files and folders. ValueError where there are none."""
+    paths: list[Path] = []
+    for parent, folders, names in os.walk(os.path.abspath(folder)):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # in place: os.walk then skips them
+        paths += [path for name in names if not name.startswith(".") and (path := Path(parent, name)).is_file()]
+    if len(paths) == 0:
+        raise ValueError(f"the folder {folder} holds no files; give one with text files in it")
+    return paths
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first three of many names, for a message."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def paths_by_name(texts: Sequence[Path] | None, in_folders: Sequence[Path]) -> dict[str, Path]:
     """Files by their path below the folder that holds all of them: names do not depend on where that folder is."""
     if texts is None:
         return {}
-    if len(texts) == 0:
+    if len(texts) + len(in_folders) == 0:
         raise ValueError("texts is empty; name at least one text file, or give None for the standard library")
     paths: dict[str, Path] = {}
-    absolute = [Path(os.path.abspath(path)) for path in texts]
+    absolute = [*(Path(os.path.abspath(path)) for path in texts), *in_folders]
     root = Path(os.path.commonpath([path.parent for path in absolute]))
     for path in absolute:
         name = path.relative_to(root).as_posix()

@@ -23,11 +23,14 @@ from typing import TypeVar
 import numpy as np
 
 from lrt.data import encode_worker
+from lrt.data.sources import Piece
 from lrt.data.tokenizer import Tokenizer
 
 Encoded = tuple[np.ndarray, list[int]]
 """Ids of several texts, one after another, and how many each has."""
 T = TypeVar("T")
+MOST_WORKERS = 1024
+"""Processes at most: each is one core's work."""
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
@@ -39,10 +42,9 @@ class Encoders:
     """`workers` processes that encode, or with 0 a thread of this process. A context manager."""
 
     def __init__(self, tokenizer: Tokenizer, file: Path, workers: int) -> None:
-        """`file` is where `tokenizer` was saved, for the processes to read. ValueError for a negative `workers`."""
-        if workers < 0:
-            raise ValueError(f"workers is {workers}; give 0 (encode in this process) or more")
-        self.tokenizer = tokenizer
+        """`file` is where `tokenizer` was saved, for the processes to read. ValueError for a wrong `workers`."""
+        check_workers(workers)
+        self.encoder = encode_worker.Encoder.of(tokenizer.inner)
         self.dtype = token_dtype(tokenizer)
         self.ahead: int = 2 * max(1, workers)
         """Groups in flight: each worker has one, and the next is ready for it."""
@@ -53,17 +55,18 @@ class Encoders:
         for process in self._processes:
             self._idle.put(process)
 
-    def submit(self, texts: Sequence[str]) -> Future[Encoded]:
-        """Encode `texts` as soon as there is a worker. The future raises OSError where its process died."""
+    def submit(self, pieces: Sequence[Piece]) -> Future[Encoded]:
+        """Encode `pieces` as soon as there is a worker. The future raises OSError where its process died."""
+        texts, firsts = [piece.text for piece in pieces], [piece.first for piece in pieces]
         if self._processes:
-            return self._threads.submit(self._encode_in_process, texts)
-        return self._threads.submit(encode_worker.encode, self.tokenizer.inner, texts, self.dtype)
+            return self._threads.submit(self._encode_in_process, texts, firsts)
+        return self._threads.submit(encode_worker.encode, self.encoder, texts, firsts, self.dtype)
 
-    def map(self, groups: Iterable[tuple[T, Sequence[str]]]) -> Iterator[tuple[T, Encoded]]:
-        """Encode the texts of each group; results come in order, reading and encoding overlap."""
+    def map(self, groups: Iterable[tuple[T, Sequence[Piece]]]) -> Iterator[tuple[T, Encoded]]:
+        """Encode the pieces of each group; results come in order, reading and encoding overlap."""
         pending: deque[tuple[T, Future[Encoded]]] = deque()
-        for key, texts in groups:
-            pending.append((key, self.submit(texts)))
+        for key, pieces in groups:
+            pending.append((key, self.submit(pieces)))
             if len(pending) > self.ahead:
                 key, future = pending.popleft()
                 yield key, future.result()
@@ -71,12 +74,12 @@ class Encoders:
             key, future = pending.popleft()
             yield key, future.result()
 
-    def _encode_in_process(self, texts: Sequence[str]) -> Encoded:
+    def _encode_in_process(self, texts: Sequence[str], firsts: Sequence[bool]) -> Encoded:
         process = self._idle.get()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            encode_worker.send(process.stdin, [text.encode() for text in texts])
+            encode_worker.send(process.stdin, [bytes(firsts), *(text.encode() for text in texts)])
             ids, lengths = encode_worker.receive(process.stdout)
         except (EOFError, BrokenPipeError) as error:
             raise OSError(
@@ -92,6 +95,12 @@ class Encoders:
         self._threads.shutdown(wait=True, cancel_futures=True)
         for process in self._processes:
             process.communicate()  # closes its input, at whose end it ends
+
+
+def check_workers(workers: int | None) -> None:
+    """ValueError for a number of processes that cannot be; None stands for one per core."""
+    if workers is not None and not 0 <= workers <= MOST_WORKERS:
+        raise ValueError(f"workers is {workers}; give 0 (encode in this process) to {MOST_WORKERS}")
 
 
 def start_worker(file: Path, dtype: str) -> subprocess.Popen[bytes]:

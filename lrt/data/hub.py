@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from lrt.data.records import Selection
 from lrt.data.sources import PieceStream, SourcePosition, cut_documents
 from lrt.utils.files import sha256
 from lrt.utils.imports import MissingExtraError, optional_module
+from lrt.utils.progress import warn
 
 SNAPSHOT = 1000
 """Records between two states of the library's iterator: what is read again at most after an interruption."""
@@ -60,25 +62,55 @@ class HubSource:
 
     def read(self, after: SourcePosition | None = None) -> PieceStream:
         state, taken = (None, 0) if after is None else (after.state, after.pieces)
-        stream = open_stream(self.dataset, None if Path(self.name).is_dir() else self.identity)
-        # seen: records read in all; since: since `state` was taken; number: pieces since then.
-        seen = since = number = 0
-        if state is not None:
-            stream.load_state_dict(state["iterator"])
-            seen = state["seen"]
-        for record in self.records(stream, seen):
+        records, seen = self.records_behind(state)
+        # since, number: records and pieces since `state`; candidate: a state that lacks the record behind it.
+        since = number = 0
+        candidate: dict[str, Any] | None = None
+        for stream, record in records:
+            if candidate is not None:
+                state, candidate = candidate | {"next": self.digest(record)}, None
+                taken = max(0, taken - number)
+                since = number = 0
             seen, since = seen + 1, since + 1
             document = self.selection.document(record, f"{self.name} record {seen}")
             for piece in cut_documents([] if document is None else [document]):
                 number += 1
                 if number > taken:
                     yield piece, SourcePosition(number, seen, state)
-            if since == SNAPSHOT:
-                state = {"iterator": stream.state_dict(), "seen": seen}
-                since = number = taken = 0
+            if since % SNAPSHOT == 0:
+                iterator = stream.state_dict()
+                # One that has not moved is none (datasets 5.0.0, once resumed): the older state serves on.
+                if state is None or iterator != state["iterator"]:
+                    candidate = {"iterator": iterator, "seen": seen}
 
-    def records(self, stream: Any, seen: int) -> Iterator[dict[str, Any]]:
-        """What the library reads behind the first `seen` records, as dictionaries.
+    def records_behind(self, state: dict[str, Any] | None) -> tuple[Iterator[tuple[Any, dict[str, Any]]], int]:
+        """(the library's stream, record) for all behind `state`; and how many records those left out are.
+
+        The library is believed only where the first record is the one that followed when the state was taken. Else, and
+        for a state of an earlier version, which does not say, the data set is read again from its beginning.
+        """
+        revision = None if Path(self.name).is_dir() else self.identity
+        stream = open_stream(self.dataset, revision)
+        if state is None:
+            return self.records(stream, 0), 0
+        seen = state["seen"]
+        if "next" in state:
+            stream.load_state_dict(state["iterator"])
+            records = self.records(stream, seen)
+            first = next(records, None)
+            if first is not None and self.digest(first[1]) == state["next"]:
+                return itertools.chain([first], records), seen
+            stream = open_stream(self.dataset, revision)
+        warn(f"{self.name}: the datasets library cannot go on behind record {seen:,}; it is read from its beginning")
+        return itertools.islice(self.records(stream, 0), seen, None), seen
+
+    def digest(self, record: dict[str, Any]) -> str:
+        """What a record is known again by: a hash of the fields that are read."""
+        fields = repr([record.get(name) for name in self.selection.columns])
+        return hashlib.sha256(fields.encode("utf-8", "backslashreplace")).hexdigest()
+
+    def records(self, stream: Any, seen: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """What the library reads behind the first `seen` records, as dictionaries, each with its stream.
 
         ValueError where the data are damaged; OSError, after which what was prepared is kept, where they cannot be had.
         """
@@ -87,9 +119,11 @@ class HubSource:
             with contextlib.closing(iter(stream)) as records:
                 for record in records:
                     seen += 1
-                    yield record
+                    yield stream, record
         except (
             arrow.ArrowException,
+            UnicodeDecodeError,  # text that is not UTF-8
+            RecursionError,  # JSON that is nested too deeply
             optional_module("datasets.exceptions", "data", f"reading {self.name}").DatasetsError,
         ) as error:
             raise ValueError(f"{self.name} is damaged behind record {seen} ({error}); get its files again") from error

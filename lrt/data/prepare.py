@@ -11,13 +11,15 @@ While it is made, a hidden folder beside it holds what is done: the growing shar
 full disk), the next call cuts the files to those lengths and goes on from there, and the bytes are the same. Only input
 that turns out to be wrong removes the folder.
 
-Splits are by text file where there are enough of them, so that no file is both trained on and reported; else by
-contiguous parts of each. Documents of JSON lines, Parquet and data sets are split one by one (`lrt.data.splits`).
+Splits are by text file where whole files come near the shares of the splits, so that no file is both trained on and
+reported; else by contiguous parts of each. Documents of JSON lines, Parquet and data sets are split one by one
+(`lrt.data.splits`). The manifest names the rule; one without it was made by the names of files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -28,18 +30,20 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 
-from lrt.data.corpus import SMALLEST_TEXT, Corpus, CorpusPosition, DocumentGroup, open_corpus
-from lrt.data.encode import Encoders, token_dtype
+from lrt.data.corpus import SMALLEST_TEXT, SPLIT_BY_FILE, Corpus, CorpusPosition, DocumentGroup, open_corpus, shortened
+from lrt.data.encode import Encoders, check_workers, token_dtype
 from lrt.data.hub import Dataset
 from lrt.data.prepared import FORMAT, SPLITS, Prepared, read_manifest
 from lrt.data.records import SOURCES, Selection, suffix_of
 from lrt.data.shards import SplitWriter
-from lrt.data.sources import SourcePosition
+from lrt.data.sources import Source, SourcePosition, TextFile
+from lrt.data.splits import BY_CONTENT, BY_NAME, SplitRule
 from lrt.data.tokenizer import Tokenizer
 from lrt.utils import plugins
 from lrt.utils.files import replace_atomically, replace_folder
-from lrt.utils.progress import bar
+from lrt.utils.progress import bar, warn
 
 SHARD_TOKENS = 100_000_000
 """Tokens of a shard: 200 MB with a vocabulary below 65,537."""
@@ -67,19 +71,25 @@ def prepare(
 ) -> Prepared:
     """Tokenise `texts` and `dataset` (both None: the running Python's standard library) into `out`, and open it.
 
-    A text ends in .jsonl or .ndjson (.gz, .xz, .zst), in .parquet, or is a UTF-8 text file. Trains byte-level BPE of
-    at most `vocab_size` tokens on a sample of the training split, or uses the file `tokenizer`, and `vocab_size` is
-    then ignored. `workers` processes encode (None: one per core; 0: none but this one), on which no byte depends.
+    A text is a folder of files, or a file: .jsonl or .ndjson (.gz, .xz, .zst), .parquet, or UTF-8 text. Trains
+    byte-level BPE of at most `vocab_size` tokens on a sample of the training split, or uses the file `tokenizer`, and
+    `vocab_size` is then ignored. `workers` processes encode (None: one per core; 0: none but this one), on which no
+    byte depends.
 
     Nothing is done where `out` was made of the same inputs; a folder prepared from others is replaced. ValueError
-    naming the file, the line and the field for what cannot be used, and for an `out` that holds anything else.
+    naming the file, the line and the field for what cannot be used, for a text that `tokenizer` does not give back, and
+    for an `out` that holds anything else.
     """
     out = Path(out)
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens is {shard_tokens}; it must be at least 1")
+    check_workers(workers)
     check_replaceable(out)
+    check_apart(out, texts or ())
     ready = None if tokenizer is None else Tokenizer.load(tokenizer)
     selection = selection or Selection()
+    if texts is None and dataset is None and selection.rule == BY_CONTENT:
+        selection = dataclasses.replace(selection, rule=BY_NAME)
     with bar("reading", None, progress) as advance:
         corpus = open_corpus(texts, dataset, selection, advance)
     arguments = {
@@ -90,8 +100,13 @@ def prepare(
         "shard_tokens": shard_tokens,
         **plugins_read_by(texts or ()),
     }  # not the number of workers, on which nothing depends
-    # All that the bytes depend on, as one digest: it is what a later call compares.
-    inputs_sha256 = hashlib.sha256(json.dumps([FORMAT, arguments, corpus.description]).encode()).hexdigest()
+    if selection.rule == BY_CONTENT and inputs_digest(arguments, corpus) in begun_as(out):
+        selection = dataclasses.replace(selection, rule=BY_NAME)  # by version 0.1.0: it stays, or goes on, as it was
+        with bar("reading again", None, progress) as advance:
+            corpus = open_corpus(texts, dataset, selection, advance)
+    if selection.rule != BY_NAME:
+        arguments["split_rule"] = dataclasses.asdict(selection.rule)
+    inputs_sha256 = inputs_digest(arguments, corpus)
     if (same := open_if_same(out, inputs_sha256)) is not None:
         return same
     with partial_folder(out, inputs_sha256) as part:
@@ -103,9 +118,74 @@ def prepare(
             else:
                 ready.save(part / "tokenizer.json")
             splits = write_splits(part, corpus, ready, shard_tokens, worker_count(workers, corpus), progress)
-            write_manifest(part, inputs_sha256, arguments, corpus, ready, splits)
+            write_manifest(part, inputs_sha256, arguments, corpus, ready, splits, selection.rule)
         move_into_place(part, out)
-    return Prepared.open(out)
+    prepared = Prepared.open(out)
+    for text in [*equal_files(corpus, selection.rule), *cut_files(corpus), *uneven_splits(prepared, selection.rule)]:
+        warn(text)
+    return prepared
+
+
+def inputs_digest(arguments: dict[str, Any], corpus: Corpus) -> str:
+    """All that the bytes depend on, as one digest: it is what a later call compares."""
+    return hashlib.sha256(json.dumps([FORMAT, arguments, corpus.description]).encode()).hexdigest()
+
+
+def begun_as(out: Path) -> set[str]:
+    """The inputs, as digests, of the folder `out` and of one that was begun for it."""
+    digests: set[str] = set()
+    with contextlib.suppress(ValueError, KeyError):
+        digests.add(str(read_manifest(out)["inputs"]))
+    with contextlib.suppress(OSError):
+        digests.add((partial_name(out) / "inputs").read_text(errors="replace"))
+    return digests
+
+
+def check_apart(out: Path, texts: Sequence[Path]) -> None:
+    """ValueError for a folder of text that `out` lies in: the second call would read what the first one wrote."""
+    for path in map(Path, texts):
+        if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+            raise ValueError(f"{out} lies in {path}, whose text is to be prepared; write to a folder outside it")
+
+
+def equal_files(corpus: Corpus, rule: SplitRule) -> Iterator[str]:
+    """What is to be said of files of the same bytes."""
+    names: dict[str, list[str]] = {}
+    for name, _, digest in corpus.description:
+        names.setdefault(digest, []).append(name)
+    groups = [" = ".join(group) for group in names.values() if len(group) > 1]
+    if groups:
+        splits = "fall to one split each" if rule.files == "content" else "may fall to several splits"
+        yield (
+            f"{len(groups)} group(s) of files hold the same bytes and {splits}, where they count as often as they are "
+            f"there: {shortened(groups)}"
+        )
+
+
+def cut_files(corpus: Corpus) -> Iterator[str]:
+    """What is to be said where there are enough files for splits by file, and yet they are cut."""
+    cut = {source.name for source in corpus.sources if isinstance(source, TextFile) and source.start > 0}
+    if len(cut) >= SPLIT_BY_FILE:
+        yield (
+            f"the sizes of the {len(cut)} text files allow no splits of whole files: each is cut into a part for "
+            "train, val and test; more and smaller files are split whole"
+        )
+
+
+def uneven_splits(prepared: Prepared, rule: SplitRule) -> Iterator[str]:
+    """What is to be said of validation and test: a share far from the nominal one, a document that is most of it."""
+    entries = prepared.manifest["splits"]
+    total = sum(entry["bytes"] for entry in entries.values())
+    for name, nominal in (("val", rule.val), ("test", rule.test)):
+        split, share = prepared.splits[name], entries[name]["bytes"] / total
+        if not 0.5 * nominal <= share <= 1.5 * nominal:
+            yield f"{name} is {share:.1%} of the text, nominally {nominal:.1%}; more and smaller documents come nearer"
+        largest = int(np.diff(split.offsets).max()) / len(split.tokens)
+        if largest > 0.5 and entries["train"]["documents"] > 1:
+            yield (
+                f"one of the {len(split):,} document(s) of {name} is {largest:.0%} of it, and so of its score; cut "
+                "long documents, or give a larger share"
+            )
 
 
 def plugins_read_by(texts: Sequence[Path]) -> dict[str, Any]:
@@ -122,6 +202,7 @@ def write_manifest(
     corpus: Corpus,
     tokenizer: Tokenizer,
     splits: dict[str, Any],
+    rule: SplitRule,
 ) -> None:
     """Write manifest.json, the last file of a prepared folder."""
     manifest = {
@@ -129,6 +210,7 @@ def write_manifest(
         "inputs": inputs_sha256,
         "arguments": arguments,
         "sources": corpus.description,
+        "split_rule": dataclasses.asdict(rule),
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.sha256,
         "splits": splits,
@@ -165,9 +247,10 @@ def write_splits(
             Encoders(tokenizer, part / "tokenizer.json", workers) as encoders,
             bar("encoding", corpus.size or None, progress) as advance,
         ):
-            groups = ((group, [piece.text for _, piece in group.pieces]) for group in corpus.groups(place))
+            groups = ((group, [piece for _, piece in group.pieces]) for group in corpus.groups(place))
             shown = 0  # bytes, on the progress bar
             for number, (group, encoded) in enumerate(encoders.map(groups), 1):
+                check_group(group, encoded, tokenizer, corpus.sources)
                 write_group(group, encoded, writers)
                 place = group.after
                 reached = sum(source.size for source in corpus.sources[: place.source]) + (
@@ -184,6 +267,21 @@ def write_splits(
             writer.abandon()
     check_entries(entries)
     return entries
+
+
+def check_group(
+    group: DocumentGroup, encoded: tuple[Any, list[int]], tokenizer: Tokenizer, sources: Sequence[Source]
+) -> None:
+    """ValueError for the first text that its ids do not give back, byte for byte: its scores would be of another."""
+    ids, lengths = encoded
+    start = 0
+    for (source, piece), length in zip(group.pieces, lengths, strict=True):
+        if (why := tokenizer.loss(piece.text, ids[start : start + length].tolist(), piece.first, piece.last)) != "":
+            raise ValueError(
+                f"the tokenizer loses text of {sources[source].name}, in the document or part of one that begins "
+                f"{piece.text[:40]!r}: {why}; train one (leave out --tokenizer), give another, or change the text"
+            )
+        start += length
 
 
 def write_group(group: DocumentGroup, encoded: tuple[Any, list[int]], writers: dict[str, SplitWriter]) -> None:
@@ -216,9 +314,13 @@ def read_state(part: Path) -> tuple[CorpusPosition, dict[str, Any]]:
     file = part / "state.json"
     if not file.is_file():
         return CorpusPosition(), {}
-    state = json.loads(file.read_text(encoding="utf-8"))
-    source, mark, documents = state["place"]
-    return CorpusPosition(source, SourcePosition(*mark), documents), state["splits"]
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        source, mark, documents = state["place"]
+        splits = {name: state["splits"][name] for name in SPLITS}
+        return CorpusPosition(source, SourcePosition(*mark), documents), splits
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}) and is removed; call it again to begin anew") from error
 
 
 def write_state(part: Path, place: CorpusPosition, splits: dict[str, Any]) -> None:
@@ -257,11 +359,11 @@ def partial_folder(out: Path, inputs_sha256: str) -> Iterator[Path]:
     It is kept where the work was stopped, for a later call with the same inputs to go on from; removed when it is
     done, or when the inputs turned out to be wrong.
     """
-    part, lock = (out.parent / f".{out.name}.{kind}" for kind in ("part", "lock"))
+    part, lock = partial_name(out), out.parent / f".{out.name}.lock"
     out.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(lock):
         marker = part / "inputs"
-        if not marker.is_file() or marker.read_text() != inputs_sha256:
+        if not marker.is_file() or marker.read_text(errors="replace") != inputs_sha256:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             marker.write_text(inputs_sha256)
@@ -274,6 +376,11 @@ def partial_folder(out: Path, inputs_sha256: str) -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):  # whoever waits for it locks a new one
                 lock.unlink()
+
+
+def partial_name(out: Path) -> Path:
+    """The hidden folder in which `out` is made."""
+    return out.parent / f".{out.name}.part"
 
 
 def move_into_place(part: Path, out: Path) -> None:

@@ -13,9 +13,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 
 from lrt.data.shards import shard_files
 from lrt.data.tokenizer import Tokenizer
@@ -24,6 +26,8 @@ from lrt.utils.files import sha256
 FORMAT = 2
 """Version of the folder's layout; another one is prepared anew."""
 SPLITS = ("train", "val", "test")
+UNREADABLE = (ValueError, EOFError, OSError, OverflowError, MemoryError, RecursionError, SyntaxError, TokenError)
+"""What numpy raises of a file that is no array: it parses the header as Python."""
 
 
 class ConcatenatedArray:
@@ -126,7 +130,7 @@ class Prepared:
                     "again"
                 )
             splits = {name: open_split(path, name, manifest["splits"][name], tokenizer) for name in SPLITS}
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(
                 f"{path / 'manifest.json'} is damaged (missing or malformed: {error}); prepare the folder again"
             ) from error
@@ -176,7 +180,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a prepared folder: there is no {file}; prepare it first")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); prepare the folder again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{file} is not a manifest of format {FORMAT}; prepare the folder again")
@@ -185,10 +189,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def open_split(path: Path, split: str, entry: dict[str, Any], tokenizer: Tokenizer) -> Documents:
     """One split, memory-mapped, of the sizes its manifest entry says."""
+    for numbers in (entry, *entry["shards"]):
+        for key in ("tokens", "documents", "bytes"):
+            if type(numbers[key]) is not int or numbers[key] < 0:
+                raise TypeError(f"{key} of {split} is {numbers[key]!r}")
     shards = [open_shard(path, split, index, shard, tokenizer) for index, shard in enumerate(entry["shards"])]
     if len(shards) == 0:
         raise ValueError(f"{path / 'manifest.json'} is damaged (no shards of {split}); prepare the folder again")
-    for key in ("tokens", "documents"):
+    for key in ("tokens", "documents", "bytes"):
         total = sum(shard[key] for shard in entry["shards"])
         if total != entry[key]:
             raise ValueError(
@@ -218,8 +226,8 @@ def open_array(file: Path, length: int) -> np.ndarray:
     if not file.is_file():
         raise ValueError(f"{file} is missing; prepare the folder again")
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        array = npy.open_memmap(file, mode="r")  # np.load would also open archives, and try to unpickle
+    except UNREADABLE as error:
         raise ValueError(f"{file} is truncated or damaged ({error}); prepare the folder again") from error
     if array.shape != (length,) or array.dtype.kind not in "iu":
         raise ValueError(

@@ -9,12 +9,13 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lrt.data.sources import PieceStream, Source, SourcePosition, cut_documents, open_source, with_positions
-from lrt.data.splits import split_of
+from lrt.data.splits import BY_CONTENT, SplitRule, split_of
 from lrt.utils.imports import optional_module
 from lrt.utils.registry import Registry
 
@@ -41,6 +42,8 @@ class Selection:
     stay together."""
     documents: int | None = None
     """Stop after so many documents. None: take all."""
+    rule: SplitRule = BY_CONTENT
+    """The shares of the splits, and what decides for files of text."""
 
     def __post_init__(self) -> None:
         if self.split_until is not None and (self.split_by is None or self.split_until == ""):
@@ -57,8 +60,9 @@ class Selection:
         """(text, split) of a record; None where it holds no text. ValueError saying `where` a field is wrong."""
         for name in self.columns:
             if name not in record:
+                fields = ", ".join(map(str, record)).encode("utf-8", "backslashreplace").decode()
                 raise ValueError(
-                    f"{where} has no field {name!r}; its fields are {', '.join(map(str, record))}: "
+                    f"{where} has no field {name!r}; its fields are {fields}: "
                     f"name one with --{'field' if name == self.field else 'split-by'}"
                 )
         text = record[self.field]
@@ -68,18 +72,33 @@ class Selection:
             raise ValueError(
                 f"{where} has {type(text).__name__} in field {self.field!r}; name a field of text with --field"
             )
-        if not text.isascii():  # most texts are, and need no second look
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"{where} holds half a surrogate pair (character {error.start} of field {self.field!r}), which "
-                    "is no text; repair or remove it"
-                ) from error
+        check_unicode(text, self.field, where)
         if self.split_by is None:
-            return text, split_of(text)
+            return text, split_of(text, self.rule)
         key = str(record[self.split_by])
-        return text, split_of(key if self.split_until is None else key.partition(self.split_until)[0])
+        check_unicode(key, self.split_by, where)
+        return text, split_of(key if self.split_until is None else key.partition(self.split_until)[0], self.rule)
+
+
+def check_unicode(text: str, field: str, where: str) -> None:
+    """ValueError saying where half a surrogate pair is, which JSON can spell and UTF-8 cannot."""
+    if text.isascii():  # most texts are, and need no second look
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} holds half a surrogate pair (character {error.start} of field {field!r}), which is no text; "
+            "repair or remove it"
+        ) from error
+
+
+def read_int(digits: str) -> int | Decimal:
+    """A whole number of JSON, which has no limit: what Python does not read as an int (5,000 digits) is a Decimal."""
+    try:
+        return int(digits)
+    except ValueError:
+        return Decimal(digits)
 
 
 @dataclass(frozen=True)
@@ -117,9 +136,11 @@ class JsonLines:
                 f"{where} is longer than {LONGEST_LINE:,} bytes; cut the document, or give it as a text file"
             )
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_int=read_int)
         except ValueError as error:
             raise ValueError(f"{where} is not JSON ({error}); repair or remove it") from error
+        except RecursionError:
+            raise ValueError(f"{where} is JSON nested too deeply to be read; flatten or remove it") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where} is {type(record).__name__}, no JSON object; repair or remove it")
         return self.selection.document(record, where)
@@ -182,7 +203,7 @@ class Parquet:
                     for record in batch.to_pylist():
                         row += 1
                         yield row / rows, record
-        except (arrow.ArrowException, OSError) as error:
+        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's text is not UTF-8
             raise ValueError(f"{self.path} is damaged behind row {row} ({error}); copy or download it again") from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import stat
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,14 @@ from typing import Any, NamedTuple, Protocol
 
 PIECE = 1 << 18
 """Characters of the longest piece, and bytes of a file that are read at a time."""
+
+
+KINDS = {stat.S_IFIFO: "pipe (FIFO)", stat.S_IFSOCK: "socket"}
+"""What a path may be that is neither a file nor a folder; else it is a device."""
+
+
+class NotTextError(ValueError):
+    """A file that can be read, but is no text: binary, not UTF-8, or blank."""
 
 
 class Piece(NamedTuple):
@@ -27,6 +36,8 @@ class Piece(NamedTuple):
     split: str
     last: bool
     """Whether its document ends with it."""
+    first: bool = True
+    """Whether its document begins with it."""
 
 
 class SourcePosition(NamedTuple):
@@ -81,8 +92,10 @@ def cut_text(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
 def cut_documents(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
     """The pieces of documents, which are (text, split)."""
     for text, split in documents:
+        first = True
         for part, last in cut_text([text]):
-            yield Piece(part, len(part.encode()), split, last)
+            yield Piece(part, len(part.encode()), split, last, first)
+            first = False
 
 
 def with_positions(pieces: Iterable[Piece], after: SourcePosition | None, at: Callable[[], int]) -> PieceStream:
@@ -119,7 +132,7 @@ class TextFile:
             for text, last in cut_text(text_chunks(self.path, self.start, self.stop)):
                 size = len(text.encode())
                 done += size
-                yield Piece(text, size, self.split, last)
+                yield Piece(text, size, self.split, last, first=done == size)
 
         return with_positions(read_pieces(), after, lambda: done)
 
@@ -130,7 +143,7 @@ def text_chunks(path: Path, start: int = 0, stop: int | None = None) -> Iterator
     ValueError naming the file if it is missing, a directory, unreadable, binary (a NUL byte, or not UTF-8) or blank.
     """
     if path.is_dir():
-        raise ValueError(f"{path} is a directory; give the text files in it, for example {path}/*.txt")
+        raise ValueError(f"{path} is a directory; give a file")
     decoder = codecs.getincrementaldecoder("utf-8")()
     place, blank = start, True
     with open_source(path) as file:
@@ -138,7 +151,7 @@ def text_chunks(path: Path, start: int = 0, stop: int | None = None) -> Iterator
         while data := file.read(PIECE if stop is None else min(PIECE, stop - place)):
             nul = data.find(b"\0")
             if nul >= 0:
-                raise ValueError(f"{path} is binary (a NUL byte at offset {place + nul}); give a text file in UTF-8")
+                raise NotTextError(f"{path} is binary (a NUL byte at offset {place + nul}); give a text file in UTF-8")
             held = len(decoder.getstate()[0])  # bytes of a character that began in the chunk before
             try:
                 text = decoder.decode(data)
@@ -152,20 +165,26 @@ def text_chunks(path: Path, start: int = 0, stop: int | None = None) -> Iterator
     except UnicodeDecodeError as error:
         raise not_utf8_error(path, error, place - len(error.object)) from error
     if blank and start <= 0 and (stop is None):
-        raise ValueError(f"{path} holds no text ({place} bytes); leave it out")
+        raise NotTextError(f"{path} holds no text ({place} bytes); leave it out")
 
 
-def not_utf8_error(path: Path, error: UnicodeDecodeError, offset: int) -> ValueError:
+def not_utf8_error(path: Path, error: UnicodeDecodeError, offset: int) -> NotTextError:
     """The error that says where `path` stops being UTF-8: `error` counts from `offset`."""
-    return ValueError(
+    return NotTextError(
         f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {offset + error.start}); "
         "convert it, for example with iconv -t UTF-8, or leave it out"
     )
 
 
 def open_source(path: Path) -> io.BufferedReader:
-    """The file, open for reading bytes; ValueError naming it where it cannot be opened."""
+    """The file, open for reading bytes; ValueError naming it where it cannot be opened, or is no file.
+
+    A pipe would be waited for, a device may never end, and neither can be read twice.
+    """
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder, opening says so
+            raise ValueError(f"{path} is a {KINDS.get(stat.S_IFMT(mode), 'device')}, not a file; save its text to one")
         return path.open("rb")
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {path}; check the path") from error

@@ -12,8 +12,10 @@ from __future__ import annotations
 import codecs
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +31,15 @@ BOS_NAMES = (BOS, "<|endoftext|>", "<s>", "<bos>", "<|begin_of_text|>")
 """Special tokens that may open a document in a tokenizer made elsewhere, in order of preference."""
 SMALLEST_VOCAB = 256 + 1
 """Every byte and BOS: below this some text could not be written."""
+LARGEST_VOCAB = 1 << 22
+"""Tokens of the largest vocabulary that is trained; known ones have up to 262,144."""
+LONGEST_WORD = 1024
+"""Characters of the longest word that a vocabulary is learnt from: the trainer's time grows with a word's square.
+
+The longest word in 33 MB of books has 141, that of Python's standard library less than 100 (docs/log.md).
+"""
+LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
+"""What a text with a longer word holds: a word is blank or, behind its first character, has no blanks."""
 
 
 class Tokenizer:
@@ -61,14 +72,17 @@ class Tokenizer:
         """Byte-level BPE over `texts`; the same texts in the same order give the same tokenizer.
 
         Merging stops early where no pair of tokens occurs twice, so a small text gives fewer than `vocab_size`
-        tokens. ValueError below 257 tokens (256 bytes and BOS).
+        tokens. Words of more than `LONGEST_WORD` characters are learnt from in parts. ValueError below 257 tokens
+        (256 bytes and BOS), and above `LARGEST_VOCAB`.
         """
         if vocab_size < SMALLEST_VOCAB:
             raise ValueError(
                 f"vocab_size is {vocab_size}; byte-level BPE needs at least {SMALLEST_VOCAB}: 256 bytes and {BOS}"
             )
+        if vocab_size > LARGEST_VOCAB:
+            raise ValueError(f"vocab_size is {vocab_size}; at most {LARGEST_VOCAB:,} tokens are learnt; give fewer")
         inner = tokenizers.Tokenizer(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits words as GPT-2 does
+        inner.pre_tokenizer = gpt2_words()
         inner.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -77,7 +91,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        inner.train_from_iterator(texts, trainer)
+        inner.train_from_iterator(itertools.chain.from_iterable(map(cut_long_words, texts)), trainer)
         return cls(inner)
 
     @classmethod
@@ -106,15 +120,59 @@ class Tokenizer:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; no BOS or other special token is ever among them."""
+        """Token ids of `text`; no BOS or other special token is ever among them, but the one for what is unknown.
+
+        ValueError for half a surrogate pair, and for a special token that is spelled in the text where the model makes
+        that token of it (Unigram, WordLevel): a document would begin there.
+        """
         try:
-            return self.inner.encode(text, add_special_tokens=False).ids
+            return self._without_special(self.inner.encode(text, add_special_tokens=False).ids)
         except TypeError:  # half a surrogate pair, which is what Python makes of bytes that are not UTF-8
             raise ValueError(f"{text[:80]!r} is not valid Unicode; give UTF-8 text") from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
-        return [encoding.ids for encoding in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._without_special(encoding.ids) for encoding in encodings]
+
+    def _without_special(self, ids: list[int]) -> list[int]:
+        """`ids`; ValueError where a special token is among them."""
+        if not self._unspellable.isdisjoint(ids):
+            name = self.inner.id_to_token(next(i for i in ids if i in self._unspellable))
+            raise ValueError(
+                f"the text spells {name!r}, which this tokenizer has as a special token only; leave it out"
+            )
+        return ids
+
+    def loss(self, text: str, ids: Sequence[int], first: bool = True, last: bool = True) -> str:
+        """What is lost where `ids` stand for a piece of a document; "" where they give back every byte of it.
+
+        first, last: whether the document begins and ends with the piece.
+        """
+        if self._pieces is None:
+            if not (first and last):
+                return "it is longer than is encoded at once, and only whole documents can be held against their tokens"
+            kept = self.decode(ids) == text
+        else:
+            prefix = b" " if first and text and self._strips_space else b""
+            kept = b"".join(map(self._pieces.__getitem__, ids)) == prefix + text.encode()
+        return "" if kept and self.special.isdisjoint(ids) else self._describe_loss(text, ids)
+
+    def _describe_loss(self, text: str, ids: Sequence[int]) -> str:
+        """Where `ids` first part from `text`, and why."""
+        back = self.decode(ids)
+        at = next((i for i, (one, other) in enumerate(zip(text, back, strict=False)) if one != other), len(back))
+        reasons = {
+            "it spells a special token, which the model makes of the text": any(i in self._unspellable for i in ids),
+            "the vocabulary lacks some of its characters": any(i in self.special - self._unspellable for i in ids),
+            "'▁' (U+2581) stands for a space, and is in the text": "▁" in text,
+            "'▁' (U+2581) is to stand for a space, and is not in the vocabulary": "▁" in back,
+            "it begins with a space, as the tokenizer lets every text begin": text[:1] == " " != back[:1],
+            "the tokenizer puts in a space": back.count(" ") > text.count(" "),
+            "the normaliser rewrites it": self.inner.normalizer is not None,
+        }
+        why = next((reason for reason, holds in reasons.items() if holds), "the tokenizer does not keep all bytes")
+        return f"{text[at : at + 20]!r} comes back as {back[at : at + 20]!r} ({why})"
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`: special tokens and ids outside the vocabulary give none, invalid UTF-8 gives U+FFFD."""
@@ -187,8 +245,17 @@ class Tokenizer:
 
     @functools.cached_property
     def _strips_space(self) -> bool:
-        """Whether the tokenizer's own decoder removes the space that its encoder puts before a text."""
-        return self.prefix_bytes("a") > 0 and self.inner.decode(self.encode("a")) == "a"
+        """Whether the encoder puts a space before a text, which decoding then removes."""
+        return self.prefix_bytes("a") > 0
+
+    @functools.cached_property
+    def _unspellable(self) -> frozenset[int]:
+        """The special tokens but the one that stands for what is unknown, which comes of text."""
+        model = json.loads(self.to_json())["model"]
+        unknown = model.get("unk_id")
+        if model.get("unk_token") is not None:
+            unknown = self.inner.token_to_id(model["unk_token"])
+        return self.special - {unknown}
 
 
 class Stream(Protocol):
@@ -237,6 +304,22 @@ class LibraryStream:
 
     def finish(self) -> str:
         return ""  # no bytes, so nothing is ever held back
+
+
+def gpt2_words() -> pre_tokenizers.PreTokenizer:
+    """What splits a text into words as GPT-2 does."""
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def cut_long_words(text: str) -> Iterator[str]:
+    """`text` in parts, none of whose words has more than `LONGEST_WORD` characters; shorter words stay as they are."""
+    start = 0
+    if LONG_RUN.search(text):
+        for _, (first, end) in gpt2_words().pre_tokenize_str(text):
+            for cut in range(first + LONGEST_WORD, end, LONGEST_WORD):
+                yield text[start:cut]
+                start = cut
+    yield text[start:]
 
 
 def byte_alphabet() -> dict[str, int]:

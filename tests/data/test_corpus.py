@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -10,7 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -26,7 +30,7 @@ from lrt.data.loader import Position, Rows
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.data.records import JsonLines, Parquet, Selection
-from lrt.data.sources import SourcePosition, TextFile, cut_text
+from lrt.data.sources import Piece, SourcePosition, TextFile, cut_text
 from lrt.data.splits import split_of
 from lrt.data.tokenizer import Tokenizer
 from lrt.data.windows import windows
@@ -250,6 +254,65 @@ def test_reading_goes_on_from_every_mark(kind: str, tmp_path: Path) -> None:
         assert 0.5 * source.size < whole[-1][1].at <= source.size
 
 
+class Frozen:
+    """A stream that reports the state it was given, noting that, however far it has read since: datasets 5.0.0."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.loaded: dict[str, Any] | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.stream)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = {**state, "resumed": True}
+        self.stream.load_state_dict({key: state[key] for key in state if key != "resumed"})
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict() if self.loaded is None else self.loaded
+
+
+class Forgetful(Frozen):
+    """A stream that moves, but begins anew whatever state it is given."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = None
+
+
+@pytest.mark.parametrize("stream", [None, Frozen, Forgetful])
+@pytest.mark.parametrize("stops", [(5,), (15, 25), (25, 31, 11), (12, 13, 14, 15, 16)])
+def test_a_data_set_goes_on_however_often_it_is_stopped(
+    stream: type[Frozen] | None, stops: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "SNAPSHOT", 10)
+    write_json_lines(tmp_path / "in" / "a.jsonl", records_of(60))
+    write_json_lines(tmp_path / "in" / "b.jsonl", records_of(95)[60:])
+    source = hub.hub_source(Dataset(str(tmp_path / "in")), Selection())
+    whole = [piece for piece, _ in source.read()]
+    if stream is not None:
+        opened = hub.open_stream
+        monkeypatch.setattr(hub, "open_stream", lambda *arguments: stream(opened(*arguments)))
+    taken, mark = [], None
+    for count in stops:
+        with closing(source.read(mark)) as pieces:
+            read = list(itertools.islice(pieces, count))
+        taken += [piece for piece, _ in read]
+        mark = SourcePosition(*json.loads(json.dumps(read[-1][1])))
+    assert taken + [piece for piece, _ in source.read(mark)] == whole
+
+
+def test_a_state_of_the_last_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not name the record that follows, so that nothing can vouch for it."""
+    monkeypatch.setattr(hub, "SNAPSHOT", 10)
+    write_json_lines(tmp_path / "in" / "a.jsonl", records_of(60))
+    source = hub.hub_source(Dataset(str(tmp_path / "in")), Selection())
+    whole = list(source.read())
+    mark = whole[24][1]
+    assert mark.state is not None
+    old = mark._replace(state={key: mark.state[key] for key in ("iterator", "seen")})
+    assert [piece for piece, _ in source.read(old)] == [piece for piece, _ in whole[25:]]
+
+
 # Workers, shards and interruptions
 
 
@@ -413,10 +476,11 @@ def test_two_processes_make_a_folder_once(tmp_path: Path, given: Path) -> None:
 
 def test_a_worker_that_dies_is_named(tmp_path: Path, given: Path) -> None:
     with Encoders(Tokenizer.load(given), given, 1) as encoders:
-        assert encoders.submit(["some text"]).result()[1] == [len(Tokenizer.load(given).encode("some text"))]
+        piece = Piece("some text", 9, "train", last=True)
+        assert encoders.submit([piece]).result()[1] == [len(Tokenizer.load(given).encode("some text"))]
         encoders._processes[0].kill()
         with pytest.raises(OSError, match=r"an encoding process ended with status -9.*--workers"):
-            encoders.submit(["some text"]).result()
+            encoders.submit([piece]).result()
     with pytest.raises(ValueError, match="workers is -1"):
         Encoders(Tokenizer.load(given), given, -1)
 
@@ -425,12 +489,13 @@ def test_a_worker_encodes_as_the_tokenizer_does(given: Path, monkeypatch: pytest
     monkeypatch.setattr(encode_worker, "AT_ONCE", 30)
     tokenizer = Tokenizer.load(given)
     texts = ["", "one", "<|bos|> is text", "größer 🙂\n" * 9, "", "end"]
-    ids, lengths = encode_worker.encode(tokenizer.inner, texts, "<u2")
+    encoder, firsts = encode_worker.Encoder.of(tokenizer.inner), [True, False, True, False, True, True]
+    ids, lengths = encode_worker.encode(encoder, texts, firsts, "<u2")
     assert ids.dtype == np.uint16
     assert [len(tokenizer.encode(text)) for text in texts] == lengths
     assert ids.tolist() == [i for text in texts for i in tokenizer.encode(text)]
-    assert encode_worker.encode(tokenizer.inner, texts, "<u4")[0].dtype == np.uint32
-    assert encode_worker.encode(tokenizer.inner, [], "<u2")[0].shape == (0,)
+    assert encode_worker.encode(encoder, texts, firsts, "<u4")[0].dtype == np.uint32
+    assert encode_worker.encode(encoder, [], [], "<u2")[0].shape == (0,)
 
 
 def test_the_vocabulary_is_trained_on_a_bounded_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

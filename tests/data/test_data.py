@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from lrt.data.packing import pack
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Documents, Prepared
 from lrt.data.splits import assign_splits, cut_places
-from lrt.data.tokenizer import BOS, Tokenizer
+from lrt.data.tokenizer import BOS, LONGEST_WORD, Tokenizer, cut_long_words, gpt2_words
 from lrt.data.windows import windows
 
 SAMPLES = (
@@ -209,6 +210,66 @@ def test_training_is_deterministic_and_saved_exactly(library: list[Path], tmp_pa
     assert Tokenizer.train(texts[1:], 400).sha256 != one.sha256
 
 
+def uncut(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """What the library's own trainer learns from whole words."""
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return inner
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(chr(97 + n * n % 7) for n in range(LONGEST_WORD)),  # the longest word that is not cut
+        " " + "größer" * (LONGEST_WORD // 6) + "🙂" * 900 + "12345" * 200 + " " * 900 + "\n" * 100,
+        "a,b;c=" * 5000,  # a long run without blanks, of short words
+    ],
+)
+def test_words_below_the_bound_are_learnt_from_whole(text: str, library: list[Path]) -> None:
+    texts = [read_text(library[0]), f"{text}. {text}", text]
+    assert Tokenizer.train(texts, 500).to_json() == Tokenizer(uncut(texts, 500)).to_json()
+
+
+def test_other_texts_learn_what_they_did(library: list[Path]) -> None:
+    texts = [read_text(path) for path in library[:60]]
+    assert Tokenizer.train(texts, 600).to_json() == Tokenizer(uncut(texts, 600)).to_json()
+
+
+@pytest.mark.parametrize("letters", ["abcdefghij", "语言模型学习文字", " \n", "0123456789"])
+def test_a_long_word_is_cut_for_training_alone(letters: str) -> None:
+    rng = random.Random(0)
+    word = "".join(rng.choice(letters) for _ in range(3 * LONGEST_WORD + 7))
+    text = f"some words {word} and more"
+    parts = list(cut_long_words(text))
+    assert "".join(parts) == text
+    words = [(word, end - first) for part in parts for word, (first, end) in gpt2_words().pre_tokenize_str(part)]
+    whole = gpt2_words().pre_tokenize_str(text)
+    short = [word for word, (first, end) in whole if end - first <= LONGEST_WORD]
+    assert short[0] == "some"
+    kept = set(short)
+    assert [word for word, _ in words if word in kept] == short
+    assert max(size for _, size in words) <= LONGEST_WORD
+    made = Tokenizer.train([text], 400)
+    assert made.decode(made.encode(text)) == text
+
+
+def test_a_text_without_a_space_is_learnt_from_in_its_length() -> None:
+    """A word of 300 KB took minutes: time grew with its square. Seconds of CPU, here 0.5."""
+    rng = random.Random(0)
+    text = "".join(rng.choice("abcdefghij") for _ in range(300_000))
+    began = time.process_time()
+    assert Tokenizer.train([text], 600).vocab_size == 600
+    assert time.process_time() - began < 15
+
+
 def test_a_loaded_tokenizer_neither_truncates_nor_pads(tmp_path: Path) -> None:
     inner = Tokenizer.train(["some text"], 300).inner
     inner.enable_truncation(2)
@@ -377,7 +438,7 @@ def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
             prepare(tmp_path / "out", [tmp_path / name], progress=False)
     with pytest.raises(ValueError, match=r"no file .*nowhere\.txt"):
         prepare(tmp_path / "out", [tmp_path / "nowhere.txt"], progress=False)
-    with pytest.raises(ValueError, match="is a directory"):
+    with pytest.raises(ValueError, match=r"out lies in .*; write to a folder outside it"):
         prepare(tmp_path / "out", [tmp_path], progress=False)
     with pytest.raises(ValueError, match="texts is empty"):
         prepare(tmp_path / "out", [], progress=False)

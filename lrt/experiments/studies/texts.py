@@ -7,6 +7,8 @@ from pathlib import Path
 
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
+from lrt.data.records import Selection
+from lrt.data.splits import BY_NAME
 
 TEXTS = Path("runs/studies/texts")
 """Prepared folders by their name: `lrt prepare runs/studies/texts/books --text FILE…`."""
@@ -18,7 +20,7 @@ STDLIB, VOCABULARY = "stdlib", 2048
 def open_text(name: str) -> Prepared:
     """A text by its name, prepared. ValueError that says how where it is not there."""
     if name == STDLIB:
-        return prepare(TEXTS / name, None, VOCABULARY)
+        return prepare(TEXTS / name, None, VOCABULARY, selection=Selection(rule=BY_NAME))
     if not is_prepared(name):
         raise ValueError(missing_text(name))
     return Prepared.open(TEXTS / name)
