@@ -131,6 +131,8 @@ class SplitWriter:
         self.documents.file.close()
 
     def _open(self, tokens: int, documents: int) -> None:
+        # An empty shard is begun anew: `finish` removes its files, and may be killed before the manifest is written.
+        documents = documents if tokens else 0
         names = shard_files(self.split, len(self.shards))
         self.tokens = GrowingArray(self.folder / names[0], self.dtype, tokens)
         self.documents = GrowingArray(self.folder / names[1], OFFSETS, documents)

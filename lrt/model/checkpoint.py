@@ -160,7 +160,7 @@ def _config(folder: Path) -> tuple[ModelConfig, str]:
     data = read_json(file)
     if data.get("format") != FORMAT:
         raise ValueError(f"{file}: format {data.get('format')!r}; this version reads {FORMAT}")
-    plugins.require(data.get("about", {}).get("plugins", ()), MODEL_KINDS)
+    plugins.require(_about(file).get("plugins", ()), MODEL_KINDS)
     try:
         return ModelConfig.from_dict(data["model"]), str(data["tokenizer_sha256"])
     except (KeyError, TypeError, ValueError) as error:
@@ -182,7 +182,7 @@ def load_training(
     """
     folder = verify(Path(path))
     saved, _ = _config(folder)
-    plugins.require(read_json(folder / "config.json")["about"].get("plugins", ()), (*MODEL_KINDS, "schedule"))
+    plugins.require(about(folder).get("plugins", ()), (*MODEL_KINDS, "schedule"))
     if saved != model.config:
         # Through JSON, so that tuples and lists compare and read alike.
         there, here = (json.loads(json.dumps(c.to_dict())) for c in (saved, model.config))
@@ -204,8 +204,18 @@ def load_training(
 
 
 def about(path: str | Path) -> dict[str, Any]:
-    """How the checkpoint came to be: the JSON data that `save` was given. ValueError as in `verify`."""
-    return read_json(verify(Path(path)) / "config.json")["about"]
+    """How the checkpoint came to be: the JSON data that `save` was given; {} where it says nothing.
+
+    ValueError as in `verify`, and where it is no object.
+    """
+    return _about(verify(Path(path)) / "config.json")
+
+
+def _about(file: Path) -> dict[str, Any]:
+    said = read_json(file).get("about", {})
+    if not isinstance(said, dict):
+        raise ValueError(f"{file}: 'about' is {said!r:.60}, not an object; restore it from a copy")
+    return said
 
 
 def verify(path: Path) -> Path:

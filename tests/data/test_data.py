@@ -18,6 +18,7 @@ from lrt.data.loader import Position, Rows
 from lrt.data.packing import pack
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Documents, Prepared
+from lrt.data.shards import SplitWriter
 from lrt.data.splits import assign_splits, cut_places
 from lrt.data.tokenizer import BOS, LONGEST_WORD, Tokenizer, cut_long_words, gpt2_words
 from lrt.data.windows import windows
@@ -682,3 +683,12 @@ def test_loader_errors() -> None:
         Documents(np.arange(5), np.array([0, 3, 3, 5]), bos=0)
     with pytest.raises(IndexError):
         data[2]
+
+
+def test_a_prepare_that_was_killed_while_it_removed_empty_files_goes_on(tmp_path: Path):
+    """A split to which nothing came has no files in the end; those that it was begun with may be gone already."""
+    state = SplitWriter(tmp_path, "val", "<u2", 100).sync()
+    for file in tmp_path.iterdir():
+        file.unlink()
+    SplitWriter(tmp_path, "val", "<u2", 100, state).finish()
+    assert list(tmp_path.iterdir()) == []

@@ -199,6 +199,13 @@ def test_scalars_of_earlier_checkpoints_are_read(saved: Path):
     assert_holds(saved, 0)
 
 
+def test_a_checkpoint_that_says_nothing_of_itself_is_read(saved: Path):
+    edit(saved / "config.json", lambda data: data.pop("about"))
+    rewrite_manifest(saved)
+    assert_holds(saved, 0)
+    assert about(saved) == {}
+
+
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "manifest.json")
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     **{f"no {name}": (lambda p, name=name: (p / name).unlink(), name) for name in FILES},
@@ -244,6 +251,10 @@ CONSISTENT: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a wrong type": (
         lambda p: edit(p / "config.json", lambda c: c.update(model=[1])),
+        "config.json",
+    ),
+    "a history that is no object": (
+        lambda p: edit(p / "config.json", lambda c: c.update(about=[1])),
         "config.json",
     ),
 }
