@@ -19,7 +19,7 @@ from lrt.training import recipes
 from lrt.training.config import RunConfig
 from lrt.training.loggers import check_loggers
 from lrt.training.loop import train
-from lrt.training.matching import ReferenceRun, compare_runs, match_all
+from lrt.training.matching import Launch, ReferenceRun, compare_runs, match_all
 from lrt.training.monitor import EvalConfig
 from lrt.training.snapshots import SnapshotConfig
 from lrt.training.trainer import TrainingSummary
@@ -102,10 +102,11 @@ class Train:
     def match_runs(self, run: RunConfig, data: Prepared, ranks: SingleProcess) -> RunConfig:
         """The run after every --match, and on the screen what is equal and what is not."""
         references = [(kind, ReferenceRun.read(path)) for kind, path in self.match]
-        run = match_all(run, references, data, ranks, self.out)
+        launch = Launch(self.out, ranks, self.execution)
+        run = match_all(run, references, data, launch)
         by_path = {reference.path: reference for _, reference in references}
         for reference in by_path.values() if ranks.first else ():
-            print(f"beside {reference.path}:", *map(str, compare_runs(run, reference, data, self.out)), sep="\n")
+            print(f"beside {reference.path}:", *map(str, compare_runs(run, reference, data, launch)), sep="\n")
         return run
 
 

@@ -61,7 +61,7 @@ class Conversation:
         self.stop = self._stop_tokens()
 
     def say(self, text: str, max_new_tokens: int, on_text: Callable[[str], None]) -> str:
-        """One turn: the user's text in, the answer out, without space around it; `on_text` gets its pieces as they come.
+        """One turn: the text of the user in, the answer out, stripped; `on_text` gets its pieces as they come.
 
         ValueError where the context has no room; the conversation is then as it was before.
         """

@@ -74,7 +74,8 @@ class Adapter(HFLM):
 
     def check_room(self, task: str | None, options: dict[str, Any] | None) -> None:
         """ValueError unless BOS and a token of a prompt fit beside what a task's options ask to be generated."""
-        wanted = normalize_gen_kwargs(options or {}, self.max_gen_toks)["max_gen_toks"]
+        limits: Any = normalize_gen_kwargs(options or {}, self.max_gen_toks)
+        wanted = limits["max_gen_toks"]
         if not 1 <= wanted <= self.max_length - 2:
             raise ValueError(
                 f"task {task} wants {wanted} new tokens (max_gen_toks), and this model's context of {self.max_length} "
