@@ -12,6 +12,7 @@ import tyro
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.distributed.single_process import SingleProcess
+from lrt.eval.runs import Run
 from lrt.model import checkpoint
 from lrt.model.execution import Execution
 from lrt.model.size import count_parameters
@@ -129,6 +130,7 @@ def print_summary(folder: Path, summary: TrainingSummary) -> None:
     about = checkpoint.about(folder)
     if scores := about.get("scores"):
         print("live {live_bpb:.4f} bits per byte, parallel {parallel_bpb:.4f}, gap {gap:+.4f}".format(**scores))
+        print(f"on {Run.read(folder).scores[0].on.label}")
     packing = about["packing"]
     padded = packing["padded"] / max(1, packing["padded"] + packing["targets"])  # 0 rows: resumed at its end
     print(f"packed: {packing['cropped']:,} of {packing['targets']:,} tokens cropped, {padded:.2%} of positions padded")

@@ -192,6 +192,7 @@ class Trainer:
             "schedule": self.run.schedule,
             "trained": dataclasses.asdict(self.summary(loss)),
             "data": self.data.fingerprint,
+            "corpus": self.data.path.resolve().name,
             "packing": dataclasses.asdict(self.rows.packing),  # of the shards read since the run was last begun
             **({"plugins": records} if records else {}),
         }
