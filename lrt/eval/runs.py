@@ -63,7 +63,8 @@ class Score:
             return value or ""
         if key == "interval":
             return "[{:.4f}, {:.4f}]".format(*value)
-        return f"{value:+.4f}" if key == "gap" else f"{value:.4f}"
+        text = f"{value:+.4f}" if key == "gap" else f"{value:.4f}"
+        return "0.0000" if float(text) == 0 else text  # what rounds to zero has no sign
 
 
 @dataclass(frozen=True)

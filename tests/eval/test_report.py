@@ -81,9 +81,7 @@ def test_what_is_not_there_is_left_out(runs: list[Path], tmp_path: Path):
     assert "<h2>Training" in text
     assert not any(f"<h2>{title}" in text for title in ("Sweep", "CORE", "Inside", "The memory"))
     own = json.loads((runs[1] / "checkpoint" / "config.json").read_text())["about"]["scores"]
-    assert (
-        text.count(f"<td>{own['live_bpb']:.4f}</td>") == 2
-    )  # the only score that there is: overview and its own table
+    assert f"<td>{own['live_bpb']:.4f}</td>" in text  # the only score that there is
     for run in ("a/run", "b/run"):  # two of one name, with results alone
         Result("bpb", "x-val", "ab", {}, values()).write(tmp_path / run / "evaluation")
     report(tmp_path / "two.html", [tmp_path / "a" / "run", tmp_path / "b" / "run"])

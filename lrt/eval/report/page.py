@@ -126,15 +126,19 @@ def training_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[st
         pictures = [
             _measured_figure(live, colours, x, "live_bpb", "live bits per byte", f"Live, {x.label}") for x in X_AXES
         ]
-        parts.append(figure_row(*pictures, caption=f"Live bits per byte while training. {text.label}."))
-    others = (("gap", "gap, bits per byte"), ("memory_gamma", "mean |γ|"), ("memory_projection", "RMS of U"))
+        gaps = runs_with(live, "gap")
+        if gaps:
+            pictures.append(_measured_figure(gaps, colours, TOKENS, "gap", "gap, bits per byte", "Gap, tokens"))
+        caption = f"While training: live bits per byte, and live less parallel. {text.label}."
+        parts.append(figure_row(*pictures, caption=caption))
+    others = (("memory_gamma", "mean |γ|"), ("memory_projection", "RMS of U"))
     pictures = [
         _measured_figure(having, colours, TOKENS, key, label, label)
         for key, label in others
         if (having := runs_with(curves, key))
     ]
     if pictures:
-        caption = "While training: live less parallel bits per byte; how strongly the memory is wired in."
+        caption = "While training: how strongly the memory is wired in."
         parts.append(figure_row(*pictures, caption=caption))
     return [*parts, "</section>"]
 

@@ -41,33 +41,30 @@ def score_tables(runs: Sequence[Run]) -> dict[ScoredOn, Table]:
 
 
 def overview_table(runs: Sequence[Run]) -> Table:
-    """A row per run; live bits per byte and gap in a column of their own for each text."""
+    """A row per run; of several texts, live bits per byte in a column of its own for each, and gaps are left out."""
     texts = texts_scored(runs)
-    marks = {on: "" if len(texts) == 1 else f" ({label.partition(':')[0]})" for on, label in texts.items()}
-    scored = [
-        (on, key, f"{title}{mark}")
-        for on, mark in marks.items()
-        for key, title in COLUMNS
-        if key in ("live_bpb", "gap")
-    ]
-    head = ["run", "parameters", "tokens", "FLOPs", "seconds", "schedule", *(t for *_, t in scored), "verdict", "CORE"]
+    if len(texts) == 1:
+        scored = [(on, key, title) for on in texts for key, title in COLUMNS if key in ("live_bpb", "gap")]
+    else:
+        scored = [(on, "live_bpb", f"live BPB ({label.partition(':')[0]})") for on, label in texts.items()]
+    head = ["run", "parameters", "tokens", "FLOPs", "seconds", *(t for *_, t in scored), "verdict", "CORE", "schedule"]
     body = []
     for run in runs:
         by_text = {score.on: score for score in run.scores}
         cells = [by_text[on].cell(key) if on in by_text else "" for on, key, _ in scored]
-        body.append([run.name, *cost_cells(run), *cells, run.values("sweeps").get("verdict", ""), core_cell(run)])
+        verdict = run.values("sweeps").get("verdict", "")
+        body.append([run.name, *cost_cells(run), *cells, verdict, core_cell(run), run.about.get("schedule", "")])
     return Table("", head, body)
 
 
 def cost_cells(run: Run) -> list[str]:
-    """Parameters, tokens, FLOPs, seconds and schedule; empty where not known."""
+    """Parameters, tokens, FLOPs and seconds; empty where not known."""
     trained = run.trained
     return [
         "" if run.parameters is None else f"{run.parameters:,}",
         "" if run.tokens is None else f"{run.tokens:,}",
         f"{trained['flops']:.2e}" if trained else "",
         f"{trained['seconds']:.0f}" if trained else "",
-        run.about.get("schedule", ""),
     ]
 
 

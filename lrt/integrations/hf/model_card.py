@@ -39,8 +39,8 @@ true recurrence, in `generate` and in plain calls.
 {code}```
 """
 SCORE_NOTE = """\
-Bits per byte (BPB), lower is better. **Live** is token by token: what you get. *Parallel* is under the training schedule,
-the gap is live − parallel. Numbers of two rows are not comparable."""
+Bits per byte (BPB), lower is better. **Live** is token by token: what you get. *Parallel* is under the training
+schedule, the gap is live − parallel. Numbers of two rows are not comparable."""
 CODE = """\
 {first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
