@@ -185,5 +185,5 @@ class Chat:
         elif line.startswith("/"):
             raise ValueError(f"unknown command {verb}; use /undo, /save FOLDER, /load FOLDER or /exit")
         elif line:
-            chat.say(line, self.max_new_tokens, lambda piece: print(piece.rstrip("\n"), end="", flush=True))
+            chat.say(line, self.max_new_tokens, lambda piece: print(piece, end="", flush=True))
             print()

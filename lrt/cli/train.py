@@ -12,6 +12,7 @@ import tyro
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.distributed.single_process import SingleProcess
+from lrt.eval.runs import Run
 from lrt.model import checkpoint
 from lrt.model.execution import Execution
 from lrt.model.size import count_parameters
@@ -19,7 +20,7 @@ from lrt.training import recipes
 from lrt.training.config import RunConfig
 from lrt.training.loggers import check_loggers
 from lrt.training.loop import train
-from lrt.training.matching import ReferenceRun, compare_runs, match_all
+from lrt.training.matching import Launch, ReferenceRun, compare_runs, match_all
 from lrt.training.monitor import EvalConfig
 from lrt.training.snapshots import SnapshotConfig
 from lrt.training.trainer import TrainingSummary
@@ -104,10 +105,11 @@ class Train:
     def match_runs(self, run: RunConfig, data: Prepared, ranks: SingleProcess) -> RunConfig:
         """The run after every --match, and on the screen what is equal and what is not."""
         references = [(kind, ReferenceRun.read(path)) for kind, path in self.match]
-        run = match_all(run, references, data, ranks, self.out)
+        launch = Launch(self.out, ranks, self.execution)
+        run = match_all(run, references, data, launch)
         by_path = {reference.path: reference for _, reference in references}
         for reference in by_path.values() if ranks.first else ():
-            print(f"beside {reference.path}:", *map(str, compare_runs(run, reference, data, self.out)), sep="\n")
+            print(f"beside {reference.path}:", *map(str, compare_runs(run, reference, data, launch)), sep="\n")
         return run
 
 
@@ -148,6 +150,7 @@ def print_summary(folder: Path, summary: TrainingSummary) -> None:
     about = checkpoint.about(folder)
     if scores := about.get("scores"):
         print("live {live_bpb:.4f} bits per byte, parallel {parallel_bpb:.4f}, gap {gap:+.4f}".format(**scores))
+        print(f"on {Run.read(folder).scores[0].on.label}")
     packing = about["packing"]
     padded = packing["padded"] / max(1, packing["padded"] + packing["targets"])  # 0 rows: resumed at its end
     print(f"packed: {packing['cropped']:,} of {packing['targets']:,} tokens cropped, {padded:.2%} of positions padded")

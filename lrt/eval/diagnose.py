@@ -64,6 +64,12 @@ class Subject:
     out: Path
     """Where results go."""
     ranks: SingleProcess = SINGLE_PROCESS
+    split: str = "val"
+
+    @property
+    def scored_on(self) -> dict[str, Any]:
+        """What scores are of, for a result: fields of `runs.ScoredOn`, by the subject's name."""
+        return {self.name: {"data": self.data, "split": self.split, "context": self.model.config.context}}
 
     @property
     def scoring_schedule(self) -> Schedule:
@@ -142,6 +148,7 @@ def load_subject(
         data.fingerprint,
         out or path / "evaluation",
         ranks,
+        split,
     )
 
 
@@ -204,7 +211,11 @@ def score_corpora(subjects: Sequence[Subject]) -> Result:
     if isinstance(schedule, Unknown) and first.ranks.first:
         warn(f"{schedule.reason}. The score under {schedule} is left out")
     corpora = {subject.name: summary_scores(subject).to_dict() for subject in subjects}
-    settings = {"complete": all(c["complete"] for c in corpora.values()), "schedule": repr(first.schedule)}
+    settings = {
+        "complete": all(c["complete"] for c in corpora.values()),
+        "schedule": repr(first.schedule),
+        "on": {name: on for subject in subjects for name, on in subject.scored_on.items()},
+    }
     values = score_together(list(corpora.values())) | {"corpora": corpora}
     spent = time.perf_counter() - start
     name = " and ".join(corpora)
@@ -312,6 +323,7 @@ def diagnose(
             "targets": subject.windows.targets,
             "complete": subject.windows.complete,
             "schedule": repr(subject.schedule),
+            "on": subject.scored_on,
         }
         spent = time.perf_counter() - start
         results.append(

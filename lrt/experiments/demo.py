@@ -17,6 +17,7 @@ from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.data.tokenizer import Tokenizer
 from lrt.data.windows import windows
+from lrt.eval.runs import Run
 from lrt.eval.scoring import evaluate
 from lrt.experiments import demo_report
 from lrt.inference.generation import Sampling, generate
@@ -77,6 +78,7 @@ def demo(
     model, tokenizer = load(out / "lrt" / "checkpoint", device)
     summary = {
         "models": models,
+        "scored_on": Run.read(out / "lrt").scores[0].on.label,  # the same windows for all of them
         "data": {k: data.manifest["splits"][k] for k in ("train", "val", "test")},
         "seed": seed,
         "hardware": hardware_line(device),

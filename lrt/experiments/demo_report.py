@@ -36,8 +36,8 @@ ABLATIONS = (
 
 def terminal_table(summary: Mapping[str, Any]) -> Table:
     """The comparison in 80 columns: sizes are the same for all and stand elsewhere."""
-    title = "bits per byte on held-out text; lower is better; live is what a user gets"
-    return comparison_table(title, summary, SCORES)
+    title = "bits per byte; lower is better; live is what a user gets"
+    return comparison_table(f"{title}\n{summary['scored_on']}", summary, SCORES)
 
 
 def comparison_table(title: str, summary: Mapping[str, Any], columns: Sequence[Column]) -> Table:
@@ -72,6 +72,7 @@ def write_report(path: Path, summary: Mapping[str, Any], logs: Mapping[str, Path
         "<h1>Latent recurrence on this machine</h1>",
         f"<p>{_headline(summary)}</p>",
         comparison_table("", summary, (*SIZES, *SCORES)).html(),
+        f"<p>Bits per byte on held-out text: {html.escape(summary['scored_on'])}.</p>",
         "<figure>",
         figure_svg(lambda ax: _draw_scores(ax, summary), "Live bits per byte", wide=False),
         "<figcaption>Live bits per byte, decoded token by token, on held-out text. Lighter: the LRT with its memory "

@@ -19,6 +19,22 @@ TURNS = "turns.json"
 """Beside a saved session: where its turns began."""
 
 
+class Stripped:
+    """A text that comes in pieces, passed on without the white space that it begins and ends with."""
+
+    def __init__(self, on_text: Callable[[str], None]) -> None:
+        self.on_text, self.text, self.space = on_text, "", ""
+
+    def push(self, piece: str) -> None:
+        """Pass on what is known to be inside: space at the end waits for what follows it."""
+        piece = self.space + piece if self.text else piece.lstrip()
+        inside = piece.rstrip()
+        self.space = piece[len(inside) :]
+        if inside:
+            self.text += inside
+            self.on_text(inside)
+
+
 class Conversation:
     """One conversation with one model. Turns are exact continuations of the session, and can be taken back."""
 
@@ -44,7 +60,7 @@ class Conversation:
         self.stop = self._stop_tokens()
 
     def say(self, text: str, max_new_tokens: int, on_text: Callable[[str], None]) -> str:
-        """One turn: the user's text in, the answer out; `on_text` gets its pieces as they come.
+        """One turn: the text of the user in, the answer out, stripped; `on_text` gets its pieces as they come.
 
         ValueError where the context has no room; the conversation is then as it was before.
         """
@@ -61,19 +77,15 @@ class Conversation:
             if self.session is None
             else self.session.extend(ids, self.prefill, self.calibration)
         )
-        decoder, pieces = self.tokenizer.decoder(session.tokens), []
-
-        def emit(piece: str) -> None:
-            pieces.append(piece)
-            on_text(piece)
+        decoder, answer = self.tokenizer.decoder(session.tokens), Stripped(on_text)
 
         session = session.generate(
-            min(max_new_tokens, room), self.sampling, self.stop, on_token=lambda token: emit(decoder.push(token))
+            min(max_new_tokens, room), self.sampling, self.stop, on_token=lambda token: answer.push(decoder.push(token))
         )
-        emit(decoder.finish())
+        answer.push(decoder.finish())
         self.session = session  # only now: an error or Ctrl-C before leaves the conversation as it was
         self.turns.append(before)
-        return "".join(pieces).strip()
+        return answer.text
 
     def encode_turn(self, text: str) -> list[int]:
         """The tokens of a turn, up to where the answer begins."""

@@ -283,7 +283,7 @@ def recent_loss(lines: MetricsLog) -> float:
 def newest_scores(lines: MetricsLog) -> dict[str, float]:
     """The newest evaluation in the metrics log; empty where there was none."""
     newest = next((line for line in reversed(lines) if "live_bpb" in line), {})
-    return {name: newest[name] for name in ("live_bpb", "parallel_bpb", "gap") if name in newest}
+    return {name: newest[name] for name in ("live_bpb", "parallel_bpb", "gap", "targets") if name in newest}
 
 
 def best_live_bpb(lines: MetricsLog) -> float:

@@ -61,7 +61,7 @@ class EvalConfig:
 def live_scores(
     model: LatentRecurrentTransformer, data: Prepared, schedule: Schedule, targets: int, progress: bool
 ) -> dict[str, float]:
-    """live_bpb, parallel_bpb and gap, in bits per byte, on `targets` tokens of validation windows."""
+    """live_bpb, parallel_bpb and gap, in bits per byte, on `targets` tokens of validation windows, and their number."""
     context = model.config.context
     token_bytes = data.tokenizer.token_bytes()
     # Without a byte alphabet only the whole split has a size in bytes.
@@ -78,7 +78,8 @@ def live_scores(
     )
     assert metrics.parallel_bpb is not None
     assert metrics.gap is not None
-    return {"live_bpb": metrics.live_bpb, "parallel_bpb": metrics.parallel_bpb, "gap": metrics.gap}
+    scores = {"live_bpb": metrics.live_bpb, "parallel_bpb": metrics.parallel_bpb, "gap": metrics.gap}
+    return scores | {"targets": metrics.targets}
 
 
 def memory_by_layer(model: LatentRecurrentTransformer, data: Prepared) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from lrt.cli import verbs as cli
 from lrt.cli.main import main
 from lrt.cli.renamed_flags import RENAMED
 from lrt.data.corpus import stdlib_files
+from lrt.data.tokenizer import Tokenizer
 from lrt.eval.results import read_results
+from lrt.inference.session import Session
 from lrt.model.checkpoint import about, load, save
 from lrt.model.config import MemoryConfig, ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -334,6 +337,25 @@ def test_chat_through_a_pipe(
     assert long.out == once  # as it was before
 
 
+def test_chat_prints_an_answer_of_several_lines_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    answer = "Steps:\n1. first\n2. second\n\n    Done."
+    inner = Tokenizer.train(["the state of it\n"] * 9, 300).inner
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = Tokenizer(inner)
+    config = ModelConfig(depth=2, width=16, heads=2, vocab_size=tokenizer.vocab_size, context=200)
+    save(tmp_path / "talker", LatentRecurrentTransformer(config), tokenizer)
+
+    def generate(self: Session, *arguments: Any, on_token: Callable[[int], None]) -> Session:
+        for token in tokenizer.encode(f"\n {answer}\n\n"):
+            on_token(token)
+        return self
+
+    monkeypatch.setattr(Session, "generate", generate)
+    assert chatted(capsys, monkeypatch, "hi\n", str(tmp_path / "talker")).out == answer + "\n"
+
+
 # Mistakes
 
 
@@ -466,6 +488,7 @@ def test_a_runs_folder_is_found_after_a_save_that_was_cut_off(
 
 INTERRUPTED = """
 import sys
+from collections.abc import Callable
 import torch
 torch.set_num_threads(1)
 from lrt.cli.main import main

@@ -18,8 +18,11 @@ from support.runs import TINY
 from lrt.cli.main import main
 from lrt.data.corpus import stdlib_files
 from lrt.eval.report.page import report
+from lrt.eval.report.score_tables import overview_table, score_tables
 from lrt.eval.report.sections import token_span
+from lrt.eval.report.table import Table
 from lrt.eval.results import Result, read_results
+from lrt.eval.runs import Run
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,9 @@ def test_what_is_not_there_is_left_out(runs: list[Path], tmp_path: Path):
     report(tmp_path / "plain.html", [runs[1]])
     text = (tmp_path / "plain.html").read_text(encoding="utf-8")
     assert "<h2>Training" in text
-    assert not any(f"<h2>{title}" in text for title in ("Sweep", "CORE", "Inside", "The memory", "Bits"))
+    assert not any(f"<h2>{title}" in text for title in ("Sweep", "CORE", "Inside", "The memory"))
+    own = json.loads((runs[1] / "checkpoint" / "config.json").read_text())["about"]["scores"]
+    assert f"<td>{own['live_bpb']:.4f}</td>" in text  # the only score that there is
     for run in ("a/run", "b/run"):  # two of one name, with results alone
         Result("bpb", "x-val", "ab", {}, values()).write(tmp_path / run / "evaluation")
     report(tmp_path / "two.html", [tmp_path / "a" / "run", tmp_path / "b" / "run"])
@@ -134,6 +139,106 @@ def test_blocks_are_shown_over_training(runs: list[Path], page: Path):
     assert "of plain" not in text  # it has no memory
     plain = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
     assert not any("memory_layers" in line for line in plain)
+
+
+def run_on(folder: Path, about: dict[str, Any], live: dict[str, tuple[float, int]]) -> Path:
+    """A run's folder with a checkpoint that says this of itself, and with live scores, targets by corpus."""
+    (folder / "checkpoint").mkdir(parents=True)
+    config = {"model": {"context": 32, "depth": 2, "width": 16, "heads": 2, "vocab_size": 300}, "about": about}
+    (folder / "checkpoint" / "config.json").write_text(json.dumps(config))
+    for name, (bpb, targets) in live.items():
+        corpus, _, split = name.rpartition("-")
+        scores = {
+            "live_bpb": bpb,
+            "parallel_bpb": bpb,
+            "gap": 0.0,
+            "targets": targets,
+            "bytes": 9,
+            "schedule": "plain()",
+        }
+        on = {name: {"data": f"fingerprint-{corpus}", "split": split, "context": 32}}
+        values = {**scores, "corpora": {name: scores}}
+        Result("scores", name, "ab", {"on": on}, values).write(folder / "evaluation")
+    return folder
+
+
+def cells_under(table: Table, title: str) -> dict[str, str]:
+    """A column by the first one."""
+    head, *body = table.cells()
+    return {row[0]: row[head.index(title)] for row in body}
+
+
+def test_scores_of_other_texts_splits_or_windows_stand_in_columns_of_their_own(tmp_path: Path):
+    """`best` is the best on the hard text; beside scores of an easy one it would be the last."""
+    runs = {
+        "best": {"hard-val": (2.0, 100)},
+        "worse": {"hard-val": (2.5, 100), "easy-val": (1.0, 100)},
+        "other": {"hard-test": (1.5, 100), "easy-val": (1.25, 100)},
+        "fewer": {"hard-val": (1.75, 50)},
+    }
+    read = [Run.read(run_on(tmp_path / name, {}, live)) for name, live in runs.items()]
+    tables = {table.title.partition(": ")[2]: table.cells()[1:] for table in score_tables(read).values()}
+    ranked = {title: [(row[0], row[1]) for row in rows] for title, rows in tables.items()}
+    assert ranked == {
+        "hard, val: 100 tokens in windows of 32": [("best", "2.0000"), ("worse", "2.5000")],
+        "easy, val: 100 tokens in windows of 32": [("worse", "1.0000"), ("other", "1.2500")],
+        "hard, test: 100 tokens in windows of 32": [("other", "1.5000")],
+        "hard, val: 50 tokens in windows of 32": [("fewer", "1.7500")],
+    }
+    overview = overview_table(read)
+    assert cells_under(overview, "live BPB (A)") == {"best": "2.0000", "worse": "2.5000", "other": "", "fewer": ""}
+    assert cells_under(overview, "live BPB (B)") == {"best": "", "worse": "1.0000", "other": "1.2500", "fewer": ""}
+    report(tmp_path / "report.html", [tmp_path / name for name in runs])
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"<th>live BPB ({letter})</th>" in page for letter in "ABCD")
+    report(tmp_path / "report.html", [tmp_path / "best"])
+    assert "<th>live BPB</th>" in (tmp_path / "report.html").read_text()
+    assert "hard, val: 100 tokens in windows of 32" in (tmp_path / "report.html").read_text()
+
+
+def test_a_score_of_the_checkpoint_says_what_it_is_of(tmp_path: Path):
+    """The same text under its fingerprint is one text; one that an older version did not count is another."""
+    scores = {"live_bpb": 2.25, "parallel_bpb": 2.0, "gap": 0.25}
+    about = {"data": "fingerprint-hard", "schedule": "plain()", "scores": scores | {"targets": 100}}
+    new = Run.read(run_on(tmp_path / "new", about, {"hard-val": (2.5, 100)}))
+    (score,) = new.scores
+    assert score.values["live_bpb"] == 2.5  # measured later
+    alone = Run.read(run_on(tmp_path / "alone", about, {}))
+    assert len(score_tables([new, alone])) == 1
+    old = Run.read(run_on(tmp_path / "old", {**about, "scores": scores}, {}))
+    nameless = [Run.read(run_on(tmp_path / name, {"scores": scores}, {})) for name in ("x", "y")]
+    titles = [table.title for table in score_tables([new, old, *nameless]).values()]
+    assert titles[1] == "B: hard, val: an unknown number of tokens in windows of 32"
+    assert titles[2:] == [
+        f"{m}: unknown data of {n}, val: an unknown number of tokens in windows of 32"
+        for m, n in zip("CD", "xy", strict=True)
+    ]
+
+
+def test_results_of_other_weights_are_left_out_and_named(tmp_path: Path):
+    folder = run_on(tmp_path / "again", {}, {"hard-val": (2.0, 100)})
+    (folder / "checkpoint" / "manifest.json").write_text(json.dumps({"model.safetensors": {"sha256": "cd"}}))
+    run = Run.read(folder)
+    assert run.scores == []
+    report(tmp_path / "report.html", [folder])
+    text = (tmp_path / "report.html").read_text()
+    assert "again: scores of hard-val left out: measured of other weights than its checkpoint&#x27;s" in text
+    (folder / "checkpoint" / "manifest.json").write_text(json.dumps({"model.safetensors": {"sha256": "ab"}}))
+    assert len(Run.read(folder).scores) == 1
+
+
+def test_what_is_measured_notes_what_it_was_measured_on(runs: list[Path]):
+    """Of a real run: the checkpoint's own score and those of `lrt diagnose`, each with its windows."""
+    run = Run.read(runs[0])
+    assert {score.on.name for score in run.scores} == {"data"}
+    own = run.about["scores"]
+    assert own["targets"] > 150
+    measured = [score.on.targets for score in run.scores]
+    assert own["targets"] in measured
+    assert len(measured) == 2
+    assert {(score.on.data, score.on.split, score.on.context) for score in run.scores} == {
+        (run.about["data"], "val", 32)
+    }
 
 
 def test_tokens_are_escaped_and_coloured_by_their_gain():

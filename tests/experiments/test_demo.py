@@ -16,6 +16,9 @@ from support.page import QUIET, TOKENS, Page, pixels
 
 from lrt import schedules
 from lrt.data.corpus import stdlib_files
+from lrt.eval.report.page import report
+from lrt.eval.report.score_tables import score_tables
+from lrt.eval.runs import Run
 from lrt.experiments import demo_report
 from lrt.experiments.demo import demo
 from lrt.model import checkpoint
@@ -140,6 +143,17 @@ def test_the_report_has_the_numbers_of_the_summary(page: str, summary: dict[str,
             assert f"{model[key]:.4f}" in cells, key
     assert summary["hardware"] in page
     assert json.dumps(summary["models"]["lrt"]["live_bpb"]) in page  # the whole summary is in it
+
+
+def test_lrt_report_shows_the_scores_of_the_demo(made: Path, summary: dict[str, Any], page: str, tmp_path: Path):
+    (table,) = score_tables([Run.read(made / name) for name in MODELS]).values()
+    assert {row[0]: row[1] for row in table.body} == {n: f"{m['live_bpb']:.4f}" for n, m in summary["models"].items()}
+    lrt = summary["models"]["lrt"]
+    assert table.title == summary["scored_on"] == f"data, test: {lrt['targets']:,} tokens in windows of 256"
+    assert f"{lrt['live_bpb_memory_zero']:.4f}" in {cell for row in table.body for cell in row}
+    assert summary["scored_on"] in page
+    report(tmp_path / "report.html", [made / name for name in MODELS])
+    assert f"{lrt['live_bpb']:.4f}" in Page((tmp_path / "report.html").read_text()).cells
 
 
 def test_the_sample_is_text_and_escaped(tmp_path: Path, summary: dict[str, Any], made: Path):

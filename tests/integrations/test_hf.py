@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 from support.prefill import PARALLEL
+from support.runs import TINY
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,7 +28,9 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, Sampling, generate, refine, schedules, score
+from lrt.cli.main import main
 from lrt.data.tokenizer import Tokenizer
+from lrt.eval.runs import Run
 from lrt.integrations.hf import LRTConfig, LRTForCausalLM
 from lrt.integrations.hf.cache import decode_digits, encode_digits
 from lrt.integrations.hf.export import export, wrap_tokenizer
@@ -740,6 +743,30 @@ def test_the_card_says_how_it_was_scored(exported):
         "trust_remote_code=True",
     ):
         assert words in text, words
+
+
+def test_the_card_of_a_trained_run_says_its_tokens_and_what_was_scored(tmp_path):
+    """What `lrt train` writes of itself, and what `lrt evaluate` measured of it."""
+    text = "".join(f"the state of token {i} is what token {i + 1} remembers\n" for i in range(400))
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(text[i * 100 :])
+    data = tmp_path / "corpus"
+    main(["prepare", str(data), "--text", *(str(tmp_path / f"{i}.txt") for i in range(3)), "--vocab-size", "300"])
+    run = tmp_path / "run"
+    main(["train", "--data", str(data), "--out", str(run), "--device", "cpu", "d2", *TINY])
+    main(["evaluate", str(run), "--data", str(data), "--split", "test", "--device", "cpu"])
+    trained = checkpoint.about(run)
+    for source in (run, run / "checkpoint"):
+        export(source, tmp_path / "out")
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert f"{trained['trained']['tokens']:,} tokens" in card
+        assert "unknown number" not in card
+        targets = trained["scores"]["targets"]
+        row = next(line for line in card.splitlines() if f"corpus, val: {targets:,} tokens in windows of 32" in line)
+        assert f"{trained['scores']['live_bpb']:.4f}" in row
+        (test,) = [score for score in Run.read(run).scores if score.on.split == "test"]
+        row = next(line for line in card.splitlines() if "corpus, test: " in line)
+        assert f"| {test.values['live_bpb']:.4f} |" in row
 
 
 def test_export_leaves_other_folders_alone(exported, tmp_path):

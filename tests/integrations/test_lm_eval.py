@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from support.harness import QUESTIONS, TASK
+from support.harness import LONG_ANSWER, QUESTIONS, TASK
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, score
+from lrt.cli.main import main
 from lrt.data.tokenizer import Tokenizer
 from lrt.integrations.hf.export import export
-from lrt.integrations.lm_eval import make_adapter, run_tasks
+from lrt.integrations.lm_eval import Adapter, make_adapter, run_tasks
 from lrt.model import checkpoint
 
 pytest.importorskip("lm_eval")
@@ -104,3 +105,118 @@ def test_a_local_task_and_the_harness_own_command(folder, tmp_path):
 def test_an_unknown_task_is_named(folder):
     with pytest.raises(ValueError, match="knows no task no_such_task"):
         run_tasks(folder / "checkpoint", ["no_such_task"])
+
+
+LONG = "the state of token is what token remembers. " * 20
+
+
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The rows that the model is called with, to score and to generate, without what pads them on the left."""
+    rows: list[list[int]] = []
+
+    scoring, generating = Adapter._model_call, Adapter._model_generate
+
+    def score_rows(self, tokens, *args, **kwargs):
+        rows.extend(tokens.tolist())
+        return scoring(self, tokens, *args, **kwargs)
+
+    def generate_rows(self, context, max_length, stop, **kwargs):
+        masks = kwargs["attention_mask"].bool()
+        rows.extend(row[mask].tolist() for row, mask in zip(context, masks, strict=True))
+        return generating(self, context, max_length, stop, **kwargs)
+
+    monkeypatch.setattr(Adapter, "_model_call", score_rows)
+    monkeypatch.setattr(Adapter, "_model_generate", generate_rows)
+    return rows
+
+
+def ask(model: Adapter, kind: str, *requests: tuple) -> list:
+    return getattr(model, kind)([Instance(kind, {}, request, i) for i, request in enumerate(requests)])
+
+
+def live(folder: Path, tokens: list[int], scored: int) -> float:
+    """Live log-likelihood of the last `scored` tokens."""
+    model, _ = checkpoint.load(folder / "checkpoint")
+    return -float(score(model, torch.tensor([tokens]))[0, -scored:].sum())
+
+
+def test_a_prompt_beyond_the_context_keeps_bos_and_loses_its_beginning(folder, fed, capsys):
+    model, tokenizer = make_adapter(folder / "checkpoint", "exact", 4), checkpoint.load(folder / "checkpoint")[1]
+    text, end = tokenizer.encode(LONG.strip() + " token"), len(tokenizer.encode(" token"))
+    [(nats, _), _] = ask(model, "loglikelihood", (LONG.strip(), " token"), ("the state", " of"))
+    assert all(row[0] == tokenizer.bos for row in fed)
+    assert "1 of 2 prompts do not fit" in capsys.readouterr().err
+    # 128 inputs, BOS among them; the last token is only predicted.
+    assert nats == pytest.approx(live(folder, [tokenizer.bos, *text[-128:]], end), abs=1e-4)
+
+
+@pytest.mark.parametrize("words", [1, 15, 25, 60])
+def test_a_rolling_text_is_scored_in_the_windows_of_lrt_evaluate(folder, fed, words):
+    model, tokenizer = make_adapter(folder / "checkpoint", "exact", 4), checkpoint.load(folder / "checkpoint")[1]
+    text = " ".join(TEXTS[:words])
+    tokens = tokenizer.encode(text)
+    (nats, empty) = ask(model, "loglikelihood_rolling", (text,), ("",))
+    assert all(row[0] == tokenizer.bos for row in fed)
+    pieces = [tokens[i : i + 127] for i in range(0, len(tokens), 127)]
+    assert nats == pytest.approx(sum(live(folder, [tokenizer.bos, *p], len(p)) for p in pieces), rel=1e-5)
+    assert empty == 0.0
+
+
+def test_contexts_and_continuations_of_every_length(folder, fed):
+    """Empty context or continuation, one that the tokenizer joins with the context, one that just fits.
+
+    Two of them give the model the same inputs, and score tokens of different number.
+    """
+    model, tokenizer = make_adapter(folder / "checkpoint", "exact", 4), checkpoint.load(folder / "checkpoint")[1]
+    bos, remembers = tokenizer.bos, tokenizer.encode("remembers")
+    alone, nothing, joined = ask(model, "loglikelihood", ("", "remembers"), ("what", ""), ("remember", "s"))
+    assert alone[0] == pytest.approx(live(folder, [bos, *remembers], len(remembers)), abs=1e-4)
+    assert nothing == (0.0, True)
+    assert len(remembers) <= len(tokenizer.encode("remember"))  # joined
+    assert joined[0] == pytest.approx(live(folder, [bos, *remembers], 1), abs=1e-4)
+    whole = tokenizer.encode(LONG)[:128]
+    text = tokenizer.decode(whole)
+    assert tokenizer.encode(text) == whole
+    (just,) = ask(model, "loglikelihood", ("", text))
+    assert just[0] == pytest.approx(live(folder, [bos, *whole], 128), abs=1e-3)
+    assert all(row[0] == bos for row in fed)
+    with pytest.raises(ValueError, match=r"a continuation of \d+ tokens is to be scored.*context is 128"):
+        ask(model, "loglikelihood", ("", "a"), ("the", " " + LONG))
+
+
+def test_generation_without_a_limit_takes_what_the_context_leaves(folder, fed, capsys):
+    model, tokenizer = make_adapter(folder / "checkpoint", "exact", 4), checkpoint.load(folder / "checkpoint")[1]
+    greedy = {"until": ["zzz"], "do_sample": False}
+    prompts = ["the state of", LONG]
+    unnamed = ask(model, "generate_until", *((p, greedy) for p in prompts))
+    assert [row[0] for row in fed] == [tokenizer.bos] * 2
+    assert sorted(map(len, fed)) == [1 + len(tokenizer.encode("the state of")), 64]
+    assert "1 of 2 prompts do not fit" in capsys.readouterr().err
+    assert unnamed == ask(model, "generate_until", *((p, {**greedy, "max_gen_toks": 64}) for p in prompts))
+    assert unnamed[1:] == ask(model, "generate_until", (LONG, greedy))
+
+
+@pytest.mark.parametrize("limit", [0, 127, 128, 500])
+def test_a_task_that_leaves_no_room_for_a_prompt_is_named(folder, limit):
+    model = make_adapter(folder / "checkpoint", "exact", 4)
+    request = Instance("generate_until", {}, ("the", {"max_gen_toks": limit}), 0, metadata=("memory", 0, 1))
+    with pytest.raises(ValueError, match=f"task memory wants {limit} new tokens.*context of 128.*give 1 to 126"):
+        model.generate_until([request])
+
+
+@pytest.mark.slow  # the harness reads the index of all its tasks
+def test_the_command_line_names_such_a_task_before_others_are_run(folder, tmp_path, fed, capsys):
+    (tmp_path / "long.yaml").write_text(LONG_ANSWER.format(file=folder / "tasks" / "memory.jsonl"))
+    (tmp_path / "memory.yaml").write_text((folder / "tasks" / "memory.yaml").read_text())
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(folder / "checkpoint"), "--tasks", "memory", "long", "--tasks-include", str(tmp_path)])
+    assert "lrt: task long wants 300 new tokens" in capsys.readouterr().err
+    assert fed == []
+
+
+def test_an_empty_stop_string_stops_nothing(folder):
+    model = make_adapter(folder / "checkpoint", "exact", 4)
+    limits = {"max_gen_toks": 8, "do_sample": False}
+    stopped, free = ask(model, "generate_until", *(("the state", {**limits, "until": u}) for u in ("", "zzz")))
+    assert stopped == free

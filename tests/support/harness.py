@@ -1,4 +1,4 @@
-"""A small task for lm-eval."""
+"""Small tasks for lm-eval."""
 
 QUESTIONS = [
     {
@@ -18,4 +18,15 @@ doc_to_text: "{{{{question}}}}\\nAnswer:"
 doc_to_target: gold
 doc_to_choice: choices
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+LONG_ANSWER = """
+task: long
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "nothing"
+generation_kwargs: {{until: ["zzz"], max_gen_toks: 300}}
+metric_list: [{{metric: exact_match}}]
 """

@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from lrt.eval.report import figures
 from lrt.eval.report.figures import Curves, Quantity
 from lrt.eval.report.html import figure_row, render_page
+from lrt.eval.report.score_tables import overview_table, texts_scored
 from lrt.eval.report.sections import (
-    Run,
     ablation_section,
     core_section,
     memory_section,
@@ -27,9 +27,7 @@ from lrt.eval.report.sections import (
     sweep_section,
     text_section,
 )
-from lrt.eval.report.table import Table
-from lrt.model.config import ModelConfig
-from lrt.model.size import count_parameters
+from lrt.eval.runs import Run, ScoredOn
 from lrt.utils.files import replace_atomically
 from lrt.utils.provenance import code_version
 
@@ -97,38 +95,19 @@ def unique_names(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
 
 
 def overview(runs: Sequence[Run]) -> str:
-    """A table with a row per run."""
-    head = ["run", "parameters", "tokens", "FLOPs", "seconds", "schedule", "live BPB", "gap", "verdict", "CORE"]
-    note = (
-        "Bits per byte, lower is better; live is decoded token by token, what a user gets; gap is live less parallel."
-    )
-    return Table("", head, [run_cells(run) for run in runs]).html() + f"<p>{note}</p>"
-
-
-def run_cells(run: Run) -> list[str]:
-    """The cells of a run; empty where something is not known."""
-    config, trained = run.config.get("model"), run.about.get("trained", {})
-    # Later measurements replace those that the checkpoint was saved with.
-    scores = {**run.about.get("scores", {}), **run.values("scores"), **run.values("ablations")}
-    live = f"{scores['live_bpb']:.4f}" if "live_bpb" in scores else ""
-    columns = run.values("bpb").get("columns", {})
-    if "live" in columns:
-        live = "{bpb:.4f}".format(**columns["live"])
-        if columns["live"]["low"] is not None:
-            live += " [{low:.3f}, {high:.3f}]".format(**columns["live"])
-    core = run.values("core")
-    return [
-        run.name,
-        f"{count_parameters(ModelConfig.from_dict(config))[0]:,}" if config else "",
-        f"{trained['tokens']:,}" if trained else "",
-        f"{trained['flops']:.2e}" if trained else "",
-        f"{trained['seconds']:.0f}" if trained else "",
-        run.about.get("schedule", ""),
-        live,
-        f"{scores['gap']:+.4f}" if "gap" in scores else "",
-        run.values("sweeps").get("verdict", ""),
-        f"{core['score'][core['modes'][0]]:+.4f} {core['name']}" if core else "",
+    """A table with a row per run, what its scores were measured on, and what was left out."""
+    notes = [
+        "Bits per byte, lower is better; live is decoded token by token, what a user gets; gap is live less parallel.",
+        *texts_scored(runs).values(),
+        *(f"{run.name}: {outdated_note(run)}" for run in runs if run.outdated),
     ]
+    return overview_table(runs).html() + f"<p>{'<br>'.join(map(html.escape, notes))}</p>"
+
+
+def outdated_note(run: Run) -> str:
+    """Which measurements are not shown, and why."""
+    names = sorted({f"{result.kind} of {result.subject}" for result in run.outdated})
+    return f"{', '.join(names)} left out: measured of other weights than its checkpoint's. Measure again."
 
 
 def training_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
@@ -142,20 +121,24 @@ def training_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[st
         (partial(figures.draw_losses, curves=thin, colours=colours, x=x), f"Loss against {x.label}") for x in X_AXES
     ]
     parts.append(figure_row(*pictures, caption="Training loss, smoothed, mean over the passes that have a loss."))
-    live = runs_with(curves, "live_bpb")
-    if live:
+    for text, names in texts_while_training(runs).items():
+        live = {name: curves[name] for name in names}
         pictures = [
             _measured_figure(live, colours, x, "live_bpb", "live bits per byte", f"Live, {x.label}") for x in X_AXES
         ]
-        parts.append(figure_row(*pictures, caption="Live bits per byte while training."))
-    others = (("gap", "gap, bits per byte"), ("memory_gamma", "mean |γ|"), ("memory_projection", "RMS of U"))
+        gaps = runs_with(live, "gap")
+        if gaps:
+            pictures.append(_measured_figure(gaps, colours, TOKENS, "gap", "gap, bits per byte", "Gap, tokens"))
+        caption = f"While training: live bits per byte, and live less parallel. {text.label}."
+        parts.append(figure_row(*pictures, caption=caption))
+    others = (("memory_gamma", "mean |γ|"), ("memory_projection", "RMS of U"))
     pictures = [
         _measured_figure(having, colours, TOKENS, key, label, label)
         for key, label in others
         if (having := runs_with(curves, key))
     ]
     if pictures:
-        caption = "While training: live less parallel bits per byte; how strongly the memory is wired in."
+        caption = "While training: how strongly the memory is wired in."
         parts.append(figure_row(*pictures, caption=caption))
     return [*parts, "</section>"]
 
@@ -165,6 +148,17 @@ def _measured_figure(
 ) -> tuple[Callable[[Axes], None], str]:
     """A figure of `figure_row`: `draw_measured` and its title."""
     return partial(figures.draw_measured, curves=curves, colours=colours, x=x, key=key, label=label), title
+
+
+def texts_while_training(runs: Sequence[Run]) -> dict[ScoredOn, list[str]]:
+    """What was scored while training, and the names of the runs: one figure shows scores of one text."""
+    texts: dict[ScoredOn, list[str]] = {}
+    for run in runs:
+        # The last line may be scored on more tokens; what the curve is of stands in the first.
+        first = next((line for line in run.metrics if "live_bpb" in line), None)
+        if first is not None:
+            texts.setdefault(run.trained_text("val", first.get("targets")), []).append(run.name)
+    return texts
 
 
 def runs_with(curves: Curves, key: str) -> Curves:

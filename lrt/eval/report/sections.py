@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from lrt.eval import results
 from lrt.eval.report import figures
 from lrt.eval.report.html import figure_row, number
+from lrt.eval.report.score_tables import score_tables, texts_scored
 from lrt.eval.report.table import Table
 from lrt.eval.report.text import ROUNDING, ablation_name
-from lrt.eval.results import Result
+from lrt.eval.runs import Run, ScoredOn
 
 NEGLIGIBLE = 1e-6
 """Bits per byte: a figure of smaller differences would show rounding."""
@@ -33,87 +30,52 @@ BLOCK_QUANTITIES = (
     ("value_ratio", "memory over local values, RMS"),
 )
 """What is shown by block over training."""
+SCORE_NOTE = (
+    "<p>A table for each text, split and size of windows: numbers of two tables are not comparable. Best live score "
+    "first. Intervals of 95 % over documents drawn anew. <i>off</i>: nothing recurrent is read, one forward.</p>"
+)
 CHANNEL_COLUMNS = ("gamma", "residual_ratio", "key_ratio", "value_ratio")
 """What the table of blocks shows, a number per memory channel."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """What is known of one run."""
-
-    name: str
-    metrics: list[dict[str, Any]]
-    """The lines of metrics.jsonl; none where there is no such file."""
-    config: dict[str, Any]
-    """The checkpoint's config.json; empty where there is none."""
-    results: list[Result]
-
-    @classmethod
-    def read(cls, folder: Path) -> Run:
-        """Read a run's folder. ValueError where it holds neither metrics log nor checkpoint nor results."""
-        log = folder / "metrics.jsonl"
-        metrics = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-        configs = [f for f in (folder / "checkpoint" / "config.json", folder / "config.json") if f.is_file()]
-        config = json.loads(configs[0].read_text()) if configs else {}
-        measured = results.read_results(folder / "evaluation")
-        if not bool(metrics or config or measured):
-            raise ValueError(
-                f"{folder} is no run: it has no metrics.jsonl, checkpoint or evaluation; give a folder of `lrt train`"
-            )
-        return cls(folder.name, metrics, config, measured)
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """How the checkpoint came to be: schedule, what was trained, scores at the end."""
-        return self.config.get("about", {})
-
-    def of(self, kind: str) -> list[Result]:
-        """The results of a kind."""
-        return [result for result in self.results if result.kind == kind]
-
-    def values(self, kind: str) -> dict[str, Any]:
-        """The first result of a kind, empty where there is none."""
-        return next((result.values for result in self.of(kind)), {})
-
-
 def score_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
-    """Bits per byte with intervals, and where recurrence helps."""
-    body, recurrent = [], {}
-    for run in runs:
-        for result in (*run.of("bpb"), *run.of("bfloat16")):
-            for name, row in {**result.values["columns"], **result.values["differences"]}.items():
-                body.append([run.name, result.subject, name] + [number(row[k]) for k in ("bpb", "low", "high")])
-        values = run.values("bpb")
-        if values and abs(values["differences"]["off - live"]["bpb"]) > NEGLIGIBLE:
-            recurrent[run.name] = values
-    evaluated = evaluation_table(runs)
-    parts = [evaluated.html()] if evaluated.body else []
-    if body:
-        parts += [
-            Table("", ["run", "corpus", "scored", "BPB", "low", "high"], body).html(),
-            "<p>Intervals of 95 % over documents drawn anew. <i>off</i>: nothing recurrent is read, one forward.</p>",
-        ]
-    if recurrent:
-        pictures = [
-            (partial(figures.draw_gains, runs=recurrent, colours=colours, by=by, label=label), f"Gain by {label}")
-            for by, label in BUCKETS
-        ]
-        caption = "What recurrence gains: bits per byte with nothing recurrent read, less live."
-        parts.append(figure_row(*pictures, caption=caption))
-    return ["<section><h2>Bits per byte</h2>", *parts, "</section>"] if parts else []
+    """Bits per byte, a table for each text, with intervals, and where recurrence helps."""
+    parts: list[str] = []
+    for on, table in score_tables(runs).items():
+        parts.append(table.html())
+        details = detail_table(runs, on)
+        if details.body:
+            parts.append(details.html())
+            recurrent = recurrent_values(runs, on)
+            pictures = [
+                (partial(figures.draw_gains, runs=recurrent, colours=colours, by=by, label=label), f"Gain by {label}")
+                for by, label in (BUCKETS if recurrent else ())
+            ]
+            caption = f"What recurrence gains: bits per byte with nothing recurrent read, less live. {table.title}."
+            parts += [figure_row(*pictures, caption=caption)] if pictures else []
+    return ["<section><h2>Bits per byte</h2>", SCORE_NOTE, *parts, "</section>"] if parts else []
 
 
-def evaluation_table(runs: Sequence[Run]) -> Table:
-    """The results of `lrt evaluate`, a row per run and corpus."""
-    keys = ("parallel_bpb", "live_bpb", "gap", "live_bpb_memory_zero", "live_bpb_memory_embedding")
-    head = ["run", "corpus", "tokens", "parallel", "live", "gap", "memory zeroed", "previous embedding"]
+def detail_table(runs: Sequence[Run], on: ScoredOn) -> Table:
+    """Columns and differences of the token-by-token results on one text."""
     body = [
-        [run.name, name, f"{scores['targets']:,}", *(f"{scores[k]:.4f}" if k in scores else "" for k in keys)]
+        [run.name, name, *(number(row[k]) for k in ("bpb", "low", "high"))]
         for run in runs
-        for result in run.of("scores")
-        for name, scores in result.values["corpora"].items()
+        for result in (*run.of("bpb"), *run.of("bfloat16"))
+        if run.scored_on(result) == on
+        for name, row in {**result.values["columns"], **result.values["differences"]}.items()
     ]
-    return Table("", head, body)
+    return Table("", ["run", "scored", "BPB", "low", "high"], body)
+
+
+def recurrent_values(runs: Sequence[Run], on: ScoredOn) -> dict[str, dict[str, Any]]:
+    """The bpb results on one text of runs in which something recurs, by run."""
+    return {
+        run.name: result.values
+        for run in runs
+        for result in run.of("bpb")
+        if run.scored_on(result) == on and abs(result.values["differences"]["off - live"]["bpb"]) > NEGLIGIBLE
+    }
 
 
 def sweep_section(runs: Sequence[Run]) -> list[str]:
@@ -142,21 +104,30 @@ def sweep_section(runs: Sequence[Run]) -> list[str]:
 
 
 def ablation_section(runs: Sequence[Run]) -> list[str]:
-    """Live bits per byte with the memory replaced, a column per run."""
-    measured = {run.name: run.values("ablations") for run in runs if run.values("ablations")}
-    if not measured:
+    """Live bits per byte with the memory replaced: a table for each text, in it a column per run."""
+    by_text: dict[ScoredOn, dict[str, dict[str, Any]]] = {}
+    for run in runs:
+        for result in run.of("ablations"):
+            by_text.setdefault(run.scored_on(result), {})[run.name] = result.values
+    if not by_text:
         return []
+    labels = texts_scored(runs)
+    return [
+        "<section><h2>The memory replaced at test time</h2>",
+        *(ablation_table(labels[on], measured).html() for on, measured in by_text.items()),
+        "<p>Two forwards: every token is refined once more with its own memory: depth, not recurrence.</p></section>",
+    ]
+
+
+def ablation_table(title: str, measured: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The ablations of runs, by name, on one text."""
     keys = list(dict.fromkeys(key for values in measured.values() for key in values if key.startswith("live_bpb")))
 
     def cell(values: Mapping[str, float], key: str) -> str:
         return f"{values[key]:.4f} ({100 * (values[key] / values['live_bpb'] - 1):+.1f} %)" if key in values else ""
 
     body = [[ablation_name(key), *(cell(values, key) for values in measured.values())] for key in keys]
-    return [
-        "<section><h2>The memory replaced at test time</h2>",
-        Table("", ["live bits per byte", *measured], body).html(),
-        "<p>Two forwards: every token is refined once more with its own memory: depth, not recurrence.</p></section>",
-    ]
+    return Table(title, ["live bits per byte", *measured], body)
 
 
 def figures_over_training(run: Run) -> list[str]:

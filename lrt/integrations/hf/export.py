@@ -25,6 +25,7 @@ from tokenizers import processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from lrt.data.tokenizer import Tokenizer
+from lrt.eval.runs import Run
 from lrt.integrations.hf import plugin_code
 from lrt.integrations.hf.configuration import LRTConfig
 from lrt.integrations.hf.model_card import card_markdown
@@ -83,7 +84,7 @@ def write_folder(source: Path | str, out: Path, prefill: str, remote_code: bool)
     plugins = list(dict(plugins_behind(native, model.config.schedule)).values())
     if remote_code:
         write_code(out, list(dict.fromkeys(plugins)))
-    (out / "README.md").write_text(card_markdown(model, about, remote_code), encoding="utf-8")
+    (out / "README.md").write_text(card_markdown(model, Run.read(Path(source)), remote_code), encoding="utf-8")
     return model
 
 

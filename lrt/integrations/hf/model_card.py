@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Any
 
+from lrt.eval.report.score_tables import run_table
+from lrt.eval.runs import Run
 from lrt.integrations.hf.modeling import LRTForCausalLM
 from lrt.model.size import count_parameters
 
@@ -29,15 +30,17 @@ true recurrence, in `generate` and in plain calls.
 | trained with the schedule | `{schedule}` |
 | trained on | {tokens} tokens |
 | prompts are read by | `{prefill}` prefill (`config.prefill`: exact, converged, fast, one_sweep) |
-| **live bits per byte** (token by token: what you get) | {live} |
-| bits per byte under the training schedule | {parallel} |
-| gap (live − parallel) | {gap} |
+
+{scores}
 
 {how}
 
 ```python
 {code}```
 """
+SCORE_NOTE = """\
+Bits per byte (BPB), lower is better. **Live** is token by token: what you get. *Parallel* is under the training
+schedule, the gap is live − parallel. Numbers of two rows are not comparable."""
 CODE = """\
 {first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,17 +51,10 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 """
 
 
-def card_markdown(
-    model: LRTForCausalLM, about: dict[str, Any], remote_code: bool, name: str = "path/to/this/folder"
-) -> str:
-    """The card as Markdown. `about` is what the checkpoint says of itself; a score that it lacks is "not measured"."""
+def card_markdown(model: LRTForCausalLM, run: Run, remote_code: bool, name: str = "path/to/this/folder") -> str:
+    """The card as Markdown. `run` is what is known of the checkpoint; every score says what it was measured on."""
     config, memory = model.config.model, model.config.model.memory
-    scores = about.get("scores") or {}
     sources = memory.sources(config.depth)
-
-    def score(key: str, form: str = ".4f") -> str:
-        return f"{scores[key]:{form}}" if key in scores else "not measured"
-
     trust = ", trust_remote_code=True" if remote_code else ""
     names = [record["name"] for record in model.config.plugins]
     own = " and ".join(f"`{name}`" for name in names)
@@ -78,11 +74,9 @@ def card_markdown(
         heads=config.heads,
         context=config.context,
         schedule=model.config.schedule,
-        tokens=f"{about['tokens']:,}" if "tokens" in about else "an unknown number of",
+        tokens="an unknown number of" if run.tokens is None else f"{run.tokens:,}",
         prefill=model.config.prefill,
-        live=score("live_bpb"),
-        parallel=score("parallel_bpb"),
-        gap=score("gap", "+.4f"),
+        scores=f"{SCORE_NOTE}\n\n{run_table(run).markdown()}" if run.scores else "Its bits per byte were not measured.",
         how=textwrap.fill(how, 120),
         code=CODE.format(first=first, trust=trust, name=name),
     )

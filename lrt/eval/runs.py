@@ -1,0 +1,210 @@
+"""What is known of a run, read in one place: its size, its cost, and every score with what it was measured on.
+
+Report, model card, demo and command line take scores from here. Bits per byte of other texts, splits or windows are not
+comparable, so a score carries its `ScoredOn`, and scores stand in one column only where these are equal.
+
+Everything is read from JSON; no model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lrt.eval import results
+from lrt.eval.results import Result
+from lrt.model.checkpoint import snapshots
+from lrt.model.config import ModelConfig
+from lrt.model.size import count_parameters
+
+
+@dataclass(frozen=True)
+class ScoredOn:
+    """What a score was measured on. Equal ones mean comparable scores."""
+
+    data: str
+    """Fingerprint of the prepared data; where an older version noted none, what it says of the text."""
+    split: str
+    context: int | None
+    """Of the windows, in tokens."""
+    targets: int | None
+    """Tokens scored. None: an older version noted none."""
+    name: str = field(default="", compare=False)
+    """The corpus's, for people."""
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        count = "an unknown number of" if self.targets is None else f"{self.targets:,}"
+        windows = "" if self.context is None else f" in windows of {self.context:,}"
+        return f"{self.name or short(self.data)}, {self.split}: {count} tokens{windows}"
+
+
+def short(data: str) -> str:
+    """A fingerprint for people; other words as they are."""
+    return data if " " in data else f"data {data[:12]}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Numbers of one run on one text."""
+
+    on: ScoredOn
+    values: Mapping[str, Any]
+    """Bits per byte by the names of `Metrics`; `interval` of live, (low, high); `schedule` of the parallel score."""
+
+    def cell(self, key: str) -> str:
+        """A number as text; empty where it is not known."""
+        value = self.values.get(key)
+        if value is None or key == "schedule":
+            return value or ""
+        if key == "interval":
+            return "[{:.4f}, {:.4f}]".format(*value)
+        text = f"{value:+.4f}" if key == "gap" else f"{value:.4f}"
+        return "0.0000" if float(text) == 0 else text  # what rounds to zero has no sign
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of one run."""
+
+    name: str
+    metrics: list[dict[str, Any]]
+    """The lines of metrics.jsonl; none where there is no such file."""
+    config: dict[str, Any]
+    """The checkpoint's config.json; empty where there is none."""
+    results: list[Result]
+    """What was measured of these weights."""
+    demo: dict[str, Any] = field(default_factory=dict)
+    """The scores that `lrt demo` wrote."""
+    outdated: list[Result] = field(default_factory=list)
+    """What was measured of other weights than the checkpoint's: an earlier training's in the same folder."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Read a run's folder, or a checkpoint. ValueError where it has no metrics log, checkpoint or results."""
+        if folder.name == "checkpoint" and (folder.parent / "metrics.jsonl").is_file():
+            folder = folder.parent
+        log, saved = folder / "metrics.jsonl", weights_folder(folder)
+        metrics = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+        config = json.loads((saved / "config.json").read_text()) if saved is not None else {}
+        places = dict.fromkeys(place / "evaluation" for place in (folder, saved or folder))
+        measured = [result for place in places for result in results.read_results(place)]
+        if not bool(metrics or config or measured):
+            raise ValueError(
+                f"{folder} is no run: it has no metrics.jsonl, checkpoint or evaluation; give a folder of `lrt train`"
+            )
+        weights = None if saved is None else weights_sha256(saved)
+        current = [result for result in measured if weights in (None, result.checkpoint)]
+        outdated = [result for result in measured if result not in current]
+        return cls(folder.resolve().name, metrics, config, current, demo_scores(folder), outdated)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """How the checkpoint came to be: schedule, what was trained, scores at the end."""
+        return self.config.get("about", {})
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """Tokens, seconds, FLOPs and loss of the training; empty where the checkpoint does not say."""
+        return self.about.get("trained", {})
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that it was trained on."""
+        return self.trained.get("tokens", self.about.get("tokens"))
+
+    @property
+    def parameters(self) -> int | None:
+        """In total."""
+        model = self.config.get("model")
+        return count_parameters(ModelConfig.from_dict(model))[0] if model else None
+
+    @property
+    def context(self) -> int | None:
+        """The model's, in tokens."""
+        return self.config.get("model", {}).get("context")
+
+    def of(self, kind: str) -> list[Result]:
+        """The results of a kind."""
+        return [result for result in self.results if result.kind == kind]
+
+    def values(self, kind: str) -> dict[str, Any]:
+        """The first result of a kind, empty where there is none."""
+        return next((result.values for result in self.of(kind)), {})
+
+    def trained_text(self, split: str, targets: int | None) -> ScoredOn:
+        """A split of the data that the run was trained on."""
+        data = self.about.get("data") or f"unknown data of {self.name}"
+        return ScoredOn(data, split, self.context, targets, self.about.get("corpus", ""))
+
+    def scored_on(self, result: Result, corpus: str | None = None) -> ScoredOn:
+        """What a result was measured on; of several corpora, `corpus`."""
+        name = corpus or result.subject
+        values = result.values if corpus is None else result.values["corpora"][corpus]
+        targets = values.get("targets", result.settings.get("targets"))
+        noted = result.settings.get("on", {}).get(name)
+        if noted is not None:
+            return ScoredOn(**noted, targets=targets, name=name.removesuffix(f"-{noted['split']}"))
+        text, _, split = name.rpartition("-")  # an older version's: the corpus's name and its size in bytes
+        return ScoredOn(f"{text} of {values.get('bytes')} bytes", split, self.context, targets, text)
+
+    @property
+    def scores(self) -> list[Score]:
+        """Every score, one per text: what was measured later replaces what the checkpoint was saved with."""
+        merged: dict[ScoredOn, dict[str, Any]] = {}
+        for score in self._measured():
+            merged[score.on] = {**merged.pop(score.on, {}), **score.values}
+        return [Score(on, values) for on, values in merged.items()]
+
+    def _measured(self) -> Iterator[Score]:
+        """Scores as they were written, the oldest source first."""
+        trained_with = {"schedule": self.about.get("schedule", "")}
+        if final := self.about.get("scores"):
+            yield Score(self.trained_text("val", final.get("targets")), trained_with | final)
+        if self.demo:
+            yield Score(self.trained_text("test", self.demo.get("targets")), trained_with | self.demo)
+        for result in self.of("scores"):
+            for corpus, values in result.values["corpora"].items():
+                yield Score(self.scored_on(result, corpus), values)
+        for result in self.of("ablations"):
+            yield Score(self.scored_on(result), result.values)
+        for result in self.of("bpb"):
+            yield Score(self.scored_on(result), bpb_values(result.values))
+
+
+def bpb_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A bpb result's scores by the names of `Metrics`."""
+    columns = values["columns"]
+    scores = {f"{name}_bpb": columns[name]["bpb"] for name in ("live", "parallel") if name in columns}
+    if len(scores) == 2:
+        scores["gap"] = scores["live_bpb"] - scores["parallel_bpb"]
+    if "schedule" in values:
+        scores["schedule"] = values["schedule"]
+    low, high = (columns.get("live", {}).get(end) for end in ("low", "high"))
+    return scores if low is None else scores | {"interval": (low, high)}
+
+
+def weights_folder(folder: Path) -> Path | None:
+    """The checkpoint that stands for a folder: a run's result, else its newest snapshot, else the folder itself."""
+    places = (folder / "checkpoint", *reversed(snapshots(folder)), folder)
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def weights_sha256(folder: Path) -> str | None:
+    """SHA-256 of a checkpoint's weights, as its manifest has it; None where it has none."""
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text()) if file.is_file() else {}
+    return manifest.get("model.safetensors", {}).get("sha256")
+
+
+def demo_scores(folder: Path) -> dict[str, Any]:
+    """What `lrt demo` wrote of a family, on its test split; empty where there is nothing whole."""
+    try:
+        scores = json.loads((folder / "result.json").read_text())["result"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return scores if isinstance(scores, dict) and "live_bpb" in scores else {}
