@@ -53,6 +53,8 @@ class Pass:
 
 
 Passes = tuple[Pass, ...]
+MOST_PASSES = 2**17
+"""How many a schedule may expand to: `sequential()` over 131,072 positions. More would take minutes to write down."""
 P = ParamSpec("P")
 
 
@@ -92,8 +94,10 @@ class Simple:
     arguments: tuple[Any, ...]
 
     def passes(self, length: int) -> Passes:
+        expanded = SCHEDULES[self.name](length, *self.arguments)
+        check_passes(len(expanded), length)
         # A short text has no positions in some classes: those passes are left out.
-        return tuple(p for p in SCHEDULES[self.name](length, *self.arguments) if len(p.positions) > 0)
+        return tuple(p for p in expanded if len(p.positions) > 0)
 
     def at(self, step: int, steps: int, seed: int) -> Schedule:
         return self
@@ -191,6 +195,15 @@ class Moment:
         counter = self.step + (self.draws << 64)
         u = numpy.random.Generator(numpy.random.Philox(key=self.seed, counter=counter)).random()
         return u, dataclasses.replace(self, draws=self.draws + 1)
+
+
+def check_passes(passes: int, length: int) -> None:
+    """ValueError where these are too many passes over `length` positions; asked before they are made."""
+    if passes > MOST_PASSES:
+        raise ValueError(
+            f"the schedule makes {passes:,} passes over {length:,} positions; at most {MOST_PASSES:,} can be run: take "
+            "fewer subsets, groups, refinements or sweeps, longer chunks, or a shorter context"
+        )
 
 
 class Composed:

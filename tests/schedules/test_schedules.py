@@ -188,6 +188,13 @@ BAD_TEXTS = [
     "interleaved(True)",
     "interleaved(groups=2)",
     "interleaved(2, subsets=3)",
+    "interleaved(subsets=2, subsets=3)",
+    "interleaved(10**9)",
+    "interleaved(1000000000)",
+    "interleaved(2, (1, 1e400, 1))",
+    "interleaved(2, (1, True, 1))",
+    "multi_refinement(2, detach='no')",
+    "settled(100000, 100000, 1)",
     "interleaved(2, weights=5)",
     "interleaved(2, weights=(1, 1))",
     "interleaved(2, weights=(0, 0, 0))",
@@ -207,6 +214,12 @@ BAD_TEXTS = [
     "mixture([(1.5, plain()), (-0.5, chunked(2))])",
     "mixture([plain(), chunked(2)])",
     "mixture([(1.0, 3)])",
+    "mixture([(1e400, plain())])",
+    "mixture([(1e400 - 1e400, plain())])",
+    "mixture([('1', plain())])",
+    "mixture([(True, plain())])",
+    "mixture([(1.0, plain(), 2)])",
+    f"mixture([({10**400}, plain())])",
     "stages([(0.5, plain()), (0.4, chunked(2))])",
     # Values that are no schedule.
     "3",
@@ -267,6 +280,20 @@ def test_parse_never_executes_code(text: str, tmp_path: Path):
 
 def test_mistakes_in_a_call_are_value_errors():
     for make, named in (
+        (
+            lambda: parse("interleaved(subsets=2, subsets=3)"),
+            "interleaved is given subsets more than once; give it once",
+        ),
+        (
+            lambda: mixture([(math.nan, plain()), (1.0, plain())]),
+            "probabilities of a mixture are [nan, 1.0]; they must",
+        ),
+        (lambda: stages([(math.inf, plain())]), "fractions of stages are [inf]; they must sum to 1"),
+        (lambda: stages(plain()), "the parts of stages are plain(); give pairs"),  # type: ignore[arg-type]
+        (
+            lambda: multi_refinement(10**12),
+            "makes 1,000,000,000,001 passes over 1 positions; at most 131,072 can be run",
+        ),
         (lambda: interleaved(0), "subsets is 0; it must be a whole number of at least 1"),
         (lambda: interleaved(2, [1, 1]), "give 3 numbers >= 0 (one per pass)"),
         (lambda: interleaved(2, [1, 1, math.nan]), "weights"),
@@ -343,7 +370,9 @@ def test_an_inner_mixture_draws_anew():
     halves = mixture([(0.5, plain()), (0.5, mixture([(0.5, chunked(2)), (0.5, chunked(4))]))])
     outer = [halves.at(step, STEPS, 0) == plain() for step in range(STEPS)]
     flat = mixture([(0.5, plain()), (0.5, chunked(2))])
-    assert outer == [flat.at(step, STEPS, 0) == plain() for step in range(STEPS)]  # what is inside changes no outer draw
+    assert outer == [
+        flat.at(step, STEPS, 0) == plain() for step in range(STEPS)
+    ]  # what is inside changes no outer draw
     counts = Counter(halves.at(step, STEPS, 0) for step in range(STEPS))
     for part in (chunked(2), chunked(4)):
         assert abs(counts[part] / STEPS - 0.25) < 5 * math.sqrt(0.25 * 0.75 / STEPS)
@@ -386,7 +415,7 @@ def composed(parts: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )  # fmt: skip
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     schedule=composed(st.recursive(st.integers(1, 6).map(chunked), composed, max_leaves=12)),
     seed=st.integers(0, 2**32),
