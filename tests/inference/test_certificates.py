@@ -164,7 +164,7 @@ def test_what_has_converged_is_near_the_exact_result(case: Case):
 
 
 @pytest.mark.slow
-@settings(max_examples=30, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.filter_too_much])
 @given(case=CASES)
 def test_what_has_converged_is_near_the_exact_result_at_length(case: Case):
     keeps_its_promise(case)

@@ -93,7 +93,11 @@ def test_a_run_checks_its_schedule_and_batch():
 def test_numbers_of_a_model_and_its_memory_have_limits():
     refuses_absurd_numbers(ModelConfig, MODEL_LIMITS)
     refuses_absurd_numbers(MemoryConfig, MEMORY_LIMITS, elsewhere=("source", "layers"))
-    for fields in ({"depth": 200, "loops": 200}, {"width": 2**20, "mlp_ratio": 1000.0, "heads": 2**10}):
+    products: tuple[dict[str, Any], ...] = (
+        {"depth": 200, "loops": 200},
+        {"width": 2**20, "mlp_ratio": 1000.0, "heads": 2**10},
+    )
+    for fields in products:
         with pytest.raises(ValueError, match=r"at most|change"):
             ModelConfig(**fields)
     for memory in ({"source": True}, {"source": (0, True)}, {"layers": (True,)}):
