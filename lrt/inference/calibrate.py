@@ -106,10 +106,9 @@ def count_sweeps(model: LatentRecurrentTransformer, tokens: Tensor, groups: int)
     for sweep in range(1, min(LONGEST, length // groups) + 1):
         seconds = time_call(lambda: rows.sweep(model, groups, 0), tokens)
         ratios.append(seconds / time_call(lambda: model(tokens, range(length), plain_state), tokens))
-        ((residual,), _, _) = rows.measure()
-        if sweep > 1:  # the first has nothing to be compared with
-            reached = [mode for mode, limit in limits.items() if limit is not None and residual <= limit]
-            needed = {**dict.fromkeys(reached, sweep), **needed}
+        (row,) = rows.certificates(groups, "calibrating")
+        reached = [mode for mode, limit in limits.items() if limit is not None and row.within(limit)]
+        needed = {**dict.fromkeys(reached, sweep), **needed}
         if len(needed) == len(TOLERANCES):
             break
     return needed, statistics.median(ratios)

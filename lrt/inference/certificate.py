@@ -1,8 +1,11 @@
 """What a prefill vouches for: how each row was computed, and how far its last sweep still moved it.
 
-A row has converged when ‖h_n − h_{n−1}‖ / ‖h_n‖ <= tolerance, over its positions, for the final hidden state and for
-every remembered source >= 1 (docs/contract.md, section 4). That difference is the error of h_{n−1}. So a converged
-state is nearer to the exact one than the tolerance, by the factor of contraction.
+A row has converged when its last sweep moved it by at most the tolerance, and what is to come, estimated from how much
+less it moved than in the sweep before, is within the tolerance too: over the whole row, and at its worst position
+(docs/contract.md, section 4). All of it for the final hidden state and for every remembered source >= 1.
+
+That is a measured estimate, and no proof. It sees how the moves of every beginning of the row have shrunk so far. It
+does not see a position further on that would magnify a move more than any did yet.
 """
 
 from __future__ import annotations
@@ -36,23 +39,40 @@ class Certificate:
     worst_position: int | None = None
     """… and which one that is."""
     contraction: float | None = None
-    """The last residual over the one before: the estimated rate. None with fewer than two."""
+    """c: how much of a move the next sweep makes. Of every beginning of the row, the position that moved most in the
+    last sweep over the same in the sweep before; the largest of these, in the last two sweeps that can be compared.
+    Below 1 moves shrink everywhere. 0 where nothing moved by more than rounding; None with fewer than three sweeps."""
     forwards: float = 1.0
     """Positions computed over positions given: the cost in plain forwards of the same model."""
 
     @property
     def distance(self) -> float | None:
-        """Estimate of ‖h_n − h‖ / ‖h‖ from the exact h: residual · ρ / (1 − ρ), infinite where ρ >= 1; None unknown.
+        """Estimate of ‖h_n − h‖ / ‖h‖ from the exact h: residual · c / (1 − c), infinite where c >= 1; None unknown.
 
-        The sum of all moves to come, if each is the one before times the contraction ρ.
+        The sum of all moves to come, if each is at most the one before times the contraction c.
         """
-        if self.residual is None or self.residual == 0 or self.contraction is None:
-            return self.residual if self.residual == 0 else None
-        return self.residual * self.contraction / (1 - self.contraction) if self.contraction < 1 else math.inf
+        return moves_to_come(self.residual, self.contraction)
+
+    @property
+    def worst_distance(self) -> float | None:
+        """The same at any single position: worst · c / (1 − c)."""
+        return moves_to_come(self.worst, self.contraction)
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the row is exact, or has converged: the last sweep and what is to come are within the tolerance."""
+        estimates = (self.residual, self.distance, self.worst_distance)
+        return all(estimate is not None and estimate <= tolerance for estimate in estimates)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return dataclasses.asdict(self)
+
+
+def moves_to_come(move: float | None, contraction: float | None) -> float | None:
+    """The sum of the moves after `move`, each so much smaller than the one before; None unknown."""
+    if move is None or move == 0 or contraction is None:
+        return move if move == 0 else None
+    return move * contraction / (1 - contraction) if contraction < 1 else math.inf
 
 
 @dataclass(frozen=True)
@@ -62,7 +82,7 @@ class PrefillReport:
     mode: str
     """As asked for."""
     tolerance: float | None
-    """The residual below which a row has converged; None where none is asked for."""
+    """What a converged row is within; None where none is asked for."""
     rows: tuple[Certificate, ...]
 
     @property
@@ -72,9 +92,8 @@ class PrefillReport:
 
     @property
     def converged(self) -> bool:
-        """Whether every row is exact or within the tolerance."""
-        limit = 0.0 if self.tolerance is None else self.tolerance
-        return all(row.residual is not None and row.residual <= limit for row in self.rows)
+        """Whether every row is exact or within the tolerance, as far as measured."""
+        return all(row.within(self.tolerance or 0.0) for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -85,7 +104,7 @@ def merge_certificates(parts: list[Certificate]) -> Certificate:
     """One certificate for the chunks of a long prompt: what the least exact of them vouches for, at the cost of all."""
     if len(parts) == 1:
         return parts[0]
-    least = max(parts, key=lambda part: math.inf if part.residual is None else part.residual)
+    least = max(parts, key=least_exact)
     tokens = sum(part.tokens for part in parts)
     return dataclasses.replace(
         least,
@@ -94,3 +113,8 @@ def merge_certificates(parts: list[Certificate]) -> Certificate:
         sweeps=sum(part.sweeps for part in parts),
         forwards=sum(part.forwards * part.tokens for part in parts) / tokens,
     )
+
+
+def least_exact(part: Certificate) -> tuple[float, ...]:
+    """What certificates are ordered by: the estimated error of the worst position, then the last sweep's move."""
+    return tuple(math.inf if x is None else x for x in (part.worst_distance, part.residual))

@@ -35,6 +35,9 @@ PACKED_FOR = 128
 """Positions of a class that the weights are packed for; others may be given."""
 STRIKES = 2
 """A row is computed exactly after so many sweeps in a row that say that this is cheaper than to go on."""
+ROUNDING = 8
+"""A position that moves by at most so many spacings of its type at 1, relative to its size, has not moved: sweeps that
+have converged go on to differ by rounding (1.5 spacings at the worst position of a demo model in float32)."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,17 @@ class SweepState:
     """(B, T, Q): squared norm of the newest less the one before."""
     size: Tensor
     """(B, T, Q): squared norm of the newest."""
-    history: list[list[float]] = field(default_factory=list)
-    """Residuals of each row, sweep by sweep, from the second on."""
+    moved: Tensor
+    """(B, T): of positions 0 … t the largest move in the last sweep, relative to its position's size."""
+    moved_before: Tensor
+    """(B, T): the same of the sweep before."""
+    residuals: Tensor
+    """(B, n): from the second sweep on, ‖h_n − h_{n−1}‖ / ‖h_n‖ of each row; the largest over the compared states."""
+    contractions: Tensor
+    """(B, n): from the third sweep on, the largest ratio of a row's `moved` to `moved_before` (see `Certificate`)."""
     strikes: list[int] = field(default_factory=list)
     """Of each row: sweeps in a row after which going on looked dearer than token by token."""
+    sweeps: int = 0
     computed: int = 0
     """Positions computed, per row."""
 
@@ -136,7 +146,10 @@ class SweepState:
             values=values,
             change=zeros,
             size=zeros.clone(),
-            history=[[] for _ in range(rows)],
+            moved=zeros[:, :, 0],
+            moved_before=zeros[:, :, 0],
+            residuals=zeros[:, :0, 0],
+            contractions=zeros[:, :0, 0],
             strikes=[0] * rows,
         )
 
@@ -152,7 +165,10 @@ class SweepState:
             values=self.values[index, :length],
             change=self.change[index, :length],
             size=self.size[index, :length],
-            history=[self.history[i] for i in places],
+            moved=self.moved[index, :length],
+            moved_before=self.moved_before[index, :length],
+            residuals=self.residuals[index],
+            contractions=self.contractions[index],
             strikes=[self.strikes[i] for i in places],
         )
 
@@ -171,18 +187,69 @@ class SweepState:
             self.size[:, where] = squared_norm(new)
             self.values[:, where] = new
             self.computed += len(columns)
+        self.sweeps += 1
+        self.compare_moves()
 
-    def measure(self) -> tuple[list[float], list[float], list[int]]:
-        """Per row: the residual, how far the position moved that moved most, relative to its size, and which it is."""
+    def compare_moves(self) -> None:
+        """After a sweep: how far it moved every beginning of each row, and how that compares with the sweep before.
+
+        What a position computes depends on those before it, and a change spreads towards later ones: it may be small
+        where it starts, grow on its way, and be hidden by larger ones behind it, or in a mean. A beginning of a row is
+        complete in itself. So where the moves of every beginning shrink, those of the whole shrink.
+        """
+        self.moved_before, self.moved = self.moved, self.relative_moves().cummax(1).values
+        if self.sweeps > 1:  # the first sweep has nothing to be compared with
+            self.residuals = torch.cat([self.residuals, self.mean_moves()], 1)
+        if self.sweeps > 2:
+            rounding = ROUNDING * torch.finfo(self.values.dtype).eps
+            ratio = (self.moved / self.moved_before.clamp(min=rounding)).masked_fill(self.moved <= rounding, 0)
+            largest = ratio.masked_fill(self.padding(), 0).amax(1, keepdim=True)
+            self.contractions = torch.cat([self.contractions, largest], 1)
+
+    def padding(self) -> Tensor:
+        """(B, T) bool: columns behind a row's end."""
         lengths = torch.tensor(self.prompt.lengths, device=self.change.device)
-        outside = torch.arange(self.prompt.length, device=lengths.device) >= lengths.unsqueeze(1)
-        change, size = (x.masked_fill(outside.unsqueeze(2), 0) for x in (self.change, self.size))
-        # ‖h_n − h_{n−1}‖ / ‖h_n‖ over all positions of a row, the largest over the compared states.
-        residual = (change.sum(1) / size.sum(1)).sqrt().amax(1)
-        single = (change / size.clamp(min=torch.finfo(size.dtype).tiny)).amax(2).sqrt()
-        worst, column = single.max(1)
-        starts = self.prompt.starts
-        return residual.tolist(), worst.tolist(), [s + c for s, c in zip(starts, column.tolist(), strict=True)]
+        return torch.arange(self.prompt.length, device=lengths.device) >= lengths.unsqueeze(1)
+
+    def relative_moves(self) -> Tensor:
+        """(B, T): how far the last sweep moved each position, relative to its size; the largest over the states."""
+        return (self.change / self.size.clamp(min=torch.finfo(self.size.dtype).tiny)).amax(2).sqrt()
+
+    def mean_moves(self) -> Tensor:
+        """(B, 1): ‖h_n − h_{n−1}‖ / ‖h_n‖ over all positions of a row; the largest over the compared states."""
+        padding = self.padding().unsqueeze(2)
+        change, size = (x.masked_fill(padding, 0).sum(1) for x in (self.change, self.size))
+        return (change / size).sqrt().amax(1, keepdim=True)
+
+    def certificates(self, groups: int, reason: str) -> list[Certificate]:
+        """What can be said of each row after the last sweep, by place."""
+        worst, columns = self.relative_moves().masked_fill(self.padding(), 0).max(1)
+        residuals, contractions = self.residuals[:, -1:].tolist(), self.contractions[:, -2:].tolist()
+        measured = zip(residuals, contractions, worst.tolist(), columns.tolist(), strict=True)
+        return [
+            Certificate(
+                "sweeps",
+                reason,
+                tokens=self.prompt.lengths[place],
+                groups=groups,
+                sweeps=self.sweeps,
+                residual=max(residual, default=None),
+                worst=move,
+                worst_position=self.prompt.starts[place] + column,
+                contraction=max(rates, default=None),
+                forwards=self.computed / self.prompt.lengths[place],
+            )
+            for place, (residual, rates, move, column) in enumerate(measured)
+        ]
+
+    def sweeps_to_go(self, place: int, tolerance: float) -> float:
+        """How many more a row needs at its present rate: until its mean moves, then also its worst, are within."""
+        residuals, rates = self.residuals[place, -2:].tolist(), self.contractions[place, -1:].tolist()
+        if len(residuals) < 2:
+            return 1  # no rate is known yet
+        if residuals[1] > tolerance:
+            return steps_at_rate(residuals[1], residuals[1] / residuals[0] if residuals[0] else math.inf, tolerance)
+        return steps_at_rate(float(self.moved[place, self.prompt.lengths[place] - 1]), rates[0], tolerance)
 
     def hidden(self) -> Tensor:
         """(B, T, D): the final hidden states, zeros in padding."""
@@ -223,17 +290,11 @@ def put_rows(whole: State, rows: list[int], part: State) -> State:
     return part if len(rows) == whole.batch else whole.put(torch.tensor(rows, device=part.tokens.device), part)
 
 
-def contraction_rate(history: list[float]) -> float | None:
-    """The last residual over the one before; None where there are not two."""
-    return history[-1] / history[-2] if len(history) > 1 and history[-2] > 0 else None
-
-
-def sweeps_to_go(history: list[float], tolerance: float) -> float:
-    """How many more a row needs at its present rate; 1 where no rate is known yet."""
-    rate = contraction_rate(history)
-    if rate is None:
-        return 1
-    return math.log(tolerance / history[-1]) / math.log(rate) if 0 < rate < 1 else math.inf
+def steps_at_rate(move: float, rate: float, tolerance: float) -> float:
+    """Sweeps, at least one, until a move is within a tolerance if each is `rate` times the one before."""
+    if not rate < 1:
+        return math.inf
+    return max(1.0, math.log(tolerance / move) / math.log(rate)) if move > 0 and rate > 0 else 1
 
 
 def sweep_until_settled(
@@ -252,11 +313,9 @@ def sweep_until_settled(
     active, whole = SweepState.of(model, prompt, state), state
     hidden = active.values.new_zeros(prompt.rows, prompt.length, model.config.width)
     certificates: dict[int, Certificate] = {}
-    sweeps = 0
     while True:
-        active.sweep(model, groups, min(sweeps * groups, active.prompt.length))
-        sweeps += 1
-        leaving = certify_rows(active, sweeps, groups, tolerance, calibration)
+        active.sweep(model, groups, min(active.sweeps * groups, active.prompt.length))
+        leaving = certify_rows(active, groups, tolerance, calibration)
         certificates |= {active.rows[place]: certificate for place, certificate in leaving.items()}
         if leaving:
             places = torch.tensor(list(leaving), device=hidden.device)
@@ -269,38 +328,23 @@ def sweep_until_settled(
             active = active.select([i for i in range(len(active.rows)) if i not in leaving])
 
 
-def certify_rows(
-    active: SweepState, sweeps: int, groups: int, tolerance: float, calibration: Calibration
-) -> dict[int, Certificate]:
-    """The certificates, by place, of the rows that leave after so many sweeps. Adds to `history` and `strikes`."""
+def certify_rows(active: SweepState, groups: int, tolerance: float, calibration: Calibration) -> dict[int, Certificate]:
+    """The certificates, by place, of the rows that leave after the last sweep. Adds to `strikes`."""
     leaving: dict[int, Certificate] = {}
     rows, length = active.prompt.rows, active.prompt.length
-    for place, (residual, worst, position) in enumerate(zip(*active.measure(), strict=True)):
-        history, tokens = active.history[place], active.prompt.lengths[place]
-        if sweeps > 1:  # the first has nothing to be compared with
-            history.append(residual)
-        certify = partial(
-            Certificate, tokens=tokens, groups=groups, sweeps=sweeps, contraction=contraction_rate(history)
-        )
-        forwards = active.computed / tokens
+    for place, row in enumerate(active.certificates(groups, f"within {tolerance:g}")):
+        certify = partial(dataclasses.replace, row, residual=0.0, worst=0.0, worst_position=None)
         # n sweeps leave the first n·g positions exact.
-        if sweeps * groups >= tokens:
-            leaving[place] = certify("sweeps", "exact: as many sweeps as a class has positions", forwards=forwards)
-        elif history and residual <= tolerance:
-            leaving[place] = certify(
-                "sweeps",
-                f"within {tolerance:g}",
-                residual=residual,
-                worst=worst,
-                worst_position=position,
-                forwards=forwards,
-            )
+        if active.sweeps * groups >= row.tokens:
+            leaving[place] = certify(reason="exact: as many sweeps as a class has positions")
+        elif row.within(tolerance):
+            leaving[place] = row
         else:
-            to_go = sweeps_to_go(history, tolerance)
-            dear = to_go * calibration.sweep_cost(length, rows, groups) > calibration.exact_cost(tokens, rows)
+            to_go = active.sweeps_to_go(place, tolerance)
+            dear = to_go * calibration.sweep_cost(length, rows, groups) > calibration.exact_cost(row.tokens, rows)
             # One slow sweep may be chance; a row leaves when STRIKES in a row agree.
             active.strikes[place] = active.strikes[place] + 1 if dear else 0
             if active.strikes[place] == STRIKES:
-                reason = f"{to_go:.0f} more sweeps would cost more than token by token (residual {residual:.1e})"
-                leaving[place] = certify("fallback", reason, forwards=forwards + 1)
+                reason = f"{to_go:.0f} more sweeps would cost more than token by token (residual {row.residual:.1e})"
+                leaving[place] = certify(path="fallback", reason=reason, forwards=row.forwards + 1)
     return leaving

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from lrt.utils.plugins import Plugin
 from lrt.utils.registry import Registry
-from lrt.utils.validation import check_choice
+from lrt.utils.validation import Limits, check_choice, check_numbers
 
 HEAD_SIZES = (128, 64, 32, 16, 8)
 """What `from_depth` tries, in this order (spec, section 1: 128, smaller where the model is small)."""
@@ -31,6 +32,11 @@ def channel_per_source(sources: int) -> int:
     return sources
 
 
+def is_layer(number: object) -> bool:
+    """Whether it may be the number of a layer."""
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
 # The tables of names stand here, below the classes, because a configuration is checked where no model is built.
 INJECTIONS: Registry[Any] = Registry("injection", reserved=("none", "residual", "key_value", "both"))
 """Name -> the class of a block's injection; `lrt.model.memory` fills it."""
@@ -38,6 +44,33 @@ COMBINATIONS: Registry[Callable[[int], int]] = Registry("combine", {"sum": one_c
 """Name -> how many memory vectors so many sources give; `lrt.model.memory.READERS` has the classes."""
 MODEL_KINDS = (INJECTIONS.kind, COMBINATIONS.kind)
 """What a plugin may register that weights belong to."""
+
+LONGEST = 2**30
+"""The longest context, window and delay, in positions."""
+UNSET = -math.inf
+"""The least value of what is checked by itself, together with another field."""
+MEMORY_LIMITS = {
+    "delay": Limits(1, LONGEST, whole=True),
+    "residual_init": Limits(-1000, 1000),
+}
+MODEL_LIMITS = {
+    "depth": Limits(1, 10_000, whole=True),
+    "width": Limits(1, 2**20, whole=True),
+    "heads": Limits(1, 2**16, whole=True),
+    "kv_heads": Limits(UNSET, 2**16, whole=True, optional=True),
+    "head_size": Limits(UNSET, 2**16, whole=True, optional=True),
+    "vocab_size": Limits(1, 2**27, whole=True),
+    "context": Limits(1, LONGEST, whole=True),
+    "window": Limits(UNSET, LONGEST, whole=True, optional=True),
+    "mlp_ratio": Limits(0, 1024, above=True),
+    "mlp_width": Limits(UNSET, 2**24, whole=True, optional=True),
+    "rope_base": Limits(1, 1e12),
+    "softcap": Limits(0.001, 1e6),
+    "skip_init": Limits(-1000, 1000),
+    "loops": Limits(1, 10_000, whole=True),
+    "thoughts": Limits(0, 1000, whole=True),
+}
+"""What numbers may be: beyond them a model makes no sense, or fails after minutes. Generous, as old files must load."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +107,8 @@ class MemoryConfig:
         check_choice(self, "projection", ("shared", "layerwise"))
         COMBINATIONS.check(self.combine)
         check_choice(self, "initial", ("zeros", "embedding"))
-        if not isinstance(self.delay, int) or self.delay < 1:
-            raise ValueError(
-                f"memory.delay is {self.delay}; it must be a whole number of at least 1: a token cannot read itself"
-            )
-        if self.layers is not None and (
-            not isinstance(self.layers, tuple) or not all(isinstance(i, int) for i in self.layers)
-        ):
+        check_numbers(self, MEMORY_LIMITS, "memory.")
+        if self.layers is not None and (not isinstance(self.layers, tuple) or not all(map(is_layer, self.layers))):
             raise ValueError(
                 f"memory.layers is {self.layers!r}; give block numbers, for example (1, 2), or None for all"
             )
@@ -171,10 +199,12 @@ class ModelConfig:
     and decoders are a Transformer's. What counts the State's positions (prefill, engine, sessions) refuses thoughts."""
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "heads", "vocab_size", "context", "loops"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        check_numbers(self, MODEL_LIMITS)
+        if self.depth * self.loops > MODEL_LIMITS["depth"].most:
+            raise ValueError(
+                f"depth {self.depth} times loops {self.loops} is {self.depth * self.loops}; a token passes at most "
+                f"{MODEL_LIMITS['depth'].most:,} blocks"
+            )
         if self.num_kv_heads < 1 or self.heads % self.num_kv_heads != 0:
             raise ValueError(f"kv_heads is {self.kv_heads}; it must divide heads ({self.heads})")
         if self.head_size is None and self.width % self.heads != 0:
@@ -191,10 +221,8 @@ class ModelConfig:
             )
         if self.sliding_window < 1:
             raise ValueError(f"window is {self.window}; it must be at least 1")
-        if self.mlp_dim < 1:
-            raise ValueError(f"the MLP would be {self.mlp_dim} wide; raise mlp_ratio or mlp_width")
-        if not self.softcap > 0:
-            raise ValueError(f"softcap is {self.softcap}; it must be above 0")
+        if not 1 <= self.mlp_dim <= MODEL_LIMITS["mlp_width"].most:
+            raise ValueError(f"the MLP would be {self.mlp_dim} wide; change mlp_ratio or mlp_width")
         self._check_memory()
         self._check_thoughts()
         # Asked for now, so that they are plain attributes: torch's compiler cannot compute a cached property.
@@ -204,7 +232,7 @@ class ModelConfig:
 
     def _check_memory(self) -> None:
         for source in self.sources:
-            if not isinstance(source, int) or not 0 <= source <= self.depth:
+            if not is_layer(source) or not 0 <= source <= self.depth:
                 raise ValueError(
                     f"memory.source {source!r} is no layer of this model; use 0 (the embedding) to {self.depth} (the "
                     "last)"
@@ -221,8 +249,6 @@ class ModelConfig:
             raise ValueError(f"memory.delay is {self.memory.delay}; it must be below the context ({self.context})")
 
     def _check_thoughts(self) -> None:
-        if not isinstance(self.thoughts, int) or self.thoughts < 0:
-            raise ValueError(f"thoughts is {self.thoughts!r}; it must be a whole number of at least 0")
         # A delay and a window count positions of the State, of which a token then has several.
         if self.thoughts != 0 and (self.memory.injection != "none" or "S" in self.window_pattern):
             raise ValueError(

@@ -13,6 +13,7 @@ Source: LRT, arXiv 2605.26797, section 4 (interleaved, multi-refinement, chunked
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Pass:
 
 
 Passes = tuple[Pass, ...]
+MOST_PASSES = 2**17
+"""How many a schedule may expand to: `sequential()` over 131,072 positions. More would take minutes to write down."""
 P = ParamSpec("P")
 
 
@@ -91,8 +94,10 @@ class Simple:
     arguments: tuple[Any, ...]
 
     def passes(self, length: int) -> Passes:
+        expanded = SCHEDULES[self.name](length, *self.arguments)
+        check_passes(len(expanded), length)
         # A short text has no positions in some classes: those passes are left out.
-        return tuple(p for p in SCHEDULES[self.name](length, *self.arguments) if len(p.positions) > 0)
+        return tuple(p for p in expanded if len(p.positions) > 0)
 
     def at(self, step: int, steps: int, seed: int) -> Schedule:
         return self
@@ -172,10 +177,49 @@ def count(name: str, value: object, least: int) -> int:
     return value
 
 
+@dataclass(frozen=True)
+class Moment:
+    """Where a schedule stands at one optimiser step. Schedules inside others see a part of training as their whole."""
+
+    step: int
+    seed: int
+    done: float
+    """How much of its own share of training a schedule has behind it, 0 to 1."""
+    draws: int = 0
+    """Mixtures that have drawn at this step: those around the schedule."""
+
+    def draw(self) -> tuple[float, Moment]:
+        """A number in [0, 1), and the moment after it: the next draw of the same step is another number."""
+        # Philox is counter-based: (seed, step) gives the same draw on every rank, and resuming needs no history.
+        # The first of its 64-bit words counts steps, the second the draws of one.
+        counter = self.step + (self.draws << 64)
+        u = numpy.random.Generator(numpy.random.Philox(key=self.seed, counter=counter)).random()
+        return u, dataclasses.replace(self, draws=self.draws + 1)
+
+
+def check_passes(passes: int, length: int) -> None:
+    """ValueError where these are too many passes over `length` positions; asked before they are made."""
+    if passes > MOST_PASSES:
+        raise ValueError(
+            f"the schedule makes {passes:,} passes over {length:,} positions; at most {MOST_PASSES:,} can be run: take "
+            "fewer subsets, groups, refinements or sweeps, longer chunks, or a shorter context"
+        )
+
+
 class Composed:
     """What mixture and stages share: weighted parts, and passes that need a step or a draw."""
 
     parts: tuple[tuple[float, Schedule], ...]
+
+    def part_at(self, moment: Moment) -> tuple[Schedule, Moment]:
+        """The part that serves at a moment, and the moment as that part sees it."""
+        raise NotImplementedError
+
+    def at(self, step: int, steps: int, seed: int) -> Schedule:
+        part, moment = self.part_at(Moment(step, seed, step / max(1, steps)))
+        while isinstance(part, Composed):
+            part, moment = part.part_at(moment)
+        return part
 
     def passes(self, length: int) -> Passes:
         raise ValueError(f"{self!r} changes over training: take .at(step, steps, seed), or .draw(), and its passes")
@@ -189,14 +233,13 @@ class Composed:
 
 @dataclass(frozen=True, repr=False)
 class Mixture(Composed):
-    """One schedule drawn per optimiser step."""
+    """One schedule drawn per optimiser step. What it holds is served all over training, so that its clock is theirs."""
 
     parts: tuple[tuple[float, Schedule], ...]
 
-    def at(self, step: int, steps: int, seed: int) -> Schedule:
-        # Philox is counter-based: (seed, step) gives the same draw on every rank, and resuming needs no history.
-        u = numpy.random.Generator(numpy.random.Philox(key=seed, counter=step)).random()
-        return self._pick(u).at(step, steps, seed)
+    def part_at(self, moment: Moment) -> tuple[Schedule, Moment]:
+        u, moment = moment.draw()
+        return self._pick(u), moment
 
     def draw(self) -> Schedule:
         return self._pick(float(torch.rand(()))).draw()
@@ -218,18 +261,18 @@ class Mixture(Composed):
 
 @dataclass(frozen=True, repr=False)
 class Stages(Composed):
-    """A curriculum: each schedule serves a fraction of training, in order."""
+    """A curriculum: each schedule serves a fraction of training, in order, and sees that fraction as its whole."""
 
     parts: tuple[tuple[float, Schedule], ...]
 
-    def at(self, step: int, steps: int, seed: int) -> Schedule:
-        done, total = step / max(1, steps), 0.0
+    def part_at(self, moment: Moment) -> tuple[Schedule, Moment]:
+        begin = 0.0
         for fraction, part in self.parts:
-            total += fraction
             # 1e-9: a stage that ends at 0.1 + 0.2 of training ends at 0.3
-            if done < total - 1e-9:
-                return part.at(step, steps, seed)
-        return self.parts[-1][1].at(step, steps, seed)
+            if moment.done < begin + fraction - 1e-9:
+                return part, dataclasses.replace(moment, done=(moment.done - begin) / fraction)
+            begin += fraction
+        return self.parts[-1][1], dataclasses.replace(moment, done=1.0)
 
     def draw(self) -> Schedule:
         return self.parts[-1][1].draw()

@@ -11,16 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lrt.schedules.base import Mixture, Pass, Schedule, Simple, Stages, count, schedule
+from lrt.schedules.base import Mixture, Pass, Schedule, Simple, Stages, check_passes, count, schedule
+from lrt.utils.validation import Limits
+
+WEIGHT = Limits(0, 1e6)
+"""What the weight of a pass may be, and the probability or fraction of a part."""
 
 
 def loss_weights(weights: Sequence[float] | None, passes: int) -> Sequence[float]:
     """One non-negative weight per pass, not all zero; None counts each pass alike. ValueError for anything else."""
     if weights is None:
         return [1.0] * passes
-    numbers = isinstance(weights, tuple | list) and all(isinstance(w, int | float) for w in weights)
-    if not numbers or len(weights) != passes or not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
-        raise ValueError(f"weights is {weights!r}; give {passes} numbers >= 0 (one per pass), not all 0")
+    numbers = isinstance(weights, tuple | list) and all(map(WEIGHT.allow, weights))
+    if not numbers or len(weights) != passes or not any(weights):
+        raise ValueError(f"weights is {weights!r}; give {passes} numbers >= 0 (one per pass), not all 0, at most 1e6")
     return weights
 
 
@@ -36,7 +40,7 @@ def interleaved(T: int, subsets: int, weights: Sequence[float] | None = None) ->
 
     The paper's default, with 2 subsets. By default each of the passes counts alike, the first one included.
     """
-    count("subsets", subsets, 1)
+    check_passes(1 + count("subsets", subsets, 1), T)
     first, *rest = loss_weights(weights, subsets + 1)
     return [Pass(0, T, 1, first), *(Pass(r, T, subsets, w) for r, w in enumerate(rest))]
 
@@ -49,7 +53,9 @@ def multi_refinement(
 
     `detach` cuts the gradient through the memory between passes. After n passes the first n positions are exact.
     """
-    count("refinements", refinements, 0)
+    check_passes(1 + count("refinements", refinements, 0), T)
+    if detach not in (True, False):
+        raise ValueError(f"detach is {detach!r}; it must be True or False")
     per_pass = loss_weights(weights, refinements + 1)
     # Nobody reads the memory of the last pass.
     return [Pass(0, T, 1, w, True, detach and k < refinements) for k, w in enumerate(per_pass)]
@@ -58,7 +64,7 @@ def multi_refinement(
 @schedule
 def chunked(T: int, length: int) -> list[Pass]:
     """Contiguous chunks in order; memory crosses chunk borders only (the paper's losing baseline). Cost 3."""
-    count("length", length, 1)
+    check_passes(-(-T // count("length", length, 1)), T)
     return [Pass(start, min(start + length, T)) for start in range(0, T, length)]
 
 
@@ -78,6 +84,7 @@ def strided(T: int, groups: int, sweeps: int) -> list[Pass]:
     """
     count("groups", groups, 1)
     count("sweeps", sweeps, 1)
+    check_passes(groups * sweeps, T)
     return sweep(T, groups) * sweeps
 
 
@@ -87,6 +94,7 @@ def sequential(T: int, backprop: int | None = None) -> list[Pass]:
 
     `backprop` cuts the gradient through the memory after so many positions; keys and values keep theirs.
     """
+    check_passes(T, T)
     cut = 0 if backprop is None else count("backprop", backprop, 1)
     return [Pass(t, t + 1, 1, 1.0, True, cut > 0 and (t + 1) % cut == 0) for t in range(T)]
 
@@ -101,18 +109,22 @@ def settled(T: int, free: int, groups: int, sweeps: int) -> list[Pass]:
     count("free", free, 0)
     count("groups", groups, 1)
     count("sweeps", sweeps, 1)
+    check_passes(1 + groups * (free + sweeps), T)
     quiet = [Pass(0, T, 1, 0.0, False), *sweep(T, groups, 0.0, False) * free]
     return quiet + sweep(T, groups) * sweeps
 
 
 def _parts(kind: str, unit: str, parts: Sequence[tuple[float, Schedule]]) -> tuple[tuple[float, Schedule], ...]:
     """The parts of a mixture or of stages, checked: schedules, with weights >= 0 that sum to 1."""
-    total = math.fsum(p for p, _ in parts)
+    if not isinstance(parts, tuple | list) or not all(isinstance(p, tuple | list) and len(p) == 2 for p in parts):
+        raise ValueError(f"the parts of {kind} are {parts!r}; give pairs, for example [(1.0, interleaved(2))]")
     for _, part in parts:
         if not isinstance(part, Simple | Mixture | Stages):
             raise ValueError(f"{kind} holds {part!r}, which is no schedule; write for example (0.5, interleaved(2))")
-    if not parts or min(p for p, _ in parts) < 0 or abs(total - 1) > 1e-6:
-        raise ValueError(f"the {unit} of {kind} are {[p for p, _ in parts]}, in sum {total:g}; they must sum to 1")
+    weights = [weight for weight, _ in parts]
+    if not all(map(WEIGHT.allow, weights)) or not abs(math.fsum(weights) - 1) <= 1e-6:
+        total = f", in sum {math.fsum(weights):g}" if all(map(WEIGHT.allow, weights)) else ""
+        raise ValueError(f"the {unit} of {kind} are {weights}{total}; they must sum to 1, each at least 0")
     return tuple((float(p), s) for p, s in parts)
 
 

@@ -34,7 +34,16 @@ def parse(text: str) -> Schedule:
     except UnknownName as error:
         raise UnknownName(f"cannot read the schedule {text!r}: {error}") from error
     # Python's own parser raises the last two for text that nests too deeply.
-    except (SyntaxError, KeyError, TypeError, AttributeError, ValueError, RecursionError, MemoryError) as error:
+    except (
+        SyntaxError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise ValueError(f"cannot read the schedule {text!r}: {error}; write for example interleaved(2)") from error
 
 
@@ -71,7 +80,10 @@ def _build(node: ast.expr) -> Any:
         name = node.func.id
         SCHEDULES.check(name, tuple(_COMPOSED))
         args = [_build(a) for a in node.args]
-        kwargs = {k.arg or "**": _build(k.value) for k in node.keywords}
+        keywords = [k.arg or "**" for k in node.keywords]
+        if repeated := sorted({k for k in keywords if keywords.count(k) > 1}):
+            raise ValueError(f"{name} is given {', '.join(repeated)} more than once; give it once")
+        kwargs = dict(zip(keywords, (_build(k.value) for k in node.keywords), strict=True))
         return _COMPOSED[name](*args, **kwargs) if name in _COMPOSED else _simple(name, args, kwargs)
     if isinstance(node, ast.List | ast.Tuple):
         return tuple(_build(e) for e in node.elts)

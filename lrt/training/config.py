@@ -19,9 +19,16 @@ from lrt.schedules import library as schedules
 from lrt.schedules.flops import training_flops
 from lrt.schedules.parse import parse
 from lrt.training.optim import OptimConfig
-from lrt.utils.validation import check_choice
+from lrt.utils.validation import Limits, check_choice, check_numbers
 
-UNITS = ("steps", "tokens", "ratio", "flops")
+UNITS = {"steps": 1e12, "tokens": 1e18, "ratio": 1e9, "flops": 1e36}
+"""What a horizon is counted in, and the largest of each."""
+LIMITS = {
+    "batch_size": Limits(1, 10**6, whole=True),
+    "device_batch": Limits(-math.inf, 10**6, whole=True, optional=True),
+    "seed": Limits(0, 2**63 - 1, whole=True),
+}
+"""What the numbers of a RunConfig may be. Seeds are those that torch and numpy both take."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,10 @@ class Horizon:
             number = float(amount.replace("_", "").replace(",", ""))
         except ValueError:
             number = math.nan
-        if unit not in UNITS or not number > 0 or (not math.isfinite(number)):
+        if unit not in UNITS or not 0 < number <= UNITS[unit]:
             raise ValueError(
-                f"horizon is {text!r}; write {', '.join(f'{u}=…' for u in UNITS)} with a number above 0, such as "
-                "ratio=10"
+                f"horizon is {text!r}; write {', '.join(f'{u}=…' for u in UNITS)} with a number above 0 (of "
+                f"{', '.join(f'{u} at most {most:g}' for u, most in UNITS.items())}), such as ratio=10"
             )
         return cls(unit, number)
 
@@ -85,11 +92,11 @@ class RunConfig:
     """Seed of weights, data order and schedule draws."""
 
     def __post_init__(self) -> None:
-        parse(self.schedule)
+        check_numbers(self, LIMITS)
         Horizon.parse(self.horizon)
         check_choice(self, "precision", ("float32", "bfloat16"))
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+        for _, part in parse(self.schedule).shares():
+            part.passes(self.model.context)  # too many of them are an error here, not at the step that needs them
         self.micro_batches(1)
 
     def micro_batches(self, ranks: int) -> int:

@@ -22,6 +22,7 @@ from lrt.model.memory import Projection, Residual
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.base import Schedule
 from lrt.utils.files import replace_atomically
+from lrt.utils.validation import Limits, check_numbers
 
 GAP_GROWTH = 0.01
 """A gap that has grown by more than so many bits per byte above the smallest seen is warned of."""
@@ -35,6 +36,10 @@ MEMORY_SAMPLE = (2, 256)
 """Windows and tokens of each, at most, over which gates are averaged while training."""
 BATCH_TOKENS = 16384
 """Tokens scored at once, at most."""
+LIMITS = {
+    "every": Limits(0, 10**12, whole=True, optional=True),
+    "targets": Limits(1, 10**12, whole=True),
+}
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,7 @@ class EvalConfig:
     """Score so many tokens of the validation split each time; at the end at least 50,000, or all of it."""
 
     def __post_init__(self) -> None:
-        if self.every is not None and self.every < 0:
-            raise ValueError(f"every is {self.every}; give a number of steps, or 0 for no evaluation")
-        if self.targets < 1:
-            raise ValueError(f"targets is {self.targets}; score at least 1 token")
+        check_numbers(self, LIMITS)
 
     def due(self, step: int, steps: int) -> bool:
         """Whether to score after `step` of `steps`."""

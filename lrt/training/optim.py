@@ -7,7 +7,6 @@ model that no pattern covers needs a row there.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +19,17 @@ from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess
 from lrt.model.config import COMBINATIONS, INJECTIONS, ModelConfig
 from lrt.model.memory import GROUPS
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils.validation import Limits, check_numbers
+
+LIMITS = {
+    **dict.fromkeys(("matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "weight_decay"), Limits(0, 1000)),
+    "warmdown": Limits(0, 1),
+    "momentum_steps": Limits(0, 10**12, whole=True),
+    "reference_batch": Limits(1, 10**12, whole=True),
+    "clip": Limits(0, 1e12, above=True, optional=True),
+}
+"""What the numbers of an OptimConfig may be."""
+MOMENTUM = Limits(0, 1)
 
 
 @dataclass(frozen=True)
@@ -52,22 +62,14 @@ class OptimConfig:
     """Largest norm of the whole gradient; a larger one is scaled down to it. None: no limit."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "momentum", tuple(self.momentum))  # JSON has no tuples
-        if self.clip is not None and (not self.clip > 0):
-            raise ValueError(f"clip is {self.clip}; give a norm above 0, or None for no limit")
-        for name in ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "weight_decay", "momentum_steps"):
-            number = getattr(self, name)
-            if not 0 <= number < math.inf:
-                raise ValueError(f"{name} is {number}; it must be a finite number of at least 0")
-        if self.reference_batch < 1:
-            raise ValueError(f"reference_batch is {self.reference_batch}; give tokens, at least 1")
-        if len(self.momentum) != 2 or not all(0 <= m < 1 for m in self.momentum):
+        check_numbers(self, LIMITS)
+        pair = isinstance(self.momentum, tuple | list) and len(self.momentum) == 2
+        if not pair or not all(MOMENTUM.allow(m) and m < 1 for m in self.momentum):
             raise ValueError(
                 f"momentum is {self.momentum}; give two numbers from 0 to below 1: at the start, and after "
                 "momentum_steps"
             )
-        if not 0 <= self.warmdown <= 1:
-            raise ValueError(f"warmdown is {self.warmdown}; it is a fraction of training, 0 to 1")
+        object.__setattr__(self, "momentum", tuple(self.momentum))  # JSON has no tuples
 
 
 @dataclass(frozen=True)

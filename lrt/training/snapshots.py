@@ -12,6 +12,12 @@ from pathlib import Path
 
 from lrt.model.checkpoint import snapshot_step, snapshots
 from lrt.utils import files
+from lrt.utils.validation import Limits, check_numbers
+
+LIMITS = {
+    "every": Limits(0, 10**12, whole=True),
+    "last": Limits(1, 10**6, whole=True),
+}
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,7 @@ class SnapshotConfig:
     """Keep the weights of the best live evaluation so far in best/."""
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"every is {self.every}; give a number of steps, or 0 for no snapshot on the way")
-        if self.last < 1:
-            raise ValueError(f"last is {self.last}; keep at least 1 snapshot")
+        check_numbers(self, LIMITS)
 
 
 def clear_unfinished(out: Path) -> None:

@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.limits import refuses_absurd_numbers
 
 from lrt import MemoryConfig, ModelConfig
+from lrt.model.config import MEMORY_LIMITS, MODEL_LIMITS
 from lrt.model.size import count_parameters
 from lrt.training.config import RunConfig
 from lrt.training.recipes import FAMILIES, RECIPES, demo_models, demo_recipe, match_parameters
@@ -86,6 +88,25 @@ def test_a_run_checks_its_schedule_and_batch():
         with pytest.raises(ValueError, match=re.escape(named[0])) as caught:
             RunConfig(**fields)
         assert named[1] in str(caught.value)
+
+
+def test_numbers_of_a_model_and_its_memory_have_limits():
+    refuses_absurd_numbers(ModelConfig, MODEL_LIMITS)
+    refuses_absurd_numbers(MemoryConfig, MEMORY_LIMITS, elsewhere=("source", "layers"))
+    products: tuple[dict[str, Any], ...] = (
+        {"depth": 200, "loops": 200},
+        {"width": 2**20, "mlp_ratio": 1000.0, "heads": 2**10},
+    )
+    for fields in products:
+        with pytest.raises(ValueError, match=r"at most|change"):
+            ModelConfig(**fields)
+    for memory in ({"source": True}, {"source": (0, True)}, {"layers": (True,)}):
+        with pytest.raises(ValueError, match="True"):
+            made({}, memory)
+
+
+def test_a_scale_may_start_at_0():
+    assert ModelConfig.from_dict({"skip_init": 0, "memory": {"residual_init": -4}}).skip_init == 0
 
 
 FULL = ModelConfig(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import pickle
 import re
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lrt import schedules
 from lrt.schedules.base import SCHEDULES, Pass
@@ -185,6 +188,13 @@ BAD_TEXTS = [
     "interleaved(True)",
     "interleaved(groups=2)",
     "interleaved(2, subsets=3)",
+    "interleaved(subsets=2, subsets=3)",
+    "interleaved(10**9)",
+    "interleaved(1000000000)",
+    "interleaved(2, (1, 1e400, 1))",
+    "interleaved(2, (1, True, 1))",
+    "multi_refinement(2, detach='no')",
+    "settled(100000, 100000, 1)",
     "interleaved(2, weights=5)",
     "interleaved(2, weights=(1, 1))",
     "interleaved(2, weights=(0, 0, 0))",
@@ -204,6 +214,12 @@ BAD_TEXTS = [
     "mixture([(1.5, plain()), (-0.5, chunked(2))])",
     "mixture([plain(), chunked(2)])",
     "mixture([(1.0, 3)])",
+    "mixture([(1e400, plain())])",
+    "mixture([(1e400 - 1e400, plain())])",
+    "mixture([('1', plain())])",
+    "mixture([(True, plain())])",
+    "mixture([(1.0, plain(), 2)])",
+    f"mixture([({10**400}, plain())])",
     "stages([(0.5, plain()), (0.4, chunked(2))])",
     # Values that are no schedule.
     "3",
@@ -264,6 +280,20 @@ def test_parse_never_executes_code(text: str, tmp_path: Path):
 
 def test_mistakes_in_a_call_are_value_errors():
     for make, named in (
+        (
+            lambda: parse("interleaved(subsets=2, subsets=3)"),
+            "interleaved is given subsets more than once; give it once",
+        ),
+        (
+            lambda: mixture([(math.nan, plain()), (1.0, plain())]),
+            "probabilities of a mixture are [nan, 1.0]; they must",
+        ),
+        (lambda: stages([(math.inf, plain())]), "fractions of stages are [inf]; they must sum to 1"),
+        (lambda: stages(plain()), "the parts of stages are plain(); give pairs"),  # type: ignore[arg-type]
+        (
+            lambda: multi_refinement(10**12),
+            "makes 1,000,000,000,001 passes over 1 positions; at most 131,072 can be run",
+        ),
         (lambda: interleaved(0), "subsets is 0; it must be a whole number of at least 1"),
         (lambda: interleaved(2, [1, 1]), "give 3 numbers >= 0 (one per pass)"),
         (lambda: interleaved(2, [1, 1, math.nan]), "weights"),
@@ -336,13 +366,70 @@ def test_stages_change_at_their_fractions():
     assert [halves.at(step, 5, 0) for step in range(5)] == [plain()] * 3 + [chunked(4)] * 2  # 2/5 < 1/2 <= 3/5
 
 
-def test_mixtures_and_stages_nest():
-    inner = stages([(0.5, plain()), (0.5, chunked(8))])
-    early = {NESTED.at(step, 1000, 0) for step in range(250, 500)}
-    late = {NESTED.at(step, 1000, 0) for step in range(500, 750)}
-    assert early == {interleaved(2, (1.0, 0.5, 0.5)), inner.at(0, 1000, 0)}
-    assert late == {interleaved(2, (1.0, 0.5, 0.5)), chunked(8)}
-    assert NESTED.at(800, 1000, 0) == settled(0, 1, 1)
+def test_an_inner_mixture_draws_anew():
+    halves = mixture([(0.5, plain()), (0.5, mixture([(0.5, chunked(2)), (0.5, chunked(4))]))])
+    outer = [halves.at(step, STEPS, 0) == plain() for step in range(STEPS)]
+    flat = mixture([(0.5, plain()), (0.5, chunked(2))])
+    assert outer == [
+        flat.at(step, STEPS, 0) == plain() for step in range(STEPS)
+    ]  # what is inside changes no outer draw
+    counts = Counter(halves.at(step, STEPS, 0) for step in range(STEPS))
+    for part in (chunked(2), chunked(4)):
+        assert abs(counts[part] / STEPS - 0.25) < 5 * math.sqrt(0.25 * 0.75 / STEPS)
+
+
+def test_draws_of_a_lone_mixture_are_those_of_version_0_1():
+    halves = mixture([(0.5, plain()), (0.5, chunked(2))])
+    drawn = "".join("01"[halves.at(step, 32, 7) == plain()] for step in range(32))
+    staged = stages([(0.25, plain()), (0.75, halves)])
+    assert drawn == "01111101010010011111101011000111"
+    assert [staged.at(step, 32, 7) for step in range(8, 32)] == [halves.at(step, 32, 7) for step in range(8, 32)]
+
+
+def test_inner_stages_see_their_own_share_as_their_whole():
+    second = stages([(0.5, plain()), (0.5, stages([(0.25, chunked(2)), (0.75, chunked(4))]))])
+    served = [second.at(step, 16, 0) for step in range(18)]
+    assert served == [plain()] * 8 + [chunked(2)] * 2 + [chunked(4)] * 8  # the last two lie past the end
+    deep = stages([(0.3, second), (0.7, interleaved(2))])  # of 30 steps 9 are of `second`
+    assert [deep.at(step, 30, 0) for step in range(10)] == [
+        *[plain()] * 5, *[chunked(2)], *[chunked(4)] * 3, interleaved(2)
+    ]  # fmt: skip
+
+
+def test_stages_in_a_mixture_have_its_clock_and_mixtures_in_stages_its_draws():
+    inner = stages([(0.5, plain()), (0.5, MIXED)])
+    both = mixture([(0.5, chunked(8)), (0.5, inner)])
+    assert {both.at(step, STEPS, 0) for step in range(STEPS // 2)} == {chunked(8), plain()}
+    assert {both.at(step, STEPS, 0) for step in range(STEPS // 2, STEPS)} == {chunked(8), *THREE}
+    assert stages([(1.0, plain()), (0.0, inner)]).at(9, 8, 0) in THREE  # past the end: the last of the last
+
+
+def composed(parts: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Mixtures and stages of one to three parts with weights in sixteenths."""
+    weights = st.lists(st.integers(0, 15), min_size=0, max_size=2).map(
+        lambda cuts: [b - a for a, b in itertools.pairwise([0, *sorted(cuts), 16])]
+    )
+    return st.builds(
+        lambda make, weights, schedules: make([(w / 16, s) for w, s in zip(weights, schedules, strict=False)]),
+        st.sampled_from([mixture, stages]), weights, st.lists(parts, min_size=3, max_size=3),
+    )  # fmt: skip
+
+
+@settings(max_examples=25)
+@given(
+    schedule=composed(st.recursive(st.integers(1, 6).map(chunked), composed, max_leaves=12)),
+    seed=st.integers(0, 2**32),
+)
+def test_any_nesting_serves_each_part_for_its_share(schedule: Any, seed: int):
+    served = Counter(schedule.at(step, STEPS, seed) for step in range(STEPS))
+    shares: Counter[Any] = Counter()
+    for share, part in schedule.shares():
+        shares[part] += share  # type: ignore[assignment]
+    assert served.keys() <= {part for part, share in shares.items() if share > 0}
+    for part, share in shares.items():
+        # Six standard deviations of a binomial, which stages only make smaller; and a step for each of their borders.
+        margin = 6 * math.sqrt(share * (1 - min(1, share)) / STEPS) + 40 / STEPS
+        assert abs(served[part] / STEPS - share) <= margin, part
 
 
 def test_without_a_step_a_mixture_draws_from_torch_and_stages_give_their_last():
