@@ -138,6 +138,19 @@ def stages(parts: Sequence[tuple[float, Schedule]]) -> Stages:
     return Stages(_parts("stages", "fractions", parts))
 
 
+def late(onset: float, schedule: Schedule) -> Stages:
+    """`plain()` up to the fraction `onset` of training, then `schedule`: a spelling of `stages`, and written as such.
+
+    >>> import lrt
+    >>> lrt.schedules.late(0.75, lrt.schedules.settled(1, 1, 1))
+    stages([(0.75, plain()), (0.25, settled(1, 1, 1))])
+    """
+    if not isinstance(onset, int | float) or isinstance(onset, bool) or not 0 <= onset <= 1:
+        raise ValueError(f"onset is {onset!r}; it must be a fraction of training, 0 to 1")
+    # Through text, so that 1 - 0.7 is written 0.3.
+    return stages([(onset, plain()), (float(f"{1 - onset:.12g}"), schedule)])
+
+
 DEFAULT = "stages([(0.5, settled(0, 1, 1)), (0.5, settled(1, 1, 1))])"
 """The library's: of the schedules run so far that are stable and cost at most half as much again as `plain()`, the best
 live (the study `schedule`, docs/log.md of 2026-11-28). The paper's own is `interleaved(2)`."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lrt.schedules.base import SCHEDULES, Mixture, Schedule, Simple, Stages, bind
-from lrt.schedules.library import mixture, stages
+from lrt.schedules.library import late, mixture, stages
 from lrt.utils.registry import UnknownName
 
-_COMPOSED: dict[str, Callable[..., Schedule]] = {"mixture": mixture, "stages": stages}
+_COMPOSED: dict[str, Callable[..., Schedule]] = {"mixture": mixture, "stages": stages, "late": late}
 """Schedules made of schedules, which are no entries of SCHEDULES: they have no passes of their own."""
 
 

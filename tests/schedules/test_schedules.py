@@ -386,6 +386,18 @@ def test_draws_of_a_lone_mixture_are_those_of_version_0_1():
     assert [staged.at(step, 32, 7) for step in range(8, 32)] == [halves.at(step, 32, 7) for step in range(8, 32)]
 
 
+def test_late_is_a_spelling_of_stages():
+    spelled = parse("late(0.7, settled(1, 1, 1))")
+    assert repr(spelled) == "stages([(0.7, plain()), (0.3, settled(1, 1, 1))])"
+    assert spelled == schedules.late(0.7, settled(1, 1, 1)) == parse(repr(spelled))
+    assert [repr(spelled.at(step, 10, 0)) for step in (0, 6, 7, 9)] == ["plain()"] * 2 + ["settled(1, 1, 1)"] * 2
+    for onset in (-0.1, 1.1, math.nan, True, "half"):
+        with pytest.raises(ValueError, match="onset is"):
+            schedules.late(onset, settled(1, 1, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no schedule"):
+        schedules.late(0.5, 3)  # type: ignore[arg-type]
+
+
 def test_inner_stages_see_their_own_share_as_their_whole():
     second = stages([(0.5, plain()), (0.5, stages([(0.25, chunked(2)), (0.75, chunked(4))]))])
     served = [second.at(step, 16, 0) for step in range(18)]
