@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -121,6 +122,17 @@ def test_a_cell_keeps_what_it_goes_on_from_until_its_line_is_on_the_disk(study: 
     again = Counting(fail_at=0)
     runner.run_study(study, again, file, ["0"], progress=False)  # killed between the line and the end of its cell
     assert again.discarded == kind.discarded
+
+
+def test_claims_of_killed_processes_do_not_stay_and_hold_nobody_up(study: grid.Study, tmp_path: Path):
+    """Killed between a cell's line and the end of its claim; and while a claim was written, which left it empty."""
+    file = tmp_path / study.results
+    runner.run_study(study, Counting(), file, ["0"], progress=False)
+    done, waiting = study.cells[0], next(cell for cell in study.cells if cell.seed == 1)
+    runner.claim_file(file, done).write_text(f"{platform.node()} {2**22 + 1}")  # above the highest process number
+    runner.claim_file(file, waiting).write_text("")
+    runner.run_study(study, Counting(), file, progress=False)
+    assert list(file.with_suffix(".claims").iterdir()) == []
 
 
 def test_a_stopped_study_goes_on(study: grid.Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -149,8 +149,7 @@ def run_study(
     others go on; ValueError at the end.
     """
     check_words(study, only)
-    for line in study_lines(study, current_lines(kind, file)):
-        kind.discard(line)  # of a process that was killed behind its line
+    tidy_finished(study, kind, file)
     waiting = cells_left(study, current_lines(kind, file), only)
     missing = {cell.name: reason for cell in waiting if (reason := kind.missing(cell)) is not None}
     for reason in sorted(set(missing.values())):
@@ -195,6 +194,16 @@ def run_study(
             + "; ".join(f"{name}: {error}" for name, error in failed.items())
         )
     return study_lines(study, current_lines(kind, file))
+
+
+def tidy_finished(study: Study, kind: Kind, file: Path) -> None:
+    """Remove what a process killed behind a cell's line has left: what the cell went on from, and its claim."""
+    lines = {line["cell"]: line for line in study_lines(study, current_lines(kind, file))}
+    for cell in study.cells:
+        if cell.name in lines:
+            kind.discard(lines[cell.name])
+            if not is_claimed(path := claim_file(file, cell)):
+                path.unlink(missing_ok=True)
 
 
 def cell_minutes(study: Study, kind: Kind, cell: Cell, device: str) -> float:
@@ -247,7 +256,8 @@ def is_claimed(path: Path) -> bool:
         return False
     if host == platform.node() and process.isdigit():  # this machine knows its own
         return is_alive(int(process))
-    return fresh
+    # An empty one is being written, or was when its process was killed: `claim` looks again under the lock.
+    return bool(host) and fresh
 
 
 def is_alive(process: int) -> bool:
