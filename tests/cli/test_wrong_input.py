@@ -330,7 +330,8 @@ def wrong_files(folder: Path) -> dict[str, Path]:
 
 
 NOT_WRONG = {
-    "text": {"deep.json", "junk.jsonl"},  # text of any kind; a record is refused when it is read (tests/data)
+    # Text of any kind, and folders of it; a record is refused when it is read (tests/data).
+    "text": {"deep.json", "junk.jsonl", "deep", "half", "list", "other"},
     "token_file": {"deep.json"},
     "tasks_include": {"deep", "folder", "half", "list", "other"},  # folders, which lm-eval looks through
     "runs": {"other"},  # a report shows what of a run is there
@@ -368,8 +369,9 @@ def test_a_place_that_cannot_be_written_is_refused_at_the_start(
         ("evaluate {checkpoint} --tasks-limit 3", "give --tasks or --core"),
         ("train --data {data} d2 --model.vocab-size 5", "--model.vocab-size has no effect: the tokenizer"),
         ("train --data {data} d2 --model.vocab_size=5", "leave the flag out"),
-        ("train --data {data} d2 --batch-size 1000000000000", "a step of 1,000,000,000,000 rows"),
-        ("train --data {data} d2 --batch-size 1000000000000 --device-batch 1", "give smaller ones"),
+        ("train --data {data} d2 --batch-size 1000000000000", "batch_size is 1000000000000; it must be a whole number"),
+        ("train --data {data} d2 --batch-size 1000000", "a step of 1,000,000 rows"),
+        ("train --data {data} d2 --batch-size 1000000 --device-batch 1", "give smaller ones"),
         ("sample {checkpoint} --n 1000000000000", "n is 1000000000000; it must be 1 to 100,000"),
         ("demo --seed -1", "--seed is -1; give a whole number from 0"),
         ("study {study} --results {text}/below", "cannot be written"),
@@ -380,6 +382,7 @@ def test_what_flags_cannot_say_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lrt.cli.train.memory_bytes", lambda device: 10**9)  # wherever this runs
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main(words.format(**places).split())

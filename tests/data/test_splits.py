@@ -252,4 +252,4 @@ def test_the_command_line_takes_shares_and_folders(tmp_path: Path, capsys: pytes
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         main(["prepare", str(tmp_path / "x"), *arguments, "--val", "nan"])
-    assert "val is nan; give its share of the text" in capsys.readouterr().err
+    assert "val is nan; give a finite number" in capsys.readouterr().err
