@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean distclean
+.PHONY: help demo test test-slow mutants lint format clean distclean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,10 @@ test: $(VENV)/.installed-dev ## every test that is not slow; ARGS goes to pytest
 # pytest exits 5 when it finds no test to run; there being no slow test is not a failure.
 test-slow: $(VENV)/.installed-dev ## the slow tests
 	@$(PYTEST) -m slow $(ARGS) || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
+
+# An hour and more; it goes on where it was interrupted. The first run records which tests run which lines.
+mutants: $(VENV)/.installed-dev ## break the code in 300 small ways; which does no test notice?
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py $(ARGS)
 
 lint: $(VENV)/.installed-dev ## style, types and import order
 	$(BIN)/ruff check .
