@@ -4,13 +4,13 @@
     make mutants ARGS="--seed 1 --sample 100 --room schedules"
     make mutants ARGS=--named                                       the faults that tests once did not notice
 
-A mutant is one edit (benchmarks/mutations.py) of a file of lrt/{model,schedules,inference,training}. It is run against the
-tests of its room that are not slow and run its line, the fastest first, until one fails. Which tests run a line is
+A mutant is one edit (benchmarks/mutations.py) of a file of lrt/{model,schedules,inference,training}. It is run against
+the tests of its room that are not slow and run its line, the fastest first, until one fails. Which tests run a line is
 recorded with coverage.py, once per test file and state of the code. Lines that run while tests are collected, or in a
 fixture that tests share, count as run by every test of the room.
 
-The tests see a copy of lrt in a temporary folder, which PYTHONPATH names to the programs that they start; no file of the
-tree is changed. A parent process imports the libraries once and forks for every mutant.
+The tests see a copy of lrt in a temporary folder, which PYTHONPATH names to the programs that they start; no file of
+the tree is changed. A parent process imports the libraries once and forks for every mutant.
 
 Results are JSON lines: given again, the same command goes on. Equal sources of lrt and equal tests give no new run.
 Survivors that no test can notice stand in benchmarks/mutants.yaml with the reason, and are counted apart.
@@ -19,7 +19,6 @@ Survivors that no test can notice stand in benchmarks/mutants.yaml with the reas
 from __future__ import annotations
 
 import collections
-import difflib
 import functools
 import hashlib
 import importlib
@@ -531,7 +530,7 @@ def main(arguments: Arguments) -> None:
                     outcome = told["fate"]
                 fates[name] = (mutant, outcome)
                 progress.update(task, advance=1, description=room, refresh=True)
-    report({name: entry for name, entry in fates.items()})
+    report(fates)
     sys.exit(arguments.named and any(outcome not in ("killed", "timeout") for _, outcome in fates.values()))
 
 

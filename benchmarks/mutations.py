@@ -1,8 +1,8 @@
 """Small faults that could be in Python code, as edits of its text: the operators of `benchmarks/mutants.py`.
 
-Each operator looks at a node of the syntax tree and gives the edits that it would make. Edits replace text, so that line
-numbers stay. Left out, since no test should notice: docstrings, texts of errors, annotations, imports, assertions (ours
-to fail, never a user's), log lines and `__repr__`.
+Each operator looks at a node of the syntax tree and gives the edits that it would make. Edits replace text, so that
+line numbers stay. Left out, since no test should notice: docstrings, texts of errors, annotations, imports, assertions
+(ours to fail, never a user's), log lines and `__repr__`.
 """
 
 from __future__ import annotations
@@ -183,9 +183,9 @@ def statement(node: ast.AST, text: Text) -> Iterator[Edit]:
     """A statement left out, a value that is None instead."""
     if isinstance(node, ast.Return) and node.value is not None and not is_none(node.value):
         yield text.replace(node, "return None")
-    elif isinstance(node, ast.Expr | ast.AugAssign | ast.Raise | ast.Break | ast.Continue):
-        yield text.replace(node, "pass")
-    elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute | ast.Subscript):
+    elif isinstance(node, ast.Expr | ast.AugAssign | ast.Raise | ast.Break | ast.Continue) or (
+        isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute | ast.Subscript)
+    ):
         yield text.replace(node, "pass")
     elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and not is_none(node.value):
         yield text.replace(node.value, "None")

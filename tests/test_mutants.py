@@ -97,7 +97,7 @@ def test_a_mutant_knows_where_it_stands(script: ModuleType):
     assert (mutant.lines, mutant.scope) == (range(16, 17), range(13, 23))  # the condition, not its body
     by_hand = script.by_hand("f.py", SOURCE.encode(), "total -= 1", "total -= 7")
     assert (by_hand.function, by_hand.lines, by_hand.diff[1]) == ("Thing.first", range(20, 21), "total -= 7")
-    with pytest.raises(ValueError, match="stands in f.py 4 times"):
+    with pytest.raises(ValueError, match=r"stands in f\.py 4 times"):
         script.by_hand("f.py", SOURCE.encode(), "total", "")
 
 
