@@ -482,11 +482,12 @@ class Results:
 
 
 FATES = ("killed", "timeout", "survived", "time up", "not covered", "equivalent")
+"""Of a mutant: the first two are noticed; `time up` and `not covered` count as survived."""
 
 
 def report(fates: dict[str, tuple[Mutant, str]]) -> None:
     """The table per room, and the survivors."""
-    table = Table("room", "mutants", *FATES, "score")
+    table = Table("room", "all", *FATES, "score", box=None)
     for room in (*ROOMS, "all"):
         counts = collections.Counter(f for mutant, f in fates.values() if room in ("all", room_of(mutant)))
         if total := counts.total():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -83,6 +82,9 @@ def test_stages_serve_their_fractions_and_the_last_one_the_rest():
     assert curriculum.at(0, 0, 0) is plain
     assert curriculum.draw() is two
     assert {s: w for w, s in curriculum.shares()} == {plain: 0.1, one: 0.2, two: 0.7}
+    nested = schedules.stages([(0.5, schedules.mixture([(0.25, plain), (0.75, two)])), (0.5, one)])
+    assert nested.shares() == ((0.125, plain), (0.375, two), (0.5, one))
+    assert nested.cost(T) == pytest.approx(0.125 * 3 + 0.875 * 6)
 
 
 def test_a_mixture_is_drawn_by_its_probabilities_seed_and_step():
@@ -159,4 +161,5 @@ def test_what_remains_is_each_positions_last_pass():
     assert remains(Pass(0, 4), Pass(1, 4, 2), Pass(0, 2)) == [2, 2, 0, 1]
     assert remains(Pass(1, 2), Pass(0, 1), Pass(3, 4), Pass(2, 3)) == [1, 0, 3, 2]
     assert remains(Pass(0, 4, 2), Pass(0, 4)) == [1, 1, 1, 1]
-    assert math.isclose(sum(remains(Pass(0, 4), Pass(3, 4))), 1.0)
+    whole = torch.ones(1, 4, 1)
+    assert last_written([(Pass(0, 4), None, whole)], 4) is whole
