@@ -38,6 +38,11 @@ def test_hidden_states_at_unusual_numbers_are_the_oracles():
     assert_same(decode(model, tokens, model.empty_state(*tokens.shape)), oracle_rows(model, tokens))
 
 
+def test_token_0_is_remembered_like_any_other():
+    model, tokens = random_model(CONFIG), torch.zeros(2, 9, dtype=torch.long)
+    assert_same(decode(model, tokens, model.empty_state(2, 9)), oracle_rows(model, tokens))
+
+
 @pytest.mark.parametrize("cap", [0.5, 2.5, 40.0])
 def test_logits_and_losses_are_soft_capped_at_the_models_own_number(cap: float):
     model = random_model(ModelConfig(depth=1, width=20, heads=2, vocab_size=VOCABULARY, softcap=cap))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lrt.model.rolling_state import RollingState
 from lrt.model.state import State, as_positions, empty_state
 
 BATCH, SLOTS = 2, 12
@@ -178,3 +179,13 @@ def test_an_empty_state_knows_nothing_and_shares_nothing_with_its_caller():
     unknown = empty_state(1, (1, 4), (0, 3), BATCH, SLOTS, None, None, False)
     assert (unknown.tokens == -1).all()
     assert unknown.documents is None
+
+
+def test_only_the_memory_is_detached():
+    tracked = torch.ones((), dtype=torch.float64, requires_grad=True)
+    state = empty()._map(lambda buffer: buffer * tracked if buffer.is_floating_point() else buffer)
+    for kind in (state, RollingState.of(state, (3, 3))):
+        cut = kind.detach_memory()
+        assert not cut.memory.requires_grad
+        assert all(x.requires_grad for x in (kind.memory, *cut.keys, *cut.values))
+        assert cut.memory.equal(kind.memory)
