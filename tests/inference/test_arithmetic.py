@@ -187,6 +187,8 @@ def test_decoding_stays_on_the_models_device(name: str, mode: str):
     way = decoder(model, model.empty_state(2, CONTEXT), mode)
     for positions in ([0, 0], [1, 0], [3, 3]):
         assert way.logits(way(tokens, positions)).device.type == "meta"
+    drawn = draw_rows(torch.zeros(2, V, device="meta"), [Sampling(), Sampling(temperature=0)], [(0, 0), (0, 1)])
+    assert drawn.device.type == "meta"
     prompt = Prompt(torch.zeros(2, 4, dtype=torch.long, device="meta"), [2, 4], [0, 1])
     hidden = torch.ones(2, 4, 12, device="meta")
     assert prompt.zero_padding(hidden).device.type == prompt.last_position(hidden).device.type == "meta"

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from support.models import difference
 
-from lrt.model.blockwise_attention import CPU, PLAIN, Merged, Total
+from lrt.model.blockwise_attention import CPU, PLAIN, Merged, Total, align_mask
 
 SIZES = (2, 3, 7, 8)  # B, H, n, K
 
@@ -36,7 +37,7 @@ def test_a_kernel_keeps_its_type_and_is_softmax_attention(kernel: object, dtype:
     assert {x.dtype for x in (out, *gradients)} == {dtype}
     assert lse.dtype == torch.promote_types(dtype, torch.float32)
     for actual, right in zip((out, lse, *gradients), wanted, strict=True):
-        assert float((actual.double() - right).norm() / right.norm()) <= tolerance
+        assert difference(actual.double().detach(), right) <= tolerance
 
 
 def test_one_piece_is_taken_as_it_is():
@@ -61,3 +62,14 @@ def test_a_gradient_adds_up_whatever_the_order_of_its_pieces():
         assert total.result().dtype == torch.bfloat16
         torch.testing.assert_close(total.result(), expected.bfloat16(), rtol=0.01, atol=0.02)
     assert not Total(torch.ones(SIZES)).result().any()
+
+
+@pytest.mark.parametrize("m", [1, 15, 16, 17, 40])
+def test_an_aligned_mask_is_the_mask_with_rows_at_multiples_of_16(m: int):
+    q, mask = torch.ones(2, 3, 5, 8), torch.randn(1, 1, 5, m)
+    aligned = align_mask(mask, q)
+    assert aligned is not None
+    assert aligned.shape == (2, 3, 5, m)
+    assert aligned.stride(-2) % 16 == 0
+    assert aligned.equal(mask.expand(2, 3, 5, m))
+    assert align_mask(None, q) is None
