@@ -267,11 +267,18 @@ class Coverage:
                 self.lines.setdefault(file, {}).setdefault(int(line), set()).update(tests)
 
     def tests(self, mutant: Mutant) -> list[str]:
-        """Those that run the mutant: first the ones that run the line itself, then the function; fastest first."""
+        """Those that run the mutant: first the ones that run the line itself, then the function; fastest first.
+
+        Of the variants of one test the fastest comes with the other tests, the second after them, and so on.
+        """
         lines = self.lines.get(mutant.file, {})
         own, around = (set().union(*(lines.get(n, set()) for n in span)) for span in (mutant.lines, mutant.scope))
         chosen = self.seconds.keys() if "" in own else own & self.seconds.keys()
-        return sorted(chosen, key=lambda test: (test not in own, test not in around, self.seconds[test]))
+        variant, counts = {}, collections.Counter[str]()
+        for test in sorted(chosen, key=lambda test: (test not in own, test not in around, self.seconds[test])):
+            variant[test] = counts[test.partition("[")[0]]
+            counts[test.partition("[")[0]] += 1
+        return sorted(variant, key=lambda test: (test not in own, test not in around, variant[test]))
 
 
 def coverage_of(room: str, overlay: Overlay, out: Path) -> Coverage:
@@ -505,6 +512,7 @@ def report(fates: dict[str, tuple[Mutant, str]]) -> None:
 
 
 def main(arguments: Arguments) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running child ends, too
     for library in WARM:
         importlib.import_module(library)
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}

@@ -121,6 +121,10 @@ def test_tests_that_run_the_line_come_first_and_the_fastest_of_them(script: Modu
     assert coverage.tests(at[16]) == ["b", "a"]
     assert coverage.tests(at[4]) == ["b", "c", "a", "d"]  # at import: all, those of the module first
     assert coverage.tests(at[18]) == []
+    coverage.add(
+        {"seconds": {"t[1]": 1, "t[2]": 2, "u": 9}, "failed": [], "lines": {"f.py": {"18": ["u", "t[2]", "t[1]"]}}}
+    )
+    assert coverage.tests(at[18]) == ["t[1]", "u", "t[2]"]  # every test before the variants of one
 
 
 def test_results_are_kept_for_equal_code_and_equal_tests(script: ModuleType, tmp_path: Path, monkeypatch):
