@@ -388,7 +388,7 @@ def watch(pid: int, pipe: int, coverage: Coverage, seconds: float) -> dict[str, 
         if test and time.monotonic() - clock > 20 * seconds:
             return {"fate": "timeout", "by": test}
         if test and now - first > seconds:
-            return {"fate": "time up"}
+            return {"fate": "time up", "seconds": seconds}
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     return {"fate": "survived"} if code == 0 else {"fate": "killed", "by": test or f"collection ({code})"}
@@ -467,15 +467,16 @@ def outdated() -> list[tuple[str, str, str, str]]:
 class Results:
     """Fates by mutant, one JSON line each."""
 
-    def __init__(self, file: Path, trust_kills: bool) -> None:
-        self.file, self.trust_kills = file, trust_kills
+    def __init__(self, file: Path, trust_kills: bool, seconds: float = 60.0) -> None:
+        self.file, self.trust_kills, self.seconds = file, trust_kills, seconds
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_text().splitlines() if file.exists() else []
         self.known = {(line["mutant"], line["code"], line["tests"]): line for line in map(json.loads, lines)}
 
     def get(self, mutant: Mutant) -> str | None:
         code, tests = code_digest(), tests_digest(room_of(mutant))
-        if entry := self.known.get((mutant.key, code, tests)):
+        entry = self.known.get((mutant.key, code, tests))
+        if entry and not (entry["fate"] == "time up" and entry.get("seconds", 0) < self.seconds):
             return entry["fate"]
         older = [e["fate"] for (key, then, _), e in self.known.items() if (key, then) == (mutant.key, code)]
         kills = [fate for fate in older if self.trust_kills and fate in ("killed", "timeout")]
@@ -503,9 +504,8 @@ def report(fates: dict[str, tuple[Mutant, str]]) -> None:
             table.add_row(room, str(total), *(str(counts[name]) for name in FATES), score)
     for name, (mutant, outcome) in fates.items():
         if outcome not in ("killed", "timeout", "equivalent"):
-            console.print(
-                f"{outcome}: {mutant.file}:{mutant.line} {mutant.function}  {name}", style="bold", markup=False
-            )
+            title = name if mutant.operator == "by_hand" else mutant.function
+            console.print(f"{outcome}: {mutant.file}:{mutant.line} {title}", style="bold", markup=False, soft_wrap=True)
             for sign, line in zip("-+", mutant.diff, strict=True):
                 console.print(f"  {sign} {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(table)
@@ -521,7 +521,7 @@ def main(arguments: Arguments) -> None:
     chosen = named() if arguments.named else {}
     if not arguments.named:
         chosen = {m.key: m for m in sampled(sources(arguments.room, arguments.only), arguments.sample, arguments.seed)}
-    harmless, results = equivalent(), Results(arguments.out / "results.jsonl", arguments.trust_kills)
+    harmless, results = equivalent(), Results(arguments.out / "results.jsonl", arguments.trust_kills, arguments.seconds)
     fates: dict[str, tuple[Mutant, str]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # No thread that draws: a fork would copy its locks.

@@ -132,6 +132,10 @@ def test_results_are_kept_for_equal_code_and_equal_tests(script: ModuleType, tmp
     script.Results(tmp_path / "r.jsonl", trust_kills=False).add(mutant, {"fate": "killed", "by": "test"})
     assert json.loads((tmp_path / "r.jsonl").read_text())["mutant"] == mutant.key
     assert script.Results(tmp_path / "r.jsonl", trust_kills=False).get(mutant) == "killed"
+    other = script.sampled(script.sources(("schedules",)), 2, 0)[1]
+    script.Results(tmp_path / "r.jsonl", False, 10).add(other, {"fate": "time up", "seconds": 10})
+    assert script.Results(tmp_path / "r.jsonl", False, 10).get(other) == "time up"
+    assert script.Results(tmp_path / "r.jsonl", False, 20).get(other) is None  # with more time it may be noticed
     monkeypatch.setattr(script, "tests_digest", lambda room: "others")
     assert script.Results(tmp_path / "r.jsonl", trust_kills=False).get(mutant) is None
     assert script.Results(tmp_path / "r.jsonl", trust_kills=True).get(mutant) == "killed"
