@@ -192,3 +192,9 @@ def test_only_the_memory_is_detached():
         assert not cut.memory.requires_grad
         assert all(x.requires_grad for x in (kind.memory, *cut.keys, *cut.values))
         assert cut.memory.equal(kind.memory)
+
+
+@pytest.mark.parametrize("positions", [range(5), range(1), range(6, 7)])
+def test_a_prompt_from_the_start_and_a_single_token_need_no_mask(positions: range):
+    sight = empty().mark_written(range(8)).visible(positions, None)
+    assert (sight.view, sight.causal, sight.mask) == (slice(0, positions.stop), positions.start == 0, None)
