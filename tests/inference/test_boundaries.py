@@ -13,10 +13,8 @@ from support.models import assert_same, decode, random_model
 from lrt import MemoryConfig, Sampling, refine, schedules
 from lrt.inference import decoders
 from lrt.inference.calibrate import calibrate, sample_text
-from lrt.inference.cost_model import Calibration, Plan
 from lrt.inference.decoders import decoder, fastest
 from lrt.inference.engine import Engine
-from lrt.inference.prefill import prefill
 from lrt.inference.row_pool import row_bytes, rows_that_fit
 from lrt.inference.session import Session
 
@@ -124,15 +122,3 @@ def test_latent_thoughts_are_decoded_raggedly(mode: str):
     for t in range(3):
         hidden = late(torch.stack([tokens[0, t + 2], tokens[1, t]]), [t + 2, t])
         assert_same(hidden, torch.stack([expected[0, t + 2], expected[1, t]]))
-
-
-def test_the_position_that_moved_most_is_counted_from_the_sequences_beginning():
-    tokens = torch.randint(V, (2, CONTEXT), generator=torch.Generator().manual_seed(0))
-    calls_are_dear = Calibration(1000.0, {"converged": Plan(1, 3), "fast": Plan(1, 3)})
-    state = MODEL.empty_state(2, CONTEXT)
-    with torch.no_grad():
-        _, state = MODEL(tokens[:, :9], range(9), state)
-        rows = prefill(MODEL, tokens[:, 9:], state, "fast", calibration=calls_are_dear).report.rows
-    moved = [row.worst_position for row in rows if row.worst_position is not None]
-    assert moved  # not exact yet
-    assert all(9 <= position < CONTEXT for position in moved)
