@@ -14,7 +14,7 @@ from lrt import MemoryConfig, Sampling, refine, schedules
 from lrt.inference import decoders
 from lrt.inference.calibrate import calibrate, sample_text
 from lrt.inference.decoders import decoder, fastest
-from lrt.inference.engine import Engine
+from lrt.inference.engine import CHUNK, Engine, usual_slots
 from lrt.inference.row_pool import row_bytes, rows_that_fit
 from lrt.inference.session import Session
 
@@ -122,3 +122,11 @@ def test_latent_thoughts_are_decoded_raggedly(mode: str):
     for t in range(3):
         hidden = late(torch.stack([tokens[0, t + 2], tokens[1, t]]), [t + 2, t])
         assert_same(hidden, torch.stack([expected[0, t + 2], expected[1, t]]))
+
+
+def test_an_engine_says_its_mode_and_how_long_its_rows_are():
+    assert [Engine(MODEL, rows=1, mode=mode).mode for mode in ("eager", "fused")] == ["eager", "fused"]
+    sliding = CONFIGS["sliding"]
+    assert usual_slots(CONFIGS["both"], "exact") == CONTEXT
+    assert usual_slots(sliding, "exact") == sliding.lookback + 1
+    assert usual_slots(sliding, "converged") == sliding.lookback + CHUNK

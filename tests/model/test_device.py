@@ -52,4 +52,5 @@ def test_passes_losses_and_gradients_stay_on_the_models_device(packed: bool):
         assert {nats.device, token_nats(model, hidden, tokens).device, hidden.device} == {META}
         nats.backward()
     assert {p.grad.device for p in model.parameters() if p.grad is not None} == {META}
+    assert state.intact(torch.ones(BATCH, dtype=torch.long, device=META), 2).device == META
     assert additive(torch.ones(2, dtype=torch.bool, device=META), hidden).device == META

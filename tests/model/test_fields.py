@@ -59,6 +59,15 @@ def test_logits_and_losses_are_soft_capped_at_the_models_own_number(cap: float):
     assert_same(actual, expected, "gradient")
 
 
+def test_nats_of_a_bfloat16_model_are_float32():
+    model = random_model(CONFIG, torch.bfloat16)
+    hidden = torch.randn(3, 20, generator=torch.Generator().manual_seed(0)).bfloat16()
+    nats = token_nats(model, hidden, torch.tensor([1, 2, 3]))
+    expected = F.cross_entropy(model.logits(hidden).float(), torch.tensor([1, 2, 3]), reduction="none")
+    assert nats.dtype == torch.float32
+    assert torch.equal(nats, expected)
+
+
 def test_initial_values():
     torch.manual_seed(0)
     model = LatentRecurrentTransformer(CONFIG)

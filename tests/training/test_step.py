@@ -66,6 +66,11 @@ def test_adamw_moves_by_its_rate_however_small_the_gradient():
             torch.testing.assert_close(p - before[name], expected, rtol=1e-6, atol=0)
 
 
+def test_a_run_of_one_step_takes_it_at_the_full_rate():
+    optimiser = Optimiser(LatentRecurrentTransformer(MODEL), 32, 64, 1, dataclasses.replace(OPTIM, warmdown=1.0))
+    assert [optimiser.fraction(step) for step in (0, 1)] == [1.0, 0.0]
+
+
 def test_two_quantities_are_equal_within_half_a_percent():
     for there in (1000.0, -1000.0, 3e18):
         assert Comparison("n", 1.0049 * there, there).equal
