@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak lint format clean distclean
+.PHONY: help demo test test-slow soak mutants lint format clean distclean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,10 @@ test-slow: $(VENV)/.installed-dev ## the slow tests
 
 soak: $(VENV)/.installed-dev ## kill everything a thousand times, and compare (about half an hour; stopped, it goes on)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py runs/soak $(ARGS)
+
+# An hour and more; it goes on where it was interrupted. The first run records which tests run which lines.
+mutants: $(VENV)/.installed-dev ## break the code in 300 small ways; which does no test notice?
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py $(ARGS)
 
 lint: $(VENV)/.installed-dev ## style, types and import order
 	$(BIN)/ruff check .

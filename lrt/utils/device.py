@@ -35,8 +35,8 @@ def choose_device(name: str) -> str:
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64: Apple's does not, and of others nothing is known."""
-    return device.type in ("cpu", "cuda")
+    """Whether a device computes in float64: Apple's does not, and of others nothing is known. "meta" computes nothing."""
+    return device.type in ("cpu", "cuda", "meta")
 
 
 def double(x: Tensor) -> Tensor:
