@@ -35,7 +35,7 @@ def choose_device(name: str) -> str:
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64: Apple's does not, and of others nothing is known. "meta" computes nothing."""
+    """Whether a device computes in float64. Apple's does not, of others nothing is known; "meta" computes nothing."""
     return device.type in ("cpu", "cuda", "meta")
 
 
