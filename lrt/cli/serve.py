@@ -17,9 +17,11 @@ from lrt.serve.config import Limits
 from lrt.utils.device import choose_device
 from lrt.utils.imports import extra
 
-SWITCH_SECONDS = 0.001
-"""How long a thread that works on a large request keeps the event loop and the engine from going on; Python's own
-default is five times that."""
+SWITCH_SECONDS = 5e-5
+"""How long a thread keeps the interpreter when another waits for it; Python's own default is a hundred times that.
+
+torch gives the interpreter away for every operation, of which a token has hundreds. Beside a thread that is busy with
+a large request each of them waits so long to get it back."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ OTHER_FILES = 256
 READ_AT_ONCE = 4 * 1024
 """Bytes of a connection that are looked at in one turn: chunks of one byte each take h11 about 10 µs a byte."""
 
+BETWEEN_PIPELINED = 0.002
+"""Seconds between the answer to a request and the next one that a client has sent without waiting for it. A thousand
+requests sent at once would else keep the engine from the interpreter until all are answered."""
+
 
 class Server(uvicorn.Server):
     """After SIGTERM or SIGINT: accept nothing, let answers end, and end those with an error that take too long."""
@@ -84,6 +88,7 @@ def limited_protocol(limits: Limits) -> type[H11Protocol]:
 
     class LimitedProtocol(H11Protocol):
         head_alarm: asyncio.TimerHandle | None = None
+        just_answered = False
 
         def connection_made(self, transport: Any) -> None:
             nonlocal connections
@@ -95,7 +100,15 @@ def limited_protocol(limits: Limits) -> type[H11Protocol]:
                 return
             self._set_alarm()
 
+        def on_response_complete(self) -> None:
+            self.just_answered = True
+            super().on_response_complete()  # which handles what the client has sent already
+            self.just_answered = False
+
         def handle_events(self) -> None:
+            if self.just_answered and self.conn.trailing_data[0]:
+                self.loop.call_later(BETWEEN_PIPELINED, self.handle_events)
+                return
             super().handle_events()
             # Bytes have come, and are not a whole head yet.
             waiting = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
