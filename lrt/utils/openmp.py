@@ -2,7 +2,7 @@
 
 torch's threads meet at a barrier several times per operation. GNU's OpenMP, which torch brings on Linux, spins there
 for about 3 ms. On a busy machine the thread that is waited for is often not running. The spinning keeps the core from
-it, and training falls to a fraction of its speed (docs/log.md). A spin of about 30 µs costs 2 to 5 % where the cores
+it, and training falls to a fraction of its speed (docs/log.md). A spin of about 80 µs costs nothing where the cores
 are free. No number depends on it: the count of threads, which orders sums, stays what it was.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-SPINS = "3000"
+SPINS = "8000"
 """Turns of GNU's waiting loop, 10 ns each: longer than a barrier of running threads, shorter than a time slice."""
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 """Variables by which a user says how threads wait."""
