@@ -7,6 +7,7 @@ models of this kind the worst position was at most 1.11 tolerances away (docs/lo
 from __future__ import annotations
 
 import functools
+import math
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -191,13 +192,43 @@ def test_a_change_that_grows_on_its_way_is_seen_before_a_mean_shows_it(groups: i
     assert row.sweeps <= 4
     assert row.contraction is not None
     assert row.contraction > 1
+    assert row.forwards == pytest.approx(swept_forwards(row.sweeps, groups) + 1), "the sweeps, and token by token"
     assert torch.equal(done.sequence, exact.sequence)
+
+
+def swept_forwards(sweeps: int, groups: int, length: int = 1024) -> float:
+    """Positions that so many sweeps compute, of each position: every sweep leaves `groups` more of them exact."""
+    return sum(length - n * groups for n in range(sweeps)) / length
 
 
 def certificate(**fields: Any) -> Certificate:
     return Certificate(
         "sweeps", "", 100, 8, **{"sweeps": 3, "residual": 1e-6, "worst": 5e-6, "contraction": 0.5, **fields}
     )
+
+
+@pytest.mark.parametrize(
+    ("move", "contraction", "to_come"),
+    [(0.0, None, 0.0), (0.0, 0.5, 0.0), (0.0, 2.0, 0.0), (None, None, None), (None, 0.5, None), (3.0, None, None),
+     (3.0, 0.0, 0.0), (3.0, 0.5, 3.0), (3.0, 0.75, 9.0), (3.0, 1.0, math.inf), (3.0, 1.5, math.inf)],
+)  # fmt: skip
+def test_what_is_to_come_after_a_move(move: float | None, contraction: float | None, to_come: float | None):
+    row = certificate(residual=move, worst=move, contraction=contraction)
+    assert (row.distance, row.worst_distance) == (to_come, to_come)
+
+
+def test_the_position_that_moved_most_is_counted_in_the_whole_sequence():
+    """A prompt that goes on behind 7 tokens: the position is that of the sequence, not of the prompt."""
+    case = Case(injection="both", depth=2, strength=0.7, blocks=0.5, prompt="text", length=64)
+    state = prefill(case.model, case.tokens[:, :7], case.model.empty_state(1, 64).in_place(), "exact").state
+    rows = SweepState.of(case.model, Prompt(case.tokens[:, 7:47], [40], [7]), state)
+    with torch.no_grad():
+        rows.sweep(case.model, 4, 0)
+        before = rows.values.clone()
+        rows.sweep(case.model, 4, 4)
+    moves = (rows.values - before).norm(dim=-1) / rows.values.norm(dim=-1)
+    (row,) = rows.certificates(4, "")
+    assert row.worst_position == 7 + int(moves.amax(-1)[0, 4:].argmax()) + 4
 
 
 def test_what_is_within_a_tolerance():
