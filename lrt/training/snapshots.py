@@ -39,7 +39,10 @@ def clear_unfinished(out: Path) -> None:
     """Remove what saves that were killed left behind: each may be a whole checkpoint in size."""
     for folder in (out, out / "snapshots"):
         for unfinished in folder.glob(".*.saving-*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+            if unfinished.is_dir():
+                shutil.rmtree(unfinished, ignore_errors=True)
+            else:
+                unfinished.unlink(missing_ok=True)
 
 
 def set_run_aside(out: Path) -> None:

@@ -514,6 +514,7 @@ def test_what_killed_saves_left_is_cleared_and_a_damaged_line_is_left_out(
     lines[1] = lines[1][:20]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "snapshots" / ".step-00000002.saving-99").mkdir()
+    (tmp_path / ".metrics.jsonl.saving-99").write_text("{}")
     train(run_config(), data, tmp_path, progress=False)
     assert not list(tmp_path.rglob("*.saving-*"))
     assert "line 2 is damaged" in capsys.readouterr().err
