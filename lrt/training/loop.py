@@ -79,9 +79,9 @@ def train(
     `auto`, `never` or a snapshot's folder. `log_to` names loggers that get the numbers too. `execution` says how steps
     are computed, on which no number depends beyond rounding; which path runs is said on standard error. Without
     `evaluation` nothing is scored on the way. A loss or gradient that is not finite, or a loss that explodes, raises
-    Diverged, naming the step and the last good snapshot, which stays. Out of memory in a gradient or a scoring, a single
-    process saves a snapshot and raises OutOfMemory, a ValueError that says with what the run may go on; in an update
-    it saves none, since the weights may be half updated.
+    Diverged, naming the step and the last good snapshot, which stays. Out of memory raises OutOfMemory, a ValueError that
+    says with what the run may go on. A single process saves a snapshot first, but not in an update, of which the
+    weights may have only half.
 
     All `ranks` call it, with one folder on a disk they share; the first writes. The model that comes back is this
     rank's, under FSDP2 its shards.
@@ -229,8 +229,8 @@ def evaluate_step(training: TrainingRun, targets: int) -> dict[str, Any]:
 def advise_scoring_memory(trainer: Trainer) -> str:
     """What to tell a user whose memory suffices for the training, but not for its live scores."""
     return (
-        f"out of memory while scoring live after {trainer.progress.step} steps on {trainer.device}; give --eval.every 0, "
-        "which scores nothing, and the same command goes on (lrt evaluate --batch-size scores its result in small parts)"
+        f"out of memory while scoring live after {trainer.progress.step} steps on {trainer.device}; give --eval.every "
+        "0, which scores nothing, and the same command goes on; lrt evaluate --batch-size 1 scores its result in parts"
     )
 
 

@@ -185,9 +185,10 @@ class Trainer:
     def _advise_update_memory(self) -> str:
         """What to tell a user whose memory does not suffice for the optimisers' update."""
         return (
-            f"out of memory in the update of step {self.progress.step} on {self.device}; the weights may be half updated "
-            "and are not saved, earlier snapshots stay. What the optimisers keep depends on the model, not on the batch: "
-            "free memory there or take more GPUs (--parallel fsdp), and the same command goes on; or a smaller model"
+            f"out of memory in the update of step {self.progress.step} on {self.device}; the weights may be half "
+            "updated and are not saved, earlier snapshots stay. What the optimisers keep depends on the model, not on "
+            "the batch: free memory there or take more GPUs (--parallel fsdp), and the same command goes on; else take "
+            "a smaller model"
         )
 
     def _check_finite(self, loss: float, norm: float) -> None:

@@ -537,14 +537,14 @@ def fail_after(function: Callable[..., Any], calls: int, error: Exception) -> Ca
     return counted
 
 
-@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
 @pytest.mark.parametrize("step", [0, 3])
 def test_out_of_memory_in_an_update_saves_no_half_updated_weights(
-    data: Prepared, whole: Path, tmp_path: Path, error: Exception, step: int, monkeypatch: pytest.MonkeyPatch
+    data: Prepared, whole: Path, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeping = SnapshotConfig(every=2)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", fail_after(torch.optim.AdamW.step, step, error))  # Muon's is done
+        # Muon has updated its matrices by then.
+        patch.setattr(torch.optim.AdamW, "step", fail_after(torch.optim.AdamW.step, step, FULL["GPU"]))
         with pytest.raises(ValueError, match=rf"out of memory in the update of step {step} .* not saved"):
             train(run_config(), data, tmp_path, progress=False, snapshots=keeping)
     assert [path.name for path in snapshots(tmp_path)] == ["step-00000002"] * (step > 2)
@@ -552,15 +552,14 @@ def test_out_of_memory_in_an_update_saves_no_half_updated_weights(
     assert_same(weights(tmp_path), weights(whole))
 
 
-@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
 @pytest.mark.parametrize(("every", "scorings", "steps"), [(5, 0, 5), (40, 1, 32)], ids=["on the way", "at the end"])
 def test_out_of_memory_in_scoring_loses_no_step(
-    data: Prepared, whole: Path, tmp_path: Path, error: Exception, every: int, scorings: int, steps: int,
+    data: Prepared, whole: Path, tmp_path: Path, every: int, scorings: int, steps: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     scores = {"live_bpb": 1.0, "parallel_bpb": 1.0, "gap": 0.0, "targets": 100}
     with monkeypatch.context() as patch:
-        patch.setattr("lrt.training.loop.live_scores", fail_after(lambda *_: dict(scores), scorings, error))
+        patch.setattr("lrt.training.loop.live_scores", fail_after(lambda *_: dict(scores), scorings, FULL["CPU"]))
         with pytest.raises(ValueError, match=rf"scoring live after {steps} steps on cpu; give --eval.every 0"):
             train(run_config(), data, tmp_path, progress=False, evaluation=EvalConfig(every, 100))
     assert [path.name for path in snapshots(tmp_path)] == [f"step-{steps:08d}"]
