@@ -79,9 +79,9 @@ def train(
     `auto`, `never` or a snapshot's folder. `log_to` names loggers that get the numbers too. `execution` says how steps
     are computed, on which no number depends beyond rounding; which path runs is said on standard error. Without
     `evaluation` nothing is scored on the way. A loss or gradient that is not finite, or a loss that explodes, raises
-    Diverged, naming the step and the last good snapshot, which stays. Out of memory raises OutOfMemory, a ValueError that
-    says with what the run may go on. A single process saves a snapshot first, but not in an update, of which the
-    weights may have only half.
+    Diverged, naming the step and the last good snapshot, which stays. Out of memory, it raises OutOfMemory, a
+    ValueError that says with what the run may go on. A single process saves a snapshot first, but not in an update, of
+    which the weights may have only half.
 
     All `ranks` call it, with one folder on a disk they share; the first writes. The model that comes back is this
     rank's, under FSDP2 its shards.
