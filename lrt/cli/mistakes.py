@@ -14,18 +14,25 @@ ALLOCATOR = "can't allocate memory"
 """Of a RuntimeError: what torch says where a CPU's memory does not suffice."""
 SYMLINK_LOOP = "Symlink loop"
 """Of a RuntimeError: how pathlib begins, up to Python 3.12, of a link that leads to itself."""
+FULL = "out of memory; give a smaller batch, model or file"
 ADVICE = {
-    MemoryError: "out of memory; give a smaller batch, model or file",
-    RecursionError: "nested too deeply to be read",
-    EOFError: "a file ends too early",
+    ("builtins", "MemoryError"): FULL,
+    ("builtins", "RecursionError"): "nested too deeply to be read",
+    ("builtins", "EOFError"): "a file ends too early",
+    ("torch", "OutOfMemoryError"): "the device is out of memory; give a smaller batch or model, or --device cpu",
 }
-"""What is said where the error itself says little or nothing."""
+"""Module and class -> what is said where the error itself says little, or not what to do."""
 
 
 def mistakes() -> tuple[type[BaseException], ...]:
-    """The classes of errors that are answered in one line. A library that was not imported has raised none."""
-    loaded = [(sys.modules[module], name) for module, name in LIBRARIES if module in sys.modules]
-    return (*OURS, *(vars(module)[name] for module, name in loaded if name in vars(module)))
+    """The classes of errors that are answered in one line."""
+    return (*OURS, *(kind for kind in map(loaded_class, LIBRARIES) if kind is not None))
+
+
+def loaded_class(names: tuple[str, str]) -> type[BaseException] | None:
+    """A class by its module and name; None where the module was not imported, and so has raised nothing."""
+    module, name = names
+    return vars(sys.modules[module]).get(name) if module in sys.modules else None
 
 
 def explain(error: Exception) -> str | None:
@@ -33,11 +40,12 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and str(error).startswith(SYMLINK_LOOP):
         return str(error)
     if isinstance(error, RuntimeError) and ALLOCATOR in str(error):
-        return f"{ADVICE[MemoryError]} ({one_line(str(error).rpartition('DefaultCPUAllocator: ')[2])})"
+        return f"{FULL} ({one_line(str(error).rpartition('DefaultCPUAllocator: ')[2])})"
     if not isinstance(error, mistakes()):
         return None
     text = one_line(str(error))
-    advice = next((line for kind, line in ADVICE.items() if isinstance(error, kind)), None)
+    kinds = ((loaded_class(names), line) for names, line in ADVICE.items())
+    advice = next((line for kind, line in kinds if kind is not None and isinstance(error, kind)), None)
     if advice is None:
         return text or type(error).__name__
     return f"{advice} ({text})" if text else advice

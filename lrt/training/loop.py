@@ -79,8 +79,9 @@ def train(
     `auto`, `never` or a snapshot's folder. `log_to` names loggers that get the numbers too. `execution` says how steps
     are computed, on which no number depends beyond rounding; which path runs is said on standard error. Without
     `evaluation` nothing is scored on the way. A loss or gradient that is not finite, or a loss that explodes, raises
-    Diverged, naming the step and the last good snapshot, which stays. Out of memory, it saves a snapshot and
-    raises OutOfMemory, a ValueError that names a smaller device_batch, with which the run may go on.
+    Diverged, naming the step and the last good snapshot, which stays. Out of memory, it raises OutOfMemory, a
+    ValueError that says with what the run may go on. A single process saves a snapshot first, but not in an update, of
+    which the weights may have only half.
 
     All `ranks` call it, with one folder on a disk they share; the first writes. The model that comes back is this
     rank's, under FSDP2 its shards.
@@ -144,24 +145,29 @@ def run_steps(training: TrainingRun, log: Callable[[MetricsLine], None], advance
         line = step_or_report(training)
         if ranks.first:  # only now, when the newest one has shown that its loss is finite
             drop_snapshots(snapshots(training.out)[: -training.snapshot_config.last])
+        problem: OutOfMemory | OSError | None = None  # the step is done: it is logged and saved before this is raised
         if training.eval_config.due(line["step"] + 1, trainer.steps):
             advance(0, "scoring live")
-            line |= evaluate_step(training, training.eval_config.targets)
-            save_if_best(training, line)
+            try:
+                line |= evaluate_step(training, training.eval_config.targets)
+                save_if_best(training, line)
+            except OutOfMemory as error:
+                if ranks.ranks > 1:  # the others have ended
+                    raise
+                problem = error
         line |= throughput(trainer, training.lines, line)
-        log_error = None
         try:
             log(line)
         except OSError as error:  # a full disk
-            log_error = error
+            problem = problem or error
         if "gap" in line and ranks.first and (warning := gap_warning(training.lines)):
             warn(warning)
         advance(1, progress_text(training.lines))
         # A signal reaches one process, or a disk is full for one: all ranks stop at the same step.
-        stopping = ranks.any(stop.requested or log_error is not None)
+        stopping = ranks.any(stop.requested or problem is not None)
         save_if_due(training, stopping)
-        if log_error is not None:
-            raise log_error
+        if problem is not None:
+            raise problem
         if stopping:
             raise KeyboardInterrupt
 
@@ -181,11 +187,17 @@ def step_or_report(training: TrainingRun) -> MetricsLine:
         if error.last_good_step == step and not snapshots(training.out):
             save_snapshot(training)
         raise Diverged(report_failure(training, error), error.last_good_step) from error
-    except OutOfMemory:
-        if step > 0 and trainer.ranks.ranks == 1:  # of several, the others are still at work
-            with suppress(OSError):  # what is on the disk stays, and the message is the one about memory
-                save_snapshot(training)
+    except OutOfMemory as error:
+        if step > 0 and error.weights_whole:
+            save_out_of_memory(training)
         raise
+
+
+def save_out_of_memory(training: TrainingRun) -> None:
+    """Save a snapshot before OutOfMemory ends a single process; of several, the others are still at work."""
+    if training.trainer.ranks.ranks == 1:
+        with suppress(OSError):  # what is on the disk stays, and the message is the one about memory
+            save_snapshot(training)
 
 
 def report_failure(training: TrainingRun, error: Diverged) -> str:
@@ -201,16 +213,25 @@ def report_failure(training: TrainingRun, error: Diverged) -> str:
 def evaluate_step(training: TrainingRun, targets: int) -> dict[str, Any]:
     """Live scores on `targets` tokens, the memory's weight, and its part by layer.
 
-    All ranks call it; the first's numbers are everybody's.
+    All ranks call it; the first's numbers are everybody's. Raises OutOfMemory, weights untouched.
     """
     trainer = training.trainer
-    model = trainer.ranks.gathered_model(trainer.model)  # under FSDP2 no rank has whole weights by itself
-    with trainer.ranks.collective():
-        scores: dict[str, Any] = {}
-        if trainer.ranks.first:
-            scores = live_scores(model, trainer.data, trainer.schedule, targets, False)
-            scores |= memory_weight(model) | memory_by_layer(model, trainer.data)
+    scores: dict[str, Any] = {}
+    with trainer.memory_errors(advise_scoring_memory(trainer)):
+        model = trainer.ranks.gathered_model(trainer.model)  # under FSDP2 no rank has whole weights by itself
+        with trainer.ranks.collective():
+            if trainer.ranks.first:
+                scores = live_scores(model, trainer.data, trainer.schedule, targets, False)
+                scores |= memory_weight(model) | memory_by_layer(model, trainer.data)
     return trainer.ranks.broadcast(scores)
+
+
+def advise_scoring_memory(trainer: Trainer) -> str:
+    """What to tell a user whose memory suffices for the training, but not for its live scores."""
+    return (
+        f"out of memory while scoring live after {trainer.progress.step} steps on {trainer.device}; give --eval.every "
+        "0, which scores nothing, and the same command goes on; lrt evaluate --batch-size 1 scores its result in parts"
+    )
 
 
 def save_if_best(training: TrainingRun, line: MetricsLine) -> None:
@@ -257,7 +278,11 @@ def save_result(training: TrainingRun, advance: Advance) -> None:
     scores: dict[str, Any] = {}
     if training.eval_config.every != 0:
         advance(0, "scoring live")
-        scores = evaluate_step(training, max(training.eval_config.targets, FINAL_TARGETS))
+        try:
+            scores = evaluate_step(training, max(training.eval_config.targets, FINAL_TARGETS))
+        except OutOfMemory:
+            save_out_of_memory(training)
+            raise
     about = trainer.about(recent_loss(training.lines)) | {"scores": newest_scores([scores])}
     trainer.save(training.out / "checkpoint", about)
 

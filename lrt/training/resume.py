@@ -29,7 +29,8 @@ def resume(trainer: Trainer, out: Path, source: str) -> MetricsLog:
 
     `auto` takes what this very run left that is whole and furthest, and starts anew where there is nothing. A named
     snapshot may have been trained at other rates, under another schedule or for another horizon; once that run has
-    snapshots of its own in `out`, the newest of them is taken, so that the same command always goes on.
+    snapshots of its own in `out`, the newest of them is taken, so that the same command always goes on. What another
+    run left in `out` is set aside.
 
     All ranks call it. Raises ValueError where only another run's snapshots are there, the data differ, or the horizon
     is passed already; nothing was removed then.
@@ -48,9 +49,34 @@ def resume(trainer: Trainer, out: Path, source: str) -> MetricsLog:
                 f"{path} stands at step {step:,}, behind the horizon of {trainer.steps:,} steps "
                 f"({trainer.run.horizon}); give a horizon that is further, or resume from an earlier snapshot"
             )
+        lines = read_metrics(path.parent.parent if path.parent.name == "snapshots" else path.parent, step)
+    with ranks.collective():  # when all have read
         if ranks.first:
-            set_later_aside(out, step)
-        return read_metrics(path.parent.parent if path.parent.name == "snapshots" else path.parent, step)
+            set_others_aside(out, path, trainer)
+    return lines
+
+
+def set_others_aside(out: Path, path: Path, trainer: Trainer) -> None:
+    """Before a run goes on from `path`: what lies in `out` and is not on the way to it gets the ending .old.
+
+    From elsewhere, that is all that a run leaves; from within, what is later and not of this run.
+    """
+    if not holds_checkpoint(out, path):
+        set_run_aside(out)
+        return
+    set_later_aside(out, trainer.progress.step)
+    tokens = trainer.progress.step * trainer.run.batch_tokens
+    for place in (out / "checkpoint", out / "best"):
+        with suppress(ValueError):  # damaged, or not there
+            about = checkpoint.about(place)
+            if tokens_trained(about) > tokens and not is_of_run(about, trainer.run):
+                files.set_aside(place)
+
+
+def holds_checkpoint(out: Path, path: Path) -> bool:
+    """Whether `path` is the result of the run in `out`, or lies among its snapshots."""
+    snapshot = path.resolve().parent == (out / "snapshots").resolve()
+    return snapshot or path.resolve() == (out / "checkpoint").resolve()
 
 
 def choose_snapshot(out: Path, source: str, run: RunConfig) -> Path | None:
@@ -74,7 +100,7 @@ def choose_snapshot(out: Path, source: str, run: RunConfig) -> Path | None:
         except ValueError as error:
             warn(f"passing over a damaged snapshot: {error}")
             continue
-        if is_of_run(about, run) and tokens_trained(about) > named_tokens:
+        if is_of_run(about, run) and tokens_trained(about) >= named_tokens:
             return path
         others.append(path)
     if problem is not None:

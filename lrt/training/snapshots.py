@@ -7,6 +7,7 @@ score so far. Where they lie is `lrt.model.checkpoint`'s knowledge; what is in t
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,12 +47,12 @@ def clear_unfinished(out: Path) -> None:
 
 
 def set_run_aside(out: Path) -> None:
-    """Before a fresh start: all that an old run left gets the ending .old.
+    """Before a fresh start, or one from elsewhere: all that an old run left gets the ending .old, and stays.
 
     Nothing of it may pass for this run's when it is interrupted and goes on, and nothing of it is lost: its snapshots
-    may be all there is of its weights, and this run has none yet.
+    may be all there is of its weights.
     """
-    for name in ("checkpoint", "best", "snapshots", "metrics.jsonl", "diverged.json"):
+    for name in ("checkpoint", "best", "snapshots", "metrics.jsonl", "diverged.json", "tensorboard", "wandb-id"):
         files.set_aside(out / name)
 
 
@@ -69,6 +70,9 @@ def set_later_aside(out: Path, step: int) -> None:
 
 
 def drop_finished(out: Path) -> None:
-    """Remove what a run went on from, its own and what was set aside for it. Its checkpoint is whole by now."""
-    for folder in (out / "snapshots", *out.glob("snapshots.old*")):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove the snapshots that a run went on from, when its checkpoint is whole. What was set aside stays."""
+    folder = out / "snapshots"
+    for snapshot in (*folder.glob("step-*"), *folder.glob(".step-*")):  # also what a kill left of one
+        shutil.rmtree(snapshot, ignore_errors=True)
+    with suppress(OSError):  # something else lies there
+        folder.rmdir()

@@ -13,7 +13,8 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,21 +111,18 @@ class Trainer:
         """One optimiser step; returns its line of the metrics log.
 
         Loss and gradient norm are looked at before the update: nothing that is not finite reaches the weights. Raises
-        Diverged then, weights untouched; OutOfMemory, weights untouched, where the gradient takes more than there is.
+        Diverged then, weights untouched; OutOfMemory, weights untouched, where the gradient takes more than there is,
+        and with weights that may be half updated where the update does.
         """
         run, before, started = self.run, self.progress, time.perf_counter()
         schedule = self.schedule.at(before.step, self.steps, run.seed)
-        batches, position = self._batches()
-        try:
+        with self.memory_errors(self._advise_memory()):
+            batches, position = self._batches()
             loss = self._accumulate_gradients(schedule, batches)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self.optimiser.zero_grad()
-            raise OutOfMemory(self._advise_memory()) from error
-        norm = float(clip_gradients(self.model, run.optim.clip, self.ranks))
+            norm = float(clip_gradients(self.model, run.optim.clip, self.ranks))
         self._check_finite(loss, norm)
-        rate = self.optimiser.step(before.step)
+        with self.memory_errors(self._advise_update_memory(), weights_whole=False):
+            rate = self.optimiser.step(before.step)
         self.progress = Progress(
             before.step + 1,
             position,
@@ -154,6 +152,20 @@ class Trainer:
         (loss,) = self.ranks.sum([float(torch.stack(shares).sum())])
         return loss
 
+    @contextmanager
+    def memory_errors(self, message: str, weights_whole: bool = True) -> Iterator[None]:
+        """Within the block, an error that says that memory is full becomes OutOfMemory with `message`.
+
+        Gradients are dropped then. `weights_whole` is false where the block changes weights.
+        """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.optimiser.zero_grad()
+            raise OutOfMemory(message, weights_whole) from error
+
     def _advise_memory(self) -> str:
         """What to tell a user whose memory does not suffice for a micro-batch."""
         ranks = self.ranks.ranks
@@ -168,6 +180,15 @@ class Trainer:
         return (
             f"out of memory at step {self.progress.step}, with {rows} rows of {self.run.model.context} tokens at once "
             f"on {self.device}; {remedy}, and the same command goes on"
+        )
+
+    def _advise_update_memory(self) -> str:
+        """What to tell a user whose memory does not suffice for the optimisers' update."""
+        return (
+            f"out of memory in the update of step {self.progress.step} on {self.device}; the weights may be half "
+            "updated and are not saved, earlier snapshots stay. What the optimisers keep depends on the model, not on "
+            "the batch: free memory there or take more GPUs (--parallel fsdp), and the same command goes on; else take "
+            "a smaller model"
         )
 
     def _check_finite(self, loss: float, norm: float) -> None:
@@ -261,7 +282,12 @@ class Trainer:
 
 
 class OutOfMemory(ValueError):
-    """A micro-batch that does not fit. Weights and optimisers are as they were before its step."""
+    """A micro-batch, an update or a scoring that does not fit."""
+
+    def __init__(self, message: str, weights_whole: bool = True) -> None:
+        super().__init__(message)
+        self.weights_whole = weights_whole
+        """Whether weights and optimisers are those of the last whole step. An update may have changed some of them."""
 
 
 class Diverged(FloatingPointError):

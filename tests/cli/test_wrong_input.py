@@ -443,7 +443,10 @@ def test_yaml_is_read_as_of_version_1_2(tmp_path: Path):
         (MemoryError(), "out of memory; give a smaller batch"),
         (RecursionError("maximum recursion depth exceeded"), "nested too deeply to be read (maximum"),
         (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 8 bytes"), "out of memory"),
-        (torch.OutOfMemoryError("CUDA out of memory.\n  Tried to allocate"), "CUDA out of memory. Tried"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\n  Tried to allocate"),
+            "smaller batch or model, or --device cpu (CUDA out of",
+        ),
         (yaml.YAMLError("a\nb"), "a b"),
         (pickle.UnpicklingError("invalid load key"), "invalid load key"),
         (safetensors.SafetensorError("header too large"), "header too large"),

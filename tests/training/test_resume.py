@@ -90,7 +90,7 @@ def test_a_run_without_resume_starts_again(data: Prepared, whole: Path, tmp_path
     assert_same(weights(tmp_path), weights(whole))
 
 
-def test_a_fresh_start_sets_the_old_run_aside_until_it_has_a_checkpoint(
+def test_a_fresh_start_sets_the_old_run_aside_for_good(
     data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_after(Trainer(replace(run_config(), seed=9), data, "cpu"), 5, tmp_path)
@@ -105,8 +105,101 @@ def test_a_fresh_start_sets_the_old_run_aside_until_it_has_a_checkpoint(
     assert_same(weights(tmp_path / "snapshots.old" / old.name), kept)
     assert (tmp_path / "metrics.jsonl.old").read_text() == metrics
     train(run_config(), data, tmp_path, progress=False, resume_from="never")
-    assert not list(tmp_path.glob("snapshots*"))
     assert len(weights(tmp_path / "checkpoint")) > 0
+    assert_same(weights(tmp_path / "snapshots.old" / old.name), kept)  # the old run has no other weights
+    assert [path.name for path in tmp_path.glob("snapshots*")] == ["snapshots.old"]
+
+
+def test_a_finished_run_removes_its_snapshots_only(data: Prepared, tmp_path: Path) -> None:
+    run, folders = stop_at_the_end(data, tmp_path), ("snapshots.old-keep", "snapshots.old", "snapshots/copy")
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "note.txt").write_text("a user's own")
+    train(run, data, tmp_path, progress=False)
+    assert len(weights(tmp_path / "checkpoint")) > 0
+    assert snapshots(tmp_path) == []
+    assert [(tmp_path / folder / "note.txt").read_text() for folder in folders] == ["a user's own"] * 3
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """The files of a folder, or a file by itself."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def interrupt_once(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
+    """A kill before step `at`, the first time only; returns the list of steps, which grows as they are taken."""
+    steps: list[int] = []
+    step = Trainer.step
+
+    def counted_step(self: Trainer) -> dict[str, Any]:
+        steps.append(self.progress.step)
+        if self.progress.step == at and steps.count(at) == 1:
+            raise KeyboardInterrupt  # as a kill: nothing is saved here
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", counted_step)
+    return steps
+
+
+LEFT = ("checkpoint", "best", "metrics.jsonl", "snapshots", "wandb-id")
+"""What a run may leave in its folder."""
+
+
+def test_going_on_from_elsewhere_sets_another_run_in_the_folder_aside(
+    data: Prepared, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = tmp_path / "out", replace(run_config(tokens=6 * 64), seed=9)
+    train(other, data, out, progress=False, evaluation=EvalConfig(3, 100))
+    stop_after(Trainer(other, data, "cpu"), 2, out)
+    (out / "wandb-id").write_text("of the other run")
+    left = {name: contents(out / name) for name in LEFT}
+    trainer = Trainer(run_config(), data, "cpu")
+    stop_after(trainer, 4, tmp_path / "source")
+    trainer.close()
+    arguments: dict[str, Any] = {
+        "progress": False, "snapshots": SnapshotConfig(every=3, last=1), "evaluation": EvalConfig(4, 100),
+        "resume_from": str(snapshot_path(tmp_path / "source", 4)),
+    }  # fmt: skip
+    steps = interrupt_once(monkeypatch, at=8)
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config(), data, out, **arguments)
+    train(run_config(), data, out, **arguments)
+    assert steps.count(5) == 1  # the second start went on from the snapshot of step 6
+    train(run_config(), data, out, **arguments)  # finished
+    assert_same(weights(out), weights(whole))
+    assert {name: contents(out / f"{name}.old") for name in LEFT} == left
+    assert not list(out.glob("*.old-2"))
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 32
+
+
+def test_a_source_at_the_last_step_is_finished_once(data: Prepared, tmp_path: Path) -> None:
+    run = stop_at_the_end(data, tmp_path / "source")
+    for _ in range(2):
+        train(run, data, tmp_path / "out", progress=False, resume_from=str(snapshot_path(tmp_path / "source", 6)))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint", "metrics.jsonl"]
+
+
+def test_a_source_that_is_refused_moves_nothing(data: Prepared, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stop_after(Trainer(run_config(), data, "cpu"), 2, out)
+    before = contents(out)
+    with pytest.raises(ValueError, match="another run"):
+        train(replace(run_config(), seed=9), data, out, progress=False, resume_from=str(whole / "checkpoint"))
+    assert contents(out) == before
+
+
+def test_a_later_result_in_the_folder_of_the_source_is_set_aside(data: Prepared, tmp_path: Path) -> None:
+    """As after a kill between the final save and the removal of snapshots: they lie beside the result."""
+    run = run_config(tokens=6 * 64)
+    train(run, data, tmp_path, progress=False, evaluation=EvalConfig(3, 100))
+    stop_after(Trainer(run, data, "cpu"), 2, tmp_path)
+    left = {name: contents(tmp_path / name) for name in ("checkpoint", "best")}
+    gentle = replace(run, optim=replace(run.optim, matrix_lr=0.001))
+    named = str(snapshot_path(tmp_path, 2))
+    train(gentle, data, tmp_path, progress=False, evaluation=EvalConfig(3, 100), resume_from=named)
+    assert {name: contents(tmp_path / f"{name}.old") for name in left} == left
+    assert checkpoint.about(tmp_path / "checkpoint")["run"]["optim"]["matrix_lr"] == 0.001
 
 
 @pytest.mark.parametrize("problem", ["damaged", "another path"])
@@ -122,16 +215,7 @@ def test_later_snapshots_do_not_stand_in_the_place_of_new_ones(
         (snapshot_path(tmp_path, 30) / "training.pt").write_bytes(b"")
     else:
         run, named = replace(run, horizon="steps=31"), str(snapshot_path(tmp_path, 4))
-    steps: list[int] = []
-    step = Trainer.step
-
-    def step_until_9(self: Trainer) -> dict[str, Any]:
-        steps.append(self.progress.step)
-        if self.progress.step == 9 and steps.count(9) == 1:
-            raise KeyboardInterrupt  # as a kill: nothing is saved here
-        return step(self)
-
-    monkeypatch.setattr(Trainer, "step", step_until_9)
+    steps = interrupt_once(monkeypatch, at=9)
     keeping = SnapshotConfig(every=3, last=1)
     with pytest.raises(KeyboardInterrupt):
         train(run, data, tmp_path, progress=False, snapshots=keeping, resume_from=named)
@@ -438,6 +522,51 @@ def test_out_of_memory_names_a_smaller_device_batch_and_loses_no_step(
     assert [path.name for path in snapshots(tmp_path)] == ["step-00000003"]
     train(replace(run, device_batch=4), data, tmp_path, progress=False)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def fail_after(function: Callable[..., Any], calls: int, error: Exception) -> Callable[..., Any]:
+    """`function`, which fails after so many calls."""
+    done: list[None] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        if len(done) == calls:
+            raise error
+        done.append(None)
+        return function(*arguments, **options)
+
+    return counted
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_out_of_memory_in_an_update_saves_no_half_updated_weights(
+    data: Prepared, whole: Path, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeping = SnapshotConfig(every=2)
+    with monkeypatch.context() as patch:
+        # Muon has updated its matrices by then.
+        patch.setattr(torch.optim.AdamW, "step", fail_after(torch.optim.AdamW.step, step, FULL["GPU"]))
+        with pytest.raises(ValueError, match=rf"out of memory in the update of step {step} .* not saved"):
+            train(run_config(), data, tmp_path, progress=False, snapshots=keeping)
+    assert [path.name for path in snapshots(tmp_path)] == ["step-00000002"] * (step > 2)
+    train(run_config(), data, tmp_path, progress=False, snapshots=keeping)
+    assert_same(weights(tmp_path), weights(whole))
+
+
+@pytest.mark.parametrize(("every", "scorings", "steps"), [(5, 0, 5), (40, 1, 32)], ids=["on the way", "at the end"])
+def test_out_of_memory_in_scoring_loses_no_step(
+    data: Prepared, whole: Path, tmp_path: Path, every: int, scorings: int, steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    scores = {"live_bpb": 1.0, "parallel_bpb": 1.0, "gap": 0.0, "targets": 100}
+    with monkeypatch.context() as patch:
+        patch.setattr("lrt.training.loop.live_scores", fail_after(lambda *_: dict(scores), scorings, FULL["CPU"]))
+        with pytest.raises(ValueError, match=rf"scoring live after {steps} steps on cpu; give --eval.every 0"):
+            train(run_config(), data, tmp_path, progress=False, evaluation=EvalConfig(every, 100))
+    assert [path.name for path in snapshots(tmp_path)] == [f"step-{steps:08d}"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == steps
+    train(run_config(), data, tmp_path, progress=False)
+    assert_same(weights(tmp_path), weights(whole))
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == list(range(32))
 
 
 def test_one_row_that_does_not_fit_has_another_remedy(data: Prepared, tmp_path: Path) -> None:
