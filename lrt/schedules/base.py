@@ -24,6 +24,7 @@ import torch
 
 from lrt.utils.plugins import Plugin
 from lrt.utils.registry import Registry
+from lrt.utils.validation import shorten
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def bind(expand: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 def count(name: str, value: object, least: int) -> int:
     """`value`, required to be a whole number of at least `least`; ValueError, naming it, where it is not."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        raise ValueError(f"{name} is {shorten(value)}; it must be a whole number of at least {least}")
     return value
 
 
