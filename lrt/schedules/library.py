@@ -128,7 +128,7 @@ def _parts(kind: str, unit: str, parts: Sequence[tuple[float, Schedule]]) -> tup
     weights = [weight for weight, _ in parts]
     if not all(map(WEIGHT.allow, weights)) or not abs(math.fsum(weights) - 1) <= 1e-6:
         total = f", in sum {math.fsum(weights):g}" if all(map(WEIGHT.allow, weights)) else ""
-        raise ValueError(f"the {unit} of {kind} are {weights}{total}; they must sum to 1, each at least 0")
+        raise ValueError(f"the {unit} of {kind} are {shorten(weights)}{total}; they must sum to 1, each at least 0")
     return tuple((float(p), s) for p, s in parts)
 
 

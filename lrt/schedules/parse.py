@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from lrt.utils.validation import shorten
 
 _COMPOSED: dict[str, Callable[..., Schedule]] = {"mixture": mixture, "stages": stages, "late": late}
 """Schedules made of schedules, which are no entries of SCHEDULES: they have no passes of their own."""
+LONG_NUMBER = re.compile(r"\d{1000}")
 EXAMPLES = {
     "plain": "plain()",
     "interleaved": "interleaved(2)",
@@ -41,6 +43,8 @@ def parse(text: str) -> Schedule:
     Raises ValueError with the text and the known names; it is an UnknownName where that is all that is wrong.
     """
     try:
+        if LONG_NUMBER.search(text):  # Python's own message is about a setting of Python's
+            raise ValueError("it holds a number of 1,000 digits or more")
         built = _build(ast.parse(text.strip(), mode="eval").body)
         if not isinstance(built, Simple | Mixture | Stages):
             raise ValueError("that is no schedule")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LONGEST = 100
+LONGEST = 200
 """Characters of a value that a message repeats."""
 
 
@@ -20,7 +20,7 @@ def shorten(content: object) -> str:
     Python refuses to write numbers of more than 4,300 digits.
     """
     if isinstance(content, int) and abs(content) >= 10**30:
-        return f"{'-' if content < 0 else ''}a number of more than 30 digits"
+        return f"a {'negative ' if content < 0 else ''}number of more than 30 digits"
     try:
         text = repr(content)
     except ValueError:  # such a number within

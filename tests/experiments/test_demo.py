@@ -211,6 +211,12 @@ def test_a_family_without_its_files_is_trained_again(
         run(tmp_path / "copy", texts)
 
 
+@pytest.mark.parametrize("text", ["[1]", "3", '{"key": '])
+def test_a_result_that_is_none_passes_for_nothing(text: str, tmp_path: Path):
+    (tmp_path / "result.json").write_text(text)
+    assert demo._read_result(tmp_path / "result.json") == {}
+
+
 def test_a_family_that_was_trained_but_not_scored_is_not_trained_again(
     made: Path, texts: list[Path], tmp_path: Path, summary: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
