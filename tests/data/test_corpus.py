@@ -432,7 +432,7 @@ def test_an_error_late_in_the_text_keeps_what_is_done(
             with pytest.raises(type(error), match=str(error)):
                 prepare(tmp_path / "out", [path], tokenizer=given, progress=False)
     assert begun[0].documents == 0
-    assert begun[1].documents > 300  # it fails there again, and does nothing twice
+    assert begun[1].documents > 250  # it fails there again, and does nothing twice
     assert prepare(tmp_path / "out", [path], tokenizer=given, progress=False).manifest == made.manifest
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert not (tmp_path / ".out.part").exists()

@@ -24,5 +24,5 @@ def test_a_long_number_is_refused_in_a_short_line(digits: int):
     class Config:
         depth: int
 
-    with pytest.raises(ValueError, match="^depth is a number of more than 30 digits; it must be a whole number"):
+    with pytest.raises(ValueError, match="depth is a number of more than 30 digits; it must be a whole number"):
         check_numbers(Config(10**digits), {"depth": Limits(1, 100, whole=True)})
