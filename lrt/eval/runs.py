@@ -23,8 +23,8 @@ from lrt.utils.files import read_json
 from lrt.utils.json_lines import read_json_lines
 from lrt.utils.validation import shorten
 
-TEXTS = ("schedule", "data", "corpus")
-"""Fields of what a checkpoint says about itself that are text."""
+ABOUT: dict[str, type] = {"schedule": str, "data": str, "corpus": str, "trained": dict, "scores": dict}
+"""What a checkpoint says about itself, as far as it is read here."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def read_config(file: Path) -> dict[str, Any]:
     about = config.get("about", {})
     try:
         ModelConfig.from_dict(config["model"])
-        check_kinds(about, "about", dict.fromkeys(("trained", "scores"), dict) | dict.fromkeys(TEXTS, str))
+        check_kinds(about, "about", ABOUT)
         for name in ("trained", "scores"):
             numbers = about.get(name) or {}
             check_kinds(numbers, f"about.{name}", dict.fromkeys(numbers, int | float))
