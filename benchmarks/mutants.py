@@ -308,12 +308,12 @@ def record(room: str, file: Path, overlay: Overlay) -> dict[str, Any]:
         return code
 
     pid, pipe = fork(overlay, work)
-    told = [message for message in messages(pipe, 3600) if message]
+    records = [message for message in messages(pipe, 3600) if message]
     os.close(pipe)
     os.waitpid(pid, 0)
-    if not told:
+    if not records:
         raise RuntimeError(f"the tests of {file} cannot be run:\n{(overlay.folder / 'log.txt').read_text()[-2000:]}")
-    return told[0]
+    return records[0]
 
 
 # --- a mutant's fate --------------------------------------------------------------------------------------------------
@@ -534,9 +534,9 @@ def main(arguments: Arguments) -> None:
                 outcome = "equivalent" if identity(mutant) in harmless else results.get(mutant)
                 if outcome is None:
                     coverage = coverage or coverage_of(room, overlay, arguments.out)
-                    told = fate(mutant, coverage, overlay, arguments.seconds)
-                    results.add(mutant, told)
-                    outcome = told["fate"]
+                    tried = fate(mutant, coverage, overlay, arguments.seconds)
+                    results.add(mutant, tried)
+                    outcome = tried["fate"]
                 fates[name] = (mutant, outcome)
                 progress.update(task, advance=1, description=room, refresh=True)
     report(fates)

@@ -104,7 +104,7 @@ class Work:
     """What a finished round's folder holds."""
     late_from: int | None = None
     """Kill only once the metrics log has so many lines; None: at any moment."""
-    given: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     """Files of the round's folder before its first attempt."""
 
 
@@ -204,7 +204,7 @@ def preparing(text: str, share: float, *options: str) -> Work:
 
 def studying(study: str, share: float) -> Work:
     command = ("study", "grid.yaml", "--results", "results")
-    return Work(command, share, lines_written, digest_lines, given={"grid.yaml": study})
+    return Work(command, share, lines_written, digest_lines, files={"grid.yaml": study})
 
 
 EVALUATION = "evaluate ../trained/run --data ../small/data --out scores --device cpu --batch-size 4 --at-least 1000"
@@ -351,7 +351,7 @@ def new_round(work: Work, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "runs/studies/texts").mkdir(parents=True)
     (folder / "runs/studies/texts/small").symlink_to("../../../../small/data", target_is_directory=True)
-    for name, text in work.given.items():
+    for name, text in work.files.items():
         (folder / name).write_text(text)
 
 

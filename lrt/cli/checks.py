@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt.utils.files import check_writable
+from lrt.utils.validation import shorten
 
 OUTPUTS = {"out", "results", "figure"}
 """Fields of verbs that name what is written."""
@@ -34,11 +35,6 @@ def check_number(flag: str, number: object) -> None:
         raise ValueError(f"{flag} is {number}; give a finite number")
     if isinstance(number, int) and not 0 <= number < INTEGERS:
         raise ValueError(f"{flag} is {shorten(number)}; give a whole number from 0 to below 2^63")
-
-
-def shorten(number: int) -> str:
-    """A whole number as text; Python refuses to write those of more than 4,300 digits."""
-    return str(number) if abs(number) < 10**30 else f"{'-' if number < 0 else ''}a number of more than 30 digits"
 
 
 def flag_values(verb: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:

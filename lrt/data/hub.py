@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,15 @@ from lrt.utils.progress import warn
 
 SNAPSHOT = 1000
 """Records between two states of the library's iterator: what is read again at most after an interruption."""
+
+NETWORK = (
+    ("httpx", "TransportError"), ("httpx2", "TransportError"), ("aiohttp", "ClientConnectionError"),
+    ("requests", "ConnectionError"), ("huggingface_hub.errors", "LocalEntryNotFoundError"),
+)  # fmt: skip
+"""Module and class of what HTTP clients raise without a connection: not all are OSError, and the last is one for files
+that are not there. A library that was not imported has raised none."""
+PASSING = (408, 429)
+"""HTTP: too slow, too many requests. With 500 and above the answers that say nothing of the request itself."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +137,19 @@ class HubSource:
             optional_module("datasets.exceptions", "data", f"reading {self.name}").DatasetsError,
         ) as error:
             raise ValueError(f"{self.name} is damaged behind record {seen} ({error}); get its files again") from error
-        except OSError as error:  # what was prepared is kept: the connection may come back
+        except Exception as error:
+            if not (isinstance(error, OSError) or is_unreachable(error)):
+                raise
             raise OSError(
                 f"{self.name} cannot be read behind record {seen} ({error}); call it again to go on from there"
             ) from error
 
 
 def hub_source(dataset: Dataset, selection: Selection) -> HubSource:
-    """The source of a data set, at the revision it has now; ValueError where it cannot be found or read."""
+    """The source of a data set, at the revision it has now.
+
+    ValueError where it cannot be found or read; OSError where the hub cannot be reached.
+    """
     dataset = resolve_preset(dataset)
     folder = Path(dataset.name)
     if not folder.is_dir() and folder.exists():
@@ -169,17 +184,36 @@ def open_stream(dataset: Dataset, revision: str | None) -> Any:
 
 @contextlib.contextmanager
 def name_in_errors(dataset: Dataset) -> Iterator[None]:
-    """Name the data set in what the libraries raise: classes of theirs and of their HTTP client's, so any Exception."""
+    """Name the data set in what the libraries raise: classes of theirs and of their HTTP client's, so any Exception.
+
+    OSError where it cannot be reached, ValueError for all else.
+    """
     try:
         yield
     except MissingExtraError:  # says what to do already
         raise
     except Exception as error:
+        if is_unreachable(error):
+            raise OSError(
+                f"data set {dataset.name!r} cannot be reached ({error}); call it again once it can be: what was "
+                "prepared of it is kept"
+            ) from error
         raise ValueError(
             f"data set {dataset.name!r} (config {dataset.config!r}, split {dataset.split!r}) cannot be opened: "
-            f"{error}; check its name, its configuration and split, and the connection to the hub, or give a local "
-            f"folder or one of {', '.join(PRESETS)}"
+            f"{error}; check its name, its configuration and split, or give a local folder or one of "
+            f"{', '.join(PRESETS)}"
         ) from error
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Whether an error is the network's, the server's or the disk's, and may be gone the next time."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in PASSING or status >= 500
+    classes = [getattr(sys.modules.get(module), name, None) for module, name in NETWORK]
+    if isinstance(error, tuple(kind for kind in classes if kind is not None)):
+        return True
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
 
 def folder_digest(folder: Path) -> str:

@@ -8,8 +8,8 @@ not there at all, and it is known by its inputs: asked for again with the same o
 
 While it is made, a hidden folder beside it holds what is done: the growing shards and, every 16 MB of text, a state
 (the place in the corpus, the lengths of the files). Whatever stops the process (Ctrl-C, SIGKILL, a lost connection, a
-full disk), the next call cuts the files to those lengths and goes on from there, and the bytes are the same. Only input
-that turns out to be wrong removes the folder.
+full disk, a damaged document), the next call with the same inputs cuts the files to those lengths and goes on from
+there, and the bytes are the same. Other inputs begin anew.
 
 Splits are by text file where whole files come near the shares of the splits, so that no file is both trained on and
 reported; else by contiguous parts of each. Documents of JSON lines, Parquet and data sets are split one by one
@@ -228,10 +228,11 @@ def worker_count(workers: int | None, corpus: Corpus) -> int:
 def train_tokenizer(part: Path, corpus: Corpus, vocab_size: int, progress: bool) -> Tokenizer:
     """A tokenizer for the corpus, saved in `part`; the one there, where an earlier call got that far."""
     file = part / "tokenizer.json"
-    if not file.is_file():
-        with bar(f"training a vocabulary of {vocab_size}", None, progress):
-            tokenizer = Tokenizer.train(corpus.sample(SAMPLE_BYTES), vocab_size)
-        replace_atomically(file, tokenizer.save)
+    with contextlib.suppress(ValueError):  # there is none, or it is damaged: the same text gives the same one
+        return Tokenizer.load(file)
+    with bar(f"training a vocabulary of {vocab_size}", None, progress):
+        tokenizer = Tokenizer.train(corpus.sample(SAMPLE_BYTES), vocab_size)
+    replace_atomically(file, tokenizer.save)
     return Tokenizer.load(file)
 
 
@@ -239,9 +240,7 @@ def write_splits(
     part: Path, corpus: Corpus, tokenizer: Tokenizer, shard_tokens: int, workers: int, progress: bool
 ) -> dict[str, Any]:
     """Encode the corpus from where an earlier call stopped, and return the splits' entries in the manifest."""
-    place, states = read_state(part)
-    dtype = token_dtype(tokenizer)
-    writers = {name: SplitWriter(part, name, dtype, shard_tokens, states.get(name)) for name in SPLITS}
+    place, writers = open_writers(part, token_dtype(tokenizer), shard_tokens)
     try:
         with (
             Encoders(tokenizer, part / "tokenizer.json", workers) as encoders,
@@ -309,18 +308,28 @@ def check_entries(entries: dict[str, dict[str, Any]]) -> None:
             )
 
 
-def read_state(part: Path) -> tuple[CorpusPosition, dict[str, Any]]:
-    """Where an earlier call stopped, and what its writers need to go on; the beginning, where there is none."""
+def open_writers(part: Path, dtype: str, shard_tokens: int) -> tuple[CorpusPosition, dict[str, SplitWriter]]:
+    """Where an earlier call stopped, and writers that go on from there; the beginning, where there is none.
+
+    ValueError for a state that is damaged, or whose files are: it is removed, so that the next call begins anew.
+    """
     file = part / "state.json"
+    try:
+        place, states = read_state(file)
+        return place, {name: SplitWriter(part, name, dtype, shard_tokens, states.get(name)) for name in SPLITS}
+    except (ValueError, KeyError, TypeError, RecursionError, FileNotFoundError) as error:
+        file.unlink(missing_ok=True)
+        raise ValueError(f"{file} is damaged ({error}) and is removed; call it again to begin anew") from error
+
+
+def read_state(file: Path) -> tuple[CorpusPosition, dict[str, Any]]:
+    """Where an earlier call stopped, and what its writers need to go on."""
     if not file.is_file():
         return CorpusPosition(), {}
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        source, mark, documents = state["place"]
-        splits = {name: state["splits"][name] for name in SPLITS}
-        return CorpusPosition(source, SourcePosition(*mark), documents), splits
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error}) and is removed; call it again to begin anew") from error
+    state = json.loads(file.read_text(encoding="utf-8"))
+    source, mark, documents = state["place"]
+    splits = {name: state["splits"][name] for name in SPLITS}
+    return CorpusPosition(source, SourcePosition(*mark), documents), splits
 
 
 def write_state(part: Path, place: CorpusPosition, splits: dict[str, Any]) -> None:
@@ -356,8 +365,9 @@ def open_if_same(out: Path, inputs_sha256: str) -> Prepared | None:
 def partial_folder(out: Path, inputs_sha256: str) -> Iterator[Path]:
     """A hidden folder beside `out` to write into, for one process at a time.
 
-    It is kept where the work was stopped, for a later call with the same inputs to go on from; removed when it is
-    done, or when the inputs turned out to be wrong.
+    It is kept where the work was stopped, for a later call with the same inputs to go on from: also by an error in the
+    inputs, since a data set may be whole again, and a call that fails at the same place does so without doing the rest
+    again. It is removed when it is done, and where an error in the inputs came before the first state.
     """
     part, lock = partial_name(out), out.parent / f".{out.name}.lock"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -371,7 +381,8 @@ def partial_folder(out: Path, inputs_sha256: str) -> Iterator[Path]:
             yield part
             shutil.rmtree(part)
         except ValueError:
-            shutil.rmtree(part)
+            if not (part / "state.json").is_file():
+                shutil.rmtree(part)
             raise
         finally:
             with contextlib.suppress(OSError):  # whoever waits for it locks a new one

@@ -19,6 +19,12 @@ from lrt.eval.results import Result
 from lrt.model.checkpoint import snapshots
 from lrt.model.config import ModelConfig
 from lrt.model.size import count_parameters
+from lrt.utils.files import read_json
+from lrt.utils.json_lines import read_json_lines
+from lrt.utils.validation import shorten
+
+ABOUT: dict[str, type] = {"schedule": str, "data": str, "corpus": str, "trained": dict, "scores": dict}
+"""What a checkpoint says about itself, as far as it is read here."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +95,17 @@ class Run:
         if folder.name == "checkpoint" and (folder.parent / "metrics.jsonl").is_file():
             folder = folder.parent
         log, saved = folder / "metrics.jsonl", weights_folder(folder)
-        metrics = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-        config = json.loads((saved / "config.json").read_text()) if saved is not None else {}
+        metrics = read_json_lines(log)
+        config = read_config(saved / "config.json") if saved is not None else {}
         places = dict.fromkeys(place / "evaluation" for place in (folder, saved or folder))
-        measured = [result for place in places for result in results.read_results(place)]
+        measured = [one for place in places for one in results.read_results(place)]
         if not bool(metrics or config or measured):
             raise ValueError(
                 f"{folder} is no run: it has no metrics.jsonl, checkpoint or evaluation; give a folder of `lrt train`"
             )
         weights = None if saved is None else weights_sha256(saved)
-        current = [result for result in measured if weights in (None, result.checkpoint)]
-        outdated = [result for result in measured if result not in current]
+        current = [one for one in measured if weights in (None, one.checkpoint)]
+        outdated = [one for one in measured if one not in current]
         return cls(folder.resolve().name, metrics, config, current, demo_scores(folder), outdated)
 
     @property
@@ -130,23 +136,23 @@ class Run:
 
     def of(self, kind: str) -> list[Result]:
         """The results of a kind."""
-        return [result for result in self.results if result.kind == kind]
+        return [measured for measured in self.results if measured.kind == kind]
 
     def values(self, kind: str) -> dict[str, Any]:
         """The first result of a kind, empty where there is none."""
-        return next((result.values for result in self.of(kind)), {})
+        return next((measured.values for measured in self.of(kind)), {})
 
     def trained_text(self, split: str, targets: int | None) -> ScoredOn:
         """A split of the data that the run was trained on."""
         data = self.about.get("data") or f"unknown data of {self.name}"
         return ScoredOn(data, split, self.context, targets, self.about.get("corpus", ""))
 
-    def scored_on(self, result: Result, corpus: str | None = None) -> ScoredOn:
+    def scored_on(self, measured: Result, corpus: str | None = None) -> ScoredOn:
         """What a result was measured on; of several corpora, `corpus`."""
-        name = corpus or result.subject
-        values = result.values if corpus is None else result.values["corpora"][corpus]
-        targets = values.get("targets", result.settings.get("targets"))
-        noted = result.settings.get("on", {}).get(name)
+        name = corpus or measured.subject
+        values = measured.values if corpus is None else measured.values["corpora"][corpus]
+        targets = values.get("targets", measured.settings.get("targets"))
+        noted = measured.settings.get("on", {}).get(name)
         if noted is not None:
             return ScoredOn(**noted, targets=targets, name=name.removesuffix(f"-{noted['split']}"))
         text, _, split = name.rpartition("-")  # an older version's: the corpus's name and its size in bytes
@@ -167,13 +173,13 @@ class Run:
             yield Score(self.trained_text("val", final.get("targets")), trained_with | final)
         if self.demo:
             yield Score(self.trained_text("test", self.demo.get("targets")), trained_with | self.demo)
-        for result in self.of("scores"):
-            for corpus, values in result.values["corpora"].items():
-                yield Score(self.scored_on(result, corpus), values)
-        for result in self.of("ablations"):
-            yield Score(self.scored_on(result), result.values)
-        for result in self.of("bpb"):
-            yield Score(self.scored_on(result), bpb_values(result.values))
+        for measured in self.of("scores"):
+            for corpus, values in measured.values["corpora"].items():
+                yield Score(self.scored_on(measured, corpus), values)
+        for measured in self.of("ablations"):
+            yield Score(self.scored_on(measured), measured.values)
+        for measured in self.of("bpb"):
+            yield Score(self.scored_on(measured), bpb_values(measured.values))
 
 
 def bpb_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,11 +200,36 @@ def weights_folder(folder: Path) -> Path | None:
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """A checkpoint's config.json, as far as reports read it. ValueError that names the file where it makes no sense."""
+    config = read_json(file)
+    about = config.get("about", {})
+    try:
+        ModelConfig.from_dict(config["model"])
+        check_kinds(about, "about", ABOUT)
+        for name in ("trained", "scores"):
+            numbers = about.get(name) or {}
+            check_kinds(numbers, f"about.{name}", dict.fromkeys(numbers, int | float))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} describes no run of this version ({error!r}); restore it from a copy") from error
+    return config
+
+
+def check_kinds(fields: object, name: str, kinds: Mapping[str, Any]) -> None:
+    """ValueError unless `fields` is an object whose named fields, where they are there, are of their kinds or null."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name} is {shorten(fields)}, not an object")
+    for field_name, kind in kinds.items():
+        content = fields.get(field_name)
+        if content is not None and not isinstance(content, kind):
+            raise ValueError(f"{name}.{field_name} is {shorten(content)}")
+
+
 def weights_sha256(folder: Path) -> str | None:
     """SHA-256 of a checkpoint's weights, as its manifest has it; None where it has none."""
     file = folder / "manifest.json"
-    manifest = json.loads(file.read_text()) if file.is_file() else {}
-    return manifest.get("model.safetensors", {}).get("sha256")
+    entry = read_json(file).get("model.safetensors") if file.is_file() else None
+    return entry.get("sha256") if isinstance(entry, dict) else None
 
 
 def demo_scores(folder: Path) -> dict[str, Any]:

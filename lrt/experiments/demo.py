@@ -153,10 +153,10 @@ def _train_family(
 
 
 def _read_result(path: Path) -> dict[str, Any]:
-    """What an earlier call wrote when a family was done; nothing where it is missing or cut short."""
+    """What an earlier call wrote when a family was done; nothing where it is missing, cut short or no object."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return files.read_json(path)
+    except ValueError:
         return {}
 
 

@@ -14,6 +14,7 @@ from lrt.eval.report.figures import COLOURS, Quantity, draw_losses
 from lrt.eval.report.html import figure_svg, render_page
 from lrt.eval.report.table import Table
 from lrt.utils.files import replace_atomically
+from lrt.utils.json_lines import read_json_lines
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 """A title, and the cell that a model's entry in the summary gives."""
@@ -65,7 +66,7 @@ def display_name(family: str) -> str:
 
 def write_report(path: Path, summary: Mapping[str, Any], logs: Mapping[str, Path], sample: str) -> None:
     """Write the report: table, loss curves from the families' metrics.jsonl (`logs`), a sample, the settings."""
-    curves = {display_name(n): [json.loads(line) for line in log.read_text().splitlines()] for n, log in logs.items()}
+    curves = {display_name(n): read_json_lines(log) for n, log in logs.items()}
     colours = dict(zip(curves, COLOURS, strict=False))
     tokens, minutes = Quantity("tokens", 1e6, "million tokens"), Quantity("seconds", 60, "minutes of training")
     parts = [

@@ -193,7 +193,7 @@ def run_tasks(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ValueError(
-            f"lm-eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists its own, --include adds yours"
+            f"lm-eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists its own, --tasks-include adds yours"
         )
     report = simple_evaluate(model, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager)
     return {name: dict(metrics) for name, metrics in report["results"].items()}

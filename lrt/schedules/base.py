@@ -24,6 +24,7 @@ import torch
 
 from lrt.utils.plugins import Plugin
 from lrt.utils.registry import Registry
+from lrt.utils.validation import shorten
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,11 @@ def bind(expand: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     defaults = dict(zip(reversed(names), reversed(expand.__defaults__ or ()), strict=False))
     unknown = sorted((set(kwargs) - set(names)) | (set(kwargs) & set(names[: len(args)])))  # or given twice
     if unknown or len(args) > len(names):
-        raise ValueError(f"{expand.__name__} takes ({', '.join(names)}), not {args} {kwargs or ''}")
+        raise ValueError(f"{expand.__name__} takes ({', '.join(names)}), not {shorten(args)} {shorten(kwargs)}")
     bound = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
     missing = [n for n in names if n not in bound]
     if missing:
-        raise ValueError(f"{expand.__name__} needs {', '.join(missing)}; for example {expand.__name__}(2)")
+        raise ValueError(f"{expand.__name__} needs {', '.join(missing)}; give all of them")
     values = [tuple(bound[n]) if isinstance(bound[n], list) else bound[n] for n in names]
     while values and names[len(values) - 1] in defaults and values[-1] == defaults[names[len(values) - 1]]:
         values.pop()
@@ -173,7 +174,7 @@ def bind(expand: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 def count(name: str, value: object, least: int) -> int:
     """`value`, required to be a whole number of at least `least`; ValueError, naming it, where it is not."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        raise ValueError(f"{name} is {shorten(value)}; it must be a whole number of at least {least}")
     return value
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 from lrt.schedules.base import Mixture, Pass, Schedule, Simple, Stages, check_passes, count, schedule
-from lrt.utils.validation import Limits
+from lrt.utils.validation import Limits, shorten
 
 WEIGHT = Limits(0, 1e6)
 """What the weight of a pass may be, and the probability or fraction of a part."""
@@ -24,7 +24,9 @@ def loss_weights(weights: Sequence[float] | None, passes: int) -> Sequence[float
         return [1.0] * passes
     numbers = isinstance(weights, tuple | list) and all(map(WEIGHT.allow, weights))
     if not numbers or len(weights) != passes or not any(weights):
-        raise ValueError(f"weights is {weights!r}; give {passes} numbers >= 0 (one per pass), not all 0, at most 1e6")
+        raise ValueError(
+            f"weights is {shorten(weights)}; give {passes} numbers >= 0 (one per pass), not all 0, at most 1e6"
+        )
     return weights
 
 
@@ -55,7 +57,7 @@ def multi_refinement(
     """
     check_passes(1 + count("refinements", refinements, 0), T)
     if detach not in (True, False):
-        raise ValueError(f"detach is {detach!r}; it must be True or False")
+        raise ValueError(f"detach is {shorten(detach)}; it must be True or False")
     per_pass = loss_weights(weights, refinements + 1)
     # Nobody reads the memory of the last pass.
     return [Pass(0, T, 1, w, True, detach and k < refinements) for k, w in enumerate(per_pass)]
@@ -117,14 +119,16 @@ def settled(T: int, free: int, groups: int, sweeps: int) -> list[Pass]:
 def _parts(kind: str, unit: str, parts: Sequence[tuple[float, Schedule]]) -> tuple[tuple[float, Schedule], ...]:
     """The parts of a mixture or of stages, checked: schedules, with weights >= 0 that sum to 1."""
     if not isinstance(parts, tuple | list) or not all(isinstance(p, tuple | list) and len(p) == 2 for p in parts):
-        raise ValueError(f"the parts of {kind} are {parts!r}; give pairs, for example [(1.0, interleaved(2))]")
+        raise ValueError(f"the parts of {kind} are {shorten(parts)}; give pairs, for example [(1.0, interleaved(2))]")
     for _, part in parts:
         if not isinstance(part, Simple | Mixture | Stages):
-            raise ValueError(f"{kind} holds {part!r}, which is no schedule; write for example (0.5, interleaved(2))")
+            raise ValueError(
+                f"{kind} holds {shorten(part)}, which is no schedule; give pairs such as (0.5, interleaved(2))"
+            )
     weights = [weight for weight, _ in parts]
     if not all(map(WEIGHT.allow, weights)) or not abs(math.fsum(weights) - 1) <= 1e-6:
         total = f", in sum {math.fsum(weights):g}" if all(map(WEIGHT.allow, weights)) else ""
-        raise ValueError(f"the {unit} of {kind} are {weights}{total}; they must sum to 1, each at least 0")
+        raise ValueError(f"the {unit} of {kind} are {shorten(weights)}{total}; they must sum to 1, each at least 0")
     return tuple((float(p), s) for p, s in parts)
 
 
@@ -146,7 +150,7 @@ def late(onset: float, schedule: Schedule) -> Stages:
     stages([(0.75, plain()), (0.25, settled(1, 1, 1))])
     """
     if not isinstance(onset, int | float) or isinstance(onset, bool) or not 0 <= onset <= 1:
-        raise ValueError(f"onset is {onset!r}; it must be a fraction of training, 0 to 1")
+        raise ValueError(f"onset is {shorten(onset)}; it must be a fraction of training, 0 to 1")
     # Through text, so that 1 - 0.7 is written 0.3.
     return stages([(onset, plain()), (float(f"{1 - onset:.12g}"), schedule)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -10,9 +11,24 @@ from typing import Any, NoReturn
 from lrt.schedules.base import SCHEDULES, Mixture, Schedule, Simple, Stages, bind
 from lrt.schedules.library import late, mixture, stages
 from lrt.utils.registry import UnknownName
+from lrt.utils.validation import shorten
 
 _COMPOSED: dict[str, Callable[..., Schedule]] = {"mixture": mixture, "stages": stages, "late": late}
 """Schedules made of schedules, which are no entries of SCHEDULES: they have no passes of their own."""
+LONG_NUMBER = re.compile(r"\d{1000}")
+EXAMPLES = {
+    "plain": "plain()",
+    "interleaved": "interleaved(2)",
+    "multi_refinement": "multi_refinement(2)",
+    "chunked": "chunked(64)",
+    "strided": "strided(4, 2)",
+    "sequential": "sequential()",
+    "settled": "settled(1, 1, 1)",
+    "mixture": "mixture([(0.5, interleaved(2)), (0.5, settled(0, 1, 1))])",
+    "stages": "stages([(0.7, plain()), (0.3, settled(1, 1, 1))])",
+    "late": "late(0.7, settled(1, 1, 1))",
+}
+"""What a message shows of each kind."""
 
 
 def names() -> Iterator[str]:
@@ -27,12 +43,14 @@ def parse(text: str) -> Schedule:
     Raises ValueError with the text and the known names; it is an UnknownName where that is all that is wrong.
     """
     try:
+        if LONG_NUMBER.search(text):  # Python's own message is about a setting of Python's
+            raise ValueError("it holds a number of 1,000 digits or more")
         built = _build(ast.parse(text.strip(), mode="eval").body)
         if not isinstance(built, Simple | Mixture | Stages):
             raise ValueError("that is no schedule")
         return built
     except UnknownName as error:
-        raise UnknownName(f"cannot read the schedule {text!r}: {error}") from error
+        raise UnknownName(f"cannot read the schedule {shorten(text)}: {error}") from error
     # Python's own parser raises the last two for text that nests too deeply.
     except (
         SyntaxError,
@@ -44,7 +62,14 @@ def parse(text: str) -> Schedule:
         RecursionError,
         MemoryError,
     ) as error:
-        raise ValueError(f"cannot read the schedule {text!r}: {error}; write for example interleaved(2)") from error
+        raise ValueError(
+            f"cannot read the schedule {shorten(text)}: {error}; write for example {example_of(text)}"
+        ) from error
+
+
+def example_of(text: str) -> str:
+    """A right schedule of the kind that `text` begins with; of another kind where that is none of the library's."""
+    return EXAMPLES.get(text.partition("(")[0].strip(), EXAMPLES["interleaved"])
 
 
 @dataclass(frozen=True, repr=False)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from lrt.utils.files import replace_atomically
 from lrt.utils.imports import optional_module
-from lrt.utils.progress import warn
+from lrt.utils.json_lines import read_json_lines
 
 MetricsLine = dict[str, Any]
 """What an optimiser step was: the keys of `Trainer.step`, `loop.evaluate_step` and `loop.throughput`."""
@@ -122,14 +122,7 @@ def open_loggers(names: Sequence[str], out: Path, settings: dict[str, Any], step
 
 def read_metrics(out: Path, steps: int) -> MetricsLog:
     """The first `steps` lines of a run's metrics.jsonl; empty where there is none. A damaged line is warned of."""
-    file = out / "metrics.jsonl"
-    lines: MetricsLog = []
-    for number, line in enumerate(file.read_text().splitlines()[:steps] if file.exists() else [], start=1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # numbers are lost, no weights
-            warn(f"{file}: line {number} is damaged and left out")
-    return lines
+    return read_json_lines(out / "metrics.jsonl", steps)  # of a damaged one numbers are lost, no weights
 
 
 def rewrite_metrics(out: Path, lines: MetricsLog) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from lrt.utils import plugins
+from lrt.utils.validation import shorten
 
 T = TypeVar("T")
 
@@ -84,7 +85,7 @@ class Registry(Mapping[str, T], Generic[T]):
         if name not in self._names:
             known = ", ".join([*self._names, *others])
             raise UnknownName(
-                f"unknown {self.kind} {name!r}; choose one of {known}, or what a plugin registers (--plugin)"
+                f"unknown {self.kind} {shorten(name)}; choose one of {known}, or what a plugin registers (--plugin)"
             )
 
     def find(self, name: str) -> T:

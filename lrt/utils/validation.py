@@ -10,12 +10,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+LONGEST = 200
+"""Characters of a value that a message repeats."""
+
+
+def shorten(content: object) -> str:
+    """A value for a message, as `repr` has it: of a long one the beginning, of a long number that it is one.
+
+    Python refuses to write numbers of more than 4,300 digits.
+    """
+    if isinstance(content, int) and abs(content) >= 10**30:
+        return f"a {'negative ' if content < 0 else ''}number of more than 30 digits"
+    try:
+        text = repr(content)
+    except ValueError:  # such a number within
+        return f"a {type(content).__name__} with a number of more than 30 digits"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text):,} characters)"
+
 
 def check_choice(config: object, name: str, options: tuple[str, ...]) -> None:
     """Raise a ValueError unless field `name` is one of `options`."""
     value = getattr(config, name)
     if value not in options:
-        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(options)}")
+        raise ValueError(f"unknown {name} {shorten(value)}; choose one of {', '.join(options)}")
 
 
 def check_fields(kind: type, fields: object, where: str) -> None:
@@ -24,7 +41,7 @@ def check_fields(kind: type, fields: object, where: str) -> None:
     Numbers, texts and truth values have to be such; what is nested or else is left to the class itself.
     """
     if not isinstance(fields, Mapping):
-        raise ValueError(f"{where} is {fields!r}; it has to be fields of {kind.__name__}")
+        raise ValueError(f"{where} is {shorten(fields)}; it has to be fields of {kind.__name__}")
     hints = typing.get_type_hints(kind)
     known = [field.name for field in dataclasses.fields(kind)]
     for name, content in fields.items():
@@ -33,7 +50,7 @@ def check_fields(kind: type, fields: object, where: str) -> None:
         plain = plain_types(hints[name])
         if plain and not is_of(content, plain):
             names = " or ".join(sorted(t.__name__ for t in plain))
-            raise ValueError(f"{where}.{name} is {content!r}; it has to be {names.replace('NoneType', 'null')}")
+            raise ValueError(f"{where}.{name} is {shorten(content)}; it has to be {names.replace('NoneType', 'null')}")
 
 
 def plain_types(hint: Any) -> tuple[type, ...]:
@@ -82,4 +99,4 @@ def check_numbers(config: object, limits: Mapping[str, Limits], prefix: str = ""
     for name, limit in limits.items():
         number = getattr(config, name)
         if not limit.allow(number):
-            raise ValueError(f"{prefix}{name} is {number!r}; it must be {limit}")
+            raise ValueError(f"{prefix}{name} is {shorten(number)}; it must be {limit}")

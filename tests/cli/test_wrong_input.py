@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import lzma
+import os
 import pickle
 import resource
 import time
@@ -272,6 +273,16 @@ def test_what_is_no_number_for_a_flag_is_refused(flag: Flag, answer: Callable[[F
         assert refused(answered), (content, answered)
 
 
+FAST = [flag for flag in NUMBERS if flag.command[0] in {"train", "sample", "prepare"}]
+"""A part of the walk that takes seconds, so that a new flag of theirs without limits is seen at once."""
+
+
+@pytest.mark.parametrize("flag", FAST, ids=lambda flag: flag.name)
+def test_nan_and_numbers_below_zero_are_refused(flag: Flag, answer: Callable[[Flag, str], Answer]):
+    for content in ("nan", "-1")[: 1 if flag.field in NEGATIVE else 2]:
+        assert refused(answered := answer(flag, content)), (content, answered)
+
+
 NEGATIVE = {"skip_init", "residual_init"}
 """Weights at first, which may be negative."""
 
@@ -334,7 +345,6 @@ NOT_WRONG = {
     "text": {"deep.json", "junk.jsonl", "deep", "half", "list", "other"},
     "token_file": {"deep.json"},
     "tasks_include": {"deep", "folder", "half", "list", "other"},  # folders, which lm-eval looks through
-    "runs": {"other"},  # a report shows what of a run is there
 }
 """Field -> kinds that are right for it."""
 INPUTS = [f for f in FLAGS if Path in f.kinds and f.field not in OUTPUTS] + [f for f in FLAGS if f.field == "study"]
@@ -356,6 +366,19 @@ def test_a_place_that_cannot_be_written_is_refused_at_the_start(
 ):
     (tmp_path / "file").touch()
     assert refused(answered := answer(flag, str(tmp_path / "file" / "below"))), answered
+
+
+@pytest.mark.parametrize("flag", [f for f in FLAGS if f.field in OUTPUTS], ids=lambda flag: flag.name)
+def test_a_folder_that_is_not_ones_to_write_is_refused_at_the_start(
+    flag: Flag, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Callable[[Flag, str], Answer]
+):
+    """What `os.access` says of it is replaced: for root every folder is to be written."""
+    locked, access = tmp_path / "locked", os.access
+    locked.mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode, **how: Path(path) != locked and access(path, mode, **how))
+    answered = answer(flag, str(locked / "below"))
+    assert refused(answered), answered
+    assert "is not yours to write" in answered[1]
 
 
 # Flags that exclude each other, or say what cannot be followed

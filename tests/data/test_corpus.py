@@ -16,9 +16,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow
 import pytest
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from pyarrow import parquet
 
 from lrt.data import corpus, encode_worker, hub, records, sources
@@ -405,6 +408,124 @@ def test_a_preparation_interrupted_while_it_moves_its_files_goes_on(
     prepare(tmp_path / "out", [path], tokenizer=given, progress=False)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "docs.jsonl", "out", "whole"]
+
+
+@pytest.mark.usefixtures("small_groups")
+@pytest.mark.parametrize("error", [ValueError("a document is wrong"), OSError("no connection")])
+def test_an_error_late_in_the_text_keeps_what_is_done(
+    error: Exception, tmp_path: Path, given: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_json_lines(tmp_path / "docs.jsonl", records_of(500))
+    made = prepare(tmp_path / "whole", [path], tokenizer=given, progress=False)
+    groups, begun = corpus.Corpus.groups, []
+
+    def failing(self: corpus.Corpus, after: corpus.CorpusPosition) -> Iterator[corpus.DocumentGroup]:
+        begun.append(after)
+        for group in groups(self, after):
+            if group.after.documents > 400:
+                raise error
+            yield group
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus.Corpus, "groups", failing)
+        for _ in range(2):
+            with pytest.raises(type(error), match=str(error)):
+                prepare(tmp_path / "out", [path], tokenizer=given, progress=False)
+    assert begun[0].documents == 0
+    assert begun[1].documents > 250  # it fails there again, and does nothing twice
+    assert prepare(tmp_path / "out", [path], tokenizer=given, progress=False).manifest == made.manifest
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not (tmp_path / ".out.part").exists()
+
+
+@pytest.mark.usefixtures("small_groups")
+@pytest.mark.parametrize("name", ["tokenizer.json", "state.json", "train.00000.tokens.npy"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_what_is_damaged_of_the_work_that_was_done_stops_nobody_for_ever(
+    name: str, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, write = write_json_lines(tmp_path / "docs.jsonl", records_of(500)), preparing.write_group
+    prepare(tmp_path / "whole", [path], 400, progress=False)
+    calls = itertools.count()
+
+    def interrupted(*arguments: Any) -> None:
+        if next(calls) > 6:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "write_group", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "out", [path], 400, progress=False)
+    file = tmp_path / ".out.part" / name
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:10])
+    try:
+        prepare(tmp_path / "out", [path], 400, progress=False)
+    except ValueError as error:
+        assert "call it again to begin anew" in str(error)  # noqa: PT017
+        prepare(tmp_path / "out", [path], 400, progress=False)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+class Answer:
+    """Of a server."""
+
+    def __init__(self, status_code: int) -> None:
+        self.status_code = status_code
+
+
+def answered(status: int) -> Exception:
+    """What HTTP clients raise for a status."""
+    error = Exception(f"{status} of the server")
+    error.response = Answer(status)  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConnectionError("Couldn't reach the hub"), OSError),
+        (TimeoutError("too slow"), OSError),
+        (httpx.ConnectError("no route"), OSError),
+        (httpx.ReadTimeout("too slow"), OSError),
+        (PermissionError("not yours"), OSError),
+        (LocalEntryNotFoundError("no connection, and not in the cache"), OSError),
+        (answered(503), OSError),
+        (answered(429), OSError),
+        (answered(404), ValueError),
+        (answered(401), ValueError),
+        (DatasetNotFoundError("no such data set"), ValueError),
+        (RuntimeError("a script"), ValueError),
+    ],
+    ids=lambda part: repr(part)[:40],
+)
+def test_a_lost_connection_is_no_mistake_of_the_user(
+    error: Exception, kind: type[Exception], tmp_path: Path, given: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    folder = write_json_lines(tmp_path / "in" / "a.jsonl", records_of(300)).parent
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(kind, match=r"in' .*cannot be (reached|opened)") as raised:
+        hub.open_stream(Dataset(str(folder)), None)
+    assert isinstance(raised.value, ValueError) == (kind is ValueError)
+
+
+def test_a_connection_that_is_lost_while_reading_is_an_error_of_the_system(tmp_path: Path) -> None:
+    def stream() -> Iterator[dict[str, Any]]:
+        yield {"text": "one"}
+        raise httpx.ReadError("connection reset")
+
+    source = hub.HubSource(Dataset("owner/name"), Selection(), "commit")
+    with pytest.raises(OSError, match=r"owner/name cannot be read behind record 1 \(connection reset\)"):
+        list(source.records(stream(), 0))
 
 
 def test_other_inputs_do_not_go_on_from_an_interruption(

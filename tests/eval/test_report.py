@@ -279,3 +279,52 @@ def test_the_report_renders_without_an_error(page: Path, tmp_path: Path, scheme:
     size = pixels(picture)
     assert size[:2] == (width, 3000)
     assert sum(byte != 0 for byte in size[2]) > 0.01 * len(size[2])
+
+
+CONFIG: dict[str, Any] = {"model": {"depth": 1}, "about": {}}
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ([], "holds no JSON object"),
+        ({"a": {"b": 1}}, "KeyError"),
+        (CONFIG | {"model": {"depth": "x"}}, "depth"),
+        (CONFIG | {"about": [1]}, "about is "),
+        (CONFIG | {"about": {"scores": [1]}}, "about.scores is "),
+        (CONFIG | {"about": {"scores": {"live_bpb": "x"}}}, "about.scores.live_bpb is 'x'"),
+        (CONFIG | {"about": {"trained": 3}}, "about.trained is 3"),
+        (CONFIG | {"about": {"data": [1]}}, "about.data is [1]"),
+    ],
+)
+def test_an_odd_config_is_one_line_that_names_it(
+    written: object, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(written))
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")])
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert errors.count("\n") == 1
+    assert "checkpoint/config.json" in errors
+    assert said in errors
+
+
+def test_half_a_line_of_the_metrics_log_is_left_out(
+    runs: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """What SIGKILL leaves."""
+    shutil.copytree(runs[1], tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    whole = Run.read(tmp_path / "run").metrics
+    log.write_bytes(log.read_bytes() + b'{"step": 9, "schedule": "inter')
+    assert Run.read(tmp_path / "run").metrics == whole
+    assert f"metrics.jsonl: line {len(whole) + 1} is damaged and left out" in "".join(
+        capsys.readouterr().err.split("\n")
+    )
+    report(tmp_path / "report.html", [tmp_path / "run"])
+    manifest = tmp_path / "run" / "checkpoint" / "manifest.json"
+    manifest.write_text("[]")
+    with pytest.raises(ValueError, match=r"manifest\.json holds no JSON object"):
+        Run.read(tmp_path / "run")

@@ -20,7 +20,7 @@ from lrt.eval.report.page import report
 from lrt.eval.report.score_tables import score_tables
 from lrt.eval.runs import Run
 from lrt.experiments import demo_report
-from lrt.experiments.demo import demo
+from lrt.experiments.demo import _read_result, demo
 from lrt.model import checkpoint
 from lrt.training import recipes
 from lrt.training.recipes import FAMILIES
@@ -209,6 +209,12 @@ def test_a_family_without_its_files_is_trained_again(
     (tmp_path / "copy" / "lrt" / damage).unlink()
     with pytest.raises(Trained):
         run(tmp_path / "copy", texts)
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '{"key": '])
+def test_a_result_that_is_none_passes_for_nothing(text: str, tmp_path: Path):
+    (tmp_path / "result.json").write_text(text)
+    assert _read_result(tmp_path / "result.json") == {}
 
 
 def test_a_family_that_was_trained_but_not_scored_is_not_trained_again(

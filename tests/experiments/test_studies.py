@@ -379,3 +379,14 @@ def test_tables_from_lines_alone():
     assert "| lrt | 2 | 95.0 ± 7.1 | 50.0 ± 0.0 | 50.0 ± 0.0 | 16, 16 (40) | 1.0e+09 |" in table
     assert "| parity | lrt | 0 | 100 | 100.0000 | 99.0000 |" in table
     assert "| parity | lrt | flip_flop_sparse | 3 / 1,000, 3 / 1,000 |" in table
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "null", "{}", '{"cell": "a", "key": "b", "result": 3}'])
+def test_a_line_that_is_no_result_is_named(text: str, tmp_path: Path):
+    whole = '{"cell": "a", "key": "b", "result": {}}'
+    file = tmp_path / "study.tiny.jsonl"
+    file.write_text(f"{whole}\n{text}\n")
+    with pytest.raises(ValueError, match=r"study\.tiny\.jsonl: line 2 is no result of a cell"):
+        runner.read_lines(file)
+    file.write_text(f"{whole}\n{whole[:20]}\n{whole}\n")  # cut short
+    assert len(runner.read_lines(file)) == 2

@@ -29,7 +29,7 @@ from lrt.schedules.library import (
     stages,
     strided,
 )
-from lrt.schedules.parse import parse
+from lrt.schedules.parse import EXAMPLES, names, parse
 
 
 def free(start: int, stop: int, stride: int = 1) -> Pass:
@@ -468,3 +468,34 @@ def test_passes_of_a_mixture_need_a_step():
     for schedule in (MIXED, NESTED):
         with pytest.raises(ValueError, match=r"\.at\(step, steps, seed\), or \.draw\(\)"):
             schedule.passes(4)
+
+
+def test_an_error_shows_a_schedule_of_its_kind():
+    assert set(EXAMPLES) == set(names())
+    for name, example in EXAMPLES.items():
+        parse(example)
+        with pytest.raises(ValueError, match=f"write for example {re.escape(example)}$"):
+            parse(f"{name}(1, 2, 3, 4, 5)")
+    with pytest.raises(ValueError, match=r"write for example interleaved\(2\)$"):
+        parse("[")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x" * 5000,
+        "9" * 5000,
+        f"interleaved({'9' * 5000})",
+        f"plain('{'a' * 5000}')",
+        f"settled('{'a' * 5000}', 1, 1)",
+        f"stages([{'(1, plain()), ' * 400}])",
+        f"mixture([(0.5, '{'a' * 5000}')])",
+        f"late({'8' * 900}, plain())",
+    ],
+    ids=lambda text: text[:12],
+)
+def test_an_error_repeats_no_long_text(text: str):
+    with pytest.raises(ValueError, match="cannot read the schedule") as refused:
+        parse(text)
+    assert len(str(refused.value)) < 800
+    assert "set_int_max_str_digits" not in str(refused.value)

@@ -30,8 +30,8 @@ CONFIG = ModelConfig(
 def gradients_of(model: Any, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
     direction = torch.randn(hidden.shape, dtype=hidden.dtype, generator=torch.Generator().manual_seed(5))
     names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad((hidden * direction).sum(), parameters, allow_unused=True)
-    return {name: g for name, g in zip(names, found, strict=True) if g is not None}
+    gradients = torch.autograd.grad((hidden * direction).sum(), parameters, allow_unused=True)
+    return {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
 
 
 @pytest.mark.parametrize("backprop", [None, 1, 4])

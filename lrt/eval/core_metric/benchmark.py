@@ -101,10 +101,10 @@ def run_core(
     values = summarise_tasks(tasks, run.modes, bundle, settings.limit)
     seconds = time.perf_counter() - start
     machine = hardware(model.embedding.weight.device)
-    result = Result("core", "CORE", weights_sha256, result_settings, values, seconds, machine)
+    measured = Result("core", "CORE", weights_sha256, result_settings, values, seconds, machine)
     if ranks.first:
-        result.write(out)
-    return result, problems
+        measured.write(out)
+    return measured, problems
 
 
 def run_task(run: CoreRun, task: CoreTask, items: Sequence[dict[str, Any]]) -> dict[str, Any]:

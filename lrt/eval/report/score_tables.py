@@ -63,8 +63,8 @@ def cost_cells(run: Run) -> list[str]:
     return [
         "" if run.parameters is None else f"{run.parameters:,}",
         "" if run.tokens is None else f"{run.tokens:,}",
-        f"{trained['flops']:.2e}" if trained else "",
-        f"{trained['seconds']:.0f}" if trained else "",
+        f"{trained['flops']:.2e}" if "flops" in trained else "",
+        f"{trained['seconds']:.0f}" if "seconds" in trained else "",
     ]
 
 

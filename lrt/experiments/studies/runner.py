@@ -34,6 +34,8 @@ from lrt.utils.files import append_durably
 from lrt.utils.progress import Advance, bar
 from lrt.utils.provenance import code_version, hardware
 
+NAMED = {"cell", "key"}
+"""What a line is known by."""
 Line = dict[str, Any]
 """One finished cell: study, cell, choices, seed, key, fields, result, seconds, hardware; `from`, another study's cell
 whose run this was."""
@@ -79,15 +81,20 @@ class Kind(Protocol):
 def read_lines(file: Path) -> list[Line]:
     """The lines of a file of results; none where it does not exist. A line that was cut short is passed over.
 
+    ValueError that names the line where it is whole, and no result.
+
     `append_line` sees to it that such a line stands alone, and writes ASCII: no character is cut in half, and
     splitlines finds no other line ends than the ones written.
     """
     lines = []
-    for text in file.read_text().splitlines() if file.exists() else ():
+    for number, text in enumerate(file.read_text().splitlines() if file.exists() else (), start=1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:  # the machine went down while it was written
             continue
+        if not isinstance(line, dict) or not isinstance(line.get("result"), dict) or not line.keys() >= NAMED:
+            raise ValueError(f"{file}: line {number} is no result of a cell; restore it, or remove the line")
+        lines.append(line)
     return lines
 
 
