@@ -6,11 +6,13 @@ Starts a server process of its own, and a process that watches it: one connectio
 milliseconds, another streams tokens. Meanwhile this process sends requests of one kind after the other, the good and
 the bad. Given are, in milliseconds, the longest answer of /healthz and the longest time between two tokens during a
 request: the median over the requests of a kind, and the longest of all. A machine that does other work makes gaps of
-its own, which `nothing` shows: the same while nothing else is asked. Prints a JSON object.
+its own, which `nothing` shows: the same while nothing else is asked. Prints a JSON object, in which "holds" says by
+kind whether no wait was longer than --limit-ms and what `nothing` showed together. Exits with 1 where one was.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import signal
@@ -106,6 +108,17 @@ class Gaps:
     pings: int = 0
     tokens: int = 0
     failed: list[str] = field(default_factory=list)
+    asked_at: float | None = None
+    """When the question for /healthz was sent that is not answered yet."""
+    token_at: float | None = None
+    """When the last token came of the answer that goes on."""
+
+    def take(self, now: float) -> Gaps:
+        """The gaps until now, with those that go on; what follows begins anew."""
+        ping, token = (0.0 if since is None else now - since for since in (self.asked_at, self.token_at))
+        taken = dataclasses.replace(self, ping=max(self.ping, ping), token=max(self.token, token))
+        self.ping, self.token, self.pings, self.tokens, self.failed = 0.0, 0.0, 0, 0, []
+        return taken
 
 
 def request(path: str, body: bytes | None = None, more: str = "") -> bytes:
@@ -131,13 +144,15 @@ def ping(port: int, gaps: Gaps, lock: Any) -> None:
     link = socket.create_connection(("127.0.0.1", port), 60)
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     while True:
-        begin = time.perf_counter()
+        with lock:
+            gaps.asked_at = begin = time.perf_counter()
         link.sendall(request("/healthz"))
         answer = b""
         while not answer.endswith(b"}}"):  # head and body may come one after the other
             answer += link.recv(65536)
         with lock:
             gaps.ping = max(gaps.ping, time.perf_counter() - begin)
+            gaps.asked_at = None
             gaps.pings += 1
             if b" 200 " not in answer[:20]:
                 gaps.failed.append(answer[:80].decode("latin1"))
@@ -150,14 +165,15 @@ def stream(port: int, gaps: Gaps, lock: Any, tokens: int) -> None:
     while True:
         with socket.create_connection(("127.0.0.1", port), 60) as link:
             link.sendall(request("/v1/completions", body, JSON + "Connection: close\r\n"))
-            last = None
             while part := link.recv(65536):
                 now = time.perf_counter()
                 with lock:
-                    if last is not None:
-                        gaps.token = max(gaps.token, now - last)
+                    if gaps.token_at is not None:
+                        gaps.token = max(gaps.token, now - gaps.token_at)
                     gaps.tokens += part.count(b"data: {")
-                last = now
+                    gaps.token_at = now
+        with lock:
+            gaps.token_at = None
 
 
 def watch(port: int, tokens: int, pipe: Any) -> None:
@@ -168,8 +184,8 @@ def watch(port: int, tokens: int, pipe: Any) -> None:
     threading.Thread(target=stream, args=(port, gaps, lock, tokens), daemon=True).start()
     while pipe.recv():
         with lock:
-            pipe.send(Gaps(gaps.ping, gaps.token, gaps.pings, gaps.tokens, list(gaps.failed)))
-            gaps.ping, gaps.token, gaps.pings, gaps.tokens, gaps.failed = 0.0, 0.0, 0, 0, []
+            taken = gaps.take(time.perf_counter())
+        pipe.send(taken)
 
 
 def send(port: int, data: bytes | None) -> int:
@@ -258,6 +274,16 @@ def summary(statuses: list[int], seen: list[Gaps]) -> dict[str, Any]:
     }
 
 
+def holds(figures: dict[str, Any], limit_ms: float) -> dict[str, bool]:
+    """By kind: whether no wait was longer than the limit and the longest while nothing is asked, together."""
+    calm = figures["nothing"]
+    return {
+        name: not row["failed"]
+        and all(row[wait]["longest"] <= limit_ms + calm[wait]["longest"] for wait in ("ping_ms", "token_ms"))
+        for name, row in figures.items()
+    }
+
+
 def path(name: str) -> str:
     return "/v1/chat/completions" if "message" in name or "parts" in name or "metadata" in name else "/v1/completions"
 
@@ -269,15 +295,18 @@ def main(
     kinds: tuple[str, ...] = (),
     tokens: int = 200,
     prompt_words: int = 60,
+    limit_ms: float = 50.0,
 ) -> None:
-    """Measure all kinds, or some."""
+    """Measure all kinds, or some; the exit status is 1 where one keeps others waiting longer than the limit."""
     global LONG
     LONG = "it is " * (prompt_words // 2)
     figures = measure(checkpoint_folder, seconds, at_least, list(kinds), tokens)
     for name, row in figures.items():
         ping, token = (f"{row[key]['median']:6.1f} {row[key]['longest']:6.1f}" for key in ("ping_ms", "token_ms"))
         print(f"{name:28} ping {ping}  token {token}  {row['requests']:4} x {row['statuses']}", file=sys.stderr)
-    print(json.dumps({"kinds": figures, "hardware": hardware("cpu")}))
+    held = holds(figures, limit_ms)
+    print(json.dumps({"kinds": figures, "holds": held, "limit_ms": limit_ms, "hardware": hardware("cpu")}))
+    sys.exit(0 if all(held.values()) else 1)
 
 
 if __name__ == "__main__":

@@ -58,10 +58,19 @@ class Certificate:
         """The same at any single position: worst · c / (1 − c)."""
         return moves_to_come(self.worst, self.contraction)
 
+    @property
+    def bound(self) -> float:
+        """The smallest tolerance that the row is within: 0 where exact, infinite where nothing is known.
+
+        The largest of the last sweep's move and of what is to come, over the row and at its worst position. The last
+        holds for any beginning of the row too, which may have the worst position and little else.
+        """
+        estimates = (self.residual, self.distance, self.worst_distance)
+        return max(math.inf if x is None or math.isnan(x) else x for x in estimates)
+
     def within(self, tolerance: float) -> bool:
         """Whether the row is exact, or has converged: the last sweep and what is to come are within the tolerance."""
-        estimates = (self.residual, self.distance, self.worst_distance)
-        return all(estimate is not None and estimate <= tolerance for estimate in estimates)
+        return self.bound <= tolerance
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -104,7 +113,7 @@ def merge_certificates(parts: list[Certificate]) -> Certificate:
     """One certificate for the chunks of a long prompt: what the least exact of them vouches for, at the cost of all."""
     if len(parts) == 1:
         return parts[0]
-    least = max(parts, key=least_exact)
+    least = max(parts, key=lambda part: part.bound)
     tokens = sum(part.tokens for part in parts)
     return dataclasses.replace(
         least,
@@ -113,8 +122,3 @@ def merge_certificates(parts: list[Certificate]) -> Certificate:
         sweeps=sum(part.sweeps for part in parts),
         forwards=sum(part.forwards * part.tokens for part in parts) / tokens,
     )
-
-
-def least_exact(part: Certificate) -> tuple[float, ...]:
-    """What certificates are ordered by: the estimated error of the worst position, then the last sweep's move."""
-    return tuple(math.inf if x is None else x for x in (part.worst_distance, part.residual))

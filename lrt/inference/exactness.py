@@ -15,15 +15,8 @@ from lrt.model.transformer import LatentRecurrentTransformer
 
 
 def error_bound(certificate: Certificate | None) -> float:
-    """What a certificate vouches for, of any beginning of its row: 0 is exact (also None), infinity nothing.
-
-    The largest of residual, the same of the worst position, and the distance. A beginning may hold the worst position
-    and little else, so the mean over the row would not do.
-    """
-    if certificate is None or certificate.residual == 0:
-        return 0.0
-    parts = (certificate.residual, certificate.worst, certificate.distance)
-    return max(math.inf if part is None else part for part in parts)
+    """The smallest tolerance that a row and every beginning of it are within; of a row without certificate 0: exact."""
+    return 0.0 if certificate is None else certificate.bound
 
 
 def asked_bound(mode: PrefillMode, model: LatentRecurrentTransformer) -> float:

@@ -9,6 +9,7 @@ clock: a request waits for one thing only. An engine that raises is replaced; al
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import queue
 import threading
@@ -127,6 +128,11 @@ class AsyncEngine:
         self._inbox.put(command)
         return await future
 
+    @property
+    def _reuses(self) -> bool:
+        """Whether rows are kept for later prompts, which nobody is to be told of."""
+        return self.engine.prefixes.budget > 0
+
     # --- in the thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -137,7 +143,8 @@ class AsyncEngine:
                 self._expire()
                 begin = time.perf_counter()
                 events = self.engine.step()
-                self.metrics.step.labels(self.name).observe(time.perf_counter() - begin)
+                if not self._reuses:  # their number would tell how much of a prompt was known
+                    self.metrics.step.labels(self.name).observe(time.perf_counter() - begin)
                 self._deliver(events)
             except Exception:  # whatever it is, nobody waits for ever, and the next request meets a fresh engine
                 LOG.exception("the engine of %s failed; it is made anew", self.name)
@@ -222,6 +229,8 @@ class AsyncEngine:
             submission = self._submissions.get(event.request)
             if submission is None:  # it was ended with an error
                 continue
+            if self._reuses:  # how a prompt was computed would tell whether much of it was known
+                event = dataclasses.replace(event, certificate=None)
             batch.append((submission, event))
             if event.token is not None:
                 tokens += 1
@@ -243,7 +252,6 @@ class AsyncEngine:
         del self._submissions[number]
         submission.number = None
         completions = self.engine.finished(number)
-        self.metrics.reused_tokens.labels(self.name).inc(completions[0].reused_tokens)
         self.metrics.request_seconds.labels(self.name).observe(now - submission.submitted_at)
         return completions
 

@@ -27,7 +27,6 @@ class ServerMetrics:
         self.rows_in_use = self._gauge("lrt_rows_in_use", "Rows that are decoded now", by_model)
         self.queued = self._gauge("lrt_queue", "Continuations that wait for a row", by_model)
         self.prompt_tokens = self._counter("lrt_prompt_tokens", "Tokens of prompts", by_model)
-        self.reused_tokens = self._counter("lrt_reused_tokens", "Of them, taken from earlier rows", by_model)
         self.tokens = self._counter("lrt_tokens", "Tokens drawn", by_model)
         self.tokens_per_second = self._gauge(
             "lrt_tokens_per_second", "Tokens drawn per second, over the last ten", by_model

@@ -7,6 +7,7 @@ models of this kind the worst position was at most 1.11 tolerances away (docs/lo
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig
-from lrt.inference.certificate import Certificate, PrefillReport
+from lrt.inference.certificate import Certificate, PrefillReport, merge_certificates
 from lrt.inference.cost_model import Calibration, Plan
+from lrt.inference.exactness import error_bound, least_exact
 from lrt.inference.prefill import TOLERANCES, Prefilled, PrefillMode, prefill
 from lrt.inference.sweeps import Prompt, SweepState
 
@@ -246,6 +248,50 @@ def test_what_is_within_a_tolerance():
         assert not PrefillReport("converged", 1e-5, (certificate(), certificate(**fields))).converged
     assert Certificate("exact", "", 3).within(0)
     assert certificate(contraction=0.0).distance == 0  # nothing moved by more than rounding
+
+
+@pytest.mark.parametrize(
+    ("fields", "bound"),
+    [
+        ({}, 5e-6),  # the worst position has as far to go as it moved
+        (
+            {"residual": 5e-6, "worst": 9e-6, "contraction": 0.6},
+            1.35e-5,
+        ),  # each move is below 1e-5, what is to come not
+        ({"residual": 5e-6, "worst": 4e-5, "contraction": 0.1}, 5e-6),  # a large move, and little to come
+        ({"residual": 5e-6, "worst": 6e-6, "contraction": 0.0}, 5e-6),
+        ({"residual": 0.0, "worst": 0.0, "contraction": None}, 0.0),
+        ({"contraction": None}, math.inf),
+        ({"contraction": 1.0}, math.inf),
+        ({"residual": None, "worst": None, "contraction": None}, math.inf),
+        ({"residual": float("nan")}, math.inf),
+        ({"worst": float("nan")}, math.inf),
+    ],
+)
+def test_a_bound_is_the_smallest_tolerance_that_a_row_is_within(fields: dict[str, Any], bound: float):
+    """So a row serves, as a prefix, whoever would have been content with it, and nobody else."""
+    row = certificate(**fields)
+    assert row.bound == error_bound(row) == pytest.approx(bound)
+    assert row.within(row.bound)
+    assert not row.within(math.nextafter(row.bound, -1))
+    for tolerance in TOLERANCES.values():
+        assert row.within(tolerance) == (error_bound(row) <= tolerance)
+
+
+def test_what_consists_of_parts_is_as_exact_as_the_least():
+    """Of two chunks, in either order, and of a beginning and its rest."""
+    rows = [
+        Certificate("exact", "", 100),
+        certificate(residual=8e-6, worst=9e-6, contraction=0.1),
+        certificate(residual=1e-6, worst=2e-6, contraction=0.5),  # more to come at its worst, and yet nearer
+        certificate(residual=2e-6, worst=2e-6, contraction=1.5),
+        certificate(residual=None, worst=None, contraction=None),
+    ]
+    for before, after in itertools.product(rows, repeat=2):
+        bound = max(before.bound, after.bound)
+        assert merge_certificates([before, after]).bound == bound
+        assert error_bound(least_exact(before, after, 200)) == bound
+    assert error_bound(least_exact(None, rows[1], 200)) == error_bound(least_exact(rows[1], None, 200)) == rows[1].bound
 
 
 @torch.no_grad()

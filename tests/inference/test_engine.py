@@ -113,15 +113,15 @@ def test_prompts_are_prefilled_in_parallel(mode: Any):
     engine = Engine(model, rows=3, prefill=mode)
     completions = engine.complete(asked)
     assert answers(completions) == [alone(model, request) for request in asked]
-    told = [c.certificate for samples in completions for c in samples]
-    assert all((c is not None) == (len(r.tokens) > 1) for c, r in zip(told, asked, strict=True))
+    certificates = [c.certificate for samples in completions for c in samples]
+    assert all((c is not None) == (len(r.tokens) > 1) for c, r in zip(certificates, asked, strict=True))
 
 
 def test_parallel_prefill_of_a_recurrent_model_is_as_near_as_it_says():
     model, asked = random_model(CONFIGS["both"]), requests(7)
     engine = Engine(model, rows=3, prefill="converged")
-    found, expected = answers(engine.complete(asked)), [alone(model, request) for request in asked]
-    assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 6
+    tokens, expected = answers(engine.complete(asked)), [alone(model, request) for request in asked]
+    assert sum(a == b for a, b in zip(tokens, expected, strict=True)) >= 6
 
 
 def test_tokens_end_with_a_stop():
@@ -229,12 +229,12 @@ def test_what_is_found_is_the_longest_beginning_that_is_exact_enough():
             wanted = tuple(r.randrange(3) for _ in range(r.randint(1, 12)))
             serving = [kept for kept in cache.kept if kept.error <= error]
             best = max((common_prefix(kept.tokens, wanted[:-1]) for kept in serving), default=0)
-            found = cache.find(wanted, 1, error)
-            assert (0 if found is None else found[0]) == best
-            if found is not None:
-                assert common_prefix(found[1].tokens, wanted[:-1]) == best
-                assert found[1].error <= error
-                assert next(reversed(cache.kept)) is found[1]
+            prefix = cache.find(wanted, 1, error)
+            assert (0 if prefix is None else prefix[0]) == best
+            if prefix is not None:
+                assert common_prefix(prefix[1].tokens, wanted[:-1]) == best
+                assert prefix[1].error <= error
+                assert next(reversed(cache.kept)) is prefix[1]
 
 
 def test_finding_a_prefix_takes_as_long_with_many_kept(monkeypatch: pytest.MonkeyPatch):
@@ -247,9 +247,9 @@ def test_finding_a_prefix_takes_as_long_with_many_kept(monkeypatch: pytest.Monke
         while len(cache.kept) < count:
             cache.keep(dataclasses.replace(row, tokens=(*common, *(r.randrange(30) for _ in range(20)))))
         compared.clear()
-        found = cache.find([*common, *range(30, 50)], 1)
-        assert found is not None
-        assert found[0] == 20
+        prefix = cache.find([*common, *range(30, 50)], 1)
+        assert prefix is not None
+        assert prefix[0] == 20
         work.append(sum(compared))
     assert max(work) <= 40
     assert cache.bytes == 2000 * row.bytes
@@ -282,12 +282,12 @@ def test_log_probabilities_are_the_models_own():
     request = Request((3, 1, 4), 3, Sampling(temperature=3.0, top_k=2), logprobs=2)
     ((done,),) = Engine(model, rows=1).complete([request])
     text = list(request.tokens)
-    for token, told in zip(done.tokens, done.logprobs, strict=True):
+    for token, logprob in zip(done.tokens, done.logprobs, strict=True):
         with torch.no_grad():
             hidden = refine(model, torch.tensor([text]), schedules.sequential()).hidden[0, -1]
             log = model.logits(hidden).log_softmax(-1)
-        assert told.logprob == pytest.approx(float(log[token]), abs=1e-5)
-        assert [t for t, _ in told.alternatives] == log.topk(2).indices.tolist()
+        assert logprob.logprob == pytest.approx(float(log[token]), abs=1e-5)
+        assert [t for t, _ in logprob.alternatives] == log.topk(2).indices.tolist()
         text.append(token)
     assert (done.prompt_tokens, done.finish) == (3, "length")
 
@@ -389,10 +389,10 @@ def test_requests_choose_how_their_prompt_is_computed():
     quick = Calibration(1.0, {"converged": Plan(2, 1), "fast": Plan(2, 1)})
     engine = Engine(model, rows=4, calibration=quick)
     completions = engine.complete([Request(prompt, 4, WARM, prefill=mode) for mode in modes])
-    told = [done.certificate for (done,) in completions]
-    assert [None if c is None else c.path for c in told][1:] == [None, "single", None]
-    assert told[0] is not None
-    assert told[0].path in ("sweeps", "fallback")
+    certificates = [done.certificate for (done,) in completions]
+    assert [None if c is None else c.path for c in certificates][1:] == [None, "single", None]
+    assert certificates[0] is not None
+    assert certificates[0].path in ("sweeps", "fallback")
     assert answers(completions)[1] == answers(completions)[3] == alone(model, Request(prompt, 4, WARM))
     with pytest.raises(ValueError, match="prefill is 'quick'; choose one of exact"):
         engine.submit(Request(prompt, prefill="quick"))  # pyright: ignore[reportArgumentType]
@@ -418,13 +418,13 @@ def test_penalties_and_biases_are_a_rows_own():
         Request((3, 1), 8, Sampling(temperature=0), steering=Steering(bias=((5, 100.0),), presence=1e3)),
         Request((3, 1), 8, Sampling(temperature=0), steering=Steering(bias=((5, 100.0),), frequency=30.0), logprobs=0),
     ]
-    found = answers(engine_of(model).complete([*plain, *steered]))
-    assert found[:3] == [alone(model, request) for request in plain]
-    assert found[3] == [5] * 8
-    assert found[4][0] == 5
-    assert len(set(found[4])) == 8  # none twice
-    assert found[5][:3] == [5, 5, 5]
-    assert found[5].count(5) in (3, 4)
+    tokens = answers(engine_of(model).complete([*plain, *steered]))
+    assert tokens[:3] == [alone(model, request) for request in plain]
+    assert tokens[3] == [5] * 8
+    assert tokens[4][0] == 5
+    assert len(set(tokens[4])) == 8  # none twice
+    assert tokens[5][:3] == [5, 5, 5]
+    assert tokens[5].count(5) in (3, 4)
     with pytest.raises(ValueError, match="presence is steered by nan"):
         Steering(presence=float("nan"))
     with pytest.raises(ValueError, match="of the bias is not in the vocabulary"):
@@ -439,8 +439,8 @@ def test_streams_that_take_turns_each_get_their_own_tokens():
     model = random_model(CONFIGS["both"])
     asked = [Request((3, 1, 4), 3, WARM, seed=1), Request((1, 5), 6, WARM, seed=2)]
     engine = Engine(model, rows=2)
-    told = itertools.zip_longest(*[engine.stream(request) for request in asked])
-    events = list(zip(*itertools.islice(told, 20), strict=True))
+    rounds = itertools.zip_longest(*[engine.stream(request) for request in asked])
+    events = list(zip(*itertools.islice(rounds, 20), strict=True))
     assert [[e.token for e in some if e is not None] for some in events] == [alone(model, r) for r in asked]
     assert not engine.streams
 

@@ -219,6 +219,47 @@ def test_a_failing_engine_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPa
             assert name in text, name
 
 
+LONG = "the end of it all, " * 30
+"""A prompt long enough to be swept."""
+
+
+def counts(up: Live) -> dict[str, float]:
+    """What /metrics counts of models; not how long anything took, which a client sees by its own clock."""
+    lines = httpx.get(f"{up.url}/metrics").text.splitlines()
+    pairs = [line.rsplit(" ", 1) for line in lines if 'model="lrt"' in line]
+    timed = ("_seconds_bucket", "_seconds_sum", "_created", "per_second")
+    return {name: float(number) for name, number in pairs if not any(part in name for part in timed)}
+
+
+@pytest.mark.parametrize("prefill", ["exact", "converged", "one_sweep"])
+def test_nobody_is_told_what_was_known_of_a_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch, prefill: str):
+    """The same request again: nearly all of its prompt is in a kept row, and nothing but time shows it."""
+    form = {"model": "lrt", "prompt": LONG, "max_tokens": 2, "temperature": 0, "prefill": prefill}
+    with live(folder, settings=Settings(rows=2, prefixes=10**8)) as up:
+        engine, reused, growth, events = up.registry.find("lrt").engine, [], [], []
+        finish = engine.engine._finish
+        monkeypatch.setattr(engine.engine, "_finish", lambda job, why: reused.append(job.reused) or finish(job, why))
+        for _ in range(2):
+            before = counts(up)
+            answer = httpx.post(f"{up.url}/playground/generate", json=form, timeout=60).text
+            assert up.idle()
+            growth.append({name: number - before.get(name, 0) for name, number in counts(up).items()})
+            events.append([line for line in answer.splitlines() if '"type":"prefill"' in line])
+        assert reused[0] == 0
+        assert reused[1] > 100
+        assert events == [[], []]
+        assert growth[0] == growth[1]
+
+
+def test_without_kept_rows_the_page_says_how_a_prompt_was_computed(folder: Path):
+    form = {"model": "lrt", "prompt": LONG, "max_tokens": 1, "prefill": "one_sweep"}
+    with live(folder) as up:
+        answer = httpx.post(f"{up.url}/playground/generate", json=form, timeout=60).text
+        assert '"type":"prefill","path":"single"' in answer
+        assert counts(up)['lrt_prefill_sweeps_count{model="lrt"}'] == 1
+        assert counts(up)['lrt_step_seconds_count{model="lrt"}'] > 0
+
+
 def start(folder: Path, *more: str) -> tuple[subprocess.Popen[str], str]:
     """`lrt serve` as a process of its own."""
     with socket.create_server(("127.0.0.1", 0)) as free:
