@@ -415,7 +415,8 @@ def test_at_equal_wall_clock_the_transformer_is_that_of_equal_tokens():
 def test_a_report_of_studies(tmp_path: Path):
     """From the lines alone: of a study that comes with the library, and of one whose file is elsewhere."""
     lines = [
-        {**line(name, s, value + s / 50), "study": "mine", "edition": "tiny", "kind": "language", "cell": f"{name}/{s}"}
+        line(name, s, value + s / 50)
+        | {"study": "mine", "edition": "tiny", "kind": "language", "cell": f"{name}/{s}", "key": f"{name} {s}"}
         for name, value in (("transformer", 2.0), ("shared", 1.8))
         for s in (0, 1)
     ]
