@@ -273,9 +273,9 @@ class Coverage:
         """
         lines = self.lines.get(mutant.file, {})
         own, around = (set().union(*(lines.get(n, set()) for n in span)) for span in (mutant.lines, mutant.scope))
-        chosen = self.seconds.keys() if "" in own else own & self.seconds.keys()
+        selected = self.seconds.keys() if "" in own else own & self.seconds.keys()
         variant, counts = {}, collections.Counter[str]()
-        for test in sorted(chosen, key=lambda test: (test not in own, test not in around, self.seconds[test])):
+        for test in sorted(selected, key=lambda test: (test not in own, test not in around, self.seconds[test])):
             variant[test] = counts[test.partition("[")[0]]
             counts[test.partition("[")[0]] += 1
         return sorted(variant, key=lambda test: (test not in own, test not in around, variant[test]))
@@ -326,8 +326,8 @@ class Chosen:
         self.rank, self.tell = {test: i for i, test in enumerate(tests)}, tell
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        chosen = [item for item in items if item.nodeid in self.rank]
-        items[:] = sorted(chosen, key=lambda item: self.rank[item.nodeid])
+        selected = [item for item in items if item.nodeid in self.rank]
+        items[:] = sorted(selected, key=lambda item: self.rank[item.nodeid])
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.tell({"begins": nodeid})
@@ -518,17 +518,19 @@ def main(arguments: Arguments) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     if stale := outdated():
         console.print(f"[red]benchmarks/mutants.yaml lists what are no mutants any more: {stale}")
-    chosen = named() if arguments.named else {}
+    selected = named() if arguments.named else {}
     if not arguments.named:
-        chosen = {m.key: m for m in sampled(sources(arguments.room, arguments.only), arguments.sample, arguments.seed)}
+        selected = {
+            m.key: m for m in sampled(sources(arguments.room, arguments.only), arguments.sample, arguments.seed)
+        }
     harmless, results = equivalent(), Results(arguments.out / "results.jsonl", arguments.trust_kills, arguments.seconds)
     fates: dict[str, tuple[Mutant, str]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # No thread that draws: a fork would copy its locks.
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console, auto_refresh=False) as progress:
-        overlay, task = Overlay(Path(folder)), progress.add_task("mutants", total=len(chosen))
+        overlay, task = Overlay(Path(folder)), progress.add_task("mutants", total=len(selected))
         for room in arguments.room:
-            here = {name: mutant for name, mutant in chosen.items() if room_of(mutant) == room}
+            here = {name: mutant for name, mutant in selected.items() if room_of(mutant) == room}
             coverage = None
             for name, mutant in here.items():
                 outcome = "equivalent" if identity(mutant) in harmless else results.get(mutant)

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from lrt.data.records import Selection
 from lrt.data.sources import PieceStream, SourcePosition, cut_documents
 from lrt.utils.files import sha256
-from lrt.utils.imports import MissingExtraError, optional_module
+from lrt.utils.imports import MissingExtraError, loaded_class, optional_module
 from lrt.utils.progress import warn
 
 SNAPSHOT = 1000
@@ -210,8 +209,7 @@ def is_unreachable(error: Exception) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return status in PASSING or status >= 500
-    classes = [getattr(sys.modules.get(module), name, None) for module, name in NETWORK]
-    if isinstance(error, tuple(kind for kind in classes if kind is not None)):
+    if isinstance(error, tuple(kind for names in NETWORK if (kind := loaded_class(*names)) is not None)):
         return True
     return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 

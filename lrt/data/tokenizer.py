@@ -127,12 +127,15 @@ class Tokenizer:
         """
         try:
             return self._without_special(self.inner.encode(text, add_special_tokens=False).ids)
-        except TypeError:  # half a surrogate pair, which is what Python makes of bytes that are not UTF-8
-            raise ValueError(f"{text[:80]!r} is not valid Unicode; give UTF-8 text") from None
+        except TypeError:
+            raise not_unicode_error([text]) from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, in parallel."""
-        encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        """`encode` of each text, in parallel. ValueError as there."""
+        try:
+            encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:
+            raise not_unicode_error(texts) from None
         return [self._without_special(encoding.ids) for encoding in encodings]
 
     def _without_special(self, ids: list[int]) -> list[int]:
@@ -304,6 +307,12 @@ class LibraryStream:
 
     def finish(self) -> str:
         return ""  # no bytes, so nothing is ever held back
+
+
+def not_unicode_error(texts: Sequence[str]) -> ValueError:
+    """Of texts that the library refuses: the one with half a surrogate pair, as Python has bytes that are not UTF-8."""
+    wrong = next((text for text in texts if any("\ud800" <= character <= "\udfff" for character in text)), texts[0])
+    return ValueError(f"{wrong[:80]!r} is not valid Unicode; give UTF-8 text")
 
 
 def gpt2_words() -> pre_tokenizers.PreTokenizer:

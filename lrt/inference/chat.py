@@ -12,11 +12,8 @@ from lrt.inference.chat_template import Message, check_template, default_templat
 from lrt.inference.cost_model import Calibration
 from lrt.inference.prefill import PrefillMode
 from lrt.inference.sampling import Sampling
-from lrt.inference.session import Session
+from lrt.inference.session import TURNS, Session
 from lrt.model.transformer import LatentRecurrentTransformer
-
-TURNS = "turns.json"
-"""Beside a saved session: where its turns began."""
 
 
 class Stripped:

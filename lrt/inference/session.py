@@ -38,6 +38,10 @@ from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.files import read_json, recover, replace_folder, sha256, temporary_name
 
+TURNS = "turns.json"
+"""Of a conversation: where its turns began."""
+FILES = ("state.safetensors", "session.json", TURNS)
+"""What the folder of a session may have. What else lies there stays when it is saved again."""
 FORMAT = 1
 """Of the folder."""
 CHUNK = 256
@@ -166,7 +170,7 @@ class Session:
             (fresh / "session.json").write_text(json.dumps(_about(self, fresh), indent=2) + "\n")
             for name, text in (beside or {}).items():
                 (fresh / name).write_text(text, encoding="utf-8")
-            replace_folder(fresh, path, ("state.safetensors", "session.json", "turns.json"))
+            replace_folder(fresh, path, FILES)
         except BaseException as error:
             shutil.rmtree(fresh, ignore_errors=True)
             if isinstance(error, safetensors.SafetensorError | RuntimeError):  # what its writer raises on a full disk

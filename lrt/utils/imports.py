@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,3 +29,8 @@ def optional_module(module: str, name: str, what: str) -> Any:
     """The module, which comes with the extra `name` and which `what` needs; MissingExtraError as `extra` raises it."""
     with extra(name, what):
         return importlib.import_module(module)
+
+
+def loaded_class(module: str, name: str) -> type[BaseException] | None:
+    """A library's class of errors; None where the library was not imported, and so has raised none."""
+    return vars(sys.modules[module]).get(name) if module in sys.modules else None

@@ -468,8 +468,9 @@ def test_yaml_is_read_as_of_version_1_2(tmp_path: Path):
         (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 8 bytes"), "out of memory"),
         (
             torch.OutOfMemoryError("CUDA out of memory.\n  Tried to allocate"),
-            "smaller batch or model, or --device cpu (CUDA out of",
+            "or another --device (CUDA out of memory.",
         ),
+        (RuntimeError("CUDA error: out of memory"), "give a smaller batch, model or file"),
         (yaml.YAMLError("a\nb"), "a b"),
         (pickle.UnpicklingError("invalid load key"), "invalid load key"),
         (safetensors.SafetensorError("header too large"), "header too large"),

@@ -692,3 +692,11 @@ def test_a_prepare_that_was_killed_while_it_removed_empty_files_goes_on(tmp_path
         file.unlink()
     SplitWriter(tmp_path, "val", "<u2", 100, state).finish()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_character_is_named_however_texts_are_encoded():
+    """A terminal's bytes that are not UTF-8; chats and served prompts are encoded as a batch."""
+    tokenizer = Tokenizer.train(["hello world " * 50], 260)
+    for encode in (lambda: tokenizer.encode("hello \udc80"), lambda: tokenizer.encode_batch(["hello", "hello \udc80"])):
+        with pytest.raises(ValueError, match=r"'hello \\udc80' is not valid Unicode"):
+            encode()
