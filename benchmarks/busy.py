@@ -40,6 +40,8 @@ class Arguments:
     seconds: float = 2.0
     """Of training, per way and round."""
     rounds: int = 3
+    spins: tuple[int, ...] = ()
+    """Further ways to wait: turns of the waiting loop."""
     worker: bool = False
     """Train when a line with a number of seconds comes; for the processes that this starts."""
 
@@ -111,11 +113,12 @@ def competing(count: int) -> Iterator[None]:
 def main(arguments: Arguments) -> None:
     if arguments.worker:
         return train_on_request()
-    workers = {name: start_worker(way) for name, way in WAYS.items()}
+    ways = WAYS | {f"{turns:,} turns": {"GOMP_SPINCOUNT": str(turns)} for turns in arguments.spins}
+    workers = {name: start_worker(way) for name, way in ways.items()}
     cores, idle = len(os.sched_getaffinity(0)), 0.0
-    print("| loops | aim |", " | ".join(WAYS), "|", flush=True)
+    print("| loops | aim |", " | ".join(ways), "|", flush=True)
     for busy in arguments.busy:
-        speeds: dict[str, list[float]] = {name: [] for name in WAYS}
+        speeds: dict[str, list[float]] = {name: [] for name in ways}
         with competing(busy):
             for turn in range(arguments.rounds):
                 for name, worker in workers.items() if turn % 2 == 0 else reversed(workers.items()):

@@ -30,15 +30,15 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import numpy as np
 
-from lrt.data.corpus import SMALLEST_TEXT, SPLIT_BY_FILE, Corpus, CorpusPosition, DocumentGroup, open_corpus, shortened
+from lrt.data.corpus import SMALLEST_TEXT, Corpus, CorpusPosition, DocumentGroup, open_corpus
 from lrt.data.encode import Encoders, check_workers, token_dtype
 from lrt.data.hub import Dataset
 from lrt.data.prepared import FORMAT, SPLITS, Prepared, read_manifest
 from lrt.data.records import SOURCES, Selection, suffix_of
 from lrt.data.shards import SplitWriter
-from lrt.data.sources import Source, SourcePosition, TextFile
+from lrt.data.sources import Source, SourcePosition
+from lrt.data.split_warnings import split_warnings
 from lrt.data.splits import BY_CONTENT, BY_NAME, SplitRule
 from lrt.data.tokenizer import Tokenizer
 from lrt.utils import plugins
@@ -121,7 +121,7 @@ def prepare(
             write_manifest(part, inputs_sha256, arguments, corpus, ready, splits, selection.rule)
         move_into_place(part, out)
     prepared = Prepared.open(out)
-    for text in [*equal_files(corpus, selection.rule), *cut_files(corpus), *uneven_splits(prepared, selection.rule)]:
+    for text in split_warnings(corpus, prepared, selection.rule):
         warn(text)
     return prepared
 
@@ -146,46 +146,6 @@ def check_apart(out: Path, texts: Sequence[Path]) -> None:
     for path in map(Path, texts):
         if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
             raise ValueError(f"{out} lies in {path}, whose text is to be prepared; write to a folder outside it")
-
-
-def equal_files(corpus: Corpus, rule: SplitRule) -> Iterator[str]:
-    """What is to be said of files of the same bytes."""
-    names: dict[str, list[str]] = {}
-    for name, _, digest in corpus.description:
-        names.setdefault(digest, []).append(name)
-    groups = [" = ".join(group) for group in names.values() if len(group) > 1]
-    if groups:
-        splits = "fall to one split each" if rule.files == "content" else "may fall to several splits"
-        yield (
-            f"{len(groups)} group(s) of files hold the same bytes and {splits}, where they count as often as they are "
-            f"there: {shortened(groups)}"
-        )
-
-
-def cut_files(corpus: Corpus) -> Iterator[str]:
-    """What is to be said where there are enough files for splits by file, and yet they are cut."""
-    cut = {source.name for source in corpus.sources if isinstance(source, TextFile) and source.start > 0}
-    if len(cut) >= SPLIT_BY_FILE:
-        yield (
-            f"the sizes of the {len(cut)} text files allow no splits of whole files: each is cut into a part for "
-            "train, val and test; more and smaller files are split whole"
-        )
-
-
-def uneven_splits(prepared: Prepared, rule: SplitRule) -> Iterator[str]:
-    """What is to be said of validation and test: a share far from the nominal one, a document that is most of it."""
-    entries = prepared.manifest["splits"]
-    total = sum(entry["bytes"] for entry in entries.values())
-    for name, nominal in (("val", rule.val), ("test", rule.test)):
-        split, share = prepared.splits[name], entries[name]["bytes"] / total
-        if not 0.5 * nominal <= share <= 1.5 * nominal:
-            yield f"{name} is {share:.1%} of the text, nominally {nominal:.1%}; more and smaller documents come nearer"
-        largest = int(np.diff(split.offsets).max()) / len(split.tokens)
-        if largest > 0.5 and entries["train"]["documents"] > 1:
-            yield (
-                f"one of the {len(split):,} document(s) of {name} is {largest:.0%} of it, and so of its score; cut "
-                "long documents, or give a larger share"
-            )
 
 
 def plugins_read_by(texts: Sequence[Path]) -> dict[str, Any]:

@@ -88,10 +88,10 @@ def test_equal_content_falls_to_one_split_and_shares_hold(
     assert splits.keys() == files.keys()
     total = copies * sum(sizes)
     for name, share in (("val", val), ("test", test)):
-        chosen = [file for file, split in splits.items() if split == name]
-        size = sum(files[file][0] for file in chosen)
+        in_split = [file for file, split in splits.items() if split == name]
+        size = sum(files[file][0] for file in in_split)
         assert SHORT * share * total <= size <= LONG * share * total
-        assert max(files[file][0] for file in chosen) * copies <= 0.5 * share * total
+        assert max(files[file][0] for file in in_split) * copies <= 0.5 * share * total
     for n in range(len(sizes)):
         assert len({splits[f"{n}-{copy}"] for copy in range(copies)}) == 1
 

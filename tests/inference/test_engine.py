@@ -27,7 +27,7 @@ from lrt.inference.engine import Engine
 from lrt.inference.exactness import asked_bound, error_bound
 from lrt.inference.radix_tree import common_prefix
 from lrt.inference.request import Completion, Request
-from lrt.inference.row_pool import KeptRow, PrefixCache, row_bytes, rows_that_fit
+from lrt.inference.row_pool import KeptRow, PrefixCache, copy_row, row_bytes, rows_that_fit
 from lrt.inference.sampling import Steering, draw_rows, uniform
 
 WARM = Sampling(temperature=3.0)
@@ -524,3 +524,14 @@ def test_a_prompt_in_the_background_goes_on_from_what_is_known():
     beside.complete([Request(prompt, 1, WARM, prefill="exact")])
     assert done.tokens == beside.complete([asked])[0][0].tokens
     assert all(torch.equal(a, b) for a, b in zip(before, kept.state.keys, strict=True))
+
+
+def test_a_row_may_be_copied_onto_itself():
+    """To forget what comes behind a place."""
+    model = random_model(next(iter(PAIRWISE.values())))
+    state = model.empty_state(1, 8).in_place()
+    with torch.no_grad():
+        _, state = model(torch.tensor([[3, 1, 4, 1, 5]]), range(5), state)
+    copy_row(state, 0, state, 0, 3)
+    assert state.tokens[0].tolist() == [3, 1, 4, -1, -1, -1, -1, -1]
+    assert state.slot_positions[0].tolist() == [0, 1, 2, -1, -1, -1, -1, -1]

@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import assert_same, difference, oracle_rows, random_model, random_tokens
+from support.models import UNUSUAL, assert_same, difference, oracle_rows, random_model, random_tokens
 
-from lrt import MemoryConfig, ModelConfig
 from lrt.inference.decoders import MODES, decoder
 from lrt.inference.prefill import prefill
-
-CONFIG = ModelConfig(
-    depth=3,
-    width=20,
-    heads=2,
-    head_size=6,
-    kv_heads=1,
-    vocab_size=31,
-    context=12,
-    value_embeddings="alternate",
-    window_pattern="SL",
-    window=4,
-    mlp_width=24,
-    rope_base=37.0,
-    softcap=2.5,
-    memory=MemoryConfig(source=(0, 2), combine="channels", delay=3, layers=(2, 3)),
-)
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode in ("eager", "fused")])
 def test_decoded_states_are_the_oracles_and_logits_are_capped_at_the_models_number(mode: str):
-    model, tokens = random_model(CONFIG), random_tokens()
+    model, tokens = random_model(UNUSUAL), random_tokens()
     way = decoder(model, model.empty_state(*tokens.shape), mode)
     assert way.name == mode
     hidden = torch.stack([way(tokens[:, t], [t, t]) for t in range(tokens.shape[1])], 1)
@@ -42,7 +24,7 @@ def test_decoded_states_are_the_oracles_and_logits_are_capped_at_the_models_numb
 
 @pytest.mark.parametrize("mode", ["exact", "converged"])
 def test_a_prefilled_prompt_ends_where_the_oracle_does(mode: str):
-    model, tokens = random_model(CONFIG), random_tokens()
+    model, tokens = random_model(UNUSUAL), random_tokens()
     state = model.empty_state(*tokens.shape, tokens=tokens)
     with torch.no_grad():
         hidden = prefill(model, tokens, state, mode=mode).hidden  # type: ignore[arg-type]

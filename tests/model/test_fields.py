@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.models import VOCABULARY, assert_same, decode, oracle_rows, random_model, random_tokens
+from support.models import UNUSUAL, VOCABULARY, assert_same, decode, oracle_rows, random_model, random_tokens
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,32 +14,14 @@ from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig
 from lrt.data.batch import IGNORED
 from lrt.model.cross_entropy import summed_nats, token_nats
 
-CONFIG = ModelConfig(
-    depth=3,
-    width=20,
-    heads=2,
-    head_size=6,
-    kv_heads=1,
-    vocab_size=VOCABULARY,
-    context=12,
-    value_embeddings="alternate",
-    window_pattern="SL",
-    window=4,
-    mlp_width=24,
-    rope_base=37.0,
-    softcap=2.5,
-    skip_init=0.3,
-    memory=MemoryConfig(source=(0, 2), combine="channels", delay=3, layers=(2, 3), residual_init=-0.2),
-)
-
 
 def test_hidden_states_at_unusual_numbers_are_the_oracles():
-    model, tokens = random_model(CONFIG), random_tokens()
+    model, tokens = random_model(UNUSUAL), random_tokens()
     assert_same(decode(model, tokens, model.empty_state(*tokens.shape)), oracle_rows(model, tokens))
 
 
 def test_token_0_is_remembered_like_any_other():
-    model, tokens = random_model(CONFIG), torch.zeros(2, 9, dtype=torch.long)
+    model, tokens = random_model(UNUSUAL), torch.zeros(2, 9, dtype=torch.long)
     assert_same(decode(model, tokens, model.empty_state(2, 9)), oracle_rows(model, tokens))
 
 
@@ -60,7 +42,7 @@ def test_logits_and_losses_are_soft_capped_at_the_models_own_number(cap: float):
 
 
 def test_nats_of_a_bfloat16_model_are_float32():
-    model = random_model(CONFIG, torch.bfloat16)
+    model = random_model(UNUSUAL, torch.bfloat16)
     hidden = torch.randn(3, 20, generator=torch.Generator().manual_seed(0)).bfloat16()
     nats = token_nats(model, hidden, torch.tensor([1, 2, 3]))
     expected = F.cross_entropy(model.logits(hidden).float(), torch.tensor([1, 2, 3]), reduction="none")
@@ -70,8 +52,8 @@ def test_nats_of_a_bfloat16_model_are_float32():
 
 def test_initial_values():
     torch.manual_seed(0)
-    model = LatentRecurrentTransformer(CONFIG)
-    uniform = 1 / math.sqrt(CONFIG.width)
+    model = LatentRecurrentTransformer(UNUSUAL)
+    uniform = 1 / math.sqrt(UNUSUAL.width)
     deviations = {"embedding.weight": 1.0, "head.weight": 0.001, "projection.weight": uniform}
     for name, weights in model.named_parameters():
         parameter = weights.detach()

@@ -113,6 +113,24 @@ PRODUCT = {
     for values in itertools.product(*(CHOICES[name] for name in PRODUCT_NAMES))
     for choice in [dict(zip(PRODUCT_NAMES, values, strict=True))]
 }
+# Every number and choice other than its default.
+UNUSUAL = ModelConfig(
+    depth=3,
+    width=20,
+    heads=2,
+    head_size=6,
+    kv_heads=1,
+    vocab_size=VOCABULARY,
+    context=12,
+    value_embeddings="alternate",
+    window_pattern="SL",
+    window=4,
+    mlp_width=24,
+    rope_base=37.0,
+    softcap=2.5,
+    skip_init=0.3,
+    memory=MemoryConfig(source=(0, 2), combine="channels", delay=3, layers=(2, 3), residual_init=-0.2),
+)
 NONE = ModelConfig(depth=2, width=12, heads=2, vocab_size=VOCABULARY, context=16, memory=MemoryConfig(injection="none"))
 
 
