@@ -6,6 +6,7 @@ Shapes: B batch, T positions, n of them in a pass, H query heads, G key/value he
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +46,13 @@ class AttentionBench:
     """Print one JSON object as the last line."""
 
     def run(self) -> None:
+        rows, about = self.rows(), {"hardware": hardware(self.device)}
+        print_table(rows, hardware_title(about))
+        if self.json:
+            print_json(rows, about)
+
+    def rows(self, limit: float = math.inf, progress: bool = True) -> list[Row]:
+        """All ways, timed in turn, over one causal kernel for all positions: `plain()` at its best."""
         plain = schedules.plain()
         work = {"plain() by one kernel": self.work(plain, by_pieces=False)}
         for text in ("plain()", *self.schedules):
@@ -54,16 +62,13 @@ class AttentionBench:
                 work[f"{schedule!r} by masks"] = self.work(schedule, by_pieces=False)
                 if torch.device(self.device).type == "cuda":
                     work[f"{schedule!r} by FlexAttention"] = self.flex_work(schedule)
-        # All ratios are over one causal kernel for all positions: `plain()` at its best.
-        timings = alternate(work, self.rounds, device=self.device, title="lrt bench attention")
-        base = timings["plain() by one kernel"]
-        rows = []
+        timings = alternate(
+            work, self.rounds, device=self.device, title="lrt bench attention", progress=progress, limit=limit
+        )
+        base, rows = timings["plain() by one kernel"], []
         for name, timing in timings.items():
             rows.append(Row(name, *timing.ratio(base), measure="ratio", figures={"seconds": timing.median}))
-        about = {"hardware": hardware(self.device)}
-        print_table(rows, hardware_title(about))
-        if self.json:
-            print_json(rows, about)
+        return rows
 
     @property
     def groups(self) -> int:
