@@ -128,7 +128,7 @@ def kernel_section(plan: Plan) -> list[Part]:
 
 
 SECTIONS: dict[str, tuple[float, Callable[[Plan], list[Part]]]] = {
-    "oracle": (2, lambda plan: gpu_checks.model_parts(plan.checked)),
+    "oracle": (3, lambda plan: gpu_checks.model_parts(plan.checked)),
     "kernels": (1, kernel_section),
     "steps": (3, lambda plan: gpu_timings.step_parts(plan.timings)),
     "flops": (1, lambda plan: gpu_timings.flops_parts(plan.timings)),
@@ -182,9 +182,11 @@ class Section:
 
 
 def tables(rows: list[Row]) -> list[str]:
-    """A Markdown table for each measure: checks and times have other columns."""
-    measures = dict.fromkeys(row.measure for row in rows)
-    return [row_table([row for row in rows if row.measure == measure]).markdown() for measure in measures]
+    """A Markdown table for each kind of rows: those with the same measure and figures have the same columns."""
+    kinds: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        kinds.setdefault((row.measure, *row.figures), []).append(row)
+    return [row_table(kind).markdown() for kind in kinds.values()]
 
 
 class DeviceLost(Exception):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,15 +66,7 @@ class Checked:
     cases: tuple[str, ...]
     """Names of `CASES`."""
     compiled: tuple[str, ...]
-    """Of them those of which torch.compile's passes are checked too, and in float32 its decoder: minutes each."""
-
-    def executions(self, case: str) -> dict[str, Execution]:
-        """The ways to compute a pass, by what is said of them."""
-        return {"": EAGER, **({", compiled": Execution("always")} if case in self.compiled else {})}
-
-    def modes(self, case: str, dtype: torch.dtype) -> list[str]:
-        """The decoders."""
-        return [m for m in MODES if m != "compiled" or (case in self.compiled and dtype == torch.float32)]
+    """Of them those of which torch.compile's passes are checked too, and in float32 its decoder: a minute each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,19 +167,39 @@ def away(actual: Tensor, expected: Tensor) -> float:
     return difference(actual.detach().cpu().double(), expected)
 
 
+COMPILED = Execution("always")
+FLAT_MODES = tuple(mode for mode in MODES if mode != "compiled")
+"""Decoders that start at once."""
+
+
 def model_parts(checked: Checked) -> list[Part]:
-    """Values and gradients of schedules, then decoding: a part for each case and type."""
+    """Values and gradients of schedules, and decoding: parts for each case and type; then those that compile."""
     parts: list[Part] = []
-    for name in checked.cases:
-        case = functools.cache(CASES[name])  # made once, and only when its first part runs
+    made = {name: functools.cache(CASES[name]) for name in checked.cases}  # when the first of its parts runs
+    for name, case in made.items():
         for dtype in checked.types:
-            title = f"{name}, {type_name(dtype)}"
-            for how, execution in checked.executions(name).items():
-                if not how or dtype != torch.float64:  # what is compiled is trained, in float32 or bfloat16
-                    parts.append((title + how, partial(schedule_checks, title + how, case, dtype, execution, checked)))
-            decoding = partial(decoding_check, title, case, dtype, checked.device, checked.modes(name, dtype))
-            parts.append((f"{title}, decoding", decoding))
+            parts.append(schedule_part(name, case, dtype, EAGER, checked))
+            parts.append(decoding_part(name, case, dtype, FLAT_MODES, checked))
+    for name in checked.compiled:
+        for dtype in checked.types:
+            if dtype != torch.float64:  # which nothing is trained in
+                parts.append(schedule_part(f"{name}, compiled", made[name], dtype, COMPILED, checked))
+        parts.append(decoding_part(f"{name}, compiled", made[name], torch.float32, ("compiled",), checked))
     return parts
+
+
+def schedule_part(
+    name: str, make: Callable[[], Case], dtype: torch.dtype, execution: Execution, checked: Checked
+) -> Part:
+    title = f"{name}, {type_name(dtype)}"
+    return title, partial(schedule_checks, title, make, dtype, execution, checked)
+
+
+def decoding_part(
+    name: str, make: Callable[[], Case], dtype: torch.dtype, modes: Sequence[str], checked: Checked
+) -> Part:
+    title = f"{name}, {type_name(dtype)}: decoding"
+    return title, partial(decoding_check, title, make, dtype, checked.device, modes)
 
 
 def schedule_checks(
@@ -213,7 +225,7 @@ def schedule_checks(
 
 
 def decoding_check(
-    name: str, make: Callable[[], Case], dtype: torch.dtype, device: str, modes: list[str], _: float
+    name: str, make: Callable[[], Case], dtype: torch.dtype, device: str, modes: Sequence[str], _: float
 ) -> Iterator[Row]:
     """A row: every decoder, rows together and, where no documents are packed, at positions of their own."""
     case = make()
@@ -230,7 +242,7 @@ def decoding_check(
             state = model.empty_state(batch, length + LATER)
             way = decoder(model, state, mode)
             differences[f"{mode}, ragged"] = away(raggedly(way, tokens, [0, LATER]), case.exact)
-    yield difference_row(f"{name}: decoding", differences, TOLERANCES[dtype] * DEEPER[dtype])
+    yield difference_row(name, differences, TOLERANCES[dtype] * DEEPER[dtype])
 
 
 def kernel_parts(checked: Checked) -> list[Part]:
@@ -239,9 +251,11 @@ def kernel_parts(checked: Checked) -> list[Part]:
     for dtype in checked.types:
         name = type_name(dtype)
         parts.append((f"attention, {name}", partial(attention_checks, checked.device, dtype)))
-        for how, execution in checked.executions(next(iter(checked.compiled), "")).items():
-            title = f"fused cross-entropy, {name}{how}"
-            parts.append((title, partial(entropy_check, title, checked.device, dtype, execution)))
+        title = f"fused cross-entropy, {name}"
+        parts.append((title, partial(entropy_check, title, checked.device, dtype, EAGER)))
+    for dtype in checked.types if checked.compiled else ():
+        title = f"fused cross-entropy, compiled, {type_name(dtype)}"
+        parts.append((title, partial(entropy_check, title, checked.device, dtype, COMPILED)))
     return parts
 
 

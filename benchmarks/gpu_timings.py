@@ -114,10 +114,11 @@ def attention_parts(timings: Timings) -> list[Part]:
     shape = timings.steps
     config = shape.config("transformer")
     parts: list[Part] = []
-    for precision in dict.fromkeys(precision for precision, _ in timings.modes):
+    precisions: dict[Precision, None] = dict.fromkeys(precision for precision, _ in timings.modes)
+    for precision in precisions:
         bench = AttentionBench(
-            context=shape.context, batch=timings.rows(shape), heads=config.heads, head_size=config.head_dim,
-            precision=precision, rounds=timings.rounds, device=timings.device,
+            ("interleaved(2)", "settled(0, 1, 1)"), shape.context, timings.rows(shape), config.heads,
+            head_size=config.head_dim, precision=precision, rounds=timings.rounds, device=timings.device,
         )  # fmt: skip
 
         def run(limit: float, bench: AttentionBench = bench) -> Iterator[Row]:

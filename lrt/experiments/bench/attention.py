@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrt.experiments.bench.rows import Row, hardware_title, print_json, print_table
+from lrt.model.execution import VARIANTS
 from lrt.model.state import State, empty_state
 from lrt.model.strided_state import StridedState
 from lrt.schedules import library as schedules
@@ -22,6 +23,7 @@ from lrt.schedules.parse import parse
 from lrt.schedules.refinement import common_stride
 from lrt.utils.provenance import hardware
 from lrt.utils.timing import Work, alternate
+from lrt.utils.torch_private import raise_recompile_limit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -113,6 +115,7 @@ class AttentionBench:
         """All passes by FlexAttention, which knows the mask as a function of positions. CUDA: no backward on CPUs."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+        raise_recompile_limit(VARIANTS)  # each pass is a mask of its own; beyond torch's limit it would not be compiled
         attention = torch.compile(flex_attention, dynamic=False)  # uncompiled it holds all scores at once
         passes, window = schedule.passes(self.context), self.window
         inputs = []

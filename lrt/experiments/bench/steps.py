@@ -67,11 +67,11 @@ class TrainingSteps:
     """Which models' whole training steps are timed, and at which sizes."""
 
     models: tuple[str, ...] = ("recommended", "token shift, 2 channels, layerwise")
-    """Families of `lrt study rivals` by name, each over the Transformer with as many parameters; or folders of runs of
-    your own, each over a Transformer of its size."""
+    """Families of `lrt study rivals` by name, over the Transformer of as many parameters; or folders of runs of your
+    own, each over a Transformer of its size."""
     sources: tuple[float, ...] = (0.5,)
-    """Also the recommended LRT that remembers, in place of the last layer, the one at this share of the depth, under
-    settled(0, 1, 1), over plain() of the same model."""
+    """Also the recommended LRT that remembers the layer at this share of the depth in place of the last one: its
+    settled(0, 1, 1) over its own plain()."""
     sizes: tuple[str, ...] = ("4x96", "6x384")
     """Layers x width of the families."""
     context: int = 256
@@ -267,7 +267,7 @@ def step_row(group: str, timed: Timed, base: Timed, top: float | None) -> Row:
     }
     parts = [{"schedule": repr(part), "share": share, "seconds": t.median} for share, part, t in timed.parts]
     about = {"parts": parts, "rounds": len(timed.step.seconds), "parameters": count_parameters(run.model)[0]}
-    name = f"{contender.model}, {group}, with optimiser: {run.schedule}"
+    name = f"{contender.model}, {group}: {run.schedule}"
     return Row(name, ratio, spread, measure="ratio", figures=figures, about=about)
 
 

@@ -42,7 +42,7 @@ EVERY: tuple[str, ...] = (
     "settled(0, 1, 1)", "settled(1, 1, 1)", "settled(1, 8, 2)", "sequential()",
 )  # fmt: skip
 """A row for each schedule of the library: what `--schedules all` stands for."""
-PLAIN = "plain()"
+PLAIN, NO_OPTIMISER = "plain()", "none"
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TrainBench:
-    """Time training steps: every (model, schedule) pair beside the plain step of the same model; whole ones, optimiser
-    included, beside the Transformer's."""
+    """Time training: forward and backward of each model and schedule over the plain step of the same model; and whole
+    steps, optimiser included, over the Transformer's."""
 
     only: tuple[Literal["passes", "training"], ...] = ()
-    """Which rows: passes, forward and backward over plain() of the same model; training, whole steps over the
-    Transformer's. None: both. What follows is of passes, up to the vocabulary; --training.… of whole steps."""
+    """Which rows: passes (forward and backward), training (whole steps). None: both. Models and sizes here are
+    those of passes; whole steps have theirs under --training."""
     models: tuple[Literal["transformer", "token-shift", "lrt-shared", "lrt-layerwise"], ...] = ("lrt-shared",)
     """Which models; a Transformer has one schedule only."""
     schedules: tuple[str, ...] = (PLAIN, "interleaved(2)", "settled(0, 1, 1)")
@@ -90,7 +90,7 @@ class TrainBench:
     """torch.compile on both sides (the modules stay eager)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     training: TrainingSteps = field(default_factory=TrainingSteps)
-    """The whole steps."""
+    """Whole steps: which models, at which sizes."""
     rounds: int = 10
     """Rounds in which every candidate is timed once."""
     device: str = "cpu"
@@ -101,7 +101,12 @@ class TrainBench:
 
     def run(self) -> None:
         rows, about = self.rows(), {"hardware": hardware(self.device)}
-        print_table(rows, hardware_title(about))
+        whole = [row for row in rows if row.figures["optimiser"] != NO_OPTIMISER]
+        passes = [row for row in rows if row not in whole]
+        print(hardware_title(about))
+        for part, title in ((whole, "Whole steps, optimiser included"), (passes, "Forward and backward")):
+            if part:
+                print_table(part, title)
         if self.json:
             print_json(rows, about)
 
@@ -144,7 +149,7 @@ class TrainBench:
                 "model": model,
                 "source": c.source,
                 "schedule": c.schedule,
-                "optimiser": "none",
+                "optimiser": NO_OPTIMISER,
                 "seconds": seconds,
                 # A forward and backward of every position costs 3 forwards, which is what `plain()` costs.
                 "ideal": parse(c.schedule).cost(self.context) / 3,
