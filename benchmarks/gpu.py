@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -263,33 +264,44 @@ def finite(content: Any) -> Any:
     return str(content) if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def run_section(section: Section, parts: list[Part], limit: float, device: str, say: Callable[[str], None]) -> None:
+def run_section(
+    section: Section, make: Callable[[], list[Part]], limit: float, device: str, say: Callable[[str], None]
+) -> None:
     """Run the parts, each within its share of what is left of `limit` seconds. DeviceLost where the card is gone."""
     begun = time.monotonic()
     try:
+        torch.compiler.reset()  # what earlier sections compiled counts towards torch's limits
+        parts = make()
         for i, (title, part) in enumerate(parts):
             left = limit - (time.monotonic() - begun)
             if left <= 0:
                 section.left_out.append(title)
                 continue
             say(f"{i + 1}/{len(parts)} {title}")
-            try:
-                for row in part(left / (len(parts) - i)):
-                    section.rows.append(row)
-            except gpu_ranks.NotHere as reason:
-                section.not_here.append(str(reason))
-            except Exception as error:  # whatever it is: the other parts may still say something
-                section.errors[title] = f"{type(error).__name__}: {error}"
-                if is_lost(device):
-                    raise DeviceLost from error
-            free_memory(device)
-    except KeyboardInterrupt:
-        section.state = "interrupted"
+            run_part(section, title, part, left / (len(parts) - i), device)
+    except (KeyboardInterrupt, DeviceLost):
+        section.state = "interrupted"  # until `conclude` knows better
         raise
+    except Exception as error:  # no part of it could begin
+        section.errors["all of it"] = f"{type(error).__name__}: {error}"
     finally:
         section.seconds = time.monotonic() - begun
-        if section.state != "interrupted":
+        if section.errors or section.state != "interrupted":
             section.conclude()
+
+
+def run_part(section: Section, title: str, part: Callable[[float], Iterable[Row]], limit: float, device: str) -> None:
+    """One part: its rows as they come, or what it raised. DeviceLost where the card is gone."""
+    try:
+        for row in part(limit):
+            section.rows.append(row)
+    except gpu_ranks.NotHere as reason:
+        section.not_here.append(str(reason))
+    except Exception as error:  # whatever it is: the other parts may still say something
+        section.errors[title] = f"{type(error).__name__}: {error}"
+        if is_lost(device):
+            raise DeviceLost from error
+    free_memory(device)
 
 
 def is_lost(device: str) -> bool:
@@ -327,8 +339,7 @@ def run(arguments: Arguments) -> int:
             print(f"{minutes:5.1f} of {arguments.minutes:g} min  {name} {text}", file=sys.stderr, flush=True)
 
         try:
-            torch.compiler.reset()  # what earlier sections compiled counts towards torch's limits
-            run_section(section, make(plan), limit, arguments.device, say)
+            run_section(section, partial(make, plan), limit, arguments.device, say)
         except BaseException as error:
             report.sections[name] = section.to_dict()
             report.write("interrupted")

@@ -130,8 +130,14 @@ def with_sections(monkeypatch: pytest.MonkeyPatch, gpu: ModuleType, **sections: 
 def test_an_error_is_noted_and_the_next_goes_on(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     broken = [("first", rows(0.5, then=RuntimeError("no such kernel"))), ("second", rows(float("nan")))]
     with_sections(monkeypatch, gpu, broken=broken, right=[("third", rows(0.25))])
+
+    def refuse(plan: object) -> list[Any]:
+        raise ValueError("no such model")
+
+    monkeypatch.setitem(gpu.SECTIONS, "hopeless", (1, refuse))
     assert gpu.main(["--out", str(tmp_path), *SMALL]) == 1
     sections = read(tmp_path)["sections"]
+    assert sections["hopeless"]["errors"] == {"all of it": "ValueError: no such model"}
     assert sections["broken"]["state"] == "error"
     assert sections["broken"]["errors"] == {"first": "RuntimeError: no such kernel"}
     assert [row["difference"] for row in sections["broken"]["rows"]] == [0.5, "nan"]
