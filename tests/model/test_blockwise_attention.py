@@ -6,12 +6,12 @@ B batch, T positions, H query heads, G key/value heads, K head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from support.attention import PLANS, G, H, hiding, random, with_gradients
 from support.models import PAIRWISE, VISIBLE, assert_same, assert_same_gradients, gradients, random_model
 from torch import Tensor
 
@@ -22,76 +22,7 @@ from lrt.model.strided_state import Band, StridedState, triangles
 from lrt.schedules import refinement
 from lrt.schedules.refinement import common_stride
 
-H, G, K = 4, 2, 8
 SMALL = {"TILE": 4, "QUERIES": 5, "KEYS": 7}  # so that few positions make many pieces
-
-
-def random(heads: int, n: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, n, heads, K, dtype=torch.float64, generator=generator).transpose(1, 2).requires_grad_()
-
-
-def with_gradients(run: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    out = run(inputs[0], inputs[1 : 1 + len(inputs) // 2], inputs[1 + len(inputs) // 2 :])
-    direction = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(9))
-    return [out.detach(), *torch.autograd.grad((out * direction).sum(), inputs)]
-
-
-def hiding(rows: list[int], n: int, m: int) -> Callable[[Tensor], Tensor]:
-    """A mask (1, 1, n, m) of a triangle, under which `rows` see nothing."""
-
-    def mask(like: Tensor) -> Tensor:
-        hidden = torch.ones(n, m).triu(1).bool()
-        hidden[rows] = True
-        return torch.zeros(1, 1, n, m, dtype=like.dtype).masked_fill(hidden, -math.inf)
-
-    return mask
-
-
-PLANS: dict[str, tuple[int, list[int], list[AttentionPiece]]] = {
-    "one triangle": (6, [6], [AttentionPiece(slice(0, 6), 0, slice(0, 6), causal=True)]),
-    "two sources, one shifted": (
-        6,
-        [6, 6],
-        [
-            AttentionPiece(slice(0, 6), 0, slice(0, 6), causal=True),
-            AttentionPiece(slice(1, 6), 1, slice(0, 5), causal=True),
-        ],
-    ),
-    "every other key": (
-        4,
-        [4, 9],
-        [
-            AttentionPiece(slice(0, 4), 0, slice(0, 4), causal=True),
-            AttentionPiece(slice(0, 4), 1, slice(1, 8, 2), causal=True),
-        ],
-    ),
-    "tiles and a rectangle": (
-        8,
-        [8],
-        [
-            AttentionPiece(slice(0, 4), 0, slice(0, 4), causal=True),
-            AttentionPiece(slice(4, 8), 0, slice(4, 8), causal=True),
-            AttentionPiece(slice(4, 8), 0, slice(0, 4)),
-        ],
-    ),
-    "rows without a key in one piece": (
-        5,
-        [5, 5],
-        [
-            AttentionPiece(slice(0, 5), 0, slice(0, 5), mask=hiding([0, 3], 5, 5)),
-            AttentionPiece(slice(0, 5), 1, slice(0, 5), causal=True),
-        ],
-    ),
-    "a row without any key": (
-        5,
-        [5, 5],
-        [
-            AttentionPiece(slice(0, 5), 0, slice(0, 5), mask=hiding([0, 3], 5, 5)),
-            AttentionPiece(slice(0, 5), 1, slice(0, 5), mask=hiding([3, 4], 5, 5)),
-        ],
-    ),
-}
 
 
 @pytest.mark.parametrize("kernel", [CPU, PLAIN], ids=["cpu", "plain"])
@@ -121,8 +52,6 @@ def test_pieces_equal_one_softmax(name: str, groups: int, kernel: Kernel, monkey
 @pytest.mark.parametrize("name", list(PLANS))
 def test_pieces_on_a_gpu_equal_one_softmax(name: str, dtype: torch.dtype):
     n, sizes, pieces = PLANS[name]
-    if any(piece.mask for piece in pieces):
-        pytest.skip("these masks are made on the CPU")
     inputs = [random(H, n, 7), *(random(G, m, seed) for seed, m in enumerate(sizes * 2))]
     expected = with_gradients(lambda q, k, v: attend_reference(q, k, v, pieces), inputs)
     moved = [x.detach().to("cuda", dtype).requires_grad_() for x in inputs]
