@@ -32,6 +32,37 @@ when it is needed, so that few exist at a time."""
 
 
 @dataclass(frozen=True)
+class Repeat:
+    """How often a run of entries is taken again, each time `pitch` entries further."""
+
+    blocks: int = 1
+    pitch: int = 0
+
+    def of(self, x: Tensor, where: slice) -> Tensor:
+        """(B, blocks, heads, size, …): a view of x (B, heads, n, …) at the run `where` and at its repetitions.
+
+        `where` may have a step; `pitch` then counts in such steps.
+        """
+        if self.blocks == 1:
+            return x[:, :, where].unsqueeze(1)
+        step = where.step or 1
+        size = len(range(where.start, where.stop, step))
+        stop = where.stop + (self.blocks - 1) * self.pitch * step
+        return x[:, :, where.start : stop : step].unfold(2, size, self.pitch).movedim(2, 1).movedim(-1, 3)
+
+    def is_run(self, where: slice) -> bool:
+        """Whether all of it together is one run without gaps or steps."""
+        return where.step is None and (self.blocks == 1 or where.stop - where.start == self.pitch)
+
+    def stop(self, where: slice) -> int:
+        """The end of the last repetition."""
+        return where.stop + (self.blocks - 1) * self.pitch * (where.step or 1)
+
+
+ONCE = Repeat()
+
+
+@dataclass(frozen=True)
 class AttentionPiece:
     """Queries `rows` against `keys` of source number `source`. `keys` may have a step: one class in a tensor of all."""
 
@@ -39,9 +70,19 @@ class AttentionPiece:
     source: int
     keys: slice
     causal: bool = False
-    """Query i of the piece sees its keys 0 … i, counted within the piece. It is square, so that kernels which align the
-    triangle at the first query and those which align it at the last one agree."""
+    """Query i of the piece sees its keys 0 … i, counted within the piece. It is square unless repeated, so that kernels
+    which align the triangle at the first query (CPU) and those which align it at the last one (CUDA) agree."""
     mask: Mask | None = None
+    repeat: Repeat = ONCE
+    """Pieces of one form, further down the rows and the keys alike, are one call of a kernel: more rows of a batch."""
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """The piece's queries of x (B, heads, n, …), (B·blocks, heads, size, …): a view where memory allows it."""
+        return self.repeat.of(x, self.rows).flatten(0, 1)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """Likewise its keys of x (B, heads, m, …)."""
+        return self.repeat.of(x, self.keys).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -206,13 +247,16 @@ def attend_reference(
         for piece in pieces:
             if piece.source != i:
                 continue
-            rows, at = torch.arange(n, device=q.device)[piece.rows], columns[i][piece.keys]
-            add = torch.zeros(len(rows), len(at), dtype=s.dtype, device=s.device)
-            if piece.causal:
-                add = add.masked_fill(torch.ones_like(add, dtype=torch.bool).triu(1), -math.inf)
-            if piece.mask is not None:
-                add = add + piece.mask(s)
-            seen[:, :, rows.unsqueeze(1), at] = add.expand(*s.shape[:2], -1, -1)
+            for block in range(piece.repeat.blocks):
+                further, step = block * piece.repeat.pitch, piece.keys.step or 1
+                rows = torch.arange(n, device=q.device)[piece.rows] + further
+                at = columns[i][piece.keys] + further * step
+                add = torch.zeros(len(rows), len(at), dtype=s.dtype, device=s.device)
+                if piece.causal:
+                    add = add.masked_fill(torch.ones_like(add, dtype=torch.bool).triu(1), -math.inf)
+                if piece.mask is not None:
+                    add = add + piece.mask(s)
+                seen[:, :, rows.unsqueeze(1), at] = add.expand(*s.shape[:2], -1, -1)
         parts.append(s + seen)
     whole = torch.cat(parts, -1)
     blind = (whole == -math.inf).all(-1, keepdim=True)  # queries without a key give 0, where softmax gives nan
@@ -235,10 +279,10 @@ class Attend(torch.autograd.Function):
         merged, kernel_calls = Merged(q), []
         for piece in pieces:
             mask = None if piece.mask is None else piece.mask(q)
-            k, v = (repeat_groups(x[piece.source][:, :, piece.keys], repeat) for x in (keys, values))
+            k, v = (repeat_groups(piece.of_keys(x[piece.source]), repeat) for x in (keys, values))
             kernel = choose_kernel(q, mask is not None)
-            part, lse, *extras = kernel.forward(q[:, :, piece.rows], k, v, piece.causal, mask)
-            merged.add(piece.rows, part, lse)
+            part, lse, *extras = kernel.forward(piece.of_rows(q), k, v, piece.causal, mask)
+            merged.add(piece.rows, part, lse, piece.repeat)
             kernel_calls.append((kernel, extras))
         out, lse = merged.result()
         ctx.save_for_backward(q, out, lse, *sources)
@@ -257,14 +301,13 @@ class Attend(torch.autograd.Function):
         (g,) = grads
         d_q, d_keys, d_values = Total(q), [Total(k) for k in keys], [Total(v) for v in values]
         for piece, (kernel, extras) in zip(ctx.pieces, ctx.kernel_calls, strict=True):
-            rows, i = piece.rows, piece.source
-            mask = None if piece.mask is None else piece.mask(q)
-            k, v = (repeat_groups(x[i][:, :, piece.keys], repeat) for x in (keys, values))
-            taken = [x[:, :, rows] for x in (out, lse)]
-            dq, dk, dv = kernel.backward(g[:, :, rows], q[:, :, rows], k, v, *taken, piece.causal, mask, *extras)
-            d_q.add(rows, dq)
-            d_keys[i].add(piece.keys, sum_groups(dk, repeat))
-            d_values[i].add(piece.keys, sum_groups(dv, repeat))
+            i, mask = piece.source, None if piece.mask is None else piece.mask(q)
+            k, v = (repeat_groups(piece.of_keys(x[i]), repeat) for x in (keys, values))
+            g_rows, q_rows, out_rows, lse_rows = (piece.of_rows(x) for x in (g, q, out, lse))
+            dq, dk, dv = kernel.backward(g_rows, q_rows, k, v, out_rows, lse_rows, piece.causal, mask, *extras)
+            d_q.add(piece.rows, dq, piece.repeat)
+            d_keys[i].add(piece.keys, sum_groups(dk, repeat), piece.repeat)
+            d_values[i].add(piece.keys, sum_groups(dv, repeat), piece.repeat)
         return d_q.result(), None, *(d.result() for d in d_keys), *(d.result() for d in d_values)
 
 
@@ -278,6 +321,11 @@ def sum_groups(x: Tensor, repeat: int) -> Tensor:
     return x if repeat == 1 else x.unflatten(1, (-1, repeat)).sum(2)
 
 
+def join_blocks(x: Tensor, batch: int) -> Tensor:
+    """(B, heads, blocks·size, …) of x (B·blocks, heads, size, …), as a view where positions are laid out outside heads."""
+    return x if len(x) == batch else x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+
+
 class Merged:
     """Outputs and log-sum-exps of pieces, merged as they come, in float32 at least.
 
@@ -287,26 +335,30 @@ class Merged:
     def __init__(self, q: Tensor) -> None:
         self.q, self.covered = q, 0  # queries 0 … covered - 1 have an output; memory behind them is not filled yet
 
-    def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
-        """Merge a piece's output (B, H, n, K) and log-sum-exp (B, H, n) into those of the queries `rows`."""
+    def add(self, rows: slice, out: Tensor, lse: Tensor, repeat: Repeat = ONCE) -> None:
+        """Merge a piece's output (B·blocks, H, size, K) and log-sum-exp (B·blocks, H, size) into its queries'."""
         batch, heads, n, size = self.q.shape
+        in_order = rows.start == self.covered and repeat.is_run(rows)
         if self.covered == 0:
-            if rows.start == 0 and rows.stop == n:
-                self.out, self.lse, self.covered = out, lse, n
+            if in_order and repeat.stop(rows) == n:
+                self.out, self.lse, self.covered = join_blocks(out, batch), join_blocks(lse, batch), n
                 return
             # Laid out as (B, n, H, K), so that what follows joins the heads without a copy.
             kind = {"device": out.device, "dtype": torch.promote_types(out.dtype, torch.float32)}
             self.out = torch.empty(batch, n, heads, size, **kind).transpose(1, 2)
-            self.lse = torch.empty(batch, heads, n, device=lse.device, dtype=lse.dtype)
-        if rows.start == self.covered:
-            self.out[:, :, rows], self.lse[:, :, rows], self.covered = out, lse, rows.stop
+            self.lse = torch.empty(batch, n, heads, device=lse.device, dtype=lse.dtype).transpose(1, 2)
+        out, lse = (x.unflatten(0, (batch, repeat.blocks)) for x in (out, lse))
+        own_out, before = repeat.of(self.out, rows), repeat.of(self.lse, rows)
+        if in_order:
+            own_out.copy_(out)
+            before.copy_(lse)
+            self.covered = repeat.stop(rows)
             return
-        assert rows.stop <= self.covered, "the first pieces must reach every query, in order"
-        before = self.lse[:, :, rows]
+        assert repeat.stop(rows) <= self.covered, "the first pieces must reach every query, in order"
         # exp(lse) / (exp(before) + exp(lse)), the new piece's weight; nan (inf - inf) where neither has a key.
         share = (lse - before).sigmoid().nan_to_num(0.0)
-        self.out[:, :, rows].lerp_(out.to(self.out.dtype), share.unsqueeze(-1).to(self.out.dtype))
-        self.lse[:, :, rows] = torch.logaddexp(before, lse)
+        own_out.lerp_(out.to(self.out.dtype), share.unsqueeze(-1).to(self.out.dtype))
+        torch.logaddexp(before, lse, out=before)
 
     def result(self) -> tuple[Tensor, Tensor]:
         assert self.covered == self.q.shape[2], "no piece reaches the last queries"
@@ -322,20 +374,26 @@ class Total:
     def __init__(self, like: Tensor) -> None:
         self.like, self.sum, self.covered = like, None, 0  # as in Merged: memory behind `covered` is not filled yet
 
-    def add(self, where: slice, part: Tensor) -> None:
-        """Add a piece's part, of the run `where` (with a step where a class lies in a tensor of all positions)."""
-        n = self.like.shape[2]
+    def add(self, where: slice, part: Tensor, repeat: Repeat = ONCE) -> None:
+        """Add a piece's part (B·blocks, heads, size, K), of the run `where` and its repetitions.
+
+        `where` has a step where a class lies in a tensor of all positions.
+        """
+        batch, _, n, _ = self.like.shape
+        in_order = where.start == self.covered and repeat.is_run(where)
         if self.sum is None:
-            if where == slice(0, n):
-                self.sum, self.covered = part, n
+            if in_order and repeat.stop(where) == n:
+                self.sum, self.covered = join_blocks(part, batch), n
                 return
             self.sum = torch.empty_like(self.like, dtype=torch.promote_types(part.dtype, torch.float32))
-        if where.step is None and where.start == self.covered:
-            self.sum[:, :, where], self.covered = part, where.stop
+        part = part.unflatten(0, (batch, repeat.blocks))
+        if in_order:
+            repeat.of(self.sum, where).copy_(part)
+            self.covered = repeat.stop(where)
             return
-        if where.stop > self.covered:
+        if repeat.stop(where) > self.covered:
             self._clear()
-        self.sum[:, :, where].add_(part)
+        repeat.of(self.sum, where).add_(part)
 
     def _clear(self) -> None:
         """Zeros in what no piece has written."""
