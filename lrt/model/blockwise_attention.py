@@ -43,12 +43,14 @@ class Repeat:
 
         `where` may have a step; `pitch` then counts in such steps.
         """
-        if self.blocks == 1:
-            return x[:, :, where].unsqueeze(1)
-        step = where.step or 1
-        size = len(range(where.start, where.stop, step))
-        stop = where.stop + (self.blocks - 1) * self.pitch * step
-        return x[:, :, where.start : stop : step].unfold(2, size, self.pitch).movedim(2, 1).movedim(-1, 3)
+        batch, heads, _, *rest = x.shape
+        between, outer, inner, *within = x.stride()  # of rows of the batch, of heads, of entries
+        start, stop, step = where.start, where.stop, where.step or 1
+        size = len(range(start, stop, step))
+        # One operation: slices, and windows of them, are four to the same view.
+        shape = (batch, self.blocks, heads, size, *rest)
+        strides = (between, self.pitch * step * inner, outer, step * inner, *within)
+        return x.as_strided(shape, strides, x.storage_offset() + start * inner)
 
     def is_run(self, where: slice) -> bool:
         """Whether all of it together is one run without gaps or steps."""
@@ -94,7 +96,9 @@ class Kernel:
 
     A query that sees no key has output 0 and log-sum-exp -inf, so that it weighs nothing when pieces are merged."""
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """(gradient, q, k, v, output, log-sum-exp, causal, mask, *extras) -> gradients of q, k, v."""
+    """(gradient, q, k, v, output, log-sum-exp, causal, mask, *extras) -> gradients of q, k, v.
+
+    A query that sees no key comes with a log-sum-exp of +inf (`mask_empty`)."""
     operators: tuple[torch_private.Operator, ...] = ()
     """torch's private operators that it calls."""
 
@@ -118,7 +122,7 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | 
 def plain_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p = (attention_scores(q, k, causal, mask) - mask_empty(lse).unsqueeze(-1)).exp()
+    p = (attention_scores(q, k, causal, mask) - lse.unsqueeze(-1)).exp()
     # dS = P ∘ (dP - rowsum(dO ∘ O)), FlashAttention's backward (2205.14135). With the merged O and lse the row sum runs
     # over all pieces, so that a piece needs to know nothing of the others.
     dp = (g @ v.mT).to(p.dtype) - (g * out).to(p.dtype).sum(-1, keepdim=True)
@@ -137,7 +141,7 @@ def cpu_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = torch_private.CPU_FLASH_BACKWARD
-    return backward(g, q, k, v, out, mask_empty(lse), 0.0, causal, attn_mask=mask)
+    return backward(g, q, k, v, out, lse, 0.0, causal, attn_mask=mask)
 
 
 def cuda_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Any, ...]:
@@ -151,7 +155,7 @@ def cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     first_q, first_k, max_q, max_k, seed, offset = extras  # rows' lengths, and the state of dropout's generator
     backward = torch_private.CUDA_FLASH_BACKWARD
-    lse = mask_empty(lse).contiguous()  # the kernel takes no strides for it
+    lse = lse.contiguous()  # the kernel takes no strides for it
     return backward(g, q, k, v, out, lse, first_q, first_k, max_q, max_k, 0.0, causal, seed, offset)
 
 
@@ -177,7 +181,7 @@ def efficient_backward(
     *extras: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = torch_private.CUDA_EFFICIENT_BACKWARD
-    lse = F.pad(mask_empty(lse), (0, -lse.shape[-1] % 32)).contiguous()  # as the forward gave it: multiples of 32
+    lse = F.pad(lse, (0, -lse.shape[-1] % 32)).contiguous()  # as the forward gave it: multiples of 32
     wanted = [True, True, True, False]  # gradients of q, k, v; the mask has none
     return backward(g, q, k, v, align_mask(mask, q), out, lse, *extras, 0.0, wanted, causal)[:3]
 
@@ -299,6 +303,7 @@ class Attend(torch.autograd.Function):
         keys, values = sources[: len(sources) // 2], sources[len(sources) // 2 :]
         repeat = q.shape[1] // keys[0].shape[1]
         (g,) = grads
+        lse = mask_empty(lse) if any(piece.mask for piece in ctx.pieces) else lse
         d_q, d_keys, d_values = Total(q), [Total(k) for k in keys], [Total(v) for v in values]
         for piece, (kernel, extras) in zip(ctx.pieces, ctx.kernel_calls, strict=True):
             i, mask = piece.source, None if piece.mask is None else piece.mask(q)
