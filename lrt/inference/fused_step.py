@@ -239,7 +239,7 @@ def step(
     outputs: dict[int, Tensor] = {}
     for i, layer in enumerate(p.layers):
         x = torch.addcmul(added[i].view(count, -1), x, layer.alpha)  # α x + β x_0 + Σ γ m
-        own = [] if layer.projection is None else [sets[layer.projection] for sets in projected]
+        own = [projected[channel][pair] for channel, pair in layer.projection or ()]
         q = write_layer(config, b, layer, i, rms(x), tokens, own, place)
         y = attend(config, b, i, q.unflatten(0, (place.rows, -1)).transpose(1, 2), place)
         x = added_product(x, y.transpose(1, 2).reshape(count, -1), layer.out)

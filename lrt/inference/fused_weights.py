@@ -43,8 +43,8 @@ class FusedLayer(NamedTuple):
     """(1,): the residual stream's scale."""
     table: Tensor | None
     """(V, G·K): the value embedding."""
-    projection: int | None
-    """Which set of U_k m, U_v m the block adds; None where it adds none."""
+    projection: tuple[tuple[int, int], ...] | None
+    """(channel, which of its pairs) of each U_k m, U_v m that the block adds; None where it adds none."""
 
 
 class FusedWeights(NamedTuple):
@@ -100,16 +100,15 @@ def fuse_weights(model: LatentRecurrentTransformer, layout: Layout = transposed_
             f"injection {config.memory.injection!r} is a user's own, of which no fused products are known; decode with "
             "mode='eager'"
         )
-    channels = config.channels
-    injected = config.injected_layers
-    layered = isinstance(model.projection, Projection) and len(model.projection.weight) > 1
     layers, mix = [], []
     for layer, block in enumerate(model.blocks, start=1):
         assert isinstance(block, Block)
-        # A block that adds no memory to its stream has γ 0 in the common product.
-        gamma = block.injection.gamma if isinstance(block.injection, Residual) else block.beta.new_zeros(channels)
+        # A channel that a block does not add to its stream has γ 0 in the common product.
+        gamma = block.beta.new_zeros(config.channels)
+        if isinstance(block.injection, Residual):
+            gamma[list(config.block_channels[layer - 1])] = block.injection.gamma
         mix.append(torch.cat([block.beta, gamma]))
-        layers.append(_layer(block, injected.index(layer) if layered and layer in injected else 0, layout))
+        layers.append(_layer(block, projection_sets(config, layer), layout))
     weights = model.recall.weights if isinstance(model.recall, MemoryReader) else None
     return FusedWeights(
         config=config,
@@ -122,8 +121,17 @@ def fuse_weights(model: LatentRecurrentTransformer, layout: Layout = transposed_
     )
 
 
-def _layer(block: Block, projection: int, layout: Layout) -> FusedLayer:
-    """One block's weights; `projection` is the set of U_k and U_v that it adds, if it adds one."""
+def projection_sets(config: ModelConfig, layer: int) -> tuple[tuple[int, int], ...]:
+    """(channel, which of its pairs of U_k and U_v) for each channel that block `layer` reads."""
+    own = config.memory.projection == "layerwise"
+    return tuple(
+        (channel, config.channel_layers[channel].index(layer) if own else 0)
+        for channel in config.block_channels[layer - 1]
+    )
+
+
+def _layer(block: Block, projection: tuple[tuple[int, int], ...], layout: Layout) -> FusedLayer:
+    """One block's weights; `projection` says which pairs of U_k and U_v it adds, if it adds any."""
     attention, injection = block.attention, block.injection
     assert isinstance(attention, Attention)
     assert isinstance(injection, NoMemory)
@@ -163,5 +171,6 @@ def table_rows(table: nn.Embedding) -> Tensor:
 
 
 def _projection(projection: Projection, layout: Layout) -> tuple[Tensor, ...]:
-    """(sets, C, 2, G·K, D), doubled, as one matrix per channel."""
-    return tuple(layout(weight) for weight in 2 * projection.weight.transpose(0, 1).flatten(1, 3))
+    """U_k and U_v of all layers, doubled, as one matrix per channel."""
+    channels = range(len(projection.channel_layers))
+    return tuple(layout(2 * projection.of_channels(c, c + 1)[0].flatten(0, 2)) for c in channels)
