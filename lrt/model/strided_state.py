@@ -16,24 +16,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lrt.model.blockwise_attention import AttentionPiece, Repeat, attend
+from lrt.model.attention_pieces import AttentionPiece, Repeat
+from lrt.model.blockwise_attention import attend
 from lrt.model.buffers import write_copy
 from lrt.model.execution import EAGER, Execution
 from lrt.model.state import State, extend
 from lrt.model.state_protocol import MemoryRead, Positions
 from lrt.model.visibility import additive, visible_keys
 
-TILE = 128
+TILE = 64
 """Queries and keys of the smallest triangle, on CPUs. Their kernel computes 512 keys at a time, also those that a
-causal mask then hides. Forward and backward take 0.7 (4 rows of 512 tokens) and 0.9 (1 of 2048) of one piece's time;
-with 64 instead, 0.66 and 0.93 (docs/log.md)."""
+causal mask then hides; with 32 its products are too small (docs/log.md)."""
 QUERIES, KEYS = 256, 1024
 """Largest mask: windows and documents are attended in blocks of so many queries and keys, whose masks are made when
 needed."""
@@ -346,7 +345,7 @@ def triangle(n: int, m: int, behind: int, tile: int) -> Iterator[AttentionPiece]
 
 
 def alike(n: int, size: int, pitch: int) -> Iterator[tuple[int, int]]:
-    """(start, how many) of the runs of `size` entries of n that begin at multiples of `pitch`: whole ones, a cut one."""
+    """(start, how many) of runs of `size` of n entries, from multiples of `pitch` on: the whole ones, then a cut one."""
     whole = (n - size) // pitch + 1 if n >= size else 0
     if whole:
         yield 0, whole

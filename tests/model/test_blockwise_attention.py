@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lrt import MemoryConfig, ModelConfig, refine, schedules
 from lrt.model import blockwise_attention, strided_state
-from lrt.model.blockwise_attention import CPU, PLAIN, AttentionPiece, Kernel, Repeat, attend, attend_reference
+from lrt.model.attention_pieces import AttentionPiece, Repeat
+from lrt.model.blockwise_attention import CPU, PLAIN, Kernel, attend, attend_reference
 from lrt.model.strided_state import Band, StridedState, triangle
 from lrt.schedules import refinement
 from lrt.schedules.refinement import common_stride
