@@ -345,7 +345,7 @@ def triangle(n: int, m: int, behind: int, tile: int) -> Iterator[AttentionPiece]
 
 
 def alike(n: int, size: int, pitch: int) -> Iterator[tuple[int, int]]:
-    """(start, how many) of runs of `size` of n entries, from multiples of `pitch` on: the whole ones, then a cut one."""
+    """(start, how many) of runs of `size` entries of n, begun at multiples of `pitch`: whole ones, then a cut one."""
     whole = (n - size) // pitch + 1 if n >= size else 0
     if whole:
         yield 0, whole
