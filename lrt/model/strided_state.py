@@ -30,9 +30,9 @@ from lrt.model.state import State, extend
 from lrt.model.state_protocol import MemoryRead, Positions
 from lrt.model.visibility import additive, visible_keys
 
-TILE = 64
+TILE = 128
 """Queries and keys of the smallest triangle, on CPUs. Their kernel computes 512 keys at a time, also those that a
-causal mask then hides; with 32 its products are too small (docs/log.md)."""
+causal mask then hides; with 64 there is less of that, in products that run at a lower rate (docs/log.md)."""
 QUERIES, KEYS = 256, 1024
 """Largest mask: windows and documents are attended in blocks of so many queries and keys, whose masks are made when
 needed."""
