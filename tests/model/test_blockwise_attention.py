@@ -17,10 +17,11 @@ from torch import Tensor
 
 from lrt import MemoryConfig, ModelConfig, refine, schedules
 from lrt.model import blockwise_attention, strided_state
-from lrt.model.blockwise_attention import CPU, PLAIN, AttentionPiece, Kernel, attend, attend_reference
-from lrt.model.strided_state import Band, StridedState, triangles
+from lrt.model.attention_pieces import AttentionPiece
+from lrt.model.blockwise_attention import CPU, PLAIN, Kernel, attend, attend_reference
+from lrt.model.strided_state import Band, StridedState, triangle
 from lrt.schedules import refinement
-from lrt.schedules.refinement import common_stride
+from lrt.schedules.work import common_stride
 
 SMALL = {"TILE": 4, "QUERIES": 5, "KEYS": 7}  # so that few positions make many pieces
 
@@ -67,19 +68,43 @@ def test_the_gradient_check_passes():
     assert torch.autograd.gradcheck(lambda q, *kv: attend(q, kv[:2], kv[2:], pieces), inputs)
 
 
-@pytest.mark.parametrize(
-    ("first", "last", "tile"), [(0, 1, 4), (0, 4, 4), (0, 5, 4), (3, 30, 4), (0, 64, 8), (2, 2, 4)]
-)
-def test_triangles_cover_every_pair_once(first: int, last: int, tile: int):
-    seen, covered = [], first
-    for rows, keys in triangles(first, last, tile):
-        assert rows.start <= covered  # rows are reached in order
-        covered = max(covered, rows.stop)
-        assert rows != keys or rows.stop - rows.start <= tile
-        seen += [
-            (i, j) for i in range(rows.start, rows.stop) for j in range(keys.start, keys.stop) if rows != keys or j <= i
-        ]
-    assert sorted(seen) == [(i, j) for i in range(first, last) for j in range(first, i + 1)]
+@pytest.mark.parametrize(("behind", "more"), [(0, 0), (0, 1), (1, 0), (1, -1)])
+@pytest.mark.parametrize(("n", "tile"), [(1, 4), (4, 4), (5, 4), (6, 1), (12, 4), (30, 4), (43, 4), (64, 8), (24, 4)])
+def test_a_triangle_is_every_pair_once(n: int, tile: int, behind: int, more: int):
+    seen, covered, m = [], behind, n + more
+    for piece in triangle(n, m, behind, tile):
+        rows, keys = piece.rows, piece.keys
+        assert rows.start <= covered or behind  # rows are reached in order
+        covered = max(covered, piece.repeat.stop(rows))
+        assert piece.repeat.stop(rows) <= n
+        assert piece.repeat.stop(keys) <= m
+        assert keys.stop - keys.start <= tile or not piece.causal
+        for block in range(piece.repeat.blocks):
+            at = block * piece.repeat.pitch
+            pairs = [(i, j) for i in range(rows.start, rows.stop) for j in range(keys.start, keys.stop)]
+            seen += [(at + i, at + j) for i, j in pairs if not piece.causal or j - keys.start <= i - rows.start]
+    assert sorted(seen) == [(i, j) for i in range(n) for j in range(i + 1 - behind)]
+
+
+def test_pieces_of_one_size_are_one_call():
+    """512 positions in tiles of 64: the diagonal, and squares of 64, 128 and 256."""
+    assert [piece.repeat.blocks for piece in triangle(512, 512, 0, 64)] == [8, 4, 2, 1]
+    assert [piece.repeat.blocks for piece in triangle(512, 512, 1, 64)] == [8, 4, 2, 1]
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_triangle_of_one_tile_is_square(behind: int):
+    """CUDA's kernels, which get such ones only, align it at the last query."""
+    (piece,) = triangle(64, 64, behind, 64)
+    assert piece.rows.stop - piece.rows.start == piece.keys.stop - piece.keys.start == 64 - behind
+
+
+def test_repeated_runs_are_views_and_copied_nowhere():
+    q = torch.randn(4, 256, 3, 8).transpose(1, 2)  # as the model lays them out: positions outside heads
+    for piece in triangle(256, 256, 1, 64):
+        for taken in (piece.of_rows(q), piece.of_keys(q)):
+            assert taken.untyped_storage().data_ptr() == q.untyped_storage().data_ptr()
+            assert taken.shape[:2] == (4 * piece.repeat.blocks, 3)
 
 
 def test_which_schedules_go_by_classes():

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrt.model.blockwise_attention import AttentionPiece
+from lrt.model.attention_pieces import AttentionPiece, Repeat
 
 H, G, K = 4, 2, 8
 
@@ -67,6 +67,28 @@ PLANS: dict[str, tuple[int, list[int], list[AttentionPiece]]] = {
             AttentionPiece(slice(0, 4), 0, slice(0, 4), causal=True),
             AttentionPiece(slice(4, 8), 0, slice(4, 8), causal=True),
             AttentionPiece(slice(4, 8), 0, slice(0, 4)),
+        ],
+    ),
+    "repeated triangles and squares": (
+        8,
+        [8, 17],
+        [
+            AttentionPiece(slice(0, 2), 0, slice(0, 2), causal=True, repeat=Repeat(4, 2)),
+            AttentionPiece(slice(2, 4), 0, slice(0, 2), repeat=Repeat(2, 4)),
+            AttentionPiece(slice(1, 2), 1, slice(1, 2, 2), causal=True, repeat=Repeat(4, 2)),
+            AttentionPiece(slice(4, 8), 0, slice(0, 4)),
+            AttentionPiece(slice(2, 4), 1, slice(1, 4, 2), repeat=Repeat(2, 4)),
+        ],
+    ),
+    "repeated, then a cut one": (
+        7,
+        [7],
+        [
+            AttentionPiece(slice(0, 2), 0, slice(0, 2), causal=True, repeat=Repeat(3, 2)),
+            AttentionPiece(slice(6, 7), 0, slice(6, 7), causal=True),
+            AttentionPiece(slice(2, 4), 0, slice(0, 2), repeat=Repeat(1, 4)),
+            AttentionPiece(slice(6, 7), 0, slice(4, 6)),
+            AttentionPiece(slice(4, 7), 0, slice(0, 4)),
         ],
     ),
     "rows without a key in one piece": (
