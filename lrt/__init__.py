@@ -35,10 +35,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pu
     from lrt.inference.session import Session as Session
     from lrt.model.checkpoint import load as load
     from lrt.model.checkpoint import save as save
-    from lrt.model.config import MemoryConfig as MemoryConfig
     from lrt.model.config import ModelConfig as ModelConfig
     from lrt.model.memory import register_combination as register_combination
     from lrt.model.memory import register_injection as register_injection
+    from lrt.model.memory_config import MemoryConfig as MemoryConfig
     from lrt.model.state import State as State
     from lrt.model.transformer import LatentRecurrentTransformer as LatentRecurrentTransformer
     from lrt.schedules.base import schedule as schedule
@@ -89,7 +89,8 @@ HOMES = {
     "lrt.inference.sampling": ("Sampling",),
     "lrt.inference.session": ("Session",),
     "lrt.model.checkpoint": ("load", "save"),
-    "lrt.model.config": ("MemoryConfig", "ModelConfig"),
+    "lrt.model.config": ("ModelConfig",),
+    "lrt.model.memory_config": ("MemoryConfig",),
     "lrt.model.memory": ("register_combination", "register_injection"),
     "lrt.model.state": ("State",),
     "lrt.model.transformer": ("LatentRecurrentTransformer",),

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lrt.data.tokenizer import Tokenizer
 from lrt.model import checkpoint
-from lrt.model.config import MemoryConfig, ModelConfig
+from lrt.model.config import ModelConfig
+from lrt.model.memory_config import MemoryConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules import library as schedules
 

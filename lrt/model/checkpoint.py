@@ -28,7 +28,8 @@ from torch import Tensor
 
 from lrt.data.tokenizer import Tokenizer
 from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess, load_weights
-from lrt.model.config import MODEL_KINDS, ModelConfig
+from lrt.model.config import ModelConfig
+from lrt.model.memory_config import MODEL_KINDS
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils import plugins
 from lrt.utils.files import free_megabytes, read_json, recover, replace_folder, sha256, temporary_name

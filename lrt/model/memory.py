@@ -30,8 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrt.model.config import COMBINATIONS, INJECTIONS, ModelConfig, one_channel
+from lrt.model.config import ModelConfig
 from lrt.model.layers import rms
+from lrt.model.memory_config import COMBINATIONS, INJECTIONS, one_channel
 from lrt.model.state_protocol import MemoryRead, ModelState, Positions
 
 Projected = tuple[Tensor | tuple[Tensor, ...], Tensor | tuple[Tensor, ...]]

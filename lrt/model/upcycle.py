@@ -12,8 +12,9 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from lrt.model.config import OWN_INJECTIONS, ModelConfig
+from lrt.model.config import ModelConfig
 from lrt.model.memory import KeyValue, Projection, Residual
+from lrt.model.memory_config import OWN_INJECTIONS
 from lrt.model.transformer import Block, LatentRecurrentTransformer
 
 SAME = ("depth", "width")

@@ -17,8 +17,8 @@ from lrt.data.prepared import Prepared
 from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess
 from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshots
-from lrt.model.config import MODEL_KINDS
 from lrt.model.execution import EAGER, Execution
+from lrt.model.memory_config import MODEL_KINDS
 from lrt.model.size import count_parameters
 from lrt.schedules.base import SCHEDULES, Schedule
 from lrt.schedules.parse import parse

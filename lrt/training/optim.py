@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess
-from lrt.model.config import COMBINATIONS, INJECTIONS, ModelConfig
+from lrt.model.config import ModelConfig
 from lrt.model.memory import GROUPS
+from lrt.model.memory_config import COMBINATIONS, INJECTIONS
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.validation import Limits, check_numbers
 

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from lrt.model.config import MemoryConfig, ModelConfig
+from lrt.model.config import ModelConfig
+from lrt.model.memory_config import MemoryConfig
 from lrt.model.size import count_parameters
 from lrt.schedules import library as schedules
 from lrt.training.config import RunConfig

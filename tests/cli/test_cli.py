@@ -30,8 +30,9 @@ from lrt.data.tokenizer import Tokenizer
 from lrt.eval.results import read_results
 from lrt.inference.session import Session
 from lrt.model.checkpoint import about, load, save
-from lrt.model.config import MemoryConfig, ModelConfig
+from lrt.model.config import ModelConfig
 from lrt.model.fingerprint import fingerprint
+from lrt.model.memory_config import MemoryConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.training.config import RunConfig
 from lrt.training.optim import OptimConfig

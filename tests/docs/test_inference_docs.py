@@ -15,7 +15,7 @@ from lrt.cli.main import main
 from lrt.data.corpus import stdlib_files
 from lrt.experiments.bench.equality import PATHS
 from lrt.inference.cost_model import FILE
-from lrt.model.config import MemoryConfig
+from lrt.model.memory_config import MemoryConfig
 from lrt.model.size import count_parameters
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -36,7 +36,8 @@ from lrt.eval.core_metric.questions import (
 )
 from lrt.eval.report.text import result_lines
 from lrt.eval.results import read_results
-from lrt.model.config import MemoryConfig, ModelConfig
+from lrt.model.config import ModelConfig
+from lrt.model.memory_config import MemoryConfig
 from lrt.utils.files import sha256
 
 V, CONTEXT = 300, 40

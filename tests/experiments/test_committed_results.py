@@ -20,7 +20,8 @@ from lrt.experiments.state_tracking.training import TrackingRun
 from lrt.experiments.studies import grid, language, runner, texts
 from lrt.experiments.studies.kinds import find_kind
 from lrt.experiments.studies.state_tracking import TESTS, tracking_run
-from lrt.model.config import MemoryConfig, ModelConfig
+from lrt.model.config import ModelConfig
+from lrt.model.memory_config import MemoryConfig
 from lrt.model.size import count_parameters
 from lrt.schedules.flops import training_flops
 from lrt.schedules.parse import parse

@@ -11,7 +11,8 @@ import pytest
 from support.limits import refuses_absurd_numbers
 
 from lrt import MemoryConfig, ModelConfig
-from lrt.model.config import MEMORY_LIMITS, MODEL_LIMITS
+from lrt.model.config import MODEL_LIMITS
+from lrt.model.memory_config import MEMORY_LIMITS
 from lrt.model.size import count_parameters
 from lrt.training.config import RunConfig
 from lrt.training.recipes import FAMILIES, RECIPES, demo_models, demo_recipe, match_parameters

@@ -28,7 +28,8 @@ from lrt.inference.cost_model import Calibration, Plan
 from lrt.inference.prefill import PREFILL_MODES
 from lrt.integrations.hf.export import wrap_model
 from lrt.model import checkpoint
-from lrt.model.config import MemoryConfig, ModelConfig
+from lrt.model.config import ModelConfig
+from lrt.model.memory_config import MemoryConfig
 from lrt.training.config import RunConfig
 from lrt.training.monitor import EvalConfig
 

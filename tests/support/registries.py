@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from lrt.data.records import SOURCES
 from lrt.eval.ablations import ABLATIONS
 from lrt.experiments.state_tracking.tasks import TASKS
-from lrt.model.config import COMBINATIONS, INJECTIONS
 from lrt.model.memory import GROUPS, READERS
+from lrt.model.memory_config import COMBINATIONS, INJECTIONS
 from lrt.schedules.base import SCHEDULES
 from lrt.utils import plugins
 from lrt.utils.registry import Registry

@@ -24,8 +24,9 @@ from lrt.data.tokenizer import BOS, Tokenizer
 from lrt.experiments.bench.peak import peak_bytes
 from lrt.experiments.bench.rows import Row
 from lrt.experiments.rivals import rivals
-from lrt.model.config import MemoryConfig, ModelConfig
+from lrt.model.config import ModelConfig
 from lrt.model.execution import EAGER, Execution
+from lrt.model.memory_config import MemoryConfig
 from lrt.model.size import count_parameters
 from lrt.schedules.base import Schedule
 from lrt.schedules.library import plain, settled

@@ -20,8 +20,9 @@ from lrt.experiments.bench.baselines import PlainModel
 from lrt.experiments.bench.peak import peak_bytes
 from lrt.experiments.bench.rows import Row, hardware_title, print_json, print_table
 from lrt.experiments.bench.steps import TrainingSteps, source_text, step_rows
-from lrt.model.config import MemoryConfig, ModelConfig
+from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution
+from lrt.model.memory_config import MemoryConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.base import Schedule
 from lrt.schedules.flops import training_flops

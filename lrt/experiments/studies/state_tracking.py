@@ -20,8 +20,9 @@ from lrt.experiments.state_tracking.training import TrackingRun, train_tracking
 from lrt.experiments.studies import grid
 from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.runner import Line
-from lrt.model.config import MemoryConfig, ModelConfig
+from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution
+from lrt.model.memory_config import MemoryConfig
 from lrt.model.size import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules import unrolled

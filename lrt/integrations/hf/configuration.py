@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from lrt.inference.prefill import PREFILL_MODES
-from lrt.model.config import MODEL_KINDS, ModelConfig
+from lrt.model.config import ModelConfig
+from lrt.model.memory_config import MODEL_KINDS
 from lrt.schedules.parse import parse_saved
 from lrt.utils import plugins as loaded
 
