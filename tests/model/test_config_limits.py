@@ -127,6 +127,7 @@ def test_defaults_are_what_a_file_without_the_field_means():
             "initial": "zeros",
             "delay": 1,
             "layers": None,
+            "state_start": "active",
             "residual_init": 0.1,
         },
         "loops": 1,
