@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from lrt.model.config import ModelConfig
+from lrt.model.execution import EAGER, Execution
 from lrt.model.fingerprint import fingerprint
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.files import replace_atomically
@@ -62,21 +64,36 @@ class Calibration:
         """The cost of `length` positions of `rows` rows token by token."""
         return length * (self.overhead + rows)
 
-    def sweep_cost(self, length: int, rows: int, groups: int) -> float:
-        """The cost of one sweep over them: a call per class, and all positions."""
-        return min(groups, length) * self.overhead + length * rows
+    def sweep_cost(self, length: int, rows: int, groups: int, share: float = 1.0) -> float:
+        """The cost of one sweep over them that runs a `share` of the blocks: a call per class, and all positions."""
+        return share * (min(groups, length) * self.overhead + length * rows)
+
+    def upper_cost(self, length: int, rows: int, share: float) -> float:
+        """The cost of the other blocks over them, in one call."""
+        return (1 - share) * (self.overhead + length * rows)
 
     def plan(self, mode: str) -> Plan:
         """The plan of a mode; one sweep has the stride of `converged`."""
         return Plan(self.plans["converged"].groups, 1) if mode == "one_sweep" else self.plans[mode]
 
-    def break_even(self, plan: Plan, rows: int) -> float:
+    def break_even(self, plan: Plan, rows: int, share: float = 1.0) -> float:
         """The length up to which token by token costs no more than the sweeps; infinite for many rows on a CPU.
 
-        Where `exact_cost` and `plan.sweeps` times `sweep_cost` meet, solved for the length.
+        Where `exact_cost` meets `plan.sweeps` times `sweep_cost`, and twice `upper_cost`, solved for the length.
         """
-        saved = self.overhead + rows - plan.sweeps * rows  # per position, by sweeping it
-        return plan.sweeps * plan.groups * self.overhead / saved if saved > 0 else math.inf
+        swept, upper = plan.sweeps * share, 2 * (1 - share)  # forwards
+        saved = self.overhead + rows - (swept + upper) * rows  # per position, by sweeping it
+        return (swept * plan.groups + upper) * self.overhead / saved if saved > 0 else math.inf
+
+
+def swept_blocks(config: ModelConfig, execution: Execution) -> int:
+    """How many blocks a sweep runs, loop after loop: those that the memory needs, or all."""
+    return config.kv_layers if execution.free_passes == "whole" else config.memory_blocks
+
+
+def sweep_share(config: ModelConfig, execution: Execution = EAGER) -> float:
+    """The share of the blocks that a sweep runs."""
+    return swept_blocks(config, execution) / config.kv_layers
 
 
 def fallback(device: torch.device) -> Calibration:

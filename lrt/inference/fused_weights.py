@@ -48,21 +48,24 @@ class FusedLayer(NamedTuple):
 
 
 class FusedWeights(NamedTuple):
-    """A whole model's weights. Named tuples, as torch.compile and `tensors_of` see through them."""
+    """A model's weights, or those of some of its blocks. Named tuples, as torch.compile and `tensors_of` see through
+    them."""
 
     config: ModelConfig
     embedding: Tensor
     """(V, D): x_0 of every token, normalised."""
     mix: Tensor
-    """(L·loops, 1 + C): what every block adds of x_0 (β) and of each memory channel (γ): one product for all blocks."""
+    """(blocks, 1 + C): what every block adds of x_0 (β) and of each memory channel (γ): one product for all blocks."""
     projection: tuple[Tensor, ...]
-    """Per channel (D, sets·2·G·K): U_k and U_v of all layers; doubled, as the gates' factor 2 is taken into them."""
+    """Per channel (D, sets·2·G·K): U_k and U_v of these blocks; doubled, as the gates' factor 2 is taken into them."""
     recall: Tensor | None
     """(sources,): the learned weights of a summed source; None where sources are not summed."""
     layers: tuple[FusedLayer, ...]
-    """L·loops: one per application of a block."""
+    """One per application of a block: L·loops, or some of them."""
     head: Tensor
     """(D, V)."""
+    first: int
+    """How many applications come before these."""
 
 
 Layout = Callable[[Tensor], Tensor]
@@ -92,33 +95,41 @@ def can_fuse(model: LatentRecurrentTransformer) -> bool:
 
 
 @torch.no_grad()
-def fuse_weights(model: LatentRecurrentTransformer, layout: Layout = transposed_layout) -> FusedWeights:
-    """The fused form of a model's present weights; `layout` is that of the blocks' and the head's matrices."""
+def fuse_weights(
+    model: LatentRecurrentTransformer, layout: Layout = transposed_layout, blocks: range | None = None
+) -> FusedWeights:
+    """The fused form of a model's present weights; `layout` is that of the blocks' and the head's matrices.
+
+    blocks: of these alone, counted from 0, loop after loop; the head is then left as it is.
+    """
     config = model.config
     if not can_fuse(model):
         raise ValueError(
             f"injection {config.memory.injection!r} is a user's own, of which no fused products are known; decode with "
             "mode='eager'"
         )
-    channels = config.channels
-    injected = config.injected_layers
-    layered = isinstance(model.projection, Projection) and len(model.projection.weight) > 1
-    layers, mix = [], []
-    for layer, block in enumerate(model.blocks, start=1):
+    applied = [i % config.depth for i in (range(config.kv_layers) if blocks is None else blocks)]
+    sets = sorted({config.projection_sets[i] for i in applied if i + 1 in config.injected_layers})
+    layers, mix = {}, {}
+    for i in sorted(set(applied)):
+        block, own = model.blocks[i], config.projection_sets[i]
         assert isinstance(block, Block)
         # A block that adds no memory to its stream has γ 0 in the common product.
-        gamma = block.injection.gamma if isinstance(block.injection, Residual) else block.beta.new_zeros(channels)
-        mix.append(torch.cat([block.beta, gamma]))
-        layers.append(_layer(block, injected.index(layer) if layered and layer in injected else 0, layout))
+        gamma = (
+            block.injection.gamma if isinstance(block.injection, Residual) else block.beta.new_zeros(config.channels)
+        )
+        mix[i] = torch.cat([block.beta, gamma])
+        layers[i] = _layer(block, sets.index(own) if own in sets else 0, layout)
     weights = model.recall.weights if isinstance(model.recall, MemoryReader) else None
     return FusedWeights(
         config=config,
         embedding=rms(table_rows(model.embedding)),  # normalised once, not per token
-        mix=torch.stack(mix).repeat(config.loops, 1),
-        projection=_projection(model.projection, layout) if isinstance(model.projection, Projection) else (),
+        mix=torch.stack([mix[i] for i in applied]),
+        projection=_projection(model.projection, sets, layout) if isinstance(model.projection, Projection) else (),
         recall=None if weights is None else weights.clone(),
-        layers=tuple(layers) * config.loops,
-        head=layout(matrix(model.head)),
+        layers=tuple(layers[i] for i in applied),
+        head=layout(matrix(model.head)) if blocks is None else matrix(model.head).T,
+        first=0 if blocks is None else blocks.start,
     )
 
 
@@ -162,6 +173,6 @@ def table_rows(table: nn.Embedding) -> Tensor:
     return table(torch.arange(table.num_embeddings, device=table.weight.device))
 
 
-def _projection(projection: Projection, layout: Layout) -> tuple[Tensor, ...]:
-    """(sets, C, 2, G·K, D), doubled, as one matrix per channel."""
-    return tuple(layout(weight) for weight in 2 * projection.weight.transpose(0, 1).flatten(1, 3))
+def _projection(projection: Projection, sets: list[int], layout: Layout) -> tuple[Tensor, ...]:
+    """Of these of (sets, C, 2, G·K, D), doubled, one matrix per channel."""
+    return tuple(layout(weight) for weight in 2 * projection.weight[sets].transpose(0, 1).flatten(1, 3) if sets)

@@ -44,8 +44,9 @@ class Execution:
     """What is computed again in the backward instead of being kept (activation checkpointing): nothing; the inside of
     each block; the inside of each pass, of which only what later passes read is kept."""
     free_passes: Literal["source", "whole"] = "source"
-    """How far a pass runs that only the memory is wanted of (`schedules.refinement.is_free`): to the highest remembered
-    layer, or whole. Such a pass leaves no hidden state where it ends early."""
+    """How far a pass runs that only the memory is wanted of (`schedules.refinement.is_free`, a prefill's sweeps): to
+    the highest remembered layer, or whole. Such a pass leaves no hidden state where it ends early. Of a prefill it
+    decides numbers, too, within its tolerance."""
 
     def __post_init__(self) -> None:
         check_choice(self, "compile", ("auto", "always", "never"))

@@ -17,9 +17,10 @@ from lrt.eval.scoring import score
 from lrt.experiments.bench.rows import Row
 from lrt.inference.calibrate import STRIDES
 from lrt.inference.certificate import Certificate
-from lrt.inference.cost_model import Calibration
+from lrt.inference.cost_model import Calibration, sweep_share
 from lrt.inference.prefill import PrefillMode, prefill
-from lrt.inference.sweeps import Prompt, SweepState
+from lrt.inference.prompt import Prompt
+from lrt.inference.sweeps import SweepState
 from lrt.model.cross_entropy import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.device import double
@@ -48,7 +49,8 @@ def prefill_rows(
     live, gaps = gaps_to_live(model, prompts, token_bytes, progress)
     needed = {stride: sweeps_needed(by_sweep) for stride, by_sweep in gaps.items()}
     # The stride that is live at the least cost: a large one needs fewer sweeps, of more calls each.
-    groups = min(needed, key=lambda stride: needed[stride] * calibration.sweep_cost(length, 1, stride))
+    share = sweep_share(model.config)
+    groups = min(needed, key=lambda stride: needed[stride] * calibration.sweep_cost(length, 1, stride, share))
     sweeps = needed[groups]
     work = prefill_work(model, first, calibration, groups, sweeps)
     fast, converged = work["fast"](), work["converged"]()
@@ -59,8 +61,8 @@ def prefill_rows(
         both = {name: work[name] for name in ("fast", "exact")}
         slow = alternate(both, max(1, rounds // 4), 1, device, "exact", progress)
     about = {"tokens": length, "prompts": len(prompts)}
-    # The first n·g positions are exact after n sweeps, and are not swept again.
-    computed = sum(length - sweep * groups for sweep in range(sweeps)) / length
+    # The first n·g positions are exact after n sweeps, and are not swept again. The blocks above run once.
+    computed = share * sum(length - sweep * groups for sweep in range(sweeps)) / length + 1 - share
     scored = {**about, "groups": groups, "sweeps": sweeps, "live_bpb": live, "gap_after_each_sweep": gaps}
     name = f"prefill of {length} tokens"
     unit = "plain forwards"
@@ -96,6 +98,7 @@ def prefill_work(
         rows = SweepState.of(model, Prompt(tokens, [length], [0]), state)
         for sweep in range(sweeps):
             rows.sweep(model, groups, sweep * groups)
+        rows.finish(model, [0])
 
     def fill(mode: PrefillMode) -> Certificate:
         state = model.empty_state(1, context).in_place()
@@ -121,7 +124,8 @@ def gaps_to_live(
             gaps[groups] = []
             for sweep in range(min(SCORED_SWEEPS, length // groups)):
                 rows.sweep(model, groups, sweep * groups)
-                nats = token_nats(model, rows.values[:, :-1, 0], prompts[:, 1:])
+                rows.finish(model, list(range(batch)))
+                nats = token_nats(model, rows.hidden()[:, :-1], prompts[:, 1:])
                 gaps[groups].append(float(double(nats).sum()) / bits - live)
             advance(batch * (length - 1), f"stride {groups}")
     return live, gaps
