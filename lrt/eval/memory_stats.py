@@ -99,22 +99,33 @@ def live_memory(model: LatentRecurrentTransformer, inputs: Tensor) -> tuple[Tens
     projected = model.projection(memory)
     with record_block_inputs(inputs_by_block, model):
         model(inputs, range(length), dataclasses.replace(state.clone(), write=state.write))
-    injected = model.config.injected_layers
     blocks = []
     for number, block in enumerate(native_blocks(model), 1):
         stream, u = inputs_by_block[number]
-        gamma = block.injection.gamma.tolist() if isinstance(block.injection, Residual) else None
-        gates, local, added = None, {}, {}
+        read = list(model.config.block_channels[number - 1])
+        gamma = gates = None
+        if isinstance(block.injection, Residual):
+            gamma = by_channel(block.injection.gamma, read, memory, 0).tolist()
+        local, added = {}, {}
         if isinstance(block.injection, KeyValue) and isinstance(model.projection, Projection):
             groups = block.injection.groups
-            gates = 2 * torch.sigmoid(block.injection.gate(u)).unflatten(-1, (-1, groups))
-            entry = injected.index(number) if len(projected) > 1 else 0  # a shared projection has one entry
+            opened = 2 * torch.sigmoid(block.injection.gate(u)).unflatten(-1, (-1, groups))
+            gates = torch.cat([opened[:, :, :1], by_channel(opened[:, :, 1:], read, memory, 2)], 2)
             products = {"key": block.attention.key, "value": block.attention.value}
-            for (name, product), part in zip(products.items(), projected[entry], strict=True):
+            for (name, product), part in zip(products.items(), projected[number - 1], strict=True):
                 local[name] = gates[:, :, 0].unsqueeze(-1) * product(u).unflatten(-1, (groups, -1))
-                added[name] = gates[:, :, 1:].permute(2, 0, 1, 3).unsqueeze(-1) * part
-        blocks.append(BlockMemory(number, number in injected, stream, gamma, gates, local, added))
+                sizes = opened[:, :, 1:].permute(2, 0, 1, 3).unsqueeze(-1) * torch.stack(tuple(part))
+                added[name] = by_channel(sizes, read, memory, 0)
+        blocks.append(BlockMemory(number, len(read) > 0, stream, gamma, gates, local, added))
     return memory, blocks
+
+
+def by_channel(own: Tensor, read: list[int], memory: Tensor, dim: int) -> Tensor:
+    """What a block has for the channels that it reads, put in their places among all of `memory` (C, B, T, D): zeros
+    for the others."""
+    shape = list(own.shape)
+    shape[dim] = memory.shape[0]
+    return own.new_zeros(shape).index_copy_(dim, torch.tensor(read, device=own.device), own)
 
 
 def layer_stats(model: LatentRecurrentTransformer, inputs: Tensor) -> list[dict[str, Any]]:
@@ -185,7 +196,7 @@ def memory_scales(model: LatentRecurrentTransformer) -> dict[str, Any]:
         ],
     }
     if isinstance(model.projection, Projection):
-        stats["projection"] = [[rms_of(u) for u in layer.flatten(0, 1)] for layer in model.projection.weight]
+        stats["projection"] = [[rms_of(u) for u in layer.flatten(0, -3)] for layer in model.projection.weight]
     return stats
 
 

@@ -88,7 +88,7 @@ class Calibration:
 
 def swept_blocks(config: ModelConfig, execution: Execution) -> int:
     """How many blocks a sweep runs, loop after loop: those that the memory needs, or all."""
-    return config.kv_layers if execution.free_passes == "whole" else config.memory_blocks
+    return config.kv_layers if execution.blocks == "all" else config.memory_blocks
 
 
 def sweep_share(config: ModelConfig, execution: Execution = EAGER) -> float:

@@ -240,14 +240,16 @@ def step(
     added = p.mix @ torch.cat((x0.unsqueeze(0), memory)).flatten(1)
     # Per channel and set (n, 2, G, K): U_k m and U_v m; no channel's where memory enters the residual stream alone.
     projected = [
-        product(channel, weight).view(count, -1, 2, config.num_kv_heads, config.head_dim).unbind(1)
+        ()
+        if weight is None
+        else product(channel, weight).view(count, -1, 2, config.num_kv_heads, config.head_dim).unbind(1)
         for channel, weight in zip(memory, p.projection, strict=False)
     ]
     remembered = config.stored_sources
     outputs: dict[int, Tensor] = {}
     for i, layer in enumerate(p.layers, start=p.first):
         x = torch.addcmul(added[i - p.first].view(count, -1), x, layer.alpha)  # α x + β x_0 + Σ γ m
-        own = [] if layer.projection is None else [sets[layer.projection] for sets in projected]
+        own = [projected[channel][pair] for channel, pair in layer.projection or ()]
         q = write_layer(config, b, layer, i, rms(x), tokens, own, place)
         y = attend(config, b, i, q.unflatten(0, (place.rows, -1)).transpose(1, 2), place)
         x = added_product(x, y.transpose(1, 2).reshape(count, -1), layer.out)

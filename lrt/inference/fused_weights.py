@@ -43,8 +43,8 @@ class FusedLayer(NamedTuple):
     """(1,): the residual stream's scale."""
     table: Tensor | None
     """(V, G·K): the value embedding."""
-    projection: int | None
-    """Which set of U_k m, U_v m the block adds; None where it adds none."""
+    projection: tuple[tuple[int, int], ...] | None
+    """(channel, which of its pairs) of each U_k m, U_v m that the block adds; None where it adds none."""
 
 
 class FusedWeights(NamedTuple):
@@ -56,8 +56,9 @@ class FusedWeights(NamedTuple):
     """(V, D): x_0 of every token, normalised."""
     mix: Tensor
     """(blocks, 1 + C): what every block adds of x_0 (β) and of each memory channel (γ): one product for all blocks."""
-    projection: tuple[Tensor, ...]
-    """Per channel (D, sets·2·G·K): U_k and U_v of these blocks; doubled, as the gates' factor 2 is taken into them."""
+    projection: tuple[Tensor | None, ...]
+    """Per channel (D, sets·2·G·K): U_k and U_v of these blocks, None where none reads it; doubled, as the gates' factor 2
+    is taken into them."""
     recall: Tensor | None
     """(sources,): the learned weights of a summed source; None where sources are not summed."""
     layers: tuple[FusedLayer, ...]
@@ -68,6 +69,8 @@ class FusedWeights(NamedTuple):
     """How many applications come before these."""
 
 
+Layers = tuple[tuple[int, ...], ...]
+"""For each channel, blocks (1 to L) that read it."""
 Layout = Callable[[Tensor], Tensor]
 """Turns a weight (out, in) into the form in which `fused_step.product` takes it."""
 
@@ -108,33 +111,40 @@ def fuse_weights(
             f"injection {config.memory.injection!r} is a user's own, of which no fused products are known; decode with "
             "mode='eager'"
         )
-    applied = [i % config.depth for i in (range(config.kv_layers) if blocks is None else blocks)]
-    sets = sorted({config.projection_sets[i] for i in applied if i + 1 in config.injected_layers})
+    applied = [i % config.depth + 1 for i in (range(config.kv_layers) if blocks is None else blocks)]
+    held = tuple(tuple(layer for layer in own if layer in applied) for own in config.channel_layers)
     layers, mix = {}, {}
-    for i in sorted(set(applied)):
-        block, own = model.blocks[i], config.projection_sets[i]
+    for layer in sorted(set(applied)):
+        block = model.blocks[layer - 1]
         assert isinstance(block, Block)
-        # A block that adds no memory to its stream has γ 0 in the common product.
-        gamma = (
-            block.injection.gamma if isinstance(block.injection, Residual) else block.beta.new_zeros(config.channels)
-        )
-        mix[i] = torch.cat([block.beta, gamma])
-        layers[i] = _layer(block, sets.index(own) if own in sets else 0, layout)
+        # A channel that a block does not add to its stream has γ 0 in the common product.
+        gamma = block.beta.new_zeros(config.channels)
+        if isinstance(block.injection, Residual):
+            gamma[list(config.block_channels[layer - 1])] = block.injection.gamma
+        mix[layer] = torch.cat([block.beta, gamma])
+        layers[layer] = _layer(block, projection_sets(config, layer, held), layout)
     weights = model.recall.weights if isinstance(model.recall, MemoryReader) else None
     return FusedWeights(
         config=config,
         embedding=rms(table_rows(model.embedding)),  # normalised once, not per token
-        mix=torch.stack([mix[i] for i in applied]),
-        projection=_projection(model.projection, sets, layout) if isinstance(model.projection, Projection) else (),
+        mix=torch.stack([mix[layer] for layer in applied]),
+        projection=_projection(model.projection, held, layout) if isinstance(model.projection, Projection) else (),
         recall=None if weights is None else weights.clone(),
-        layers=tuple(layers[i] for i in applied),
+        layers=tuple(layers[layer] for layer in applied),
         head=layout(matrix(model.head)) if blocks is None else matrix(model.head).T,
         first=0 if blocks is None else blocks.start,
     )
 
 
-def _layer(block: Block, projection: int, layout: Layout) -> FusedLayer:
-    """One block's weights; `projection` is the set of U_k and U_v that it adds, if it adds one."""
+def projection_sets(config: ModelConfig, layer: int, held: Layers) -> tuple[tuple[int, int], ...]:
+    """(channel, which of its pairs of U_k and U_v) for each channel that block `layer` reads; `held` are the layers of
+    each channel whose pairs there are."""
+    own = config.memory.projection == "layerwise"
+    return tuple((channel, held[channel].index(layer) if own else 0) for channel in config.block_channels[layer - 1])
+
+
+def _layer(block: Block, projection: tuple[tuple[int, int], ...], layout: Layout) -> FusedLayer:
+    """One block's weights; `projection` says which pairs of U_k and U_v it adds, if it adds any."""
     attention, injection = block.attention, block.injection
     assert isinstance(attention, Attention)
     assert isinstance(injection, NoMemory)
@@ -173,6 +183,12 @@ def table_rows(table: nn.Embedding) -> Tensor:
     return table(torch.arange(table.num_embeddings, device=table.weight.device))
 
 
-def _projection(projection: Projection, sets: list[int], layout: Layout) -> tuple[Tensor, ...]:
-    """Of these of (sets, C, 2, G·K, D), doubled, one matrix per channel."""
-    return tuple(layout(weight) for weight in 2 * projection.weight[sets].transpose(0, 1).flatten(1, 3) if sets)
+def _projection(projection: Projection, held: Layers, layout: Layout) -> tuple[Tensor | None, ...]:
+    """U_k and U_v, doubled, as one matrix per channel: of the layers of it that are held, None where it has none."""
+    matrices: list[Tensor | None] = []
+    for channel, layers in enumerate(held):
+        weight = projection.of_channels(channel, channel + 1)[0]
+        if layers and not projection.shared:
+            weight = weight[projection.sets(channel, list(layers))]
+        matrices.append(layout(2 * weight.flatten(0, 2)) if layers else None)
+    return tuple(matrices)

@@ -7,7 +7,7 @@ positions, is not computed again.
 The memory's fixed point lives in the blocks up to the highest remembered layer s. So sweeps run these alone, and leave
 the residual stream behind them; the blocks above run over all of a row at once. They give the final hidden state,
 which is measured as well: they run when the next sweep should be a row's last, and again after it. What a State's
-`Execution.free_passes` says of passes that only the memory is wanted of holds of sweeps, too: `whole` is the plain
+`Execution.blocks` says of passes that only the memory is wanted of holds of sweeps, too: `all` is the plain
 reference, in which every sweep runs all blocks.
 
 A class of a sweep is a decoding step with more positions, and computed by the same function. The products of all
@@ -250,9 +250,10 @@ class SweepState:
         to_go = self.moves.sweeps_to_go(place, float(self.moves.moved[place, length - 1]), tolerance)
         if self.upper is None or self.ends.residual(place) is None:
             return to_go
-        # One move of the final hidden state is known, or two: it shrinks as what it is computed from does.
-        rate, move = self.moves.contraction(place), float(self.ends.moved[place, length - 1])
-        return to_go if rate is None else max(to_go, steps_at_rate(move, rate, tolerance))
+        # It shrinks as what it is computed from does, until its own rate is known.
+        rates = [rate for moves in (self.moves, self.ends) if (rate := moves.contraction(place)) is not None]
+        move = float(self.ends.moved[place, length - 1])
+        return max(to_go, steps_at_rate(move, max(rates), tolerance)) if rates else to_go
 
     def cost_to_go(self, place: int, to_go: float, groups: int, calibration: Calibration) -> float:
         """The cost of so many more sweeps, and of the upper blocks after the last two or, once begun, after each."""

@@ -38,7 +38,9 @@ def is_layer(number: object) -> bool:
 
 
 # The tables of names stand here, below the classes, because a configuration is checked where no model is built.
-INJECTIONS: Registry[Any] = Registry("injection", reserved=("none", "residual", "key_value", "both"))
+OWN_INJECTIONS = ("none", "residual", "key_value", "both")
+"""The library's own."""
+INJECTIONS: Registry[Any] = Registry("injection", reserved=OWN_INJECTIONS)
 """Name -> the class of a block's injection; `lrt.model.memory` fills it."""
 COMBINATIONS: Registry[Callable[[int], int]] = Registry("combine", {"sum": one_channel, "channels": channel_per_source})
 """Name -> how many memory vectors so many sources give; `lrt.model.memory.READERS` has the classes."""
@@ -93,25 +95,27 @@ class MemoryConfig:
     """What stands for sources >= 1 of a slot that no pass has written yet: zeros, or that token's embedding x_0."""
     delay: int = 1
     """How many positions back the memory is read; the first `delay` positions of a document read zeros."""
-    layers: tuple[int, ...] | None = None
-    """The blocks (1..L) that inject the memory; None means all."""
+    layers: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
+    """The blocks (1..L) that inject the memory; None means all. For channels also one tuple of blocks per source: those
+    below the first that reads a remembered layer are then computed once per training step (`first_state_block`)."""
+    state_start: Literal["active", "neutral"] = "active"
+    """How channels of sources >= 1 begin. neutral: with γ, U_k and U_v zero, so that they add nothing until they are
+    trained. An LRT is then its control without recurrence until recurrence is switched on (`schedules.late`)."""
     residual_init: float = 0.1
     """Initial value of γ, the learned scale of the residual injection (0.1 in the paper)."""
 
     def __post_init__(self) -> None:
         for name in ("source", "layers"):  # JSON has no tuples
             value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+            if isinstance(value, list | tuple):
+                object.__setattr__(self, name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
         INJECTIONS.check(self.injection)
         check_choice(self, "projection", ("shared", "layerwise"))
         COMBINATIONS.check(self.combine)
         check_choice(self, "initial", ("zeros", "embedding"))
         check_numbers(self, MEMORY_LIMITS, "memory.")
-        if self.layers is not None and (not isinstance(self.layers, tuple) or not all(map(is_layer, self.layers))):
-            raise ValueError(
-                f"memory.layers is {self.layers!r}; give block numbers, for example (1, 2), or None for all"
-            )
+        check_choice(self, "state_start", ("active", "neutral"))
+        self._check_layers()
         if isinstance(self.source, tuple):
             if len(self.source) == 0:
                 raise ValueError("memory.source is empty; name at least one layer, or use injection='none'")
@@ -121,6 +125,27 @@ class MemoryConfig:
                 raise ValueError(
                     f"memory.source {self.source} names a layer twice; name each layer once (but for 0 among channels)"
                 )
+
+    def _check_layers(self) -> None:
+        layers, several = self.layers, len(self.source) if isinstance(self.source, tuple) else 1
+        if layers is None or (isinstance(layers, tuple) and all(map(is_layer, layers))):
+            pass
+        elif isinstance(layers, tuple) and all(isinstance(own, tuple) and all(map(is_layer, own)) for own in layers):
+            if self.combine != "channels" or len(layers) != several:
+                raise ValueError(
+                    f"memory.layers names blocks for {len(layers)} sources, memory.source {self.source!r} with combine "
+                    f"{self.combine!r} has {several}; give one tuple of blocks per source, with combine='channels'"
+                )
+        else:
+            raise ValueError(
+                f"memory.layers is {layers!r}; give block numbers, for example (1, 2), or None for all, or a tuple of "
+                "them per source"
+            )
+        if self.state_start == "neutral" and several > 1 and self.combine != "channels":
+            raise ValueError(
+                f"memory.state_start is 'neutral' with {several} sources combined by {self.combine!r}; use "
+                "combine='channels', in which each source has γ and projections of its own"
+            )
 
     def sources(self, depth: int) -> tuple[int, ...]:
         """The source layers as a tuple of ints in 0..depth; empty with injection `none`."""
@@ -138,11 +163,17 @@ class MemoryConfig:
         """How many memory vectors a position reads: one per source with `channels`, else one (zero with `none`)."""
         return COMBINATIONS[self.combine](len(self.sources(depth)))
 
+    def channel_layers(self, depth: int) -> tuple[tuple[int, ...], ...]:
+        """For each channel the blocks (1..depth) that inject it, in order."""
+        if self.layers is None:
+            return (tuple(range(1, depth + 1)),) * self.channels(depth)
+        if any(isinstance(own, tuple) for own in self.layers):
+            return tuple(tuple(sorted(own)) for own in self.layers if isinstance(own, tuple))
+        return (tuple(sorted(n for n in self.layers if isinstance(n, int))),) * self.channels(depth)
+
     def injected_layers(self, depth: int) -> tuple[int, ...]:
-        """The blocks (1..depth) that inject the memory, in order."""
-        if self.injection == "none":
-            return ()
-        return tuple(sorted(self.layers)) if self.layers is not None else tuple(range(1, depth + 1))
+        """The blocks (1..depth) that inject a channel, in order."""
+        return tuple(sorted({layer for own in self.channel_layers(depth) for layer in own}))
 
     def plugin_uses(self) -> list[tuple[str, Plugin]]:
         """What plugins have to register before this can be built, as `plugins.describe` takes it."""
@@ -240,8 +271,7 @@ class ModelConfig:
         for layer in self.injected_layers:
             if not 1 <= layer <= self.depth:
                 raise ValueError(f"memory.layers names block {layer}; this model has blocks 1 to {self.depth}")
-        injected = self.injected_layers
-        if len(set(injected)) != len(injected) or (len(injected) == 0 and self.memory.injection != "none"):
+        if any(len(set(own)) != len(own) or len(own) == 0 for own in self.channel_layers):
             raise ValueError(
                 f"memory.layers is {self.memory.layers}; name each block once, at least one, or use injection='none'"
             )
@@ -311,16 +341,60 @@ class ModelConfig:
         return self.memory.channels(self.depth)
 
     @cached_property
-    def projection_sets(self) -> tuple[int, ...]:
-        """For each block, which set of U_k and U_v it adds: its own if layerwise, else the only one."""
-        own = self.memory.projection == "layerwise"
-        layers = range(1, self.depth + 1)
-        return tuple(self.injected_layers.index(i) if own and i in self.injected_layers else 0 for i in layers)
+    def channel_layers(self) -> tuple[tuple[int, ...], ...]:
+        """For each channel the blocks (1..L) that inject it, in order."""
+        return self.memory.channel_layers(self.depth)
 
-    def projections_of(self, blocks: int | None) -> int:
-        """Sets of U_k and U_v that the first `blocks` blocks add, loop after loop; all for None."""
-        reached = [i for i in self.injected_layers if blocks is None or i <= blocks]
-        return len(reached) if self.memory.projection == "layerwise" else min(1, len(self.injected_layers))
+    @cached_property
+    def block_channels(self) -> tuple[tuple[int, ...], ...]:
+        """For each block the channels, counted from 0, that it injects."""
+        layers = range(1, self.depth + 1)
+        return tuple(tuple(c for c, own in enumerate(self.channel_layers) if layer in own) for layer in layers)
+
+    @cached_property
+    def state_channels(self) -> tuple[int, ...]:
+        """The channels, counted from 0, in which a remembered layer >= 1 is."""
+        if self.channels == len(self.sources):
+            return tuple(c for c, source in enumerate(self.sources) if source > 0)
+        return tuple(range(self.channels)) if self.stored_sources else ()
+
+    @cached_property
+    def first_channels(self) -> int:
+        """How many channels a pass reads before anything is written: all, or those of the embedding alone, where the
+        others would be zeros.
+
+        Where the embedding's come first, and the library's own injections, which take fewer channels, read them. A
+        pass before recurrence is switched on then costs what the control's does. Models without the embedding among
+        their channels read zeros, as they always did.
+        """
+        embeddings = [source == 0 for source in self.sources]
+        count, memory = sum(embeddings), self.memory
+        own = memory.injection in OWN_INJECTIONS and memory.combine == "channels" and memory.initial == "zeros"
+        return count if own and count > 0 and all(embeddings[:count]) else self.channels
+
+    @cached_property
+    def first_state_block(self) -> int:
+        """The first block (1..L) that reads a remembered layer, L + 1 where none does: what blocks below it compute
+        follows from the tokens alone."""
+        return min((self.channel_layers[c][0] for c in self.state_channels), default=self.depth + 1)
+
+    def of_block(self, layer: int) -> ModelConfig:
+        """This configuration as block `layer` sees it: with the sources alone that it injects."""
+        if self.block_channels[layer - 1] in ((), tuple(range(self.channels))):
+            return self
+        sources = tuple(self.sources[c] for c in self.block_channels[layer - 1])
+        return dataclasses.replace(self, memory=dataclasses.replace(self.memory, source=sources, layers=None))
+
+    def layers_of(self, blocks: range | None) -> frozenset[int]:
+        """The blocks (1..L) that these applications of blocks are, counted from 0, loop after loop; all for None."""
+        applications = range(self.kv_layers) if blocks is None else blocks
+        return frozenset(i % self.depth + 1 for i in applications)
+
+    def count_projections(self, blocks: range | None = None, channels: int | None = None) -> int:
+        """Pairs of U_k and U_v that these applications of blocks add of the first `channels`; all for None."""
+        reached = self.layers_of(blocks)
+        pairs = [len(reached & set(own)) for own in self.channel_layers[:channels]]
+        return sum(pairs if self.memory.projection == "layerwise" else (min(1, n) for n in pairs))
 
     @cached_property
     def kv_layers(self) -> int:

@@ -43,15 +43,16 @@ class Execution:
     recompute: Literal["nothing", "blocks", "passes"] = "nothing"
     """What is computed again in the backward instead of being kept (activation checkpointing): nothing; the inside of
     each block; the inside of each pass, of which only what later passes read is kept."""
-    free_passes: Literal["source", "whole"] = "source"
-    """How far a pass runs that only the memory is wanted of (`schedules.refinement.is_free`, a prefill's sweeps): to
-    the highest remembered layer, or whole. Such a pass leaves no hidden state where it ends early. Of a prefill it
-    decides numbers, too, within its tolerance."""
+    blocks: Literal["needed", "all"] = "needed"
+    """Which blocks of a pass run. needed: a pass that only the memory is wanted of ends at the highest remembered layer
+    and leaves no hidden state, and what does not depend on a remembered layer is computed once for all passes
+    (`schedules.work`). all: every block of every pass. Both give the same numbers. A prefill's sweeps are such passes;
+    there both give the same within its tolerance."""
 
     def __post_init__(self) -> None:
         check_choice(self, "compile", ("auto", "always", "never"))
         check_choice(self, "recompute", ("nothing", "blocks", "passes"))
-        check_choice(self, "free_passes", ("source", "whole"))
+        check_choice(self, "blocks", ("needed", "all"))
 
     def resolve(self, steps: int, device: str | torch.device, unproved: str | None = None) -> tuple[Execution, str]:
         """`always` or `never` in place of `auto` for a run of `steps`, and which path that is, in words.
@@ -91,7 +92,7 @@ class Execution:
 
 EAGER = Execution(compile="never")
 """Not compiled, nothing recomputed."""
-WHOLE = Execution(compile="never", free_passes="whole")
+WHOLE = Execution(compile="never", blocks="all")
 """Everything as it is written: the plain reference, which has the hidden states of every pass."""
 
 

@@ -21,8 +21,9 @@ which runs before the layer stack because the memory is known before it starts. 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -33,8 +34,8 @@ from lrt.model.config import COMBINATIONS, INJECTIONS, ModelConfig, one_channel
 from lrt.model.layers import rms
 from lrt.model.state_protocol import MemoryRead, ModelState, Positions
 
-Projected = tuple[Tensor, Tensor]
-"""U_k m and U_v m of one layer, each (C, B, T, G, K)."""
+Projected = tuple[Tensor | tuple[Tensor, ...], Tensor | tuple[Tensor, ...]]
+"""U_k m and U_v m of one layer: each has a (B, T, G, K) per channel that the layer reads, as one tensor or several."""
 Groups = Mapping[str, str | tuple[object, ...]]
 """Parameter -> how it is trained: "muon" (a matrix, or a stack of them), "adamw" (anything else), or the fields of an
 `lrt.training.optim.ParameterRow` behind its pattern, such as ("adamw", "scalar_lr", 0.1)."""
@@ -53,13 +54,15 @@ class MemoryReader(nn.Module):
         self.stored = config.stored_sources
         self.delay = memory.delay
         self.stand_in = memory.initial == "embedding" and len(self.stored) > 0
+        self.first_channels = config.first_channels
         if isinstance(memory.source, tuple) and self.sources and memory.combine == "sum":  # equal weights at first
             self.weights = nn.Parameter(torch.full((len(self.sources),), 1.0 / len(self.sources)))
         else:
             self.register_parameter("weights", None)
 
     def forward(self, state: ModelState, positions: Positions, embedding: nn.Embedding) -> Tensor:
-        """The memory (C, B, T, D) that `positions` read from `state`."""
+        """The memory (C, B, T, D) that `positions` read from `state`; before anything is written it may lack the last
+        channels, those of remembered layers, which would be zeros."""
         return self.read(state.read_memory(positions, self.delay), embedding)
 
     def read(self, past: MemoryRead, embedding: nn.Embedding) -> Tensor:
@@ -68,6 +71,8 @@ class MemoryReader(nn.Module):
         if 0 in self.sources or self.stand_in:
             embedded = self.embed(past, embedding)
         unwritten = embedded if self.stand_in else zero
+        if past.nowhere_written and self.first_channels < len(self.sources):
+            return torch.stack([embedded] * self.first_channels)
         # Outside the document: zeros. Inside: what was written, or the stand-in. `embedded` has its zeros already.
         inside, written = past.inside.unsqueeze(-1), past.written.unsqueeze(-1)
         parts = [
@@ -114,38 +119,84 @@ class NoProjection(nn.Module):
 
 
 class Projection(NoProjection):
-    """U_k and U_v of all layers, applied in one matrix product."""
+    """U_k and U_v of all layers; channels that enter the same blocks are applied in one matrix product."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        layers = len(config.injected_layers) if config.memory.projection == "layerwise" else 1
-        channels = config.channels
+        self.depth = config.depth
         self.heads = (config.num_kv_heads, config.head_dim)
-        # One parameter for all layers and channels, a stack of logical matrices (layers, C, [k, v], G·K, D): Muon
-        # orthogonalises each on its own, and FSDP2 gathers them as one unit.
-        self.weight = nn.Parameter(
-            torch.empty(layers, channels, 2, config.num_kv_heads * config.head_dim, config.width)
-        )
+        self.shared = config.memory.projection == "shared"
+        self.channel_layers = config.channel_layers
+        self.neutral = config.state_channels if config.memory.state_start == "neutral" else ()
+        # One parameter for all layers and channels, a stack of logical matrices: Muon orthogonalises each on its own,
+        # and FSDP2 gathers them as one unit. (layers, C, [k, v], G·K, D) where all channels enter the same blocks;
+        # else (channels' layers, [k, v], G·K, D), the layers of the first channel first.
+        sets = [1 if self.shared else len(own) for own in self.channel_layers]
+        self.starts = tuple(sum(sets[:channel]) for channel in range(len(sets) + 1))
+        self.uniform = len(set(self.channel_layers)) == 1
+        stack = (sets[0], len(sets)) if self.uniform else (sum(sets),)
+        self.weight = nn.Parameter(torch.empty(*stack, 2, config.num_kv_heads * config.head_dim, config.width))
 
+    @torch.no_grad()
     def reset(self) -> None:
-        """Uniform, with standard deviation 1/sqrt(D)."""
+        """Uniform, with standard deviation 1/sqrt(D); zero for channels that start neutral."""
         bound = math.sqrt(3 / self.weight.shape[-1])
         nn.init.uniform_(self.weight, -bound, bound)
+        for channel in self.neutral:
+            self.of_channels(channel, channel + 1).zero_()
 
-    def forward(self, memory: Tensor, sets: int | None = None) -> tuple[Projected, ...]:
-        """(U_k m, U_v m) for each set of projections: one if shared, else one per injected block; or the first `sets`
-        of them."""
+    def of_channels(self, first: int, last: int) -> Tensor:
+        """The weights (n, layers, 2, G·K, D), a view, of channels first … last-1, which enter the same blocks."""
+        if self.uniform:
+            return self.weight[:, first:last].transpose(0, 1)
+        return self.weight[self.starts[first] : self.starts[last]].unflatten(0, (last - first, -1))
+
+    def forward(self, memory: Tensor, layers: Collection[int] | None = None) -> tuple[Projected, ...]:
+        """(U_k m, U_v m) for each block, 1 to L, of the channels that it reads; nothing for blocks not in `layers`.
+
+        memory (C, B, T, D) may lack the last channels.
+        """
+        projected: list[Projected] = [((), ())] * self.depth
+        for first, last in self.runs(memory.shape[0]):
+            wanted = [i for i in self.channel_layers[first] if layers is None or i in layers]
+            if wanted:
+                sets = slice(None) if self.shared else self.sets(first, wanted)
+                products = self.multiply(memory[first:last], self.of_channels(first, last)[:, sets])
+                # A shared projection has one set for all its layers.
+                for layer, new in zip(wanted, products * len(wanted) if self.shared else products, strict=True):
+                    projected[layer - 1] = join(projected[layer - 1], new)
+        return tuple(projected)
+
+    def runs(self, channels: int) -> Iterator[tuple[int, int]]:
+        """(first, last + 1) of consecutive channels, of the first `channels`, that enter the same blocks."""
+        first = 0
+        for _, run in itertools.groupby(self.channel_layers[:channels]):
+            last = first + len(list(run))
+            yield first, last
+            first = last
+
+    def sets(self, channel: int, layers: list[int]) -> slice:
+        """Where the consecutive `layers` stand among those of a channel."""
+        first = self.channel_layers[channel].index(layers[0])
+        return slice(first, first + len(layers))
+
+    def multiply(self, memory: Tensor, weight: Tensor) -> list[Projected]:
+        """(n, B, T, D) by (n, layers, 2, G·K, D): per layer U_k m and U_v m, (n, B, T, G, K) each."""
         channels, batch, length, _ = memory.shape
-        stack = self.weight[:sets]
-        layers = stack.shape[0]
-        if channels == 1:  # the usual case: one plain product
-            out = F.linear(memory, stack.flatten(0, 3))
-        else:
-            weight = stack.transpose(0, 1).flatten(1, 3)  # (C, layers·2·G·K, D)
-            out = torch.bmm(memory.flatten(1, 2), weight.transpose(1, 2))
+        count = weight.shape[1]
+        weight = weight.flatten(1, 3)
+        one = channels == 1  # one plain product
+        out = F.linear(memory, weight[0]) if one else torch.bmm(memory.flatten(1, 2), weight.transpose(1, 2))
         # unbind, not indices: the gradients are stacked once, where each index would make zeros for all.
-        pairs = out.view(channels, batch, length, 2 * layers, *self.heads).unbind(3)
-        return tuple(zip(pairs[::2], pairs[1::2], strict=True))
+        parts = out.view(channels, batch, length, 2 * count, *self.heads).unbind(3)
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def join(one: Projected, other: Projected) -> Projected:
+    """The channels of both."""
+    if len(one[0]) == 0:
+        return other
+    return (*one[0], *other[0]), (*one[1], *other[1])
 
 
 class NoMemory(nn.Module):
@@ -187,14 +238,18 @@ class Residual(NoMemory):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.init = config.memory.residual_init
+        self.neutral = config.state_channels if config.memory.state_start == "neutral" else ()
         self.gamma = nn.Parameter(torch.empty(config.channels))
 
+    @torch.no_grad()
     def reset(self) -> None:
         super().reset()
         nn.init.constant_(self.gamma, self.init)
+        for channel in self.neutral:
+            self.gamma[channel] = 0
 
     def residual(self, x: Tensor, memory: Tensor) -> Tensor:
-        for channel, gamma in zip(memory, self.gamma, strict=True):
+        for channel, gamma in zip(memory, self.gamma, strict=False):  # the last channels may be left out
             x = x + gamma * channel
         return x
 
@@ -224,7 +279,7 @@ class KeyValue(NoMemory):
         opened = 2 * torch.sigmoid(gate).unflatten(-1, (-1, self.groups, 1))  # (B, T, 1 + C, G, 1)
         local, *others = opened.unbind(2)
         k, v = local * k, local * v
-        for gate, key, value in zip(others, *projected, strict=True):
+        for gate, key, value in zip(others, *projected, strict=False):  # the last channels may be left out
             k, v = k + gate * key, v + gate * value
         return k, v
 

@@ -37,6 +37,8 @@ class MemoryRead:
     """(B, T) bool: whether a call has written that position; if not, the memory's `initial` stands in."""
     inside: Tensor
     """(B, T) bool: whether that position exists and belongs to the same document; if not, zeros are read."""
+    nowhere_written: bool = False
+    """Whether the State knows, without asking the device, that nothing is written at all. False is always right."""
 
 
 class Visible(Protocol):

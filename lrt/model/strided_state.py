@@ -75,6 +75,25 @@ class Pieces:
 
 
 @dataclass(frozen=True)
+class ClassVisibility:
+    """What one pass's queries see, in layers that may hold their classes differently: blocks that passes share keep a
+    full pass's keys, others those of each class."""
+
+    state: StridedState
+    positions: range
+    window: int | None
+    known: dict[tuple[bool | None, ...], Pieces]
+    """By how a layer holds its classes."""
+
+    def attend(self, q: Tensor, keys: Classes, values: Classes) -> Tensor:
+        """Softmax attention (B, H, n, K) of q (B, H, n, K)."""
+        holding = tuple(None if held is None else held.whole for held in keys)
+        if holding not in self.known:
+            self.known[holding] = self.state.pieces(self.positions, self.window, keys)
+        return self.known[holding].attend(q, keys, values)
+
+
+@dataclass(frozen=True)
 class StridedState:
     """What passes over full ranges and residue classes r::S leave behind, for B rows of T positions."""
 
@@ -167,7 +186,11 @@ class StridedState:
             inside = inside & (self.documents[:, positions.start :: step] == before)
         memory, written = self._memory_of(residue, step)
         return MemoryRead(
-            tokens, shift_back(memory, n, shift), inside & shift_back(written.unsqueeze(0), n, shift), inside
+            tokens,
+            shift_back(memory, n, shift),
+            inside & shift_back(written.unsqueeze(0), n, shift),
+            inside,
+            nowhere_written=self.execution.blocks == "needed" and all(held is None for held in self.memory),
         )
 
     def _memory_of(self, residue: int, step: int) -> tuple[Tensor, Tensor]:
@@ -185,19 +208,20 @@ class StridedState:
 
     # --- attention ---------------------------------------------------------------------------------------------
 
-    def visible(self, positions: Positions, window: int | None) -> Pieces:
-        """Position p sees written positions <= p of its own document, within the window.
-
-        Asked before the pass writes: its own class will be the pass's own, the others are as earlier passes left them.
-        """
+    def visible(self, positions: Positions, window: int | None) -> ClassVisibility:
+        """Position p sees written positions <= p of its own document, within the window."""
         assert isinstance(positions, range)
+        return ClassVisibility(self, positions, window, {})
+
+    def pieces(self, positions: range, window: int | None, classes: Classes) -> Pieces:
+        """What queries at `positions` attend to in a layer whose keys are held as `classes`, their own class aside."""
         own, step = positions.start, positions.step
         if step == 1:
             return Pieces(tuple(self._pieces(positions, 0, 1, 0, False, window)), (0,))
         # The own class first: its pieces reach every query.
         sources, pieces = [own], list(self._pieces(positions, own, step, 0, False, window))
         whole: int | None = None  # the source that is a full pass's tensor: one for all classes that it still holds
-        for residue, held in enumerate(self.keys[0]):
+        for residue, held in enumerate(classes):
             if held is None or residue == own or residue >= self.slots:
                 continue
             if not held.whole or whole is None:

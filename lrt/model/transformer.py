@@ -76,19 +76,19 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        injected = layer in config.injected_layers
+        injected, own = layer in config.injected_layers, config.of_block(layer)
         # α and β scale the stream and x_0. One element each, as FSDP2 shards no scalars; used as scalars.
         self.alpha = nn.Parameter(torch.empty(1))
         self.beta = nn.Parameter(torch.empty(1))
-        self.injection = (INJECTIONS[config.memory.injection] if injected else NoMemory)(config)
+        self.injection = (INJECTIONS[config.memory.injection] if injected else NoMemory)(own)
         self.attention = Attention(config, layer)
         self.mlp = MLP(config.width, config.mlp_dim)
 
     def forward(
         self, x: Tensor, x0: Tensor, memory: Tensor, projected: Projected, call: Call, visible: Visible, cache: Cache
     ) -> tuple[Tensor, Cache]:
-        """x, x0 (B, T, D), memory (C, B, T, D) -> the residual stream after the block, and its cache with this call's
-        keys and values.
+        """x, x0 (B, T, D), memory (C, B, T, D) of the block's channels -> the residual stream after the block, and its
+        cache with this call's keys and values.
 
         What gradients flow through are arguments of their own: FSDP2 looks at the tensors among a module's arguments
         to know when its backward is over.
@@ -207,7 +207,12 @@ class LatentRecurrentTransformer(nn.Module):
         )
 
     def forward(
-        self, tokens: Tensor, positions: Positions, state: AnyState, blocks: int | None = None
+        self,
+        tokens: Tensor,
+        positions: Positions,
+        state: AnyState,
+        blocks: range | None = None,
+        stream: Tensor | None = None,
     ) -> tuple[Tensor, AnyState]:
         """Compute these positions from what the state knows, and replace what it knows of them.
 
@@ -215,21 +220,32 @@ class LatentRecurrentTransformer(nn.Module):
         these positions, after the last RMSNorm, and the new State. Raises ValueError where sizes do not match, the
         state has no slot for a position, or it is another model's.
 
-        blocks: run only so many, loop after loop; what comes back is the stream behind them, after RMSNorm. Enough of
-        them write the memory (`ModelConfig.memory_blocks`); keys and values above stay what they were.
+        blocks: run only these applications of blocks, counted from 0, loop after loop: from `stream` (B, T, D), the
+        residual stream before the first of them, where that is not the first of all. Where they end early, what comes
+        back is the residual stream behind the last of them. Keys and values of other blocks stay what they were, and
+        so does the memory unless all remembered layers are among them (`ModelConfig.memory_blocks`).
         """
         positions = as_positions(positions)  # a range where the tensor is one: the State's fast path
         if isinstance(positions, Tensor):
             positions = positions.to(tokens.device)
         self._check(tokens, positions, state)
-        per_token = self.config.positions_per_token
-        hidden, state = self._at(tokens, state_positions(positions, per_token, 0), state, None, blocks)
-        for thought in range(1, per_token):
-            hidden, state = self._at(tokens, state_positions(positions, per_token, thought), state, hidden, blocks)
+        blocks = range(self.config.kv_layers) if blocks is None else blocks
+        per_token, hidden = self.config.positions_per_token, None
+        assert per_token == 1 or blocks == range(self.config.kv_layers), "latent thoughts run whole"
+        for number in range(per_token):  # the token itself, then its thoughts, which stand in the embedding's place
+            place = state_positions(positions, per_token, number)
+            hidden, state = self._at(tokens, place, state, hidden, blocks, stream)
+        assert hidden is not None
         return hidden, state
 
     def _at(
-        self, tokens: Tensor, positions: Positions, state: AnyState, thought: Tensor | None, blocks: int | None
+        self,
+        tokens: Tensor,
+        positions: Positions,
+        state: AnyState,
+        thought: Tensor | None,
+        blocks: range,
+        stream: Tensor | None,
     ) -> tuple[Tensor, AnyState]:
         """The blocks at positions of the State, on the tokens' embeddings or, in their place, on thought (B, T, D)."""
         # Before the memory is read: source 0 may be a token of this very call.
@@ -237,7 +253,7 @@ class LatentRecurrentTransformer(nn.Module):
         memory = self.recall(state, positions, self.embedding)
         x0 = rms(self.embedding(tokens)) if thought is None else thought
         angles = rotary(positions, self.config.head_dim, self.config.rope_base, x0)
-        return self.run_blocks(TokenInputs(tokens, x0), memory, angles, positions, state, blocks)
+        return self.run_blocks(TokenInputs(tokens, x0), memory, angles, positions, state, blocks, stream)
 
     def run_blocks(
         self,
@@ -246,10 +262,10 @@ class LatentRecurrentTransformer(nn.Module):
         angles: tuple[Tensor, Tensor],
         positions: Positions,
         state: AnyState,
-        count: int | None = None,
+        blocks: range | None = None,
+        stream: Tensor | None = None,
     ) -> tuple[Tensor, AnyState]:
-        """Run the blocks, or the first `count`, with the memory (C, B, T, D), write the sources: the final hidden state
-        (B, T, D), and the new State.
+        """Run blocks with the memory (C, B, T, D), write the sources: what `forward` gives of them, and the new State.
 
         positions are the State's, of which a token with latent thoughts has several.
         """
@@ -257,32 +273,35 @@ class LatentRecurrentTransformer(nn.Module):
         state = state.mark_written(positions)
 
         config = self.config
+        blocks = range(config.kv_layers) if blocks is None else blocks
         # U m of all layers at once: the memory is known before the stack starts.
-        if count is None or not isinstance(self.projection, Projection):
+        if isinstance(self.projection, Projection):
+            projected = self.projection(memory, config.layers_of(blocks))
+        else:
             projected = self.projection(memory)
-        else:  # at least one, for blocks that inject nothing
-            projected = self.projection(memory, max(1, config.projections_of(count)))
         visible = {window: state.visible(positions, window) for window in dict.fromkeys(config.windows)}
+        channels = {own: pick_channels(memory, own) for own in dict.fromkeys(config.block_channels)}
         call = Call(inputs, angles, state.where(positions), state.write, state.execution)
-        x, layer = inputs.x0, 0
+        x = inputs.x0 if stream is None else stream
         outputs: dict[int, Tensor] = {}
-        caches: list[Cache] = []
-        for i, block in enumerate((tuple(self.blocks) * config.loops)[:count]):
+        keys, values = list(state.keys), list(state.values)
+        for i in blocks:
             layer = i % config.depth + 1  # counted from 1, as sources are; i counts loops, too, as caches do
-            own = projected[config.projection_sets[layer - 1] if len(projected) > 1 else 0]
-            cache = state.keys[i], state.values[i]
-            x, cache = state.execution.block(block, x, inputs.x0, memory, own, call, visible[config.windows[i]], cache)
-            caches.append(cache)
+            own = projected[layer - 1 if len(projected) > 1 else 0]
+            read = channels[config.block_channels[layer - 1]]
+            x, (keys[i], values[i]) = state.execution.block(
+                self.blocks[layer - 1], x, inputs.x0, read, own, call, visible[config.windows[i]], (keys[i], values[i])
+            )
             if layer in config.stored_sources:
                 outputs[layer] = rms(x)  # of all loops the last one's stays
 
-        keys, values = zip(*caches, strict=True)
-        state = state.write_cache(keys + state.keys[len(keys) :], values + state.values[len(values) :])
-        # The memory of the last layer is the final hidden state: the same vector.
-        hidden = outputs[layer] if layer in outputs else rms(x)
-        if config.stored_sources:
+        state = state.write_cache(tuple(keys), tuple(values))
+        if config.stored_sources and outputs.keys() >= set(config.stored_sources):
             state = state.write_memory(positions, torch.stack([outputs[s] for s in config.stored_sources], dim=2))
-        return hidden, state
+        if blocks[-1] + 1 < config.kv_layers:
+            return x, state
+        # The memory of the last layer is the final hidden state: the same vector.
+        return outputs[config.depth] if config.depth in outputs else rms(x), state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (…, V) of hidden states (…, D), soft-capped."""
@@ -352,6 +371,17 @@ class LatentRecurrentTransformer(nn.Module):
                 f"{length} positions at once need {needed} slots (window and delay included), the state has "
                 f"{state.slots}; pass fewer at once or make a longer state"
             )
+
+
+def pick_channels(memory: Tensor, channels: tuple[int, ...]) -> Tensor:
+    """Of memory (C, B, T, D), which may lack the last channels, those of `channels`."""
+    present = [channel for channel in channels if channel < memory.shape[0]]
+    if present == list(range(memory.shape[0])):
+        return memory
+    first, count = (present[0], len(present)) if present else (0, 0)
+    if present == list(range(first, first + count)):
+        return memory[first : first + count]
+    return memory[present]
 
 
 def state_positions(positions: Positions, per_token: int, number: int) -> Positions:

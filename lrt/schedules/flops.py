@@ -11,7 +11,7 @@ from lrt.model.config import ModelConfig
 from lrt.model.execution import EAGER
 from lrt.model.size import is_table, parameter_sizes
 from lrt.schedules.base import Schedule
-from lrt.schedules.refinement import blocks_of_passes
+from lrt.schedules.work import common_stride, parts_of
 
 
 def mean_visible_keys(length: int, window: int | None) -> float:
@@ -24,23 +24,26 @@ def mean_visible_keys(length: int, window: int | None) -> float:
     return window - window * (window - 1) / (2 * length)
 
 
-def forward_flops(config: ModelConfig, length: int, blocks: int | None = None) -> tuple[float, float]:
+def forward_flops(
+    config: ModelConfig, length: int, blocks: range | None = None, channels: int | None = None
+) -> tuple[float, float]:
     """FLOPs per token of a call of the model over `length` tokens: (layer stack with memory, head).
 
     All loops and thoughts are in it; a first pass, which finds no thoughts before a token, is counted like the others.
     As decoding computes the same, it is also the cost of a generated token, on average over a text of `length`.
-    `blocks`: of a pass that ends behind so many, loop after loop.
+    `blocks`: of a call that runs these applications of blocks alone; `channels`: that reads the first so many alone.
     """
     # One multiply-add per weight and position: 2 FLOPs. Loops repeat the blocks, not the projections.
+    blocks = range(config.kv_layers) if blocks is None else blocks
     dense = {name: n for name, n in parameter_sizes(config).items() if not is_table(name)}
     per_block = [sum(n for name, n in dense.items() if name.startswith(f"blocks.{i}.")) for i in range(config.depth)]
+    # `Projection` is asked for these blocks' pairs alone.
     once = sum(dense.values()) - sum(per_block)
-    if blocks is not None:  # `Projection` is asked for these blocks' sets alone
-        once *= config.projections_of(blocks) / max(1, config.projections_of(None))
-    products = 2 * (sum((per_block * config.loops)[:blocks]) + once)
+    once *= config.count_projections(blocks, channels) / max(1, config.count_projections())
+    products = 2 * (sum((per_block * config.loops)[blocks.start : blocks.stop]) + once)
     positions = config.positions_per_token * length
     # Scores and weighted values: two products of K multiply-adds per head and visible key.
-    windows = config.windows[:blocks]
+    windows = config.windows[blocks.start : blocks.stop]
     attention = sum(4 * config.heads * config.head_dim * mean_visible_keys(positions, w) for w in windows)
     return config.positions_per_token * (products + attention), 2 * config.width * config.vocab_size
 
@@ -48,13 +51,16 @@ def forward_flops(config: ModelConfig, length: int, blocks: int | None = None) -
 def training_flops(config: ModelConfig, schedule: Schedule, length: int) -> float:
     """FLOPs per token of forward and backward under `schedule`, all passes counted; head only where there is a loss.
 
-    Passes that end early count as far as they run. Of a mixture or of stages, the mean over training.
+    Blocks that need not run are not counted (`schedules.work`). Of a mixture or of stages, the mean over training.
     """
-    total = 0.0
-    for weight, part in schedule.shares():
-        passes = part.passes(length)
-        for p, blocks in zip(passes, blocks_of_passes(config, passes, EAGER), strict=True):
-            stack, head = forward_flops(config, length, blocks)
-            share = weight * len(p.positions) / length
-            total += share * ((3 if p.grad else 1) * stack + (3 * head if p.loss_weight else 0))
+    total, head = 0.0, 3 * forward_flops(config, length)[1]
+    for weight, schedule_part in schedule.shares():
+        passes = schedule_part.passes(length)
+        strided = common_stride(passes, length) is not None
+        written = not strided  # whether all channels of the memory are read
+        for part in parts_of(config, passes, EAGER, strided):
+            stack, _ = forward_flops(config, length, part.blocks, None if written else config.first_channels)
+            scored = head if part.ends and part.p.loss_weight else 0
+            total += weight * len(part.p.positions) / length * ((3 if part.grad else 1) * stack + scored)
+            written |= part.ends
     return total

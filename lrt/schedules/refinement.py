@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from lrt.model.buffers import write_copy
-from lrt.model.config import ModelConfig
 from lrt.model.execution import WHOLE, Execution
 from lrt.model.state import State
 from lrt.model.strided_state import StridedState
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.schedules.base import Pass, Passes, Schedule
+from lrt.schedules.base import Pass, Schedule
+from lrt.schedules.work import common_stride, parts_of
 
 Ran = tuple[Pass, Tensor, Tensor]
 """(pass, its positions (n,), its hidden states (B, n, D); those of a pass that ended early are (B, 0, D))."""
@@ -66,8 +66,8 @@ def refine(
 
     documents (B, T) int says which packed document each token belongs to. With a `state`, the tokens continue behind
     its last position; its own documents serve. A mixture or stages without a step are drawn (`schedule.draw`).
-    `execution` says how it is computed, not what. By default all passes run whole; with `free_passes="source"` those
-    that only the memory is wanted of end early, and have no hidden states.
+    `execution` says how it is computed, not what. By default all passes run whole; with `blocks="needed"` those that
+    only the memory is wanted of end early, and have no hidden states.
 
     Raises ValueError without tokens, with `documents` beside a `state`, and where the state's rows differ in length or
     its slots do not suffice.
@@ -114,14 +114,18 @@ def walk(
         current = initial_state(model.empty_state(batch, length, documents, tokens), passes, execution, per_token)
     else:
         current = dataclasses.replace(state, execution=execution)
-    for p, blocks in zip(passes, blocks_of_passes(model.config, passes, execution), strict=True):
-        positions = range(p.start + offset, p.stop + offset, p.stride)
-        if blocks == 0:  # source 0 alone: the memory is known without a pass
-            yield p, no_hidden(model, batch), current
+    common: Tensor | None = None  # (B, T, D): the residual stream that passes start from which share their first blocks
+    for part in parts_of(model.config, passes, execution, strided=isinstance(current, StridedState)):
+        p, blocks, hidden = part.p, part.blocks, no_hidden(model, batch)
+        if blocks:  # none where source 0 alone is remembered: the memory is known without a pass
+            positions = range(p.start + offset, p.stop + offset, p.stride)
+            stream = common[:, p.slice] if blocks.start and common is not None else None
+            with torch.set_grad_enabled(part.grad and torch.is_grad_enabled()):
+                hidden, current = execution.whole_pass(model, tokens[:, p.slice], positions, current, blocks, stream)
+        if not part.ends:
+            common = hidden
             continue
-        with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
-            hidden, current = execution.whole_pass(model, tokens[:, p.slice], positions, current, blocks)
-        if blocks is not None:
+        if blocks.stop < model.config.kv_layers:
             hidden = no_hidden(model, batch)
         if p.detach_memory:
             current = current.detach_memory()
@@ -132,41 +136,6 @@ def walk(
 def no_hidden(model: LatentRecurrentTransformer, batch: int) -> Tensor:
     """(B, 0, D): what a pass that ended early has computed of the final hidden states."""
     return model.embedding.weight.new_zeros(batch, 0, model.config.width)
-
-
-def blocks_of_passes(config: ModelConfig, passes: Passes, execution: Execution) -> tuple[int | None, ...]:
-    """How many blocks each pass runs; None for all of them.
-
-    A free pass runs those that its memory needs, which gives the same numbers. With latent thoughts none ends early:
-    a later pass reads the thoughts that an earlier one wrote.
-    """
-    if execution.free_passes == "whole" or config.positions_per_token > 1 or config.memory_blocks == config.kv_layers:
-        return (None,) * len(passes)
-    return tuple(config.memory_blocks if free else None for free in free_passes(passes))
-
-
-@functools.lru_cache(maxsize=64)  # the same for every step of a schedule
-def free_passes(passes: Passes) -> tuple[bool, ...]:
-    """Of each pass, whether only its memory is ever read: it has no loss, and all of its positions are computed again
-    before a query sees their keys and values.
-
-    Windows and documents are not looked at: with them a pass could be free that is not called so here.
-    """
-    return tuple(is_free(p, passes[i + 1 :]) for i, p in enumerate(passes))
-
-
-def is_free(p: Pass, later: Passes) -> bool:
-    """Whether `later` passes replace all that `p` writes before they see it; see `free_passes`."""
-    if p.loss_weight:
-        return False
-    left = set(p.positions)
-    for other in later:
-        left.difference_update(other.positions)  # a pass writes its own keys and values before it reads
-        if not left:
-            return True
-        if min(left) < other.positions[-1]:
-            return False
-    return False  # what is left is the final state
 
 
 def initial_state(
@@ -203,19 +172,3 @@ def last_written(ran: list[tuple[Pass, Tensor, Tensor]], length: int) -> Tensor:
     for p, part in reversed(needed):  # in their order: later passes overwrite
         whole = write_copy(whole, p.slice, part, 1)
     return whole
-
-
-CLASSES = 32
-"""Most classes: S passes of S pieces each are many small kernels, and a mask then costs less."""
-
-
-def common_stride(passes: Sequence[Pass], length: int) -> int | None:
-    """S, where each of `passes` over `length` positions is the full range or a class r::S of one S; None elsewhere."""
-    strides: set[int] = set()
-    for p in passes:
-        if (p.start, p.stop) == (0, length) and p.stride == 1:
-            continue
-        if p.stop != length or p.start >= p.stride or p.stride > CLASSES:
-            return None
-        strides.add(p.stride)
-    return None if len(strides) > 1 else strides.pop() if strides else 1

@@ -19,7 +19,7 @@ from lrt.inference import sweeps
 from lrt.inference.cost_model import Calibration, Plan, sweep_share
 from lrt.inference.prefill import TOLERANCES, Prefilled, PrefillMode, prefill
 from lrt.inference.prompt import Prompt
-from lrt.inference.sweeps import SweepState
+from lrt.inference.sweeps import BlockRange, SweepState
 from lrt.model.execution import EAGER, WHOLE, Execution
 from lrt.model.state import State
 
@@ -175,29 +175,32 @@ def test_what_is_counted_is_what_is_computed(model: LatentRecurrentTransformer, 
     above = (1 - share) * (LENGTH + LENGTH - (row.sweeps - 1) * GROUPS)
     assert row.forwards == pytest.approx((below + above) / LENGTH)
     assert whole.forwards == pytest.approx(sum(LENGTH - n * GROUPS for n in range(whole.sweeps)) / LENGTH)
-    assert row.forwards < whole.forwards
+    assert row.sweeps <= whole.sweeps + 1, "one more where it was not foreseen that a sweep would be the last"
 
 
 @pytest.mark.parametrize("mode", SWEPT)
-def test_a_final_state_that_moves_more_than_its_sources_is_waited_for(mode: PrefillMode):
-    """The blocks above magnify: where the sources are within, what is returned is not."""
-    model = tame_model(config_of(MemoryConfig(source=1, injection="residual", residual_init=0.1), depth=2))
-    with torch.no_grad():
-        model.blocks[0].injection.gamma.fill_(0.05)  # type: ignore[union-attr, operator]
-        model.blocks[1].alpha.fill_(1e-3)  # type: ignore[union-attr]
-        model.blocks[1].beta.fill_(0.0)  # type: ignore[union-attr]
-        model.blocks[1].injection.gamma.fill_(1.0)  # type: ignore[union-attr, operator]
-        model.blocks[1].attention.query.weight.mul_(30)  # type: ignore[union-attr, operator]
-    tokens = prompts(1)
-    done, exact = run(model, tokens, mode), run(model, tokens, "exact")
-    (row,) = done.report.rows
+def test_a_final_state_that_does_not_settle_is_noticed(
+    model: LatentRecurrentTransformer, mode: PrefillMode, monkeypatch: pytest.MonkeyPatch
+):
+    """The sources settle as ever, but what the blocks above give differs by a hundredth each time."""
+    tokens, compute = prompts(1), BlockRange.__call__
+
+    def restless(self: BlockRange, *arguments: Any) -> tuple[Tensor, State]:
+        output, state = compute(self, *arguments)
+        return output + (0.01 * torch.randn_like(output) if self.blocks.start > 0 else 0), state
+
+    monkeypatch.setattr(BlockRange, "__call__", restless)
     rows = swept(model, tokens)
     with torch.no_grad():
-        while not rows.moves.bound(0, rows.moves.worst([LENGTH])[0][0]) <= TOLERANCES[mode]:
+        for _ in range(8):
             rows.sweep(model, GROUPS, rows.exact)
-    assert row.path == "sweeps"
-    assert row.sweeps > rows.sweeps, "the sources alone would have passed"
-    assert furthest(done.sequence, exact.sequence) <= 3 * TOLERANCES[mode]
+            rows.finish(model, [0])
+    (certificate,), ((worst, _),) = rows.certificates(GROUPS, ""), rows.moves.worst([LENGTH])
+    assert rows.moves.bound(0, worst) <= TOLERANCES[mode], "the sources alone would pass"
+    assert certificate.bound > 0.01
+    done, exact = run(model, tokens, mode), run(model, tokens, "exact")
+    assert done.report.rows[0].path == "fallback"
+    assert torch.equal(done.sequence, exact.sequence)
 
 
 @torch.no_grad()
@@ -255,9 +258,9 @@ def test_prefixes_and_chunks(mode: PrefillMode):
     """A long prompt on slots that are used again, of rows that start and end at different places, behind a prefix."""
     model = tame_model(config_of(window_pattern="S", window=6, context=16))
     lengths = torch.tensor([150, 96, 41])
-    known, tokens = prompts(3, 9), prompts(3, 150, seed=2)
+    known, tokens, eager = prompts(3, 9), prompts(3, 150, seed=2), Calibration(1e6, PARALLEL.plans)
     begun = prefill(model, known, model.empty_state(3, model.config.lookback + 45), mode, torch.tensor([9, 4, 1]))
-    done = prefill(model, tokens, begun.state, mode, lengths, PARALLEL)
+    done = prefill(model, tokens, begun.state, mode, lengths, eager)
     assert done.report.converged
     for row, (start, n) in enumerate(zip((9, 4, 1), lengths.tolist(), strict=True)):
         text = torch.cat([known[row, :start], tokens[row, :n]]).unsqueeze(0)

@@ -45,6 +45,27 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "layers twice": ({}, {"layers": (2, 2)}, ("memory.layers", "(2, 2)", "once")),
     "no layers": ({}, {"layers": ()}, ("memory.layers", "at least one", "injection='none'")),
     "layers is a number": ({}, {"layers": 3}, ("memory.layers", "3")),
+    "layers for too few sources": (
+        {},
+        {"layers": ((1, 2),), "source": (0, 2), "combine": "channels"},
+        ("1 sources", "2"),
+    ),
+    "layers per source in a sum": (
+        {},
+        {"layers": ((1,), (2,)), "source": (0, 2)},
+        ("memory.layers", "'sum'", "channels"),
+    ),
+    "no layers of a source": (
+        {},
+        {"layers": ((1,), ()), "source": (0, 2), "combine": "channels"},
+        ("memory.layers", "at least one"),
+    ),
+    "a sum that starts neutral": (
+        {},
+        {"state_start": "neutral", "source": (0, 2)},
+        ("state_start", "'sum'", "channels"),
+    ),
+    "another start": ({}, {"state_start": "cold"}, ("state_start", "cold", "neutral")),
     "a layer is a fraction": ({}, {"layers": (1.5,)}, ("memory.layers", "1.5")),
     "delay 0": ({}, {"delay": 0}, ("memory.delay is 0", "at least 1")),
     "delay is a fraction": ({}, {"delay": 1.5}, ("memory.delay is 1.5", "at least 1")),
@@ -132,7 +153,8 @@ FULL = ModelConfig(
         combine="channels",
         initial="embedding",
         delay=2,
-        layers=(1, 3),
+        layers=((1, 3), (3,)),
+        state_start="neutral",
         residual_init=0.3,
     ),
 )

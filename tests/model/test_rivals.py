@@ -255,11 +255,12 @@ BY_HAND: dict[str, tuple[int, float, float, int]] = {
         2,
     ),
     # One block, 10, reads layer 15: 1 γ, gates 25,600, one pair. The default: in half of training 1 pass forward only
-    # and one of 3, which has the head, in the other half 2 and one: 3 stacks and 1.5 that end behind block 15.
+    # and one of 3, which has the head, in the other half 2 and one. The 9 blocks below are run once; the free ones run
+    # blocks 10 to 15: 3 stacks, and 1.5 times 6 of 20 blocks.
     "middle recurrence": (
         BLOCKS + TABLES_AND_HEAD + 1 + 25_600 + PAIR,
         PLAIN_STACK + 2 * (1 + 25_600 + PAIR),
-        (3 + 1.5 * 0.75) * PLAIN_STACK + 4.5 * 2 * (1 + 25_600 + PAIR) + 3 * HEAD,
+        (3 + 1.5 * 0.3) * PLAIN_STACK + 4.5 * 2 * (1 + 25_600 + PAIR) + 3 * HEAD,
         1,
     ),
     "chunked": (

@@ -52,6 +52,7 @@ from lrt import MemoryConfig, ModelConfig, refine, schedules
 from lrt.model.execution import EAGER, WHOLE
 from lrt.schedules import refinement
 from lrt.schedules.base import SCHEDULES, Pass, Passes, Simple
+from lrt.schedules.work import free_passes, parts_of
 
 EVERY = {**PAIRWISE, **PRODUCT, "none": NONE}
 
@@ -140,8 +141,8 @@ def gradient_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return difference(torch.cat([g.flatten() for g in a.values()]), torch.cat([g.flatten() for g in b.values()]))
 
 
-@pytest.fixture(autouse=True, params=["by classes", "by masks"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["by classes", "by masks"], name="path")
+def choose_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every promise holds on both paths of `refine`: by residue classes, where a schedule allows, and by the State."""
     if request.param == "by masks":
         monkeypatch.setattr(refinement, "common_stride", lambda *_: None)
@@ -731,7 +732,7 @@ FREE: dict[str, tuple[bool, ...]] = {
 
 @pytest.mark.parametrize(("text", "free"), FREE.items())
 def test_a_pass_is_free_where_its_keys_are_replaced_before_they_are_seen(text: str, free: tuple[bool, ...]):
-    assert refinement.free_passes(schedules.parse(text).passes(LENGTH)) == free
+    assert free_passes(schedules.parse(text).passes(LENGTH)) == free
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -767,7 +768,7 @@ def test_free_passes_that_end_at_the_source_change_no_number(config: ModelConfig
     middle = schedules.multi_refinement(2, (1.0, 0.0, 0.0))
     for schedule, packed in ((schedules.settled(1, 1, 1), unaligned()), (middle, None)):
         whole, ended = (refine(model, tokens, schedule, packed, execution=e) for e in (WHOLE, EAGER))
-        free = refinement.free_passes(schedule.passes(LENGTH))
+        free = free_passes(schedule.passes(LENGTH))
         for early, (_, _, reference), (_, _, hidden) in zip(free, whole.passes, ended.passes, strict=True):
             assert hidden.shape[1] == (0 if early else LENGTH)
             assert_same(hidden, reference[:, : hidden.shape[1]])
@@ -792,7 +793,81 @@ def test_a_pass_that_ends_at_the_source_runs_no_block_above_it():
         assert [called.count(block) for block in model.blocks] == runs
 
 
+def layered_sources() -> Iterator[Any]:
+    """Configurations of three blocks in which a remembered layer enters from the second or third on."""
+    memories: list[tuple[Any, Any]] = [
+        ((0, 2), ((1, 2, 3), (2, 3))),
+        ((0, 0, 3), ((1, 2, 3), (1, 2, 3), (3,))),
+        ((0, 0, 3), (None, None, (2, 3))),
+        ((2, 3), ((2,), (3, 2))),
+        ((3, 0), ((2, 3), (1, 3))),
+        ((3,), ((2, 3),)),
+    ]
+    kinds = (("both", "layerwise"), ("key_value", "shared"), ("residual", "shared"))
+    shapes = {"": {}, **{name: SHAPES[name] for name in ("windows", "loops", "delay")}}
+    for i, ((source, layers), (name, fields)) in enumerate(itertools.product(memories, shapes.items())):
+        injection, projection = kinds[i % len(kinds)]
+        recalled = {k: v for k, v in fields.items() if k in MEMORY_FIELDS}
+        own = tuple(each or (1, 2, 3) for each in layers)
+        memory = MemoryConfig(injection, projection, source, "channels", layers=own, **recalled)  # type: ignore[arg-type]
+        config = replace(
+            configuration({"depth": 3, "value_embeddings": "alternate"}),
+            memory=memory,
+            **{k: v for k, v in fields.items() if k not in MEMORY_FIELDS},
+        )
+        yield pytest.param(config, id=f"{source}-{layers}-{injection}-{projection}-{name}".replace(" ", ""))
+
+
+SHARING = [
+    "settled(0, 1, 1)",
+    "settled(1, 1, 2)",
+    "settled(1, 2, 1)",
+    "interleaved(2)",
+    "multi_refinement(2)",
+    "plain()",
+]
+
+
+@pytest.mark.parametrize("config", list(layered_sources()))
+def test_blocks_that_all_passes_share_change_no_number(config: ModelConfig):
+    model, tokens = random_model(config), random_tokens()
+    for text, packed in zip(SHARING, (None, unaligned()) * 3, strict=True):
+        whole, shared = (refine(model, tokens, schedules.parse(text), packed, execution=e) for e in (WHOLE, EAGER))
+        for (p, _, reference), (_, _, hidden) in zip(whole.passes, shared.passes, strict=True):
+            if p.loss_weight:
+                assert_same(hidden, reference)
+        for reference, left in zip(buffers(whole.state), buffers(shared.state), strict=True):
+            assert_same(left, reference)
+        ours, theirs = (
+            gradients(model, torch.cat([h for p, _, h in run.passes if p.loss_weight], 1)) for run in (shared, whole)
+        )
+        assert_same_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize("path", ["by classes"], indirect=True)
+def test_blocks_below_the_first_that_reads_a_remembered_layer_run_once():
+    """Layer 2 of three enters from block 2 on: block 1 runs once, and block 3 in the last pass alone."""
+    for layers, text, runs in (
+        (((1, 2, 3), (2, 3)), "settled(2, 1, 1)", [1, 4, 1]),
+        (((1, 2, 3), (2, 3)), "multi_refinement(2)", [1, 3, 3]),
+        (((1, 2, 3), (2, 3)), "interleaved(2)", [1, 3, 3]),
+        # The free sweep's keys are seen by graded classes: the first three passes share, those behind them do not.
+        (((1, 2, 3), (2, 3)), "settled(1, 2, 1)", [3, 5, 5]),
+        (((1, 2, 3), (3,)), "settled(2, 1, 1)", [4, 4, 1]),  # layer 2 is no more recurrent, and not shared
+        (((1, 2, 3), (1, 2)), "settled(2, 1, 1)", [4, 4, 1]),
+    ):
+        memory = MemoryConfig(source=(0, 2), combine="channels", projection="layerwise", layers=layers)
+        model = random_model(replace(configuration({"depth": 3}), memory=memory))
+        called: list[torch.nn.Module] = []
+        for block in model.blocks:
+            block.register_forward_hook(lambda module, *_, called=called: called.append(module))
+        refine(model, random_tokens(), schedules.parse(text), execution=EAGER)
+        assert [called.count(block) for block in model.blocks] == runs, (layers, text)
+
+
 def test_latent_thoughts_are_read_by_the_next_pass_so_that_none_ends_early():
     config = replace(NONE, thoughts=1)
     passes = schedules.settled(1, 1, 1).passes(LENGTH)
-    assert refinement.blocks_of_passes(config, passes, EAGER) == (None,) * len(passes)
+    assert [part.blocks for part in parts_of(config, passes, EAGER, strided=True)] == [range(config.kv_layers)] * len(
+        passes
+    )

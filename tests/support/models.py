@@ -37,6 +37,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "(0,L)sum": {"source": (0, "L"), "combine": "sum"},
     "(0,L)channels": {"source": (0, "L"), "combine": "channels"},
     "(1,L)channels": {"source": (1, "L"), "combine": "channels"},
+    "(0,0,L)channels": {"source": (0, 0, "L"), "combine": "channels"},
     "(0,0)channels": {"source": (0, 0), "combine": "channels"},
     "(L,1,0)sum": {"source": ("L", 1, 0), "combine": "sum"},
     "(L)sum": {"source": ("L",), "combine": "sum"},
@@ -47,7 +48,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "projection": ["shared", "layerwise"],
     "initial": ["zeros", "embedding"],
     "delay": [1, 2],
-    "layers": ["all", "some"],
+    "layers": ["all", "some", "per source"],
     "depth": [2, 3],
     "head_size": [4, 8],
     "kv_heads": [None, 1],
@@ -66,7 +67,7 @@ def configuration(choice: dict[str, Any]) -> ModelConfig:
     memory = MemoryConfig(
         **recalled,
         **{name: chosen[name] for name in ("injection", "projection", "initial", "delay")},
-        layers=None if chosen["layers"] == "all" else {2: (2,), 3: (3, 2)}[depth],
+        layers=layers_of(chosen["layers"], recalled, depth),
     )
     return ModelConfig(
         width=12,
@@ -78,6 +79,16 @@ def configuration(choice: dict[str, Any]) -> ModelConfig:
         memory=memory,
         **{name: chosen[name] for name in ("depth", "head_size", "kv_heads", "value_embeddings", "window_pattern")},
     )
+
+
+def layers_of(which: str, recalled: dict[str, Any], depth: int) -> Any:
+    """What injects: all blocks, some of them, or other ones for each source, where each has a channel."""
+    if which == "all":
+        return None
+    if which == "per source" and recalled.get("combine") == "channels":
+        every = {0: tuple(range(1, depth + 1)), 1: (depth, 1)}
+        return tuple(every.get(source, tuple(range(2, depth + 1))) for source in recalled["source"])
+    return {2: (2,), 3: (3, 2)}[depth]
 
 
 def pairwise(choices: dict[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:

@@ -151,8 +151,8 @@ def enter_block(
     name = f"blocks.{layer - 1}"
     x = weights[f"{name}.alpha"] * x + weights[f"{name}.beta"] * x0
     if config.memory.injection in ("residual", "both") and layer in config.injected_layers:
-        for c, m in enumerate(memory):
-            x = x + weights[f"{name}.injection.gamma"][c] * m
+        for i, c in enumerate(channels_of(config, layer)):
+            x = x + weights[f"{name}.injection.gamma"][i] * memory[c]
     return x
 
 
@@ -168,19 +168,44 @@ def query_key_value(
     injected = config.injected_layers
     if config.memory.injection in ("key_value", "both") and layer in injected:
         gates = 2 * torch.sigmoid(weights[f"{name}.injection.gate.weight"] @ u)
-        gates = gates.view(1 + len(memory), groups, 1)  # row 0 is local, row 1 + c is channel c
-        r = injected.index(layer) if config.memory.projection == "layerwise" else 0
+        channels = channels_of(config, layer)
+        gates = gates.view(1 + len(channels), groups, 1)  # row 0 is local, row 1 + i is the block's channel i
         k, v = gates[0] * k, gates[0] * v
-        for c, m in enumerate(memory):
-            to_key, to_value = weights["projection.weight"][r, c]  # (G·K, D) each
-            k = k + gates[1 + c] * (to_key @ m).view(groups, size)
-            v = v + gates[1 + c] * (to_value @ m).view(groups, size)
+        for i, c in enumerate(channels):
+            to_key, to_value = projection_of(weights, config, layer, c)  # (G·K, D) each
+            k = k + gates[1 + i] * (to_key @ memory[c]).view(groups, size)
+            v = v + gates[1 + i] * (to_value @ memory[c]).view(groups, size)
 
     if config.has_value_embedding(layer):
         gate = 2 * torch.sigmoid(weights[f"{name}.attention.value_embedding.gate.weight"] @ u)
         table = weights[f"{name}.attention.value_embedding.table.weight"]
         v = v + gate.view(groups, 1) * table[token].view(groups, size)
     return q, k, v
+
+
+def layers_of_channels(config: ModelConfig) -> list[list[int]]:
+    """The blocks that read each channel, in order."""
+    layers, count = config.memory.layers, config.channels
+    if layers is None:
+        return [list(range(1, config.depth + 1))] * count
+    if isinstance(layers[0], tuple):
+        return [sorted(own) for own in layers]
+    return [sorted(layers)] * count
+
+
+def channels_of(config: ModelConfig, layer: int) -> list[int]:
+    """The channels that block `layer` reads."""
+    return [c for c, own in enumerate(layers_of_channels(config)) if layer in own]
+
+
+def projection_of(weights: Weights, config: ModelConfig, layer: int, channel: int) -> Tensor:
+    """U_k and U_v (2, G·K, D) of one block and channel."""
+    by_channel = layers_of_channels(config)
+    layerwise, weight = config.memory.projection == "layerwise", weights["projection.weight"]
+    place = by_channel[channel].index(layer) if layerwise else 0
+    if weight.dim() == 5:  # (layers, C, 2, G·K, D): all channels enter the same blocks
+        return weight[place, channel]
+    return weight[sum(len(own) if layerwise else 1 for own in by_channel[:channel]) + place]
 
 
 def attend(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
