@@ -57,8 +57,8 @@ class FusedWeights(NamedTuple):
     mix: Tensor
     """(blocks, 1 + C): what every block adds of x_0 (β) and of each memory channel (γ): one product for all blocks."""
     projection: tuple[Tensor | None, ...]
-    """Per channel (D, sets·2·G·K): U_k and U_v of these blocks, None where none reads it; doubled, as the gates' factor 2
-    is taken into them."""
+    """Per channel (D, sets·2·G·K): U_k and U_v of these blocks, None where none reads it; doubled, as the gates'
+    factor 2 is taken into them."""
     recall: Tensor | None
     """(sources,): the learned weights of a summed source; None where sources are not summed."""
     layers: tuple[FusedLayer, ...]
