@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lrt.inference.certificate import Certificate, PrefillReport, merge_certificates
-from lrt.inference.cost_model import Calibration, fallback, sweep_share
+from lrt.inference.cost_model import ALL_SWEPT, Calibration, block_shares, fallback
 from lrt.inference.prompt import Prompt
 from lrt.inference.sweeps import SweepState, put_rows, select_rows, sweep_until_settled
 from lrt.model.config import ModelConfig
@@ -187,8 +187,8 @@ def exact_reason(
         return None  # one forward
     if mode == "exact":
         return "asked for"
-    share = 1.0 if mode == "one_sweep" else sweep_share(model.config, execution)
-    longest = calibration.break_even(calibration.plan(mode), rows, share)
+    shares = ALL_SWEPT if mode == "one_sweep" else block_shares(model.config, execution)
+    longest = calibration.break_even(calibration.plan(mode), rows, shares)
     return f"token by token is cheaper than sweeps up to {longest:.0f} tokens" if length <= longest else None
 
 
@@ -263,7 +263,7 @@ def sweep_prompt(
 
 def sweep_once(model: LatentRecurrentTransformer, prompt: Prompt, state: State, groups: int) -> PathOutput:
     """One sweep of all blocks, whatever it leaves: to end at the source would save nothing."""
-    sweeps = SweepState.of(model, prompt, state, blocks=model.config.kv_layers)
+    sweeps = SweepState.of(model, prompt, state, range(model.config.kv_layers))
     sweeps.sweep(model, groups, 0)
     reason = "one sweep, not looked at"
     rows = [Certificate("single", reason, n, groups, 1, None, None, forwards=prompt.length / n) for n in prompt.lengths]

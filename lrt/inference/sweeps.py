@@ -4,11 +4,11 @@ Sweeps start from an empty buffer: a full pass first costs a forward and saves l
 looked at by itself after each sweep, and leaves the batch when it is done. What n sweeps have made exact, the first n·g
 positions, is not computed again.
 
-The memory's fixed point lives in the blocks up to the highest remembered layer s. So sweeps run these alone, and leave
-the residual stream behind them; the blocks above run over all of a row at once. They give the final hidden state,
-which is measured as well: they run when the next sweep should be a row's last, and again after it. What a State's
-`Execution.blocks` says of passes that only the memory is wanted of holds of sweeps, too: `all` is the plain
-reference, in which every sweep runs all blocks.
+The memory's fixed point lives in some blocks alone: from the first that reads a remembered layer to the highest
+remembered layer. Sweeps run these. What lies below follows from the tokens, and runs over all of the prompt once. What
+lies above starts from the residual stream that a sweep has left, and runs over all of a row. It gives the final hidden
+state, which is measured as well: it runs when the next sweep should be a row's last, and again after that sweep. With
+`Execution.blocks` "all", in the State, every sweep runs all blocks: the plain reference.
 
 A class of a sweep is a decoding step with more positions, and computed by the same function. The products of all
 layers are put together once per prompt, which costs a fifth of a forward. On a CPU they are in oneDNN's layout, because
@@ -85,10 +85,14 @@ class SweepState:
     """By place, which row of the prompt it is."""
     prompt: Prompt
     state: State
+    below: BlockRange | None
+    """The blocks below, which depend on no memory and run once, before the first sweep; None where there are none."""
     lower: BlockRange
-    """What a sweep runs: the blocks up to the memory's highest layer, or all."""
+    """What a sweep runs: the blocks that the memory needs and that need it, or all."""
     upper: BlockRange | None
     """The blocks above; None where sweeps run all."""
+    inputs: Tensor
+    """(B, T, D): the residual stream that the lower blocks start from, of no columns where that is the embedding."""
     stream: Tensor
     """(B, T, D): the residual stream behind the lower blocks, which the upper ones start from; no column without."""
     moves: Moves
@@ -107,23 +111,25 @@ class SweepState:
 
     @classmethod
     def of(
-        cls, model: LatentRecurrentTransformer, prompt: Prompt, state: State, blocks: int | None = None
+        cls, model: LatentRecurrentTransformer, prompt: Prompt, state: State, blocks: range | None = None
     ) -> SweepState:
         """All rows of a prompt, none swept yet. `state` is made by `in_place`, and used up.
 
-        blocks: how many a sweep runs; None: those that the State's `Execution` says.
+        blocks: those that a sweep runs; None: what the State's `Execution` says.
         """
         rows, length = prompt.tokens.shape
         config, memory = model.config, state.memory
-        stop = swept_blocks(config, state.execution) if blocks is None else blocks
-        whole = stop == config.kv_layers
-        stored = len(config.stored_sources)
+        swept = swept_blocks(config, state.execution) if blocks is None else blocks
+        above = range(swept.stop, config.kv_layers)
+        whole, stored = len(above) == 0, len(config.stored_sources)
         return cls(
             rows=list(range(rows)),
             prompt=prompt,
             state=state,
-            lower=BlockRange.of(model, range(stop), rows),
-            upper=None if whole else BlockRange.of(model, range(stop, config.kv_layers), rows),
+            below=BlockRange.of(model, range(swept.start), rows) if swept.start else None,
+            lower=BlockRange.of(model, swept, rows),
+            upper=None if whole else BlockRange.of(model, above, rows),
+            inputs=memory.new_zeros(rows, 0, config.width),
             stream=memory.new_zeros(rows, 0 if whole else length, config.width),
             moves=Moves.of(rows, length, 1 + len(lower_sources(model)) if whole else stored, memory),
             ends=Moves.of(rows, 0 if whole else length, 1, memory),
@@ -141,6 +147,7 @@ class SweepState:
             rows=[self.rows[i] for i in places],
             prompt=prompt,
             state=self.state.select(index),
+            inputs=self.inputs[index, :length],
             stream=self.stream[index, :length],
             moves=self.moves.select(places, length),
             ends=self.ends.select(places, length),
@@ -152,10 +159,13 @@ class SweepState:
     def sweep(self, model: LatentRecurrentTransformer, groups: int, begin: int) -> None:
         """Recompute the positions from column `begin` on, class by class; those before are exact and stay."""
         length, others = self.prompt.length, lower_sources(model)
+        if self.below is not None and self.sweeps == 0:
+            self.begin(model, self.below)
         for first in range(begin, min(begin + groups, length)):
             columns, where = range(first, length, groups), slice(first, length, groups)
             positions = self.prompt.positions(columns)
-            output, self.state = self.lower(model, self.prompt.tokens[:, where], positions, self.state)
+            inputs = self.inputs[:, where] if self.below is not None else None
+            output, self.state = self.lower(model, self.prompt.tokens[:, where], positions, self.state, inputs)
             # What is compared: the final hidden state where it is known, and what memory keeps of the layers below.
             memory = gather(self.state.memory, self.state.where(positions), 1)[:, :, others]
             if self.upper is None:
@@ -167,6 +177,17 @@ class SweepState:
         swept = len(self.lower.blocks) * max(0, length - begin)
         self.computed = [n + swept for n in self.computed]
         self.sweeps, self.exact = self.sweeps + 1, begin + groups
+
+    def begin(self, model: LatentRecurrentTransformer, below: BlockRange) -> None:
+        """Run what depends on no memory over all of the prompt. Its positions stay unwritten: their memory is."""
+        state, positions = self.state, self.prompt.positions(range(self.prompt.length))
+        unwritten = state.slot_positions.clone()
+        self.inputs, after = below(model, self.prompt.tokens, positions, state)
+        after.slot_positions.copy_(unwritten)
+        self.state = dataclasses.replace(
+            after, written_until=state.written_until, pending_strides=state.pending_strides
+        )
+        self.computed = [n + len(below.blocks) * self.prompt.length for n in self.computed]
 
     def finish(self, model: LatentRecurrentTransformer, places: list[int]) -> None:
         """Run the blocks above the memory's over all of some rows, and compare the final hidden states with those
@@ -242,7 +263,7 @@ class SweepState:
     @property
     def blocks(self) -> int:
         """All of the model's."""
-        return len(self.lower.blocks) + (0 if self.upper is None else len(self.upper.blocks))
+        return sum(len(part.blocks) for part in (self.below, self.lower, self.upper) if part is not None)
 
     def sweeps_to_go(self, place: int, tolerance: float) -> float:
         """How many more a row needs at its present rate; at least one."""
@@ -258,10 +279,11 @@ class SweepState:
     def cost_to_go(self, place: int, to_go: float, groups: int, calibration: Calibration) -> float:
         """The cost of so many more sweeps, and of the upper blocks after the last two or, once begun, after each."""
         length, rows = self.prompt.length, self.prompt.rows
-        share = len(self.lower.blocks) / self.blocks
+        swept = to_go * calibration.sweep_cost(length, rows, groups, len(self.lower.blocks) / self.blocks)
+        if self.upper is None:
+            return swept
         passes = to_go if self.ends.counts[place] else 2
-        swept = to_go * calibration.sweep_cost(length, rows, groups, share)
-        return swept + (passes * calibration.upper_cost(length, rows, share) if share < 1 else 0)
+        return swept + passes * calibration.pass_cost(length, rows, len(self.upper.blocks) / self.blocks)
 
     def hidden(self) -> Tensor:
         """(B, T, D): the newest final hidden states, zeros in padding."""

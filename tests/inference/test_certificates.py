@@ -142,11 +142,11 @@ def keeps_its_promise(case: Case) -> None:
 CASES = st.builds(
     Case,
     injection=st.sampled_from(["residual", "key_value", "both"]),
-    source=st.sampled_from([None, 1, (0, "L"), (1, "L")]),
-    combine=st.just("channels"),
+    source=st.sampled_from([None, 1, 1, (0, 1), (0, "L"), (1, "L")]),
+    combine=st.sampled_from(["channels", "sum"]),
     delay=st.sampled_from([1, 1, 2, 7, 17]),
     initial=st.sampled_from(["zeros", "embedding"]),
-    depth=st.just(2),
+    depth=st.sampled_from([2, 2, 3]),
     window_pattern=st.sampled_from(["L", "S"]),
     strength=st.floats(-6, 6),
     alpha=st.sampled_from([0.3, 0.9, 1.0]),
@@ -163,6 +163,8 @@ CASES = st.builds(
 @example(Case())
 @example(Case(delay=3, apart=1e-4, length=96))
 @example(Case(strength=-2.0, alpha=0.9, apart=1e-7, groups=4, length=96))
+@example(Case(source=1, depth=2, length=96))  # sweeps that end at the source, a front that grows as it goes on
+@example(Case(injection="both", source=(0, 1), combine="channels", depth=3, strength=2.0, blocks=1.0, prompt="text"))
 @given(case=CASES)
 def test_what_has_converged_is_near_the_exact_result(case: Case):
     keeps_its_promise(case)

@@ -21,7 +21,7 @@ from torch import Tensor
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, refine, schedules
 from lrt.inference.calibrate import STRIDES, calibrate, count_sweeps, sample_text
 from lrt.inference.certificate import Certificate, merge_certificates
-from lrt.inference.cost_model import FILE, Calibration, Plan, fallback, read_calibration, write_calibration
+from lrt.inference.cost_model import FILE, BlockShares, Calibration, Plan, fallback, read_calibration, write_calibration
 from lrt.inference.generation import generate
 from lrt.inference.prefill import TOLERANCES, Prefilled, PrefillMode, prefill
 from lrt.model.execution import WHOLE
@@ -298,7 +298,7 @@ def test_without_recurrence_one_forward_is_exact(memory: MemoryConfig, mode: Pre
 
 def test_short_prompts_are_computed_exactly() -> None:
     model = model_of(MEMORIES["below"])
-    edge = math.floor(PARALLEL.break_even(PARALLEL.plan("converged"), 1, share=0.5))
+    edge = math.floor(PARALLEL.break_even(PARALLEL.plan("converged"), 1, BlockShares(0, 0.5, 0.5)))
     paths = [run(model, prompts(1, n), "converged").report.rows[0] for n in (edge, edge + 1)]
     assert [row.path for row in paths] == ["exact", "sweeps"]
     assert f"token by token is cheaper than sweeps up to {edge} tokens" in paths[0].reason

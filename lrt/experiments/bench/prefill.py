@@ -17,7 +17,7 @@ from lrt.eval.scoring import score
 from lrt.experiments.bench.rows import Row
 from lrt.inference.calibrate import STRIDES
 from lrt.inference.certificate import Certificate
-from lrt.inference.cost_model import Calibration, sweep_share
+from lrt.inference.cost_model import Calibration, block_shares
 from lrt.inference.prefill import PrefillMode, prefill
 from lrt.inference.prompt import Prompt
 from lrt.inference.sweeps import SweepState
@@ -49,8 +49,8 @@ def prefill_rows(
     live, gaps = gaps_to_live(model, prompts, token_bytes, progress)
     needed = {stride: sweeps_needed(by_sweep) for stride, by_sweep in gaps.items()}
     # The stride that is live at the least cost: a large one needs fewer sweeps, of more calls each.
-    share = sweep_share(model.config)
-    groups = min(needed, key=lambda stride: needed[stride] * calibration.sweep_cost(length, 1, stride, share))
+    shares = block_shares(model.config)
+    groups = min(needed, key=lambda stride: needed[stride] * calibration.sweep_cost(length, 1, stride, shares.swept))
     sweeps = needed[groups]
     work = prefill_work(model, first, calibration, groups, sweeps)
     fast, converged = work["fast"](), work["converged"]()
@@ -61,8 +61,9 @@ def prefill_rows(
         both = {name: work[name] for name in ("fast", "exact")}
         slow = alternate(both, max(1, rounds // 4), 1, device, "exact", progress)
     about = {"tokens": length, "prompts": len(prompts)}
-    # The first n·g positions are exact after n sweeps, and are not swept again. The blocks above run once.
-    computed = share * sum(length - sweep * groups for sweep in range(sweeps)) / length + 1 - share
+    # The first n·g positions are exact after n sweeps, and are not swept again. The other blocks run once.
+    swept = sum(length - sweep * groups for sweep in range(sweeps)) / length
+    computed = shares.below + shares.swept * swept + shares.above
     scored = {**about, "groups": groups, "sweeps": sweeps, "live_bpb": live, "gap_after_each_sweep": gaps}
     name = f"prefill of {length} tokens"
     unit = "plain forwards"
