@@ -15,7 +15,10 @@ from lrt.distributed.single_process import SingleProcess
 from lrt.eval.runs import Run
 from lrt.model import checkpoint
 from lrt.model.execution import Execution
+from lrt.model.fingerprint import fingerprint
 from lrt.model.size import count_parameters
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.model.upcycle import adopt
 from lrt.training import recipes
 from lrt.training.config import RunConfig
 from lrt.training.loggers import check_loggers
@@ -83,7 +86,12 @@ class Train:
         )
         # The vocabulary is a fact of the data, not a choice of the run.
         model = dataclasses.replace(self.recipe.model, vocab_size=data.vocab_size)
-        run = self.match_runs(dataclasses.replace(self.recipe, model=model), data, ranks)
+        run, begin = begin_run(dataclasses.replace(self.recipe, model=model), data)
+        run = self.match_runs(run, data, ranks)
+        if begin is not None and run.model != adopt(run.model, begin.config):
+            raise ValueError(
+                "--match parameters widens the MLP, and the model of --init has one of its own; leave one of them away"
+            )
         check_memory(run, ranks)
         if ranks.first:
             print_plan(run, data)
@@ -98,6 +106,7 @@ class Train:
             resume_from=self.resume,
             ranks=ranks,
             execution=self.execution,
+            begin=begin,
         )
         if ranks.first:
             print_summary(self.out / "checkpoint", summary)
@@ -111,6 +120,17 @@ class Train:
         for reference in by_path.values() if ranks.first else ():
             print(f"beside {reference.path}:", *map(str, compare_runs(run, reference, data, launch)), sep="\n")
         return run
+
+
+def begin_run(run: RunConfig, data: Prepared) -> tuple[RunConfig, LatentRecurrentTransformer | None]:
+    """The run and the model that it begins with: none where weights are random. ValueError where they do not go
+    together."""
+    if run.init is None:
+        return run, None
+    begin, tokenizer = checkpoint.load(run.init)
+    if tokenizer.sha256 != data.tokenizer.sha256:
+        raise ValueError(f"{run.init} has another tokenizer than {data.path}; give the data that it was trained on")
+    return dataclasses.replace(run, init=fingerprint(begin), model=adopt(run.model, begin.config)), begin
 
 
 def check_memory(run: RunConfig, ranks: SingleProcess) -> None:

@@ -90,6 +90,10 @@ class RunConfig:
     """What the passes compute in. Weights, gradients and optimisers are float32 either way."""
     seed: int = 0
     """Seed of weights, data order and schedule draws."""
+    init: str | None = None
+    """What weights it begins with. None: random ones. On the command line the folder of a run or checkpoint, say of the
+    Transformer or the control that this model extends: its model with this recipe's memory, of which what is new
+    starts neutral. Kept as that model's fingerprint: where the folder lies decides nothing."""
 
     def __post_init__(self) -> None:
         check_numbers(self, LIMITS)

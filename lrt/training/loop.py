@@ -24,6 +24,7 @@ from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess
 from lrt.model import checkpoint
 from lrt.model.checkpoint import drop_snapshots, snapshot_path, snapshot_step, snapshots
 from lrt.model.execution import EAGER, Execution
+from lrt.model.fingerprint import fingerprint
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.training.config import RunConfig
 from lrt.training.loggers import LogStep, MetricsLine, MetricsLog, check_loggers, open_loggers, rewrite_metrics
@@ -71,13 +72,15 @@ def train(
     ranks: SingleProcess = SINGLE_PROCESS,
     execution: Execution = EAGER,
     log_to: Sequence[str] = (),
+    begin: LatentRecurrentTransformer | None = None,
 ) -> tuple[LatentRecurrentTransformer, TrainingSummary]:
     """Train into folder `out`: metrics.jsonl (a line per step), snapshots/, best/, and checkpoint/ at the end.
 
     Interrupted (Ctrl-C, SIGTERM), it ends its step, saves a snapshot and raises KeyboardInterrupt; called again, it
     goes on from the newest snapshot, bit for bit on a CPU; of a finished run nothing is done again. `resume_from` is
     `auto`, `never` or a snapshot's folder. `log_to` names loggers that get the numbers too. `execution` says how steps
-    are computed, on which no number depends beyond rounding; which path runs is said on standard error. Without
+    are computed, on which no number depends beyond rounding; which path runs is said on standard error. `begin` is the
+    model whose weights it begins with, where `run.init` is its fingerprint. Without
     `evaluation` nothing is scored on the way. A loss or gradient that is not finite, or a loss that explodes, raises
     Diverged, naming the step and the last good snapshot, which stays. Out of memory, it raises OutOfMemory, a
     ValueError that says with what the run may go on. A single process saves a snapshot first, but not in an update, of
@@ -90,9 +93,13 @@ def train(
         raise ValueError(
             f"the model's vocab_size is {run.model.vocab_size}, the data's {data.vocab_size}; make them equal"
         )
+    if run.init != (None if begin is None else fingerprint(begin)):
+        raise ValueError(
+            f"the run begins with the weights of the model {run.init}, and another is here; give that model as `begin`"
+        )
     check_loggers(log_to)
     evaluation = evaluation or EvalConfig(every=0)
-    trainer = Trainer(run, data, device, ranks, execution)
+    trainer = Trainer(run, data, device, ranks, execution, begin)
     with ranks.collective():
         out.mkdir(parents=True, exist_ok=True)
         if evaluation.every != 0:

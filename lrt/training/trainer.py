@@ -28,6 +28,7 @@ from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess, clip_g
 from lrt.model import checkpoint
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.model.upcycle import begin_with
 from lrt.schedules.base import Schedule, plugin_uses
 from lrt.schedules.flops import training_flops
 from lrt.schedules.loss import StepLoss
@@ -89,12 +90,16 @@ class Trainer:
         device: str | torch.device,
         ranks: SingleProcess = SINGLE_PROCESS,
         execution: Execution = EAGER,
+        begin: LatentRecurrentTransformer | None = None,
     ) -> None:
+        """`begin` is the model whose weights it begins with, where `run.init` names one."""
         torch.manual_seed(run.seed)  # for the weights; data order and schedule draws take the seed themselves
         self.run, self.data, self.device, self.ranks = run, data, device, ranks
         self.execution, self.path = resolve_execution(execution, run, device, ranks)
         self.micro_batches = run.micro_batches(ranks.ranks)
         self.model = LatentRecurrentTransformer(run.model).to(device).train()
+        if begin is not None:
+            begin_with(self.model, begin)
         # Shards the model in place, so that the optimisers below see what they are to update.
         self.objective = ranks.parallelise(self.model, DTYPES[run.precision])
         self.optimiser = Optimiser(self.model, run.model.width, run.batch_tokens, run.steps, run.optim, ranks)

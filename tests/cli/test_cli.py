@@ -31,6 +31,7 @@ from lrt.eval.results import read_results
 from lrt.inference.session import Session
 from lrt.model.checkpoint import about, load, save
 from lrt.model.config import MemoryConfig, ModelConfig
+from lrt.model.fingerprint import fingerprint
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.training.config import RunConfig
 from lrt.training.optim import OptimConfig
@@ -207,6 +208,30 @@ def test_flags_may_stand_before_or_behind_the_recipe(data: Path, tmp_path: Path)
         main(["train", *own, "d2", *rest] if place == "before" else ["train", "d2", *rest, *own])
     before, behind = (load(tmp_path / place)[0].state_dict() for place in ("before", "behind"))
     assert all(torch.equal(before[name], behind[name]) for name in before)
+
+
+def test_an_lrt_begins_with_a_transformers_weights(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    own = ("--data", str(data), "--device", "cpu", "--eval.every", "0")
+    wide = ("--model.mlp-width", "24", *TINY)
+    main(["train", *own, "--out", str(tmp_path / "plain"), "d2-transformer", *wide])
+    again = ["train", *own, "--out", str(tmp_path / "lrt"), "d2", *TINY, "--init", str(tmp_path / "plain")]
+    main(again)
+    begun, _ = load(tmp_path / "plain")
+    model, _ = load(tmp_path / "lrt")
+    assert (model.config.mlp_dim, model.config.sources) == (24, (0, 2))  # the Transformer's model, the recipe's memory
+    losses = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["loss"] for name in ("plain", "lrt")
+    ]
+    last = json.loads((tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    assert abs(losses[1] - last) < abs(losses[0] - last) / 2  # it goes on where the Transformer stood
+    assert about(tmp_path / "lrt")["run"]["init"] == fingerprint(begun)
+    main(again)  # of a finished run nothing is done again
+    for flags, named in (
+        (("--init", str(tmp_path / "nowhere")), ("nowhere", "is not a checkpoint")),
+        (("--init", str(tmp_path / "plain"), "--model.depth", "3", "--model.memory.source", "3"), ("depth 2", "3")),
+    ):
+        message = one_line(capsys, "train", *own, "--out", str(tmp_path / "other"), "d2", *TINY, *flags)
+        assert all(part in message for part in named), message
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def test_defaults_are_what_a_file_without_the_field_means():
         "horizon": "tokens=1600000",
         "precision": "float32",
         "seed": 0,
+        "init": None,
     }
     assert dataclasses.astuple(SnapshotConfig()) == (0, 2, True)
     assert dataclasses.astuple(EvalConfig()) == (None, 10_000)
