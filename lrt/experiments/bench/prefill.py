@@ -69,9 +69,8 @@ def prefill_rows(
     scored = {**about, "groups": groups, "sweeps": sweeps, "live_bpb": live, "gap_after_each_sweep": gaps}
     name = f"prefill of {length} tokens"
     unit = "plain forwards"
-    to_fast, to_live = (
-        (4.5, 3.2) if shares.above >= 0.5 else (8, 5)
-    )  # sweeps that run at most half of the blocks, and all
+    # Of sweeps that run at most half of the blocks, and of others.
+    to_fast, to_live = (4.5, 3.2) if shares.above >= 0.5 else (8, 5)
     return [
         Row(f"{name}, fast: {unit}, time", *times["fast"].ratio(times["plain"]), at_most=to_fast, about=fast.to_dict()),
         Row(f"{name}, fast: {unit}, positions", fast.forwards, at_most=to_fast, about=fast.to_dict()),
