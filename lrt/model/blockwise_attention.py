@@ -24,24 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lrt.model.attention_pieces import AttentionPiece, Merged, Total
 from lrt.utils import torch_private
-
-Mask = Callable[[Tensor], Tensor]
-"""Makes a mask (1 or B, 1, n, m) to add to the scores, 0 or -inf, of the type and on the device of what it is given:
-when it is needed, so that few exist at a time."""
-
-
-@dataclass(frozen=True)
-class AttentionPiece:
-    """Queries `rows` against `keys` of source number `source`. `keys` may have a step: one class in a tensor of all."""
-
-    rows: slice
-    source: int
-    keys: slice
-    causal: bool = False
-    """Query i of the piece sees its keys 0 … i, counted within the piece. It is square, so that kernels which align the
-    triangle at the first query and those which align it at the last one agree."""
-    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +37,9 @@ class Kernel:
 
     A query that sees no key has output 0 and log-sum-exp -inf, so that it weighs nothing when pieces are merged."""
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """(gradient, q, k, v, output, log-sum-exp, causal, mask, *extras) -> gradients of q, k, v."""
+    """(gradient, q, k, v, output, log-sum-exp, causal, mask, *extras) -> gradients of q, k, v.
+
+    A query that sees no key comes with a log-sum-exp of +inf (`mask_empty`)."""
     operators: tuple[torch_private.Operator, ...] = ()
     """torch's private operators that it calls."""
 
@@ -77,7 +63,7 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | 
 def plain_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p = (attention_scores(q, k, causal, mask) - mask_empty(lse).unsqueeze(-1)).exp()
+    p = (attention_scores(q, k, causal, mask) - lse.unsqueeze(-1)).exp()
     # dS = P ∘ (dP - rowsum(dO ∘ O)), FlashAttention's backward (2205.14135). With the merged O and lse the row sum runs
     # over all pieces, so that a piece needs to know nothing of the others.
     dp = (g @ v.mT).to(p.dtype) - (g * out).to(p.dtype).sum(-1, keepdim=True)
@@ -96,7 +82,7 @@ def cpu_backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = torch_private.CPU_FLASH_BACKWARD
-    return backward(g, q, k, v, out, mask_empty(lse), 0.0, causal, attn_mask=mask)
+    return backward(g, q, k, v, out, lse, 0.0, causal, attn_mask=mask)
 
 
 def cuda_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Any, ...]:
@@ -110,7 +96,7 @@ def cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     first_q, first_k, max_q, max_k, seed, offset = extras  # rows' lengths, and the state of dropout's generator
     backward = torch_private.CUDA_FLASH_BACKWARD
-    lse = mask_empty(lse).contiguous()  # the kernel takes no strides for it
+    lse = lse.contiguous()  # the kernel takes no strides for it
     return backward(g, q, k, v, out, lse, first_q, first_k, max_q, max_k, 0.0, causal, seed, offset)
 
 
@@ -136,7 +122,7 @@ def efficient_backward(
     *extras: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = torch_private.CUDA_EFFICIENT_BACKWARD
-    lse = F.pad(mask_empty(lse), (0, -lse.shape[-1] % 32)).contiguous()  # as the forward gave it: multiples of 32
+    lse = F.pad(lse, (0, -lse.shape[-1] % 32)).contiguous()  # as the forward gave it: multiples of 32
     wanted = [True, True, True, False]  # gradients of q, k, v; the mask has none
     return backward(g, q, k, v, align_mask(mask, q), out, lse, *extras, 0.0, wanted, causal)[:3]
 
@@ -206,13 +192,16 @@ def attend_reference(
         for piece in pieces:
             if piece.source != i:
                 continue
-            rows, at = torch.arange(n, device=q.device)[piece.rows], columns[i][piece.keys]
-            add = torch.zeros(len(rows), len(at), dtype=s.dtype, device=s.device)
-            if piece.causal:
-                add = add.masked_fill(torch.ones_like(add, dtype=torch.bool).triu(1), -math.inf)
-            if piece.mask is not None:
-                add = add + piece.mask(s)
-            seen[:, :, rows.unsqueeze(1), at] = add.expand(*s.shape[:2], -1, -1)
+            for block in range(piece.repeat.blocks):
+                further, step = block * piece.repeat.pitch, piece.keys.step or 1
+                rows = torch.arange(n, device=q.device)[piece.rows] + further
+                at = columns[i][piece.keys] + further * step
+                add = torch.zeros(len(rows), len(at), dtype=s.dtype, device=s.device)
+                if piece.causal:
+                    add = add.masked_fill(torch.ones_like(add, dtype=torch.bool).triu(1), -math.inf)
+                if piece.mask is not None:
+                    add = add + piece.mask(s)
+                seen[:, :, rows.unsqueeze(1), at] = add.expand(*s.shape[:2], -1, -1)
         parts.append(s + seen)
     whole = torch.cat(parts, -1)
     blind = (whole == -math.inf).all(-1, keepdim=True)  # queries without a key give 0, where softmax gives nan
@@ -235,10 +224,10 @@ class Attend(torch.autograd.Function):
         merged, kernel_calls = Merged(q), []
         for piece in pieces:
             mask = None if piece.mask is None else piece.mask(q)
-            k, v = (repeat_groups(x[piece.source][:, :, piece.keys], repeat) for x in (keys, values))
+            k, v = (repeat_groups(piece.of_keys(x[piece.source]), repeat) for x in (keys, values))
             kernel = choose_kernel(q, mask is not None)
-            part, lse, *extras = kernel.forward(q[:, :, piece.rows], k, v, piece.causal, mask)
-            merged.add(piece.rows, part, lse)
+            part, lse, *extras = kernel.forward(piece.of_rows(q), k, v, piece.causal, mask)
+            merged.add(piece.rows, part, lse, piece.repeat)
             kernel_calls.append((kernel, extras))
         out, lse = merged.result()
         ctx.save_for_backward(q, out, lse, *sources)
@@ -255,16 +244,16 @@ class Attend(torch.autograd.Function):
         keys, values = sources[: len(sources) // 2], sources[len(sources) // 2 :]
         repeat = q.shape[1] // keys[0].shape[1]
         (g,) = grads
+        lse = mask_empty(lse) if any(piece.mask for piece in ctx.pieces) else lse
         d_q, d_keys, d_values = Total(q), [Total(k) for k in keys], [Total(v) for v in values]
         for piece, (kernel, extras) in zip(ctx.pieces, ctx.kernel_calls, strict=True):
-            rows, i = piece.rows, piece.source
-            mask = None if piece.mask is None else piece.mask(q)
-            k, v = (repeat_groups(x[i][:, :, piece.keys], repeat) for x in (keys, values))
-            taken = [x[:, :, rows] for x in (out, lse)]
-            dq, dk, dv = kernel.backward(g[:, :, rows], q[:, :, rows], k, v, *taken, piece.causal, mask, *extras)
-            d_q.add(rows, dq)
-            d_keys[i].add(piece.keys, sum_groups(dk, repeat))
-            d_values[i].add(piece.keys, sum_groups(dv, repeat))
+            i, mask = piece.source, None if piece.mask is None else piece.mask(q)
+            k, v = (repeat_groups(piece.of_keys(x[i]), repeat) for x in (keys, values))
+            g_rows, q_rows, out_rows, lse_rows = (piece.of_rows(x) for x in (g, q, out, lse))
+            dq, dk, dv = kernel.backward(g_rows, q_rows, k, v, out_rows, lse_rows, piece.causal, mask, *extras)
+            d_q.add(piece.rows, dq, piece.repeat)
+            d_keys[i].add(piece.keys, sum_groups(dk, repeat), piece.repeat)
+            d_values[i].add(piece.keys, sum_groups(dv, repeat), piece.repeat)
         return d_q.result(), None, *(d.result() for d in d_keys), *(d.result() for d in d_values)
 
 
@@ -276,75 +265,3 @@ def repeat_groups(x: Tensor, repeat: int) -> Tensor:
 def sum_groups(x: Tensor, repeat: int) -> Tensor:
     """The inverse for gradients: (B, H, m, K) summed over the query heads that share a key head, (B, G, m, K)."""
     return x if repeat == 1 else x.unflatten(1, (-1, repeat)).sum(2)
-
-
-class Merged:
-    """Outputs and log-sum-exps of pieces, merged as they come, in float32 at least.
-
-    Two outputs over disjoint keys have the common softmax Σ_i out_i · exp(lse_i) / Σ_i exp(lse_i).
-    """
-
-    def __init__(self, q: Tensor) -> None:
-        self.q, self.covered = q, 0  # queries 0 … covered - 1 have an output; memory behind them is not filled yet
-
-    def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
-        """Merge a piece's output (B, H, n, K) and log-sum-exp (B, H, n) into those of the queries `rows`."""
-        batch, heads, n, size = self.q.shape
-        if self.covered == 0:
-            if rows.start == 0 and rows.stop == n:
-                self.out, self.lse, self.covered = out, lse, n
-                return
-            # Laid out as (B, n, H, K), so that what follows joins the heads without a copy.
-            kind = {"device": out.device, "dtype": torch.promote_types(out.dtype, torch.float32)}
-            self.out = torch.empty(batch, n, heads, size, **kind).transpose(1, 2)
-            self.lse = torch.empty(batch, heads, n, device=lse.device, dtype=lse.dtype)
-        if rows.start == self.covered:
-            self.out[:, :, rows], self.lse[:, :, rows], self.covered = out, lse, rows.stop
-            return
-        assert rows.stop <= self.covered, "the first pieces must reach every query, in order"
-        before = self.lse[:, :, rows]
-        # exp(lse) / (exp(before) + exp(lse)), the new piece's weight; nan (inf - inf) where neither has a key.
-        share = (lse - before).sigmoid().nan_to_num(0.0)
-        self.out[:, :, rows].lerp_(out.to(self.out.dtype), share.unsqueeze(-1).to(self.out.dtype))
-        self.lse[:, :, rows] = torch.logaddexp(before, lse)
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        assert self.covered == self.q.shape[2], "no piece reaches the last queries"
-        return self.out.to(self.q.dtype), self.lse
-
-
-class Total:
-    """A gradient (B, heads, n, K), added up from pieces in float32 at least.
-
-    What comes in order is written, not added to zeros: most of a gradient is then touched once.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        self.like, self.sum, self.covered = like, None, 0  # as in Merged: memory behind `covered` is not filled yet
-
-    def add(self, where: slice, part: Tensor) -> None:
-        """Add a piece's part, of the run `where` (with a step where a class lies in a tensor of all positions)."""
-        n = self.like.shape[2]
-        if self.sum is None:
-            if where == slice(0, n):
-                self.sum, self.covered = part, n
-                return
-            self.sum = torch.empty_like(self.like, dtype=torch.promote_types(part.dtype, torch.float32))
-        if where.step is None and where.start == self.covered:
-            self.sum[:, :, where], self.covered = part, where.stop
-            return
-        if where.stop > self.covered:
-            self._clear()
-        self.sum[:, :, where].add_(part)
-
-    def _clear(self) -> None:
-        """Zeros in what no piece has written."""
-        assert self.sum is not None
-        self.sum[:, :, self.covered :] = 0
-        self.covered = self.like.shape[2]
-
-    def result(self) -> Tensor:
-        if self.sum is None:
-            return torch.zeros_like(self.like)
-        self._clear()
-        return self.sum.to(self.like.dtype)

@@ -54,7 +54,7 @@ class MemoryReader(nn.Module):
         self.stored = config.stored_sources
         self.delay = memory.delay
         self.stand_in = memory.initial == "embedding" and len(self.stored) > 0
-        self.first_channels = config.first_channels
+        self.first_channels, self.leaves_out = config.first_channels, config.first_channels < config.channels
         if isinstance(memory.source, tuple) and self.sources and memory.combine == "sum":  # equal weights at first
             self.weights = nn.Parameter(torch.full((len(self.sources),), 1.0 / len(self.sources)))
         else:
@@ -71,7 +71,7 @@ class MemoryReader(nn.Module):
         if 0 in self.sources or self.stand_in:
             embedded = self.embed(past, embedding)
         unwritten = embedded if self.stand_in else zero
-        if past.nowhere_written and self.first_channels < len(self.sources):
+        if past.nowhere_written and self.leaves_out:
             return torch.stack([embedded] * self.first_channels)
         # Outside the document: zeros. Inside: what was written, or the stand-in. `embedded` has its zeros already.
         inside, written = past.inside.unsqueeze(-1), past.written.unsqueeze(-1)

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lrt.model.blockwise_attention import AttentionPiece, attend
+from lrt.model.attention_pieces import AttentionPiece, Repeat
+from lrt.model.blockwise_attention import attend
 from lrt.model.buffers import write_copy
 from lrt.model.execution import EAGER, Execution
 from lrt.model.state import State, extend
@@ -32,8 +32,7 @@ from lrt.model.visibility import additive, visible_keys
 
 TILE = 128
 """Queries and keys of the smallest triangle, on CPUs. Their kernel computes 512 keys at a time, also those that a
-causal mask then hides. Forward and backward take 0.7 (4 rows of 512 tokens) and 0.9 (1 of 2048) of one piece's time;
-with 64 instead, 0.66 and 0.93 (docs/log.md)."""
+causal mask then hides; with 64 there is less of that, in products that run at a lower rate (docs/log.md)."""
 QUERIES, KEYS = 256, 1024
 """Largest mask: windows and documents are attended in blocks of so many queries and keys, whose masks are made when
 needed."""
@@ -244,9 +243,9 @@ class StridedState:
         where = functools.partial(entries, residue, step) if whole else slice
         if self.documents is None and (window is None or window > positions[-1]):
             tile = TILE if self.tokens.device.type == "cpu" else n  # CUDA's kernels skip what is masked
-            for rows, keys in triangles(0, min(n - behind, m), tile):
-                shifted_rows = slice(rows.start + behind, rows.stop + behind)
-                yield AttentionPiece(shifted_rows, source, where(keys.start, keys.stop), causal=rows == keys)
+            for piece in triangle(n, m, behind, tile):
+                keys = where(piece.keys.start, piece.keys.stop)
+                yield dataclasses.replace(piece, source=source, keys=keys)
             return
         for first in range(0, n, QUERIES):
             rows = slice(first, min(first + QUERIES, n))
@@ -322,20 +321,36 @@ def index_tensor(positions: range, device: torch.device) -> Tensor:
     return torch.arange(positions.start, positions.stop, positions.step, device=device)
 
 
-def triangles(first: int, last: int, tile: int) -> Iterator[tuple[slice, slice]]:
-    """Rows and keys of the triangles (rows == keys) and rectangles that make up the triangle of first … last.
+def triangle(n: int, m: int, behind: int, tile: int) -> Iterator[AttentionPiece]:
+    """The pieces in which query i of n sees keys 0 … i - behind of source 0, which has m; behind is 0 or 1.
 
-    Halved again and again, so that outputs and gradients are merged log2(n / tile) times, not n / tile times.
+    Triangles of `tile` entries on the diagonal, then squares of 1, 2, 4, … tiles below it, each the lower left quarter
+    of the square that it completes. All of one size are one piece, but for a last one that is cut off at n. So outputs
+    and gradients are merged log2(n / tile) times.
     """
-    if last <= first:
-        return
-    if last - first <= tile:
-        yield slice(first, last), slice(first, last)
-        return
-    middle = first + tile * math.ceil((last - first) / (2 * tile))
-    yield from triangles(first, middle, tile)
-    yield from triangles(middle, last, tile)
-    yield slice(middle, last), slice(first, middle)
+    for start, blocks in alike(n, tile, tile):
+        stop = min(start + tile, n)
+        # Where queries begin one later, the last key of a tile is seen by none. Repeated tiles have it all the same:
+        # the CPU's kernel takes half as long again for 63 keys as for 64.
+        even = blocks > 1 and start + blocks * tile <= m
+        rows, keys = slice(start + behind, stop), slice(start, stop if even else stop - behind)
+        if rows.start < rows.stop:
+            yield AttentionPiece(rows, 0, keys, causal=True, repeat=Repeat(blocks, tile))
+    side = tile
+    while side < n:
+        for start, blocks in alike(n - side, side, 2 * side):
+            rows = slice(start + side, min(start + 2 * side, n))
+            yield AttentionPiece(rows, 0, slice(start, start + side), repeat=Repeat(blocks, 2 * side))
+        side *= 2
+
+
+def alike(n: int, size: int, pitch: int) -> Iterator[tuple[int, int]]:
+    """(start, how many) of runs of `size` entries of n, begun at multiples of `pitch`: whole ones, then a cut one."""
+    whole = (n - size) // pitch + 1 if n >= size else 0
+    if whole:
+        yield 0, whole
+    if whole * pitch < n:
+        yield whole * pitch, 1
 
 
 def entries(residue: int, stride: int, first: int, last: int) -> slice:

@@ -20,7 +20,7 @@ from lrt.model.checkpoint import snapshots
 from lrt.model.config import MODEL_KINDS
 from lrt.model.execution import EAGER, Execution
 from lrt.model.size import count_parameters
-from lrt.schedules.base import SCHEDULES
+from lrt.schedules.base import SCHEDULES, Schedule
 from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
 from lrt.training.recipes import match_parameters
@@ -229,11 +229,16 @@ def seconds_per_token(trainer: Trainer) -> float:
     """One optimiser step, timed: of a mixture or of stages one of each part, weighted by its share of training."""
     total = 0.0
     for share, part in parse(trainer.run.schedule).shares():
-        trainer.schedule = part
         before = trainer.progress.seconds
-        trainer.step()
+        step_under(trainer, part)
         total += share * (trainer.progress.seconds - before)
     return total / trainer.run.batch_tokens
+
+
+def step_under(trainer: Trainer, part: Schedule) -> None:
+    """One optimiser step under one part of the run's schedule, wherever in training that would serve."""
+    trainer.schedule = part
+    trainer.step()
 
 
 @dataclass(frozen=True)

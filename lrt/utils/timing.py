@@ -6,9 +6,10 @@ Ratios are taken within a round and only then summed up (contract, section 6).
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ import torch
 from lrt.utils.progress import bar
 
 Work = Callable[[], object]
+FEWEST = 3
+"""Rounds that are timed however little time there is: of fewer no spread can be told."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,13 @@ class Timing:
         return statistics.median(ratios), (high - low) / 2
 
 
+def weighted(parts: Sequence[tuple[float, Timing]]) -> Timing:
+    """The weighted sum of timings of one run, round by round: a mean where the weights add up to 1."""
+    weights = [weight for weight, _ in parts]
+    rounds = zip(*(timing.seconds for _, timing in parts), strict=True)
+    return Timing(tuple(sum(w * s for w, s in zip(weights, seconds, strict=True)) for seconds in rounds))
+
+
 def alternate(
     candidates: Mapping[str, Work],
     rounds: int = 10,
@@ -44,14 +54,20 @@ def alternate(
     device: str | torch.device = "cpu",
     title: str = "timing",
     progress: bool = True,
+    limit: float = math.inf,
 ) -> dict[str, Timing]:
-    """Time every candidate once per round, after `warmup` untimed rounds. ValueError for no candidate or no round."""
+    """Time every candidate once per round, after `warmup` untimed rounds. ValueError for no candidate or no round.
+
+    Where `limit` seconds are over, warming up included, no more rounds follow, but for the FEWEST.
+    """
     if not candidates or rounds < 1:
         raise ValueError(f"{len(candidates)} candidates over {rounds} rounds; give at least one of each")
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    names = list(candidates)
+    names, begun = list(candidates), time.perf_counter()
     with bar(title, len(names) * (rounds + warmup), progress) as advance:
         for turn in range(rounds + warmup):
+            if turn >= warmup + FEWEST and time.perf_counter() - begun > limit:
+                break
             for name in names if turn % 2 == 0 else reversed(names):
                 elapsed = time_once(candidates[name], device)
                 if turn >= warmup:

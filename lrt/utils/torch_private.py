@@ -110,6 +110,15 @@ def mark_maybe_dynamic(tensor: Tensor, dim: int) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
+def cudagraph_skips() -> int | None:
+    """How often torch.compile made no CUDA graph of what was to be one, in this process; None where it does not say."""
+    try:
+        from torch._dynamo.utils import counters
+    except ImportError:
+        return None
+    return int(counters["inductor"]["cudagraph_skips"])
+
+
 def missing_compiler(device: str | torch.device) -> str | None:
     """Why nothing can be compiled for this device; None where it can."""
     kind = torch.device(device).type

@@ -139,6 +139,7 @@ BEGINNINGS = (
     "lrt.data.tokenizer.Tokenizer.train",
     "lrt.training.loop.run_steps",
     "lrt.experiments.bench.train.alternate",
+    "lrt.experiments.bench.steps.alternate",
     "lrt.experiments.bench.attention.alternate",
     "lrt.serve.server.create_server",
     "lrt.integrations.lm_eval.run_tasks",

@@ -6,92 +6,24 @@ B batch, T positions, H query heads, G key/value heads, K head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from support.attention import PLANS, G, H, hiding, random, with_gradients
 from support.models import PAIRWISE, VISIBLE, assert_same, assert_same_gradients, gradients, random_model
 from torch import Tensor
 
 from lrt import MemoryConfig, ModelConfig, refine, schedules
 from lrt.model import blockwise_attention, strided_state
-from lrt.model.blockwise_attention import CPU, PLAIN, AttentionPiece, Kernel, attend, attend_reference
-from lrt.model.strided_state import Band, StridedState, triangles
+from lrt.model.attention_pieces import AttentionPiece
+from lrt.model.blockwise_attention import CPU, PLAIN, Kernel, attend, attend_reference
+from lrt.model.strided_state import Band, StridedState, triangle
 from lrt.schedules import refinement
-from lrt.schedules.refinement import common_stride
+from lrt.schedules.work import common_stride
 
-H, G, K = 4, 2, 8
 SMALL = {"TILE": 4, "QUERIES": 5, "KEYS": 7}  # so that few positions make many pieces
-
-
-def random(heads: int, n: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, n, heads, K, dtype=torch.float64, generator=generator).transpose(1, 2).requires_grad_()
-
-
-def with_gradients(run: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    out = run(inputs[0], inputs[1 : 1 + len(inputs) // 2], inputs[1 + len(inputs) // 2 :])
-    direction = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(9))
-    return [out.detach(), *torch.autograd.grad((out * direction).sum(), inputs)]
-
-
-def hiding(rows: list[int], n: int, m: int) -> Callable[[Tensor], Tensor]:
-    """A mask (1, 1, n, m) of a triangle, under which `rows` see nothing."""
-
-    def mask(like: Tensor) -> Tensor:
-        hidden = torch.ones(n, m).triu(1).bool()
-        hidden[rows] = True
-        return torch.zeros(1, 1, n, m, dtype=like.dtype).masked_fill(hidden, -math.inf)
-
-    return mask
-
-
-PLANS: dict[str, tuple[int, list[int], list[AttentionPiece]]] = {
-    "one triangle": (6, [6], [AttentionPiece(slice(0, 6), 0, slice(0, 6), causal=True)]),
-    "two sources, one shifted": (
-        6,
-        [6, 6],
-        [
-            AttentionPiece(slice(0, 6), 0, slice(0, 6), causal=True),
-            AttentionPiece(slice(1, 6), 1, slice(0, 5), causal=True),
-        ],
-    ),
-    "every other key": (
-        4,
-        [4, 9],
-        [
-            AttentionPiece(slice(0, 4), 0, slice(0, 4), causal=True),
-            AttentionPiece(slice(0, 4), 1, slice(1, 8, 2), causal=True),
-        ],
-    ),
-    "tiles and a rectangle": (
-        8,
-        [8],
-        [
-            AttentionPiece(slice(0, 4), 0, slice(0, 4), causal=True),
-            AttentionPiece(slice(4, 8), 0, slice(4, 8), causal=True),
-            AttentionPiece(slice(4, 8), 0, slice(0, 4)),
-        ],
-    ),
-    "rows without a key in one piece": (
-        5,
-        [5, 5],
-        [
-            AttentionPiece(slice(0, 5), 0, slice(0, 5), mask=hiding([0, 3], 5, 5)),
-            AttentionPiece(slice(0, 5), 1, slice(0, 5), causal=True),
-        ],
-    ),
-    "a row without any key": (
-        5,
-        [5, 5],
-        [
-            AttentionPiece(slice(0, 5), 0, slice(0, 5), mask=hiding([0, 3], 5, 5)),
-            AttentionPiece(slice(0, 5), 1, slice(0, 5), mask=hiding([3, 4], 5, 5)),
-        ],
-    ),
-}
 
 
 @pytest.mark.parametrize("kernel", [CPU, PLAIN], ids=["cpu", "plain"])
@@ -121,8 +53,6 @@ def test_pieces_equal_one_softmax(name: str, groups: int, kernel: Kernel, monkey
 @pytest.mark.parametrize("name", list(PLANS))
 def test_pieces_on_a_gpu_equal_one_softmax(name: str, dtype: torch.dtype):
     n, sizes, pieces = PLANS[name]
-    if any(piece.mask for piece in pieces):
-        pytest.skip("these masks are made on the CPU")
     inputs = [random(H, n, 7), *(random(G, m, seed) for seed, m in enumerate(sizes * 2))]
     expected = with_gradients(lambda q, k, v: attend_reference(q, k, v, pieces), inputs)
     moved = [x.detach().to("cuda", dtype).requires_grad_() for x in inputs]
@@ -138,19 +68,43 @@ def test_the_gradient_check_passes():
     assert torch.autograd.gradcheck(lambda q, *kv: attend(q, kv[:2], kv[2:], pieces), inputs)
 
 
-@pytest.mark.parametrize(
-    ("first", "last", "tile"), [(0, 1, 4), (0, 4, 4), (0, 5, 4), (3, 30, 4), (0, 64, 8), (2, 2, 4)]
-)
-def test_triangles_cover_every_pair_once(first: int, last: int, tile: int):
-    seen, covered = [], first
-    for rows, keys in triangles(first, last, tile):
-        assert rows.start <= covered  # rows are reached in order
-        covered = max(covered, rows.stop)
-        assert rows != keys or rows.stop - rows.start <= tile
-        seen += [
-            (i, j) for i in range(rows.start, rows.stop) for j in range(keys.start, keys.stop) if rows != keys or j <= i
-        ]
-    assert sorted(seen) == [(i, j) for i in range(first, last) for j in range(first, i + 1)]
+@pytest.mark.parametrize(("behind", "more"), [(0, 0), (0, 1), (1, 0), (1, -1)])
+@pytest.mark.parametrize(("n", "tile"), [(1, 4), (4, 4), (5, 4), (6, 1), (12, 4), (30, 4), (43, 4), (64, 8), (24, 4)])
+def test_a_triangle_is_every_pair_once(n: int, tile: int, behind: int, more: int):
+    seen, covered, m = [], behind, n + more
+    for piece in triangle(n, m, behind, tile):
+        rows, keys = piece.rows, piece.keys
+        assert rows.start <= covered or behind  # rows are reached in order
+        covered = max(covered, piece.repeat.stop(rows))
+        assert piece.repeat.stop(rows) <= n
+        assert piece.repeat.stop(keys) <= m
+        assert keys.stop - keys.start <= tile or not piece.causal
+        for block in range(piece.repeat.blocks):
+            at = block * piece.repeat.pitch
+            pairs = [(i, j) for i in range(rows.start, rows.stop) for j in range(keys.start, keys.stop)]
+            seen += [(at + i, at + j) for i, j in pairs if not piece.causal or j - keys.start <= i - rows.start]
+    assert sorted(seen) == [(i, j) for i in range(n) for j in range(i + 1 - behind)]
+
+
+def test_pieces_of_one_size_are_one_call():
+    """512 positions in tiles of 64: the diagonal, and squares of 64, 128 and 256."""
+    assert [piece.repeat.blocks for piece in triangle(512, 512, 0, 64)] == [8, 4, 2, 1]
+    assert [piece.repeat.blocks for piece in triangle(512, 512, 1, 64)] == [8, 4, 2, 1]
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_triangle_of_one_tile_is_square(behind: int):
+    """CUDA's kernels, which get such ones only, align it at the last query."""
+    (piece,) = triangle(64, 64, behind, 64)
+    assert piece.rows.stop - piece.rows.start == piece.keys.stop - piece.keys.start == 64 - behind
+
+
+def test_repeated_runs_are_views_and_copied_nowhere():
+    q = torch.randn(4, 256, 3, 8).transpose(1, 2)  # as the model lays them out: positions outside heads
+    for piece in triangle(256, 256, 1, 64):
+        for taken in (piece.of_rows(q), piece.of_keys(q)):
+            assert taken.untyped_storage().data_ptr() == q.untyped_storage().data_ptr()
+            assert taken.shape[:2] == (4 * piece.repeat.blocks, 3)
 
 
 def test_which_schedules_go_by_classes():

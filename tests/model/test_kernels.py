@@ -8,7 +8,8 @@ import pytest
 import torch
 from support.models import difference
 
-from lrt.model.blockwise_attention import CPU, PLAIN, Merged, Total, align_mask
+from lrt.model.attention_pieces import Merged, Repeat, Total
+from lrt.model.blockwise_attention import CPU, PLAIN, align_mask
 
 SIZES = (2, 3, 7, 8)  # B, H, n, K
 
@@ -62,6 +63,23 @@ def test_a_gradient_adds_up_whatever_the_order_of_its_pieces():
         assert total.result().dtype == torch.bfloat16
         torch.testing.assert_close(total.result(), expected.bfloat16(), rtol=0.01, atol=0.02)
     assert not Total(torch.ones(SIZES)).result().any()
+
+
+def test_many_small_parts_are_not_lost_behind_a_first_one_of_all_rows():
+    """In bfloat16 1 + 1/512 is 1: what is merged or added is so in float32."""
+    first = torch.ones(2, 1, 8, 4, dtype=torch.bfloat16)
+    merged, total, halves = Merged(first), Total(first), first[:, :, :4].repeat_interleave(2, 0)
+    merged.add(slice(0, 8), first, torch.zeros(2, 1, 8))
+    total.add(slice(0, 8), first)
+    for _ in range(64):
+        total.add(slice(0, 4), halves / 512, Repeat(2, 4))
+        # A weight of about 1/512, so that a merge moves the output by 1/2048; bfloat16's step above 1 is 1/128.
+        merged.add(slice(0, 4), halves * 1.25, torch.full((4, 1, 4), -6.24), Repeat(2, 4))
+    weight = 64 * math.exp(-6.24)
+    assert total.result().dtype == merged.result()[0].dtype == torch.bfloat16
+    torch.testing.assert_close(total.result(), first * 1.125, rtol=0, atol=0)
+    wanted = torch.full(first.shape, (1 + 1.25 * weight) / (1 + weight))
+    torch.testing.assert_close(merged.result()[0].float(), wanted, rtol=0.005, atol=0)
 
 
 @pytest.mark.parametrize("m", [1, 15, 16, 17, 40])

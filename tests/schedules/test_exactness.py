@@ -747,7 +747,8 @@ MEMORY_FIELDS = ("layers", "delay", "initial")
 
 def shallow_sources() -> Iterator[Any]:
     """Configurations of three blocks whose memory is known before the last of them has run."""
-    sources: list[tuple[Any, str]] = [(0, "sum"), (1, "sum"), (2, "sum"), ((0, 1), "channels"), ((1, 2), "channels")]
+    sources: list[tuple[Any, str]] = [(0, "sum"), (1, "sum"), (2, "sum"), ((0, 2), "sum")]
+    sources += [((0, 1), "channels"), ((1, 2), "channels")]
     kinds = (("both", "layerwise"), ("key_value", "shared"), ("residual", "shared"))
     # Every source with every shape; the kinds of injection take turns, and meet every source and every shape.
     for i, ((source, combine), (name, fields)) in enumerate(itertools.product(sources, SHAPES.items())):

@@ -6,15 +6,17 @@ import functools
 import itertools
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, schedules
 from lrt.schedules.base import Simple
 from support.oracle import Weights, oracle
+
+if TYPE_CHECKING:
+    import pytest
 
 # The largest difference allowed, relative to the norm of what is expected. Set once, not loosened.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -147,6 +149,8 @@ NONE = ModelConfig(depth=2, width=12, heads=2, vocab_size=VOCABULARY, context=16
 
 def over(configs: dict[str, ModelConfig], step: int = 1) -> pytest.MarkDecorator:
     """Parametrise a test over every `step`-th configuration."""
+    import pytest  # here, as benchmarks use this file where it is not installed
+
     chosen = dict(list(configs.items())[::step])
     return pytest.mark.parametrize("config", list(chosen.values()), ids=list(chosen))
 
@@ -239,7 +243,7 @@ def gradients(model: Any, hidden: Tensor) -> dict[str, Tensor]:
     """The gradient of a fixed random function of `hidden` for every parameter of the model; zeros where none flows."""
     weights = weights_of(model)
     direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    loss = (hidden * direction.to(hidden.dtype)).sum()
+    loss = (hidden * direction.to(hidden)).sum()
     found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     return {
         name: torch.zeros_like(weight) if g is None else g
@@ -247,9 +251,13 @@ def gradients(model: Any, hidden: Tensor) -> dict[str, Tensor]:
     }
 
 
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], what: str = "") -> None:
-    """Compare every parameter's, on the scale of the largest: a gradient that ought to vanish has no norm."""
+def gradient_differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Of every parameter, on the scale of the largest: a gradient that ought to vanish has no norm."""
     scale = max(g.norm() for g in expected.values())
-    for name, g in expected.items():
-        found = float((actual[name] - g).norm() / max(g.norm(), 1e-3 * scale))
-        assert found <= TOLERANCE[g.dtype], f"{what}: the gradient of {name} differs by {found:.3g} of its norm"
+    return {name: float((actual[name] - g).norm() / max(g.norm(), 1e-3 * scale)) for name, g in expected.items()}
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], what: str = "") -> None:
+    for name, differs in gradient_differences(actual, expected).items():
+        allowed = TOLERANCE[expected[name].dtype]
+        assert differs <= allowed, f"{what}: the gradient of {name} differs by {differs:.3g} of its norm"

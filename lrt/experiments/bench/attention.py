@@ -6,6 +6,7 @@ Shapes: B batch, T positions, n of them in a pass, H query heads, G key/value he
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrt.experiments.bench.rows import Row, hardware_title, print_json, print_table
+from lrt.model.execution import VARIANTS
 from lrt.model.state import State, empty_state
 from lrt.model.strided_state import StridedState
 from lrt.schedules import library as schedules
@@ -21,6 +23,7 @@ from lrt.schedules.parse import parse
 from lrt.schedules.refinement import common_stride
 from lrt.utils.provenance import hardware
 from lrt.utils.timing import Work, alternate
+from lrt.utils.torch_private import raise_recompile_limit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -45,6 +48,13 @@ class AttentionBench:
     """Print one JSON object as the last line."""
 
     def run(self) -> None:
+        rows, about = self.rows(), {"hardware": hardware(self.device)}
+        print_table(rows, hardware_title(about))
+        if self.json:
+            print_json(rows, about)
+
+    def rows(self, limit: float = math.inf, progress: bool = True) -> list[Row]:
+        """All ways, timed in turn, over one causal kernel for all positions: `plain()` at its best."""
         plain = schedules.plain()
         work = {"plain() by one kernel": self.work(plain, by_pieces=False)}
         for text in ("plain()", *self.schedules):
@@ -54,16 +64,13 @@ class AttentionBench:
                 work[f"{schedule!r} by masks"] = self.work(schedule, by_pieces=False)
                 if torch.device(self.device).type == "cuda":
                     work[f"{schedule!r} by FlexAttention"] = self.flex_work(schedule)
-        # All ratios are over one causal kernel for all positions: `plain()` at its best.
-        timings = alternate(work, self.rounds, device=self.device, title="lrt bench attention")
-        base = timings["plain() by one kernel"]
-        rows = []
+        timings = alternate(
+            work, self.rounds, device=self.device, title="lrt bench attention", progress=progress, limit=limit
+        )
+        base, rows = timings["plain() by one kernel"], []
         for name, timing in timings.items():
             rows.append(Row(name, *timing.ratio(base), measure="ratio", figures={"seconds": timing.median}))
-        about = {"hardware": hardware(self.device)}
-        print_table(rows, hardware_title(about))
-        if self.json:
-            print_json(rows, about)
+        return rows
 
     @property
     def groups(self) -> int:
@@ -108,6 +115,7 @@ class AttentionBench:
         """All passes by FlexAttention, which knows the mask as a function of positions. CUDA: no backward on CPUs."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+        raise_recompile_limit(VARIANTS)  # each pass is a mask of its own; beyond torch's limit it would not be compiled
         attention = torch.compile(flex_attention, dynamic=False)  # uncompiled it holds all scores at once
         passes, window = schedule.passes(self.context), self.window
         inputs = []

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lrt.eval.report.table import Table
+
 
 @dataclass(frozen=True)
 class Row:
@@ -49,8 +51,8 @@ class Row:
         return {"name": fields.pop("name"), **value, **fields, "target": self.target, "holds": self.holds, **figures}
 
 
-def print_table(rows: Sequence[Row], title: str) -> None:
-    """Rows as lines of text, columns aligned. No line is cut or wrapped, so that output in a file is whole."""
+def row_table(rows: Sequence[Row], title: str = "") -> Table:
+    """Rows as cells of text: value, spread, every number among the figures, and targets where there are any."""
     numbers = dict.fromkeys(k for row in rows for k, v in row.figures.items() if not isinstance(v, str))
     measures = "/".join(dict.fromkeys(row.measure for row in rows))
     targets = ["target", ""] if any(row.holds is not None for row in rows) else []
@@ -65,10 +67,16 @@ def print_table(rows: Sequence[Row], title: str) -> None:
         ]
         for row in rows
     ]
+    return Table(title, head, body)
+
+
+def print_table(rows: Sequence[Row], title: str) -> None:
+    """Rows as lines of text, columns aligned. No line is cut or wrapped, so that output in a file is whole."""
+    table = row_table(rows, title)
     # Names to the left, numbers to the right; `rstrip` where the last column is empty.
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    widths = [max(map(len, column)) for column in zip(table.head, *table.body, strict=True)]
     print(title)
-    for name, *cells in (head, *body):
+    for name, *cells in (table.head, *table.body):
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         print("  ".join([name.ljust(widths[0]), *padded]).rstrip())
 

@@ -1,21 +1,25 @@
-"""`lrt bench train`: the step of every schedule over the plain step of the same model (contract, section 6).
+"""`lrt bench train`: what training takes, in alternated rounds (contract, section 6).
 
-A step is forward and backward of one batch, without the optimiser. All candidates run in turn, round after round.
+`passes`: the step of every schedule over the plain step of the same model, forward and backward of one batch, without
+the optimiser. `training`: whole steps of models over the Transformer's (`steps.py`).
 """
 
 from __future__ import annotations
 
-import weakref
+import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Literal
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrt.distributed.objective import make_objective
 from lrt.experiments.bench.baselines import PlainModel
+from lrt.experiments.bench.peak import peak_bytes
 from lrt.experiments.bench.rows import Row, hardware_title, print_json, print_table
+from lrt.experiments.bench.steps import TrainingSteps, source_text, step_rows
 from lrt.model.config import MemoryConfig, ModelConfig
 from lrt.model.execution import Execution
 from lrt.model.transformer import LatentRecurrentTransformer
@@ -26,7 +30,6 @@ from lrt.schedules.parse import parse
 from lrt.utils.device import peak_flops
 from lrt.utils.provenance import hardware
 from lrt.utils.timing import Work, alternate
-from lrt.utils.torch_private import TorchDispatchMode, tree_leaves
 
 MODELS: dict[str, MemoryConfig] = {
     "transformer": MemoryConfig(injection="none"),
@@ -39,41 +42,7 @@ EVERY: tuple[str, ...] = (
     "settled(0, 1, 1)", "settled(1, 1, 1)", "settled(1, 8, 2)", "sequential()",
 )  # fmt: skip
 """A row for each schedule of the library: what `--schedules all` stands for."""
-PLAIN = "plain()"
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made and alive within the block, and their peak.
-
-    Storages are counted, not tensors: a view holds its base's memory, and several views hold it once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak = 0, 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tensors(out):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in before and storage._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.live += storage.nbytes()
-                # Autograd holds what the backward needs, without a name; it too is freed when its storage goes.
-                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-
-def tensors(tree: object) -> list[Tensor]:
-    """All tensors in nested tuples, lists and dicts."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+PLAIN, NO_OPTIMISER = "plain()", "none"
 
 
 @dataclass(frozen=True)
@@ -81,9 +50,12 @@ class Candidate:
     """One row: a model under a schedule."""
 
     model: str
+    source: str
+    """The remembered layers."""
     schedule: str
     variant: str
     """What is unlike the other rows of this model; empty where nothing is."""
+    module: nn.Module
     step: Work
     """Forward and backward."""
     counted: Work
@@ -93,8 +65,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TrainBench:
-    """Time training steps: every (model, schedule) pair beside the plain step of the same model, in turn."""
+    """Time training: forward and backward of each model and schedule over the plain step of the same model; and whole
+    steps, optimiser included, over the Transformer's."""
 
+    only: tuple[Literal["passes", "training"], ...] = ()
+    """Which rows: passes (forward and backward), training (whole steps). None: both. Models and sizes here are
+    those of passes; whole steps have theirs under --training."""
     models: tuple[Literal["transformer", "token-shift", "lrt-shared", "lrt-layerwise"], ...] = ("lrt-shared",)
     """Which models; a Transformer has one schedule only."""
     schedules: tuple[str, ...] = (PLAIN, "interleaved(2)", "settled(0, 1, 1)")
@@ -113,6 +89,8 @@ class TrainBench:
     compile: Literal["always", "never"] = "always"
     """torch.compile on both sides (the modules stay eager)."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    training: TrainingSteps = field(default_factory=TrainingSteps)
+    """Whole steps: which models, at which sizes."""
     rounds: int = 10
     """Rounds in which every candidate is timed once."""
     device: str = "cpu"
@@ -123,22 +101,44 @@ class TrainBench:
 
     def run(self) -> None:
         rows, about = self.rows(), {"hardware": hardware(self.device)}
-        print_table(rows, hardware_title(about))
+        whole = [row for row in rows if row.figures["optimiser"] != NO_OPTIMISER]
+        passes = [row for row in rows if row not in whole]
+        print(hardware_title(about))
+        for part, title in ((whole, "Whole steps, optimiser included"), (passes, "Forward and backward")):
+            if part:
+                print_table(part, title)
         if self.json:
             print_json(rows, about)
 
-    def rows(self) -> list[Row]:
-        """All candidates, timed in turn. A value is a ratio, over `plain()` of the same model.
+    def rows(self, limit: float = math.inf) -> list[Row]:
+        """The rows of `only`; fewer rounds are timed where about `limit` seconds are over.
 
-        Beside it in `Row.figures` (contract, section 6): the seconds of a step; `ideal`, the ratio that the passes
-        alone would give; `tokens_per_second`; `mfu`, FLOPs per second over the device's peak, None where that is not
-        known; `peak_bytes` of live activations; `peak_ratio`, those over `plain()` with nothing recomputed.
+        A value is a ratio. Beside it in `Row.figures` (contract, section 6): the model and its `source`; the schedule;
+        the `optimiser`; the seconds of a step; `ideal`, the ratio that the passes alone would give;
+        `tokens_per_second`; `mfu`, FLOPs per second over the device's peak, None where that is not known; `peak_bytes`
+        of live activations; `peak_ratio`, those over what the ratio is over (of passes, with nothing recomputed). Of
+        whole steps also the `size`, what they are `over`, and `recurrent_share`.
         """
+        wanted, parts = self.only or ("passes", "training"), []
+        if "passes" in wanted:
+            parts.append(self.pass_rows)
+        if "training" in wanted:  # what is wrong of the models is said here, before any work
+            measured = Execution(self.compile), self.device, self.rounds, self.progress
+            groups = self.training.groups(self.precision, self.seed)
+            parts += [partial(step_rows, name, group, *measured) for name, group in groups.items()]
+        return [row for part in parts for row in part(limit / len(parts))]
+
+    def pass_rows(self, limit: float = math.inf) -> list[Row]:
+        """All candidates, timed in turn, over `plain()` of the same model."""
         # All models are timed in one run: on a busy machine only alternated rounds can be compared.
         candidates = [c for name in self.models for c in self.candidates(name)]
         work = {f"{c.model} {c.schedule} {c.variant}": c.step for c in candidates}
-        timings = alternate(work, self.rounds, device=self.device, title="lrt bench train", progress=self.progress)
-        peaks = {name: self.peak(c) for name, c in zip(work, candidates, strict=True)}
+        timings = alternate(
+            work, self.rounds, device=self.device, title="lrt bench train", progress=self.progress, limit=limit
+        )
+        peaks = {
+            name: peak_bytes(c.module, c.step, c.counted, self.device) for name, c in zip(work, candidates, strict=True)
+        }
         top, rows = peak_flops(self.device), []
         for name, c in zip(work, candidates, strict=True):
             base = f"{c.model} {PLAIN} "
@@ -147,7 +147,9 @@ class TrainBench:
             model = f"{c.model}, {c.variant}" if c.variant else c.model
             figures = {
                 "model": model,
+                "source": c.source,
                 "schedule": c.schedule,
+                "optimiser": NO_OPTIMISER,
                 "seconds": seconds,
                 # A forward and backward of every position costs 3 forwards, which is what `plain()` costs.
                 "ideal": parse(c.schedule).cost(self.context) / 3,
@@ -156,7 +158,8 @@ class TrainBench:
                 "peak_bytes": peaks[name],
                 "peak_ratio": peaks[name] / peaks[base],
             }
-            rows.append(Row(f"{model}: {c.schedule}", ratio, spread, measure="ratio", figures=figures))
+            about = {"rounds": len(timings[name].seconds)}
+            rows.append(Row(f"{model}: {c.schedule}", ratio, spread, measure="ratio", figures=figures, about=about))
         return rows
 
     def candidates(self, name: str) -> list[Candidate]:
@@ -172,7 +175,7 @@ class TrainBench:
         schedules = EVERY if "all" in self.schedules else tuple(repr(parse(s)) for s in self.schedules)
         if memory.injection == "none":
             schedules = ()  # every pass of a Transformer gives the same
-        candidates = []
+        candidates, source = [], source_text(config)
         for schedule in (PLAIN, *(s for s in schedules if s != PLAIN)):
             for recompute in ("nothing", *self.recompute):
                 step, counted = (
@@ -181,10 +184,11 @@ class TrainBench:
                 )
                 variant = "" if recompute == "nothing" else f"recompute {recompute}"
                 flops = training_flops(config, parse(schedule), self.context)
-                candidates.append(Candidate(name, schedule, variant, step, counted, flops))
+                candidates.append(Candidate(name, source, schedule, variant, model, step, counted, flops))
         if self.modules and name == "lrt-shared":
-            step = self.modules_step(model, tokens, targets)
-            candidates.append(Candidate(name, PLAIN, "eager plain modules", step, step, candidates[0].flops))
+            modules, step = self.modules_step(model, tokens, targets)
+            flops = candidates[0].flops
+            candidates.append(Candidate(name, source, PLAIN, "eager plain modules", modules, step, step, flops))
         return candidates
 
     def step(
@@ -204,7 +208,9 @@ class TrainBench:
 
         return work
 
-    def modules_step(self, model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor) -> Work:
+    def modules_step(
+        self, model: LatentRecurrentTransformer, tokens: Tensor, targets: Tensor
+    ) -> tuple[PlainModel, Work]:
         if self.precision != "float32":
             raise ValueError("the plain modules are float32; give --no-modules beside bfloat16")
         modules = PlainModel(model.config).to(tokens.device)
@@ -214,16 +220,4 @@ class TrainBench:
             modules.zero_grad()
             modules.loss(tokens, targets).backward()
 
-        return work
-
-    def peak(self, candidate: Candidate) -> int:
-        """The most bytes alive in a step, weights not counted."""
-        if torch.device(self.device).type == "cuda":
-            candidate.step()
-            weights = torch.cuda.memory_allocated(self.device)  # and gradients, which a step leaves
-            torch.cuda.reset_peak_memory_stats(self.device)
-            candidate.step()
-            return torch.cuda.max_memory_allocated(self.device) - weights
-        with LiveBytes() as counter:
-            candidate.counted()
-        return counter.peak
+        return modules, work
