@@ -41,9 +41,11 @@ class Certificate:
     contraction: float | None = None
     """c: how much of a move the next sweep makes. Of every beginning of the row, the position that moved most in the
     last sweep over the same in the sweep before; the largest of these, in the last two sweeps that can be compared.
-    Below 1 moves shrink everywhere. 0 where nothing moved by more than rounding; None with fewer than three sweeps."""
+    Below 1 moves shrink everywhere. 0 where nothing moved by more than rounding; None with fewer than three sweeps. Of
+    what every sweep computes; of a final hidden state above that too, once three in a row are known."""
     forwards: float = 1.0
-    """Positions computed over positions given: the cost in plain forwards of the same model."""
+    """Positions computed times the share of the blocks that ran, over positions given: the cost in plain forwards of the
+    same model."""
 
     @property
     def distance(self) -> float | None:
