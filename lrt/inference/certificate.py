@@ -44,8 +44,7 @@ class Certificate:
     Below 1 moves shrink everywhere. 0 where nothing moved by more than rounding; None with fewer than three sweeps. Of
     what every sweep computes; of a final hidden state above that too, once three in a row are known."""
     forwards: float = 1.0
-    """Positions computed times the share of the blocks that ran, over positions given: the cost in plain forwards of the
-    same model."""
+    """Positions computed times the share of the blocks that ran, over positions given: the cost in plain forwards."""
 
     @property
     def distance(self) -> float | None:
