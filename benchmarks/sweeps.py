@@ -18,7 +18,8 @@ from torch import Tensor
 from lrt import load, refine, schedules
 from lrt.data.prepared import Prepared
 from lrt.data.windows import windows
-from lrt.inference.sweeps import Prompt, SweepState
+from lrt.inference.prompt import Prompt
+from lrt.inference.sweeps import SweepState
 from lrt.model.cross_entropy import token_nats
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -43,9 +44,10 @@ def trace_sweeps(
     lines: list[dict[str, float]] = []
     for sweep in range(SWEEPS):
         rows.sweep(model, groups, min(length, sweep * groups))
+        rows.finish(model, [0])
         (row,) = rows.certificates(groups, "")
         residual, worst = 1.0 if row.residual is None else row.residual, row.worst or 0.0  # the first moves everything
-        hidden = rows.values[:, :, 0]
+        hidden = rows.hidden()
         distance = float((hidden - exact).norm() / exact.norm())
         lines.append({"residual": residual, "worst": worst, "distance": distance, "gap": bpb(hidden) - bpb(exact)})
         if residual <= 1e-5:

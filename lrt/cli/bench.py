@@ -54,7 +54,7 @@ class Calibrate:
         cost_model.write_calibration(folder, measured)
         print(f"{folder / cost_model.FILE}: {measured.device}; a call costs {measured.overhead:.1f} positions more")
         for mode, plan in measured.plans.items():
-            edge = measured.break_even(plan, 1)
+            edge = measured.break_even(plan, 1, cost_model.block_shares(model.config))
             print(f"  {mode:10} stride {plan.groups}, {plan.sweeps} sweeps; token by token up to {edge:.0f} tokens")
 
 

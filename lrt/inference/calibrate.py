@@ -8,13 +8,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lrt.inference.cost_model import Calibration, Plan, device_name
 from lrt.inference.prefill import TOLERANCES, tolerance
-from lrt.inference.sweeps import Prompt, SweepState
+from lrt.inference.prompt import Prompt
+from lrt.inference.sweeps import SweepState
 from lrt.model.fingerprint import fingerprint
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.progress import bar
@@ -64,9 +66,8 @@ def calibrate(model: LatentRecurrentTransformer, tokens: Tensor, progress: bool 
         overhead = call_overhead(model, tokens)
         advance(1)
         for groups in strides:
-            needed, ratio = count_sweeps(model, tokens, groups)
-            for mode, sweeps in needed.items():
-                costs[mode][Plan(groups, sweeps)] = sweeps * ratio
+            for mode, (sweeps, cost) in count_sweeps(model, tokens, groups).items():
+                costs[mode][Plan(groups, sweeps)] = cost
             advance(1, f"stride {groups}")
     # What did not converge takes as many sweeps as make everything exact: token by token is then cheaper.
     never = Plan(16, max(1, length // 16))
@@ -94,24 +95,33 @@ def call_overhead(model: LatentRecurrentTransformer, tokens: Tensor) -> float:
     return max(0.0, length * (q - 1) / max(1.0, length - q))
 
 
-def count_sweeps(model: LatentRecurrentTransformer, tokens: Tensor, groups: int) -> tuple[dict[str, int], float]:
-    """(sweeps until each mode has converged, those that do; the time of a sweep over that of a plain forward)."""
+def count_sweeps(model: LatentRecurrentTransformer, tokens: Tensor, groups: int) -> dict[str, tuple[int, float]]:
+    """By mode, of those that converge: after how many sweeps, and their time over that of a plain forward."""
     length = tokens.shape[1]
-    state = model.empty_state(1, length, tokens=tokens).in_place()
-    rows = SweepState.of(model, Prompt(tokens, [length], [0]), state)
     plain_state = model.empty_state(1, length).in_place()
-    limits = {mode: tolerance(mode, model) for mode in TOLERANCES}
-    needed: dict[str, int] = {}
-    ratios: list[float] = []
-    for sweep in range(1, min(LONGEST, length // groups) + 1):
-        seconds = time_call(lambda: rows.sweep(model, groups, 0), tokens)
-        ratios.append(seconds / time_call(lambda: model(tokens, range(length), plain_state), tokens))
-        (row,) = rows.certificates(groups, "calibrating")
-        reached = [mode for mode, limit in limits.items() if limit is not None and row.within(limit)]
-        needed = {**dict.fromkeys(reached, sweep), **needed}
-        if len(needed) == len(TOLERANCES):
-            break
-    return needed, statistics.median(ratios)
+    passes: dict[str, tuple[int, int]] = {}  # by mode, the sweeps, and how often the blocks above the memory's ran
+    ratios: dict[str, list[float]] = {"sweep": [], "upper": []}
+
+    def time_ratio(kind: str, function: Callable[[], object]) -> None:
+        seconds = time_call(function, tokens)
+        ratios[kind].append(seconds / time_call(lambda: model(tokens, range(length), plain_state), tokens))
+
+    for mode in TOLERANCES:
+        limit = tolerance(mode, model)
+        assert limit is not None
+        state = model.empty_state(1, length, tokens=tokens).in_place()
+        rows, finished = SweepState.of(model, Prompt(tokens, [length], [0]), state), 0
+        for sweep in range(1, min(LONGEST, length // groups) + 1):
+            time_ratio("sweep", partial(rows.sweep, model, groups, (sweep - 1) * groups))
+            if due := rows.due(limit):
+                time_ratio("upper", partial(rows.finish, model, due))
+                finished += 1
+            (row,) = rows.certificates(groups, "calibrating")
+            if row.within(limit):
+                passes[mode] = sweep, finished
+                break
+    sweep, upper = (statistics.median(r) if r else 0.0 for r in ratios.values())
+    return {mode: (sweeps, sweeps * sweep + finished * upper) for mode, (sweeps, finished) in passes.items()}
 
 
 def time_call(function: Callable[[], object], like: Tensor) -> float:

@@ -41,9 +41,10 @@ class Certificate:
     contraction: float | None = None
     """c: how much of a move the next sweep makes. Of every beginning of the row, the position that moved most in the
     last sweep over the same in the sweep before; the largest of these, in the last two sweeps that can be compared.
-    Below 1 moves shrink everywhere. 0 where nothing moved by more than rounding; None with fewer than three sweeps."""
+    Below 1 moves shrink everywhere. 0 where nothing moved by more than rounding; None with fewer than three sweeps. Of
+    what every sweep computes; of a final hidden state above that too, once three in a row are known."""
     forwards: float = 1.0
-    """Positions computed over positions given: the cost in plain forwards of the same model."""
+    """Positions computed times the share of the blocks that ran, over positions given: the cost in plain forwards."""
 
     @property
     def distance(self) -> float | None:
@@ -65,8 +66,7 @@ class Certificate:
         The largest of the last sweep's move and of what is to come, over the row and at its worst position. The last
         holds for any beginning of the row too, which may have the worst position and little else.
         """
-        estimates = (self.residual, self.distance, self.worst_distance)
-        return max(math.inf if x is None or math.isnan(x) else x for x in estimates)
+        return largest_estimate(self.residual, self.worst, self.contraction)
 
     def within(self, tolerance: float) -> bool:
         """Whether the row is exact, or has converged: the last sweep and what is to come are within the tolerance."""
@@ -75,6 +75,13 @@ class Certificate:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return dataclasses.asdict(self)
+
+
+def largest_estimate(residual: float | None, worst: float | None, contraction: float | None) -> float:
+    """The largest of a row's last move and of what is to come, over the row and at its worst position; infinite where
+    one of them is unknown."""
+    estimates = residual, moves_to_come(residual, contraction), moves_to_come(worst, contraction)
+    return max(math.inf if x is None or math.isnan(x) else x for x in estimates)
 
 
 def moves_to_come(move: float | None, contraction: float | None) -> float | None:

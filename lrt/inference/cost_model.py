@@ -19,10 +19,12 @@ import math
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from lrt.model.config import ModelConfig
+from lrt.model.execution import EAGER, Execution
 from lrt.model.fingerprint import fingerprint
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.files import replace_atomically
@@ -39,6 +41,20 @@ class Plan:
     """Stride g of the Gauss-Seidel sweeps."""
     sweeps: int
     """How many a typical prompt takes."""
+
+
+class BlockShares(NamedTuple):
+    """How a prefill runs the blocks: three shares, together 1."""
+
+    below: float
+    """Of those that depend on no memory and lie below the others: once."""
+    swept: float
+    """In every sweep."""
+    above: float
+    """Of those above the memory's highest layer: twice."""
+
+
+ALL_SWEPT = BlockShares(0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -62,21 +78,43 @@ class Calibration:
         """The cost of `length` positions of `rows` rows token by token."""
         return length * (self.overhead + rows)
 
-    def sweep_cost(self, length: int, rows: int, groups: int) -> float:
-        """The cost of one sweep over them: a call per class, and all positions."""
-        return min(groups, length) * self.overhead + length * rows
+    def sweep_cost(self, length: int, rows: int, groups: int, share: float = 1.0) -> float:
+        """The cost of one sweep over them that runs a `share` of the blocks: a call per class, and all positions."""
+        return share * (min(groups, length) * self.overhead + length * rows)
+
+    def pass_cost(self, length: int, rows: int, share: float) -> float:
+        """The cost of a `share` of the blocks over them, in one call."""
+        return share * (self.overhead + length * rows)
 
     def plan(self, mode: str) -> Plan:
         """The plan of a mode; one sweep has the stride of `converged`."""
         return Plan(self.plans["converged"].groups, 1) if mode == "one_sweep" else self.plans[mode]
 
-    def break_even(self, plan: Plan, rows: int) -> float:
+    def break_even(self, plan: Plan, rows: int, shares: BlockShares = ALL_SWEPT) -> float:
         """The length up to which token by token costs no more than the sweeps; infinite for many rows on a CPU.
 
-        Where `exact_cost` and `plan.sweeps` times `sweep_cost` meet, solved for the length.
+        Where `exact_cost` meets `plan.sweeps` times `sweep_cost`, and `pass_cost` of what runs once and twice, solved
+        for the length.
         """
-        saved = self.overhead + rows - plan.sweeps * rows  # per position, by sweeping it
-        return plan.sweeps * plan.groups * self.overhead / saved if saved > 0 else math.inf
+        swept, passes = plan.sweeps * shares.swept, shares.below + 2 * shares.above  # forwards
+        saved = self.overhead + rows - (swept + passes) * rows  # per position, by sweeping it
+        return (swept * plan.groups + passes) * self.overhead / saved if saved > 0 else math.inf
+
+
+def swept_blocks(config: ModelConfig, execution: Execution) -> range:
+    """The blocks that a sweep runs, counted from 0, loop after loop: those that the memory needs and that need it, or
+    all."""
+    if execution.blocks == "all":
+        return range(config.kv_layers)
+    # All sources have to be computed by a sweep, as it writes them together.
+    below = config.first_state_block - 1 if config.first_state_block <= min(config.stored_sources) else 0
+    return range(below, config.memory_blocks)
+
+
+def block_shares(config: ModelConfig, execution: Execution = EAGER) -> BlockShares:
+    """How a prefill runs the blocks."""
+    swept, count = swept_blocks(config, execution), config.kv_layers
+    return BlockShares(swept.start / count, len(swept) / count, 1 - swept.stop / count)
 
 
 def fallback(device: torch.device) -> Calibration:

@@ -218,27 +218,37 @@ def read_memory(p: FusedWeights, b: Buffers, before: MemoryPlace) -> Tensor:
 
 
 def step(
-    p: FusedWeights, b: Buffers, memory: Tensor, tokens: Tensor, place: SlotPlacement, thought: Tensor | None = None
+    p: FusedWeights,
+    b: Buffers,
+    memory: Tensor,
+    tokens: Tensor,
+    place: SlotPlacement,
+    thought: Tensor | None = None,
+    stream: Tensor | None = None,
 ) -> Tensor:
     """The final hidden state (n, D) of tokens (n,), whose memory is (C, n, D), at a place. Writes the State's buffers.
 
-    thought (n, D) stands in the place of the tokens' embeddings where they are latent thoughts.
+    thought (n, D) stands in the place of the tokens' embeddings where they are latent thoughts. Weights of some blocks
+    start from the stream (n, D) behind those before them, and give the stream behind their own where others follow.
     """
     config = p.config
     b.tokens.index_copy_(0, place.here, tokens)
-    x = x0 = p.embedding[tokens] if thought is None else thought
+    x0 = p.embedding[tokens] if thought is None else thought
+    x = x0 if stream is None else stream
     count = tokens.shape[0]
-    # β x_0 + Σ γ m of all blocks: they need no layer to be computed first. (L·loops, n·D)
+    # β x_0 + Σ γ m of all these blocks: they need no layer to be computed first. (blocks, n·D)
     added = p.mix @ torch.cat((x0.unsqueeze(0), memory)).flatten(1)
     # Per channel and set (n, 2, G, K): U_k m and U_v m; no channel's where memory enters the residual stream alone.
     projected = [
-        product(channel, weight).view(count, -1, 2, config.num_kv_heads, config.head_dim).unbind(1)
+        ()
+        if weight is None
+        else product(channel, weight).view(count, -1, 2, config.num_kv_heads, config.head_dim).unbind(1)
         for channel, weight in zip(memory, p.projection, strict=False)
     ]
     remembered = config.stored_sources
     outputs: dict[int, Tensor] = {}
-    for i, layer in enumerate(p.layers):
-        x = torch.addcmul(added[i].view(count, -1), x, layer.alpha)  # α x + β x_0 + Σ γ m
+    for i, layer in enumerate(p.layers, start=p.first):
+        x = torch.addcmul(added[i - p.first].view(count, -1), x, layer.alpha)  # α x + β x_0 + Σ γ m
         own = [projected[channel][pair] for channel, pair in layer.projection or ()]
         q = write_layer(config, b, layer, i, rms(x), tokens, own, place)
         y = attend(config, b, i, q.unflatten(0, (place.rows, -1)).transpose(1, 2), place)
@@ -247,9 +257,9 @@ def step(
         number = i % config.depth + 1
         if number in remembered or number == config.depth:
             outputs[number] = rms(x)  # the last loop's stays
-    if remembered:
+    if remembered and outputs.keys() >= set(remembered):  # else these blocks lie above all of them
         b.memory.index_copy_(0, place.here, torch.stack([outputs[s] for s in remembered], 1))
-    return outputs[config.depth]
+    return outputs[config.depth] if p.first + len(p.layers) == config.kv_layers else x
 
 
 def write_layer(

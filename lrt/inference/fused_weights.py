@@ -48,23 +48,29 @@ class FusedLayer(NamedTuple):
 
 
 class FusedWeights(NamedTuple):
-    """A whole model's weights. Named tuples, as torch.compile and `tensors_of` see through them."""
+    """A model's weights, or those of some of its blocks. Named tuples, as torch.compile and `tensors_of` see through
+    them."""
 
     config: ModelConfig
     embedding: Tensor
     """(V, D): x_0 of every token, normalised."""
     mix: Tensor
-    """(L·loops, 1 + C): what every block adds of x_0 (β) and of each memory channel (γ): one product for all blocks."""
-    projection: tuple[Tensor, ...]
-    """Per channel (D, sets·2·G·K): U_k and U_v of all layers; doubled, as the gates' factor 2 is taken into them."""
+    """(blocks, 1 + C): what every block adds of x_0 (β) and of each memory channel (γ): one product for all blocks."""
+    projection: tuple[Tensor | None, ...]
+    """Per channel (D, sets·2·G·K): U_k and U_v of these blocks, None where none reads it; doubled, as the gates'
+    factor 2 is taken into them."""
     recall: Tensor | None
     """(sources,): the learned weights of a summed source; None where sources are not summed."""
     layers: tuple[FusedLayer, ...]
-    """L·loops: one per application of a block."""
+    """One per application of a block: L·loops, or some of them."""
     head: Tensor
     """(D, V)."""
+    first: int
+    """How many applications come before these."""
 
 
+Layers = tuple[tuple[int, ...], ...]
+"""For each channel, blocks (1 to L) that read it."""
 Layout = Callable[[Tensor], Tensor]
 """Turns a weight (out, in) into the form in which `fused_step.product` takes it."""
 
@@ -92,42 +98,49 @@ def can_fuse(model: LatentRecurrentTransformer) -> bool:
 
 
 @torch.no_grad()
-def fuse_weights(model: LatentRecurrentTransformer, layout: Layout = transposed_layout) -> FusedWeights:
-    """The fused form of a model's present weights; `layout` is that of the blocks' and the head's matrices."""
+def fuse_weights(
+    model: LatentRecurrentTransformer, layout: Layout = transposed_layout, blocks: range | None = None
+) -> FusedWeights:
+    """The fused form of a model's present weights; `layout` is that of the blocks' and the head's matrices.
+
+    blocks: of these alone, counted from 0, loop after loop; the head is then left as it is.
+    """
     config = model.config
     if not can_fuse(model):
         raise ValueError(
             f"injection {config.memory.injection!r} is a user's own, of which no fused products are known; decode with "
             "mode='eager'"
         )
-    layers, mix = [], []
-    for layer, block in enumerate(model.blocks, start=1):
+    applied = [i % config.depth + 1 for i in (range(config.kv_layers) if blocks is None else blocks)]
+    held = tuple(tuple(layer for layer in own if layer in applied) for own in config.channel_layers)
+    layers, mix = {}, {}
+    for layer in sorted(set(applied)):
+        block = model.blocks[layer - 1]
         assert isinstance(block, Block)
         # A channel that a block does not add to its stream has γ 0 in the common product.
         gamma = block.beta.new_zeros(config.channels)
         if isinstance(block.injection, Residual):
             gamma[list(config.block_channels[layer - 1])] = block.injection.gamma
-        mix.append(torch.cat([block.beta, gamma]))
-        layers.append(_layer(block, projection_sets(config, layer), layout))
+        mix[layer] = torch.cat([block.beta, gamma])
+        layers[layer] = _layer(block, projection_sets(config, layer, held), layout)
     weights = model.recall.weights if isinstance(model.recall, MemoryReader) else None
     return FusedWeights(
         config=config,
         embedding=rms(table_rows(model.embedding)),  # normalised once, not per token
-        mix=torch.stack(mix).repeat(config.loops, 1),
-        projection=_projection(model.projection, layout) if isinstance(model.projection, Projection) else (),
+        mix=torch.stack([mix[layer] for layer in applied]),
+        projection=_projection(model.projection, held, layout) if isinstance(model.projection, Projection) else (),
         recall=None if weights is None else weights.clone(),
-        layers=tuple(layers) * config.loops,
-        head=layout(matrix(model.head)),
+        layers=tuple(layers[layer] for layer in applied),
+        head=layout(matrix(model.head)) if blocks is None else matrix(model.head).T,
+        first=0 if blocks is None else blocks.start,
     )
 
 
-def projection_sets(config: ModelConfig, layer: int) -> tuple[tuple[int, int], ...]:
-    """(channel, which of its pairs of U_k and U_v) for each channel that block `layer` reads."""
+def projection_sets(config: ModelConfig, layer: int, held: Layers) -> tuple[tuple[int, int], ...]:
+    """(channel, which of its pairs of U_k and U_v) for each channel that block `layer` reads; `held` are the layers of
+    each channel whose pairs there are."""
     own = config.memory.projection == "layerwise"
-    return tuple(
-        (channel, config.channel_layers[channel].index(layer) if own else 0)
-        for channel in config.block_channels[layer - 1]
-    )
+    return tuple((channel, held[channel].index(layer) if own else 0) for channel in config.block_channels[layer - 1])
 
 
 def _layer(block: Block, projection: tuple[tuple[int, int], ...], layout: Layout) -> FusedLayer:
@@ -170,7 +183,12 @@ def table_rows(table: nn.Embedding) -> Tensor:
     return table(torch.arange(table.num_embeddings, device=table.weight.device))
 
 
-def _projection(projection: Projection, layout: Layout) -> tuple[Tensor, ...]:
-    """U_k and U_v of all layers, doubled, as one matrix per channel."""
-    channels = range(len(projection.channel_layers))
-    return tuple(layout(2 * projection.of_channels(c, c + 1)[0].flatten(0, 2)) for c in channels)
+def _projection(projection: Projection, held: Layers, layout: Layout) -> tuple[Tensor | None, ...]:
+    """U_k and U_v, doubled, as one matrix per channel: of the layers of it that are held, None where it has none."""
+    matrices: list[Tensor | None] = []
+    for channel, layers in enumerate(held):
+        weight = projection.of_channels(channel, channel + 1)[0]
+        if layers and not projection.shared:
+            weight = weight[projection.sets(channel, list(layers))]
+        matrices.append(layout(2 * weight.flatten(0, 2)) if layers else None)
+    return tuple(matrices)

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from lrt.inference.certificate import Certificate, PrefillReport, merge_certificates
-from lrt.inference.cost_model import Calibration, fallback
-from lrt.inference.sweeps import Prompt, SweepState, put_rows, select_rows, sweep_until_settled
+from lrt.inference.cost_model import ALL_SWEPT, Calibration, block_shares, fallback
+from lrt.inference.prompt import Prompt
+from lrt.inference.sweeps import SweepState, put_rows, select_rows, sweep_until_settled
 from lrt.model.config import ModelConfig
+from lrt.model.execution import EAGER, Execution
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -69,6 +71,9 @@ def prefill(
     `one_sweep`: one sweep, for comparison. A state whose slots are reused takes a long prompt in chunks. Gives no
     gradients. A state made by `in_place` is used up, any other stays as it was. Raises ValueError, before any work, on
     an empty prompt or one that the state cannot hold.
+
+    Sweeps run the blocks that the memory needs, and the others at their end; each time all of them where
+    `state.execution` says so of passes that only the memory is wanted of (the plain reference).
     """
     if mode not in PREFILL_MODES:
         raise ValueError(f"prefill is {mode!r}; choose one of {', '.join(PREFILL_MODES)}")
@@ -167,14 +172,23 @@ def prefill_in_chunks(
 
 
 def exact_reason(
-    model: LatentRecurrentTransformer, mode: PrefillMode, length: int, rows: int, calibration: Calibration
+    model: LatentRecurrentTransformer,
+    mode: PrefillMode,
+    length: int,
+    rows: int,
+    calibration: Calibration,
+    execution: Execution = EAGER,
 ) -> str | None:
-    """Why a prompt of `length` is computed token by token, among so many rows; None where it is not."""
+    """Why a prompt of `length` is computed token by token, among so many rows; None where it is not.
+
+    `execution` is that of the State that it goes into.
+    """
     if not model.config.stored_sources:
         return None  # one forward
     if mode == "exact":
         return "asked for"
-    longest = calibration.break_even(calibration.plan(mode), rows)
+    shares = ALL_SWEPT if mode == "one_sweep" else block_shares(model.config, execution)
+    longest = calibration.break_even(calibration.plan(mode), rows, shares)
     return f"token by token is cheaper than sweeps up to {longest:.0f} tokens" if length <= longest else None
 
 
@@ -184,7 +198,7 @@ def prefill_at_once(
     """A prompt that the state's slots hold at once: each row on the path that `mode` and the costs choose."""
     if not model.config.stored_sources:
         return forward_once(model, prompt, state)
-    reasons = [exact_reason(model, mode, n, prompt.rows, calibration) for n in prompt.lengths]
+    reasons = [exact_reason(model, mode, n, prompt.rows, calibration, state.execution) for n in prompt.lengths]
     exact = [i for i, reason in enumerate(reasons) if reason is not None]
     swept = [i for i, reason in enumerate(reasons) if reason is None]
     # Costs are those of the whole batch, so that all exact rows have one reason.
@@ -248,8 +262,8 @@ def sweep_prompt(
 
 
 def sweep_once(model: LatentRecurrentTransformer, prompt: Prompt, state: State, groups: int) -> PathOutput:
-    """One sweep, whatever it leaves."""
-    sweeps = SweepState.of(model, prompt, state)
+    """One sweep of all blocks, whatever it leaves: to end at the source would save nothing."""
+    sweeps = SweepState.of(model, prompt, state, range(model.config.kv_layers))
     sweeps.sweep(model, groups, 0)
     reason = "one sweep, not looked at"
     rows = [Certificate("single", reason, n, groups, 1, None, None, forwards=prompt.length / n) for n in prompt.lengths]

@@ -46,7 +46,8 @@ class Execution:
     blocks: Literal["needed", "all"] = "needed"
     """Which blocks of a pass run. needed: a pass that only the memory is wanted of ends at the highest remembered layer
     and leaves no hidden state, and what does not depend on a remembered layer is computed once for all passes
-    (`schedules.work`). all: every block of every pass. Both give the same numbers."""
+    (`schedules.work`). all: every block of every pass. Both give the same numbers. A prefill's sweeps are such passes;
+    there both give the same within its tolerance."""
 
     def __post_init__(self) -> None:
         check_choice(self, "compile", ("auto", "always", "never"))

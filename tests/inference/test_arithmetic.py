@@ -17,9 +17,9 @@ from support.models import random_model
 from lrt import Sampling
 from lrt.inference.cost_model import Calibration, Plan, fallback
 from lrt.inference.decoders import decoder
+from lrt.inference.prompt import Prompt
 from lrt.inference.request import Request
 from lrt.inference.sampling import Steering, draw_rows, generator_at
-from lrt.inference.sweeps import Prompt
 
 counts = st.integers(1, 64)
 

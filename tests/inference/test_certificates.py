@@ -24,7 +24,8 @@ from lrt.inference.certificate import Certificate, PrefillReport, merge_certific
 from lrt.inference.cost_model import Calibration, Plan
 from lrt.inference.exactness import error_bound, least_exact
 from lrt.inference.prefill import TOLERANCES, Prefilled, PrefillMode, prefill
-from lrt.inference.sweeps import Prompt, SweepState
+from lrt.inference.prompt import Prompt
+from lrt.inference.sweeps import SweepState
 
 FACTOR = 3
 VOCABULARY = 31
@@ -123,6 +124,7 @@ def magnified_rounding(case: Case, expected: Prefilled) -> float:
     rows = SweepState.of(case.model, Prompt(case.tokens, [case.length], [0]), state)
     for begin in range(0, case.length, case.groups):
         rows.sweep(case.model, case.groups, begin)
+    rows.finish(case.model, [0])
     return float(((rows.hidden() - expected.sequence).norm(dim=-1) / expected.sequence.norm(dim=-1)).max())
 
 
@@ -140,11 +142,11 @@ def keeps_its_promise(case: Case) -> None:
 CASES = st.builds(
     Case,
     injection=st.sampled_from(["residual", "key_value", "both"]),
-    source=st.sampled_from([None, 1, (0, "L"), (1, "L")]),
-    combine=st.just("channels"),
+    source=st.sampled_from([None, 1, 1, (0, 1), (0, "L"), (1, "L")]),
+    combine=st.sampled_from(["channels", "sum"]),
     delay=st.sampled_from([1, 1, 2, 7, 17]),
     initial=st.sampled_from(["zeros", "embedding"]),
-    depth=st.just(2),
+    depth=st.sampled_from([2, 2, 3]),
     window_pattern=st.sampled_from(["L", "S"]),
     strength=st.floats(-6, 6),
     alpha=st.sampled_from([0.3, 0.9, 1.0]),
@@ -161,6 +163,8 @@ CASES = st.builds(
 @example(Case())
 @example(Case(delay=3, apart=1e-4, length=96))
 @example(Case(strength=-2.0, alpha=0.9, apart=1e-7, groups=4, length=96))
+@example(Case(source=1, depth=2, length=96))  # sweeps that end at the source, a front that grows as it goes on
+@example(Case(injection="both", source=(0, 1), combine="channels", depth=3, strength=2.0, blocks=1.0, prompt="text"))
 @given(case=CASES)
 def test_what_has_converged_is_near_the_exact_result(case: Case):
     keeps_its_promise(case)
@@ -226,9 +230,9 @@ def test_the_position_that_moved_most_is_counted_in_the_whole_sequence():
     rows = SweepState.of(case.model, Prompt(case.tokens[:, 7:47], [40], [7]), state)
     with torch.no_grad():
         rows.sweep(case.model, 4, 0)
-        before = rows.values.clone()
+        before = rows.moves.values.clone()
         rows.sweep(case.model, 4, 4)
-    moves = (rows.values - before).norm(dim=-1) / rows.values.norm(dim=-1)
+    moves = (rows.moves.values - before).norm(dim=-1) / rows.moves.values.norm(dim=-1)
     (row,) = rows.certificates(4, "")
     assert row.worst_position == 7 + int(moves.amax(-1)[0, 4:].argmax()) + 4
 
@@ -300,10 +304,10 @@ def test_moves_of_every_beginning_are_compared():
     case = Case(injection="both", combine="channels", source=(1, "L"), depth=2, strength=0.7, blocks=0.5, prompt="text")
     tokens, groups = case.tokens[:, :40], 4
     rows = SweepState.of(case.model, Prompt(tokens, [40], [0]), case.model.empty_state(1, 40).in_place())
-    values, moved = [rows.values.clone()], []
+    values, moved = [rows.moves.values.clone()], []
     for sweep in range(4):
         rows.sweep(case.model, groups, sweep * groups)
-        values.append(rows.values.clone())
+        values.append(rows.moves.values.clone())
         moves = (values[-1] - values[-2]).norm(dim=-1) / values[-1].norm(dim=-1)
         moved.append([float(moves[0, : t + 1].max()) for t in range(40)])
     ratios = [

@@ -22,7 +22,7 @@ from torch import Tensor
 from lrt.eval.ablations import UnwrittenMemory, with_ablation
 from lrt.eval.core_metric.questions import Question
 from lrt.inference.prefill import PrefillMode, prefill
-from lrt.inference.sweeps import Prompt
+from lrt.inference.prompt import Prompt
 from lrt.model.cross_entropy import at_least_float32
 from lrt.model.state import State
 from lrt.model.transformer import LatentRecurrentTransformer
