@@ -194,7 +194,7 @@ def test_the_python_of_the_page_on_state_tracking_runs(capsys: pytest.CaptureFix
 
 
 def test_a_users_mistakes(tmp_path: Path):
-    with pytest.raises(ValueError, match="unknown study 'nothing'; choose one of injection, rivals"):
+    with pytest.raises(ValueError, match="unknown study 'nothing'; choose one of injection, onset, rivals"):
         grid.read_study("nothing", "tiny")
     with pytest.raises(ValueError, match="has no edition 'huge'"):
         grid.read_study("state-tracking", "huge")

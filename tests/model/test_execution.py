@@ -28,7 +28,7 @@ from torch._dynamo.utils import counters
 
 from lrt import ModelConfig, refine, schedules
 from lrt.distributed.objective import make_objective
-from lrt.experiments.bench.train import LiveBytes
+from lrt.experiments.bench.peak import LiveBytes
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.loss import StepLoss
