@@ -35,7 +35,7 @@ from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
 from lrt.training.optim import Optimiser
 from lrt.utils import plugins
-from lrt.utils.device import is_out_of_memory
+from lrt.utils.device import is_out_of_memory, without_autocast
 from lrt.utils.progress import warn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -116,12 +116,12 @@ class Trainer:
         """
         run, before, started = self.run, self.progress, time.perf_counter()
         schedule = self.schedule.at(before.step, self.steps, run.seed)
-        with self.memory_errors(self._advise_memory()):
+        with self.memory_errors(self._advise_memory()), without_autocast(self.device):
             batches, position = self._batches()
             loss = self._accumulate_gradients(schedule, batches)
             norm = float(clip_gradients(self.model, run.optim.clip, self.ranks))
         self._check_finite(loss, norm)
-        with self.memory_errors(self._advise_update_memory(), weights_whole=False):
+        with self.memory_errors(self._advise_update_memory(), weights_whole=False), without_autocast(self.device):
             rate = self.optimiser.step(before.step)
         self.progress = Progress(
             before.step + 1,
