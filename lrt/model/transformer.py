@@ -264,7 +264,9 @@ class LatentRecurrentTransformer(nn.Module):
             projected = self.projection(memory, max(1, config.projections_of(count)))
         visible = {window: state.visible(positions, window) for window in dict.fromkeys(config.windows)}
         call = Call(inputs, angles, state.where(positions), state.write, state.execution)
-        x, layer = inputs.x0, 0
+        # Not x_0 itself. Given one tensor twice, the first block would be compiled apart from the others; and FSDP2's
+        # hooks part the two, but not where a block is recomputed, which then would save other tensors.
+        x, layer = inputs.x0.view_as(inputs.x0), 0
         outputs: dict[int, Tensor] = {}
         caches: list[Cache] = []
         for i, block in enumerate((tuple(self.blocks) * config.loops)[:count]):

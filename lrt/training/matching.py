@@ -24,7 +24,7 @@ from lrt.schedules.base import SCHEDULES
 from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
 from lrt.training.recipes import match_parameters
-from lrt.training.trainer import Trainer, resolve_execution
+from lrt.training.trainer import Trainer
 from lrt.utils import plugins
 from lrt.utils.files import replace_atomically
 from lrt.utils.progress import warn
@@ -72,7 +72,7 @@ class Launch:
 
     def conditions(self, run: RunConfig, reference: RunConfig) -> dict[str, Any]:
         """What two runs' steps are timed under, as plain data: each one's mode, the machine, the versions."""
-        modes = [resolve_execution(self.execution, r, self.ranks.device, self.ranks)[0] for r in (run, reference)]
+        modes = [self.execution.resolve(r.steps, self.ranks.device)[0] for r in (run, reference)]
         return {
             "mode": dataclasses.asdict(modes[0]),
             "mode beside": dataclasses.asdict(modes[1]),

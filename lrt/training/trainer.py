@@ -70,15 +70,6 @@ class Progress:
     """Training FLOPs, all passes counted, of the schedules that were drawn."""
 
 
-def resolve_execution(
-    execution: Execution, run: RunConfig, device: str | torch.device, ranks: SingleProcess
-) -> tuple[Execution, str]:
-    """How the steps of a run are computed, without `auto`, and that in words."""
-    # No test holds compiled steps of these against uncompiled ones.
-    untested = "bfloat16" if run.precision != "float32" else "several processes" if ranks.ranks > 1 else None
-    return execution.resolve(run.steps, device, untested)
-
-
 class Trainer:
     """A run in memory. Each of `ranks` has one; their methods are called by all."""
 
@@ -92,7 +83,7 @@ class Trainer:
     ) -> None:
         torch.manual_seed(run.seed)  # for the weights; data order and schedule draws take the seed themselves
         self.run, self.data, self.device, self.ranks = run, data, device, ranks
-        self.execution, self.path = resolve_execution(execution, run, device, ranks)
+        self.execution, self.path = execution.resolve(run.steps, device)
         self.micro_batches = run.micro_batches(ranks.ranks)
         self.model = LatentRecurrentTransformer(run.model).to(device).train()
         # Shards the model in place, so that the optimisers below see what they are to update.
