@@ -38,10 +38,6 @@ from lrt.utils import plugins
 from lrt.utils.device import is_out_of_memory, without_autocast
 from lrt.utils.progress import warn
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""What passes compute in. A cast around the objective, not code in the model: the State takes the weights' dtype, and
-gradients arrive in float32, in which weights and optimisers stay."""
-
 
 @dataclass(frozen=True)
 class TrainingSummary:
@@ -87,7 +83,7 @@ class Trainer:
         self.micro_batches = run.micro_batches(ranks.ranks)
         self.model = LatentRecurrentTransformer(run.model).to(device).train()
         # Shards the model in place, so that the optimisers below see what they are to update.
-        self.objective = ranks.parallelise(self.model, DTYPES[run.precision])
+        self.objective = ranks.parallelise(self.model, run.dtype)
         self.optimiser = Optimiser(self.model, run.model.width, run.batch_tokens, run.steps, run.optim, ranks)
         self.rows = Rows(data.split("train"), run.model.context, run.seed, ranks.rank, ranks.ranks)
         self.schedule = parse(run.schedule)

@@ -24,9 +24,11 @@ from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess, clip_g
 from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshots
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.training import matching
 from lrt.training.config import RunConfig
 from lrt.training.loop import train
 from lrt.training.optim import Muon
+from lrt.training.precision import resolve_precision
 from lrt.training.trainer import Trainer
 
 SCHEDULES = {
@@ -168,6 +170,17 @@ def refused(ranks: SingleProcess, data: Prepared) -> str:
     return "nothing"
 
 
+def agreed(ranks: SingleProcess, data: Prepared, folder: Path) -> float:
+    """How many ranks take bfloat16, where it is faster by the clock of the first and slower by the other's."""
+    real = matching.seconds_per_token
+    matching.seconds_per_token = lambda trainer: 1.0 + (trainer.run.precision == ("float32", "bfloat16")[ranks.rank])
+    try:
+        run, _ = resolve_precision(replace(run_config("plain"), precision="auto"), data, folder / "none", ranks)
+    finally:
+        matching.seconds_per_token = real
+    return ranks.sum([run.precision == "bfloat16"])[0]
+
+
 def main(folder: Path) -> None:
     from lrt.distributed.parallelize import PARALLEL, join_ranks
 
@@ -183,6 +196,7 @@ def main(folder: Path) -> None:
         }
         results["bfloat16"] = {name: in_bfloat16(kinds[name], data) for name in ("ddp", "fsdp")}
         results |= {name: resuming(kinds[name], data, folder, name) for name in ("fsdp", "ddp")}
+        results["agreed"] = agreed(fsdp, data, folder)
         results["stopped"] = stopped(fsdp, data, folder / "stopped")
         if fsdp.first:
             (folder / "results.json").write_text(json.dumps(results))
@@ -302,6 +316,10 @@ def test_one_ranks_stop_request_stops_all(results: dict[str, Any], folder: Path,
 
 def test_one_ranks_failure_is_everybodys(results: dict[str, Any]) -> None:
     assert results["failing"] == "rank 1: the disk is full"
+
+
+def test_the_ranks_agree_on_a_precision_that_is_measured(results: dict[str, Any]) -> None:
+    assert results["agreed"] == 2
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(results: dict[str, Any]) -> None:
