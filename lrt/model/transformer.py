@@ -264,8 +264,9 @@ class LatentRecurrentTransformer(nn.Module):
             projected = self.projection(memory, max(1, config.projections_of(count)))
         visible = {window: state.visible(positions, window) for window in dict.fromkeys(config.windows)}
         call = Call(inputs, angles, state.where(positions), state.write, state.execution)
-        # Not x_0 itself. Given one tensor twice, the first block would be compiled apart from the others; and FSDP2's
-        # hooks part the two, but not where a block is recomputed, which then would save other tensors.
+        # Not x_0 itself. Given one tensor twice, the first block would be compiled apart from the others. And FSDP2's
+        # hooks part the two: x_0's gradients would be added up in another order than in one process, which shows in
+        # bfloat16; and a recomputed block, which has no hooks, would save other tensors than its forward did.
         x, layer = inputs.x0.view_as(inputs.x0), 0
         outputs: dict[int, Tensor] = {}
         caches: list[Cache] = []
