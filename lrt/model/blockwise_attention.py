@@ -180,8 +180,8 @@ def choose_kernel(q: Tensor, masked: bool) -> Kernel:
 def kernel_type(x: Tensor) -> torch.dtype:
     """The type in which kernels get x: its own, but float32 for bfloat16 on a CPU without matrix units (AMX).
 
-    The CPU's kernel takes half as long again in bfloat16 there (docs/log.md, 2026-11-30), as it multiplies in float32
-    anyway. With AMX nothing was measured, and it gets what there is.
+    In bfloat16 the CPU's kernel takes 1.3 of float32's time there, in float32 with the casts 1.1 (docs/log.md,
+    2026-11-30). With AMX nothing was measured, and it gets what there is.
     """
     slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch_private.has_amx()
     return torch.float32 if slow else x.dtype
