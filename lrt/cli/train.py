@@ -25,6 +25,7 @@ from lrt.training.loggers import check_loggers
 from lrt.training.loop import train
 from lrt.training.matching import Launch, ReferenceRun, compare_runs, match_all
 from lrt.training.monitor import EvalConfig
+from lrt.training.precision import resolve_precision
 from lrt.training.snapshots import SnapshotConfig
 from lrt.training.trainer import TrainingSummary
 from lrt.utils.device import choose_device, memory_bytes
@@ -76,6 +77,11 @@ class Train:
     def run(self) -> None:
         from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
 
+        if self.recipe.precision == "auto" and any(kind == "wall_clock" for kind, _ in self.match):
+            raise ValueError(
+                "precision is 'auto', and --match wall_clock times steps in the precision that the run has; give "
+                "--precision float32 or bfloat16"
+            )
         with join_ranks(self.parallel, choose_device(self.device)) as ranks:
             self.train(ranks)
 
@@ -87,14 +93,19 @@ class Train:
         # The vocabulary is a fact of the data, not a choice of the run.
         model = dataclasses.replace(self.recipe.model, vocab_size=data.vocab_size)
         run, begin = begin_run(dataclasses.replace(self.recipe, model=model), data)
-        run = self.match_runs(run, data, ranks)
+        references = [(kind, ReferenceRun.read(path)) for kind, path in self.match]
+        launch = Launch(self.out, ranks, self.execution)
+        run = match_all(run, references, data, launch)
         if begin is not None and run.model != adopt(run.model, begin.config):
             raise ValueError(
                 "--match parameters widens the MLP, and the model of --init has one of its own; leave one of them away"
             )
         check_memory(run, ranks)
+        run, precision = resolve_precision(run, data, self.out, ranks, self.execution, self.resume)
         if ranks.first:
-            print_plan(run, data)
+            for reference in {reference.path: reference for _, reference in references}.values():
+                print(f"beside {reference.path}:", *map(str, compare_runs(run, reference, data, launch)), sep="\n")
+            print_plan(run, data, precision)
         _, summary = train(
             run,
             data,
@@ -110,16 +121,6 @@ class Train:
         )
         if ranks.first:
             print_summary(self.out / "checkpoint", summary)
-
-    def match_runs(self, run: RunConfig, data: Prepared, ranks: SingleProcess) -> RunConfig:
-        """The run after every --match, and on the screen what is equal and what is not."""
-        references = [(kind, ReferenceRun.read(path)) for kind, path in self.match]
-        launch = Launch(self.out, ranks, self.execution)
-        run = match_all(run, references, data, launch)
-        by_path = {reference.path: reference for _, reference in references}
-        for reference in by_path.values() if ranks.first else ():
-            print(f"beside {reference.path}:", *map(str, compare_runs(run, reference, data, launch)), sep="\n")
-        return run
 
 
 def begin_run(run: RunConfig, data: Prepared) -> tuple[RunConfig, LatentRecurrentTransformer | None]:
@@ -151,14 +152,17 @@ def check_memory(run: RunConfig, ranks: SingleProcess) -> None:
         )
 
 
-def print_plan(run: RunConfig, data: Prepared) -> None:
-    """What is about to be trained, and a warning where the horizon goes more than once through the data."""
+def print_plan(run: RunConfig, data: Prepared, precision: str) -> None:
+    """What is about to be trained, and a warning where the horizon goes more than once through the data.
+
+    `precision` is why it has the one that it has, empty where that was given.
+    """
     total, dense = count_parameters(run.model)
     available = data.manifest["splits"]["train"]["tokens"]
     print(
         f"{total:,} parameters ({dense:,} without tables and head), {run.schedule}, {run.steps:,} steps of "
         f"{run.batch_tokens:,} tokens: {run.tokens:,} tokens ({run.tokens / available:.2f} epochs of {available:,}), "
-        f"{run.flops:.3g} training FLOPs"
+        f"{run.flops:.3g} training FLOPs{precision and f'; {precision}'}"
     )
     if run.tokens > available:
         warn(f"{run.tokens:,} tokens go {run.tokens / available:.1f} times through the {available:,} of the data")

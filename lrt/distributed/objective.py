@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lrt.utils.device import without_autocast
+
 
 class Objective(nn.Module):
     """A function of the model and a batch, as a module: `objective(loss, …)` is `loss(model, …)`.
@@ -23,7 +25,8 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(self, loss: Callable[..., Tensor], *batch: Any) -> Tensor:
-        return loss(self.model, *batch)
+        with without_autocast(next(self.model.parameters()).device):
+            return loss(self.model, *batch)
 
 
 class Cast(nn.Module):

@@ -163,6 +163,16 @@ def choose_kernel(q: Tensor, masked: bool) -> Kernel:
     return kernel
 
 
+def kernel_type(x: Tensor) -> torch.dtype:
+    """The type in which kernels get x: its own, but float32 for bfloat16 on a CPU without matrix units (AMX).
+
+    In bfloat16 the CPU's kernel takes 1.3 of float32's time there, in float32 with the casts 1.1 (docs/log.md,
+    2026-11-30). With AMX nothing was measured, and it gets what there is.
+    """
+    slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch_private.has_amx()
+    return torch.float32 if slow else x.dtype
+
+
 def mask_empty(lse: Tensor) -> Tensor:
     """A query without a key has log-sum-exp -inf, and scores of -inf; with +inf, exp(s - lse) is 0 and not nan."""
     return lse.masked_fill(lse == -math.inf, math.inf)
@@ -219,17 +229,19 @@ class Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, pieces: Sequence[AttentionPiece], *sources: Tensor) -> Tensor:
         """q (B, H, n, K), sources (B, G, m, K), m each its own -> (B, H, n, K)."""
-        keys, values = sources[: len(sources) // 2], sources[len(sources) // 2 :]
+        query, *wide = (x.to(kernel_type(q)) for x in (q, *sources))  # what is kept stays in its own type
+        keys, values = wide[: len(wide) // 2], wide[len(wide) // 2 :]
         repeat = q.shape[1] // keys[0].shape[1]
-        merged, kernel_calls = Merged(q), []
+        merged, kernel_calls = Merged(query), []
         for piece in pieces:
-            mask = None if piece.mask is None else piece.mask(q)
+            mask = None if piece.mask is None else piece.mask(query)
             k, v = (repeat_groups(piece.of_keys(x[piece.source]), repeat) for x in (keys, values))
-            kernel = choose_kernel(q, mask is not None)
-            part, lse, *extras = kernel.forward(piece.of_rows(q), k, v, piece.causal, mask)
+            kernel = choose_kernel(query, mask is not None)
+            part, lse, *extras = kernel.forward(piece.of_rows(query), k, v, piece.causal, mask)
             merged.add(piece.rows, part, lse, piece.repeat)
             kernel_calls.append((kernel, extras))
         out, lse = merged.result()
+        out = out.to(q.dtype)
         ctx.save_for_backward(q, out, lse, *sources)
         # Inputs and outputs have to go through save_for_backward (else a reference cycle keeps them). What a kernel
         # made besides, a few numbers and the generator's state, is neither. Masks are made again, not kept.
@@ -240,10 +252,10 @@ class Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """From the gradient (B, H, n, K): those of q, of `pieces` (None), and of each of `sources`."""
-        q, out, lse, *sources = ctx.saved_tensors
-        keys, values = sources[: len(sources) // 2], sources[len(sources) // 2 :]
+        kept_q, kept_out, lse, *sources = ctx.saved_tensors
+        g, q, out, *wide = (x.to(kernel_type(kept_q)) for x in (*grads, kept_q, kept_out, *sources))
+        keys, values = wide[: len(wide) // 2], wide[len(wide) // 2 :]
         repeat = q.shape[1] // keys[0].shape[1]
-        (g,) = grads
         lse = mask_empty(lse) if any(piece.mask for piece in ctx.pieces) else lse
         d_q, d_keys, d_values = Total(q), [Total(k) for k in keys], [Total(v) for v in values]
         for piece, (kernel, extras) in zip(ctx.pieces, ctx.kernel_calls, strict=True):
@@ -254,7 +266,8 @@ class Attend(torch.autograd.Function):
             d_q.add(piece.rows, dq, piece.repeat)
             d_keys[i].add(piece.keys, sum_groups(dk, repeat), piece.repeat)
             d_values[i].add(piece.keys, sum_groups(dv, repeat), piece.repeat)
-        return d_q.result(), None, *(d.result() for d in d_keys), *(d.result() for d in d_values)
+        dq, *others = (total.result().to(kept_q.dtype) for total in (d_q, *d_keys, *d_values))
+        return dq, None, *others
 
 
 def repeat_groups(x: Tensor, repeat: int) -> Tensor:

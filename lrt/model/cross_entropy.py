@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lrt.data.batch import IGNORED
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils.device import without_autocast
 
 ROWS = 1024
 """Rows whose logits exist at one time, so that memory does not grow with the batch. (1024, V) stays near the cache, and
@@ -46,18 +47,20 @@ def summed_nats(
 
     Logits never exist for more than ROWS rows. A head that is more than its weight (an adapter was put around it) is
     called, so that the adapter computes and gets its gradients; its logits then exist all at once.
+
+    In the hidden states' type, and float32 at least from the logits on, also within somebody's torch.autocast.
     """
     counted = (targets != IGNORED).to(at_least_float32(hidden))
     if weights is not None:
         counted = counted * weights
     if type(model.head) is not nn.Linear:
-        nats = F.cross_entropy(
-            model.logits(hidden).flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
+        logits = model.logits(hidden).flatten(0, -2).to(counted.dtype)
+        nats = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
         return (nats * counted.flatten()).sum()
-    arguments = (hidden.flatten(0, -2), model.head.weight, targets.flatten(), counted.flatten())
-    nats: Tensor = LinearCrossEntropy.apply(*arguments, model.config.softcap, execution)  # type: ignore[assignment]
-    return nats
+    arguments = (hidden.flatten(0, -2), model.head.weight.to(hidden.dtype), targets.flatten(), counted.flatten())
+    with without_autocast(hidden.device):
+        total: Tensor = LinearCrossEntropy.apply(*arguments, model.config.softcap, execution)  # type: ignore[assignment]
+    return total
 
 
 def summed_nats_reference(model: LatentRecurrentTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -72,12 +75,15 @@ def at_least_float32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def grade(z: Tensor, index: Tensor, weights: Tensor, cap: float) -> Tensor:
-    """Nats (n,) of targets `index` (n, 1) under logits z (n, V) before the cap; z becomes their weighted gradient.
+def grade(logits: Tensor, index: Tensor, weights: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Nats (n,) of targets `index` (n, 1) under logits (n, V) before the cap, and their weighted gradient (n, V).
 
     With t = tanh(z / cap) and p = softmax(cap · t): d nats / dz = (p - onehot) · (1 - t²), times the row's weight.
     A few sweeps over z, each in place: the head of a small model is half its work, and most of that is these sweeps.
+    In float32 or better whatever the logits' type, which is the gradient's. The casts are in here so that compiling
+    joins them to the sweeps; logits that need none are used up.
     """
+    z = logits.to(at_least_float32(logits))
     z.div_(cap).tanh_()
     # Capped logits are at most `cap`, which therefore serves as their maximum while exp(-2 cap) is no underflow:
     # exp(-80) = 2e-35 is a normal number in float32. That saves the sweep that looks for the maximum.
@@ -89,7 +95,7 @@ def grade(z: Tensor, index: Tensor, weights: Tensor, cap: float) -> Tensor:
     at_target = z.gather(1, index) * weights.unsqueeze(1)
     z.mul_(exps).mul_(-weights.unsqueeze(1) / total)
     z.scatter_add_(1, index, at_target)
-    return nats.squeeze(1)
+    return nats.squeeze(1), z.to(logits.dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -111,9 +117,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), ROWS):
             rows = slice(start, start + ROWS)
             h, index = hidden[rows], targets[rows].clamp(min=0).unsqueeze(1)  # ignored ones weigh 0: any index will do
-            z = (h @ head.T).to(total.dtype)
-            total += (graded(z, index, weights[rows], cap) * weights[rows]).sum()
-            grad = z.to(hidden.dtype)
+            nats, grad = graded(h @ head.T, index, weights[rows], cap)
+            total += (nats * weights[rows]).sum()
             if d_hidden is not None:
                 torch.mm(grad, head, out=d_hidden[rows])
             if d_head is not None and d_head.dtype == h.dtype:

@@ -38,8 +38,8 @@ class Execution:
     """How a step is computed. Unlike RunConfig it decides no numbers, beyond rounding, and may change on resuming."""
 
     compile: Literal["auto", "always", "never"] = "auto"
-    """torch.compile of what lies between the attention kernels. auto: for runs of at least 1000 steps in float32 and
-    one process, where there is a compiler."""
+    """torch.compile of what lies between the attention kernels. auto: for runs of at least 1000 steps, where there is a
+    compiler."""
     recompute: Literal["nothing", "blocks", "passes"] = "nothing"
     """What is computed again in the backward instead of being kept (activation checkpointing): nothing; the inside of
     each block; the inside of each pass, of which only what later passes read is kept."""
@@ -54,17 +54,12 @@ class Execution:
         check_choice(self, "recompute", ("nothing", "blocks", "passes"))
         check_choice(self, "blocks", ("needed", "all"))
 
-    def resolve(self, steps: int, device: str | torch.device, unproved: str | None = None) -> tuple[Execution, str]:
-        """`always` or `never` in place of `auto` for a run of `steps`, and which path that is, in words.
-
-        `unproved` names what about the run no test compiles yet: `auto` then does not.
-        """
+    def resolve(self, steps: int, device: str | torch.device) -> tuple[Execution, str]:
+        """`always` or `never` in place of `auto` for a run of `steps`, and which path that is, in words."""
         if self.compile != "auto":
             decided, reason = self.compile, f"compile is {self.compile}"
         elif steps < LONG:
             decided, reason = "never", f"{steps:,} steps are fewer than {LONG:,}"
-        elif unproved is not None:
-            decided, reason = "never", f"compiling {unproved} is not tested"
         elif missing := missing_compiler(device):
             decided, reason = "never", missing
         else:

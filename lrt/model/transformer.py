@@ -282,7 +282,10 @@ class LatentRecurrentTransformer(nn.Module):
         visible = {window: state.visible(positions, window) for window in dict.fromkeys(config.windows)}
         channels = {own: pick_channels(memory, own) for own in dict.fromkeys(config.block_channels)}
         call = Call(inputs, angles, state.where(positions), state.write, state.execution)
-        x = inputs.x0 if stream is None else stream
+        # Not x_0 itself. Given one tensor twice, the first block would be compiled apart from the others. And FSDP2's
+        # hooks part the two: x_0's gradients would be added up in another order than in one process, which shows in
+        # bfloat16; and a recomputed block, which has no hooks, would save other tensors than its forward did.
+        x = inputs.x0.view_as(inputs.x0) if stream is None else stream
         outputs: dict[int, Tensor] = {}
         keys, values = list(state.keys), list(state.values)
         for i in blocks:

@@ -6,6 +6,7 @@ optimiser step itself is `Trainer.step`, and what is measured on the way is in `
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
@@ -39,6 +40,7 @@ from lrt.training.monitor import (
     memory_weight,
     report_divergence,
 )
+from lrt.training.precision import resolve_precision
 from lrt.training.resume import is_of_run, resume, tokens_trained
 from lrt.training.snapshots import SnapshotConfig, drop_finished
 from lrt.training.trainer import Diverged, OutOfMemory, Trainer, TrainingSummary
@@ -80,11 +82,11 @@ def train(
     goes on from the newest snapshot, bit for bit on a CPU; of a finished run nothing is done again. `resume_from` is
     `auto`, `never` or a snapshot's folder. `log_to` names loggers that get the numbers too. `execution` says how steps
     are computed, on which no number depends beyond rounding; which path runs is said on standard error. `begin` is the
-    model whose weights it begins with, where `run.init` is its fingerprint. Without
-    `evaluation` nothing is scored on the way. A loss or gradient that is not finite, or a loss that explodes, raises
-    Diverged, naming the step and the last good snapshot, which stays. Out of memory, it raises OutOfMemory, a
-    ValueError that says with what the run may go on. A single process saves a snapshot first, but not in an update, of
-    which the weights may have only half.
+    model whose weights it begins with, where `run.init` is its fingerprint. Without `evaluation` nothing is scored on
+    the way. A precision of `auto` is measured first (`resolve_precision`), and said beside the path. A loss or gradient
+    that is not finite, or a loss that explodes, raises Diverged, naming the step and the last good snapshot, which
+    stays. Out of memory, it raises OutOfMemory, a ValueError that says with what the run may go on. A single process
+    saves a snapshot first, but not in an update, of which the weights may have only half.
 
     All `ranks` call it, with one folder on a disk they share; the first writes. The model that comes back is this
     rank's, under FSDP2 its shards.
@@ -99,6 +101,8 @@ def train(
         )
     check_loggers(log_to)
     evaluation = evaluation or EvalConfig(every=0)
+    on_device = dataclasses.replace(ranks, device=str(device))
+    run, precision = resolve_precision(run, data, out, on_device, execution, resume_from)
     trainer = Trainer(run, data, device, ranks, execution, begin)
     with ranks.collective():
         out.mkdir(parents=True, exist_ok=True)
@@ -107,7 +111,7 @@ def train(
     training = TrainingRun(trainer, out, resume(trainer, out, resume_from), snapshots or SnapshotConfig(), evaluation)
     if not result_is_saved(training):
         if ranks.first:
-            print(f"{title}: {trainer.path}", file=sys.stderr)
+            print(f"{title}: {'; '.join(filter(None, (trainer.path, precision)))}", file=sys.stderr)
         with bar(title, trainer.steps, progress and ranks.first) as advance, stop_requests() as stop:
             advance(trainer.progress.step)
             with open_log(training, log_to) as log:

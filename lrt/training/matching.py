@@ -24,7 +24,7 @@ from lrt.schedules.base import SCHEDULES, Schedule
 from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
 from lrt.training.recipes import match_parameters
-from lrt.training.trainer import Trainer, resolve_execution
+from lrt.training.trainer import Trainer
 from lrt.utils import plugins
 from lrt.utils.files import replace_atomically
 from lrt.utils.progress import warn
@@ -72,7 +72,7 @@ class Launch:
 
     def conditions(self, run: RunConfig, reference: RunConfig) -> dict[str, Any]:
         """What two runs' steps are timed under, as plain data: each one's mode, the machine, the versions."""
-        modes = [resolve_execution(self.execution, r, self.ranks.device, self.ranks)[0] for r in (run, reference)]
+        modes = [self.execution.resolve(r.steps, self.ranks.device)[0] for r in (run, reference)]
         return {
             "mode": dataclasses.asdict(modes[0]),
             "mode beside": dataclasses.asdict(modes[1]),
@@ -205,21 +205,27 @@ def write_ratio(times: StepTimes, launch: Launch) -> None:
 
 
 def step_time_ratio(
-    run: RunConfig, reference: RunConfig, data: Prepared, ranks: SingleProcess, execution: Execution = EAGER
+    run: RunConfig,
+    reference: RunConfig,
+    data: Prepared,
+    ranks: SingleProcess,
+    execution: Execution = EAGER,
+    pairs: int = PAIRS,
+    warm: int = WARM,
 ) -> float:
     """Seconds per token of `run` over those of `reference`, optimiser included: median of alternated pairs of steps.
 
-    Each in the mode that `execution` means for it: what is compiled is compiled in the steps that warm up.
+    Each in the mode that `execution` means for it: what is compiled is compiled in the `warm` steps before them.
     """
     # The vocabulary is a fact of the data, here as in training.
     model = dataclasses.replace(reference.model, vocab_size=data.vocab_size)
     reference = dataclasses.replace(reference, model=model)
     trainers = [Trainer(r, data, ranks.device, ranks, execution) for r in (run, reference)]
     for trainer in trainers:
-        for _ in range(WARM):
+        for _ in range(warm):
             seconds_per_token(trainer)
     # Pairs, since a raw clock on a shared machine drifts: both sides of a pair meet the same load.
-    ratios = [seconds_per_token(trainers[0]) / seconds_per_token(trainers[1]) for _ in range(PAIRS)]
+    ratios = [seconds_per_token(trainers[0]) / seconds_per_token(trainers[1]) for _ in range(pairs)]
     for trainer in trainers:
         trainer.close()
     return ranks.broadcast(statistics.median(ratios))

@@ -36,12 +36,8 @@ from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
 from lrt.training.optim import Optimiser
 from lrt.utils import plugins
-from lrt.utils.device import is_out_of_memory
+from lrt.utils.device import is_out_of_memory, without_autocast
 from lrt.utils.progress import warn
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""What passes compute in. A cast around the objective, not code in the model: the State takes the weights' dtype, and
-gradients arrive in float32, in which weights and optimisers stay."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +67,6 @@ class Progress:
     """Training FLOPs, all passes counted, of the schedules that were drawn."""
 
 
-def resolve_execution(
-    execution: Execution, run: RunConfig, device: str | torch.device, ranks: SingleProcess
-) -> tuple[Execution, str]:
-    """How the steps of a run are computed, without `auto`, and that in words."""
-    # No test holds compiled steps of these against uncompiled ones.
-    untested = "bfloat16" if run.precision != "float32" else "several processes" if ranks.ranks > 1 else None
-    return execution.resolve(run.steps, device, untested)
-
-
 class Trainer:
     """A run in memory. Each of `ranks` has one; their methods are called by all."""
 
@@ -95,13 +82,13 @@ class Trainer:
         """`begin` is the model whose weights it begins with, where `run.init` names one."""
         torch.manual_seed(run.seed)  # for the weights; data order and schedule draws take the seed themselves
         self.run, self.data, self.device, self.ranks = run, data, device, ranks
-        self.execution, self.path = resolve_execution(execution, run, device, ranks)
+        self.execution, self.path = execution.resolve(run.steps, device)
         self.micro_batches = run.micro_batches(ranks.ranks)
         self.model = LatentRecurrentTransformer(run.model).to(device).train()
         if begin is not None:
             begin_with(self.model, begin)
         # Shards the model in place, so that the optimisers below see what they are to update.
-        self.objective = ranks.parallelise(self.model, DTYPES[run.precision])
+        self.objective = ranks.parallelise(self.model, run.dtype)
         self.optimiser = Optimiser(self.model, run.model.width, run.batch_tokens, run.steps, run.optim, ranks)
         self.rows = Rows(data.split("train"), run.model.context, run.seed, ranks.rank, ranks.ranks)
         self.schedule = parse(run.schedule)
@@ -121,12 +108,12 @@ class Trainer:
         """
         run, before, started = self.run, self.progress, time.perf_counter()
         schedule = self.schedule.at(before.step, self.steps, run.seed)
-        with self.memory_errors(self._advise_memory()):
+        with self.memory_errors(self._advise_memory()), without_autocast(self.device):
             batches, position = self._batches()
             loss = self._accumulate_gradients(schedule, batches)
             norm = float(clip_gradients(self.model, run.optim.clip, self.ranks))
         self._check_finite(loss, norm)
-        with self.memory_errors(self._advise_update_memory(), weights_whole=False):
+        with self.memory_errors(self._advise_update_memory(), weights_whole=False), without_autocast(self.device):
             rate = self.optimiser.step(before.step)
         self.progress = Progress(
             before.step + 1,

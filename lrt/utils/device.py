@@ -44,6 +44,15 @@ def double(x: Tensor) -> Tensor:
     return x.double() if has_float64(x.device) else x.cpu().double()
 
 
+def without_autocast(device: str | torch.device) -> torch.autocast:
+    """A block whose types are those of its tensors, also within somebody's torch.autocast.
+
+    Here the weights' type says what is computed in; autocast would round the operands of a float32 run's products, and
+    those of the loss. A backward takes the block that it is called in, not its forward's: put it in one, too.
+    """
+    return torch.autocast(torch.device(device).type, enabled=False)
+
+
 PEAKS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
     "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,

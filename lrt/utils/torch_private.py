@@ -75,6 +75,14 @@ def packed_linear(x: Tensor, weight: Tensor) -> Tensor:
     return PACKED_LINEAR(x.contiguous(), weight, None, "none", [], "")
 
 
+def has_amx() -> bool:
+    """Whether this CPU has matrix units that torch uses; no where this torch does not say."""
+    try:
+        return bool(torch.cpu._is_amx_tile_supported())
+    except AttributeError:
+        return False
+
+
 def warn_missing(what: str, instead: str) -> None:
     """Say, once per place, that this torch lacks something and what is used instead."""
     warnings.warn(f"torch {torch.__version__} lacks {what}; {instead}", RuntimeWarning, stacklevel=3)

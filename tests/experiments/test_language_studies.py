@@ -82,6 +82,8 @@ def test_mistakes_in_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         language.build_run({**FIELDS, "sede": 1}, 300)
     with pytest.raises(ValueError, match="unknown family 'lstm'; choose one of transformer, token shift"):
         language.build_run({**FIELDS, "family": "lstm"}, 300)
+    with pytest.raises(ValueError, match="precision is 'auto', which depends on the machine"):
+        language.build_run({**FIELDS, "precision": "auto"}, 300)
     monkeypatch.setattr(texts, "TEXTS", tmp_path)
     with pytest.raises(ValueError, match="the text 'poems' is not there; prepare it with: lrt prepare"):
         texts.open_text("poems")

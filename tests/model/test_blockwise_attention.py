@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.attention import PLANS, G, H, hiding, random, with_gradients
-from support.models import PAIRWISE, VISIBLE, assert_same, assert_same_gradients, gradients, random_model
+from support.models import PAIRWISE, VISIBLE, assert_same, assert_same_gradients, difference, gradients, random_model
 from torch import Tensor
 
 from lrt import MemoryConfig, ModelConfig, refine, schedules
@@ -22,6 +22,7 @@ from lrt.model.blockwise_attention import CPU, PLAIN, Kernel, attend, attend_ref
 from lrt.model.strided_state import Band, StridedState, triangle
 from lrt.schedules import refinement
 from lrt.schedules.work import common_stride
+from lrt.utils import torch_private
 
 SMALL = {"TILE": 4, "QUERIES": 5, "KEYS": 7}  # so that few positions make many pieces
 
@@ -232,3 +233,23 @@ def test_the_comparison_would_notice_a_wrong_shift():
         )
     )
     assert float((right - wrong).detach().norm() / right.detach().norm()) > VISIBLE
+
+
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("name", list(PLANS))
+def test_without_matrix_units_bfloat16_attention_is_rounded_once(name: str, amx: bool, monkeypatch: pytest.MonkeyPatch):
+    """Relative to the norm; rounding once is an error below 2^-9. With matrix units the softmax is rounded as well."""
+    monkeypatch.setattr(torch_private, "has_amx", lambda: amx)
+    n, sizes, pieces = PLANS[name]
+    inputs = [random(H, n, 7), *(random(G, m, seed) for seed, m in enumerate(sizes * 2))]
+    half = [x.detach().bfloat16().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in half]
+    direction = random(H, n, 9).detach().bfloat16()
+    runs = []
+    for function, (q, *sources) in ((attend, half), (attend_reference, exact)):
+        out = function(q, sources[: len(sizes)], sources[len(sizes) :], pieces)
+        runs.append([out.detach(), *torch.autograd.grad((out * direction).sum(), [q, *sources])])
+    assert {x.dtype for x in runs[0]} == {torch.bfloat16}
+    errors = [difference(actual.double(), expected) for actual, expected in zip(*runs, strict=True)]
+    assert errors[0] < (2**-7 if amx else 2**-9)
+    assert max(errors[1:]) < (2**-7 if amx else 2**-8)  # their formula has the output, which is rounded too

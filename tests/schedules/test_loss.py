@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import TOLERANCE, VISIBLE, assert_same, difference, random_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -111,6 +111,28 @@ def test_in_bfloat16_the_heads_gradient_is_summed_in_float32():
         assert weight.grad.dtype == dtype
         grads.append(weight.grad.double())
     assert difference(grads[0], grads[1]) < 0.004  # bfloat16 itself: 2^-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_fused_head_is_the_same_within_somebodys_autocast(dtype: torch.dtype):
+    """Also where autocast made the hidden states bfloat16 and left the head in float32."""
+    model = random_model(CONFIG, torch.float32)
+    hidden, targets = rows(40, dtype)
+    expected = value_and_gradients(model, summed_nats(model, hidden, targets), hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = summed_nats(model, hidden, targets)
+    for actual, right in zip(value_and_gradients(model, total, hidden), expected, strict=True):
+        assert actual.dtype == right.dtype
+        assert torch.equal(actual, right)
+
+
+def test_an_adapted_heads_nats_are_float32_under_bfloat16():
+    model = random_model(CONFIG, torch.bfloat16)
+    model.head = nn.Sequential(model.head)  # as an adapter would stand around it
+    hidden, targets = rows(40, torch.bfloat16)
+    logits = model.logits(hidden).float()
+    expected = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    assert_same(summed_nats(model, hidden, targets), expected)
 
 
 def test_without_gradients_the_value_is_the_same():

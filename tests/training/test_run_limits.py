@@ -37,7 +37,7 @@ LIMITS: dict[tuple[type, str], tuple[list[Any], list[Any]]] = {
     (RunConfig, "batch_size"): ([1], [0]),
     (RunConfig, "seed"): ([0, 2**63 - 1], [-1, 2**63, 1.5]),
     (RunConfig, "device_batch"): ([None, 1, 2, 16, 99], [0, -1, 3]),  # of 16 rows; more are as many
-    (RunConfig, "precision"): (["float32", "bfloat16"], ["float16"]),
+    (RunConfig, "precision"): (["float32", "bfloat16", "auto"], ["float16"]),
     (RunConfig, "horizon"): (["steps=0.5", "tokens=1e-3", "ratio=1", "flops=1"], ["steps=0", "steps=-1", "days=1"]),
 }
 

@@ -10,8 +10,10 @@ import torch
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, schedules
 from lrt.data.prepared import Prepared
+from lrt.distributed.objective import make_objective
 from lrt.model.size import count_parameters
 from lrt.schedules.flops import training_flops
+from lrt.schedules.loss import StepLoss
 from lrt.training.config import RunConfig
 from lrt.training.matching import Comparison, Launch, ReferenceRun, match
 from lrt.training.optim import OptimConfig, Optimiser
@@ -45,6 +47,36 @@ def test_step_n_runs_and_counts_the_schedule_of_step_n(data: Prepared, text: str
     assert [line["tokens"] for line in lines] == [64 * (step + 1) for step in range(steps)]
     flops = torch.tensor([64 * training_flops(MODEL, schedule, 32) for schedule in drawn], dtype=torch.float64)
     assert [line["flops"] for line in lines] == pytest.approx(flops.cumsum(0).tolist())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_is_the_same_within_somebodys_autocast(data: Prepared, precision: str):
+    """autocast would round what is float32, by 2^-9: the products of passes, of the loss, and of Newton-Schulz."""
+    run = dataclasses.replace(run_config("settled(1, 1, 1)", 9), precision=precision)
+    trainers = [Trainer(run, data, "cpu") for _ in range(2)]
+    for _ in range(2):
+        line = trainers[0].step()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert trainers[1].step()["loss"] == line["loss"]
+    for trainer in trainers:
+        trainer.close()
+    for a, b in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_objective_is_the_same_within_somebodys_autocast(dtype: torch.dtype):
+    torch.manual_seed(0)
+    model = LatentRecurrentTransformer(MODEL)
+    tokens = torch.randint(300, (2, 32))
+    loss, objective = StepLoss.of(schedules.settled(1, 1, 1), [tokens]), make_objective(model, dtype)
+    losses = [objective(loss, tokens, tokens, None)]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses.append(objective(loss, tokens, tokens, None))
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    assert losses[0].dtype == torch.float32
+    assert torch.equal(*losses)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_adamw_moves_by_its_rate_however_small_the_gradient():

@@ -98,6 +98,8 @@ def build_run(fields: Fields, vocab_size: int) -> RunConfig:
     own = {"schedule", "batch_size", "device_batch", "precision", "horizon", "seed"}
     check_fields(RunConfig, {name: field for name, field in fields.items() if name in own}, "the cell")
     check_fields(OptimConfig, fields.get("optim", {}), "optim")
+    if fields.get("precision") == "auto":
+        raise ValueError("precision is 'auto', which depends on the machine, as no cell may; give float32 or bfloat16")
     model = build_model(fields, vocab_size)
     optim = OptimConfig(**fields.get("optim", {}))
     factor = fields.get("rate", 1)  # of a sweep: all four rates together

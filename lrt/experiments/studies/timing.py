@@ -97,7 +97,7 @@ def schedule_ratio(run: RunConfig, device: str) -> float:
     model = LatentRecurrentTransformer(run.model).to(device).train()
     rows = run.device_batch or run.batch_size
     tokens = torch.randint(run.model.vocab_size, (2, rows, run.model.context), device=device)
-    objective = make_objective(model, torch.bfloat16 if run.precision == "bfloat16" else torch.float32)
+    objective = make_objective(model, run.dtype)
 
     def step(schedule: Schedule) -> Work:
         loss = StepLoss.of(schedule, [tokens[1]])
