@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.ranks import CONTEXT, ROWS, STEPS, losses, prepare_squares, run_two, small_run
+from support.ranks import CONTEXT, LAYERED, ROWS, STEPS, SUMMED, losses, prepare_squares, run_two, small_run
 from torch import Tensor
 
 from lrt.data.prepared import Prepared
@@ -36,14 +36,16 @@ SCHEDULES = {
     "interleaved": "interleaved(2)",
     "multi_refinement": "multi_refinement(2)",
     "mixture": "mixture([(0.5, interleaved(2)), (0.5, settled(0, 1, 1))])",
+    "late": "late(0.5, settled(1, 1, 1))",
 }
+MEMORIES = {"late": LAYERED}
 CASES = [(parallel, name) for parallel in ("ddp", "fsdp") for name in SCHEDULES] + [("fsdp-reshard", "mixture")]
 HALF, LATER = 6, 9
 """Where the run on one rank is saved, and where two ranks that went on from there save again."""
 
 
 def run_config(schedule: str, device_batch: int | None = 1) -> RunConfig:
-    return small_run(SCHEDULES[schedule], device_batch)
+    return small_run(SCHEDULES[schedule], device_batch, MEMORIES.get(schedule, SUMMED))
 
 
 def moments(session: Trainer) -> dict[str, Tensor]:

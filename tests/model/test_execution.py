@@ -31,7 +31,7 @@ from torch._dynamo.utils import counters
 from lrt import MemoryConfig, ModelConfig, refine, schedules
 from lrt.distributed.objective import make_objective
 from lrt.experiments.bench.peak import LiveBytes
-from lrt.model.execution import EAGER, Execution
+from lrt.model.execution import EAGER, WHOLE, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.loss import StepLoss
 from lrt.utils.torch_private import missing_compiler
@@ -124,6 +124,14 @@ ALIKE = ModelConfig(
     memory=MemoryConfig(source=(0, 2), projection="layerwise"),
 )  # fmt: skip
 """Blocks of one kind, which take one form of each function."""
+LAYERED = replace(
+    ALIKE,
+    depth=3,
+    memory=MemoryConfig(
+        source=(0, 0, 2), combine="channels", projection="layerwise", layers=((1, 2, 3), (1, 2, 3), (2, 3))
+    ),
+)
+"""Passes share block 1, a free one ends behind block 2, and a first one goes without layer 2's channel."""
 BFLOAT16 = 2**-4
 """The most by which a whole gradient in bfloat16 may differ, over its norm: compiled ones from uncompiled ones, as
 sums and activations are rounded elsewhere, and either from float32's. Seen: 0.02 to 0.05, of each kind."""
@@ -153,6 +161,17 @@ def test_compiled_steps_in_either_precision_equal_uncompiled_ones(schedule: Any)
         kept, made_again = (step(model, schedule, Execution("always", r), dtype) for r in ("nothing", recompute))
         for name in kept:
             assert torch.equal(kept[name], made_again[name]), (dtype, recompute, name)
+
+
+@compiles
+@pytest.mark.parametrize(
+    "schedule",
+    [schedules.settled(1, 1, 1), pytest.param(schedules.interleaved(2), marks=pytest.mark.slow)],
+    ids=repr,
+)
+def test_compiled_steps_run_only_the_blocks_that_are_needed(schedule: Any):
+    model = random_model(LAYERED)
+    assert_same_gradients(step(model, schedule, Execution("always")), step(model, schedule, WHOLE))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -189,6 +208,13 @@ RECOMPUTED = [schedules.interleaved(2), schedules.settled(1, 2, 1), schedules.ch
 def test_recomputing_changes_nothing(schedule: Any, recompute: Any):
     model = random_model(CONFIG)
     assert_same_gradients(step(model, schedule, Execution("never", recompute)), step(model, schedule, EAGER))
+
+
+@pytest.mark.parametrize("recompute", ["blocks", "passes"])
+@pytest.mark.parametrize("schedule", [schedules.settled(1, 1, 1), schedules.interleaved(2)], ids=repr)
+def test_recomputing_only_the_blocks_that_are_needed_changes_nothing(schedule: Any, recompute: Any):
+    model = random_model(LAYERED)
+    assert_same_gradients(step(model, schedule, Execution("never", recompute)), step(model, schedule, WHOLE))
 
 
 @pytest.mark.parametrize("recompute", ["blocks", "passes"])

@@ -19,9 +19,19 @@ STEPS, ROWS, CONTEXT = 20, 4, 32
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def small_run(schedule: str, device_batch: int | None = 1) -> RunConfig:
+SUMMED = MemoryConfig(source=(0, 2), projection="layerwise")
+LAYERED = MemoryConfig(
+    source=(0, 0, 2),
+    combine="channels",
+    projection="layerwise",
+    layers=((1, 2), (1, 2), (2,)),
+    state_start="neutral",
+)
+"""Layer 2 enters from block 2 on: passes share block 1, and a plain one goes without its channel."""
+
+
+def small_run(schedule: str, device_batch: int | None = 1, memory: MemoryConfig = SUMMED) -> RunConfig:
     """20 steps of 4 rows of 32 tokens; a tiny LRT with every kind of parameter."""
-    memory = MemoryConfig(source=(0, 2), projection="layerwise")
     model = ModelConfig(
         depth=2, width=32, heads=2, vocab_size=300, context=CONTEXT, memory=memory, value_embeddings="all"
     )
