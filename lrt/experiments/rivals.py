@@ -16,7 +16,7 @@ from typing import Any
 from lrt.model.config import ModelConfig
 from lrt.model.memory_config import MemoryConfig
 from lrt.schedules import library as schedules
-from lrt.training.recipes import recommended_memory
+from lrt.training.recipes import late_memory, recommended_memory
 
 CHUNK = 64
 """Tokens of a chunk of the paper's losing baseline."""
@@ -73,4 +73,5 @@ def rivals(layers: int) -> dict[str, Rival]:
             {"memory": dataclasses.replace(best, projection="shared")}, schedules.DEFAULT, "docs/log.md"
         ),
         "recommended": Rival({"memory": best}, schedules.DEFAULT, "docs/log.md"),
+        "late": Rival({"memory": late_memory(layers)}, schedules.LATE, "docs/log.md"),
     }

@@ -3,6 +3,8 @@
 from lrt.schedules.base import SCHEDULES, Mixture, Pass, Passes, Schedule, Simple, Stages, schedule
 from lrt.schedules.library import (
     DEFAULT,
+    LATE,
+    STATE,
     chunked,
     interleaved,
     late,
@@ -18,7 +20,9 @@ from lrt.schedules.parse import names, parse
 
 __all__ = [
     "DEFAULT",
+    "LATE",
     "SCHEDULES",
+    "STATE",
     "Mixture",
     "Pass",
     "Passes",

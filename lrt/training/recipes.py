@@ -26,6 +26,20 @@ def recommended_memory(layers: int) -> MemoryConfig:
     return MemoryConfig(projection="layerwise", source=(0, layers), combine="channels", initial="embedding")
 
 
+def late_memory(layers: int) -> MemoryConfig:
+    """The memory of an LRT that is its control until recurrence is switched on: two channels of the previous embedding,
+    and one of the layer at three quarters of the depth, which enters from that block on and starts neutral. A free pass
+    then costs one block."""
+    every, source = tuple(range(1, layers + 1)), max(1, round(0.75 * layers))
+    return MemoryConfig(
+        projection="layerwise",
+        source=(0, 0, source),
+        combine="channels",
+        layers=(every, every, every[source - 1 :]),
+        state_start="neutral",
+    )
+
+
 def families(layers: int) -> dict[str, tuple[MemoryConfig, str]]:
     """The three that are compared: memory and training schedule of each. docs/log.md says how they were chosen."""
     return {
@@ -112,7 +126,7 @@ def depth_recipe(layers: int, family: str = "lrt") -> RunConfig:
     and head 0.004 times (width / 768)^-0.5, batch 524288 with square-root scaling of the rates, weight decay
     0.2 · (12 / depth)² falling to zero, no warm-up, a linear warm-down over the last half; 10 tokens per parameter.
     """
-    memory, schedule = families(layers)[family]
+    memory, schedule = {**families(layers), "late": (late_memory(layers), schedules.LATE)}[family]
     context, batch = 512 if layers <= 6 else 2048, batch_tokens(layers)
     model = ModelConfig.from_depth(layers, context=context, value_embeddings="all", memory=memory)
     rows = batch // context
@@ -129,6 +143,8 @@ def depth_recipe(layers: int, family: str = "lrt") -> RunConfig:
     )
 
 
+SUFFIXES = {"": "lrt", "-late": "late", "-transformer": "transformer", "-token-shift": "token_shift"}
+"""Ending of a rung's name -> what is trained."""
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "demo-transformer": partial(demo_recipe, "transformer"),
     "demo-token-shift": partial(demo_recipe, "token_shift"),
@@ -136,6 +152,6 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     **{
         f"d{layers}{suffix}": partial(depth_recipe, layers, family)
         for layers in LADDER
-        for suffix, family in (("", "lrt"), ("-transformer", "transformer"), ("-token-shift", "token_shift"))
+        for suffix, family in SUFFIXES.items()
     },
 }

@@ -223,6 +223,11 @@ LONGER = 209_766_400
 HEAD = 83_886_080  # 2 · 1280 · 32768
 PLAIN_STACK = 2 * BLOCKS + ATTENTION  # 891,852,880
 
+# late: three channels. Blocks 1 to 14 read the embedding's two (2 γ, gates 3 · 10 · 1280), 15 to 20 layer 15 as well.
+LATE_LOW = 14 * (PLAIN_STACK / 20 + 2 * (2 + 38_400 + 2 * PAIR))
+LATE_FREE = PLAIN_STACK / 20 + 2 * (3 + 51_200 + 2 * PAIR)  # block 15, before anything is written
+LATE_HIGH = 6 * (PLAIN_STACK / 20 + 2 * (3 + 51_200 + 3 * PAIR))
+
 # name: (parameters, FLOPs per token of one call without the head, of training, forwards per generated token)
 BY_HAND: dict[str, tuple[int, float, float, int]] = {
     "transformer": (BLOCKS + TABLES_AND_HEAD, PLAIN_STACK, 3 * (PLAIN_STACK + HEAD), 1),
@@ -288,6 +293,14 @@ BY_HAND: dict[str, tuple[int, float, float, int]] = {
         BLOCKS + TABLES_AND_HEAD + 40 + 768_000 + 2 * PAIR,
         PLAIN_STACK + 2 * (40 + 768_000 + 2 * PAIR),
         4.5 * (PLAIN_STACK + 2 * (40 + 768_000 + 2 * PAIR)) + 3 * HEAD,
+        1,
+    ),
+    # Until the onset at 0.8 a pass without the 6 pairs of layer 15; then the lower blocks once, a free pass of block 15
+    # and the upper blocks.
+    "late": (
+        BLOCKS + TABLES_AND_HEAD + 46 + 844_800 + 46 * PAIR,
+        LATE_LOW + LATE_HIGH,
+        3 * LATE_LOW + 3 * LATE_HIGH - 0.8 * 3 * 2 * 6 * PAIR + 0.2 * LATE_FREE + 3 * HEAD,
         1,
     ),
     "recommended": (

@@ -67,7 +67,7 @@ class Contender:
 class TrainingSteps:
     """Which models' whole training steps are timed, and at which sizes."""
 
-    models: tuple[str, ...] = ("recommended", "token shift, 2 channels, layerwise")
+    models: tuple[str, ...] = ("recommended", "late", "token shift, 2 channels, layerwise")
     """Families of `lrt study rivals` by name, over the Transformer of as many parameters; or folders of runs of your
     own, each over a Transformer of its size."""
     sources: tuple[float, ...] = (0.5,)
