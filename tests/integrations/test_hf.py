@@ -41,6 +41,9 @@ V = 60
 MEMORIES = {
     "both": MemoryConfig(injection="both"),
     "channels": MemoryConfig(injection="both", source=(0, 2), combine="channels", initial="embedding"),
+    "layers per source": MemoryConfig(
+        injection="both", projection="layerwise", source=(0, 0, 2), combine="channels", layers=((1, 2), (1, 2), (2,))
+    ),
     "layerwise delay 2": MemoryConfig(injection="key_value", projection="layerwise", source=1, delay=2),
     "token shift": MemoryConfig(injection="both", source=0),
     "none": MemoryConfig(injection="none"),
