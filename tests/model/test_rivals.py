@@ -295,12 +295,12 @@ BY_HAND: dict[str, tuple[int, float, float, int]] = {
         4.5 * (PLAIN_STACK + 2 * (40 + 768_000 + 2 * PAIR)) + 3 * HEAD,
         1,
     ),
-    # Until the onset at 0.8 a pass without the 6 pairs of layer 15; then the lower blocks once, a free pass of block 15
+    # Until the onset at 0.9 a pass without the 6 pairs of layer 15; then the lower blocks once, a free pass of block 15
     # and the upper blocks.
     "late": (
         BLOCKS + TABLES_AND_HEAD + 46 + 844_800 + 46 * PAIR,
         LATE_LOW + LATE_HIGH,
-        3 * LATE_LOW + 3 * LATE_HIGH - 0.8 * 3 * 2 * 6 * PAIR + 0.2 * LATE_FREE + 3 * HEAD,
+        3 * LATE_LOW + 3 * LATE_HIGH - 0.9 * 3 * 2 * 6 * PAIR + 0.1 * LATE_FREE + 3 * HEAD,
         1,
     ),
     "recommended": (
