@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -44,13 +45,16 @@ def double(x: Tensor) -> Tensor:
     return x.double() if has_float64(x.device) else x.cpu().double()
 
 
-def without_autocast(device: str | torch.device) -> torch.autocast:
+def without_autocast(device: str | torch.device) -> AbstractContextManager[object]:
     """A block whose types are those of its tensors, also within somebody's torch.autocast.
 
     Here the weights' type says what is computed in; autocast would round the operands of a float32 run's products, and
     those of the loss. A backward takes the block that it is called in, not its forward's: put it in one, too.
     """
-    return torch.autocast(torch.device(device).type, enabled=False)
+    kind = torch.device(device).type
+    if not torch.is_autocast_enabled(kind):  # a device of a plugin's own may have none
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 PEAKS = {

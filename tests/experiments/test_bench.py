@@ -111,21 +111,22 @@ def test_whole_steps_have_rows_beside_the_contracts(capsys: pytest.CaptureFixtur
     assert [(row["model"], row["source"], row["over"]) for row in rows] == [
         ("transformer", "none", "transformer: plain()"),
         ("recommended", "0, 2", "transformer: plain()"),
+        ("late", "0, 0, 2", "transformer: plain()"),
         ("token shift, 2 channels, layerwise", "0, 0", "transformer: plain()"),
         ("recommended, source 1", "0, 1", "recommended, source 1: plain()"),
         ("recommended, source 1", "0, 1", "recommended, source 1: plain()"),
     ]
-    assert [row["schedule"] for row in rows[:3]] == [rivals(2)[row["model"]].schedule for row in rows[:3]]
-    assert [row["schedule"] for row in rows[3:]] == ["plain()", "settled(0, 1, 1)"]
+    assert [row["schedule"] for row in rows[:4]] == [rivals(2)[row["model"]].schedule for row in rows[:4]]
+    assert [row["schedule"] for row in rows[4:]] == ["plain()", "settled(0, 1, 1)"]
     assert {row["optimiser"] for row in rows} == {"Muon, AdamW"}
     assert {row["size"] for row in rows} == {"2x32"}
     for row in rows:
         assert {"seconds", "ratio", "spread", "ideal", "peak_bytes", "recurrent_share"} <= set(row)
         assert sum(part["share"] for part in row["about"]["parts"]) == pytest.approx(1)
-    sizes = [row["about"]["parameters"] for row in rows[:3]]
+    sizes = [row["about"]["parameters"] for row in rows[:4]]
     assert max(sizes) - min(sizes) <= 0.005 * max(sizes)
-    assert [rows[i]["ratio"] for i in (0, 3)] == [1, 1]
-    assert [rows[i]["recurrent_share"] for i in (0, 1, 2, 4)] == [0, 1, 0, 1]
+    assert [rows[i]["ratio"] for i in (0, 4)] == [1, 1]
+    assert [rows[i]["recurrent_share"] for i in (0, 1, 2, 3, 5)] == pytest.approx([0, 1, 0.1, 0, 1])
     TrainBench(**TINY, models=("transformer",), modules=False, recompute=(), progress=False,
                training=TrainingSteps((), (1.0,), ("1x32",), 16, 1, 300)).run()  # type: ignore[arg-type]  # fmt: skip
     printed = capsys.readouterr().out

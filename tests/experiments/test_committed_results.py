@@ -29,7 +29,15 @@ from lrt.training.config import RunConfig
 from lrt.training.optim import OptimConfig
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
-LANGUAGE = ["injection.tiny", "onset.longer", "onset.tiny", "rivals.tiny", "scaling.tiny", "schedule.tiny", "source.tiny"]
+LANGUAGE = [
+    "injection.tiny",
+    "onset.longer",
+    "onset.tiny",
+    "rivals.tiny",
+    "scaling.tiny",
+    "schedule.tiny",
+    "source.tiny",
+]
 TRACKING = ["state-tracking.small", "state-tracking.stream", "state-tracking.tiny"]
 
 # Lines of language keep their whole RunConfig. Lines of state tracking keep the cell's fields alone; what those leave
