@@ -12,6 +12,7 @@ import tyro
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.distributed.single_process import SingleProcess
+from lrt.eval.diagnose import check_tokenizer
 from lrt.eval.runs import Run
 from lrt.model import checkpoint
 from lrt.model.execution import Execution
@@ -128,9 +129,9 @@ def begin_run(run: RunConfig, data: Prepared) -> tuple[RunConfig, LatentRecurren
     together."""
     if run.init is None:
         return run, None
-    begin, tokenizer = checkpoint.load(run.init)
-    if tokenizer.sha256 != data.tokenizer.sha256:
-        raise ValueError(f"{run.init} has another tokenizer than {data.path}; give the data that it was trained on")
+    folder = checkpoint.verify(Path(run.init))
+    begin, tokenizer = checkpoint.load(folder)
+    check_tokenizer(data, tokenizer, folder)
     return dataclasses.replace(run, init=fingerprint(begin), model=adopt(run.model, begin.config)), begin
 
 

@@ -106,9 +106,7 @@ def swept_blocks(config: ModelConfig, execution: Execution) -> range:
     all."""
     if execution.blocks == "all":
         return range(config.kv_layers)
-    # All sources have to be computed by a sweep, as it writes them together.
-    below = config.first_state_block - 1 if config.first_state_block <= min(config.stored_sources) else 0
-    return range(below, config.memory_blocks)
+    return range(config.blocks_below_memory, config.memory_blocks)
 
 
 def block_shares(config: ModelConfig, execution: Execution = EAGER) -> BlockShares:

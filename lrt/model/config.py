@@ -237,6 +237,14 @@ class ModelConfig:
         follows from the tokens alone."""
         return min((self.channel_layers[c][0] for c in self.state_channels), default=self.depth + 1)
 
+    @cached_property
+    def blocks_below_memory(self) -> int:
+        """How many of the first blocks follow from the tokens alone, so that once is enough to compute them: those
+        below the first that reads a remembered layer. None where one of them is remembered, as all remembered layers
+        are written together, or where nothing is."""
+        below = self.first_state_block - 1
+        return below if self.stored_sources and below < min(self.stored_sources) else 0
+
     def of_block(self, layer: int) -> ModelConfig:
         """This configuration as block `layer` sees it: with the sources alone that it injects."""
         if self.block_channels[layer - 1] in ((), tuple(range(self.channels))):

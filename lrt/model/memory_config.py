@@ -71,7 +71,7 @@ class MemoryConfig:
     """How many positions back the memory is read; the first `delay` positions of a document read zeros."""
     layers: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
     """The blocks (1..L) that inject the memory; None means all. For channels also one tuple of blocks per source: those
-    below the first that reads a remembered layer are then computed once per training step (`first_state_block`)."""
+    below the first that reads a remembered layer are then computed once per training step."""
     state_start: Literal["active", "neutral"] = "active"
     """How channels of sources >= 1 begin. neutral: with γ, U_k and U_v zero, so that they add nothing until they are
     trained. An LRT is then its control without recurrence until recurrence is switched on (`schedules.late`)."""

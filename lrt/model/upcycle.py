@@ -17,20 +17,15 @@ from lrt.model.memory import KeyValue, Projection, Residual
 from lrt.model.memory_config import OWN_INJECTIONS
 from lrt.model.transformer import Block, LatentRecurrentTransformer
 
-SAME = ("depth", "width")
-"""What a recipe and the model that it begins with must have in common; the rest is that model's."""
-
 
 def adopt(config: ModelConfig, other: ModelConfig) -> ModelConfig:
     """`other` with the memory of `config`: the model to train. ValueError where their depths or widths differ, or
     `other` remembers what `config` has no channel for."""
-    for name in SAME:
-        ours, theirs = getattr(config, name), getattr(other, name)
-        if ours != theirs:
-            raise ValueError(
-                f"the model to begin with has {name} {theirs}, this one {ours}; give a recipe of its {name}, or "
-                f"--model.{name} {theirs}"
-            )
+    if (config.depth, config.width) != (other.depth, other.width):
+        raise ValueError(
+            f"the model to begin with has depth {other.depth} and width {other.width}, this one {config.depth} and "
+            f"{config.width}; give a recipe of its size, or --model.depth {other.depth} --model.width {other.width}"
+        )
     adopted = dataclasses.replace(other, memory=config.memory)
     for memory in (adopted.memory, other.memory):
         if memory.injection not in OWN_INJECTIONS:

@@ -39,7 +39,7 @@ def parts_of(config: ModelConfig, passes: Passes, execution: Execution, strided:
     every = range(config.kv_layers)
     if execution.blocks == "all" or config.positions_per_token > 1:
         return tuple(Part(p, every, p.grad) for p in passes)
-    sharing, first = count_sharing(config, passes) if strided else 0, config.first_state_block - 1
+    sharing, first = count_sharing(config, passes) if strided else 0, config.blocks_below_memory
     parts = []
     if sharing:
         parts.append(Part(passes[0], range(first), any(p.grad for p in passes[:sharing]), ends=False))
@@ -56,8 +56,7 @@ def count_sharing(config: ModelConfig, passes: Passes) -> int:
     share where gradients are the same by it: no query with a gradient sees keys that a pass without one has left.
     Elsewhere those before the first with a gradient do. None where nothing would be saved.
     """
-    remembered = config.stored_sources
-    if len(passes) < 2 or len(remembered) == 0 or not 1 < config.first_state_block <= min(remembered):
+    if len(passes) < 2 or config.blocks_below_memory == 0:
         return 0
     if passes[0].positions != range(len(passes[0].positions)) or passes[0].stop < max(p.stop for p in passes):
         return 0

@@ -211,7 +211,9 @@ def test_flags_may_stand_before_or_behind_the_recipe(data: Path, tmp_path: Path)
     assert all(torch.equal(before[name], behind[name]) for name in before)
 
 
-def test_an_lrt_begins_with_a_transformers_weights(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_lrt_begins_with_a_transformers_weights(
+    data: Path, texts: list[Path], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     own = ("--data", str(data), "--device", "cpu", "--eval.every", "0")
     wide = ("--model.mlp-width", "24", *TINY)
     main(["train", *own, "--out", str(tmp_path / "plain"), "d2-transformer", *wide])
@@ -227,11 +229,16 @@ def test_an_lrt_begins_with_a_transformers_weights(data: Path, tmp_path: Path, c
     assert abs(losses[1] - last) < abs(losses[0] - last) / 2  # it goes on where the Transformer stood
     assert about(tmp_path / "lrt")["run"]["init"] == fingerprint(begun)
     main(again)  # of a finished run nothing is done again
-    for flags, named in (
-        (("--init", str(tmp_path / "nowhere")), ("nowhere", "is not a checkpoint")),
-        (("--init", str(tmp_path / "plain"), "--model.depth", "3", "--model.memory.source", "3"), ("depth 2", "3")),
+    plain_run, foreign = str(tmp_path / "plain"), tmp_path / "foreign"
+    main(["prepare", str(foreign), "--text", str(texts[0]), "--vocab-size", "290"])
+    deeper = ("--model.depth", "3", "--model.memory.source", "3")
+    for before, flags, named in (
+        ((), ("--init", str(tmp_path / "nowhere")), ("nowhere", "is not a checkpoint")),
+        ((), ("--init", plain_run, *deeper), ("depth 2", "this one 3")),
+        (("--match", "parameters", str(run)), ("--init", plain_run), ("--match parameters", "--init")),
+        (("--data", str(foreign)), ("--init", plain_run), ("another tokenizer",)),
     ):
-        message = one_line(capsys, "train", *own, "--out", str(tmp_path / "other"), "d2", *TINY, *flags)
+        message = one_line(capsys, "train", *own, *before, "--out", str(tmp_path / "other"), "d2", *TINY, *flags)
         assert all(part in message for part in named), message
 
 

@@ -61,8 +61,8 @@ def test_what_is_new_can_learn(theirs: MemoryConfig, ours: MemoryConfig):
 
 
 REFUSED = {
-    "another depth": (replace(BASE, depth=2), BASE, ("depth 3", "2", "--model.depth 3")),
-    "another width": (replace(BASE, width=24), BASE, ("width 12", "24")),
+    "another depth": (replace(BASE, depth=2), BASE, ("depth 3", "this one 2", "--model.depth 3")),
+    "another width": (replace(BASE, width=24), BASE, ("width 12", "and 24", "--model.width 12")),
     "a lost source": (replace(BASE, memory=MemoryConfig(source=0)), replace(BASE, memory=TWO), ("no place", "(0, 0)")),
     "a lost injection": (
         replace(BASE, memory=RESIDUAL),

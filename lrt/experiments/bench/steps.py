@@ -231,18 +231,10 @@ def step_peak(trainer: Trainer, parts: Iterable[Schedule]) -> int:
     return max(peaks)
 
 
-def step_rows(
-    group: str,
-    contenders: Sequence[Contender],
-    execution: Execution,
-    device: str,
-    rounds: int,
-    progress: bool = True,
-    limit: float = math.inf,
-) -> list[Row]:
+def step_rows(group: str, timed: Sequence[Timed], device: str) -> list[Row]:
     """A row for each contender of a size, or of a folder: its whole step over that of what it is held against."""
-    timed = {t.contender.key: t for t in time_steps(contenders, execution, device, rounds, progress, limit)}
-    return [step_row(group, t, timed[t.contender.over], peak_flops(device)) for t in timed.values()]
+    by_key = {t.contender.key: t for t in timed}
+    return [step_row(group, t, by_key[t.contender.over], peak_flops(device)) for t in timed]
 
 
 def step_row(group: str, timed: Timed, base: Timed, top: float | None) -> Row:

@@ -19,7 +19,7 @@ from lrt.distributed.objective import make_objective
 from lrt.experiments.bench.baselines import PlainModel
 from lrt.experiments.bench.peak import peak_bytes
 from lrt.experiments.bench.rows import Row, hardware_title, print_json, print_table
-from lrt.experiments.bench.steps import TrainingSteps, source_text, step_rows
+from lrt.experiments.bench.steps import Contender, TrainingSteps, source_text, step_rows, time_steps
 from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution
 from lrt.model.memory_config import MemoryConfig
@@ -124,10 +124,15 @@ class TrainBench:
         if "passes" in wanted:
             parts.append(self.pass_rows)
         if "training" in wanted:  # what is wrong of the models is said here, before any work
-            measured = Execution(self.compile), self.device, self.rounds, self.progress
             groups = self.training.groups(self.precision, self.seed)
-            parts += [partial(step_rows, name, group, *measured) for name, group in groups.items()]
+            parts += [partial(self.step_rows, name, contenders) for name, contenders in groups.items()]
         return [row for part in parts for row in part(limit / len(parts))]
+
+    def step_rows(self, group: str, contenders: list[Contender], limit: float = math.inf) -> list[Row]:
+        """Whole steps of the contenders of one size, timed in turn."""
+        execution = Execution(self.compile)
+        timed = time_steps(contenders, execution, self.device, self.rounds, self.progress, limit)
+        return step_rows(group, timed, self.device)
 
     def pass_rows(self, limit: float = math.inf) -> list[Row]:
         """All candidates, timed in turn, over `plain()` of the same model."""
