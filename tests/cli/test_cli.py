@@ -215,13 +215,13 @@ def test_an_lrt_begins_with_a_transformers_weights(
     data: Path, texts: list[Path], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     own = ("--data", str(data), "--device", "cpu", "--eval.every", "0")
-    wide = ("--model.mlp-width", "24", *TINY)
-    main(["train", *own, "--out", str(tmp_path / "plain"), "d2-transformer", *wide])
+    narrow = (*TINY, "--model.mlp-width", "16")  # in place of TINY's 24
+    main(["train", *own, "--out", str(tmp_path / "plain"), "d2-transformer", *narrow])
     again = ["train", *own, "--out", str(tmp_path / "lrt"), "d2", *TINY, "--init", str(tmp_path / "plain")]
     main(again)
     begun, _ = load(tmp_path / "plain")
     model, _ = load(tmp_path / "lrt")
-    assert (model.config.mlp_dim, model.config.sources) == (24, (0, 2))  # the Transformer's model, the recipe's memory
+    assert (model.config.mlp_dim, model.config.sources) == (16, (0, 2))  # the Transformer's model, the recipe's memory
     losses = [
         json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["loss"] for name in ("plain", "lrt")
     ]
