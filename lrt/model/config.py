@@ -224,12 +224,16 @@ class ModelConfig:
 
         Where the embedding's come first, and the library's own injections, which take fewer channels, read them. A
         pass before recurrence is switched on then costs what the control's does. Models without the embedding among
-        their channels read zeros, as they always did.
+        their channels read zeros, as they always did; so do those with a block that reads a remembered layer alone,
+        whose γ would have no gradient, which DDP expects.
         """
         embeddings = [source == 0 for source in self.sources]
         count, memory = sum(embeddings), self.memory
         own = memory.injection in OWN_INJECTIONS and memory.combine == "channels" and memory.initial == "zeros"
-        return count if own and count > 0 and all(embeddings[:count]) else self.channels
+        if not own or count == 0 or not all(embeddings[:count]):
+            return self.channels
+        alone = any(read and read[0] >= count for read in self.block_channels)
+        return self.channels if alone else count
 
     @cached_property
     def first_state_block(self) -> int:

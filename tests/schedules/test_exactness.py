@@ -866,6 +866,19 @@ def test_blocks_below_the_first_that_reads_a_remembered_layer_run_once():
         assert [called.count(block) for block in model.blocks] == runs, (layers, text)
 
 
+@pytest.mark.parametrize(
+    "layers", [((1, 2, 3), (1, 2, 3), (2, 3)), ((1, 2), (1, 2), (2, 3))], ids=["all", "state alone"]
+)
+def test_a_pass_that_leaves_channels_out_gives_every_parameter_a_gradient(layers: Any):
+    """DDP expects one of each: zeros for what is left out. Block 3 may read a remembered layer alone."""
+    memory = MemoryConfig(source=(0, 0, 3), combine="channels", projection="layerwise", layers=layers)
+    model = random_model(replace(configuration({"depth": 3}), memory=memory))
+    hidden = refine(model, random_tokens(), schedules.plain(), execution=EAGER).hidden
+    read = {name: p for name, p in model.named_parameters() if name != "head.weight"}
+    each = torch.autograd.grad(hidden.square().sum(), list(read.values()), allow_unused=True)
+    assert [name for name, gradient in zip(read, each, strict=True) if gradient is None] == []
+
+
 def test_latent_thoughts_are_read_by_the_next_pass_so_that_none_ends_early():
     config = replace(NONE, thoughts=1)
     passes = schedules.settled(1, 1, 1).passes(LENGTH)
