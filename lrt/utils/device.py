@@ -52,7 +52,7 @@ def without_autocast(device: str | torch.device) -> AbstractContextManager[objec
     those of the loss. A backward takes the block that it is called in, not its forward's: put it in one, too.
     """
     kind = torch.device(device).type
-    if not torch.is_autocast_enabled(kind):  # a device of a plugin's own may have none
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):  # "meta" has none
         return nullcontext()
     return torch.autocast(kind, enabled=False)
 

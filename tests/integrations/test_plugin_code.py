@@ -17,7 +17,7 @@ def exported(folder: Path, source: str) -> str:
 def test_imports_of_public_names_become_imports_from_modules(tmp_path: Path) -> None:
     source = "x = 1\nif x:\n    from lrt import MemoryConfig, State as S  # both\ny = 2\n"
     assert exported(tmp_path, source) == (
-        "x = 1\nif x:\n    from lrt.model.config import MemoryConfig as MemoryConfig\n"
+        "x = 1\nif x:\n    from lrt.model.memory_config import MemoryConfig as MemoryConfig\n"
         "    from lrt.model.state import State as S\ny = 2\n"
     )
 
