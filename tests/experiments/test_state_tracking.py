@@ -81,9 +81,9 @@ def test_groups_by_hand():
 
 
 def test_parity_and_words_ask_at_every_position():
-    tokens, classes = TASKS["parity"].sample(3, 17, seeded())
+    tokens, classes, _ = TASKS["parity"].sample(3, 17, seeded())
     assert classes[:, -1].tolist() == [sum(row) % 2 for row in tokens.tolist()]
-    tokens, classes = TASKS["s5_swaps"].sample(2, 9, seeded())
+    tokens, classes, _ = TASKS["s5_swaps"].sample(2, 9, seeded())
     state = list(range(5))
     for t in range(9):
         letter = S5.elements[S5.moving_at_most(2)[int(tokens[0, t])]]
@@ -93,7 +93,7 @@ def test_parity_and_words_ask_at_every_position():
 
 def test_flip_flop_reads_what_was_written_last():
     for name, ignore in (("flip_flop", 0.8), ("flip_flop_sparse", 0.98), ("flip_flop_dense", 0.1)):
-        tokens, classes = TASKS[name].sample(200, 512, seeded())
+        tokens, classes, _ = TASKS[name].sample(200, 512, seeded())
         for row, asked in zip(tokens[:20].tolist(), classes[:20].tolist(), strict=True):
             held = None
             for t in range(0, 512, 2):
@@ -110,12 +110,12 @@ def test_flip_flop_reads_what_was_written_last():
 
 
 def test_recall_dyck_and_retrieval_by_replaying():
-    tokens, classes = TASKS["recall"].sample(20, 64, seeded())
+    tokens, classes, _ = TASKS["recall"].sample(20, 64, seeded())
     for row, asked in zip(tokens.tolist(), classes.tolist(), strict=True):
         pairs = {row[t]: row[t + 1] - 16 for t in range(0, 32, 2)}
         assert len(pairs) == 16
         assert asked == [IGNORED] * 32 + [pairs[key] for key in row[32:]]
-    tokens, classes = TASKS["dyck"].sample(20, 100, seeded())
+    tokens, classes, _ = TASKS["dyck"].sample(20, 100, seeded())
     for row, asked in zip(tokens.tolist(), classes.tolist(), strict=True):
         stack: list[int] = []
         for word, top in zip(row, asked, strict=True):
@@ -125,7 +125,7 @@ def test_recall_dyck_and_retrieval_by_replaying():
                 stack.append(word)
             assert len(stack) <= 8
             assert top == (stack[-1] if stack else 2)
-    tokens, classes = TASKS["tracked_retrieval"].sample(20, 30, seeded())
+    tokens, classes, _ = TASKS["tracked_retrieval"].sample(20, 30, seeded())
     for row, asked in zip(tokens.tolist(), classes.tolist(), strict=True):
         places = row[:5]
         for move in row[5:-1]:
@@ -142,9 +142,9 @@ def test_rows_repeat_with_their_seed_and_guessing_gives_chance(name: str):
     task = TASKS[name]
     length = task.length(33)
     rows = 300 if name == "mod5_brackets" else 3000
-    tokens, classes = task.sample(rows, length, seeded(1))
-    again, _ = task.sample(rows, length, seeded(1))
-    other, _ = task.sample(rows, length, seeded(2))
+    tokens, classes, _ = task.sample(rows, length, seeded(1))
+    again, _, _ = task.sample(rows, length, seeded(1))
+    other, _, _ = task.sample(rows, length, seeded(2))
     assert torch.equal(tokens, again)
     assert not torch.equal(tokens, other)
     assert int(tokens.max()) < task.tokens
@@ -229,7 +229,7 @@ def test_chunks_are_sequential_passes(name: str, schedule: str):
 
 def test_the_fast_loss_is_the_loss_of_the_step():
     model = awake(small())
-    tokens, classes = TASKS["mod5"].sample(4, 21, seeded())
+    tokens, classes, _ = TASKS["mod5"].sample(4, 21, seeded())
     config = dataclasses.replace(small(), vocab_size=8)
     model = awake(config)
     fast, final = step_loss(model, tokens, classes, schedules.sequential())
@@ -243,7 +243,7 @@ def test_the_fast_loss_is_the_loss_of_the_step():
 
 def test_mastery_is_that_of_the_last_pass():
     model = awake(dataclasses.replace(small(), vocab_size=8))
-    tokens, classes = TASKS["mod5"].sample(4, 21, seeded())
+    tokens, classes, _ = TASKS["mod5"].sample(4, 21, seeded())
     schedule = schedules.multi_refinement(2)
     loss, final = step_loss(model, tokens, classes, schedule)
     nats = [
@@ -417,7 +417,7 @@ def test_reused_slots_give_what_a_carry_gives():
 
 def test_streams_are_counted_in_parts():
     model = awake(dataclasses.replace(small(), vocab_size=2))
-    tokens, classes = TASKS["parity"].sample(2, 50, seeded())
+    tokens, classes, _ = TASKS["parity"].sample(2, 50, seeded())
     answers = measure.stream_answers(model, tokens, classes, parts=4)
     assert [part.asked for part in answers.parts] == [26, 26, 26, 22]
     assert answers.carried == 16 + 2 * 2 * 4 * 16  # the memory; keys and values of 4 positions in 2 layers

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrt.data.batch import IGNORED
-from lrt.experiments.state_tracking.tasks import Examples, Task
+from lrt.experiments.state_tracking.tasks import Pair, Task
 from lrt.model.execution import EAGER, Execution
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules import library as schedules
@@ -67,9 +67,9 @@ def held_out_generator(purpose: str, task: Task, length: int, seed: int) -> torc
 
 def sample_rows(
     model: LatentRecurrentTransformer, task: Task, rows: int, length: int, generator: torch.Generator
-) -> Examples:
+) -> Pair:
     """Fresh tokens and classes (B, T), on the model's device."""
-    tokens, classes = task.sample(rows, length, generator)
+    tokens, classes, _ = task.sample(rows, length, generator)
     return tokens.to(model.embedding.weight.device), classes.to(model.embedding.weight.device)
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,9 +76,20 @@ def make_group(elements: list[Permutation]) -> Group:
     return Group(tuple(elements), torch.tensor(table))
 
 
-Examples = tuple[Tensor, Tensor]
-"""Tokens (B, T) int and classes (B, T) int, IGNORED where nothing is asked."""
-Sampler = Callable[[int, int, torch.Generator], Examples]
+class Examples(NamedTuple):
+    """Rows, and what is asked in them."""
+
+    tokens: Tensor
+    """(B, T) int."""
+    classes: Tensor
+    """(B, T) int, IGNORED where nothing is asked."""
+    floor: float = 0.0
+    """Mean nats that a class costs who knows the state: 0 where the state decides all that is asked."""
+
+
+Pair = tuple[Tensor, Tensor]
+"""Tokens and classes, where the floor is 0."""
+Sampler = Callable[[int, int, torch.Generator], Pair | Examples]
 """(rows, length, generator) -> tokens and classes."""
 
 
@@ -108,7 +120,8 @@ class Task:
                 f"{self.name} has no sequences of {length} tokens; take {self.shortest} plus a multiple of "
                 f"{self.multiple}"
             )
-        return self.sampler(rows, length, generator)
+        examples = self.sampler(rows, length, generator)
+        return examples if isinstance(examples, Examples) else Examples(*examples)
 
     def length(self, wanted: int) -> int:
         """The longest length of the format that is at most `wanted`."""
@@ -125,7 +138,7 @@ def ask_nothing(tokens: Tensor) -> Tensor:
     return torch.full_like(tokens, IGNORED)
 
 
-def parity(rows: int, length: int, generator: torch.Generator) -> Examples:
+def parity(rows: int, length: int, generator: torch.Generator) -> Pair:
     """Bits; after each, whether the ones so far are odd."""
     tokens = integers(2, (rows, length), generator)
     return tokens, tokens.cumsum(1) % 2
@@ -136,7 +149,7 @@ PLUS, MINUS, TIMES, OPEN, CLOSE = range(MODULUS, MODULUS + 5)
 """Tokens behind the digits 0 … 4."""
 
 
-def arithmetic(rows: int, length: int, generator: torch.Generator) -> Examples:
+def arithmetic(rows: int, length: int, generator: torch.Generator) -> Pair:
     """digit (operator digit)*, operators + - *, * first; after each digit, the value modulo 5 of what stands so far."""
     tokens = integers(MODULUS, (rows, length), generator)
     tokens[:, 1::2] = PLUS + integers(3, (rows, length // 2), generator)
@@ -158,7 +171,7 @@ def flat_values(tokens: Tensor) -> Tensor:
     return values
 
 
-def brackets(rows: int, length: int, generator: torch.Generator) -> Examples:
+def brackets(rows: int, length: int, generator: torch.Generator) -> Pair:
     """Expressions of exactly `length` tokens, Delétang et al.'s grammar without *; the value is asked at the last."""
     expressions = [expression(length, generator) for _ in range(rows)]
     tokens = torch.tensor([words for words, _ in expressions])
@@ -183,7 +196,7 @@ def expression(length: int, generator: torch.Generator) -> tuple[list[int], int]
 def word_problem(group: Group, letters: tuple[int, ...]) -> Sampler:
     """Elements of `group`, drawn from `letters`; after each, the product so far."""
 
-    def sample(rows: int, length: int, generator: torch.Generator) -> Examples:
+    def sample(rows: int, length: int, generator: torch.Generator) -> Pair:
         alphabet = torch.tensor(letters)
         tokens = integers(len(letters), (rows, length), generator)
         return tokens, prefix_products(group, alphabet[tokens])
@@ -208,7 +221,7 @@ WRITE, READ, IGNORE = 2, 3, 4
 def flip_flop(ignore: float) -> Sampler:
     """Instruction and bit in turn; after a read stands the bit last written: asked at the read, one token before it."""
 
-    def sample(rows: int, length: int, generator: torch.Generator) -> Examples:
+    def sample(rows: int, length: int, generator: torch.Generator) -> Pair:
         pairs = length // 2
         u = torch.rand(rows, pairs, generator=generator)
         # What is not ignored is half writes, half reads.
@@ -230,7 +243,7 @@ KEYS, VALUES = 16, 16
 """Of associative recall: keys are the tokens 0 … 15, values stand behind them."""
 
 
-def recall(rows: int, length: int, generator: torch.Generator) -> Examples:
+def recall(rows: int, length: int, generator: torch.Generator) -> Pair:
     """Half of the row: different keys, each with its value; then queries, each asking for its key's value."""
     pairs = min(KEYS, length // 4)
     keys = torch.rand(rows, KEYS, generator=generator).argsort(1)[:, :pairs]  # a random order: no key twice
@@ -245,7 +258,7 @@ KINDS, DEPTH = 2, 8
 """Of brackets, and the most that are open at once."""
 
 
-def dyck(rows: int, length: int, generator: torch.Generator) -> Examples:
+def dyck(rows: int, length: int, generator: torch.Generator) -> Pair:
     """Prefixes of Dyck-(2, 8): opening brackets 0 and 1, closing 2 and 3; asked: the one on top, 2 for none."""
     tokens = integers(KINDS, (rows, length), generator)
     coin = torch.rand(rows, length, generator=generator) < 0.5
@@ -273,7 +286,7 @@ def tracked_retrieval(group: Group) -> Sampler:
     swaps = torch.tensor(group.moving_at_most(2))
     places = torch.tensor(group.elements)
 
-    def sample(rows: int, length: int, generator: torch.Generator) -> Examples:
+    def sample(rows: int, length: int, generator: torch.Generator) -> Pair:
         values = integers(VALUES, (rows, ITEMS), generator)
         moves = integers(len(swaps), (rows, length - ITEMS - 1), generator)
         place = integers(ITEMS, (rows,), generator)

@@ -62,7 +62,7 @@ class TrackingRun:
     by: int = 2
     """How much they grow at a time."""
     mastered: float = 0.3
-    """Rows grow when the mean loss of the last `PATIENCE` steps at this length is below so many nats."""
+    """Rows grow when the mean loss of the last `PATIENCE` steps at this length is below so many nats over the floor."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class TrainedTracker:
 
     model: LatentRecurrentTransformer
     losses: list[float] = field(repr=False)
-    """One per step, in nats per asked position, under what the schedule leaves in the end."""
+    """One per step, in nats per asked position over the rows' floor, under what the schedule leaves in the end."""
     grown: dict[int, int]
     """The step at which rows of each length were first drawn."""
     tokens: int
@@ -119,14 +119,15 @@ def train_tracking(
     losses, trained_tokens, begun = [], 0, time.perf_counter()
     for step in range(run.steps):
         generator = torch.Generator().manual_seed(STRIDE * run.seed + step)  # a function of the seed and the step
-        tokens, classes = (x.to(device) for x in task.sample(run.rows, lengths[len(reached) - 1], generator))
+        examples = task.sample(run.rows, lengths[len(reached) - 1], generator)
+        tokens, classes = examples.tokens.to(device), examples.classes.to(device)
         loss, final = step_loss(model, tokens, classes, schedule.at(step, run.steps, run.seed), execution)
         loss.backward()
         norm = float(clip_gradients(model, run.optim.clip))
         if not math.isfinite(norm + final + float(loss.detach())):
             raise FloatingPointError(f"at step {step} the loss is {float(loss.detach())}, the gradient's norm {norm}")
         optimiser.step(step)
-        losses.append(final)
+        losses.append(final - examples.floor)
         trained_tokens += tokens.numel()
         # Losses of shorter rows do not count towards the next length.
         recent = losses[reached[-1] :][-PATIENCE:]
