@@ -160,7 +160,7 @@ def test_rows_repeat_with_their_seed_and_guessing_gives_chance(name: str):
 def test_tests_draw_rows_that_training_cannot():
     """A generator knows 32 bits of its seed: those of training end where those of tests begin."""
     seeds = [
-        measure.held_out_generator(purpose, TASKS[name], length, seed).initial_seed()
+        measure.held_out_generator(purpose, name, length, seed).initial_seed()
         for purpose in ("last state", "reads", "stream")
         for name in ("parity", "s5")
         for length in (40, 256)

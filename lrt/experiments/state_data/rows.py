@@ -71,6 +71,8 @@ class Benchmark:
     chance: float
     """The chance of an answer for who knows the grammar and no state; NaN where that is no one number."""
     sampler: Sampler
+    bounds: tuple[int, ...] = (0, 1, 2, 3, 4, 8)
+    """Where bins of distances begin."""
 
     def sample(self, rows: int, length: int, generator: torch.Generator) -> Rows:
         """Fresh rows. ValueError for a length below 2: BOS, and a token to predict."""

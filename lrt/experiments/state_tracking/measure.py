@@ -46,21 +46,27 @@ class Answers:
 
 
 @torch.no_grad()
-def live_answers(model: LatentRecurrentTransformer, tokens: Tensor) -> Tensor:
-    """Answers (B, T): the likeliest class at each position, decoded token by token.
+def live_hidden(model: LatentRecurrentTransformer, tokens: Tensor) -> Tensor:
+    """Hidden states (B, T, D) of tokens (B, T), decoded token by token.
 
     A model without a stored memory needs no recurrence: one plain pass gives the same.
     """
     if unrolled.reason_uncovered(model) is None:  # the same numbers as `sequential`, faster
-        return model.logits(unrolled.over(model, tokens)).argmax(-1)
+        return unrolled.over(model, tokens)
     remembered = model.config.stored_sources
     schedule = schedules.sequential() if remembered else schedules.plain()
-    return model.logits(refine(model, tokens, schedule).hidden).argmax(-1)
+    return refine(model, tokens, schedule).hidden
 
 
-def held_out_generator(purpose: str, task: Task, length: int, seed: int) -> torch.Generator:
+@torch.no_grad()
+def live_answers(model: LatentRecurrentTransformer, tokens: Tensor) -> Tensor:
+    """Answers (B, T): the likeliest class at each position, decoded token by token."""
+    return model.logits(live_hidden(model, tokens)).argmax(-1)
+
+
+def held_out_generator(purpose: str, task: str, length: int, seed: int) -> torch.Generator:
     """The generator of a test's rows: another one for each test, and none that training draws from."""
-    name = f"{purpose}/{task.name}/{length}/{seed}"
+    name = f"{purpose}/{task}/{length}/{seed}"
     # A large constant added to a training seed would be none: the generator drops what is above 32 bits.
     return torch.Generator().manual_seed(HELD_OUT + int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT)
 
@@ -92,7 +98,7 @@ def score_last_state(
     model: LatentRecurrentTransformer, task: Task, length: int, rows: int = SEQUENCES, seed: int = 0, batch: int = 1000
 ) -> Answers:
     """The last position's state over `rows` fresh sequences."""
-    generator = held_out_generator("last state", task, length, seed)
+    generator = held_out_generator("last state", task.name, length, seed)
     right = 0
     for start in range(0, rows, batch):
         tokens, classes = sample_rows(model, task, min(batch, rows - start), length, generator)
@@ -104,7 +110,7 @@ def score_reads(
     model: LatentRecurrentTransformer, task: Task, length: int, wanted: int, seed: int = 0, batch: int = 1000
 ) -> Answers:
     """All answers in fresh sequences, until at least `wanted` were asked for: errors are what counts."""
-    generator = held_out_generator("reads", task, length, seed)
+    generator = held_out_generator("reads", task.name, length, seed)
     asked = right = 0
     while asked < wanted:
         tokens, classes = sample_rows(model, task, batch, length, generator)

@@ -24,7 +24,7 @@ from torch import Tensor
 from lrt.data.batch import IGNORED
 from lrt.distributed.single_process import clip_gradients
 from lrt.experiments.state_tracking.measure import HELD_OUT
-from lrt.experiments.state_tracking.tasks import TASKS
+from lrt.experiments.state_tracking.tasks import TASKS, Task
 from lrt.model.config import ModelConfig
 from lrt.model.cross_entropy import summed_nats, token_nats
 from lrt.model.execution import EAGER, Execution
@@ -46,8 +46,8 @@ STRIDE = 10_000_000
 class TrackingRun:
     """Everything that decides such a run."""
 
-    task: str
-    """A name in `tasks.TASKS`."""
+    task: str | Task
+    """A name in `tasks.TASKS`, or what rows are drawn from."""
     model: ModelConfig
     optim: OptimConfig
     """Rates as they are: no scaling with the batch, but with the width as everywhere."""
@@ -66,7 +66,8 @@ class TrackingRun:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        TASKS.check(self.task)
+        if isinstance(self.task, str):
+            TASKS.check(self.task)
         if not 1 <= self.shortest <= self.longest or min(self.by, self.steps, self.rows) < 1 or (not self.mastered > 0):
             raise ValueError(
                 f"lengths {self.shortest} to {self.longest} by {self.by}, {self.steps} steps of {self.rows} rows, "
@@ -79,9 +80,14 @@ class TrackingRun:
             )
         parse(self.schedule)
 
+    @property
+    def source(self) -> Task:
+        """What rows are drawn from."""
+        return TASKS[self.task] if isinstance(self.task, str) else self.task
+
     def lengths(self) -> list[int]:
         """The lengths of the rows, in order; those of the task's format."""
-        task = TASKS[self.task]
+        task = self.source
         steps = [*range(self.shortest, self.longest, self.by), self.longest]
         return list(dict.fromkeys(task.length(max(task.shortest, wanted)) for wanted in steps))
 
@@ -109,7 +115,7 @@ def train_tracking(
     device: str = "cpu",
 ) -> TrainedTracker:
     """Train from nothing. Raises FloatingPointError where a loss or gradient is not finite."""
-    task = TASKS[run.task]
+    task = run.source
     torch.manual_seed(run.seed)
     model = LatentRecurrentTransformer(run.model).to(device).train()
     # The rates are the run's own: at the reference batch nothing is scaled.

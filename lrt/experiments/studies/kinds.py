@@ -5,10 +5,12 @@ from __future__ import annotations
 from lrt.experiments.studies import figures
 from lrt.experiments.studies.language import Language, Rivals, Scaling
 from lrt.experiments.studies.runner import Kind
+from lrt.experiments.studies.state_data import StateData
 from lrt.experiments.studies.state_tracking import StateTracking
 
 KINDS: dict[str, Kind] = {
     "tracking": StateTracking(),
+    "state-data": StateData(),
     "language": Language(),
     "rivals": Rivals(figures.differences_figure),
     "sources": Language(figures.source_figure),

@@ -81,7 +81,7 @@ class StateTracking:
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
         run = tracking_run(fields)
-        task, sequences = TASKS[run.task], fields.get("sequences", measure.SEQUENCES)
+        task, sequences = run.source, fields.get("sequences", measure.SEQUENCES)
         scores: dict[str, Any] = {"parameters": count_parameters(run.model)[0], "chance": task.chance}
         try:
             done = train_tracking(run, lambda steps, text: advance(TRAINING * steps / run.steps, text), device=device)
@@ -160,7 +160,7 @@ def score_stream(
     model: LatentRecurrentTransformer, task: Task, stream: Fields, seed: int, advance: Advance
 ) -> dict[str, Any]:
     """The accuracy of a stream, whole and in tenths, and how it was run."""
-    generator = measure.held_out_generator("stream", task, stream["symbols"], seed)
+    generator = measure.held_out_generator("stream", task.name, stream["symbols"], seed)
     tokens, classes = measure.sample_rows(model, task, stream["rows"], stream["symbols"] // stream["rows"], generator)
     begun = time.perf_counter()
     answers = measure.stream_answers(model, tokens, classes, execution=Execution(stream["compile"]), advance=advance)

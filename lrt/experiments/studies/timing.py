@@ -7,7 +7,7 @@ would give the seeds and rates of a family different horizons at equal wall-cloc
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +54,26 @@ def paired_ratios(run: RunConfig, other: RunConfig, data: Prepared, device: str)
     """The ratios of a run and the Transformer's beside it: those that are kept, or measured now."""
     if run.model == other.model and run.schedule == other.schedule:
         return {"step": 1.0, "schedule": 1.0, "decode": 1.0}
-    key = ratios_key(run, other, device)
+
+    def measure() -> Ratios:
+        return {
+            "step": step_time_ratio(run, other, data, SingleProcess(device)),
+            "schedule": schedule_ratio(run, device),
+            "decode": decode_ratio(run, other, device),
+        }
+
+    return keep(ratios_key(run, other, device), measure)
+
+
+def keep(key: str, measure: Callable[[], Ratios]) -> Ratios:
+    """The ratios that are kept under a key, or measured now."""
     file = ratios_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(file.with_suffix(".lock")):  # held while measuring: two at once would disturb each other
         measured: dict[str, Ratios] = json.loads(file.read_text()) if file.exists() else {}
         key = next((saved for saved in measured if fill_key(saved) == key), key)
         if key not in measured:
-            measured[key] = {
-                "step": step_time_ratio(run, other, data, SingleProcess(device)),
-                "schedule": schedule_ratio(run, device),
-                "decode": decode_ratio(run, other, device),
-            }
+            measured[key] = measure()
             replace_atomically(file, json.dumps(measured, indent=1))
     return measured[key]
 
@@ -73,8 +81,12 @@ def paired_ratios(run: RunConfig, other: RunConfig, data: Prepared, device: str)
 def ratios_key(run: RunConfig, other: RunConfig, device: str) -> str:
     """Two runs and a machine as JSON, without what takes no time of a step."""
     untimed = {"horizon": "", "seed": 0, "optim": None}
-    runs = [{**config.to_dict(), **untimed} for config in (run, other)]
-    return json.dumps([*runs, hardware(device)], sort_keys=True, default=str)
+    return machine_key([{**config.to_dict(), **untimed} for config in (run, other)], device)
+
+
+def machine_key(timed: Sequence[dict[str, Any]], device: str) -> str:
+    """What is timed, as plain data, and the machine, as JSON."""
+    return json.dumps([*timed, hardware(device)], sort_keys=True, default=str)
 
 
 def fill_key(key: str) -> str:
