@@ -33,6 +33,7 @@ LANGUAGE = [
     "injection.tiny",
     "onset.longer",
     "onset.tiny",
+    "onset.variants",
     "rivals.tiny",
     "scaling.tiny",
     "schedule.tiny",
