@@ -41,7 +41,8 @@ def test_answers_are_what_the_whole_program_prints():
     assert shown > 500
 
 
-OPERANDS = {**dict.fromkeys("abcde", 0.12), **dict.fromkeys("0123456", 0.4 / 7)}
+OPERANDS = {**dict.fromkeys("abcde", 0.75 / 5), **dict.fromkeys("0123456", 0.25 / 7)}
+ADDENDS = {**dict.fromkeys("abcde", 0.2 / 5), **dict.fromkeys("0123456", 0.8 / 7)}
 
 
 def next_words(text: str, popped: int) -> dict[str, float]:
@@ -50,8 +51,8 @@ def next_words(text: str, popped: int) -> dict[str, float]:
     if line == "":
         if re.search(r"print\(.*\)\n$", text):  # an answer: any digit, and only the state knows
             return {}
-        begin = {"print(": 0.25, "if ": 0.08, "s.append(": 0.08, "m[": 0.08}
-        return begin | dict.fromkeys("abcde", 0.51 / 5)
+        begin = {"print(": 0.3, "if ": 0.08, "s.append(": 0.08, "m[": 0.08}
+        return begin | dict.fromkeys("abcde", 0.46 / 5)
     grammar: list[tuple[str, dict[str, float]]] = [
         (r"(print\(|s\.append\(|if |m\[.\] = |if . % 7 > 3: )$", dict.fromkeys("abcde", 0.2)),
         (r"print\(.$", {" % 7)\n": 1.0}),
@@ -63,9 +64,10 @@ def next_words(text: str, popped: int) -> dict[str, float]:
         (r". = m\[.$", {"]\n": 1.0}),
         (r"if .$", {" % 7 > 3: ": 1.0}),
         (r"if . % 7 > 3: .$", {" = ": 0.5, " += ": 0.5}),
-        (r"(if . % 7 > 3: . \+?= |[a-e] \+= )$", OPERANDS),
+        (r"if . % 7 > 3: . = $", OPERANDS),
+        (r"(if . % 7 > 3: )?[a-e] \+= $", ADDENDS),
         (r"(if . % 7 > 3: )?[a-e] \+?= [a-e0-6]$", {"\n": 1.0}),
-        (r"[a-e]$", {" = ": 0.4, " += ": 0.4, ", ": 0.2}),
+        (r"[a-e]$", {" = ": 0.45, " += ": 0.25, ", ": 0.3}),
         (r"[a-e] = $", OPERANDS | {"m[": 0.2} | ({"s.pop()\n": 0.2} if popped else {})),
         (r"(?P<x>[a-e]), $", {n: 0.25 for n in "abcde" if n != line[0]}),
         (r"[a-e], .$", {" = ": 1.0}),

@@ -43,6 +43,11 @@ WORDS = (
 )  # fmt: skip
 """The vocabulary, BOS first."""
 IDS = {word: n for n, word in enumerate(WORDS)}
+OPERATORS = {" = ": 0.45, " += ": 0.25, ", ": 0.3}
+"""What follows the name that a statement begins with, and how likely."""
+OF_NAMES = {" = ": 0.75, " += ": 0.2}
+"""How many of the operands are names; the others are constants. Few sums are of two names: a table of 49 entries is
+arithmetic to be learned, not state."""
 Form = dict[int, int]
 """A linear form of hidden numbers, which are uniform and independent: number to coefficient, modulo 7, a field. What is
 known of a value but for a constant: without hidden numbers it is certain, with one it is uniform."""
@@ -54,7 +59,7 @@ class Repl:
 
     names: int = 5
     """How many there are, 2 to 8."""
-    shows: float = 0.25
+    shows: float = 0.3
     """The probability that a statement is a `print`."""
     hidden: float = 0.0
     """The part of the constants that nobody sees."""
@@ -200,7 +205,7 @@ class Session:
 
     def assign(self, target: str) -> None:
         """A statement that begins with the name that it changes."""
-        operator = self.choose({" = ": 0.4, " += ": 0.4, ", ": 0.2})
+        operator = self.choose(OPERATORS)
         if operator == ", ":
             self.swap(target)
             return
@@ -224,10 +229,11 @@ class Session:
 
         `whole`: also from the list and the dictionary.
         """
-        seen = (1 - self.repl.hidden) * 0.4 / MODULUS
-        weights = {**dict.fromkeys(self.names, 0.6 / self.repl.names), **dict.fromkeys(DIGITS, seen)}
+        of_names, constants = OF_NAMES[operator], 1 - OF_NAMES[operator]
+        seen = (1 - self.repl.hidden) * constants / MODULUS
+        weights = {**dict.fromkeys(self.names, of_names / self.repl.names), **dict.fromkeys(DIGITS, seen)}
         if self.repl.hidden:
-            weights[HIDDEN] = self.repl.hidden * 0.4
+            weights[HIDDEN] = self.repl.hidden * constants
         if whole and operator == " = ":
             weights |= {"m[": 0.2, **({"s.pop()\n": 0.2} if self.space["s"] else {})}
         word = self.choose(weights)
