@@ -13,8 +13,8 @@ class RunStudy:
     """Run a study's grid, cell by cell, and show its table and figure. What is done is skipped; stopped, it goes on."""
 
     study: tyro.conf.Positional[str]
-    """A study that comes with the library (rivals, schedule, source, injection, scaling, state-tracking), or a .yaml
-    file of one's own."""
+    """A study that comes with the library (rivals, schedule, source, injection, onset, scaling, state-data,
+    state-tracking), or a .yaml file of one's own."""
     edition: str = "tiny"
     """Which of its sizes: tiny is for two CPU cores."""
     only: tuple[str, ...] = ()
@@ -25,6 +25,8 @@ class RunStudy:
     """File of the figure, an SVG. None: beside the results."""
     show: bool = False
     """Run nothing: only the table and the figure of what is there."""
+    dry_run: bool = False
+    """Run nothing: only say how many cells are left and how long they take."""
     devices: tuple[str, ...] = ("cpu",)
     """Where cells run: one process for each, side by side. cpu; or for example cuda:0 cuda:1, or cpu cpu, which share
     the cores."""
@@ -39,6 +41,9 @@ class RunStudy:
         file, kind = self.results / study.results, find_kind(study.kind)
         if len(self.devices) == 0:
             raise ValueError("no device is given; name at least one, such as cpu")
+        if self.dry_run:
+            runner.announce(study, kind, file, self.only, self.devices[0])
+            return
         # Of several devices each gets a process of its own, which runs this verb again for it alone.
         first, *others = self.devices
         if others and not self.show:

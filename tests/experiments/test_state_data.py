@@ -137,6 +137,9 @@ editions:
 def test_a_study_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(STUDY)
+    main(["study", "small.yaml", "--dry-run"])
+    assert "12 cells to run, about 12 minutes in all; 0 are done already" in capsys.readouterr().out
+    assert not Path("runs/studies/small.tiny.jsonl").exists()
     main(["study", "small.yaml"])
     lines = [json.loads(line) for line in Path("runs/studies/small.tiny.jsonl").read_text().splitlines()]
     assert len(lines) == 12

@@ -155,19 +155,8 @@ def run_study(
     A cell whose very run another study's results beside `file` hold is not run again. One that fails is named, and the
     others go on; ValueError at the end.
     """
-    check_words(study, only)
+    missing, minutes = announce(study, kind, file, only, device)
     tidy_finished(study, kind, file)
-    waiting = cells_left(study, current_lines(kind, file), only)
-    missing = {cell.name: reason for cell in waiting if (reason := kind.missing(cell)) is not None}
-    for reason in sorted(set(missing.values())):
-        print(f"{list(missing.values()).count(reason)} cells are left out: {reason}", flush=True)
-    minutes = {
-        cell.name: 0.0 if find_shared(study, kind, cell, file) else cell_minutes(study, kind, cell, device)
-        for cell in waiting
-        if cell.name not in missing
-    }
-    total, done = sum(minutes.values()), len(study_lines(study, current_lines(kind, file)))
-    print(f"{len(minutes)} cells to run, about {total:,.0f} minutes in all; {done} are done already", flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
 
@@ -175,7 +164,7 @@ def run_study(
         """Read anew each time: other processes write lines, and a sweep's later cells follow from the first ones'."""
         return [c for c in cells_left(study, current_lines(kind, file), only) if c.name not in {*missing, *failed}]
 
-    with bar(study.name, max(1e-9, total), progress) as advance:
+    with bar(study.name, max(1e-9, sum(minutes.values())), progress) as advance:
         while cells := left():
             cell = next_unclaimed(study, cells, file)
             if cell is None:
@@ -201,6 +190,25 @@ def run_study(
             + "; ".join(f"{name}: {error}" for name, error in failed.items())
         )
     return study_lines(study, current_lines(kind, file))
+
+
+def announce(
+    study: Study, kind: Kind, file: Path, only: Sequence[str] = (), device: str = "cpu"
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Print what is left to run and how long it takes. Returns why cells cannot run, and the minutes of the others."""
+    check_words(study, only)
+    waiting = cells_left(study, current_lines(kind, file), only)
+    missing = {cell.name: reason for cell in waiting if (reason := kind.missing(cell)) is not None}
+    for reason in sorted(set(missing.values())):
+        print(f"{list(missing.values()).count(reason)} cells are left out: {reason}", flush=True)
+    minutes = {
+        cell.name: 0.0 if find_shared(study, kind, cell, file) else cell_minutes(study, kind, cell, device)
+        for cell in waiting
+        if cell.name not in missing
+    }
+    total, done = sum(minutes.values()), len(study_lines(study, current_lines(kind, file)))
+    print(f"{len(minutes)} cells to run, about {total:,.0f} minutes in all; {done} are done already", flush=True)
+    return missing, minutes
 
 
 def tidy_finished(study: Study, kind: Kind, file: Path) -> None:
