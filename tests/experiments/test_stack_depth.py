@@ -8,11 +8,13 @@ import opcode
 import sys
 import sysconfig
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from lrt.data.corpus import stdlib_paths
 from lrt.experiments.state_data.stack_depth import read_steps
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -27,7 +29,9 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 def compiled(*names: str) -> list[types.CodeType]:
     """All code objects of modules of the standard library."""
-    return [code for name in names for code in codes(compile((STDLIB / name).read_bytes(), name, "exec"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [code for name in names for code in codes(compile((STDLIB / name).read_bytes(), name, "exec"))]
 
 
 # --- a second analysis: bytes, sweeps until nothing changes --------------------------------------------------------
@@ -272,8 +276,16 @@ def test_blocks_by_hand():
 def test_the_deepest_stack_is_what_cpython_reserves():
     for code in compiled("argparse.py", "asyncio/tasks.py", "dataclasses.py", "tarfile.py"):
         steps, _ = read_steps(code)
-        # At the latest before an instruction that CPython counts as taking off its arguments first.
         assert max(max(step.before, step.after) for step in steps) == code.co_stacksize
+
+
+@pytest.mark.slow
+def test_the_whole_library_is_understood():
+    exact = sys.version_info[:2] in ((3, 11), (3, 12))
+    for code in compiled(*stdlib_paths()):
+        steps, _ = read_steps(code)
+        deepest = max(max(step.before, step.after) for step in steps)
+        assert deepest == code.co_stacksize or (not exact and deepest < code.co_stacksize)
 
 
 def test_code_that_is_not_understood_is_refused():

@@ -58,7 +58,7 @@ SHORTEST_STATEMENT = 3
 TABLE = "CREATE TABLE store (k INTEGER PRIMARY KEY, v INTEGER NOT NULL)"
 SQL: dict[str, str] = {
     "SET": "INSERT OR REPLACE INTO store VALUES (:key, :value)",
-    "INCR": f"INSERT INTO store VALUES (:key, 1) ON CONFLICT DO UPDATE SET v = (v + 1) % {VALUES}",
+    "INCR": f"INSERT INTO store VALUES (:key, 1) ON CONFLICT (k) DO UPDATE SET v = (v + 1) % {VALUES}",
     "MOVE": "UPDATE OR REPLACE store SET k = :target WHERE k = :key",
     "DEL": "DELETE FROM store WHERE k = :key",
     "GET": "SELECT v FROM store WHERE k = :key",
