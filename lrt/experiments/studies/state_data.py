@@ -2,7 +2,7 @@
 
 A cell's fields are plain data:
 
-    benchmark   a name in `state_data.library.BENCHMARKS`
+    benchmark   a name in `benchmarks.BENCHMARKS`
     family, model, schedule, size, widened_to, optim, rate    as in the studies of language
     rows, steps, shortest, longest, by, mastered              as in TrackingRun; steps are the Transformer's
     equal       tokens | wall_clock: what other families share with it; at equal time their steps are divided by `step`
@@ -26,11 +26,10 @@ from lrt.eval.ablations import ablate
 from lrt.eval.report.table import Table
 from lrt.experiments import rivals
 from lrt.experiments.state_data import measure
-from lrt.experiments.state_data.library import BENCHMARKS
 from lrt.experiments.state_data.measure import Bin, as_task
-from lrt.experiments.state_data.rows import Benchmark
 from lrt.experiments.state_tracking.training import TrackingRun, step_loss, train_tracking
 from lrt.experiments.studies import state_data_tables, timing
+from lrt.experiments.studies.benchmarks import BENCHMARKS, OpenSplit
 from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.language import BASELINE, build_model
 from lrt.experiments.studies.runner import Line
@@ -70,7 +69,7 @@ def build_run(fields: Fields) -> TrackingRun:
     check_fields(OptimConfig, fields["optim"], "optim")
     check_fields(TrackingRun, {name: fields[name] for name in RUN & set(fields)}, "the cell")
     BENCHMARKS.check(fields["benchmark"])
-    benchmark = BENCHMARKS[fields["benchmark"]]
+    benchmark = BENCHMARKS[fields["benchmark"]]("train")
     model = build_model({name: fields[name] for name in MODEL & set(fields)}, len(benchmark.words))
     optim = OptimConfig(**fields["optim"])
     rates = {name: fields.get("rate", 1) * getattr(optim, name) for name in RATES}
@@ -150,7 +149,7 @@ class StateData:
         return cell.minutes
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
-        run, benchmark = build_run(fields), BENCHMARKS[fields["benchmark"]]
+        run, opened = build_run(fields), BENCHMARKS[fields["benchmark"]]
         ratio = step_ratio(run, baseline_run(fields), device)
         if fields.get("equal", "tokens") == "wall_clock":
             run = dataclasses.replace(run, steps=max(1, round(run.steps / ratio)))
@@ -160,7 +159,7 @@ class StateData:
             "steps": run.steps,
             "model": run.model.to_dict(),
             "schedule": run.schedule,
-            "chance": benchmark.chance if math.isfinite(benchmark.chance) else None,
+            "chance": None if math.isnan(chance := opened("test").chance) else chance,
         }
         try:
             done = train_tracking(run, lambda n, text: advance(TRAINING * n / run.steps, text), device=device)
@@ -174,7 +173,7 @@ class StateData:
             "grown": {str(length): step for length, step in done.grown.items()},
             "loss": statistics.fmean(done.losses[-max(1, run.steps // 20) :]),
         }
-        return counts | score_model(done.model, benchmark, fields, advance)
+        return counts | score_model(done.model, opened, fields, advance)
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
         return state_data_tables.tables(lines)
@@ -185,12 +184,13 @@ class StateData:
 
 
 def score_model(
-    model: LatentRecurrentTransformer, benchmark: Benchmark, fields: Fields, advance: Advance
+    model: LatentRecurrentTransformer, opened: OpenSplit, fields: Fields, advance: Advance
 ) -> dict[str, Any]:
     """Live: excess on val, by which choices are made; everything on test; and with the memory replaced."""
     count, first = fields.get("sequences", SEQUENCES), fields["tests"][0]
 
     def scores_of(scored: LatentRecurrentTransformer, purpose: str, length: int, rows: int) -> dict[str, Any]:
+        benchmark = opened(purpose)
         drawn = measure.held_out_rows(benchmark, purpose, rows, length, fields["seed"])
         return summarise(measure.score_rows(scored, drawn), benchmark.bounds)
 
