@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from lrt.cli.main import main
 from lrt.eval.report.table import Table, markdown
-from lrt.experiments.studies import grid, runner
+from lrt.experiments.studies import grid, runner, state_data
 from lrt.experiments.studies.kinds import KINDS, find_kind
 from lrt.experiments.studies.language import build_run
 from lrt.experiments.studies.state_tracking import StateTracking, mean_and_deviation, recipe, tracking_run
@@ -210,13 +210,13 @@ def test_the_studies_that_come_with_the_library_can_be_run(name: str, edition: s
     study = grid.read_study(name, edition)
     assert study.kind in KINDS
     assert len({cell.name for cell in study.cells}) == len(study.cells)
-    most = (30 if study.kind == "tracking" else 10) if edition == "tiny" else 10_000
+    most = (30 if study.kind in ("tracking", "state-data") else 10) if edition == "tiny" else 10_000
     assert all(0 < cell.minutes <= most for cell in study.cells)
-    if study.kind == "tracking":
-        for cell in study.cells:
-            tracking_run(cell.fields)
-    else:
-        for cell in study.cells:
+    build = {"tracking": tracking_run, "state-data": state_data.build_run}
+    for cell in study.cells:
+        if study.kind in build:
+            build[study.kind](cell.fields)
+        else:
             build_run(cell.fields, 2048 if edition == "tiny" else 32768)
 
 

@@ -107,6 +107,11 @@ def step_ratio(run: TrackingRun, other: TrackingRun, device: str) -> float:
     return timing.keep(timing.machine_key([describe(run), describe(other)], device), measured)["step"]
 
 
+def flops(run: TrackingRun) -> float:
+    """Of a token's training, at the longest rows: attention costs less on the shorter ones that come first."""
+    return training_flops(run.model, parse(run.schedule), run.lengths()[-1])
+
+
 def describe(run: TrackingRun) -> dict[str, Any]:
     """What decides the time of a step."""
     return {"model": run.model.to_dict(), "schedule": run.schedule, "rows": run.rows, "length": run.lengths()[-1]}
@@ -144,9 +149,10 @@ class StateData:
         """Nothing: a cell that is stopped begins anew."""
 
     def minutes(self, cell: Cell, device: str) -> float:
-        """As the study says: rows that grow take less than their longest, and how fast they grow is not known."""
-        build_run(cell.fields)
-        return cell.minutes
+        """As the study says for the Transformer; of other families as many times that as they take FLOPs, but for those
+        that have equal time."""
+        run, other = build_run(cell.fields), baseline_run(cell.fields)
+        return cell.minutes * (1.0 if cell.fields.get("equal") == "wall_clock" else flops(run) / flops(other))
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
         run, opened = build_run(fields), BENCHMARKS[fields["benchmark"]]
@@ -167,8 +173,7 @@ class StateData:
             return {**counts, "diverged": str(error)}
         counts |= {
             "tokens": done.tokens,
-            # Counted at the longest rows: attention costs less on the shorter ones that came first.
-            "training_flops": done.tokens * training_flops(run.model, parse(run.schedule), run.lengths()[-1]),
+            "training_flops": done.tokens * flops(run),
             "train_seconds": round(done.seconds, 1),
             "grown": {str(length): step for length, step in done.grown.items()},
             "loss": statistics.fmean(done.losses[-max(1, run.steps // 20) :]),
