@@ -179,6 +179,15 @@ def test_a_row_is_written_as_its_words():
     assert rows.floor[0, 1].item() == pytest.approx(-math.log(0.2))
 
 
+def test_squares_are_asked_by_ply_and_promotion_pieces_are_not():
+    rows = mixed_rows()
+    for row, game in enumerate(mixed_games()):
+        asked = [NOTHING, NOTHING]
+        for ply, move in enumerate(game.moves):
+            asked += [ply, ply] + [NOTHING] * (len(move) == 5)
+        assert rows.asked[row].tolist() == asked + [NOTHING] * (rows.tokens.shape[1] - len(asked))
+
+
 # --- an exact model pays the floor ----------------------------------------------------------------------------------
 
 

@@ -206,3 +206,16 @@ def test_a_model_that_asks_stockfish_pays_the_floor():
     assert 0.3 < scores.floor.mean() < math.log(REAL.multipv)
     assert scores.greedy_from.all()
     assert scores.greedy_to.all()
+
+
+@needs_stockfish
+def test_scores_are_those_of_the_side_to_move():
+    """Black can mate."""
+    board = chess.Board()
+    for move in ("f2f3", "e7e5", "g2g4"):
+        board.push_uci(move)
+    with open_engine() as engine:
+        scores = engine.scores(board, 2000, 3)
+    assert max(scores, key=lambda move: scores[move]) == "d8h4"
+    assert scores["d8h4"] == chess_pool.MATE - 1
+    assert max(s for move, s in scores.items() if move != "d8h4") < 2000
