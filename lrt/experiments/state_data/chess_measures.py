@@ -55,7 +55,7 @@ def move_text(tokens: list[int], place: int) -> str:
 
 def is_cut(board: chess.Board, text: str, place: int, tokens: list[int]) -> bool:
     """Whether the row ends within this move: before its to-square, or before the piece of a promotion."""
-    if place + len(split_move(text)) < len(tokens):
+    if place + 2 < len(tokens):
         return False
     return any(move.uci() != text and move.uci().startswith(text) for move in board.legal_moves)
 
