@@ -140,7 +140,7 @@ def test_a_study_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(STUDY)
     main(["study", "small.yaml", "--dry-run"])
-    assert "12 cells to run, about 12 minutes in all; 0 are done already" in capsys.readouterr().out
+    assert "12 cells to run, about 13 minutes in all; 0 are done already" in capsys.readouterr().out
     assert not Path("runs/studies/small.tiny.jsonl").exists()
     main(["study", "small.yaml"])
     lines = [json.loads(line) for line in Path("runs/studies/small.tiny.jsonl").read_text().splitlines()]
