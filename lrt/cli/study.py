@@ -26,7 +26,7 @@ class RunStudy:
     show: bool = False
     """Run nothing: only the table and the figure of what is there."""
     dry_run: bool = False
-    """Run nothing: only say how many cells are left and how long they take."""
+    """Run no cell: only say how many are left and how long they take, for which a few steps may be timed."""
     devices: tuple[str, ...] = ("cpu",)
     """Where cells run: one process for each, side by side. cpu; or for example cuda:0 cuda:1, or cpu cpu, which share
     the cores."""
@@ -39,6 +39,8 @@ class RunStudy:
 
         study = grid.read_study(self.study, self.edition)
         file, kind = self.results / study.results, find_kind(study.kind)
+        if self.dry_run and self.show:
+            raise ValueError("--dry-run says what is left, --show what is there; give one of them")
         if len(self.devices) == 0:
             raise ValueError("no device is given; name at least one, such as cpu")
         if self.dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,10 +16,14 @@ from lrt.cli.main import main
 from lrt.experiments.state_data import measure
 from lrt.experiments.state_data.measure import TokenScores, as_task
 from lrt.experiments.state_data.repl import REPL
-from lrt.experiments.state_data.rows import NOTHING, Rows
+from lrt.experiments.state_data.rows import Rows
+from lrt.experiments.state_tracking.tasks import Examples
+from lrt.experiments.state_tracking.training import TrackingRun, train_tracking
 from lrt.experiments.studies import state_data, state_data_tables
 from lrt.experiments.studies.benchmarks import BENCHMARKS
-from lrt.experiments.studies.comparisons import t_half_width
+from lrt.experiments.studies.comparisons import paired_difference, t_half_width
+from lrt.training.optim import OptimConfig
+from lrt.utils.timing import Timing
 
 
 def model_of(source: int | tuple[int, ...] = 2, **changes: Any) -> LatentRecurrentTransformer:
@@ -74,12 +79,16 @@ def test_bins_by_hand():
     assert sum(b.tokens for b in places.values()) == whole.tokens
 
 
-def test_who_knows_the_state_has_no_excess():
-    rows = REPL.sample(20, 100, torch.Generator().manual_seed(1))
-    scores = TokenScores(rows, rows.floor, rows.counted)
-    for one in (*measure.by_distance(scores, REPL.bounds).values(), *measure.by_position(scores).values()):
-        assert one.excess == 0
-        assert one.accuracy == 1
+def test_tokens_without_a_floor_are_counted_apart():
+    scores = by_hand()
+    scores.rows.floor[1] = math.nan  # its first is BOS, its last two padding
+    summary = state_data.summarise(scores, (0, 1, 4))
+    assert summary["all"]["tokens"] == 5
+    assert summary["all"]["excess"] == pytest.approx((4.25 - 1.5) / 5)
+    assert summary["without_floor"] == {"tokens": 3, "right": 2, "nats": pytest.approx(1.375 / 3)}
+    assert sum(one["tokens"] for one in summary["by_position"].values()) == 5
+    part = scores.first(1)
+    assert (part.nats.shape, part.rows.lengths.tolist()) == ((1, 6), [6])
 
 
 def test_training_predicts_every_token_and_knows_the_floor():
@@ -98,11 +107,17 @@ def test_training_and_tests_share_no_row(name: str):
     """Of what is drawn from a seed; what is read from files has its own test."""
     benchmark = BENCHMARKS[name]("train")
     task = as_task(benchmark)
-    trained = {
-        tuple(row)
-        for step in range(20)
-        for row in task.sample(64, 64, torch.Generator().manual_seed(step)).tokens.tolist()
-    }
+    drawn: list[torch.Tensor] = []
+
+    def remember(rows: int, length: int, generator: torch.Generator) -> Examples:
+        drawn.append((examples := task.sample(rows, length, generator)).tokens)
+        return examples
+
+    config = ModelConfig(depth=1, width=8, heads=1, vocab_size=len(benchmark.words), context=64)
+    watched = dataclasses.replace(task, sampler=remember)
+    train_tracking(TrackingRun(watched, config, OptimConfig(), "plain()", steps=12, rows=64, shortest=64, longest=64))
+    trained = {tuple(row) for tokens in drawn for row in tokens.tolist()}
+    assert len(trained) == 12 * 64
     for purpose in ("val", "test"):
         tested = measure.held_out_rows(benchmark, purpose, 256, 64, 0).tokens.tolist()
         assert not trained & {tuple(row) for row in tested}
@@ -133,21 +148,31 @@ editions:
         transformer: {family: transformer}
         "token shift, 2 channels, layerwise": {family: "token shift, 2 channels, layerwise"}
         lrt: {family: recommended, schedule: "settled(0, 1, 1)"}
+    without:
+      - [wall_clock, transformer]
 """
+FIELDS: dict[str, Any] = {
+    "benchmark": "repl", "family": "transformer", "size": {"depth": 2, "width": 16, "heads": 2, "context": 64},
+    "optim": {}, "rows": 8, "steps": 6, "shortest": 16, "longest": 16, "tests": [24], "seed": 0,
+}  # fmt: skip
 
 
 def test_a_study_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(STUDY)
     main(["study", "small.yaml", "--dry-run"])
-    assert "12 cells to run, about 13 minutes in all; 0 are done already" in capsys.readouterr().out
+    assert "10 cells to run, about 11 minutes in all; 0 are done already" in capsys.readouterr().out
     assert not Path("runs/studies/small.tiny.jsonl").exists()
+    with pytest.raises(SystemExit):
+        main(["study", "small.yaml", "--dry-run", "--show"])
+    assert "give one of them" in capsys.readouterr().err
     main(["study", "small.yaml"])
     lines = [json.loads(line) for line in Path("runs/studies/small.tiny.jsonl").read_text().splitlines()]
-    assert len(lines) == 12
+    assert len(lines) == 10
     text = capsys.readouterr().out
+    assert text.count("vs transformer") == 2  # at equal time it is the same run
     assert "nats per token over the floor; differences at 24" in text
-    assert "right answers, %, by distance" in text
+    assert "right answers of rows of 24, %, by updates since a value in plain sight" in text
     svg = Path("runs/studies/small.tiny.svg").read_text()
     assert "position" in svg
     by_cell = {line["cell"]: line["result"] for line in lines}
@@ -155,7 +180,8 @@ def test_a_study_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert plain["steps"] == 6
     assert timed["steps"] == max(1, round(6 / timed["step_ratio"]))
     assert {r["step_ratio"] for r in by_cell.values() if r["schedule"] != "plain()"} == {timed["step_ratio"]}
-    assert set(plain["ablated"]) == {"zero", "embedding"}
+    assert set(plain["ablated"]) == {"intact", "zero", "embedding"}
+    assert plain["ablated"]["intact"]["tokens"] == 4 * 23
     assert plain["tests"]["24"]["all"]["tokens"] == 16 * 23
     assert plain["tests"]["48"]["all"]["tokens"] == 8 * 47
     sizes = {r["parameters"] for r in by_cell.values()}
@@ -172,23 +198,48 @@ def line_of(seed: int, excess: float, gains: dict[int, float]) -> dict[str, Any]
 
     test = {
         "all": one(excess),
+        "without_floor": {"tokens": 10, "right": 5, "nats": 2 * excess},
         "by_distance": {"0": one(0), "4": {**one(0), "right": 9}, "8": {**one(0), "tokens": 30, "right": 3}},
         "by_position": {str(low): one(value) for low, value in gains.items()},
     }
-    return {"seed": seed, "fields": {}, "choices": {"model": "x"}, "result": {"tests": {"64": test}, "val_excess": 0}}
+    scores = {"tests": {"64": test}, "val_excess": excess, "far": 4, "distance": "updates", "ablated": {}}
+    return {"seed": seed, "fields": {}, "choices": {"model": "x"}, "result": {**COUNTED, **scores}}
+
+
+COUNTED = {"parameters": 1000, "step_ratio": 1.5, "tokens": 5000}
 
 
 def test_differences_and_slopes_by_hand():
     own = [line_of(s, 0.9 + 0.01 * s, {1: 9, 8: 1.0, 16: 0.9, 32: 0.8}) for s in range(3)]
     others = [line_of(s, 1.0, {1: 0, 8: 1.0, 16: 1.0 + 0.1 * s, 32: 1.0 + 0.2 * s}) for s in range(3)]
-    change = state_data_tables.difference(own, others, lambda line: state_data_tables.excess(line, "64"))
+    change = paired_difference(own, others, state_data_tables.excess("64"))
     assert change is not None
     assert change.mean == pytest.approx(-9)
     assert change.half == pytest.approx(t_half_width([-10, -9, -8]))
     slopes = state_data_tables.slopes(own, others, "64")
     assert slopes == pytest.approx([0.1, 0.2, 0.3])
-    assert state_data_tables.exact(own[0], "64", 4) == pytest.approx(12 / 40)
-    assert state_data_tables.exact(own[0], "64", 9) is None
+    assert state_data_tables.far_right("64")(own[0]) == pytest.approx(12 / 40)
+
+
+def test_tables_by_hand():
+    gains = {8: 1.0, 16: 1.0, 32: 1.0}
+    lines = [
+        {**line_of(seed, nats, gains), "choices": {"model": name}}
+        for name, nats in (("transformer", 1.0), ("lrt", 0.5))
+        for seed in range(3)
+    ]
+    lost = {**lines[0], "choices": {"model": "lost"}, "result": {**COUNTED, "diverged": "at step 3"}}
+    excess, answers, slopes, text = state_data_tables.tables([*lines, lost])
+    by_name = {row[0]: row for row in excess.body}
+    assert by_name["lrt"][excess.head.index("vs transformer")] == "-50.0 % ± 0.0"
+    assert by_name["lost"][excess.head.index("seeds")] == "0, 1 diverged"
+    assert answers.head == ["model", "0", "4", "8+", "4 and more", "4 and more, less transformer's"]
+    assert answers.body[1] == ["lrt", "50.0 (30)", "90.0 (30)", "10.0 (90)", "30.0 ± 0.0", "+0.0 ± 0.0"]
+    assert slopes.body[1][1] == "+0.00000 ± 0.00000"
+    assert text.body[1] == ["lrt", "1.0000", "-50.0 % ± 0.0"]
+    points = state_data_tables.figure([*lines, lost]).axes[0].get_lines()[0].get_xydata()
+    assert points is not None
+    assert points.tolist() == [[0, 50], [4, 90], [8, pytest.approx(10)]]
 
 
 @pytest.mark.parametrize(
@@ -204,16 +255,50 @@ def test_differences_and_slopes_by_hand():
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_wrong_fields_are_answered_in_a_sentence(change: dict[str, Any], words: str):
-    fields = {
-        "benchmark": "repl", "family": "transformer", "size": {"depth": 2, "width": 16, "heads": 2, "context": 64},
-        "optim": {}, "rows": 8, "steps": 6, "shortest": 16, "longest": 16, "tests": [24], "seed": 0,
-    }  # fmt: skip
-    state_data.build_run(fields)
+    state_data.build_run(FIELDS)
     with pytest.raises(ValueError, match=words):
-        state_data.build_run({**fields, **change})
+        state_data.build_run({**FIELDS, **change})
 
 
-def test_distances_are_nothing_where_nothing_is_asked():
-    rows = REPL.sample(4, 64, torch.Generator().manual_seed(3))
-    assert int(rows.asked.min()) == NOTHING
-    assert math.isclose(float(rows.floor[rows.asked >= 0].sum()), 0.0)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tests": []}, "give lengths of at least 24 tokens"),
+        ({"tests": [24, 12]}, "give lengths of at least 24 tokens"),
+        ({"tests": [128]}, "tests of 128 tokens are beyond the model's context of 64; raise size.context"),
+        ({"sequences": 2}, "give a whole number of at least 4"),
+    ],
+    ids=["none", "short", "beyond", "few"],
+)
+def test_wrong_tests_are_refused_before_training(change: dict[str, Any], words: str):
+    fields = {**FIELDS, "tests": [24]}
+    state_data.check_tests(fields)
+    with pytest.raises(ValueError, match=words):
+        state_data.check_tests({**fields, **change})
+
+
+def test_the_time_of_a_step_is_that_of_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    seconds = {"plain()": 1.0, "settled(0, 1, 1)": 2.0, "settled(1, 1, 1)": 4.0}
+
+    def timed(work: dict[str, Any], *_: object, **__: object) -> dict[str, Timing]:
+        return {name: Timing((next(s for part, s in seconds.items() if part in name),) * 3) for name in work}
+
+    monkeypatch.setattr(state_data, "alternate", timed)
+    lrt = state_data.build_run({**FIELDS, "family": "recommended"})
+    assert lrt.schedule == "stages([(0.5, settled(0, 1, 1)), (0.5, settled(1, 1, 1))])"
+    assert state_data.step_ratio(lrt, state_data.build_run(FIELDS), "cpu") == pytest.approx(3.0)
+
+
+def test_lines_of_another_generator_do_not_count():
+    model = state_data.build_run(FIELDS).model.to_dict()
+    result = {"model": model, "schedule": "plain()", "data": state_data.fingerprint(REPL)}
+    kind = state_data.StateData()
+
+    def counts(fields: dict[str, Any], result: dict[str, Any]) -> bool:
+        return kind.is_current({"fields": fields, "result": result})
+
+    assert counts(FIELDS, result)
+    for change in ({"data": "0"}, {"schedule": "interleaved(2)"}, {"model": {**model, "depth": 3}}):
+        assert not counts(FIELDS, {**result, **change})
+    assert not counts({**FIELDS, "family": "gone"}, result)

@@ -241,7 +241,7 @@ def make_benchmark(programs: Programs, split: str) -> Benchmark:
         picked = torch.randint(len(table), (rows,), generator=generator)
         return make_rows(table[picked].long())
 
-    return Benchmark("bytecode", WORDS, "questions before this one in its row", math.nan, sample)
+    return Benchmark("bytecode", WORDS, "questions before this one in its row", math.nan, sample, far=None)
 
 
 @functools.lru_cache(maxsize=4)

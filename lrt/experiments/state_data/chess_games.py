@@ -175,7 +175,8 @@ def random_rows(rows: int, length: int, generator: torch.Generator) -> Rows:
 
 def chess_words(name: str, sampler: Callable[[int, int, torch.Generator], Rows]) -> Benchmark:
     """A benchmark of chess games; who knows the grammar alone has no one chance: squares are not equally likely."""
-    return Benchmark(name, WORDS, "plies since the start of the game", math.nan, sampler, tuple(range(0, PLIES, 10)))
+    plies = tuple(range(0, PLIES, 10))
+    return Benchmark(name, WORDS, "plies since the start of the game", math.nan, sampler, plies, far=None)
 
 
 RANDOM_CHESS = chess_words("chess-random", random_rows)

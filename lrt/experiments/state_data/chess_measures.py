@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 MOVES_AT = 2
 """The position of a row's first from-square: BOS and the kind of game stand before."""
-PIECE_CLASSES = 13
-"""Of a square: 0 empty, 1 … 6 white pawn, knight, bishop, rook, queen, king, 7 … 12 black."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,9 @@ def row_boards(tokens: list[int]) -> list[list[int]]:
 
 
 def boards(rows: Rows) -> Tensor:
-    """(B, T, 64) int64: the board at each position, as PIECE_CLASSES; NOTHING at padding.
+    """(B, T, 64) int64: the board at each position; NOTHING at padding.
+
+    13 classes of a square: 0 empty, 1 … 6 white pawn, knight, bishop, rook, queen, king, 7 … 12 black.
 
     A move is done at its last word: up to then the board is that before it. At BOS and the kind of game it is the
     initial one. ValueError for rows with an illegal move.
@@ -170,7 +170,7 @@ class MoveScores:
         return MoveScores(*(getattr(self, f.name)[mask] for f in dataclasses.fields(self)))
 
 
-def token_nats(rows: Rows, logits: Tensor) -> Tensor:
+def word_costs(rows: Rows, logits: Tensor) -> Tensor:
     """(B, T) float32 on the CPU: what each token costs; 0 for the first, which nothing predicts."""
     targets = rows.tokens[:, 1:].to(logits.device)
     nats = -logits[:, :-1].float().log_softmax(-1).gather(2, targets.unsqueeze(2)).squeeze(2)
@@ -202,7 +202,7 @@ def score_moves(rows: Rows, logits: Tensor) -> MoveScores:
     return MoveScores(
         ply=rows.asked[moves.row, moves.place],
         engine=rows.tokens[moves.row, 1] == TOKENS[ENGINE],
-        nats=sum_words(token_nats(rows, logits), moves),
+        nats=sum_words(word_costs(rows, logits), moves),
         floor=sum_words(rows.floor, moves),
         legal_from=(for_from * moves.legal_from).sum(1),
         legal_to=(for_to * moves.legal_to).sum(1),

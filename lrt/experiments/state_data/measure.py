@@ -23,7 +23,7 @@ BATCH = 64
 
 
 def as_task(benchmark: Benchmark) -> Task:
-    """A benchmark as something to train on: every next token is asked."""
+    """A benchmark as something to train on: every next token is asked. What has no floor counts as if it were 0."""
 
     def sample(rows: int, length: int, generator: torch.Generator) -> Examples:
         drawn = benchmark.sample(rows, length, generator)
@@ -51,9 +51,14 @@ class TokenScores:
     """(B, T) bool: the likeliest token was this one."""
 
     @property
-    def excess(self) -> Tensor:
-        """(B, T): nats over the floor; NaN where none is known."""
-        return self.nats - self.rows.floor
+    def known(self) -> Tensor:
+        """(B, T) bool: the tokens that have a floor."""
+        return self.rows.counted & ~self.rows.floor.isnan()
+
+    def first(self, rows: int) -> TokenScores:
+        """Those of the first rows."""
+        part = Rows(*(x[:rows] for x in (self.rows.tokens, self.rows.floor, self.rows.asked, self.rows.lengths)))
+        return TokenScores(part, self.nats[:rows], self.right[:rows])
 
 
 @torch.no_grad()
@@ -79,16 +84,12 @@ class Bin:
     nats: float
     """Their sum, live."""
     floor: float
-    """Likewise, for who knows the state; NaN where none is known."""
+    """Likewise, for who knows the state; NaN where a token has none."""
 
     @property
     def excess(self) -> float:
         """Mean nats over the floor."""
         return (self.nats - self.floor) / self.tokens
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / self.tokens
 
 
 def bin_of(scores: TokenScores, where: Tensor) -> Bin:
@@ -103,10 +104,10 @@ def by_distance(scores: TokenScores, bounds: Sequence[int]) -> dict[int, Bin]:
 
 
 def by_position(scores: TokenScores) -> dict[int, Bin]:
-    """All tokens by where they stand: 1, 2 to 3, 4 to 7, …, named by their first."""
+    """Tokens with a floor by where they stand: 1, 2 to 3, 4 to 7, …, named by their first."""
     places = torch.arange(scores.nats.shape[1]).expand_as(scores.nats)
     bounds = [2**n for n in range(scores.nats.shape[1].bit_length()) if 2**n < scores.nats.shape[1]]
-    return by_number(scores, places, scores.rows.counted, bounds)
+    return by_number(scores, places, scores.known, bounds)
 
 
 def by_number(scores: TokenScores, numbers: Tensor, where: Tensor, bounds: Sequence[int]) -> dict[int, Bin]:

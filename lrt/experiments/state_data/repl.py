@@ -71,6 +71,8 @@ class Repl:
     def __post_init__(self) -> None:
         if not 2 <= self.names <= len(NAMES):
             raise ValueError(f"{self.names} names; give 2 to {len(NAMES)}")
+        if self.hidden and "if " in self.others:
+            raise ValueError("what `if` makes of hidden numbers has no floor; leave it out of `others`")
         if not (0 < self.shows < 1 and 0 <= self.hidden < 1 and self.shows + sum(self.others.values()) < 1):
             raise ValueError(
                 f"shows is {self.shows}, hidden {self.hidden}; they are probabilities, and something has to be assigned"
@@ -152,9 +154,8 @@ class Session:
 
     def statement(self) -> None:
         repl = self.repl
-        others = {word: p for word, p in repl.others.items() if word != "if " or not repl.hidden}
-        rest = (1 - repl.shows - sum(others.values())) / repl.names
-        word = self.choose({"print(": repl.shows, **others, **dict.fromkeys(self.names, rest)})
+        rest = (1 - repl.shows - sum(repl.others.values())) / repl.names
+        word = self.choose({"print(": repl.shows, **repl.others, **dict.fromkeys(self.names, rest)})
         if word in self.names:
             self.assign(word)
         else:
@@ -168,10 +169,12 @@ class Session:
         shown: list[int] = []
         self.space["print"] = shown.append
         self.execute(f"print({name} % {MODULUS})")
-        self.write(str(shown[0]), nats=math.log(MODULUS) if value.form else 0.0, asked=value.distance)
-        self.write("\n")
-        if value.form:
+        if value.form:  # nobody can know it, and then everybody does
+            self.write(str(shown[0]), nats=math.log(MODULUS))
             self.substitute(*solve_for_one(value.form))
+        else:
+            self.write(str(shown[0]), asked=value.distance)
+        self.write("\n")
         value.distance = 0
 
     def substitute(self, number: int, form: Form) -> None:

@@ -30,8 +30,8 @@ class Rows:
     floor: Tensor
     """(B, T) float32: nats of each token for who knows the state; 0 for BOS and padding, NaN where none is known."""
     asked: Tensor
-    """(B, T) int64: at tokens that the state decides (answers), how far the state lies back, in the benchmark's own
-    unit (`Benchmark.distance`), from 0 on; NOTHING elsewhere."""
+    """(B, T) int64: at tokens that the state decides (answers: their floor is 0; in chess, all moves), how far the
+    state lies back in the benchmark's unit (`Benchmark.distance`), from 0 on; NOTHING elsewhere."""
     lengths: Tensor
     """(B,) int64: tokens of each row without padding, BOS counted."""
 
@@ -73,6 +73,8 @@ class Benchmark:
     sampler: Sampler
     bounds: tuple[int, ...] = (0, 1, 2, 3, 4, 8)
     """Where bins of distances begin."""
+    far: int | None = 4
+    """From which distance on an answer needs a state that is carried; None where distance does not say so."""
 
     def sample(self, rows: int, length: int, generator: torch.Generator) -> Rows:
         """Fresh rows. ValueError for a length below 2: BOS, and a token to predict."""

@@ -10,13 +10,11 @@ Shapes: B rows, T positions, D width.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,9 +88,6 @@ class TrackingRun:
         task = self.source
         steps = [*range(self.shortest, self.longest, self.by), self.longest]
         return list(dict.fromkeys(task.length(max(task.shortest, wanted)) for wanted in steps))
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lrt.experiments.state_data.bytecode import bytecode_benchmark
-from lrt.experiments.state_data.chess_games import RANDOM_CHESS
 from lrt.experiments.state_data.log import LOG, half_and_half
 from lrt.experiments.state_data.repl import REPL, REPL_HIDDEN
 from lrt.experiments.state_data.rows import Benchmark
@@ -29,7 +28,6 @@ BENCHMARKS: Registry[OpenSplit] = Registry(
         "log": drawn(LOG),
         "log_and_text": lambda split: half_and_half(open_text(STDLIB), split),
         "bytecode": bytecode_benchmark,
-        "chess_random": drawn(RANDOM_CHESS),
     },
 )
 """By name."""

@@ -42,8 +42,12 @@ def val_bpb(line: Line) -> float:
     return line["result"].get("val_live_bpb", math.inf)
 
 
-def group_by_axes(lines: Sequence[Line]) -> dict[tuple[str, ...], Choices]:
-    """(choices of the other axes) -> choice of the compared axis -> its lines, one per seed.
+Read = Callable[[Line], float]
+"""A number of a line, infinite where the run diverged."""
+
+
+def group_by_axes(lines: Sequence[Line], val: Read = val_bpb) -> dict[tuple[str, ...], Choices]:
+    """(choices of the other axes) -> choice of the compared axis -> its lines, one per seed, at the rate best on val.
 
     A group without a Transformer of its own, on the axis EQUAL, has that of the group beside it: alone it is the same
     run at equal tokens, FLOPs and time.
@@ -53,7 +57,7 @@ def group_by_axes(lines: Sequence[Line]) -> dict[tuple[str, ...], Choices]:
         group, choice = split_choices(line)
         by_group[group][choice].append(line)
     groups = {
-        group: {choice: lines_at_best_rate(of_choice) for choice, of_choice in choices.items()}
+        group: {choice: lines_at_best_rate(of_choice, val) for choice, of_choice in choices.items()}
         for group, choices in by_group.items()
     }
     axes = group_axes(lines)
@@ -78,12 +82,12 @@ def group_axes(lines: Sequence[Line]) -> list[str]:
     return [axis for axis in (lines[0]["choices"] if lines else ()) if axis != RATE][:-1]
 
 
-def lines_at_best_rate(lines: Sequence[Line]) -> list[Line]:
+def lines_at_best_rate(lines: Sequence[Line], val: Read = val_bpb) -> list[Line]:
     """Of the rates of one choice, the lines of that which is best on val with the seed that has most rates."""
     # A sweep runs all rates with its first seed only: among others, one rate would win by being alone.
     rates = {line["choices"].get(RATE) for line in lines}
     first = max({line["seed"] for line in lines}, key=lambda seed: (sum(line["seed"] == seed for line in lines), -seed))
-    best = min((line for line in lines if line["seed"] == first), key=val_bpb)["choices"].get(RATE)
+    best = min((line for line in lines if line["seed"] == first), key=val)["choices"].get(RATE)
     assert best in rates
     return sorted((line for line in lines if line["choices"].get(RATE) == best), key=lambda line: line["seed"])
 
@@ -226,7 +230,7 @@ def ratio_of(counted: Mapping[str, Any], base: Mapping[str, Any], key: str) -> f
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean paired difference in live BPB, in per cent of the other's mean."""
+    """Mean paired difference of a score, in per cent of the other's mean."""
 
     mean: float
     half: float | None
@@ -239,16 +243,22 @@ class Difference:
         return f"{self.mean:+.1f} % ± {self.half:.1f}"
 
 
-def paired_difference(lines: Sequence[Line], others: Sequence[Line]) -> Difference | None:
-    """Of `lines` from `others`, over the seeds that both have; None where there is none."""
-    by_seed = {line["seed"]: test_bpb(line) for line in scored_lines(others)}
-    pairs = [(test_bpb(line), by_seed[line["seed"]]) for line in scored_lines(lines) if line["seed"] in by_seed]
+def paired_difference(lines: Sequence[Line], others: Sequence[Line], read: Read = test_bpb) -> Difference | None:
+    """Of `lines` from `others` in what is read of them, over the seeds that both have; None where there is none."""
+    pairs = paired(lines, others, read)
     if not pairs:
         return None
     unit = statistics.fmean(other for _, other in pairs) / 100  # a hundredth of the others' mean: differences in %
     per_cent = [(one - other) / unit for one, other in pairs]
     half = t_half_width(per_cent) if len(pairs) >= 3 else None  # three seeds at least (contract, section 5)
     return Difference(statistics.fmean(per_cent), half, len(pairs))
+
+
+def paired(lines: Sequence[Line], others: Sequence[Line], read: Read) -> list[tuple[float, float]]:
+    """What is read of `lines` and of `others`, seed by seed; those that diverged left out."""
+    by_seed = {line["seed"]: read(line) for line in others}
+    pairs = [(read(line), by_seed[line["seed"]]) for line in lines if line["seed"] in by_seed]
+    return [pair for pair in pairs if all(map(math.isfinite, pair))]
 
 
 def t_half_width(differences: Sequence[float]) -> float:

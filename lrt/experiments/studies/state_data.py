@@ -14,6 +14,9 @@ The score is excess nats per token over the floor (docs/state-data.md): 0 is all
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -26,21 +29,24 @@ from lrt.eval.ablations import ablate
 from lrt.eval.report.table import Table
 from lrt.experiments import rivals
 from lrt.experiments.state_data import measure
-from lrt.experiments.state_data.measure import Bin, as_task
+from lrt.experiments.state_data.measure import Bin, TokenScores, as_task
+from lrt.experiments.state_data.rows import Benchmark
 from lrt.experiments.state_tracking.training import TrackingRun, step_loss, train_tracking
 from lrt.experiments.studies import state_data_tables, timing
 from lrt.experiments.studies.benchmarks import BENCHMARKS, OpenSplit
 from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.language import BASELINE, build_model
 from lrt.experiments.studies.runner import Line
+from lrt.model.config import ModelConfig
 from lrt.model.size import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules.base import Schedule
 from lrt.schedules.flops import training_flops
 from lrt.schedules.parse import parse
 from lrt.training.matching import PAIRS
 from lrt.training.optim import OptimConfig, Optimiser
 from lrt.utils.progress import Advance
-from lrt.utils.timing import Work, alternate
+from lrt.utils.timing import Work, alternate, weighted
 from lrt.utils.validation import check_fields
 
 TRAINING = 0.8
@@ -52,6 +58,11 @@ MODEL = {"family", "model", "size", "widened_to"}
 OWN = {"benchmark", "schedule", "optim", "rate", "equal", "tests", "sequences"}
 RUN = {"rows", "steps", "shortest", "longest", "by", "mastered", "seed"}
 SEQUENCES = 256
+SHORTEST_TEST = 24
+"""Tokens: of shorter rows there is no gain by position."""
+READ = {"log_and_text", "bytecode"}
+"""Benchmarks that are read from files, and not only drawn."""
+RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
 
 
 def build_run(fields: Fields) -> TrackingRun:
@@ -82,9 +93,6 @@ def build_run(fields: Fields) -> TrackingRun:
     )
 
 
-RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
-
-
 def baseline_run(fields: Fields) -> TrackingRun:
     """The Transformer's run beside it."""
     plain = {name: value for name, value in fields.items() if name not in ("model", "schedule")}
@@ -92,24 +100,28 @@ def baseline_run(fields: Fields) -> TrackingRun:
 
 
 def step_ratio(run: TrackingRun, other: TrackingRun, device: str) -> float:
-    """Time of a step at the longest rows over the other run's, optimiser included: the median of alternated pairs.
+    """Time of a step at the longest rows over the other run's, optimiser included: the median of alternated rounds.
 
-    Measured once for all seeds, and kept beside those of the studies of language."""
+    Parts of a schedule count by their shares. Measured once for all seeds, and kept beside the studies of language's.
+    """
     if run.model == other.model and run.schedule == other.schedule:
         return 1.0
 
     def measured() -> timing.Ratios:
-        times = alternate(
-            {"this": steps(run, device), "other": steps(other, device)}, PAIRS, device=device, progress=False
+        runs = {"this": run, "other": other}
+        work = {
+            (name, repr(part)): steps(one, part, device)
+            for name, one in runs.items()
+            for _, part in parse(one.schedule).shares()
+        }
+        times = alternate({str(key): step for key, step in work.items()}, PAIRS, device=device, progress=False)
+        this, beside = (
+            weighted([(share, times[str((name, repr(part)))]) for share, part in parse(one.schedule).shares()])
+            for name, one in runs.items()
         )
-        return {"step": times["this"].ratio(times["other"])[0]}
+        return {"step": this.ratio(beside)[0]}
 
     return timing.keep(timing.machine_key([describe(run), describe(other)], device), measured)["step"]
-
-
-def flops(run: TrackingRun) -> float:
-    """Of a token's training, at the longest rows: attention costs less on the shorter ones that come first."""
-    return training_flops(run.model, parse(run.schedule), run.lengths()[-1])
 
 
 def describe(run: TrackingRun) -> dict[str, Any]:
@@ -117,21 +129,23 @@ def describe(run: TrackingRun) -> dict[str, Any]:
     return {"model": run.model.to_dict(), "schedule": run.schedule, "rows": run.rows, "length": run.lengths()[-1]}
 
 
-def steps(run: TrackingRun, device: str) -> Work:
-    """One training step at the longest rows, whichever part of the schedule is drawn."""
+def steps(run: TrackingRun, schedule: Schedule, device: str) -> Work:
+    """One training step at the longest rows under one part of the run's schedule."""
     model = LatentRecurrentTransformer(run.model).to(device).train()
     optimiser = Optimiser(model, run.model.width, run.optim.reference_batch, run.steps, run.optim)
-    generator, turn = torch.Generator().manual_seed(0), iter(range(10**9))
-    examples = run.source.sample(run.rows, run.lengths()[-1], generator)
+    examples = run.source.sample(run.rows, run.lengths()[-1], torch.Generator().manual_seed(0))
     tokens, classes = examples.tokens.to(device), examples.classes.to(device)
-    schedule = parse(run.schedule)
 
     def step() -> None:
-        number = next(turn) % run.steps
-        step_loss(model, tokens, classes, schedule.at(number, run.steps, run.seed))[0].backward()
-        optimiser.step(number)
+        step_loss(model, tokens, classes, schedule)[0].backward()
+        optimiser.step(0)
 
     return step
+
+
+def flops(run: TrackingRun) -> float:
+    """Of a token's training, at the longest rows: attention costs less on the shorter ones that come first."""
+    return training_flops(run.model, parse(run.schedule), run.lengths()[-1])
 
 
 class StateData:
@@ -142,8 +156,8 @@ class StateData:
         return None
 
     def is_current(self, line: Line) -> bool:
-        """Always: the key hashes the fields."""
-        return True
+        """Whether model, schedule and rows of the line are those that its fields come to now."""
+        return matches_fields(json.dumps(line["fields"], sort_keys=True), json.dumps(line["result"]))
 
     def discard(self, line: Line) -> None:
         """Nothing: a cell that is stopped begins anew."""
@@ -155,6 +169,7 @@ class StateData:
         return cell.minutes * (1.0 if cell.fields.get("equal") == "wall_clock" else flops(run) / flops(other))
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
+        check_tests(fields)
         run, opened = build_run(fields), BENCHMARKS[fields["benchmark"]]
         ratio = step_ratio(run, baseline_run(fields), device)
         if fields.get("equal", "tokens") == "wall_clock":
@@ -165,7 +180,9 @@ class StateData:
             "steps": run.steps,
             "model": run.model.to_dict(),
             "schedule": run.schedule,
-            "chance": None if math.isnan(chance := opened("test").chance) else chance,
+            "data": fingerprint(opened("train")),
+            "distance": opened("test").distance,
+            "far": opened("test").far,
         }
         try:
             done = train_tracking(run, lambda n, text: advance(TRAINING * n / run.steps, text), device=device)
@@ -188,52 +205,83 @@ class StateData:
         return state_data_tables.figure
 
 
+def check_tests(fields: Fields) -> None:
+    """ValueError where what is measured after training is wrong: better before it."""
+    tests, sequences = fields["tests"], fields.get("sequences", SEQUENCES)
+    if not isinstance(tests, list) or not tests or not all(type(n) is int and n >= SHORTEST_TEST for n in tests):
+        raise ValueError(f"tests is {tests!r}; give lengths of at least {SHORTEST_TEST} tokens, such as [128, 512]")
+    if type(sequences) is not int or sequences < 4:
+        raise ValueError(f"sequences is {sequences!r}; give a whole number of at least 4")
+    model = build_model({name: fields[name] for name in MODEL & set(fields)}, 2)
+    if not model.unlimited_context and max(tests) > model.context:
+        raise ValueError(
+            f"tests of {max(tests)} tokens are beyond the model's context of {model.context}; raise size.context"
+        )
+
+
+@functools.cache
+def fingerprint(benchmark: Benchmark) -> str:
+    """A hash of the words and of a few rows: another generator, or another text behind it, has another."""
+    rows = benchmark.sample(4, 64, torch.Generator().manual_seed(0))
+    content = json.dumps([benchmark.words, rows.tokens.tolist(), rows.asked.tolist()])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@functools.cache  # by JSON, as lines are no keys: a study asks again before every cell
+def matches_fields(cell: str, result: str) -> bool:
+    """See `StateData.is_current`. What is read from files counts where these are others: its lines are shown there."""
+    fields, written = json.loads(cell), json.loads(result)
+    try:
+        run = build_run(fields)
+    except ValueError:
+        return False
+    same_rows = fields["benchmark"] in READ or fingerprint(BENCHMARKS[fields["benchmark"]]("train")) == written["data"]
+    return same_rows and ModelConfig.from_dict(written["model"]) == run.model and written["schedule"] == run.schedule
+
+
 def score_model(
     model: LatentRecurrentTransformer, opened: OpenSplit, fields: Fields, advance: Advance
 ) -> dict[str, Any]:
-    """Live: excess on val, by which choices are made; everything on test; and with the memory replaced."""
+    """Live: excess on val, by which choices are made; everything on test; and with the memory replaced, on some rows of
+    the first test."""
     count, first = fields.get("sequences", SEQUENCES), fields["tests"][0]
 
-    def scores_of(scored: LatentRecurrentTransformer, purpose: str, length: int, rows: int) -> dict[str, Any]:
-        benchmark = opened(purpose)
-        drawn = measure.held_out_rows(benchmark, purpose, rows, length, fields["seed"])
-        return summarise(measure.score_rows(scored, drawn), benchmark.bounds)
+    def scores_of(scored: LatentRecurrentTransformer, purpose: str, length: int, rows: int) -> TokenScores:
+        drawn = measure.held_out_rows(opened(purpose), purpose, rows, length, fields["seed"])
+        return measure.score_rows(scored, drawn)
 
-    share = (1 - TRAINING) / (len(fields["tests"]) + 1)
-    val = scores_of(model, "val", first, count)
+    bounds, share = opened("test").bounds, (1 - TRAINING) / (len(fields["tests"]) + 1)
+    val = summarise(scores_of(model, "val", first, count), bounds)
     tests: dict[str, Any] = {}
+    ablated: dict[str, Any] = {}
     for length in fields["tests"]:
         # As many tokens at each length: long rows take as long as many short ones.
-        tests[str(length)] = scores_of(model, "test", length, max(8, count * first // length))
-        advance(share, f"length {length}: {over_floor(tests[str(length)]['all']):.4f}")
-    ablated = {}
-    if model.config.stored_sources:
-        ablated = {name: scores_of(ablate(model, name), "test", first, count // 4)["all"] for name in ABLATED}
+        scores = scores_of(model, "test", length, max(8, count * first // length))
+        tests[str(length)] = summarise(scores, bounds)
+        if length == first and model.config.stored_sources:
+            part = scores.first(count // 4)
+            ablated["intact"] = plain(measure.bin_of(part, part.known))
+            for name in ABLATED:
+                replaced = measure.score_rows(ablate(model, name), part.rows)
+                ablated[name] = plain(measure.bin_of(replaced, replaced.known))
+        advance(share, f"length {length}: {tests[str(length)]['all']['excess']:.4f}")
     advance(share, "scored")
-    return {"val_excess": over_floor(val["all"]), "tests": tests, "ablated": ablated}
+    return {"val_excess": val["all"]["excess"], "tests": tests, "ablated": ablated}
 
 
-def over_floor(one: dict[str, Any]) -> float:
-    """Excess nats; where no floor is known, nats."""
-    return one["nats"] if one["excess"] is None else one["excess"]
-
-
-def summarise(scores: measure.TokenScores, bounds: Sequence[int]) -> dict[str, Any]:
-    """Plain data: all tokens, all answers, answers by distance, tokens by position."""
+def summarise(scores: TokenScores, bounds: Sequence[int]) -> dict[str, Any]:
+    """Plain data: tokens with a floor, in all, and by position; answers by distance; tokens without a floor."""
+    without = scores.rows.counted & ~scores.known
     return {
-        "all": plain(measure.bin_of(scores, scores.rows.counted)),
+        "all": plain(measure.bin_of(scores, scores.known)),
         "answers": plain(measure.bin_of(scores, scores.rows.asked >= 0)),
         "by_distance": {str(low): plain(one) for low, one in measure.by_distance(scores, bounds).items()},
         "by_position": {str(low): plain(one) for low, one in measure.by_position(scores).items()},
+        **({"without_floor": plain(measure.bin_of(scores, without))} if without.any() else {}),
     }
 
 
 def plain(one: Bin) -> dict[str, Any]:
-    """A bin as JSON has it: None where no floor is known."""
-    excess = one.excess
-    return {
-        "tokens": one.tokens,
-        "right": one.right,
-        "nats": one.nats / one.tokens,
-        "excess": excess if math.isfinite(excess) else None,
-    }
+    """A bin as JSON has it; no excess where no floor is known."""
+    excess = {} if math.isnan(one.floor) else {"excess": one.excess}
+    return {"tokens": one.tokens, "right": one.right, "nats": one.nats / one.tokens, **excess}
