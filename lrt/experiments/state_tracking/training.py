@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,10 @@ class TrackingRun:
         task = self.source
         steps = [*range(self.shortest, self.longest, self.by), self.longest]
         return list(dict.fromkeys(task.length(max(task.shortest, wanted)) for wanted in steps))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, where the task is a name."""
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
