@@ -10,6 +10,7 @@ Shapes: B rows, T positions, D width.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
