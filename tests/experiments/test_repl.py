@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 
-from lrt.experiments.state_data.repl import REPL, REPL_HIDDEN, WORDS, Repl, repl_benchmark
+from lrt.experiments.state_data.repl import REPL, REPL_HIDDEN, WORDS, Repl, add_forms, repl_benchmark, solve_for_one
 from lrt.experiments.state_data.rows import BOS, NOTHING, Rows
 
 PRELUDE = "a, b, c, d, e = 0, 1, 2, 3, 4\ns = []\nm = {0: 0, 1: 1, 2: 2, 3: 3}\n"
@@ -173,6 +173,15 @@ def test_the_floor_of_hidden_numbers_by_trying_them_all():
             unknown, known_again = unknown + (len(answers) == 7), known_again + (len(answers) == 1 and "?" in text)
     assert unknown > 50
     assert known_again > 100
+
+
+def test_a_number_that_is_solved_for_leaves_nothing_of_its_form():
+    for a, b, c in itertools.product(range(1, 7), range(1, 7), range(7)):
+        form = {3: a, 5: b, **({8: c} if c else {})}
+        number, others = solve_for_one(form)
+        rest = {n: x for n, x in form.items() if n != number}
+        assert number not in others
+        assert add_forms(rest, others, form[number]) == {}
 
 
 def test_a_row_is_that_of_its_seed_and_no_two_are_alike():

@@ -233,6 +233,7 @@ def test_tables_by_hand():
     by_name = {row[0]: row for row in excess.body}
     assert by_name["lrt"][excess.head.index("vs transformer")] == "-50.0 % ± 0.0"
     assert by_name["lost"][excess.head.index("seeds")] == "0, 1 diverged"
+    assert by_name["lost"][excess.head.index("vs transformer")] == ""
     assert answers.head == ["model", "0", "4", "8+", "4 and more", "4 and more, less transformer's"]
     assert answers.body[1] == ["lrt", "50.0 (30)", "90.0 (30)", "10.0 (90)", "30.0 ± 0.0", "+0.0 ± 0.0"]
     assert slopes.body[1][1] == "+0.00000 ± 0.00000"
