@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -61,6 +61,16 @@ class OptimConfig:
     """Tokens per step at which the rates hold; others scale them with the square root."""
     clip: float | None = None
     """Largest norm of the whole gradient; a larger one is scaled down to it. None: no limit."""
+
+    def times(self, factor: float) -> OptimConfig:
+        """The same with all four rates times a factor."""
+        return replace(
+            self,
+            matrix_lr=factor * self.matrix_lr,
+            embedding_lr=factor * self.embedding_lr,
+            head_lr=factor * self.head_lr,
+            scalar_lr=factor * self.scalar_lr,
+        )
 
     def __post_init__(self) -> None:
         check_numbers(self, LIMITS)

@@ -245,7 +245,7 @@ def test_bins_of_plies_by_hand():
     column = torch.tensor([1.0, 2.0, 4.0])
     right = torch.tensor([True, False, True])
     scores = MoveScores(torch.tensor([0, 3, 25]), right, column, column / 2, column / 8, column / 4, right, ~right)
-    first, last = by_ply(MoveScores.join([scores.select(right), scores.select(~right)]))
+    first, last = by_ply(scores)
     assert (first.first, first.last, first.moves, first.nats, first.floor) == (0, 9, 2, 1.5, 0.75)
     assert (last.first, last.last, last.moves, last.excess, last.legal_from) == (20, 29, 1, 2.0, 0.5)
     assert last.legal_to == 1.0

@@ -273,9 +273,9 @@ def test_wrong_fields_are_answered_in_a_sentence(change: dict[str, Any], words: 
 )
 def test_wrong_tests_are_refused_before_training(change: dict[str, Any], words: str):
     fields = {**FIELDS, "tests": [24]}
-    state_data.check_tests(fields)
+    state_data.build_run(fields)
     with pytest.raises(ValueError, match=words):
-        state_data.check_tests({**fields, **change})
+        state_data.build_run({**fields, **change})
 
 
 def test_the_time_of_a_step_is_that_of_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -303,3 +303,4 @@ def test_lines_of_another_generator_do_not_count():
     for change in ({"data": "0"}, {"schedule": "interleaved(2)"}, {"model": {**model, "depth": 3}}):
         assert not counts(FIELDS, {**result, **change})
     assert not counts({**FIELDS, "family": "gone"}, result)
+    assert not counts(FIELDS, {**result, "model": {**model, "a field of another version": 1}})

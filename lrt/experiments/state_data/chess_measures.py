@@ -6,7 +6,6 @@ Shapes: B rows, T positions, V words, M whole moves. Logits (B, T, V) at positio
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -160,14 +159,9 @@ class MoveScores:
     greedy_to: Tensor
     """Bool: whether the likeliest word is a legal to-square, given the from-square of the game."""
 
-    @classmethod
-    def join(cls, parts: list[MoveScores]) -> MoveScores:
-        """Scores of several batches as one."""
-        return cls(*(torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(cls)))
-
     def select(self, mask: Tensor) -> MoveScores:
         """The moves where `mask` (M,) holds: `scores.select(scores.engine)`."""
-        return MoveScores(*(getattr(self, f.name)[mask] for f in dataclasses.fields(self)))
+        return MoveScores(**{name: column[mask] for name, column in vars(self).items()})
 
 
 def word_costs(rows: Rows, logits: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ class Part:
 
 def split_parts(settings: PoolSettings, split: str) -> list[Part]:
     """The files of a split, in order."""
-    games = getattr(settings, split)
+    games = {TRAIN: settings.train, TEST: settings.test}[split]
     return [Part(split, range(start, min(start + PART, games))) for start in range(0, games, PART)]
 
 
@@ -315,8 +315,6 @@ def chess_benchmark(pool: Pool, split: str) -> Benchmark:
     games = pool.splits[split]
 
     def sample(rows: int, length: int, generator: torch.Generator) -> Rows:
-        numbers = draw_numbers(len(games.lengths), rows, generator)
-        drawn = Rows(games.tokens[numbers], games.floor[numbers], games.asked[numbers], games.lengths[numbers])
-        return fit(drawn, length)
+        return fit(games.take(draw_numbers(len(games.lengths), rows, generator)), length)
 
     return chess_words("chess" if pool.engine else "chess-random", sample)

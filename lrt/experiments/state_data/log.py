@@ -263,8 +263,8 @@ def mix(first: Sampler, second: Sampler) -> Sampler:
     def sample(rows: int, length: int, generator: torch.Generator) -> Rows:
         coin = torch.rand(rows, generator=generator) < 0.5
         heads = int(coin.sum())
-        both = Rows.stack([first(heads, length, generator), second(rows - heads, length, generator)])
+        both = first(heads, length, generator).then(second(rows - heads, length, generator))
         order = torch.where(coin, coin.cumsum(0) - 1, heads + (~coin).cumsum(0) - 1)
-        return Rows(both.tokens[order], both.floor[order], both.asked[order], both.lengths[order])
+        return both.take(order)
 
     return sample

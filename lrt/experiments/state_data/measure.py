@@ -26,9 +26,9 @@ def as_task(benchmark: Benchmark) -> Task:
     """A benchmark as something to train on: every next token is asked. What has no floor counts as if it were 0."""
 
     def sample(rows: int, length: int, generator: torch.Generator) -> Examples:
-        drawn = benchmark.sample(rows, length, generator)
-        floor = drawn.floor[drawn.counted]
-        return Examples(drawn.tokens, next_tokens(drawn), float(floor.nan_to_num().mean()))
+        text = benchmark.sample(rows, length, generator)
+        floor = text.floor[text.counted]
+        return Examples(text.tokens, next_tokens(text), float(floor.nan_to_num().mean()))
 
     size = len(benchmark.words)
     return Task(benchmark.name, size, size, benchmark.chance, sample, shortest=2)
@@ -57,8 +57,7 @@ class TokenScores:
 
     def first(self, rows: int) -> TokenScores:
         """Those of the first rows."""
-        part = Rows(*(x[:rows] for x in (self.rows.tokens, self.rows.floor, self.rows.asked, self.rows.lengths)))
-        return TokenScores(part, self.nats[:rows], self.right[:rows])
+        return TokenScores(self.rows.take(slice(rows)), self.nats[:rows], self.right[:rows])
 
 
 @torch.no_grad()

@@ -49,10 +49,19 @@ class Rows:
         places = torch.arange(self.tokens.shape[1])
         return (places >= 1) & (places < self.lengths.unsqueeze(1))
 
-    @classmethod
-    def stack(cls, rows: list[Rows]) -> Rows:
-        """Rows of equal T, one after another."""
-        return cls(*(torch.cat([getattr(r, n) for r in rows]) for n in ("tokens", "floor", "asked", "lengths")))
+    def take(self, which: Tensor | slice) -> Rows:
+        """Some of the rows, by their numbers (N,) int64 or a slice."""
+        return Rows(self.tokens[which], self.floor[which], self.asked[which], self.lengths[which])
+
+    def then(self, other: Rows) -> Rows:
+        """These rows and behind them others of equal T."""
+        pairs = zip(self.columns, other.columns, strict=True)
+        return Rows(*(torch.cat(pair) for pair in pairs))
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, floor, asked and lengths."""
+        return self.tokens, self.floor, self.asked, self.lengths
 
 
 Sampler = Callable[[int, int, torch.Generator], Rows]

@@ -101,12 +101,9 @@ def build_run(fields: Fields, vocab_size: int) -> RunConfig:
     if fields.get("precision") == "auto":
         raise ValueError("precision is 'auto', which depends on the machine, as no cell may; give float32 or bfloat16")
     model = build_model(fields, vocab_size)
-    optim = OptimConfig(**fields.get("optim", {}))
-    factor = fields.get("rate", 1)  # of a sweep: all four rates together
-    rates = {name: factor * getattr(optim, name) for name in ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")}
     run = RunConfig(
         model=model,
-        optim=dataclasses.replace(optim, **rates),
+        optim=OptimConfig(**fields.get("optim", {})).times(fields.get("rate", 1)),  # of a sweep: all rates together
         schedule=fields.get("schedule", rivals.rivals(model.depth)[fields["family"]].schedule),
         batch_size=fields["batch_size"],
         device_batch=fields.get("device_batch"),

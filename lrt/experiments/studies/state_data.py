@@ -62,7 +62,6 @@ SHORTEST_TEST = 24
 """Tokens: of shorter rows there is no gain by position."""
 READ = {"log_and_text", "bytecode"}
 """Benchmarks that are read from files, and not only drawn."""
-RATES = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
 
 
 def build_run(fields: Fields) -> TrackingRun:
@@ -82,12 +81,11 @@ def build_run(fields: Fields) -> TrackingRun:
     BENCHMARKS.check(fields["benchmark"])
     benchmark = BENCHMARKS[fields["benchmark"]]("train")
     model = build_model({name: fields[name] for name in MODEL & set(fields)}, len(benchmark.words))
-    optim = OptimConfig(**fields["optim"])
-    rates = {name: fields.get("rate", 1) * getattr(optim, name) for name in RATES}
+    check_tests(fields, model)
     return TrackingRun(
         as_task(benchmark),
         model,
-        dataclasses.replace(optim, **rates),
+        OptimConfig(**fields["optim"]).times(fields.get("rate", 1)),
         fields.get("schedule", rivals.rivals(model.depth)[fields["family"]].schedule),
         **{name: fields[name] for name in RUN & set(fields)},
     )
@@ -107,7 +105,7 @@ def step_ratio(run: TrackingRun, other: TrackingRun, device: str) -> float:
     if run.model == other.model and run.schedule == other.schedule:
         return 1.0
 
-    def measured() -> timing.Ratios:
+    def measure_steps() -> timing.Ratios:
         runs = {"this": run, "other": other}
         work = {
             (name, repr(part)): steps(one, part, device)
@@ -121,7 +119,7 @@ def step_ratio(run: TrackingRun, other: TrackingRun, device: str) -> float:
         )
         return {"step": this.ratio(beside)[0]}
 
-    return timing.keep(timing.machine_key([describe(run), describe(other)], device), measured)["step"]
+    return timing.keep(timing.machine_key([describe(run), describe(other)], device), measure_steps)["step"]
 
 
 def describe(run: TrackingRun) -> dict[str, Any]:
@@ -169,7 +167,6 @@ class StateData:
         return cell.minutes * (1.0 if cell.fields.get("equal") == "wall_clock" else flops(run) / flops(other))
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
-        check_tests(fields)
         run, opened = build_run(fields), BENCHMARKS[fields["benchmark"]]
         ratio = step_ratio(run, baseline_run(fields), device)
         if fields.get("equal", "tokens") == "wall_clock":
@@ -205,14 +202,13 @@ class StateData:
         return state_data_tables.figure
 
 
-def check_tests(fields: Fields) -> None:
+def check_tests(fields: Fields, model: ModelConfig) -> None:
     """ValueError where what is measured after training is wrong: better before it."""
     tests, sequences = fields["tests"], fields.get("sequences", SEQUENCES)
     if not isinstance(tests, list) or not tests or not all(type(n) is int and n >= SHORTEST_TEST for n in tests):
         raise ValueError(f"tests is {tests!r}; give lengths of at least {SHORTEST_TEST} tokens, such as [128, 512]")
     if type(sequences) is not int or sequences < 4:
         raise ValueError(f"sequences is {sequences!r}; give a whole number of at least 4")
-    model = build_model({name: fields[name] for name in MODEL & set(fields)}, 2)
     if not model.unlimited_context and max(tests) > model.context:
         raise ValueError(
             f"tests of {max(tests)} tokens are beyond the model's context of {model.context}; raise size.context"
@@ -232,11 +228,11 @@ def matches_fields(cell: str, result: str) -> bool:
     """See `StateData.is_current`. What is read from files counts where these are others: its lines are shown there."""
     fields, written = json.loads(cell), json.loads(result)
     try:
-        run = build_run(fields)
+        run, model = build_run(fields), ModelConfig.from_dict(written["model"])
     except ValueError:
         return False
     same_rows = fields["benchmark"] in READ or fingerprint(BENCHMARKS[fields["benchmark"]]("train")) == written["data"]
-    return same_rows and ModelConfig.from_dict(written["model"]) == run.model and written["schedule"] == run.schedule
+    return same_rows and model == run.model and written["schedule"] == run.schedule
 
 
 def score_model(
@@ -247,8 +243,7 @@ def score_model(
     count, first = fields.get("sequences", SEQUENCES), fields["tests"][0]
 
     def scores_of(scored: LatentRecurrentTransformer, purpose: str, length: int, rows: int) -> TokenScores:
-        drawn = measure.held_out_rows(opened(purpose), purpose, rows, length, fields["seed"])
-        return measure.score_rows(scored, drawn)
+        return measure.score_rows(scored, measure.held_out_rows(opened(purpose), purpose, rows, length, fields["seed"]))
 
     bounds, share = opened("test").bounds, (1 - TRAINING) / (len(fields["tests"]) + 1)
     val = summarise(scores_of(model, "val", first, count), bounds)
