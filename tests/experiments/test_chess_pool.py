@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from support import chess_rules as rules
 from support.chess_oracle import InventedEngine, exact_logits
 
+from lrt.data.prepared import SPLITS
 from lrt.experiments.state_data import chess_pool
 from lrt.experiments.state_data.chess_games import ENGINE, RANDOM, TOKENS, to_rows
 from lrt.experiments.state_data.chess_measures import score_moves
@@ -31,7 +33,7 @@ from lrt.experiments.state_data.chess_pool import (
 )
 
 needs_stockfish = pytest.mark.skipif(engine_path() is None, reason="no stockfish: apt-get install stockfish")
-QUICK = PoolSettings(train=10, test=5, seed=3, nodes=50, multipv=4, temperature=40, plies=6, engine_share=0.6)
+QUICK = PoolSettings(train=10, val=3, test=5, seed=3, nodes=50, multipv=4, temperature=40, plies=6, engine_share=0.6)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -68,7 +70,7 @@ def stop_after(calls: int) -> Callable[[float, str], None]:
 def test_a_stopped_pool_goes_on(tmp_path: Path):
     amounts = []
     whole = make_pool(tmp_path / "whole", QUICK, InventedEngine(), lambda amount, _: amounts.append(amount))
-    assert amounts == [4, 4, 2, 4, 1]
+    assert amounts == [4, 4, 2, 3, 4, 1]
     with pytest.raises(Stop):
         make_pool(tmp_path / "stopped", QUICK, InventedEngine(), stop_after(2))
     assert len(list((tmp_path / "stopped").glob("*.jsonl"))) == 3
@@ -112,17 +114,20 @@ def test_a_folder_holds_one_pool(tmp_path: Path):
         read_pool(tmp_path)
 
 
-def test_train_and_test_share_no_row(tmp_path: Path):
-    """Games of one ply: most test games are in train too."""
-    settings = dataclasses.replace(QUICK, train=60, test=60, plies=1, engine_share=0.3)
+def test_splits_share_no_row(tmp_path: Path):
+    """Games of two plies: many later games are in train too."""
+    settings = dataclasses.replace(QUICK, train=200, val=60, test=60, plies=2, engine_share=0.3)
     pool = make_pool(tmp_path, settings, InventedEngine())
-    games = {split: {tuple(row[2:]) for row in pool.splits[split].tokens.tolist()} for split in (TRAIN, TEST)}
-    assert games[TEST]
-    assert not games[TRAIN] & games[TEST]
-    assert pool.dropped == 60 - len(pool.splits[TEST].tokens) > 0
-    assert json.loads((tmp_path / "manifest.json").read_text())["test_games_in_train"] == pool.dropped
-    with pytest.raises(ValueError, match="in train too"):
-        make_pool(tmp_path / "hopeless", dataclasses.replace(settings, train=500, test=2), None)
+    games = {split: {tuple(row[2:]) for row in pool.splits[split].tokens.tolist()} for split in SPLITS}
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert games[other]
+        assert not games[one] & games[other]
+    wanted = {"train": 200, "val": 60, "test": 60}
+    assert pool.dropped == {split: n - len(pool.splits[split].tokens) for split, n in wanted.items()}
+    assert (pool.dropped["train"], pool.dropped["val"] > 0, pool.dropped["test"] > 0) == (0, True, True)
+    assert json.loads((tmp_path / "manifest.json").read_text())["dropped"] == pool.dropped
+    with pytest.raises(ValueError, match="before val have all its games"):
+        make_pool(tmp_path / "hopeless", dataclasses.replace(settings, train=500, plies=1), None)
 
 
 def test_the_share_of_engine_games():
@@ -150,8 +155,8 @@ def test_a_benchmark_draws_no_game_twice_before_all(tmp_path: Path):
     assert drawn[:10] != drawn[10:]
     assert drawn == benchmark.sample(20, 14, seeded()).tokens[:, : len(games[0])].tolist()
     assert benchmark.sample(3, 5, seeded()).lengths.tolist() == [5, 5, 5]
-    with pytest.raises(ValueError, match="no split 'val'"):
-        chess_benchmark(pool, "val")
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        chess_benchmark(pool, "dev")
 
 
 def test_settings_that_make_no_sense_are_refused():

@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from support.chess_oracle import InventedEngine
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, score
 from lrt.cli.main import main
 from lrt.experiments.state_data import measure
+from lrt.experiments.state_data.chess_pool import PoolSettings, make_pool
 from lrt.experiments.state_data.measure import TokenScores, as_task
 from lrt.experiments.state_data.repl import REPL
 from lrt.experiments.state_data.rows import Rows
 from lrt.experiments.state_tracking.tasks import Examples
 from lrt.experiments.state_tracking.training import TrackingRun, train_tracking
-from lrt.experiments.studies import state_data, state_data_tables
+from lrt.experiments.studies import benchmarks, state_data, state_data_tables
 from lrt.experiments.studies.benchmarks import BENCHMARKS
 from lrt.experiments.studies.comparisons import paired_difference, t_half_width
 from lrt.training.optim import OptimConfig
@@ -241,6 +243,25 @@ def test_tables_by_hand():
     points = state_data_tables.figure([*lines, lost]).axes[0].get_lines()[0].get_xydata()
     assert points is not None
     assert points.tolist() == [[0, 50], [4, 90], [8, pytest.approx(10)]]
+
+
+def test_chess_in_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    settings = PoolSettings(train=40, val=8, test=8, plies=14, multipv=3, engine_share=0.5)
+    monkeypatch.setattr(benchmarks, "open_pool", lambda: make_pool(tmp_path / "pool", settings, InventedEngine()))
+    (tmp_path / "small.yaml").write_text(STUDY.replace("repl", "chess").replace("[24, 48]", "[32]"))
+    main(["study", "small.yaml", "--dry-run"])
+    assert not (tmp_path / "pool").exists()  # to announce the cells, no game is played
+    main(["study", "small.yaml"])
+    results = [json.loads(line)["result"] for line in Path("runs/studies/small.tiny.jsonl").read_text().splitlines()]
+    assert {result["origin"]["engine"] for result in results} == {"Invented 1.0"}
+    first = results[0]
+    assert first["tests"]["32"]["all"]["excess"] > 0
+    games = list(first["details"].values())
+    assert set(first["details"]) == {"engine", "random"}
+    assert sum(one["moves"] for plies in games for one in plies.values()) == 16 * 14
+    text = capsys.readouterr().out
+    assert "engine games by ply, nats of a move over the floor (likeliest squares legal, %)" in text
 
 
 @pytest.mark.parametrize(

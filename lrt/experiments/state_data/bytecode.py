@@ -22,6 +22,7 @@ No floor is known of real programs but at the answers, where it is 0. The Python
 
 from __future__ import annotations
 
+import dataclasses
 import dis
 import functools
 import hashlib
@@ -223,7 +224,9 @@ def bytecode_manifest() -> dict[str, Any]:
 
 def bytecode_benchmark(split: str) -> Benchmark:
     """Rows of `train`, `val` or `test` of the running Python's standard library. ValueError as in `make_benchmark`."""
-    return make_benchmark(stdlib_programs(), split)
+    benchmark = make_benchmark(stdlib_programs(), split)
+    named = ("python", "fingerprint")
+    return dataclasses.replace(benchmark, origin=lambda: {name: bytecode_manifest()[name] for name in named})
 
 
 def make_benchmark(programs: Programs, split: str) -> Benchmark:

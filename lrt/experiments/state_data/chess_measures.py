@@ -6,9 +6,10 @@ Shapes: B rows, T positions, V words, M whole moves. Logits (B, T, V) at positio
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from lrt.experiments.state_data.chess_games import (
     ENGINE,
     FIRST_PIECE,
     FIRST_SQUARE,
+    RANDOM,
     SQUARES,
     TOKENS,
     WORDS,
@@ -229,6 +231,17 @@ def by_ply(scores: MoveScores, width: int = 10) -> list[PlyBin]:
     """Means by ply: 0 … width - 1, and so on; bins without a move are left out."""
     bins = scores.ply // width
     return [mean_scores(scores.select(bins == n), n * width, (n + 1) * width - 1) for n in bins.unique().tolist()]
+
+
+def describe_moves(rows: Rows, logits: Tensor) -> dict[str, Any]:
+    """The means by ply, as plain data, of engine games and of random ones; without those that there are none of."""
+    scores = score_moves(rows, logits)
+    kinds = {ENGINE: scores.select(scores.engine), RANDOM: scores.select(~scores.engine)}
+    return {
+        kind: {str(one.first): dataclasses.asdict(one) | {"excess": one.excess} for one in by_ply(of_kind)}
+        for kind, of_kind in kinds.items()
+        if len(of_kind.ply)
+    }
 
 
 def mean_scores(scores: MoveScores, first: int, last: int) -> PlyBin:

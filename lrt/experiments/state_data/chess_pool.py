@@ -1,8 +1,8 @@
 """Pools of chess games: an engine plays once, training and tests draw from its games.
 
-A pool is a folder. `train-00000.jsonl`, … and `test-00000.jsonl`, … hold a game per line, with the engine's name and
-version; `manifest.json` the settings and, of a finished pool, counts and a hash. A game is a function of (seed, split,
-number) and the engine alone, so a pool that was stopped goes on, and equal settings make equal files.
+A pool is a folder. `train-00000.jsonl`, … , and likewise `val` and `test`, hold a game per line, with the engine's name
+and version; `manifest.json` the settings and, of a finished pool, counts and a hash. A game is a function of (seed,
+split, number) and the engine alone, so a pool that was stopped goes on, and equal settings make equal files.
 
     with open_engine() as engine:
         pool = make_pool(Path("runs/chess"), PoolSettings(), engine)
@@ -19,7 +19,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from lrt.data.prepared import SPLITS
 from lrt.experiments.state_data.chess_games import (
     ENGINE,
     PLIES,
@@ -47,7 +48,7 @@ from lrt.utils.validation import Limits, check_fields, check_numbers
 if TYPE_CHECKING:
     import chess
 
-TRAIN, TEST = SPLITS = ("train", "test")
+TRAIN, VAL, TEST = SPLITS
 PART = 100
 """Games of a file: what a stopped run loses at most."""
 MATE = 10_000
@@ -56,6 +57,7 @@ MANIFEST = "manifest.json"
 
 POOL_LIMITS = {
     "train": Limits(1, 10**8, whole=True),
+    "val": Limits(1, 10**8, whole=True),
     "test": Limits(1, 10**8, whole=True),
     "seed": Limits(0, 2**63 - 1, whole=True),
     "nodes": Limits(1, 10**9, whole=True),
@@ -72,6 +74,7 @@ class PoolSettings:
 
     train: int = 20_000
     """Games."""
+    val: int = 500
     test: int = 1_000
     seed: int = 0
     nodes: int = 300
@@ -175,7 +178,7 @@ class Part:
 
 def split_parts(settings: PoolSettings, split: str) -> list[Part]:
     """The files of a split, in order."""
-    games = {TRAIN: settings.train, TEST: settings.test}[split]
+    games = {TRAIN: settings.train, VAL: settings.val, TEST: settings.test}[split]
     return [Part(split, range(start, min(start + PART, games))) for start in range(0, games, PART)]
 
 
@@ -242,7 +245,7 @@ def summary(folder: Path, settings: PoolSettings) -> dict[str, Any]:
     return {
         "kinds": {split: Counter(game.kind for game in games[split]) for split in SPLITS},
         "ends": {split: Counter(game.end for game in games[split]) for split in SPLITS},
-        "test_games_in_train": len(games[TEST]) - len(without(games[TEST], games[TRAIN])),
+        "dropped": {split: len(games[split]) - len(kept) for split, kept in unshared(games).items()},
         "sha256": digest(folder, settings),
     }
 
@@ -258,10 +261,14 @@ def read_games(folder: Path, settings: PoolSettings, split: str) -> list[Game]:
     return [from_line(line) for text in texts for line in text.splitlines()]
 
 
-def without(games: Sequence[Game], others: Sequence[Game]) -> list[Game]:
-    """The games whose moves are those of none of the others."""
-    moves = {game.moves for game in others}
-    return [game for game in games if game.moves not in moves]
+def unshared(games: Mapping[str, Sequence[Game]]) -> dict[str, list[Game]]:
+    """The games of each split whose moves no split before it has."""
+    earlier: set[tuple[str, ...]] = set()
+    kept = {}
+    for split in SPLITS:
+        kept[split] = [game for game in games[split] if game.moves not in earlier]
+        earlier |= {game.moves for game in games[split]}
+    return kept
 
 
 @dataclass(frozen=True)
@@ -272,9 +279,11 @@ class Pool:
     """Name and version; None where all games are random."""
     settings: PoolSettings
     splits: dict[str, Rows]
-    """TRAIN and TEST, as long as their longest games. No game of TRAIN is in TEST."""
-    dropped: int
-    """Games of TEST that were left out, since TRAIN has them too."""
+    """By split, as long as its longest game. No game is in two splits."""
+    dropped: dict[str, int]
+    """By split: games that were left out, since a split before it has them too."""
+    sha256: str
+    """Of all games."""
 
 
 def read_pool(folder: Path) -> Pool:
@@ -286,13 +295,17 @@ def read_pool(folder: Path) -> Pool:
         raise ValueError(f"the pool {folder} is unfinished; call make_pool with its settings again")
     if manifest["sha256"] != digest(folder, settings):
         raise ValueError(f"the games of {folder} are not those of its manifest; remove the folder and make it again")
-    train, test = (read_games(folder, settings, split) for split in SPLITS)
-    fresh = without(test, train)
-    if not fresh:
-        raise ValueError(f"all test games of {folder} are in train too; make a pool of more plies or more test games")
+    games = {split: read_games(folder, settings, split) for split in SPLITS}
+    kept = unshared(games)
+    for split in SPLITS:
+        if not kept[split]:
+            raise ValueError(
+                f"the splits before {split} have all its games in {folder}; make a pool of more plies or more games"
+            )
     shares = kind_shares(settings, manifest["engine"])
-    splits = {TRAIN: to_rows(train, shares), TEST: to_rows(fresh, shares)}
-    return Pool(manifest["engine"], settings, splits, len(test) - len(fresh))
+    splits = {split: to_rows(kept[split], shares) for split in SPLITS}
+    dropped = {split: len(games[split]) - len(kept[split]) for split in SPLITS}
+    return Pool(manifest["engine"], settings, splits, dropped, manifest["sha256"])
 
 
 def kind_shares(settings: PoolSettings, engine: str | None) -> dict[str, float]:
@@ -307,7 +320,7 @@ def draw_numbers(games: int, rows: int, generator: torch.Generator) -> Tensor:
 
 
 def chess_benchmark(pool: Pool, split: str) -> Benchmark:
-    """Rows from a pool's TRAIN or TEST. A call draws no game twice before it has drawn all; the next begins anew,
+    """Rows from one of a pool's splits. A call draws no game twice before it has drawn all; the next begins anew,
     since equal generators give equal rows. Rows that end before their games do may be alike, as openings are.
     """
     if split not in pool.splits:

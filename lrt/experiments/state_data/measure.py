@@ -74,6 +74,14 @@ def score_rows(model: LatentRecurrentTransformer, rows: Rows, batch: int = BATCH
     return TokenScores(rows, nats, right & rows.counted)
 
 
+@torch.no_grad()
+def live_logits(model: LatentRecurrentTransformer, rows: Rows, batch: int = BATCH) -> Tensor:
+    """(B, T, V) float32 on the CPU, decoded token by token."""
+    device = model.embedding.weight.device
+    parts = [model.logits(live_hidden(model, tokens.to(device))).float().cpu() for tokens in rows.tokens.split(batch)]
+    return torch.cat(parts)
+
+
 @dataclass(frozen=True)
 class Bin:
     """The tokens of one distance, or of one stretch of positions."""

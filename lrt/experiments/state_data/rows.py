@@ -9,8 +9,9 @@ Shapes: B rows, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,13 @@ class Rows:
 
 Sampler = Callable[[int, int, torch.Generator], Rows]
 """(rows, length, generator) -> rows of `length` positions. Equal generators give equal rows."""
+Details = Callable[[Rows, Tensor], Mapping[str, Any]]
+"""(rows, live logits (B, T, V)) -> what a benchmark measures beside nats and right answers, as plain data."""
+
+
+def nothing_known() -> Mapping[str, Any]:
+    """Of rows that follow from seeds alone."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,9 @@ class Benchmark:
     """Where bins of distances begin."""
     far: int | None = 4
     """From which distance on an answer needs a state that is carried; None where distance does not say so."""
+    origin: Callable[[], Mapping[str, Any]] = nothing_known
+    """What rows were made by or read from, with its version: plain data for every result's line."""
+    details: Details | None = None
 
     def sample(self, rows: int, length: int, generator: torch.Generator) -> Rows:
         """Fresh rows. ValueError for a length below 2: BOS, and a token to predict."""

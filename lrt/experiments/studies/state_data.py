@@ -38,6 +38,7 @@ from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.language import BASELINE, build_model
 from lrt.experiments.studies.runner import Line
 from lrt.model.config import ModelConfig
+from lrt.model.execution import EAGER, Execution
 from lrt.model.size import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.base import Schedule
@@ -60,7 +61,7 @@ RUN = {"rows", "steps", "shortest", "longest", "by", "mastered", "seed"}
 SEQUENCES = 256
 SHORTEST_TEST = 24
 """Tokens: of shorter rows there is no gain by position."""
-READ = {"log_and_text", "bytecode"}
+READ = {"log_and_text", "bytecode", "chess"}
 """Benchmarks that are read from files, and not only drawn."""
 
 
@@ -97,7 +98,7 @@ def baseline_run(fields: Fields) -> TrackingRun:
     return build_run({**plain, "family": BASELINE})
 
 
-def step_ratio(run: TrackingRun, other: TrackingRun, device: str) -> float:
+def step_ratio(run: TrackingRun, other: TrackingRun, device: str, execution: Execution = EAGER) -> float:
     """Time of a step at the longest rows over the other run's, optimiser included: the median of alternated rounds.
 
     Parts of a schedule count by their shares. Measured once for all seeds, and kept beside the studies of language's.
@@ -108,7 +109,7 @@ def step_ratio(run: TrackingRun, other: TrackingRun, device: str) -> float:
     def measure_steps() -> timing.Ratios:
         runs = {"this": run, "other": other}
         work = {
-            (name, repr(part)): steps(one, part, device)
+            (name, repr(part)): steps(one, part, device, execution)
             for name, one in runs.items()
             for _, part in parse(one.schedule).shares()
         }
@@ -119,7 +120,8 @@ def step_ratio(run: TrackingRun, other: TrackingRun, device: str) -> float:
         )
         return {"step": this.ratio(beside)[0]}
 
-    return timing.keep(timing.machine_key([describe(run), describe(other)], device), measure_steps)["step"]
+    key = timing.machine_key([describe(run), describe(other), execution.compile], device)
+    return timing.keep(key, measure_steps)["step"]
 
 
 def describe(run: TrackingRun) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def describe(run: TrackingRun) -> dict[str, Any]:
     return {"model": run.model.to_dict(), "schedule": run.schedule, "rows": run.rows, "length": run.lengths()[-1]}
 
 
-def steps(run: TrackingRun, schedule: Schedule, device: str) -> Work:
+def steps(run: TrackingRun, schedule: Schedule, device: str, execution: Execution) -> Work:
     """One training step at the longest rows under one part of the run's schedule."""
     model = LatentRecurrentTransformer(run.model).to(device).train()
     optimiser = Optimiser(model, run.model.width, run.optim.reference_batch, run.steps, run.optim)
@@ -135,7 +137,7 @@ def steps(run: TrackingRun, schedule: Schedule, device: str) -> Work:
     tokens, classes = examples.tokens.to(device), examples.classes.to(device)
 
     def step() -> None:
-        step_loss(model, tokens, classes, schedule)[0].backward()
+        step_loss(model, tokens, classes, schedule, execution)[0].backward()
         optimiser.step(0)
 
     return step
@@ -168,21 +170,25 @@ class StateData:
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
         run, opened = build_run(fields), BENCHMARKS[fields["benchmark"]]
-        ratio = step_ratio(run, baseline_run(fields), device)
+        execution, path = Execution().resolve(run.steps, device)
+        advance(0, path)
+        ratio = step_ratio(run, baseline_run(fields), device, execution)
         if fields.get("equal", "tokens") == "wall_clock":
             run = dataclasses.replace(run, steps=max(1, round(run.steps / ratio)))
         counts: dict[str, Any] = {
             "parameters": count_parameters(run.model)[0],
             "step_ratio": ratio,
             "steps": run.steps,
+            "execution": path,
             "model": run.model.to_dict(),
             "schedule": run.schedule,
             "data": fingerprint(opened("train")),
             "distance": opened("test").distance,
             "far": opened("test").far,
+            "origin": dict(opened("test").origin()),
         }
         try:
-            done = train_tracking(run, lambda n, text: advance(TRAINING * n / run.steps, text), device=device)
+            done = train_tracking(run, lambda n, text: advance(TRAINING * n / run.steps, text), execution, device)
         except FloatingPointError as error:
             return {**counts, "diverged": str(error)}
         counts |= {
@@ -249,10 +255,13 @@ def score_model(
     val = summarise(scores_of(model, "val", first, count), bounds)
     tests: dict[str, Any] = {}
     ablated: dict[str, Any] = {}
+    details: dict[str, Any] = {}
     for length in fields["tests"]:
         # As many tokens at each length: long rows take as long as many short ones.
         scores = scores_of(model, "test", length, max(8, count * first // length))
         tests[str(length)] = summarise(scores, bounds)
+        if length == first and (measured := opened("test").details) is not None:
+            details = {"details": dict(measured(scores.rows, measure.live_logits(model, scores.rows)))}
         if length == first and model.config.stored_sources:
             part = scores.first(count // 4)
             ablated["intact"] = plain(measure.bin_of(part, part.known))
@@ -261,7 +270,7 @@ def score_model(
                 ablated[name] = plain(measure.bin_of(replaced, replaced.known))
         advance(share, f"length {length}: {tests[str(length)]['all']['excess']:.4f}")
     advance(share, "scored")
-    return {"val_excess": val["all"]["excess"], "tests": tests, "ablated": ablated}
+    return {"val_excess": val["all"]["excess"], "tests": tests, "ablated": ablated, **details}
 
 
 def summarise(scores: TokenScores, bounds: Sequence[int]) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def tables(lines: Sequence[Line]) -> list[Table]:
             made.append(excess_table(title, choices, lengths))
             made += [distance_table(title, choices, n) for n in lengths]
             made.append(position_table(title, choices, lengths))
+            made += ply_tables(title, choices)
             if "without_floor" in scored[0]["result"]["tests"][lengths[0]]:
                 made.append(text_table(title, choices, lengths))
     return made
@@ -203,6 +204,32 @@ def position_table(title: str, choices: Choices, lengths: Sequence[str]) -> Tabl
         for name, lines in choices.items()
     ]
     return Table(f"{title}: nats per token for each doubling of the position", head, body)
+
+
+def ply_tables(title: str, choices: Choices) -> list[Table]:
+    """Of each kind of chess games: what a move costs over the floor, and how often both likeliest squares are legal."""
+    of_choice = {
+        name: [line["result"]["details"] for line in lines if "details" in line["result"]]
+        for name, lines in choices.items()
+    }
+    made = []
+    for kind in dict.fromkeys(kind for many in of_choice.values() for details in many for kind in details):
+        plies = sorted({int(ply) for many in of_choice.values() for details in many for ply in details[kind]})
+        body = [
+            [name, *(ply_cell([bins for details in many if (bins := details[kind].get(str(ply)))]) for ply in plies)]
+            for name, many in of_choice.items()
+        ]
+        what = f"{title}: {kind} games by ply, nats of a move over the floor (likeliest squares legal, %)"
+        made.append(Table(what, ["model", *(f"{ply}" for ply in plies)], body))
+    return made
+
+
+def ply_cell(bins: Sequence[dict[str, Any]]) -> str:
+    """Means over the seeds."""
+    if not bins:
+        return ""
+    excess_of_a_move, legal = (statistics.fmean(one[name] for one in bins) for name in ("excess", "greedy_legal"))
+    return f"{excess_of_a_move:.3f} ({100 * legal:.1f})"
 
 
 def text_table(title: str, choices: Choices, lengths: Sequence[str]) -> Table:
