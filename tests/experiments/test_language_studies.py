@@ -462,7 +462,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.mark.usefixtures("story")
 def test_a_long_cell_goes_on_where_it_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    fields = {**SMALL, "seed": 0, "family": "recommended"}
+    fields = {**SMALL, "seed": 0, "family": "recommended", "copying": 1}
     kind, steps = language.Language(), []
 
     def advance(amount: float, text: str = "") -> None:
@@ -476,6 +476,7 @@ def test_a_long_cell_goes_on_where_it_was_left(tmp_path: Path, monkeypatch: pyte
     assert len(list((tmp_path / "unfinished").iterdir())) == 1
     monkeypatch.setattr(language, "KEEP_EVERY", 3600.0)
     gone_on = kind.run(fields, advance, "cpu")
+    assert [step for step, *_ in gone_on["copying"]] == [1, 2, 3, 4, 5]  # those before it was stopped, too
     assert steps[4] == "goes on after step 2"
     assert steps[5].startswith("step 3 of 5")
     assert len(list((tmp_path / "unfinished").iterdir())) == 1  # until its line is on the disk
@@ -579,4 +580,4 @@ editions:
     assert again["step_ratio"] == ponder["step_ratio"]
     assert again["test"] == ponder["test"]
     assert statistics.fmean(r["seconds"] for r in lines.values()) < 60
-    assert set(KINDS) == {"tracking", "state-data", "language", "rivals", "sources", "scaling"}
+    assert set(KINDS) == {"tracking", "state-data", "language", "rivals", "sources", "scaling", "copying"}

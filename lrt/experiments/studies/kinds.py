@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lrt.experiments.studies import figures
-from lrt.experiments.studies.language import Language, Rivals, Scaling
+from lrt.experiments.studies import copying_tables, figures
+from lrt.experiments.studies.language import Copying, Language, Rivals, Scaling
 from lrt.experiments.studies.runner import Kind
 from lrt.experiments.studies.state_data import StateData
 from lrt.experiments.studies.state_tracking import StateTracking
@@ -15,6 +15,7 @@ KINDS: dict[str, Kind] = {
     "rivals": Rivals(figures.differences_figure),
     "sources": Language(figures.source_figure),
     "scaling": Scaling(figures.scaling_figure),
+    "copying": Copying(copying_tables.copying_figure),
 }
 
 

@@ -5,10 +5,11 @@ A cell's fields are plain data:
     family      a name in `rivals.rivals(depth)`, and `model`, `schedule` that replace what it says
     size        fields of the ModelConfig that all families share (depth, width, heads, context, …)
     widened_to  a family whose number of parameters every MLP is widened to (contract, section 5); none: as it is
-    text        a prepared folder's name under TEXTS; stdlib is prepared where it is missing
+    text        a prepared folder's name under TEXTS; stdlib and packages are prepared where they are missing
     horizon     of the Transformer, as in RunConfig; equal: tokens | compute | wall_clock says what others share with it
     rate        a factor on all learning rates; optim, batch_size, device_batch and precision as in RunConfig
     targets     tokens scored on val and on test; settling: tokens on which 64 refinements are run, 0 for none
+    copying     steps between two scores of copying from the context (`lrt.eval.copying`); 0 for none
 
 A cell resolves its family when it runs. Its key hashes the fields; its line keeps the whole RunConfig and the text's
 fingerprint, and counts as long as the fields come to the same run (`Language.is_current`). So a changed recipe runs its
@@ -29,11 +30,12 @@ from typing import Any
 
 from lrt.data.prepared import Prepared
 from lrt.data.windows import Windows, windows
+from lrt.eval.copying import copying
 from lrt.eval.report.table import Table
 from lrt.eval.scoring import bits_per_byte, evaluate, live_scorer
 from lrt.eval.sweep_curve import sweep_curve
 from lrt.experiments import rivals
-from lrt.experiments.studies import comparisons, figures, texts, timing
+from lrt.experiments.studies import comparisons, copying_tables, figures, texts, timing
 from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.runner import Line
 from lrt.experiments.studies.texts import open_text
@@ -57,7 +59,7 @@ BASELINE = "transformer"
 EQUAL = ("tokens", "compute", "wall_clock")
 FIELDS = {
     "seed", "family", "model", "schedule", "size", "widened_to", "text", "horizon", "equal", "rate", "optim",
-    "batch_size", "device_batch", "precision", "targets", "settling",
+    "batch_size", "device_batch", "precision", "targets", "settling", "copying",
 }  # fmt: skip
 TARGETS = 50_000
 """Tokens scored on val and on test, at least (contract, section 4)."""
@@ -143,7 +145,7 @@ class Language:
     def missing(self, cell: Cell) -> str | None:
         """A text that is not prepared here."""
         name = cell.fields.get("text", texts.STDLIB)
-        if name == texts.STDLIB or texts.is_prepared(name):
+        if name in texts.MADE_HERE or texts.is_prepared(name):
             return None
         return texts.missing_text(name)
 
@@ -170,7 +172,7 @@ class Language:
         costs = {"run": run.to_dict(), "data": data.fingerprint, **count_costs(run)}
         costs |= {f"{name}_ratio": ratio for name, ratio in ratios.items()}
         try:
-            model, trained = train_cell(run, data, device, advance)
+            model, trained, curve = train_cell(run, data, device, advance, fields.get("copying", 0))
         except Diverged as error:
             return {**costs, "diverged": str(error)}
         scores = score_run(model, data, run, fields)
@@ -181,6 +183,7 @@ class Language:
             "tokens": trained.tokens,
             "training_flops": trained.flops,
             "train_seconds": round(trained.seconds, 1),
+            **({"copying": curve} if curve else {}),
             **scores,
         }
 
@@ -198,6 +201,13 @@ class Rivals(Language):
     def tables(self, lines: Sequence[Line]) -> list[Table]:
         overview = comparisons.overview_tables(lines)
         return [*overview, *comparisons.comparison_tables(lines, comparisons.PUBLISHED)]
+
+
+class Copying(Language):
+    """The same, and below when each family learned to copy (the field `copying`)."""
+
+    def tables(self, lines: Sequence[Line]) -> list[Table]:
+        return [*comparisons.comparison_tables(lines), *copying_tables.copying_tables(lines)]
 
 
 class Scaling(Language):
@@ -246,31 +256,43 @@ def snapshot_folder(run: dict[str, Any], data: str) -> Path:
     return texts.TEXTS.parent / "unfinished" / hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
+CopyingCurve = list[list[float]]
+"""[steps, nats per token the first time, the second time], one after another."""
+
+
 def train_cell(
-    run: RunConfig, data: Prepared, device: str, advance: Advance
-) -> tuple[LatentRecurrentTransformer, TrainingSummary]:
+    run: RunConfig, data: Prepared, device: str, advance: Advance, copying_every: int = 0
+) -> tuple[LatentRecurrentTransformer, TrainingSummary, CopyingCurve]:
     """Train a run from its snapshot, or from nothing, to its end. Its loss is the mean of the last twentieth of the
-    steps. Raises Diverged where a loss or a gradient is not finite."""
+    steps; how well it copies is scored on val every so many of them, and at the end. Raises Diverged where a loss or a
+    gradient is not finite."""
     trainer = Trainer(run, data, device)
     snapshot = snapshot_folder(run.to_dict(), data.fingerprint)
     files.recover(snapshot)
     losses: list[float] = []
+    curve: CopyingCurve = []
     if snapshot.exists():
         trainer.restore(snapshot)
-        losses += checkpoint.about(snapshot).get("losses", [])  # of the last twentieth before it
+        about = checkpoint.about(snapshot)
+        losses += about.get("losses", [])  # of the last twentieth before it
+        curve += about.get("copying", [])
     begun, saved, counted = trainer.progress.step, time.monotonic(), max(1, run.steps // 20)
     advance(TRAINING * begun / run.steps, f"goes on after step {begun}" if begun else "begins")
     try:
         for step in range(begun, run.steps):
             losses.append(trainer.step()["loss"])
             advance(TRAINING / run.steps, f"step {step + 1} of {run.steps}, loss {losses[-1]:.3f}")
+            if copying_every and ((step + 1) % copying_every == 0 or step + 1 == run.steps):
+                copied = copying(trainer.model, data.split("val"))
+                curve.append([step + 1, copied.first, copied.again])
             if time.monotonic() - saved >= KEEP_EVERY and step + 1 < run.steps:
-                trainer.save(snapshot, trainer.about(losses[-1]) | {"losses": losses[-counted:]})
+                kept = {"losses": losses[-counted:], "copying": curve}
+                trainer.save(snapshot, trainer.about(losses[-1]) | kept)
                 saved = time.monotonic()
     finally:
         trainer.close()
     last = losses[-counted:]
-    return trainer.model, trainer.summary(sum(last) / len(last))
+    return trainer.model, trainer.summary(sum(last) / len(last)), curve
 
 
 def score_run(model: LatentRecurrentTransformer, data: Prepared, run: RunConfig, fields: Fields) -> dict[str, Any]:

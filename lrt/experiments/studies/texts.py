@@ -1,4 +1,7 @@
-"""The texts of the studies of language: prepared folders, by name."""
+"""The texts of the studies of language: prepared folders, by name.
+
+`stdlib` and `packages` are made of what is installed; others are prepared by hand.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,15 @@ from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.data.records import Selection
 from lrt.data.splits import BY_NAME
+from lrt.experiments.studies.package_sources import write_sources
 
 TEXTS = Path("runs/studies/texts")
 """Prepared folders by their name: `lrt prepare runs/studies/texts/books --text FILE…`."""
-STDLIB, VOCABULARY = "stdlib", 2048
-"""The text that needs no download, and the size of the tokenizer that is trained on it."""
+STDLIB, PACKAGES, VOCABULARY = "stdlib", "packages", 2048
+"""The texts that need no download, the standard library and the installed packages' sources, and the size of the
+tokenizers that are trained on them."""
+MADE_HERE = (STDLIB, PACKAGES)
+"""Prepared where they are missing."""
 
 
 @functools.cache
@@ -21,6 +28,8 @@ def open_text(name: str) -> Prepared:
     """A text by its name, prepared. ValueError that says how where it is not there."""
     if name == STDLIB:
         return prepare(TEXTS / name, None, VOCABULARY, selection=Selection(rule=BY_NAME))
+    if name == PACKAGES and not is_prepared(name):
+        return prepare(TEXTS / name, [write_sources(TEXTS.parent / "sources")], VOCABULARY)
     if not is_prepared(name):
         raise ValueError(missing_text(name))
     return Prepared.open(TEXTS / name)

@@ -1,0 +1,81 @@
+"""When does each family learn to copy from its context? A table and a figure, from lines with the field `copying`.
+
+A curve is [steps, nats per token of rows given once, and of the same tokens again], as `language.train_cell` keeps it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from lrt.eval.report.table import Table
+from lrt.experiments.studies.comparisons import Choices, group_by_axes, t_half_width
+from lrt.experiments.studies.figures import make_panels
+from lrt.experiments.studies.runner import Line
+
+LEARNED = 0.5
+"""Nats per token by which the second time has to be cheaper: copying is learned."""
+
+
+def copying_tables(lines: Sequence[Line]) -> list[Table]:
+    """One per group that has curves: what copying saves at the end, and when it was learned."""
+    head = ["model", "seeds", "nats, first", "again", "saved", f"learned ({LEARNED} nats)", "at step", "test, live"]
+    made = []
+    for group, choices in with_curves(lines).items():
+        body = [copying_row(name, of_choice) for name, of_choice in choices.items()]
+        made.append(Table(", ".join((*group, "copying from the context")), head, body))
+    return made
+
+
+def with_curves(lines: Sequence[Line]) -> dict[tuple[str, ...], Choices]:
+    """The groups and choices whose lines have a curve."""
+    groups = group_by_axes([line for line in lines if "copying" in line["result"]])
+    return {group: choices for group, choices in groups.items() if any(choices.values())}
+
+
+def copying_row(name: str, lines: Sequence[Line]) -> list[str]:
+    curves = [line["result"]["copying"] for line in lines]
+    first, again = (statistics.fmean(curve[-1][column] for curve in curves) for column in (1, 2))
+    steps = [step for curve in curves if (step := learned_at(curve)) is not None]
+    saved = [curve[-1][1] - curve[-1][2] for curve in curves]
+    return [
+        name,
+        str(len(lines)),
+        f"{first:.3f}",
+        f"{again:.3f}",
+        with_interval(saved, ".3f"),
+        f"{len(steps)} of {len(curves)}",
+        with_interval(steps, ".0f") if steps else "",
+        f"{statistics.fmean(line['result']['test']['live_bpb'] for line in lines):.4f}",
+    ]
+
+
+def learned_at(curve: Sequence[Sequence[float]]) -> float | None:
+    """The first scored step from which on the second time is cheaper by LEARNED; None where that never lasts."""
+    saves = [first - again >= LEARNED for _, first, again in curve]
+    lasting = next((n for n in range(len(saves)) if all(saves[n:])), None)
+    return None if lasting is None else curve[lasting][0]
+
+
+def with_interval(values: Sequence[float], form: str) -> str:
+    """Their mean, and from three on half of the 95 % t-interval."""
+    mean = format(statistics.fmean(values), form)
+    return f"{mean} ± {format(t_half_width(values), form)}" if len(values) >= 3 else mean
+
+
+def copying_figure(lines: Sequence[Line]) -> Figure:
+    """What copying saves against steps: a panel per group, a colour per family, a line per seed."""
+    groups = with_curves(lines)
+    figure, panels = make_panels([", ".join(group) for group in groups])
+    for panel, choices in zip(panels, groups.values(), strict=True):
+        for number, (name, of_choice) in enumerate(choices.items()):
+            for seed, line in enumerate(of_choice):
+                steps, first, again = zip(*line["result"]["copying"], strict=True)
+                saved = [a - b for a, b in zip(first, again, strict=True)]
+                panel.plot(steps, saved, color=f"C{number}", linewidth=1, label=None if seed else name)
+        panel.axhline(LEARNED, color="0.5", linewidth=1, linestyle=":")
+        panel.set(xlabel="steps", ylabel="nats per token saved by copying")
+        panel.legend(fontsize=7)
+    return figure
