@@ -1,8 +1,8 @@
 """Python sources of the installed packages as a text: tens of millions of tokens of code that need no download.
 
-Every file counts once, however many packages have it. Of all files those with the smallest SHA-256 are taken, up to a
-number of bytes: a sample of files that neither names nor the order of installation decide. A manifest beside the text
-names the packages' versions and every file's hash: another set of packages is another text.
+Every file counts once, however many packages have it. Files are taken in the order of a hash of their content, up to a
+number of bytes: a sample that neither names nor the order of installation decide. A manifest beside the text names the
+packages' versions and every file's hash: another set of packages is another text.
 """
 
 from __future__ import annotations
@@ -62,6 +62,12 @@ def read_sources(files: Iterator[SourceFile]) -> dict[str, tuple[SourceFile, str
     return sources
 
 
+def place_of(digest: str) -> str:
+    """Where a file stands among all. Not its own hash, which decides the splits: those with the smallest would all fall
+    to one of them."""
+    return hashlib.sha256(digest.encode()).hexdigest()
+
+
 def write_sources(folder: Path, size: int = BYTES) -> Path:
     """Write `packages.jsonl`, a file a line, and `packages.json`, the manifest; gives the first.
 
@@ -72,7 +78,7 @@ def write_sources(folder: Path, size: int = BYTES) -> Path:
     if not sources:
         raise ValueError("no installed package has a record of Python sources; name another text")
     lines, entries, versions, written = [], [], {}, 0
-    for digest in sorted(sources):
+    for digest in sorted(sources, key=place_of):
         file, text = sources[digest]
         if written + len(text) > size:
             break
