@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from support.models import NONE, PAIRWISE, PRODUCT, VOCABULARY, assert_same, over, random_model
+from support.models import EACH_DELAY, NONE, PAIRWISE, PRODUCT, VOCABULARY, assert_same, over, random_model
 from torch import Tensor
 
 from lrt import ModelConfig
@@ -20,7 +20,7 @@ from lrt.model.state_protocol import Positions
 
 ROWS, GROUPS = 2, 3
 LENGTH = 5 * SHORTEST * GROUPS + 1  # classes of unequal size, in several runs of queries
-EVERY = {**PAIRWISE, **PRODUCT, "none": NONE}
+EVERY = {**PAIRWISE, **PRODUCT, **EACH_DELAY, "none": NONE}
 
 
 def tokens_of(length: int) -> Tensor:
@@ -57,7 +57,7 @@ def test_sweeps_equal_the_model(config: ModelConfig):
     assert_same_state(ours, its)
 
 
-@over(PAIRWISE)
+@over(PAIRWISE, more=EACH_DELAY)
 @torch.no_grad()
 def test_rows_that_stand_at_different_positions(config: ModelConfig):
     model, tokens = random_model(longer(config)), tokens_of(LENGTH)

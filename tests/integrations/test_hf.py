@@ -45,6 +45,8 @@ MEMORIES = {
         injection="both", projection="layerwise", source=(0, 0, 2), combine="channels", layers=((1, 2), (1, 2), (2,))
     ),
     "layerwise delay 2": MemoryConfig(injection="key_value", projection="layerwise", source=1, delay=2),
+    "delays": MemoryConfig(projection="layerwise", source=(0, 0, 0, 2, 2), combine="channels", delay=(1, 2, 3, 1, 3)),
+    "convolution": MemoryConfig(projection="layerwise", source=(0, 0, 0), combine="channels", delay=(1, 2, 3)),
     "token shift": MemoryConfig(injection="both", source=0),
     "none": MemoryConfig(injection="none"),
 }
