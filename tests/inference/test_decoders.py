@@ -89,7 +89,7 @@ def test_the_compiled_step_equals_the_oracle():
 
 
 @pytest.mark.slow
-@over(dict(OTHERS))
+@over(dict(OTHERS), more=EACH_DELAY)
 def test_the_compiled_step_equals_the_oracle_everywhere(config: ModelConfig):
     assert_compiled_equals_the_oracle(config)
 
