@@ -821,6 +821,15 @@ def test_a_pass_that_ends_at_the_source_runs_no_block_above_it():
         assert [called.count(block) for block in model.blocks] == runs
 
 
+def delayed() -> Iterator[Any]:
+    """Those at delays of their own that remember a layer, and one whose first pass leaves its channel out."""
+    memory = MemoryConfig(source=(0, 0, 2), combine="channels", delay=(2, 1, 1), projection="layerwise")
+    yield pytest.param(replace(configuration({"depth": 3}), memory=memory), id="delays-first-channels")
+    for name, config in EACH_DELAY.items():
+        if config.stored_sources:
+            yield pytest.param(config, id=name)
+
+
 def layered_sources() -> Iterator[Any]:
     """Configurations of three blocks in which a remembered layer enters from the second or third on."""
     memories: list[tuple[Any, Any]] = [
@@ -856,7 +865,7 @@ SHARING = [
 ]
 
 
-@pytest.mark.parametrize("config", list(layered_sources()))
+@pytest.mark.parametrize("config", [*layered_sources(), *delayed()])
 def test_blocks_that_all_passes_share_change_no_number(config: ModelConfig):
     model, tokens = random_model(config), random_tokens()
     for text, packed in zip(SHARING, (None, unaligned()) * 3, strict=True):
