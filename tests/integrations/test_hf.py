@@ -625,6 +625,25 @@ def test_an_exported_folder_is_the_checkpoint(exported):
     assert AutoModelForCausalLM.from_pretrained(exported, prefill="fast").config.prefill == "fast"
 
 
+@pytest.mark.parametrize("name", ["convolution", "delays"])
+def test_delays_of_each_source_survive_an_export(tmp_path, name):
+    tokenizer = Tokenizer.train([TEXT], 300)
+    wide = make(MEMORIES[name], vocab_size=tokenizer.vocab_size)
+    checkpoint.save(tmp_path / "checkpoint", wide.model.float(), tokenizer, {"schedule": "plain()"})
+    export(tmp_path / "checkpoint", tmp_path / "out", prefill="exact")
+    model, (native_model, _) = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+        checkpoint.load(tmp_path / "checkpoint"),
+    )
+    assert native_model.config.memory == model.config.model.memory == MEMORIES[name]
+    prompt = prompts(2, 9)
+    expected = torch.stack(list(generate(native_model, prompt, 12, Sampling(temperature=0))), 1)
+    generated = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert torch.equal(generated[:, 9:], expected)
+    reads = "; the embedding of the token 2 places before it; the"
+    assert reads in (tmp_path / "out" / "README.md").read_text()
+
+
 ROOMS = {"data", "inference", "integrations", "model", "schedules", "utils"}
 """What a folder may hold of: nothing that trains a model, scores it, serves it, or shares it among processes."""
 
