@@ -42,9 +42,10 @@ class EmbeddingMemory(Ablation):
     """Every position reads the embedding of the token `delay` back, whatever the source."""
 
     def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
-        read = state.read_memory(positions, self.recall.delay)
-        embedded = self.recall.embed(read, embedding)
-        return self.recall.combine([embedded for _ in self.recall.sources], read.memory)
+        past = {delay: state.read_memory(positions, delay) for delay in self.recall.delays}
+        embedded = {delay: self.recall.embed(read, embedding) for delay, read in past.items()}
+        like = past[self.recall.delays[0]].memory
+        return self.recall.combine([embedded[delay] for _, delay in self.recall.reads], like)
 
 
 class ShuffledMemory(Ablation):
@@ -67,7 +68,8 @@ class DelayedMemory(Ablation):
         self.more = more
 
     def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
-        return self.recall.read(state.read_memory(positions, self.recall.delay + self.more), embedding)
+        past = {delay: state.read_memory(positions, delay + self.more) for delay in self.recall.delays}
+        return self.recall.read(past, embedding)
 
 
 class FrozenMemory(Ablation):
@@ -84,22 +86,24 @@ class FrozenMemory(Ablation):
             # (B, T, slots) -> (B, T): argmax gives the first slot of the same document.
             first = (state.documents.unsqueeze(1) == own.unsqueeze(2)).int().argmax(2)
         # Reading `index - first` positions back reaches the first one; nobody reads nearer than `delay`.
-        return self.recall.read(state.read_memory(positions, (index - first).clamp(min=self.recall.delay)), embedding)
+        back = {delay: (index - first).clamp(min=delay) for delay in self.recall.delays}
+        return self.recall.read({delay: state.read_memory(positions, back[delay]) for delay in back}, embedding)
 
 
 class UnwrittenMemory(Ablation):
     """Every position reads what it would if no pass had written anything: what a first pass reads, also further on."""
 
     def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
-        read = state.read_memory(positions, self.recall.delay)
-        return self.recall.read(replace(read, written=torch.zeros_like(read.written)), embedding)
+        past = {delay: state.read_memory(positions, delay) for delay in self.recall.delays}
+        unwritten = {delay: replace(read, written=torch.zeros_like(read.written)) for delay, read in past.items()}
+        return self.recall.read(unwritten, embedding)
 
 
 class OwnMemory(Ablation):
     """A position reads what it wrote itself: for the second of two forwards (`scoring.two_forwards`)."""
 
     def forward(self, state: State, positions: Positions, embedding: nn.Embedding) -> Tensor:
-        return self.recall.read(state.read_memory(positions, 0), embedding)
+        return self.recall.read(dict.fromkeys(self.recall.delays, state.read_memory(positions, 0)), embedding)
 
 
 ABLATIONS: Registry[Callable[[MemoryReader], nn.Module]] = Registry(

@@ -49,16 +49,27 @@ def rivals(layers: int) -> dict[str, Rival]:
 
     T²MLR's recurrence is that of one middle block, read from an upper-middle layer: its gate is ours, and the rest of
     its block is not rebuilt. The loops add the embedding again in every block, as all models here do.
+
+    The short convolution is local mixing without recurrence: keys, values and the residual stream of every block get
+    the three previous tokens' embeddings, each with γ, gates and projections of its own. It is not Canon: those layers
+    mix the hidden states of every layer, with one learned weight per channel and place, so that what they mix reaches
+    further with depth. Here embeddings are mixed, three tokens back in every layer.
     """
     upper, middle = max(1, round(0.75 * layers)), max(1, layers // 2)
     lrt, thought = "2605.26797", "PonderLM-2, 2509.23184"  # numbers of arXiv
     twice, best = MemoryConfig(source=(0, 0), combine="channels"), recommended_memory(layers)
+    convolution = MemoryConfig(source=(0, 0, 0), combine="channels", delay=(1, 2, 3), projection="layerwise")
     return {
         "transformer": Rival({}, "plain()", "nanochat"),
         "token shift": Rival({"memory": MemoryConfig(source=0)}, "plain()", "control: the previous embedding"),
         "token shift, 2 channels": Rival({"memory": twice}, "plain()", "control: as many projections, shared"),
         "token shift, 2 channels, layerwise": Rival(
             {"memory": dataclasses.replace(twice, projection="layerwise")}, "plain()", "control: as many projections"
+        ),
+        "short convolution, width 4": Rival(
+            {"memory": convolution},
+            "plain()",
+            "control: the three previous embeddings, after Canon layers (Physics of Language Models 4.1, 2512.17351)",
         ),
         "loop 2": Rival({"loops": 2}, "plain()", "ALBERT, 1909.11942, as in " + thought),
         "loop 3": Rival({"loops": 3}, "plain()", "ALBERT, 1909.11942, as in " + thought),

@@ -27,7 +27,7 @@ from types import FunctionType
 import torch
 from torch import Tensor
 
-from lrt.inference.fused_step import Buffers, buffers, locate_memory, logits, occupy, read_memory, step
+from lrt.inference.fused_step import Buffers, buffers, logits, occupy, read_memory, step
 from lrt.inference.fused_weights import (
     FusedWeights,
     Layout,
@@ -129,7 +129,7 @@ class FusedDecoder(EagerDecoder):
 
     def read_buffers(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The memory (C, n, D) that `positions` (n,) read."""
-        return read_memory(self.weights, self.buffers, locate_memory(self.weights, self.buffers, positions))
+        return read_memory(self.weights, self.buffers, positions)
 
     def ask_reader(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The same from a reader of another kind (an ablation), which wants a State."""
@@ -222,7 +222,7 @@ def full_step(
     thought: Tensor | None,
 ) -> Tensor:
     """A step from tokens to hidden states: what is compiled."""
-    memory = read_memory(p, b, locate_memory(p, b, positions))
+    memory = read_memory(p, b, positions)
     place = occupy(p, b, positions, view, everything)
     return step(p, b, memory, tokens, place, thought)
 

@@ -15,6 +15,7 @@ P remembered sources, H query heads, G key/value heads, K head size, W slots in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -95,7 +96,7 @@ class SlotPlacement(NamedTuple):
 
 
 class MemoryPlace(NamedTuple):
-    """Where the memory of decoded rows is read from."""
+    """Where the memory of decoded rows is read from, one delay back."""
 
     slots: Tensor
     """(n,): counted over all rows."""
@@ -103,10 +104,10 @@ class MemoryPlace(NamedTuple):
     """(n, 1): whether that is a position of the same document."""
 
 
-def locate_memory(p: FusedWeights, b: Buffers, positions: Tensor) -> MemoryPlace:
-    """Where rows decoded in order, at `positions` (n,), read their memory."""
+def locate_memory(b: Buffers, positions: Tensor, delay: int) -> MemoryPlace:
+    """Where rows decoded in order, at `positions` (n,), read what stands `delay` positions back."""
     rows = torch.arange(positions.shape[0], device=positions.device)
-    earlier = positions - p.config.memory.delay
+    earlier = positions - delay
     slots = rows * b.slots + earlier.clamp(min=0) % b.slots  # before the beginning: any slot, as it is not `inside`
     inside = earlier >= 0
     if b.documents is not None:
@@ -198,23 +199,33 @@ def rows_in_view(b: Buffers, here: Tensor, positions: Tensor, view: Tensor, wind
     return visible_keys(positions.unsqueeze(1), keys, window, own, documents).unsqueeze(1).unsqueeze(1)
 
 
-def read_memory(p: FusedWeights, b: Buffers, before: MemoryPlace) -> Tensor:
-    """The memory (C, n, D) that rows decoded in order read.
+def read_memory(p: FusedWeights, b: Buffers, positions: Tensor) -> Tensor:
+    """The memory (C, n, D) that rows decoded in order, at `positions` (n,), read.
 
     All that lies before them is written, so that there is no stand-in (`MemoryConfig.initial`) to put in.
     """
-    sources, stored = p.config.sources, p.config.stored_sources
-    if not sources:
-        return p.embedding.new_zeros(0, before.slots.shape[0], p.config.width)
-    memory = b.memory.index_select(0, before.slots)
-    by_source = {s: memory[:, i] for i, s in enumerate(stored)}
-    if 0 in sources:
-        by_source[0] = p.embedding[b.tokens.index_select(0, before.slots).clamp(min=0)]
-    parts = [by_source[s] for s in sources]
-    inside = before.inside.to(p.embedding)
+    config = p.config
+    if not config.sources:
+        return p.embedding.new_zeros(0, positions.shape[0], config.width)
+    reads = tuple(zip(config.sources, config.delays, strict=True))
+    places = {delay: locate_memory(b, positions, delay) for delay in dict.fromkeys(config.delays)}
+    inside = {delay: place.inside.to(p.embedding) for delay, place in places.items()}
+    # What two sources share, of one delay, is read once.
+    remembered = {d: b.memory.index_select(0, places[d].slots) for d in dict.fromkeys(d for s, d in reads if s > 0)}
+    tokens = {d: b.tokens.index_select(0, places[d].slots) for d in dict.fromkeys(d for s, d in reads if s == 0)}
+    embedded = {d: p.embedding[known.clamp(min=0)] for d, known in tokens.items()}
+    parts = [
+        embedded[delay] if source == 0 else remembered[delay][:, config.stored_sources.index(source)]
+        for source, delay in reads
+    ]
     if p.recall is None:
-        return torch.stack([part * inside for part in parts])
-    return rms(sum(w * part for w, part in zip(p.recall, parts, strict=True)) * inside).unsqueeze(0)
+        return torch.stack([part * inside[delay] for part, (_, delay) in zip(parts, reads, strict=True)])
+    weighted = [w * part for w, part in zip(p.recall, parts, strict=True)]
+    sums = [
+        sum(part for part, (_, own) in zip(weighted, reads, strict=True) if own == delay) * inside[delay]
+        for delay in places
+    ]
+    return rms(reduce(torch.add, sums)).unsqueeze(0)
 
 
 def step(

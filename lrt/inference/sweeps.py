@@ -299,7 +299,11 @@ def forward_fused(
     stream: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """What `model(tokens, positions, state)` gives, or those of its blocks that the weights are of, on the path of
-    decoding: large products, written in place."""
+    decoding: large products, written in place.
+
+    The state knows all tokens that are swept (`write_tokens`): at a delay of as many classes as there are, the
+    embedding that a position reads is that of a token of this very call.
+    """
     memory = model.recall(state, positions, model.embedding).flatten(1, 2)
     state = state.mark_written(positions)  # first: `step` writes these slots in place, and then reads them
     place = locate_class(weights, state, positions)

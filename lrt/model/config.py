@@ -134,7 +134,7 @@ class ModelConfig:
             raise ValueError(
                 f"memory.layers is {self.memory.layers}; name each block once, at least one, or use injection='none'"
             )
-        if self.memory.delay >= self.context:
+        if self.memory.longest_delay >= self.context:
             raise ValueError(f"memory.delay is {self.memory.delay}; it must be below the context ({self.context})")
 
     def _check_thoughts(self) -> None:
@@ -183,6 +183,11 @@ class ModelConfig:
     def stored_sources(self) -> tuple[int, ...]:
         """Those of them that a State has to store: all but the embedding, which follows from the token."""
         return self.memory.stored_sources(self.depth)
+
+    @cached_property
+    def delays(self) -> tuple[int, ...]:
+        """How many positions back each of `sources` is read."""
+        return self.memory.delays(self.depth)
 
     @cached_property
     def memory_blocks(self) -> int:
@@ -251,10 +256,12 @@ class ModelConfig:
 
     def of_block(self, layer: int) -> ModelConfig:
         """This configuration as block `layer` sees it: with the sources alone that it injects."""
-        if self.block_channels[layer - 1] in ((), tuple(range(self.channels))):
+        own, memory = self.block_channels[layer - 1], self.memory
+        if own in ((), tuple(range(self.channels))):
             return self
-        sources = tuple(self.sources[c] for c in self.block_channels[layer - 1])
-        return dataclasses.replace(self, memory=dataclasses.replace(self.memory, source=sources, layers=None))
+        sources = tuple(self.sources[c] for c in own)
+        delay = tuple(memory.delay[c] for c in own) if isinstance(memory.delay, tuple) else memory.delay
+        return dataclasses.replace(self, memory=dataclasses.replace(memory, source=sources, delay=delay, layers=None))
 
     def layers_of(self, blocks: range | None) -> frozenset[int]:
         """The blocks (1..L) that these applications of blocks are, counted from 0, loop after loop; all for None."""
@@ -294,8 +301,8 @@ class ModelConfig:
 
     @cached_property
     def lookback(self) -> int:
-        """How many earlier positions an endless stream must keep: the longest window less the own, or the delay."""
-        return max(max(w or 0 for w in self.windows) - 1, self.memory.delay)
+        """How many earlier positions an endless stream must keep: the longest window less the own, or delay."""
+        return max(max(w or 0 for w in self.windows) - 1, self.memory.longest_delay)
 
     def has_value_embedding(self, layer: int) -> bool:
         """Whether block `layer` (1..L) has a value embedding."""

@@ -2,6 +2,7 @@
 
 Shapes: B batch, T positions, C memory channels, P remembered sources (those >= 1), D width, G key/value heads,
 K head size. Memory is (C, B, T, D): one vector per channel and position, zeros where a document begins.
+Each source is read so many positions back as its delay says; those of one delay are read from the State at once.
 
 With u the block's normalised input, γ and G learned (spec, section 1):
 
@@ -53,7 +54,10 @@ class MemoryReader(nn.Module):
         memory = config.memory
         self.sources = config.sources
         self.stored = config.stored_sources
-        self.delay = memory.delay
+        self.reads = tuple(zip(config.sources, config.delays, strict=True))
+        """Each source and how many positions back it is read."""
+        # Each once. A State is looked into even where there are no sources: it has the memory's type and device.
+        self.delays = tuple(dict.fromkeys(config.delays)) or (memory.longest_delay,)
         self.stand_in = memory.initial == "embedding" and len(self.stored) > 0
         self.first_channels, self.leaves_out = config.first_channels, config.first_channels < config.channels
         if isinstance(memory.source, tuple) and self.sources and memory.combine == "sum":  # equal weights at first
@@ -64,25 +68,30 @@ class MemoryReader(nn.Module):
     def forward(self, state: ModelState, positions: Positions, embedding: nn.Embedding) -> Tensor:
         """The memory (C, B, T, D) that `positions` read from `state`; before anything is written it may lack the last
         channels, those of remembered layers, which would be zeros."""
-        return self.read(state.read_memory(positions, self.delay), embedding)
+        return self.read({delay: state.read_memory(positions, delay) for delay in self.delays}, embedding)
 
-    def read(self, past: MemoryRead, embedding: nn.Embedding) -> Tensor:
-        """The memory (C, B, T, D) assembled from what stands `delay` positions back."""
-        embedded = zero = past.memory.new_zeros(())
-        if 0 in self.sources or self.stand_in:
-            embedded = self.embed(past, embedding)
-        unwritten = embedded if self.stand_in else zero
-        if past.nowhere_written and self.leaves_out:
-            return torch.stack([embedded] * self.first_channels)
-        # Outside the document: zeros. Inside: what was written, or the stand-in. `embedded` has its zeros already.
-        inside, written = past.inside.unsqueeze(-1), past.written.unsqueeze(-1)
+    def read(self, past: Mapping[int, MemoryRead], embedding: nn.Embedding) -> Tensor:
+        """The memory (C, B, T, D) assembled from what stands so far back, by each of `delays`."""
+        like = past[self.delays[0]]
+        zero = like.memory.new_zeros(())
+        embedded = {
+            delay: self.embed(read, embedding) if self.stand_in or (0, delay) in self.reads else zero
+            for delay, read in past.items()
+        }
+        if like.nowhere_written and self.leaves_out:
+            return torch.stack([embedded[delay] for _, delay in self.reads[: self.first_channels]])
         parts = [
-            torch.where(inside, torch.where(written, past.memory[:, :, self.stored.index(s)], unwritten), zero)
-            if s > 0
-            else embedded
-            for s in self.sources
+            self.remembered(past[delay], source, embedded[delay] if self.stand_in else zero, zero)
+            if source > 0
+            else embedded[delay]
+            for source, delay in self.reads
         ]
-        return self.combine(parts, past.memory)
+        return self.combine(parts, like.memory)
+
+    def remembered(self, past: MemoryRead, source: int, unwritten: Tensor, zero: Tensor) -> Tensor:
+        """A layer >= 1 (B, T, D): what was written, or what stands in for it; outside the document zero."""
+        inside, written = past.inside.unsqueeze(-1), past.written.unsqueeze(-1)
+        return torch.where(inside, torch.where(written, past.memory[:, :, self.stored.index(source)], unwritten), zero)
 
     def embed(self, past: MemoryRead, embedding: nn.Embedding) -> Tensor:
         """x_0 (B, T, D) of the remembered tokens, zeros where unknown or outside the document."""

@@ -30,6 +30,11 @@ def is_layer(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool)
 
 
+def spread_delay(delay: int | tuple[int, ...], sources: int) -> tuple[int, ...]:
+    """The delay of each of so many sources."""
+    return delay if isinstance(delay, tuple) else (delay,) * sources
+
+
 # The tables of names stand here, below the classes, because a configuration is checked where no model is built.
 OWN_INJECTIONS = ("none", "residual", "key_value", "both")
 """The library's own."""
@@ -43,7 +48,7 @@ MODEL_KINDS = (INJECTIONS.kind, COMBINATIONS.kind)
 LONGEST = 2**30
 """The longest context, window and delay, in positions."""
 MEMORY_LIMITS = {
-    "delay": Limits(1, LONGEST, whole=True),
+    "delay": Limits(1, LONGEST, whole=True, several=True),
     "residual_init": Limits(-1000, 1000),
 }
 """What numbers may be: beyond them a memory makes no sense, or fails after minutes. Generous: old files must load."""
@@ -67,8 +72,10 @@ class MemoryConfig:
     what a channel gives without recurrence."""
     initial: Literal["zeros", "embedding"] = "zeros"
     """What stands for sources >= 1 of a slot that no pass has written yet: zeros, or that token's embedding x_0."""
-    delay: int = 1
-    """How many positions back the memory is read; the first `delay` positions of a document read zeros."""
+    delay: int | tuple[int, ...] = 1
+    """How many positions back the memory is read; the first `delay` positions of a document read zeros. Also one number
+    per source: sources (0, 0, 0) as channels at delays (1, 2, 3) mix a token with the three before it, which is a short
+    convolution of width 4. A layer that comes twice, at two delays, is stored once."""
     layers: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
     """The blocks (1..L) that inject the memory; None means all. For channels also one tuple of blocks per source: those
     below the first that reads a remembered layer are then computed once per training step."""
@@ -79,7 +86,7 @@ class MemoryConfig:
     """Initial value of γ, the learned scale of the residual injection (0.1 in the paper)."""
 
     def __post_init__(self) -> None:
-        for name in ("source", "layers"):  # JSON has no tuples
+        for name in ("source", "layers", "delay"):  # JSON has no tuples
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 object.__setattr__(self, name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
@@ -90,15 +97,28 @@ class MemoryConfig:
         check_numbers(self, MEMORY_LIMITS, "memory.")
         check_choice(self, "state_start", ("active", "neutral"))
         self._check_layers()
-        if isinstance(self.source, tuple):
-            if len(self.source) == 0:
-                raise ValueError("memory.source is empty; name at least one layer, or use injection='none'")
-            # As channels, 0 may come twice: the control of `combine`.
-            once = [s for s in self.source if s != 0 or self.combine == "sum"]
-            if len(set(once)) != len(once):
-                raise ValueError(
-                    f"memory.source {self.source} names a layer twice; name each layer once (but for 0 among channels)"
-                )
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        if self.source == ():
+            raise ValueError("memory.source is empty; name at least one layer, or use injection='none'")
+        several, delay = self.source if isinstance(self.source, tuple) else (), self.delay
+        if isinstance(delay, tuple) and len(delay) != len(several):
+            raise ValueError(
+                f"memory.delay {delay} has {len(delay)} numbers for memory.source {self.source!r}; give one number, or "
+                "name several sources and give one for each"
+            )
+        # As channels, 0 may come twice: the control of `combine`.
+        once = [
+            read
+            for read in zip(several, spread_delay(delay, len(several)), strict=True)
+            if read[0] != 0 or self.combine == "sum"
+        ]
+        if len(set(once)) != len(once):
+            raise ValueError(
+                f"memory.source {several} names a layer twice at memory.delay {delay}; name each layer once (but for 0 "
+                "among channels), or give it another delay each time"
+            )
 
     def _check_layers(self) -> None:
         layers, several = self.layers, len(self.source) if isinstance(self.source, tuple) else 1
@@ -129,9 +149,19 @@ class MemoryConfig:
             return (depth,)
         return self.source if isinstance(self.source, tuple) else (self.source,)
 
+    def delays(self, depth: int) -> tuple[int, ...]:
+        """How many positions back each of `sources(depth)` is read."""
+        sources = self.sources(depth)
+        return spread_delay(self.delay, len(sources)) if sources else ()
+
+    @property
+    def longest_delay(self) -> int:
+        """The furthest back that anything is read."""
+        return max(self.delay) if isinstance(self.delay, tuple) else self.delay
+
     def stored_sources(self, depth: int) -> tuple[int, ...]:
-        """The sources that a State has to store: all but the embedding, which follows from the token."""
-        return tuple(s for s in self.sources(depth) if s > 0)
+        """The layers that a State has to store, each once: all but the embedding, which follows from the token."""
+        return tuple(dict.fromkeys(s for s in self.sources(depth) if s > 0))
 
     def channels(self, depth: int) -> int:
         """How many memory vectors a position reads: one per source with `channels`, else one (zero with `none`)."""

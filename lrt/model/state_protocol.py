@@ -27,7 +27,7 @@ without a mask made from tensors. Tensors take the general path; tests hold the 
 
 @dataclass(frozen=True)
 class MemoryRead:
-    """What stands `delay` positions before each of T positions. Which of it counts is `MemoryReader`'s affair."""
+    """What stands a number of positions before each of T positions. Which of it counts is `MemoryReader`'s affair."""
 
     tokens: Tensor
     """(B, T) int, -1 where unknown."""

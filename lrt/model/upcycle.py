@@ -36,26 +36,30 @@ def adopt(config: ModelConfig, other: ModelConfig) -> ModelConfig:
     there, here = (injection_parts(c.memory.injection) for c in (other, adopted))
     if not set(channel_keys(other)) <= set(channel_keys(adopted)) or not there <= here:
         raise ValueError(
-            f"the model to begin with has a memory of injection {other.memory.injection!r}, source {other.sources} and "
-            f"combine {other.memory.combine!r}; injection {adopted.memory.injection!r}, source {adopted.sources} and "
-            f"combine {adopted.memory.combine!r} have no place for all of it"
+            f"the model to begin with has a memory of {describe(other)}; {describe(adopted)} have no place for all of "
+            "it"
         )
-    if other.channels and (other.memory.delay, other.memory.projection) != (
-        adopted.memory.delay,
-        adopted.memory.projection,
-    ):
+    if other.channels and other.memory.projection != adopted.memory.projection:
         raise ValueError(
-            f"the model to begin with has memory.delay {other.memory.delay} and memory.projection "
-            f"{other.memory.projection!r}; give the same, not {adopted.memory.delay} and {adopted.memory.projection!r}"
+            f"the model to begin with has memory.projection {other.memory.projection!r}; give the same, not "
+            f"{adopted.memory.projection!r}"
         )
     for channel, key in enumerate(channel_keys(other)):
         ours = adopted.channel_layers[channel_keys(adopted).index(key)]
         if not set(other.channel_layers[channel]) <= set(ours):
             raise ValueError(
-                f"the model to begin with injects source {key[0]} in blocks {other.channel_layers[channel]}; "
-                f"memory.layers gives it {ours}, which has to hold those"
+                f"the model to begin with injects source {other.sources[channel]} in blocks "
+                f"{other.channel_layers[channel]}; memory.layers gives it {ours}, which has to hold those"
             )
     return adopted
+
+
+def describe(config: ModelConfig) -> str:
+    """What decides which channels a memory has."""
+    memory = config.memory
+    return (
+        f"injection {memory.injection!r}, source {config.sources}, delay {memory.delay} and combine {memory.combine!r}"
+    )
 
 
 def injection_parts(injection: str) -> set[str]:
@@ -64,9 +68,10 @@ def injection_parts(injection: str) -> set[str]:
 
 
 def channel_keys(config: ModelConfig) -> list[tuple[Hashable, int]]:
-    """Of each channel what it remembers, and how many before it remember the same."""
-    sources: list[Hashable] = list(config.sources) if config.channels == len(config.sources) else [config.sources]
-    return [(source, sources[:i].count(source)) for i, source in enumerate(sources[: config.channels])]
+    """Of each channel what it remembers, from how far back, and how many before it remember the same."""
+    reads = list(zip(config.sources, config.delays, strict=True))
+    contents: list[Hashable] = [*reads] if config.channels == len(reads) else [tuple(reads)]
+    return [(content, contents[:i].count(content)) for i, content in enumerate(contents[: config.channels])]
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def reason_uncovered(model: LatentRecurrentTransformer) -> str | None:
         return "a model whose memory reader is replaced (an ablation)"
     if config.forwards > 1:
         return f"{config.loops} loops and {config.thoughts} thoughts: it needs one forward per token"
-    if not config.sources or 0 in config.sources or config.memory.delay != 1:
+    if not config.sources or 0 in config.sources or set(config.delays) != {1}:
         return f"memory sources {config.sources} at delay {config.memory.delay}: it needs sources >= 1 at delay 1"
     # Windows are full after one chunk: from the second on a State has its final size, and the graph its shapes.
     if not config.unlimited_context or max(w or 0 for w in config.windows) - 1 > CHUNK:

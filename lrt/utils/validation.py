@@ -76,9 +76,13 @@ class Limits:
     """Whether `least` itself is too little."""
     optional: bool = False
     """Whether None stands for something."""
+    several: bool = False
+    """Whether it may also be a tuple of such numbers."""
 
     def allow(self, number: object) -> bool:
         """Whether `number` is such a number."""
+        if self.several and isinstance(number, tuple):
+            return all(map(dataclasses.replace(self, several=False).allow, number))
         if number is None:
             return self.optional
         if isinstance(number, bool) or not isinstance(number, int if self.whole else int | float):
@@ -89,9 +93,8 @@ class Limits:
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a finite number"
         least = f"{'above' if self.above else 'of at least'} {self.least:,}" if self.least > -math.inf else ""
-        return " ".join([kind, *([least, "and"] if least else []), f"at most {self.most:,}"]) + (
-            ", or None" if self.optional else ""
-        )
+        others = (", or None" if self.optional else "") + (", or a tuple of such" if self.several else "")
+        return " ".join([kind, *([least, "and"] if least else []), f"at most {self.most:,}"]) + others
 
 
 def check_numbers(config: object, limits: Mapping[str, Limits], prefix: str = "") -> None:

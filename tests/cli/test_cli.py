@@ -202,6 +202,14 @@ def test_a_recipe_may_come_with_another_schedule_and_memory(data: Path, tmp_path
     assert schedules <= {"plain()", "interleaved(2)"}
 
 
+def test_each_source_may_have_its_own_delay(data: Path, tmp_path: Path):
+    sources = ("--model.memory.source", "0", "0", "2", "--model.memory.combine", "channels")
+    flags = (*TINY, *sources, "--model.memory.delay", "1", "2", "3", "--horizon", "steps=1", "--eval.every", "0")
+    main(["train", "--data", str(data), "--out", str(tmp_path), "d2", *flags])
+    memory = load(tmp_path / "checkpoint")[0].config.memory
+    assert (memory.source, memory.delay) == ((0, 0, 2), (1, 2, 3))
+
+
 def test_flags_may_stand_before_or_behind_the_recipe(data: Path, tmp_path: Path):
     for place in ("before", "behind"):
         own = ("--data", str(data), "--out", str(tmp_path / place), "--device", "cpu")

@@ -272,6 +272,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "L": {},
     "1": {"source": 1},
     "delay": {"delay": 2},
+    "delays": {"source": (0, 2, 2), "combine": "channels", "delay": (2, 1, 3)},
     "(0,L)channels": {"source": (0, 2), "combine": "channels"},
     "(0,L)sum": {"source": (0, 2), "combine": "sum"},
     "stand-in": {"initial": "embedding"},
@@ -279,6 +280,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "key_value": {"injection": "key_value", "projection": "layerwise"},
     "some layers": {"layers": (2,)},
 }
+TWO_DELAYS: dict[str, Any] = {"source": (2, 2), "combine": "channels", "delay": (3, 1)}
 every_source = pytest.mark.parametrize("memory", SOURCES.values(), ids=list(SOURCES))
 
 
@@ -322,7 +324,7 @@ def test_memory_embedding_is_token_shift_with_the_same_weights(memory: dict[str,
     if len(sources) == 1:
         shift = copied(model, replace(model.config, memory=replace(model.config.memory, source=0)))
     elif model.config.memory.combine == "channels":
-        shift = copied(model, replace(model.config, memory=replace(model.config.memory, source=(0, 0))))
+        shift = copied(model, replace(model.config, memory=replace(model.config.memory, source=(0,) * len(sources))))
     else:
         # rms(Σ w · x_0) = ± x_0, by the sign of the weights' sum.
         shift = copied(model, model.config)
@@ -372,51 +374,58 @@ def test_an_ablation_shares_the_parameters_and_leaves_the_original_alone(name: s
     assert all(shared[n] is p for n, p in model.named_parameters())
 
 
-def reads(memory: dict[str, Any], name: str, read: Any) -> None:
-    """An ablation of a model is the same model with its reading replaced by `read(recall, state, position)`."""
+def reads(memory: dict[str, Any], name: str, *read: Any) -> None:
+    """An ablation of a model is the same model with its reading replaced, channel by channel."""
     model = random_model(configuration(**memory))
     by_hand = copied(model, model.config)
-    by_hand.recall = ByHand(by_hand.recall, read)
+    by_hand.recall = ByHand(by_hand.recall, *read)
     assert_scores_like(ablate(model, name), by_hand)
 
 
 class ByHand(torch.nn.Module):
-    """Memory looked up one position at a time: `read` names (row, position) or None for zeros."""
+    """Memory looked up one position at a time: of each channel `read` names (row, position) or None for zeros."""
 
-    def __init__(self, recall: Any, read: Any) -> None:
+    def __init__(self, recall: Any, *read: Any) -> None:
         super().__init__()
-        self.recall, self.read = recall, read
+        self.recall, self.reads = recall, read
 
     def forward(self, state: Any, positions: Any, embedding: torch.nn.Embedding) -> Tensor:
-        out = torch.zeros(1, state.batch, len(positions), embedding.embedding_dim, dtype=embedding.weight.dtype)
+        sizes = (len(self.reads), state.batch, len(positions), embedding.embedding_dim)
+        out = torch.zeros(sizes, dtype=embedding.weight.dtype)
         numbers = torch.zeros_like(state.tokens) if state.documents is None else state.documents
         for b in range(state.batch):
             for i, p in enumerate(positions):
-                found = self.read(numbers, b, p)
-                if found is not None:
-                    out[0, b, i] = state.memory[found[0], found[1], 0]
+                for channel, read in enumerate(self.reads):
+                    found = read(numbers, b, p)
+                    if found is not None:
+                        out[channel, b, i] = state.memory[found[0], found[1], 0]
         return out
 
 
 def test_delayed_memory_is_read_further_back():
-    def read(more: int) -> Any:
+    def read(back: int) -> Any:
         def find(numbers: Tensor, b: int, p: int) -> Any:
-            before = p - 1 - more
+            before = p - back
             return (b, before) if before >= 0 and numbers[b, before] == numbers[b, p] else None
 
         return find
 
-    reads({}, "delayed_1", read(1))
+    reads({}, "delayed_1", read(2))
+    reads(TWO_DELAYS, "delayed_1", read(4), read(2))
     model, tokens = random_model(LRT), torch.randint(1, V, (2, CONTEXT), generator=torch.Generator().manual_seed(3))
     assert_same(score(ablate(model, "delayed_8"), tokens), score(ablate(model, "zero"), tokens))  # 8 positions only
 
 
 def test_frozen_memory_is_the_first_of_the_document():
-    def read(numbers: Tensor, b: int, p: int) -> Any:
-        first = next(q for q in range(p + 1) if numbers[b, q] == numbers[b, p])
-        return (b, first) if p > first else None
+    def read(delay: int) -> Any:
+        def find(numbers: Tensor, b: int, p: int) -> Any:
+            first = next(q for q in range(p + 1) if numbers[b, q] == numbers[b, p])
+            return (b, first) if p - first >= delay else None
 
-    reads({}, "frozen", read)
+        return find
+
+    reads({}, "frozen", read(1))
+    reads(TWO_DELAYS, "frozen", read(3), read(1))
 
 
 def test_shuffled_memory_is_another_row_s():

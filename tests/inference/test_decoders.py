@@ -12,6 +12,7 @@ import torch
 from support.decoding import decoded, raggedly
 from support.models import (
     BATCH,
+    EACH_DELAY,
     LENGTH,
     NONE,
     PAIRWISE,
@@ -27,7 +28,7 @@ from support.models import (
 from lrt import ModelConfig
 from lrt.inference.decoders import MODES, PackedDecoder, bucket, decoder, fastest
 
-EVERY = {**PAIRWISE, **PRODUCT, "none": NONE}
+EVERY = {**PAIRWISE, **PRODUCT, **EACH_DELAY, "none": NONE}
 
 
 @over(EVERY)
@@ -43,7 +44,7 @@ def test_each_mode_equals_the_oracle(config: ModelConfig, mode: str):
         assert torch.equal(made.state.tokens[:, :LENGTH], tokens)
 
 
-@over(PAIRWISE)
+@over(PAIRWISE, more=EACH_DELAY)
 @pytest.mark.parametrize("mode", ["eager", "fused"])
 def test_packed_documents(config: ModelConfig, mode: str):
     model, tokens, documents = random_model(config), random_tokens(), unaligned()
@@ -59,7 +60,7 @@ def test_slots_are_reused_where_every_layer_slides(mode: str):
         assert_same(raggedly(way, tokens, [0, 2]), oracle_rows(model, tokens))
 
 
-@over(PAIRWISE)
+@over(PAIRWISE, more=EACH_DELAY)
 def test_packed_weights_give_the_same_in_float32(config: ModelConfig):
     model, tokens = random_model(config, torch.float32), random_tokens()
     if not PackedDecoder.covers(model):
@@ -88,7 +89,7 @@ def test_the_compiled_step_equals_the_oracle():
 
 
 @pytest.mark.slow
-@over(dict(OTHERS))
+@over(dict(OTHERS), more=EACH_DELAY)
 def test_the_compiled_step_equals_the_oracle_everywhere(config: ModelConfig):
     assert_compiled_equals_the_oracle(config)
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support.generation import CONFIGS, CONTEXT, V, every_model
-from support.models import NONE, PAIRWISE, over, random_model
+from support.models import EACH_DELAY, NONE, PAIRWISE, over, random_model
 
 from lrt import ModelConfig, Sampling, refine, schedules
 from lrt.inference import radix_tree
@@ -63,7 +63,7 @@ def answers(completions: list[list[Completion]]) -> list[list[int]]:
     return [list(c.tokens) for samples in completions for c in samples]
 
 
-@over(PAIRWISE)
+@over(PAIRWISE, more=EACH_DELAY)
 def test_ragged_rows_that_are_replaced_give_what_each_gives_alone(config: ModelConfig):
     model, asked = random_model(config), requests(7)
     engine = Engine(model, rows=3)

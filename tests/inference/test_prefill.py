@@ -34,6 +34,7 @@ MEMORIES = {
     "final": MemoryConfig(),
     "below": MemoryConfig(source=1, initial="embedding", delay=2),
     "channels": MemoryConfig(source=(0, 1, 2), combine="channels"),
+    "delays": MemoryConfig(source=(0, 2, 2), combine="channels", delay=(3, 1, 2)),
 }
 
 

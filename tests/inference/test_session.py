@@ -25,6 +25,7 @@ MEMORIES = {
     "final": MemoryConfig(),
     "below": MemoryConfig(source=1, initial="embedding", delay=2),
     "channels": MemoryConfig(source=(0, 1, 2), combine="channels"),
+    "delays": MemoryConfig(source=(0, 0, 2, 2), combine="channels", delay=(1, 3, 1, 2)),
     "none": MemoryConfig(injection="none"),
 }
 

@@ -40,6 +40,7 @@ CONFIGS = {
     "middle": config_of(),
     "sum": config_of(MemoryConfig(source=(2, 1, 0), projection="shared"), depth=3),
     "two stored, delay 2": config_of(MemoryConfig(source=(1, 3), combine="channels", delay=2)),
+    "two delays": config_of(MemoryConfig(source=(2, 0, 2), combine="channels", delay=(1, 2, 3))),
     "first": config_of(MemoryConfig(source=1, injection="key_value", projection="layerwise")),
     "residual": config_of(MemoryConfig(source=2, injection="residual")),
     "read above only": config_of(dataclasses.replace(MIDDLE, layers=(3, 4))),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from support.models import NONE, PAIRWISE, PRODUCT, VOCABULARY, assert_same, over, random_model
+from support.models import EACH_DELAY, NONE, PAIRWISE, PRODUCT, VOCABULARY, assert_same, over, random_model
 from torch import Tensor
 
 from lrt import ModelConfig
@@ -20,7 +20,7 @@ from lrt.model.state_protocol import Positions
 
 ROWS, GROUPS = 2, 3
 LENGTH = 5 * SHORTEST * GROUPS + 1  # classes of unequal size, in several runs of queries
-EVERY = {**PAIRWISE, **PRODUCT, "none": NONE}
+EVERY = {**PAIRWISE, **PRODUCT, **EACH_DELAY, "none": NONE}
 
 
 def tokens_of(length: int) -> Tensor:
@@ -57,13 +57,14 @@ def test_sweeps_equal_the_model(config: ModelConfig):
     assert_same_state(ours, its)
 
 
-@over(PAIRWISE)
+@over(PAIRWISE, more=EACH_DELAY)
 @torch.no_grad()
 def test_rows_that_stand_at_different_positions(config: ModelConfig):
     model, tokens = random_model(longer(config)), tokens_of(LENGTH)
     starts = torch.tensor([[0], [11]])
     weights = fuse_weights(model)
-    ours, its = (model.empty_state(ROWS, 2 * LENGTH).in_place() for _ in range(2))
+    everywhere = starts + torch.arange(LENGTH)
+    ours, its = (model.empty_state(ROWS, 2 * LENGTH).in_place().write_tokens(everywhere, tokens) for _ in range(2))
     for first in range(GROUPS):
         positions: Positions = starts + torch.arange(first, LENGTH, GROUPS)
         some = tokens[:, first::GROUPS]
@@ -82,6 +83,9 @@ def test_slots_that_are_reused():
         weights, slots = fuse_weights(model), 20 + config.lookback
         ours, its = (model.empty_state(ROWS, slots).in_place() for _ in range(2))
         for begin in (0, 20):
+            ours, its = (
+                state.write_tokens(range(begin, begin + 20), tokens[:, begin : begin + 20]) for state in (ours, its)
+            )
             for first in range(begin, begin + GROUPS):
                 positions, some = range(first, begin + 20, GROUPS), tokens[:, first : begin + 20 : GROUPS]
                 actual, ours = forward_fused(model, weights, some, positions, ours)

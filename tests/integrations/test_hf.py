@@ -45,6 +45,8 @@ MEMORIES = {
         injection="both", projection="layerwise", source=(0, 0, 2), combine="channels", layers=((1, 2), (1, 2), (2,))
     ),
     "layerwise delay 2": MemoryConfig(injection="key_value", projection="layerwise", source=1, delay=2),
+    "delays": MemoryConfig(projection="layerwise", source=(0, 0, 0, 2, 2), combine="channels", delay=(1, 2, 3, 1, 3)),
+    "convolution": MemoryConfig(projection="layerwise", source=(0, 0, 0), combine="channels", delay=(1, 2, 3)),
     "token shift": MemoryConfig(injection="both", source=0),
     "none": MemoryConfig(injection="none"),
 }
@@ -621,6 +623,25 @@ def test_an_exported_folder_is_the_checkpoint(exported):
     expected = torch.stack(list(generate(native_model, ids["input_ids"], 12, Sampling(temperature=0))), 1)
     assert torch.equal(generated[:, ids["input_ids"].shape[1] :], expected)
     assert AutoModelForCausalLM.from_pretrained(exported, prefill="fast").config.prefill == "fast"
+
+
+@pytest.mark.parametrize("name", ["convolution", "delays"])
+def test_delays_of_each_source_survive_an_export(tmp_path, name):
+    tokenizer = Tokenizer.train([TEXT], 300)
+    wide = make(MEMORIES[name], vocab_size=tokenizer.vocab_size)
+    checkpoint.save(tmp_path / "checkpoint", wide.model.float(), tokenizer, {"schedule": "plain()"})
+    export(tmp_path / "checkpoint", tmp_path / "out", prefill="exact")
+    model, (native_model, _) = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+        checkpoint.load(tmp_path / "checkpoint"),
+    )
+    assert native_model.config.memory == model.config.model.memory == MEMORIES[name]
+    prompt = prompts(2, 9)
+    expected = torch.stack(list(generate(native_model, prompt, 12, Sampling(temperature=0))), 1)
+    generated = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert torch.equal(generated[:, 9:], expected)
+    reads = "; the embedding of the token 2 places before it; the"
+    assert reads in (tmp_path / "out" / "README.md").read_text()
 
 
 ROOMS = {"data", "inference", "integrations", "model", "schedules", "utils"}

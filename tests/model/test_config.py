@@ -69,6 +69,33 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "another start": ({}, {"state_start": "cold"}, ("state_start", "cold", "neutral")),
     "a layer is a fraction": ({}, {"layers": (1.5,)}, ("memory.layers", "1.5")),
     "delay 0": ({}, {"delay": 0}, ("memory.delay is 0", "at least 1")),
+    "a delay of 0 among several": (
+        {},
+        {"source": (0, 2), "delay": (1, 0)},
+        ("memory.delay is (1, 0)", "at least 1", "a tuple of such"),
+    ),
+    "too few delays": (
+        {},
+        {"source": (0, 0, 2), "delay": (1, 2)},
+        ("memory.delay (1, 2) has 2 numbers", "(0, 0, 2)", "one for each"),
+    ),
+    "delays of one source": ({}, {"delay": (1, 2)}, ("memory.delay (1, 2)", "None", "give one number")),
+    "no delays": ({}, {"source": (0, 2), "delay": ()}, ("memory.delay () has 0 numbers",)),
+    "a layer twice at one delay": (
+        {},
+        {"source": (2, 0, 2), "delay": (1, 2, 1), "combine": "channels"},
+        ("(2, 0, 2)", "twice", "(1, 2, 1)", "another delay"),
+    ),
+    "the embedding twice at one delay in a sum": (
+        {},
+        {"source": (0, 0), "delay": (2, 2)},
+        ("twice", "(2, 2)", "another delay"),
+    ),
+    "one delay of the context": (
+        {"context": 8},
+        {"source": (0, 2), "delay": (1, 8)},
+        ("memory.delay is (1, 8)", "context (8)"),
+    ),
     "delay is a fraction": ({}, {"delay": 1.5}, ("memory.delay is 1.5", "at least 1")),
     "delay of the context": ({"context": 8}, {"delay": 8}, ("memory.delay is 8", "context (8)")),
     "kv_heads": ({"kv_heads": 3}, {}, ("kv_heads is 3", "divide heads (4)")),
@@ -153,7 +180,7 @@ FULL = ModelConfig(
         source=(0, 3),
         combine="channels",
         initial="embedding",
-        delay=2,
+        delay=(2, 1),
         layers=((1, 3), (3,)),
         state_start="neutral",
         residual_init=0.3,
@@ -211,6 +238,27 @@ def test_sources_and_layers_are_numbered_as_in_the_paper():
     assert MemoryConfig(source=0).stored_sources(5) == ()
     none = MemoryConfig(injection="none", source=(0, 2))
     assert (none.sources(5), none.stored_sources(5), none.channels(5), none.injected_layers(5)) == ((), (), 0, ())
+
+
+def test_each_source_has_a_delay():
+    assert (MemoryConfig(delay=2).delays(5), MemoryConfig(delay=2).longest_delay) == ((2,), 2)
+    assert MemoryConfig(source=(0, 3), delay=2).delays(5) == (2, 2)
+    several = MemoryConfig(source=(3, 0, 3), delay=[1, 2, 4], combine="channels")  # type: ignore[arg-type] # of JSON
+    assert several.delay == (1, 2, 4)
+    assert (several.sources(5), several.delays(5), several.longest_delay) == ((3, 0, 3), (1, 2, 4), 4)
+    assert several.stored_sources(5) == (3,)  # one vector, read from two places
+    assert several.channels(5) == 3
+    assert replace(several, injection="none").delays(5) == ()
+    assert MemoryConfig(source=(0, 0), delay=(2, 2), combine="channels").delays(5) == (2, 2)  # as with one delay
+    assert ModelConfig(depth=5, window_pattern="S", window=3, memory=several).lookback == 4
+
+
+def test_a_block_sees_the_delays_of_the_sources_that_it_injects():
+    memory = MemoryConfig(source=(3, 0, 3), delay=(1, 2, 4), combine="channels", layers=((1,), (1, 2), (2,)))
+    config = ModelConfig(depth=3, memory=memory)
+    of_blocks = [config.of_block(layer) for layer in (1, 2)]
+    assert [(block.sources, block.delays) for block in of_blocks] == [((3, 0), (1, 2)), ((0, 3), (2, 4))]
+    assert replace(config, memory=replace(memory, source=(3, 0, 0), delay=2)).of_block(1).memory.delay == 2
 
 
 def test_windows_reach_and_value_embeddings_by_layer():

@@ -62,9 +62,24 @@ def test_a_memorys_field_is_taken_up_to_its_limit(name: str):
 
 def test_a_source_may_come_twice_only_as_the_control_of_channels():
     assert MemoryConfig(source=(0, 0), combine="channels").channels(3) == 2
-    for memory in ({"source": (0, 0), "combine": "sum"}, {"source": (2, 2), "combine": "channels"}):
+    assert MemoryConfig(source=(2, 2), combine="channels", delay=(1, 3)).channels(3) == 2
+    assert MemoryConfig(source=(0, 2, 0), delay=(1, 1, 2)).channels(3) == 1
+    for memory in (
+        {"source": (0, 0), "combine": "sum"},
+        {"source": (2, 2), "combine": "channels"},
+        {"source": (2, 2), "combine": "channels", "delay": (2, 2)},
+    ):
         with pytest.raises(ValueError, match="twice"):
             MemoryConfig(**memory)
+
+
+@pytest.mark.parametrize("delay", [(1, 7), (7, 1), [2, 2]])
+def test_the_delays_of_sources_are_taken_up_to_their_limit(delay: Any):
+    config = dataclasses.replace(CONFIG, memory=MemoryConfig(source=(0, 3), delay=delay))
+    assert (config.memory.delay, config.delays) == (tuple(delay), tuple(delay))
+    for refused in ((0, 1), (1, 8), (1, 1.0), (True, 1), (1,), (1, 1, 1), ((1, 1), 1), "11"):
+        with pytest.raises(ValueError, match="delay"):
+            dataclasses.replace(CONFIG, memory=MemoryConfig(source=(0, 3), delay=refused))  # type: ignore[arg-type]
 
 
 def test_thoughts_stand_alone():

@@ -250,6 +250,13 @@ BY_HAND: dict[str, tuple[int, float, float, int]] = {
         3 * (PLAIN_STACK + 2 * (40 + 768_000 + 40 * PAIR) + HEAD),
         1,
     ),
+    # Three channels: 3 γ per block, gates 4 · 10 · 1280, three pairs.
+    "short convolution, width 4": (
+        BLOCKS + TABLES_AND_HEAD + 60 + 1_024_000 + 60 * PAIR,
+        PLAIN_STACK + 2 * (60 + 1_024_000 + 60 * PAIR),
+        3 * (PLAIN_STACK + 2 * (60 + 1_024_000 + 60 * PAIR) + HEAD),
+        1,
+    ),
     "loop 2": (BLOCKS + TABLES_AND_HEAD, 2 * PLAIN_STACK, 3 * (2 * PLAIN_STACK + HEAD), 2),
     "loop 3": (BLOCKS + TABLES_AND_HEAD, 3 * PLAIN_STACK, 3 * (3 * PLAIN_STACK + HEAD), 3),
     # Two positions per token. Jacobi: K + 1 passes for K = 1, 2, 3 at 34, 33 and 33 %: 2.99 passes; one head.

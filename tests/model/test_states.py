@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import (
+    EACH_DELAY,
     PAIRWISE,
     VOCABULARY,
     assert_same,
@@ -87,7 +88,7 @@ def classes(model: Any, tokens: Tensor) -> StridedState:
 
 
 def slides(config: ModelConfig) -> bool:
-    return config.unlimited_context and 0 not in config.sources and config.sources != () and config.memory.delay == 1
+    return config.unlimited_context and 0 not in config.sources and config.sources != () and set(config.delays) == {1}
 
 
 STATES = {
@@ -121,7 +122,7 @@ SLIDING = {
     for projection in ("shared", "layerwise")
     for source in (None, (2, 3))
 }
-CONFIGS = {**dict(list(PAIRWISE.items())[::4]), **SLIDING}
+CONFIGS = {**dict(list(PAIRWISE.items())[::4]), **EACH_DELAY, **SLIDING}
 
 
 def run(call: Call, tokens: Tensor, schedule: Any) -> Tensor:

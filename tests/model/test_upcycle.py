@@ -17,6 +17,7 @@ BASE = configuration({"depth": 3, "value_embeddings": "alternate"})
 TWO = MemoryConfig(source=(0, 0), combine="channels", projection="layerwise")
 STATE = MemoryConfig(source=(0, 0, 2), combine="channels", projection="layerwise", state_start="neutral")
 LAYERED = replace(STATE, layers=((1, 2, 3), (1, 2, 3), (2, 3)))
+CONVOLUTION = MemoryConfig(source=(0, 0, 0), combine="channels", delay=(1, 2, 3), projection="layerwise")
 NONE = MemoryConfig(injection="none")
 RESIDUAL = MemoryConfig(injection="residual")
 PAIRS = {
@@ -31,6 +32,14 @@ PAIRS = {
     "shared projections": (replace(TWO, projection="shared"), replace(STATE, projection="shared")),
     "LRT to more of it": (replace(LAYERED, state_start="active"), replace(STATE, source=(0, 0, 2, 3))),
     "residual to both": (replace(TWO, injection="residual"), STATE),
+    "convolution to LRT": (CONVOLUTION, replace(CONVOLUTION, source=(0, 0, 0, 2, 2), delay=(1, 2, 3, 1, 3))),
+    "token shift to a convolution": (replace(TWO, source=0, combine="sum"), CONVOLUTION),
+    "another order of delays": (CONVOLUTION, replace(CONVOLUTION, source=(0, 2, 0, 0), delay=(3, 1, 1, 2))),
+    "one delay to the same for each": (replace(STATE, state_start="active"), replace(STATE, delay=(1, 1, 1))),
+    "a sum at two delays": (
+        MemoryConfig(source=(2, 0), delay=(2, 1)),
+        MemoryConfig(source=(2, 0), delay=(2, 1), layers=(1, 2, 3)),
+    ),
     "another order": (replace(STATE, state_start="active"), replace(STATE, source=(2, 3, 0, 0))),
 }
 
@@ -70,6 +79,16 @@ REFUSED = {
         ("residual", "no place"),
     ),
     "another delay": (replace(BASE, memory=replace(TWO, delay=2)), replace(BASE, memory=TWO), ("delay", "1", "2")),
+    "other delays": (
+        replace(BASE, memory=replace(CONVOLUTION, delay=(1, 2, 4))),
+        replace(BASE, memory=CONVOLUTION),
+        ("no place", "delay (1, 2, 3)", "delay (1, 2, 4)"),
+    ),
+    "a sum at other delays": (
+        replace(BASE, memory=MemoryConfig(source=(2, 0), delay=(1, 2))),
+        replace(BASE, memory=MemoryConfig(source=(2, 0), delay=(2, 1))),
+        ("no place", "delay (2, 1)", "delay (1, 2)"),
+    ),
     "another projection": (
         replace(BASE, memory=replace(TWO, projection="shared")),
         replace(BASE, memory=TWO),

@@ -19,6 +19,7 @@ import torch
 from support.models import (
     BATCH,
     CHOICES,
+    EACH_DELAY,
     LENGTH,
     NONE,
     PAIRWISE,
@@ -54,7 +55,7 @@ from lrt.schedules import refinement
 from lrt.schedules.base import SCHEDULES, Pass, Passes, Simple
 from lrt.schedules.work import free_passes, parts_of
 
-EVERY = {**PAIRWISE, **PRODUCT, "none": NONE}
+EVERY = {**PAIRWISE, **PRODUCT, **EACH_DELAY, "none": NONE}
 
 
 def recurs(config: ModelConfig) -> bool:
@@ -63,7 +64,7 @@ def recurs(config: ModelConfig) -> bool:
     return any(source >= first for source in config.sources)
 
 
-RECURRENT = {name: config for name, config in PAIRWISE.items() if recurs(config)}
+RECURRENT = {name: config for name, config in {**PAIRWISE, **EACH_DELAY}.items() if recurs(config)}
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_exact_schedules_and_decoding_equal_the_oracle(config: ModelConfig):
         assert_same(decode(model, tokens, model.empty_state(BATCH, LENGTH).in_place()), expected, "decoding in place")
 
 
-@over(PAIRWISE)
+@over(PAIRWISE, more=EACH_DELAY)
 def test_exact_schedules_and_decoding_equal_the_oracle_over_packed_documents(config: ModelConfig):
     model, tokens = random_model(config), random_tokens()
     with torch.no_grad():
@@ -204,7 +205,7 @@ def test_exact_schedules_and_decoding_equal_the_oracle_over_packed_documents(con
         assert_same(decode(model, tokens, state), expected, "decoding")
 
 
-@over(PAIRWISE)
+@over(PAIRWISE, more=EACH_DELAY)
 def test_prefill_split_anywhere_then_decoding_equals_the_oracle(config: ModelConfig):
     model, tokens = random_model(config), random_tokens()
     with torch.no_grad():
@@ -264,7 +265,9 @@ def test_float32_stays_near_the_float64_oracle(config: ModelConfig):
 # ---------------------------------------------------------------------------------------------------------------------
 @over(RECURRENT)
 def test_n_full_passes_make_the_first_n_delays_exact(config: ModelConfig):
-    model, tokens, delay = random_model(config), random_tokens(), config.memory.delay
+    # A pass moves what is remembered by its delay: by the shortest, where layers are read at several.
+    delay = min(delay for source, delay in zip(config.sources, config.delays, strict=True) if source > 0)
+    model, tokens = random_model(config), random_tokens()
     with torch.no_grad():
         expected = oracle_rows(model, tokens)
         for refinements in (0, 1, 2):
@@ -288,7 +291,7 @@ def test_n_strided_sweeps_make_the_first_n_groups_exact(config: ModelConfig):
 
 
 @every_schedule
-@over(PAIRWISE, step=4)
+@over(PAIRWISE, step=4, more=EACH_DELAY)
 def test_schedules_equal_their_simulation(config: ModelConfig, schedule: Simple):
     # Values of every pass and gradients of every parameter, whatever the schedule approximates or cuts.
     model, tokens = random_model(config), random_tokens()
@@ -371,7 +374,7 @@ def test_no_schedule_lets_gradients_flow_from_later_tokens(config: ModelConfig, 
 
 
 @every_schedule
-@over(PAIRWISE, step=4)
+@over(PAIRWISE, step=4, more=EACH_DELAY)
 def test_packed_documents_equal_the_documents_alone(config: ModelConfig, schedule: Simple):
     model, tokens = random_model(config), random_tokens()
     layouts = [aligned(), unaligned()] if ignores_alignment(schedule) else [aligned()]
@@ -386,7 +389,7 @@ def test_packed_documents_equal_the_documents_alone(config: ModelConfig, schedul
 
 
 @every_schedule
-@over(PAIRWISE, step=4)
+@over(PAIRWISE, step=4, more=EACH_DELAY)
 def test_gradients_do_not_cross_documents(config: ModelConfig, schedule: Simple):
     model, tokens, documents = random_model(config), distinct_tokens(), aligned()
     hidden = refine(model, tokens, schedule, documents=documents).hidden
@@ -404,7 +407,8 @@ TOKEN_SHIFT = {
     label(choice): configuration({**choice, "source": "0"})
     for choice in pairwise({name: values for name, values in CHOICES.items() if name != "source"})[::2]
 }
-FLAT = {"none": NONE, **TOKEN_SHIFT}
+CONVOLUTIONS = {name: config for name, config in EACH_DELAY.items() if not recurs(config)}
+FLAT = {"none": NONE, **TOKEN_SHIFT, **CONVOLUTIONS}
 # `strided` has no full pass first: its first sweep attends only to what is written.
 every_schedule_but_strided = pytest.mark.parametrize(
     "schedule", [example for example in examples() if not str(example.id).startswith("strided")]
@@ -429,7 +433,7 @@ def test_without_recurrence_plain_is_exact(config: ModelConfig):
     assert_same(refine(model, tokens, schedules.plain()).hidden, oracle_rows(model, tokens))
 
 
-@over(TOKEN_SHIFT)
+@over(TOKEN_SHIFT, more=CONVOLUTIONS)
 def test_layer_0_reaches_the_embedding_after_gradient_free_passes(config: ModelConfig):
     # One full sweep after a free pass recomputes all keys and values, so nothing is missing from the gradient.
     model, tokens = random_model(config), random_tokens()
@@ -451,7 +455,7 @@ def test_sequential_has_the_gradients_of_the_oracle(config: ModelConfig):
     assert not dead
 
 
-@over(PAIRWISE, step=2)
+@over(PAIRWISE, step=2, more=EACH_DELAY)
 def test_interleaved_in_order_has_the_gradients_of_the_oracle(config: ModelConfig):
     # The other differentiable exact path: a wrong clone of a buffer shows here and not in the values.
     model, tokens = random_model(config), random_tokens()
@@ -536,13 +540,19 @@ STREAMS = {
         ("(1,L)channels", "key_value", 4, 3),
     )
 }
+STREAMS |= {
+    f"delays-{name}-window={window}": replace(
+        EACH_DELAY[f"delays-{name}"], window_pattern="S", window=window, context=8
+    )
+    for name, window in (("convolution", 2), ("(L,L)at(1,3)channels", 1), ("(0,L)at(1,2)channels", 4))
+}
 
 
 @over(STREAMS)
 @pytest.mark.parametrize("spare", [0, 1, 5], ids=lambda spare: f"{spare}-slots-to-spare")
 def test_an_endless_stream_in_few_slots_equals_the_oracle(config: ModelConfig, spare: int):
     model, tokens = random_model(config), random_tokens(length=23)  # far past the context of 8
-    slots = max(config.sliding_window, config.memory.delay + 1) + spare
+    slots = max(config.sliding_window, *(delay + 1 for delay in config.delays)) + spare
     with torch.no_grad():
         assert_same(decode(model, tokens, model.empty_state(BATCH, slots)), oracle_rows(model, tokens))
 
@@ -553,7 +563,7 @@ def test_a_stream_in_chunks_that_wrap_around_equals_its_simulation(config: Model
     # Several positions in one call overwrite slots that its first positions may still attend to, if there are too few.
     # Within a chunk a token is known before it is read: each call notes its own first.
     model, tokens = random_model(config), random_tokens(length=23)
-    slots = chunk + max(config.sliding_window - 1, config.memory.delay)
+    slots = chunk + max(config.sliding_window - 1, *config.delays)
     schedule = schedules.chunked(chunk)
     with torch.no_grad():
         state, hidden = model.empty_state(BATCH, slots), []
@@ -565,7 +575,7 @@ def test_a_stream_in_chunks_that_wrap_around_equals_its_simulation(config: Model
         assert_same(refine(model, tokens, schedule).hidden, expected, "past the context, a slot for each position")
 
 
-@over(PAIRWISE, step=2)
+@over(PAIRWISE, step=2, more=EACH_DELAY)
 def test_ragged_positions_equal_row_by_row(config: ModelConfig):
     model, tokens, documents = random_model(config), random_tokens(), unaligned()
     # Per row: a start of different length, positions out of step, recomputed, and with gaps.
@@ -587,7 +597,7 @@ def test_ragged_positions_equal_row_by_row(config: ModelConfig):
                 assert_same(hidden[r], expected, f"row {b}, positions {positions[b].tolist()}")
 
 
-@over(PAIRWISE, step=2)
+@over(PAIRWISE, step=2, more=EACH_DELAY)
 def test_ragged_decoding_equals_the_oracle(config: ModelConfig):
     # Row 1 is two positions behind row 0, as in a batch of prompts of different lengths.
     model, tokens, behind = random_model(config), random_tokens(), 2
@@ -693,10 +703,27 @@ def random_documents(pick: random.Random, length: int) -> Tensor | None:
     return torch.tensor(borders).long().cumsum(dim=1)
 
 
+def with_delays(config: ModelConfig, pick: random.Random) -> ModelConfig:
+    """The same with up to five sources, each at a delay of its own."""
+    reads = [(pick.randint(0, config.depth), pick.randint(1, 4)) for _ in range(pick.randint(1, 5))]
+    source, delay = zip(*dict.fromkeys(reads), strict=True)
+    return replace(config, memory=replace(config.memory, source=source, delay=delay))
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_random_configurations_equal_the_oracle(seed: int):
     pick = random.Random(seed)
-    config, length = random_config(pick), pick.randint(1, 12)
+    equals_the_oracle(random_config(pick), pick, seed)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_delays_equal_the_oracle(seed: int):
+    pick = random.Random(f"delays {seed}")
+    equals_the_oracle(with_delays(random_config(pick), pick), pick, seed)
+
+
+def equals_the_oracle(config: ModelConfig, pick: random.Random, seed: int) -> None:
+    length = pick.randint(1, 12)
     schedule, documents = random_schedule(pick), random_documents(pick, length)
     model, tokens = random_model(config, seed=seed), random_tokens(length=length, seed=seed)
 
@@ -794,6 +821,15 @@ def test_a_pass_that_ends_at_the_source_runs_no_block_above_it():
         assert [called.count(block) for block in model.blocks] == runs
 
 
+def delayed() -> Iterator[Any]:
+    """Those at delays of their own that remember a layer, and one whose first pass leaves its channel out."""
+    memory = MemoryConfig(source=(0, 0, 2), combine="channels", delay=(2, 1, 1), projection="layerwise")
+    yield pytest.param(replace(configuration({"depth": 3}), memory=memory), id="delays-first-channels")
+    for name, config in EACH_DELAY.items():
+        if config.stored_sources:
+            yield pytest.param(config, id=name)
+
+
 def layered_sources() -> Iterator[Any]:
     """Configurations of three blocks in which a remembered layer enters from the second or third on."""
     memories: list[tuple[Any, Any]] = [
@@ -829,7 +865,7 @@ SHARING = [
 ]
 
 
-@pytest.mark.parametrize("config", list(layered_sources()))
+@pytest.mark.parametrize("config", [*layered_sources(), *delayed()])
 def test_blocks_that_all_passes_share_change_no_number(config: ModelConfig):
     model, tokens = random_model(config), random_tokens()
     for text, packed in zip(SHARING, (None, unaligned()) * 3, strict=True):

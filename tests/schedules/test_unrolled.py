@@ -51,6 +51,7 @@ def test_chunks_are_the_sequence(backprop: int | None, chunk: int, monkeypatch: 
         {"memory": replace(MEMORY, source=0, combine="sum")},
         {"memory": replace(MEMORY, source=(0, 2))},
         {"memory": replace(MEMORY, delay=2)},
+        {"memory": replace(MEMORY, source=(2, 2), delay=(1, 2))},
         {"memory": MemoryConfig(injection="none")},
         {"window_pattern": "SL"},
         {"window": unrolled.CHUNK + 2, "context": 4 * unrolled.CHUNK},

@@ -26,6 +26,7 @@ CONFIGS = {
         memory=MemoryConfig(source=(0, 2), combine="channels", initial="embedding", delay=2), value_embeddings="all"
     ),
     "windows": configuration(window_pattern="SL", window=3, kv_heads=1, memory=MemoryConfig(source=1)),
+    "delays": configuration(memory=MemoryConfig(source=(0, 0, 2, 2), combine="channels", delay=(1, 3, 1, 2))),
     "sliding": configuration(window_pattern="S", window=3, memory=MemoryConfig(projection="layerwise")),
 }
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))

@@ -6,6 +6,7 @@ import functools
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +119,43 @@ def label(choice: dict[str, Any]) -> str:
 
 # One that pairs leave out: projections of their own in blocks that do not start with the first.
 CORNER = {"injection": "both", "projection": "layerwise", "source": "L", "layers": "some", "depth": 3}
+# Sources that are read at delays of their own, and what else each configuration is.
+DELAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "convolution": (
+        {"source": (0, 0, 0), "delay": (1, 2, 3), "combine": "channels", "projection": "layerwise"},
+        {"value_embeddings": "alternate"},
+    ),
+    "convolution-sum": (
+        {"source": (0, 0, 0), "delay": (3, 1, 2), "combine": "sum", "injection": "residual"},
+        {"window_pattern": "S"},
+    ),
+    "(0,L)at(1,2)channels": (
+        {"source": (0, 2), "delay": (1, 2), "combine": "channels", "injection": "key_value"},
+        {"window_pattern": "SL"},
+    ),
+    "(0,0,L)at(3,1,2)layers": (
+        {
+            "source": (0, 0, 3),
+            "delay": (3, 1, 2),
+            "combine": "channels",
+            "projection": "layerwise",
+            "layers": ((1, 3), (2,), (2, 3)),
+        },
+        {"depth": 3, "kv_heads": 1},
+    ),
+    "(L,L)at(1,3)channels": (
+        {"source": (2, 2), "delay": (1, 3), "combine": "channels"},
+        {"window_pattern": "S", "kv_heads": 1},
+    ),
+    "(L,1,L,0)at(3,2,1,1)sum": (
+        {"source": (2, 1, 2, 0), "delay": (3, 2, 1, 1), "combine": "sum", "initial": "embedding"},
+        {"value_embeddings": "all"},
+    ),
+}
+EACH_DELAY = {
+    f"delays-{name}": replace(configuration(model), memory=MemoryConfig(**memory))
+    for name, (memory, model) in DELAYS.items()
+}
 # Every pair of values of any two choices, and the whole product of the four that say what the memory is.
 PAIRWISE = {label(choice): configuration(choice) for choice in [CORNER, *pairwise(CHOICES)]}
 PRODUCT_NAMES = ("injection", "projection", "source", "initial")
@@ -147,11 +185,13 @@ UNUSUAL = ModelConfig(
 NONE = ModelConfig(depth=2, width=12, heads=2, vocab_size=VOCABULARY, context=16, memory=MemoryConfig(injection="none"))
 
 
-def over(configs: dict[str, ModelConfig], step: int = 1) -> pytest.MarkDecorator:
-    """Parametrise a test over every `step`-th configuration."""
+def over(
+    configs: dict[str, ModelConfig], step: int = 1, more: dict[str, ModelConfig] | None = None
+) -> pytest.MarkDecorator:
+    """Parametrise a test over every `step`-th configuration, and all of `more`."""
     import pytest  # here, as benchmarks use this file where it is not installed
 
-    chosen = dict(list(configs.items())[::step])
+    chosen = {**dict(list(configs.items())[::step]), **(more or {})}
     return pytest.mark.parametrize("config", list(chosen.values()), ids=list(chosen))
 
 

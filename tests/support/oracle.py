@@ -77,13 +77,16 @@ def read_memory(
     t: int,
     remembered: dict[int, list[Tensor]],
 ) -> list[Tensor]:
-    """The C memory vectors (D,) that position t reads, `delay` positions back; `remembered[s][l]` is layer l at s."""
-    width = weights["embedding.weight"].shape[1]
-    slot = t - config.memory.delay
-    if not same_document(documents, slot, t):
-        zeros = weights["embedding.weight"].new_zeros(width)
-        return [zeros for _ in range(config.channels)]
-    parts = [read_part(weights, config, tokens, slot, layer, remembered) for layer in config.sources]
+    """The C memory vectors (D,) that position t reads, each so far back as `delay` says; `remembered[s][l]` is layer l
+    at s."""
+    parts = []
+    for i, layer in enumerate(config.sources):
+        delay = config.memory.delay
+        slot = t - (delay[i] if isinstance(delay, tuple) else delay)
+        if same_document(documents, slot, t):
+            parts.append(read_part(weights, config, tokens, slot, layer, remembered))
+        else:
+            parts.append(torch.zeros_like(weights["embedding.weight"][0]))
     if isinstance(config.memory.source, tuple) and config.memory.combine == "sum" and parts:
         total = torch.zeros_like(parts[0])
         for i, part in enumerate(parts):

@@ -7,6 +7,7 @@ import textwrap
 from lrt.eval.report.score_tables import run_table
 from lrt.eval.runs import Run
 from lrt.integrations.hf.modeling import LRTForCausalLM
+from lrt.model.config import ModelConfig
 from lrt.model.size import count_parameters
 
 TEMPLATE = """\
@@ -18,7 +19,7 @@ tags: [latent-recurrent-transformer]
 
 # Latent Recurrent Transformer, {parameters:,} parameters
 
-A [Latent Recurrent Transformer](https://arxiv.org/abs/2605.26797): each token reads {source} of the token before it, as
+A [Latent Recurrent Transformer](https://arxiv.org/abs/2605.26797): each token reads {reads}, as
 recurrent memory. One forward per generated token. Every number that transformers computes with this model is made with
 true recurrence, in `generate` and in plain calls.
 
@@ -51,10 +52,21 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 """
 
 
+def describe_reads(config: ModelConfig) -> str:
+    """What a token reads as its memory, by how far back it stands."""
+    by_delay: dict[int, list[str]] = {}
+    for source, delay in zip(config.sources, config.delays, strict=True):
+        by_delay.setdefault(delay, []).append("the embedding" if source == 0 else f"the output of layer {source}")
+    parts = [
+        f"{' and '.join(names)} of the token {'before it' if delay == 1 else f'{delay} places before it'}"
+        for delay, names in by_delay.items()
+    ]
+    return "; ".join(parts) or "nothing of the token before it"
+
+
 def card_markdown(model: LRTForCausalLM, run: Run, remote_code: bool, name: str = "path/to/this/folder") -> str:
     """The card as Markdown. `run` is what is known of the checkpoint; every score says what it was measured on."""
     config, memory = model.config.model, model.config.model.memory
-    sources = memory.sources(config.depth)
     trust = ", trust_remote_code=True" if remote_code else ""
     names = [record["name"] for record in model.config.plugins]
     own = " and ".join(f"`{name}`" for name in names)
@@ -66,7 +78,7 @@ def card_markdown(model: LRTForCausalLM, run: Run, remote_code: bool, name: str 
         how += f" Needs the author's own plugin {own} too, which is imported first."
     return TEMPLATE.format(
         parameters=count_parameters(config)[0],
-        source=" and ".join("the embedding" if s == 0 else f"the output of layer {s}" for s in sources) or "nothing",
+        reads=describe_reads(config),
         injection=memory.injection,
         projection=memory.projection,
         depth=config.depth,
