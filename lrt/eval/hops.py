@@ -82,6 +82,10 @@ class HopCurve:
     """Whether it survives more than `survives`, and how many more these rows are too short to say."""
     verdict: str
     """In words."""
+    tolerance: float = TOLERANCE
+    """Of what the memory gives, within which a loss is live, …"""
+    errors: int = ERRORS
+    """… or within so many standard errors."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -122,9 +122,10 @@ def _refinement_axis(ax: Axes, values: Mapping[str, Any]) -> None:
 
 
 def draw_hops(ax: Axes, runs: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> None:
-    """Nats per token above live by hops, with two standard errors; of runs in which something recurs."""
+    """Nats per token above live by hops, with the errors within which it is live; of runs in which something recurs."""
     for name, values in runs.items():
-        hops, gaps, errors = zip(*((p["hops"], p["gap"], 2 * (p["error"] or 0)) for p in values["points"]), strict=True)
+        points = [(p["hops"], p["gap"], values["errors"] * (p["error"] or 0)) for p in values["points"]]
+        hops, gaps, errors = zip(*points, strict=True)
         ax.errorbar(hops, gaps, errors, color=colours[name], label=name, marker="o", markersize=3, capsize=2)
     ax.axhline(0, color=GREY, linewidth=1, linestyle="--")
     ticks = sorted({p["hops"] for values in runs.values() for p in values["points"]})

@@ -119,7 +119,7 @@ def hop_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
         recurrent = {name: values for name, values in measured.items() if len(values["points"]) > 1}
         if recurrent:
             draw = partial(figures.draw_hops, runs=recurrent, colours=colours)
-            caption = f"{on.label}. Nats per token above live where the memory holds what n hops brought, ± two errors."
+            caption = f"{on.label}. Nats per token above live where the memory holds what n hops brought, ± 2 errors."
             parts.append(figure_row((draw, "Loss by hops"), caption=caption))
         body = [[name, *hop_cells(values)] for name, values in measured.items()]
         parts.append(Table(on.label, ["run", "live, nats per token", "the memory gives", "verdict"], body).html())

@@ -74,6 +74,7 @@ def hop_lines(values: Mapping[str, Any]) -> list[str]:
         f"nats per token where the memory holds what n hops brought ({basis}); live {values['live']:.4f}",
         *(table if len(points) > 1 else ()),
         f"verdict: {values['verdict']}",
+        f"(live: within {values['tolerance']:.0%} of what the memory gives, or within {values['errors']} errors ±)",
     ]
 
 
