@@ -75,12 +75,11 @@ def measure_reach(schedule: str) -> Reach:
     run = schedules.parse(schedule)
     hidden = refine(model, tokens, run).hidden
     off = (hidden - refine(model, tokens, schedules.sequential()).hidden).abs().amax(-1)[0]
-    felt = 0
-    for position in range(LENGTH // 3):
-        other = tokens.clone()
-        other[0, position] = (other[0, position] + 1) % MODEL.vocab_size
-        moved = (refine(model, other, run).hidden - hidden).abs().amax(-1)[0] > CHANGED
-        felt = max(felt, int(moved.nonzero().max()) - position)
+    places = torch.arange(LENGTH // 3)
+    others = tokens.repeat(len(places), 1)  # a row for each place, with another token there
+    others[places, places] = (others[places, places] + 1) % MODEL.vocab_size
+    moved = (refine(model, others, run).hidden - hidden).abs().amax(-1) > CHANGED
+    felt = max(int(row.nonzero().max()) - place for place, row in enumerate(moved))
     cost = training_flops(MODEL, run, LENGTH) / training_flops(MODEL, schedules.plain(), LENGTH)
     return Reach(int((off < SAME).long().cumprod(0).sum()), felt, cost)
 
@@ -121,6 +120,7 @@ def draw_losses(ax: Axes, curves: Mapping[str, HopCurve], colours: Mapping[str, 
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xticks(ticks, list(map(str, ticks)))
     ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlim(-0.2, 1.2 * BITS)
     ax.set(xlabel="hops that the memory has made (63: live)", ylabel="nats per answer")
     ax.legend(fontsize=7, frameon=False)
 

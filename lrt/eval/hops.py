@@ -42,6 +42,13 @@ NOTHING_RECURS = "nothing recurs: there is no memory to carry"
 NOT_USED = "the memory is not used: what it gives is within the error of the measurement"
 HARMFUL = "the memory does harm: live is worse than with what no hop brings"
 
+WHY = {
+    "about": "",
+    "more than": ": as many as these rows can tell",
+    "at least": ": what more of them bring is within the error of the measurement",
+}
+"""How the number of hops is meant -> what the verdict says of it."""
+
 RowNats = dict[str, list[float]]
 """`live`, and each number of hops as text -> nats of every row."""
 
@@ -76,10 +83,10 @@ class HopCurve:
     points: tuple[HopPoint, ...]
     """0 hops first. After the last the loss is live by construction: rows have no more positions."""
     survives: int | None
-    """The fewest hops measured from which on the loss is live; where that is only the last, the most from which it is
-    not yet. None: there is no memory, or it gives nothing."""
-    beyond: bool
-    """Whether it survives more than `survives`, and how many more these rows are too short to say."""
+    """Hops. None: there is no memory, or it gives nothing."""
+    how: str
+    """"about": the fewest measured from which on the loss is live; "at least": so, but the error decides, and more hops
+    may bring more; "more than": live only where rows end by construction, and the most at which it is not yet."""
     verdict: str
     """In words."""
     tolerance: float = TOLERANCE
@@ -198,20 +205,29 @@ def ratio_and_error(sums: np.ndarray, sizes: Sequence[int]) -> tuple[float, floa
     return ratio, math.sqrt(count / (count - 1) * float(off @ off)) / total
 
 
-def surviving_hops(points: Sequence[HopPoint]) -> tuple[int | None, bool, str]:
-    """`survives`, `beyond` and `verdict` of a curve, the point of 0 hops first.
+def surviving_hops(points: Sequence[HopPoint]) -> tuple[int | None, str, str]:
+    """`survives`, `how` and `verdict` of a curve, the point of 0 hops first.
 
     A loss is live where it is nearer than TOLERANCE of what the memory gives, or than its noise. All later ones have to
     be live as well: a loss that swings passes live without staying there.
     """
     gain = points[0]
     if len(points) == 1:
-        return None, False, NOTHING_RECURS
+        return None, "", NOTHING_RECURS
     if gain.gap <= gain.noise:
-        return None, False, HARMFUL if gain.gap < -gain.noise else NOT_USED
-    # Not "is farther": a score that is no number is not live.
-    away = [i for i, point in enumerate(points) if not abs(point.gap) <= max(TOLERANCE * gain.gap, point.noise)]
-    before, first = points[away[-1]].hops, away[-1] + 1
-    if first >= len(points) - 1:
-        return before, True, f"the state survives more than {before} hops: as many as these rows can tell"
-    return points[first].hops, False, f"the state survives about {points[first].hops} hops"
+        return None, "", HARMFUL if gain.gap < -gain.noise else NOT_USED
+    allowed = TOLERANCE * gain.gap
+    live = first_within(points, [max(allowed, point.noise) for point in points])
+    if live == len(points) - 1:
+        how, survives = "more than", points[live - 1].hops
+    else:
+        near = live == first_within(points, [max(allowed, ROUNDING)] * len(points))
+        how, survives = "about" if near else "at least", points[live].hops
+    return survives, how, f"the state survives {how} {survives} hops{WHY[how]}"
+
+
+def first_within(points: Sequence[HopPoint], allowed: Sequence[float]) -> int:
+    """The index from which on all gaps are at most what is allowed of each; at most the last one, which is live."""
+    # Not "is farther": a score that is no number is not near.
+    away = [i for i, point in enumerate(points[:-1]) if not abs(point.gap) <= allowed[i]]
+    return away[-1] + 1 if away else 0

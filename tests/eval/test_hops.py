@@ -171,7 +171,7 @@ def test_ranks_share_the_windows_and_a_stopped_measurement_goes_on(tmp_path: Pat
 @pytest.mark.parametrize("config", [NONE, SHIFT], ids=["none", "source 0"])
 def test_what_does_not_recur_is_told_so(config: ModelConfig):
     curve = hops_of_windows(random_model(config), windows(text(), 8), progress=False)
-    assert (curve.verdict, curve.survives, curve.beyond) == (hops.NOTHING_RECURS, None, False)
+    assert (curve.verdict, curve.survives, curve.how) == (hops.NOTHING_RECURS, None, "")
     assert [point.hops for point in curve.points] == [0]
     assert abs(curve.points[0].gap) < 1e-12
 
@@ -190,21 +190,25 @@ def points_of(gaps: dict[int, float], error: float | None = 0.0) -> list[HopPoin
 
 def test_verdicts_of_hand_made_curves():
     falling = {0: 1.0, 1: 0.5, 2: 0.2, 4: 0.0101, 8: 0.0099, 16: 0.001, 31: 0.0}
-    assert surviving_hops(points_of(falling)) == (8, False, "the state survives about 8 hops")
+    assert surviving_hops(points_of(falling)) == (8, "about", "the state survives about 8 hops")
     # Noise is worth more than a hundredth: two errors of 0.006.
-    assert surviving_hops(points_of(falling, 0.006))[:2] == (4, False)
-    assert surviving_hops(points_of(falling, None))[:2] == (8, False)
+    assert surviving_hops(points_of(falling, 0.006)) == (
+        *(4, "at least"),
+        "the state survives at least 4 hops: what more of them bring is within the error of the measurement",
+    )
+    assert surviving_hops(points_of(falling, 0.001))[:2] == (8, "about")
+    assert surviving_hops(points_of(falling, None))[:2] == (8, "about")
     # What swings passes live without staying there.
-    assert surviving_hops(points_of({0: 1.0, 1: 0.0, 2: 0.4, 4: -0.3, 8: 0.0, 16: 0.0, 31: 0.0}))[:2] == (8, False)
+    assert surviving_hops(points_of({0: 1.0, 1: 0.0, 2: 0.4, 4: -0.3, 8: 0.0, 16: 0.0, 31: 0.0}))[:2] == (8, "about")
     never = {0: 1.0, 1: 0.9, 2: 0.8, 4: 0.5, 8: 0.3, 15: 0.0}
     assert surviving_hops(points_of(never)) == (
-        *(8, True),
+        *(8, "more than"),
         "the state survives more than 8 hops: as many as these rows can tell",
     )
-    assert surviving_hops(points_of({**never, 8: math.nan}))[:2] == (8, True)
-    assert surviving_hops(points_of(dict.fromkeys((0, 1, 3), 0.01), 0.006)) == (None, False, hops.NOT_USED)
+    assert surviving_hops(points_of({**never, 8: math.nan}))[:2] == (8, "more than")
+    assert surviving_hops(points_of(dict.fromkeys((0, 1, 3), 0.01), 0.006)) == (None, "", hops.NOT_USED)
     assert surviving_hops(points_of({0: 1e-7, 1: 0.0, 3: 0.0}, None))[2] == hops.NOT_USED
-    assert surviving_hops(points_of({0: -0.1, 1: 0.0, 3: 0.0}, 0.04)) == (None, False, hops.HARMFUL)
+    assert surviving_hops(points_of({0: -0.1, 1: 0.0, 3: 0.0}, 0.04)) == (None, "", hops.HARMFUL)
     assert surviving_hops(points_of({0: -0.1, 1: 0.0, 3: 0.0}, 0.06))[2] == hops.NOT_USED
 
 
@@ -241,7 +245,7 @@ def parity_curve(schedule: str, **fields: Any) -> HopCurve:
 def test_a_bit_that_is_carried_survives_every_hop_of_the_row():
     curve = parity_curve("sequential()")
     assert curve.live < 0.05
-    assert (curve.survives, curve.beyond) == (32, True)
+    assert (curve.survives, curve.how) == (32, "more than")
     # After h hops the parity is known of as many bits; and a window of 4 shows the block no more than 3 others.
     assert curve.points[0].gap > 0.55
     assert [p.gap for p in curve.points] == sorted((p.gap for p in curve.points), reverse=True)
@@ -252,5 +256,5 @@ def test_few_passes_teach_a_bit_that_does_not_survive():
     """The same rows to the end, mastered or not: the memory gives little, or live is worse than without."""
     curve = parity_curve("interleaved(2)", mastered=1000.0)
     assert curve.live > 0.4
-    assert not curve.beyond
+    assert curve.how != "more than"
     assert curve.survives is None or curve.survives <= 16

@@ -54,7 +54,7 @@ def test_the_trained_models_are_the_study_s(choosing: ModuleType):
 
 def test_the_figure_is_the_same_each_time(choosing: ModuleType, tmp_path: Path):
     points = tuple(HopPoint(h, 2.0 - h / 63, 1.0, 0.1) for h in (0, 1, 2, 4, 8, 16, 32, 63))
-    curve = HopCurve(0.125, 640, 10, points, 32, True, "more than 32 hops")
+    curve = HopCurve(0.125, 640, 10, points, 32, "more than", "more than 32 hops")
     reach = {"plain()": choosing.Reach(1, 6, 1.0), "sequential()": choosing.Reach(60, 59, 1.0)}
     for name in ("a.svg", "b.svg"):
         save_figure(lambda: choosing.make_figure(reach, {"sequential()": curve}), tmp_path / name)

@@ -133,6 +133,7 @@ def draw_hops(ax: Axes, runs: Mapping[str, Mapping[str, Any]], colours: Mapping[
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xticks(apart, map(str, apart))
     ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlim(-0.2, 1.2 * ticks[-1])
     ax.set_xlabel("hops that the memory has made")
     ax.set_ylabel("nats per token above live")
     ax.legend()
