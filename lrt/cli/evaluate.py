@@ -148,16 +148,18 @@ class Diagnose:
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint folder, or a run's."""
-    only: tuple[Literal["bpb", "sweeps", "ablations", "memory", "text", "bfloat16"], ...] = (
+    only: tuple[Literal["bpb", "sweeps", "hops", "ablations", "memory", "text", "bfloat16"], ...] = (
         "bpb",
         "sweeps",
+        "hops",
         "ablations",
         "memory",
         "text",
     )
     """What to measure. bpb: by pass, position and document, with intervals; sweeps: the score after 1 to 64
-    refinements, and a verdict; ablations: live, with the memory replaced in every way; memory: gates, scales, reach;
-    text: what recurrence gains token by token; bfloat16: live, and with the exact memory as a control."""
+    refinements, and a verdict; hops: over how many steps from token to token the model's state survives; ablations:
+    live, with the memory replaced in every way; memory: gates, scales, reach; text: what recurrence gains token by
+    token; bfloat16: live, and with the exact memory as a control."""
     data: Paths = (Path("runs/data/stdlib"),)
     """Folders that `lrt prepare` wrote with the checkpoint's tokenizer: one or several corpora."""
     split: str = "val"

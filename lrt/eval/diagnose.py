@@ -20,6 +20,7 @@ from lrt.data.prepared import Prepared
 from lrt.data.tokenizer import Tokenizer
 from lrt.data.windows import Windows, windows
 from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess
+from lrt.eval.hops import hops_of_windows
 from lrt.eval.ledger import Ledger
 from lrt.eval.memory_stats import NOISE, layer_stats, longest_inputs, memory_reach, memory_scales, token_pieces
 from lrt.eval.results import Result
@@ -180,6 +181,12 @@ def measure_sweeps(subject: Subject) -> dict[str, Any]:
     return curve.to_dict()
 
 
+def measure_hops(subject: Subject) -> dict[str, Any]:
+    """`hops_of_windows` as plain data."""
+    curve = hops_of_windows(subject.model, subject.windows, subject.batch_size, subject.progress, subject.score_ledger)
+    return curve.to_dict()
+
+
 def measure_ablations(subject: Subject) -> dict[str, Any]:
     """Scores with the memory replaced by every ablation."""
     return summary_scores(subject, every_ablation()).to_dict()
@@ -295,6 +302,7 @@ def measure_text(subject: Subject) -> dict[str, Any]:
 MEASURES: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "bpb": measure_bpb,
     "sweeps": measure_sweeps,
+    "hops": measure_hops,
     "ablations": measure_ablations,
     "memory": measure_memory,
     "text": measure_text,
@@ -304,7 +312,7 @@ MEASURES: dict[str, Callable[[Subject], dict[str, Any]]] = {
 
 
 def diagnose(
-    subject: Subject, measures: Sequence[str] = ("bpb", "sweeps", "ablations", "memory", "text")
+    subject: Subject, measures: Sequence[str] = ("bpb", "sweeps", "hops", "ablations", "memory", "text")
 ) -> list[Result]:
     """Measure a subject: results of the kinds `measures`, each written as soon as it is there. All ranks call it.
 

@@ -598,6 +598,36 @@ def test_diagnose_prints_and_keeps_its_results(
     assert {result.subject for result in results.values()} == {f"{data.name}-val"}
 
 
+def test_diagnose_says_how_many_hops_the_state_survives(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out, plain = tmp_path / "results", tmp_path / "plain"
+    command = ["diagnose", str(run), "--data", str(data), "--at-least", "200", "--out", str(out), "--only", "hops"]
+    main(command)
+    text = capsys.readouterr().out
+    (result,) = read_results(out)
+    values = result.values
+    assert (result.kind, values["targets"]) == ("hops", result.settings["targets"])
+    assert [point["hops"] for point in values["points"]] == [0, 1, 2, 4, 8, 16, 30]  # windows of BOS and 31 tokens
+    assert f"verdict: {values['verdict']}" in text
+    assert f"live {values['live']:.4f}" in text
+    assert f"- live {values['points'][0]['gap']:+9.4f}" in text
+    # What is measured is not measured again.
+    (ledger,) = (out / "partial").glob("hops-*.jsonl")
+    written = ledger.read_text()
+    main(command)
+    assert ledger.read_text() == written
+    assert read_results(out)[0].values == values
+    capsys.readouterr()
+    main(["train", "--data", str(data), "--out", str(plain), "--device", "cpu", "d2-transformer", *TINY])
+    main(["diagnose", str(plain), "--data", str(data), "--at-least", "200", "--only", "hops"])
+    assert "verdict: nothing recurs: there is no memory to carry" in capsys.readouterr().out
+    assert "'hop'" in mistake(capsys, "diagnose", str(run), "--data", str(data), "--only", "hop")
+    message = one_line(capsys, "diagnose", str(run), "--data", str(data), "--only", "hops", "--batch-size", "0")
+    assert "batch_size is 0; it must be at least 1" in message
+    assert "nowhere" in one_line(capsys, "diagnose", str(tmp_path / "nowhere"), "--data", str(data), "--only", "hops")
+
+
 def test_evaluate_runs_core_from_a_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     bundle, out = make_bundle(tmp_path), tmp_path / "results"
     main(["evaluate", str(run), "--core", str(bundle), "--out", str(out), "--device", "cpu"])

@@ -58,12 +58,21 @@ def test_the_report_is_whole_and_alone(page: Path, runs: list[Path]):
     assert {"table", "svg", "section", "details"} <= parsed.tags
     assert not {"script", "iframe", "object", "embed", "base"} & parsed.tags
     assert [place for place in parsed.loaded if not place.startswith(("#", "data:"))] == []
-    for title in ("Training", "Bits per byte", "Sweep curves", "The memory replaced", "Inside the memory", "CORE"):
+    for title in (
+        "Training",
+        "Bits per byte",
+        "Sweep curves",
+        "How many hops",
+        "The memory replaced",
+        "Inside the memory",
+        "CORE",
+    ):
         assert f"<h2>{title}" in text, title
     assert "token by token</h2>" in text
     found = {result.kind: result for result in read_results(runs[0] / "evaluation")}
-    assert set(found) == {"bpb", "sweeps", "ablations", "memory", "text", "core"}
-    assert found["sweeps"].values["verdict"] in parsed.cells
+    assert set(found) == {"bpb", "sweeps", "hops", "ablations", "memory", "text", "core"}
+    assert {found["sweeps"].values["verdict"], found["hops"].values["verdict"]} <= set(parsed.cells)
+    assert 'aria-label="Loss by hops"' in text
     for name, row in found["bpb"].values["columns"].items():
         assert {name, f"{row['bpb']:.4f}", f"{row['low']:.4f}"} <= set(parsed.cells)
     assert any(cell.startswith(f"{found['ablations'].values['live_bpb_two_forwards']:.4f} (") for cell in parsed.cells)
@@ -79,7 +88,7 @@ def test_what_is_not_there_is_left_out(runs: list[Path], tmp_path: Path):
     report(tmp_path / "plain.html", [runs[1]])
     text = (tmp_path / "plain.html").read_text(encoding="utf-8")
     assert "<h2>Training" in text
-    assert not any(f"<h2>{title}" in text for title in ("Sweep", "CORE", "Inside", "The memory"))
+    assert not any(f"<h2>{title}" in text for title in ("Sweep", "How many hops", "CORE", "Inside", "The memory"))
     own = json.loads((runs[1] / "checkpoint" / "config.json").read_text())["about"]["scores"]
     assert f"<td>{own['live_bpb']:.4f}</td>" in text  # the only score that there is
     for run in ("a/run", "b/run"):  # two of one name, with results alone
@@ -117,12 +126,15 @@ def test_what_does_not_recur_is_told_instead_of_drawn(tmp_path: Path):
     after = {**point, "refinements": 1, "bpb": 1.5 + 1e-9}
     known = {"curves": {"1": [point, after]}, "contraction": {"1": 0.0}, "live_bpb": 1.5, "even_odd": 1e-9}
     Result("sweeps", "x-val", "ab", {}, known | {"verdict": "stable"}).write(tmp_path / "run" / "evaluation")
+    still = {"points": [{"hops": 0, "nats": 2.0, "gap": 0.0, "error": None}], "live": 2.0, "verdict": "nothing recurs"}
+    Result("hops", "x-val", "ab", {}, still).write(tmp_path / "run" / "evaluation")
     alike = values()
     alike["differences"]["off - live"] = {"bpb": -1e-9, "low": -1e-9, "high": 0.0}
     Result("bpb", "x-val", "ab", {}, alike).write(tmp_path / "run" / "evaluation")
     report(tmp_path / "report.html", [tmp_path / "run"])
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "every refinement gives 1.5000 bits per byte" in text
+    assert "<td>2.0000</td><td>+0.0000</td><td>nothing recurs</td>" in text
     assert "<svg" not in text
     assert "-0.0000" not in text
 

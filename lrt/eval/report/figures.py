@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -118,6 +119,24 @@ def _refinement_axis(ax: Axes, values: Mapping[str, Any]) -> None:
     ax.set_xlim(-0.3, 1.2 * counts[-1])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("refinements")
+
+
+def draw_hops(ax: Axes, runs: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> None:
+    """Nats per token above live by hops, with the errors within which it is live; of runs in which something recurs."""
+    for name, values in runs.items():
+        points = [(p["hops"], p["gap"], values["errors"] * (p["error"] or 0)) for p in values["points"]]
+        hops, gaps, errors = zip(*points, strict=True)
+        ax.errorbar(hops, gaps, errors, color=colours[name], label=name, marker="o", markersize=3, capsize=2)
+    ax.axhline(0, color=GREY, linewidth=1, linestyle="--")
+    ticks = sorted({p["hops"] for values in runs.values() for p in values["points"]})
+    apart = [n for n, after in zip(ticks, [*ticks[1:], math.inf], strict=True) if n < 2 or after > 1.3 * n]
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set_xticks(apart, map(str, apart))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlim(-0.2, 1.2 * ticks[-1])
+    ax.set_xlabel("hops that the memory has made")
+    ax.set_ylabel("nats per token above live")
+    ax.legend()
 
 
 def draw_gates(ax: Axes, values: Mapping[str, Any]) -> None:

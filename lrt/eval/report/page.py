@@ -22,6 +22,7 @@ from lrt.eval.report.score_tables import overview_table, texts_scored
 from lrt.eval.report.sections import (
     ablation_section,
     core_section,
+    hop_section,
     memory_section,
     score_section,
     sweep_section,
@@ -77,6 +78,7 @@ def run_sections(runs: Sequence[Run]) -> list[str]:
         *training_section(runs, colours),
         *score_section(runs, colours),
         *sweep_section(runs),
+        *hop_section(runs, colours),
         *ablation_section(runs),
         *memory_section(runs, colours),
         *text_section(runs),

@@ -103,12 +103,39 @@ def sweep_section(runs: Sequence[Run]) -> list[str]:
     return ["<section><h2>Sweep curves</h2>", *parts, "</section>"] if parts else []
 
 
-def ablation_section(runs: Sequence[Run]) -> list[str]:
-    """Live bits per byte with the memory replaced: a table for each text, in it a column per run."""
+def values_by_text(runs: Sequence[Run], kind: str) -> dict[ScoredOn, dict[str, dict[str, Any]]]:
+    """Results of a kind by what they were measured on, and there by run."""
     by_text: dict[ScoredOn, dict[str, dict[str, Any]]] = {}
     for run in runs:
-        for result in run.of("ablations"):
+        for result in run.of(kind):
             by_text.setdefault(run.scored_on(result), {})[run.name] = result.values
+    return by_text
+
+
+def hop_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
+    """How far each run is from live by hops, a figure for each text, and a verdict per run."""
+    parts = []
+    for on, measured in values_by_text(runs, "hops").items():
+        recurrent = {name: values for name, values in measured.items() if len(values["points"]) > 1}
+        if recurrent:
+            draw = partial(figures.draw_hops, runs=recurrent, colours=colours)
+            caption = f"{on.label}. Nats per token above live where the memory holds what n hops brought, ± 2 errors."
+            parts.append(figure_row((draw, "Loss by hops"), caption=caption))
+        body = [[name, *hop_cells(values)] for name, values in measured.items()]
+        parts.append(Table(on.label, ["run", "live, nats per token", "the memory gives", "verdict"], body).html())
+    return ["<section><h2>How many hops the state survives</h2>", *parts, "</section>"] if parts else []
+
+
+def hop_cells(values: Mapping[str, Any]) -> list[str]:
+    """Live, what the memory gives and its standard error, the verdict."""
+    first = values["points"][0]
+    error = "" if first["error"] is None else f" ± {first['error']:.4f}"
+    return [f"{values['live']:.4f}", f"{first['gap']:+.4f}{error}", values["verdict"]]
+
+
+def ablation_section(runs: Sequence[Run]) -> list[str]:
+    """Live bits per byte with the memory replaced: a table for each text, in it a column per run."""
+    by_text = values_by_text(runs, "ablations")
     if not by_text:
         return []
     labels = texts_scored(runs)

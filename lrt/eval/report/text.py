@@ -59,6 +59,25 @@ def sweep_lines(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def hop_lines(values: Mapping[str, Any]) -> list[str]:
+    """Nats per token by hops, how far that is from live, and the verdict."""
+    points = values["points"]
+    basis = f"{values['targets']:,} tokens, {values['rows']:,} windows"
+    table = [
+        "hops   " + "".join(f"{point['hops']:>9}" for point in points),
+        "nats   " + "".join(f"{point['nats']:9.4f}" for point in points),
+        "- live " + "".join(f"{point['gap']:+9.4f}" for point in points),
+        # A single window has no error.
+        "±      " + "".join("        -" if point["error"] is None else f"{point['error']:9.4f}" for point in points),
+    ]
+    return [
+        f"nats per token where the memory holds what n hops brought ({basis}); live {values['live']:.4f}",
+        *(table if len(points) > 1 else ()),
+        f"verdict: {values['verdict']}",
+        f"(live: within {values['tolerance']:.0%} of what the memory gives, or within {values['errors']} errors ±)",
+    ]
+
+
 def ablation_lines(values: Mapping[str, Any]) -> list[str]:
     """Live scores with the memory replaced, each against live."""
     live = values["live_bpb"]
@@ -146,6 +165,7 @@ def core_lines(values: Mapping[str, Any]) -> list[str]:
 LINES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "scores": score_lines,
     "sweeps": sweep_lines,
+    "hops": hop_lines,
     "ablations": ablation_lines,
     "bpb": bpb_lines,
     "bfloat16": bpb_lines,
