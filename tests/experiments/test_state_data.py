@@ -272,6 +272,7 @@ def test_chess_in_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         ({"equal": "flops"}, "equal is 'flops'; choose one of tokens, wall_clock"),
         ({"family": "lstm"}, "unknown family 'lstm'; choose one of transformer"),
         ({"steps": 0}, "0 steps of 8 rows"),
+        ({"step_ratio": 0}, "step_ratio is 0; give "),
         ({"size": {"dpth": 2}}, "size"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -310,6 +311,16 @@ def test_the_time_of_a_step_is_that_of_all_parts(tmp_path: Path, monkeypatch: py
     lrt = state_data.build_run({**FIELDS, "family": "recommended"})
     assert lrt.schedule == "stages([(0.5, settled(0, 1, 1)), (0.5, settled(1, 1, 1))])"
     assert state_data.step_ratio(lrt, state_data.build_run(FIELDS), "cpu") == pytest.approx(3.0)
+
+
+def test_seeds_on_several_machines_share_a_ratio(monkeypatch: pytest.MonkeyPatch):
+    def no_timing(*_: object, **__: object) -> None:
+        raise AssertionError("the ratio is there")
+
+    monkeypatch.setattr(state_data, "alternate", no_timing)
+    fields = {**FIELDS, "family": "recommended", "equal": "wall_clock", "step_ratio": 2.0, "sequences": 4}
+    scores = state_data.StateData().run(fields, lambda *_: None, "cpu")
+    assert (scores["steps"], scores["step_ratio"]) == (3, 2.0)
 
 
 def test_lines_of_another_generator_do_not_count():

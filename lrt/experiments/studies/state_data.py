@@ -5,7 +5,9 @@ A cell's fields are plain data:
     benchmark   a name in `benchmarks.BENCHMARKS`
     family, model, schedule, size, widened_to, optim, rate    as in the studies of language
     rows, steps, shortest, longest, by, mastered              as in TrackingRun; steps are the Transformer's
-    equal       tokens | wall_clock: what other families share with it; at equal time their steps are divided by `step`
+    equal       tokens | wall_clock: what other families share with it; at equal time their steps are divided by
+    step_ratio  the time of their step over the Transformer's; measured where it is not given, but seeds that run on
+                several machines have to share one
     tests       lengths of the rows that are scored, in order; sequences: how many rows of each
 
 The score is excess nats per token over the floor (docs/state-data.md): 0 is all state known.
@@ -48,7 +50,7 @@ from lrt.training.matching import PAIRS
 from lrt.training.optim import OptimConfig, Optimiser
 from lrt.utils.progress import Advance
 from lrt.utils.timing import Work, alternate, weighted
-from lrt.utils.validation import check_fields
+from lrt.utils.validation import Limits, check_fields
 
 TRAINING = 0.8
 """The part of a cell's time that training takes, for the bar."""
@@ -56,9 +58,10 @@ ABLATED = ("zero", "embedding")
 """What the memory is replaced with, live, in rows of the first test."""
 EQUAL = ("tokens", "wall_clock")
 MODEL = {"family", "model", "size", "widened_to"}
-OWN = {"benchmark", "schedule", "optim", "rate", "equal", "tests", "sequences"}
+OWN = {"benchmark", "schedule", "optim", "rate", "equal", "step_ratio", "tests", "sequences"}
 RUN = {"rows", "steps", "shortest", "longest", "by", "mastered", "seed"}
 SEQUENCES = 256
+STEP_RATIO = Limits(0, 1000, above=True)
 SHORTEST_TEST = 24
 """Tokens: of shorter rows there is no gain by position."""
 READ = {"log_and_text", "bytecode", "chess"}
@@ -77,6 +80,8 @@ def build_run(fields: Fields) -> TrackingRun:
         raise ValueError(f"a cell of state data needs {', '.join(missing)}")
     if fields.get("equal", "tokens") not in EQUAL:
         raise ValueError(f"equal is {fields['equal']!r}; choose one of {', '.join(EQUAL)}")
+    if not STEP_RATIO.allow(fields.get("step_ratio", 1.0)):
+        raise ValueError(f"step_ratio is {fields['step_ratio']!r}; give {STEP_RATIO}, or leave it out to measure it")
     check_fields(OptimConfig, fields["optim"], "optim")
     check_fields(TrackingRun, {name: fields[name] for name in RUN & set(fields)}, "the cell")
     BENCHMARKS.check(fields["benchmark"])
@@ -172,7 +177,7 @@ class StateData:
         run, opened = build_run(fields), BENCHMARKS[fields["benchmark"]]
         execution, path = Execution().resolve(run.steps, device)
         advance(0, path)
-        ratio = step_ratio(run, baseline_run(fields), device, execution)
+        ratio = fields.get("step_ratio") or step_ratio(run, baseline_run(fields), device, execution)
         if fields.get("equal", "tokens") == "wall_clock":
             run = dataclasses.replace(run, steps=max(1, round(run.steps / ratio)))
         counts: dict[str, Any] = {
