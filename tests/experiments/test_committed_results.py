@@ -17,7 +17,7 @@ import pytest
 from lrt.experiments import rivals
 from lrt.experiments.state_tracking.tasks import TASKS
 from lrt.experiments.state_tracking.training import TrackingRun
-from lrt.experiments.studies import grid, language, runner, texts
+from lrt.experiments.studies import grid, language, runner, state_data, texts
 from lrt.experiments.studies.kinds import find_kind
 from lrt.experiments.studies.state_tracking import TESTS, tracking_run
 from lrt.model.config import ModelConfig
@@ -40,6 +40,7 @@ LANGUAGE = [
     "source.tiny",
 ]
 TRACKING = ["state-tracking.small", "state-tracking.stream", "state-tracking.tiny"]
+STATE_DATA = ["state-data.deeper", "state-data.tiny"]
 
 # Lines of language keep their whole RunConfig. Lines of state tracking keep the cell's fields alone; what those leave
 # out meant this when they were written. A field that a configuration gets later is not listed: its default serves.
@@ -94,10 +95,11 @@ def expected_language_run(cell: grid.Cell, line: runner.Line) -> RunConfig:
 
 
 def test_these_are_the_committed_files():
-    assert sorted(path.name for path in RESULTS.glob("*.jsonl")) == [f"{name}.jsonl" for name in LANGUAGE + TRACKING]
+    names = sorted(LANGUAGE + STATE_DATA + TRACKING)
+    assert sorted(path.name for path in RESULTS.glob("*.jsonl")) == [f"{name}.jsonl" for name in names]
 
 
-@pytest.mark.parametrize("name", LANGUAGE + TRACKING)
+@pytest.mark.parametrize("name", LANGUAGE + STATE_DATA + TRACKING)
 def test_every_line_is_of_a_cell_of_its_study(name: str):
     """With the key of the cell's fields; or a later line of that cell has it, which replaces this one."""
     study, lines = read(name)
@@ -145,6 +147,20 @@ def test_a_line_of_state_tracking_means_what_it_meant(name: str):
         if "diverged" not in measured:
             per_token = training_flops(run.model, parse(run.schedule), run.longest)
             assert measured["training_flops"] == pytest.approx(measured["tokens"] * per_token), cell.name
+
+
+@pytest.mark.parametrize("name", STATE_DATA)
+def test_a_line_of_state_data_has_the_steps_and_the_costs_of_its_cell(name: str):
+    for cell, line in current_pairs(name):
+        fields, measured = cell.fields, line["result"]
+        run = state_data.build_run(fields)
+        ratio = fields.get("step_ratio", measured["step_ratio"])
+        assert measured["step_ratio"] == ratio, cell.name
+        in_time = fields["equal"] == "wall_clock"
+        assert measured["steps"] == (round(run.steps / ratio) if in_time else run.steps), cell.name
+        assert measured["parameters"] == count_parameters(run.model)[0], cell.name
+        assert measured["tokens"] == measured["steps"] * run.rows * run.longest, cell.name
+        assert measured["training_flops"] == pytest.approx(measured["tokens"] * state_data.flops(run)), cell.name
 
 
 def test_studies_name_one_text_by_one_fingerprint_and_share_runs():
