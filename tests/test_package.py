@@ -136,7 +136,7 @@ def test_installed_versions_are_the_pinned_ones() -> None:
 
 
 # Extras that no command of this repository installs, so that there is nothing to pin.
-ELSEWHERE = ("wandb", "trackio")
+ELSEWHERE = ("wandb", "trackio", "linear-rnn")
 
 
 def installed_extras() -> list[str]:

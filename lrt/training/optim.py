@@ -8,7 +8,7 @@ model that no pattern covers needs a row there.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -206,9 +206,12 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(buffer, momentum)
 
 
-def place(model: nn.Module) -> list[tuple[ParameterRow, list[Tensor]]]:
-    """The parameters of each row. A name that no row or several rows match is an error that says so."""
-    own = extension_rows(model.config) if isinstance(model, LatentRecurrentTransformer) else []
+def place(model: nn.Module, rows_of_model: Sequence[ParameterRow] = ()) -> list[tuple[ParameterRow, list[Tensor]]]:
+    """The parameters of each row. A name that no row or several rows match is an error that says so.
+
+    `rows_of_model` are those of a module that is none of ours; they come before the table.
+    """
+    own = [*rows_of_model, *(extension_rows(model.config) if isinstance(model, LatentRecurrentTransformer) else ())]
     placed: dict[ParameterRow, list[Tensor]] = {row: [] for row in (*TABLE, *own)}
     for name, parameter in model.named_parameters():
         rows = [row for row in own if re.search(row.pattern, name)] or [
@@ -238,6 +241,7 @@ class Optimiser:
         steps: int,
         config: OptimConfig,
         ranks: SingleProcess = SINGLE_PROCESS,
+        rows_of_model: Sequence[ParameterRow] = (),
     ) -> None:
         self.config, self.steps = config, steps
         batch_factor = (batch_tokens / config.reference_batch) ** 0.5
@@ -250,7 +254,7 @@ class Optimiser:
         }
         muon: list[dict[str, Any]] = []
         adamw: list[dict[str, Any]] = []
-        for row, parameters in place(model):
+        for row, parameters in place(model, rows_of_model):
             group = {"params": parameters, "lr": rates[row.rate] * row.factor}
             muon.append(group) if row.optimiser == "muon" else adamw.append({**group, "betas": row.betas})
         self.muon = Muon(muon, ranks=ranks)

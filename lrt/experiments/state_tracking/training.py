@@ -16,10 +16,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrt.data.batch import IGNORED
 from lrt.distributed.single_process import clip_gradients
@@ -40,6 +40,9 @@ PATIENCE = 10
 """Steps at one length, at least."""
 STRIDE = 10_000_000
 """Between the seeds of two runs' rows: more than any run has steps."""
+Model = TypeVar("Model", bound=nn.Module)
+LossOfStep = Callable[[int, Tensor, Tensor], tuple[Tensor, float]]
+"""(step, tokens, classes (B, T)) -> what is minimised, and the nats per asked position by which rows grow."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,10 @@ class TrackingRun:
 
 
 @dataclass(frozen=True)
-class TrainedTracker:
+class TrainedTracker(Generic[Model]):
     """A trained model, and the course of its training."""
 
-    model: LatentRecurrentTransformer
+    model: Model
     losses: list[float] = field(repr=False)
     """One per step, in nats per asked position over the rows' floor, under what the schedule leaves in the end."""
     grown: dict[int, int]
@@ -114,21 +117,40 @@ def train_tracking(
     advance: Callable[[float, str], object] = lambda *_: None,
     execution: Execution = EAGER,
     device: str = "cpu",
-) -> TrainedTracker:
+) -> TrainedTracker[LatentRecurrentTransformer]:
     """Train from nothing. Raises FloatingPointError where a loss or gradient is not finite."""
-    task = run.source
     torch.manual_seed(run.seed)
     model = LatentRecurrentTransformer(run.model).to(device).train()
     # The rates are the run's own: at the reference batch nothing is scaled.
     optimiser = Optimiser(model, run.model.width, run.optim.reference_batch, run.steps, run.optim)
     schedule = parse(run.schedule)
+
+    def loss_of(step: int, tokens: Tensor, classes: Tensor) -> tuple[Tensor, float]:
+        return step_loss(model, tokens, classes, schedule.at(step, run.steps, run.seed), execution)
+
+    return train_on_rows(run, model, optimiser, loss_of, advance, device)
+
+
+def train_on_rows(
+    run: TrackingRun,
+    model: Model,
+    optimiser: Optimiser,
+    loss_of: LossOfStep,
+    advance: Callable[[float, str], object] = lambda *_: None,
+    device: str = "cpu",
+) -> TrainedTracker[Model]:
+    """Train any module on the run's rows; of the run's own model and schedule nothing is used here.
+
+    Raises FloatingPointError where a loss or gradient is not finite.
+    """
+    task = run.source
     lengths, reached = run.lengths(), [0]  # the steps at which a length was reached, the first at once
     losses, trained_tokens, begun = [], 0, time.perf_counter()
     for step in range(run.steps):
         generator = torch.Generator().manual_seed(STRIDE * run.seed + step)  # a function of the seed and the step
         examples = task.sample(run.rows, lengths[len(reached) - 1], generator)
         tokens, classes = examples.tokens.to(device), examples.classes.to(device)
-        loss, final = step_loss(model, tokens, classes, schedule.at(step, run.steps, run.seed), execution)
+        loss, final = loss_of(step, tokens, classes)
         loss.backward()
         norm = float(clip_gradients(model, run.optim.clip))
         if not math.isfinite(norm + final + float(loss.detach())):

@@ -246,6 +246,11 @@ def matches_fields(cell: str, result: str) -> bool:
     return same_rows and model == run.model and written["schedule"] == run.schedule
 
 
+def count_test_rows(fields: Fields, length: int) -> int:
+    """Rows of a test. As many tokens at each length: long rows take as long as many short ones."""
+    return max(8, fields.get("sequences", SEQUENCES) * fields["tests"][0] // length)
+
+
 def score_model(
     model: LatentRecurrentTransformer, opened: OpenSplit, fields: Fields, advance: Advance
 ) -> dict[str, Any]:
@@ -262,8 +267,7 @@ def score_model(
     ablated: dict[str, Any] = {}
     details: dict[str, Any] = {}
     for length in fields["tests"]:
-        # As many tokens at each length: long rows take as long as many short ones.
-        scores = scores_of(model, "test", length, max(8, count * first // length))
+        scores = scores_of(model, "test", length, count_test_rows(fields, length))
         tests[str(length)] = summarise(scores, bounds)
         if length == first and (measured := opened("test").details) is not None:
             details = {"details": dict(measured(scores.rows, measure.live_logits(model, scores.rows)))}
