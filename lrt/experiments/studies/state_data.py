@@ -125,7 +125,7 @@ def step_ratio(run: TrackingRun, other: TrackingRun, device: str, execution: Exe
         )
         return {"step": this.ratio(beside)[0]}
 
-    key = timing.machine_key([describe(run), describe(other), execution.compile], device)
+    key = timing.machine_key([describe(run), describe(other), {"compile": execution.compile}], device)
     return timing.keep(key, measure_steps)["step"]
 
 
