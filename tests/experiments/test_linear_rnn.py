@@ -156,7 +156,7 @@ def test_it_has_the_parameters_of_the_transformer(script: ModuleType):
     wanted = script.count_parameters(run.model)[0]
     unit = 2 * run.model.width * run.model.depth  # one more unit in every MLP
     assert abs(script.count(model) - wanted) <= unit / 2
-    assert wanted == 267_656
+    assert wanted == 135_812
     assert fields["seed"] == run.seed == 3
 
 
@@ -255,4 +255,4 @@ def test_steps_and_benchmark_replace_the_editions(script: ModuleType):
     fields = script.fields_of(script.Arguments(Path("unused"), steps=7, benchmark="log"), 0)
     plain = script.fields_of(script.Arguments(Path("unused")), 0)
     assert fields == {**plain, "steps": 7, "benchmark": "log"}
-    assert (plain["family"], plain["steps"]) == ("transformer", 3000)
+    assert (plain["family"], plain["steps"]) == ("transformer", 4000)
