@@ -28,11 +28,6 @@ class Copying:
     first: float
     again: float
 
-    @property
-    def gained(self) -> float:
-        """What copying saves, in nats per token."""
-        return self.first - self.again
-
 
 def copying(
     model: LatentRecurrentTransformer, text: Documents, rows: int = ROWS, length: int = LENGTH, seed: int = 0

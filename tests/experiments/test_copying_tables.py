@@ -27,7 +27,7 @@ def test_a_row_per_family():
     plain, recurrent = table.body
     assert plain[:4] == ["transformer", "3", "4.000", "3.000"]
     assert plain[4].startswith("1.000 ± 2.4")  # 1, 2 and 0: deviation 1, t 4.30
-    assert plain[5:] == ["2 of 3", "300", "2.5000"]
-    assert recurrent == ["recommended", "1", "4.000", "2.000", "2.000", "1 of 1", "200", "1.5000"]
+    assert plain[5:] == ["2 of 3", "300 (2 seeds)", "2.5000"]
+    assert recurrent == ["recommended", "1", "4.000", "2.000", "2.000 (1 seed)", "1 of 1", "200 (1 seed)", "1.5000"]
     (panel,) = copying_figure(lines).axes
     assert len(panel.get_lines()) == 5  # a curve per line, and the bound

@@ -269,6 +269,16 @@ def t_half_width(differences: Sequence[float]) -> float:
     return float(stats.t.ppf(0.975, len(differences) - 1)) * spread
 
 
+def interval(values: Sequence[float], form: str) -> str:
+    """Mean ± half of the 95 % t-interval; fewer than three seeds have none."""
+    if not values:
+        return ""
+    mean = format(statistics.fmean(values), form)
+    if len(values) < 3:
+        return f"{mean} ({len(values)} seed{'s' * (len(values) > 1)})"
+    return f"{mean} ± {format(t_half_width(values), form.removeprefix('+'))}"
+
+
 @dataclass(frozen=True)
 class Size:
     """One size of a family in a study of scaling, the mean over its seeds."""

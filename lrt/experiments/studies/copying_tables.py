@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from lrt.eval.report.table import Table
-from lrt.experiments.studies.comparisons import Choices, group_by_axes, t_half_width
+from lrt.experiments.studies.comparisons import Choices, group_by_axes, interval
 from lrt.experiments.studies.figures import make_panels
 from lrt.experiments.studies.runner import Line
 
@@ -45,9 +45,9 @@ def copying_row(name: str, lines: Sequence[Line]) -> list[str]:
         str(len(lines)),
         f"{first:.3f}",
         f"{again:.3f}",
-        with_interval(saved, ".3f"),
+        interval(saved, ".3f"),
         f"{len(steps)} of {len(curves)}",
-        with_interval(steps, ".0f") if steps else "",
+        interval(steps, ".0f"),
         f"{statistics.fmean(line['result']['test']['live_bpb'] for line in lines):.4f}",
     ]
 
@@ -57,12 +57,6 @@ def learned_at(curve: Sequence[Sequence[float]]) -> float | None:
     saves = [first - again >= LEARNED for _, first, again in curve]
     lasting = next((n for n in range(len(saves)) if all(saves[n:])), None)
     return None if lasting is None else curve[lasting][0]
-
-
-def with_interval(values: Sequence[float], form: str) -> str:
-    """Their mean, and from three on half of the 95 % t-interval."""
-    mean = format(statistics.fmean(values), form)
-    return f"{mean} ± {format(t_half_width(values), form)}" if len(values) >= 3 else mean
 
 
 def copying_figure(lines: Sequence[Line]) -> Figure:

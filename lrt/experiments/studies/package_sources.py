@@ -80,9 +80,9 @@ def write_sources(folder: Path, size: int = BYTES) -> Path:
     lines, entries, versions, written = [], [], {}, 0
     for digest in sorted(sources, key=place_of):
         file, text = sources[digest]
-        if written + len(text) > size:
+        written += len(text.encode())
+        if written > size:
             break
-        written += len(text)
         lines.append(json.dumps({"text": text, "id": f"{file.package}/{file.name}"}) + "\n")
         entries.append([f"{file.package}/{file.name}", digest])
         versions[file.package] = importlib.metadata.version(file.package)

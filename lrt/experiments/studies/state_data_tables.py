@@ -22,9 +22,9 @@ from lrt.experiments.studies.comparisons import (
     format_difference,
     format_value,
     group_by_axes,
+    interval,
     paired,
     paired_difference,
-    t_half_width,
 )
 from lrt.experiments.studies.figures import make_panels
 from lrt.experiments.studies.runner import Line
@@ -90,16 +90,6 @@ def slope(gain: dict[int, float]) -> float:
     points = [(math.log2(low), value) for low, value in gain.items() if low >= FIRST_POSITION]
     x, y = (statistics.fmean(p[i] for p in points) for i in (0, 1))
     return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
-
-
-def interval(values: Sequence[float], form: str) -> str:
-    """Mean ± half of the 95 % t-interval; fewer than three seeds have none."""
-    if not values:
-        return ""
-    mean = format(statistics.fmean(values), form)
-    if len(values) < 3:
-        return f"{mean} ({len(values)} seed{'s' * (len(values) > 1)})"
-    return f"{mean} ± {format(t_half_width(values), form.removeprefix('+'))}"
 
 
 def tables(lines: Sequence[Line]) -> list[Table]:
