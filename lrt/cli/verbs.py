@@ -17,6 +17,7 @@ from lrt.cli.evaluate import Diagnose, Evaluate, Report
 from lrt.cli.export_import import Export, Import
 from lrt.cli.generate import Chat, Sample
 from lrt.cli.prepare import Prepare
+from lrt.cli.retrofit import Retrofit
 from lrt.cli.serve import Serve
 from lrt.cli.study import RunStudy
 from lrt.cli.train import Train
@@ -27,7 +28,8 @@ ABOUT = (
     "(docs/extending.md); it may be given several times."
 )
 Verb = (
-    Prepare | Train | Evaluate | Diagnose | Report | Sample | Chat | Serve | Calibrate | Bench | Export | Import | Demo
+    Prepare | Train | Evaluate | Diagnose | Report | Sample | Chat | Serve | Calibrate | Bench | Export | Import | Retrofit
+    | Demo
     | Annotated[RunStudy, tyro.conf.subcommand("study")]
 )  # fmt: skip
 

@@ -6,18 +6,12 @@ lrt_*.py                                the modules of lrt that those need, impo
 plugin_*.py                             the files of a user's own that registered parts of this model, if any
 README.md                               the model card
 
-The folder holds lrt's own modules, found by following imports, and no second implementation. transformers knows no
-packages in such a folder, so modules are flattened: lrt.model.state becomes lrt_model_state.py. What is imported from
-here decides what a folder carries; a test names the rooms that it may not (tests/integrations/test_hf.py).
+How the modules get there: `remote_code.py`.
 """
 
 from __future__ import annotations
 
-import ast
-import json
 import shutil
-from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import tokenizers
@@ -26,10 +20,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from lrt.data.tokenizer import Tokenizer
 from lrt.eval.runs import Run
-from lrt.integrations.hf import plugin_code
 from lrt.integrations.hf.configuration import LRTConfig
 from lrt.integrations.hf.model_card import card_markdown
 from lrt.integrations.hf.modeling import LRTForCausalLM
+from lrt.integrations.hf.remote_code import RemoteCode, write_code
 from lrt.model import checkpoint
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.base import plugin_uses
@@ -37,8 +31,10 @@ from lrt.schedules.parse import Unknown, parse_saved
 from lrt.utils import files
 from lrt.utils.plugins import Plugin, describe
 
-ENTRIES = {"configuration_lrt": "lrt.integrations.hf.configuration", "modeling_lrt": "lrt.integrations.hf.modeling"}
-"""File names that transformers knows from config.json, and the modules that they are."""
+CODE = RemoteCode(
+    {"configuration_lrt": "lrt.integrations.hf.configuration", "modeling_lrt": "lrt.integrations.hf.modeling"},
+    {"AutoConfig": "configuration_lrt.LRTConfig", "AutoModelForCausalLM": "modeling_lrt.LRTForCausalLM"},
+)
 PAD = "<|pad|>"
 PAD_NAMES = (PAD, "<pad>", "[PAD]")
 """Special tokens that may pad, in order of preference; without one, PAD is added above the vocabulary."""
@@ -83,7 +79,7 @@ def write_folder(source: Path | str, out: Path, prefill: str, remote_code: bool)
     fast.save_pretrained(out)
     plugins = list(dict(plugins_behind(native, model.config.schedule)).values())
     if remote_code:
-        write_code(out, list(dict.fromkeys(plugins)))
+        write_code(out, CODE, list(dict.fromkeys(plugins)))
     (out / "README.md").write_text(card_markdown(model, Run.read(Path(source)), remote_code), encoding="utf-8")
     return model
 
@@ -154,102 +150,3 @@ def prepend_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos)]
     )
     return inner
-
-
-def write_code(out: Path, plugins: Sequence[Plugin] = ()) -> None:
-    """The modules that a folder needs to work alone, and where transformers finds them (config.json's auto_map)."""
-    own = plugin_code.sources(plugins)
-    modules = required_modules(list(ENTRIES.values()), own.values())
-    names = {module: flat_name(module) for module in modules}
-    files = {names[module]: Path(module_file(module)).read_text(encoding="utf-8") for module in modules} | own
-    for name, text in files.items():
-        source = flatten_imports(text, names)
-        if name in ENTRIES:
-            source += mention_files(sorted(set(files) - {name}))
-        if name == "configuration_lrt":  # before a configuration can name what they register
-            source += "".join(f"\nfrom .{plugin_code.file_name(plugin)} import __name__ as _\n" for plugin in plugins)
-        (out / f"{name}.py").write_text(source, encoding="utf-8")
-    license_file = Path(module_file("lrt")).parents[1] / "LICENSE"
-    if license_file.is_file():
-        shutil.copy(license_file, out / "LICENSE")
-    config = json.loads((out / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoConfig": "configuration_lrt.LRTConfig",
-        "AutoModelForCausalLM": "modeling_lrt.LRTForCausalLM",
-    }
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def flat_name(module: str) -> str:
-    """A module's file name in the folder, in which there are no packages."""
-    entries = {path: name for name, path in ENTRIES.items()}
-    return entries.get(module, module.replace(".", "_"))
-
-
-def module_file(module: str) -> str:
-    """The path of a module's source."""
-    spec = find_spec(module)
-    assert spec is not None, module
-    assert spec.origin is not None, module
-    return spec.origin
-
-
-def lrt_imports(tree: ast.Module) -> list[tuple[ast.ImportFrom, list[str]]]:
-    """The imports from lrt in a module, each with the modules that it names (`from lrt import a` names lrt.a)."""
-    imports = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lrt":
-            assert node.module is not None
-            dotted = [f"{node.module}.{alias.name}" for alias in node.names]
-            modules = [name for name in dotted if is_module(name)]
-            assert len(modules) in (0, len(dotted)), f"line {node.lineno}: modules and names of {node.module} mixed"
-            imports.append((node, modules or [node.module]))
-    return imports
-
-
-def is_module(name: str) -> bool:
-    """Whether a dotted name is a module, and not a class or function in one."""
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:  # its parent is a module, not a package
-        return False
-
-
-def required_modules(entries: list[str], sources: Iterable[str] = ()) -> list[str]:
-    """`entries` and all modules of lrt that they, or these sources, import, directly or not; what only type checkers
-    import, too."""
-    modules, todo = set(), list(entries)
-    todo += [name for source in sources for _, names in lrt_imports(ast.parse(source)) for name in names]
-    while todo:
-        module = todo.pop()
-        if module not in modules:
-            modules.add(module)
-            tree = ast.parse(Path(module_file(module)).read_text(encoding="utf-8"))
-            todo.extend(name for _, names in lrt_imports(tree) for name in names)
-    return sorted(modules)
-
-
-def flatten_imports(source: str, names: dict[str, str]) -> str:
-    """The source with its imports from lrt made relative to a flat folder."""
-    lines = source.splitlines(keepends=True)
-    # From the last import to the first, so that a shorter one moves no line that is still to be replaced.
-    for node, modules in sorted(lrt_imports(ast.parse(source)), key=lambda entry: -entry[0].lineno):
-        indent = " " * node.col_offset
-        if modules == [node.module]:
-            imported = ", ".join(ast.unparse(alias) for alias in node.names)
-            text = f"{indent}from .{names[modules[0]]} import {imported}\n"
-        else:
-            text = "".join(
-                f"{indent}from . import {names[module]} as {alias.asname or alias.name}\n"
-                for module, alias in zip(modules, node.names, strict=True)
-            )
-        assert node.end_lineno is not None
-        lines[node.lineno - 1 : node.end_lineno] = [text]
-    return "".join(lines)
-
-
-def mention_files(names: list[str]) -> str:
-    """A block that never runs and names every file: transformers copies those that an import line mentions."""
-    return "\n\nif False:  # transformers looks for lines like these to know which files belong together\n" + "".join(
-        f"    from .{name} import __name__ as _\n" for name in names
-    )

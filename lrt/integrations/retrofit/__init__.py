@@ -1,0 +1,16 @@
+"""A latent recurrent pathway for pretrained decoders of transformers: `lrt.retrofit`.
+
+Neutral when it is added: the model computes what it did, bit for bit. Trained, each token reads the high-layer hidden
+state of the token before it. Importing this registers retrofitted models with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig
+
+from lrt.integrations.retrofit.configuration import MODEL_TYPE, RetrofitConfig
+from lrt.integrations.retrofit.convert import retrofit
+from lrt.integrations.retrofit.folder import retrofit_folder
+from lrt.integrations.retrofit.modeling import RetrofitForCausalLM
+from lrt.integrations.retrofit.pathway_config import PathwayConfig
+
+AutoConfig.register(MODEL_TYPE, RetrofitConfig)
+__all__ = ["PathwayConfig", "RetrofitConfig", "RetrofitForCausalLM", "retrofit", "retrofit_folder"]

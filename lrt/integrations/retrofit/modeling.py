@@ -1,0 +1,279 @@
+"""RetrofitForCausalLM: a decoder of transformers whose tokens read hidden states of the token before them.
+
+A retrofitted class is `Recurrent` in front of the decoder's own, which it calls for every pass: masks, positions, heads
+and losses stay the decoder's. In `eval()` all numbers are live, that is of true recurrence; `train()` runs the training
+schedule (`PathwayConfig.schedule`).
+
+Shapes: B rows, T new columns of a call (padding included), P remembered layers, D width, V vocabulary.
+
+In `eval()` texts are read by passes over all new columns, each of which reads the memory of the one before. After n of
+them the first n columns are exact; they end when a pass moves no memory by more than the tolerance. Where that does not
+come soon the text is read token by token. A call with one new column is one pass, as in the decoder itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from lrt.inference.certificate import moves_to_come
+from lrt.integrations.retrofit import cache as caches
+from lrt.integrations.retrofit.architectures import ARCHITECTURES
+from lrt.integrations.retrofit.columns import Predecessors, predecessors
+from lrt.integrations.retrofit.configuration import CONFIG_MAPPING, RetrofitConfig, check_base, config_class
+from lrt.integrations.retrofit.pathway import (
+    KEYWORD,
+    Pathway,
+    Reading,
+    ZeroLinear,
+    attach,
+    is_checkpointing,
+    normalise,
+    remember,
+    remove,
+)
+from lrt.integrations.retrofit.pathway_config import TOLERANCES
+from lrt.integrations.retrofit.training import train_output
+
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""What this version of transformers calls the cache. Under the other name it may be swallowed in silence."""
+MOST_PASSES = 32
+"""Over a text, before it is read token by token."""
+AFTER_SAVING: list[Callable[[Path], None]] = []
+"""What is done to a folder that was saved; nothing where this code comes from such a folder."""
+
+
+class Recurrent:
+    """In front of a decoder's class. It is never made alone: `model_class` puts it there."""
+
+    _can_compile_fullgraph = False  # how many passes a text takes is known to Python, not to a graph
+    _auto_class: str | None = None
+    latent: nn.Module
+    """The pathway: a `Pathway`, or what PEFT puts in its place."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        attach(self)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Pathway | ZeroLinear):  # neutral, where a checkpoint has none of it
+            for parameter in module.parameters():
+                parameter.zero_()
+        else:
+            super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, and the code that loads the folder where lrt is not installed."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        for write in AFTER_SAVING:
+            write(Path(save_directory))
+        return saved
+
+    @staticmethod
+    def create_masks_for_generate(config: Any, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """The mask as generate() was given it: the pathway needs to know what is padding; the decoder makes the rest."""
+        return attention_mask
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """The decoder's own output for input_ids (B, T) or inputs_embeds (B, T, D), of live passes or, in `train()`, of
+        the training schedule. attention_mask: (B, columns held + T), 0 for padding.
+
+        In `eval()` gradients are those of the last pass, with the memory that it reads held fixed.
+        """
+        cache = past_key_values if cache is None else cache
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        text = {"attention_mask": attention_mask, "position_ids": position_ids}
+        text |= {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        out = {"labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
+        if self.training:  # pyright: ignore[reportAttributeAccessIssue]
+            if cache is not None:
+                raise ValueError("a cache holds no gradients; train on whole texts, or call model.eval() to continue")
+            return train_output(self, text, out)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        return self._recur(text, out, cache)
+
+    def detach(self) -> Any:
+        """Take the pathway away, in place: the decoder that it was added to, as it is now. Returns the model."""
+        config = self.config
+        remove(self)
+        config.__class__, self.__class__ = type(config).__mro__[2], type(self).__mro__[2]
+        config.architectures = [type(self).__name__]
+        for name in ("base_model_type", "latent_memory", "model_type", "auto_map"):  # what config.json brought, too
+            vars(config).pop(name, None)
+        return self
+
+    # --- one pass ----------------------------------------------------------------------------------------------
+
+    @property
+    def _sources(self) -> tuple[int, ...]:
+        return self.config.pathway.sources(self.config.num_hidden_layers)
+
+    def run_pass(
+        self, text: dict[str, Any], memory: Tensor, cache: Cache | None, out: dict[str, Any] | None = None
+    ) -> tuple[Any, Tensor]:
+        """(the decoder's output, the memory (P, B, T, D) that it leaves) of one pass that reads `memory`.
+
+        Without `out`, the arguments that decide what comes back, only the stack runs, and not the head.
+        """
+        readers = self.config.pathway.readers(self.config.num_hidden_layers)
+        # Checkpointed blocks project for themselves: a reentrant one would go backward through what they share.
+        apart = self.config.pathway.projection == "layerwise" or (self.training and is_checkpointing(self))  # pyright: ignore[reportAttributeAccessIssue]
+        reading = Reading.of(self.latent, memory, None if apart else readers[0])
+        arguments = {**text, CACHE: cache, "use_cache": cache is not None, KEYWORD: reading}
+        with remember() as outputs:
+            result = self.base_model(**arguments) if out is None else super().forward(**arguments, **out)  # pyright: ignore[reportAttributeAccessIssue]
+        return result, self.memory_of(text, outputs)
+
+    def memory_of(self, text: dict[str, Any], outputs: dict[int, Tensor]) -> Tensor:
+        """(P, B, T, D), zeros for layers that have not run."""
+        embedded = text.get("inputs_embeds")
+        if embedded is None and (0 in self._sources or not outputs):
+            embedded = self.get_input_embeddings()(text["input_ids"])  # pyright: ignore[reportAttributeAccessIssue]
+        like = embedded if embedded is not None else next(iter(outputs.values()))
+        outputs = outputs if embedded is None else {**outputs, 0: embedded}
+        return torch.stack([normalise(outputs[s]) if s in outputs else torch.zeros_like(like) for s in self._sources])
+
+    # --- live --------------------------------------------------------------------------------------------------
+
+    def _recur(self, text: dict[str, Any], out: dict[str, Any], cache: Cache | None) -> Any:
+        """The decoder's output for a text behind what the cache holds, by true recurrence."""
+        depth, mode = self.config.num_hidden_layers, self.config.pathway.prefill
+        if cache is not None:
+            caches.check_cache(cache, depth)
+        with torch.no_grad():
+            known = self.memory_of(text, {})
+            held, has = caches.read_last(cache, depth, known)
+            before = predecessors(text, known.shape[1:3], has)
+            memory: Tensor | None = before.read(known, held)
+            if known.shape[2] > 1 and any(self._sources):
+                memory = None if mode == "exact" else self._settle(text, before, memory, held, cache)
+        if memory is None:
+            return self._one_by_one(text, out, cache)
+        result, known = self.run_pass(text, memory, cache, out)
+        if cache is not None:
+            caches.append(cache, depth, known.detach(), before.real)
+        return result
+
+    def _settle(
+        self, text: dict[str, Any], before: Predecessors, memory: Tensor, held: Tensor, cache: Cache | None
+    ) -> Tensor | None:
+        """The memory (P, B, T, D) that a last pass over the text reads; None where passes do not settle soon."""
+        columns, tolerance = memory.shape[2], TOLERANCES[self.config.pathway.prefill]
+        tolerance = max(tolerance, torch.finfo(memory.dtype).eps)
+        filled = cache is not None and caches.held_columns(cache) > 0
+        move: float | None = None
+        for number in range(1, columns):  # after columns - 1 passes all that is read is exact
+            if number > MOST_PASSES:
+                return None
+            known = self.run_pass(text, memory, caches.fork(cache) if filled else None)[1]
+            new = before.read(known, held)
+            last, move = move, largest_move(new, memory, before.real)
+            memory = new
+            if move <= tolerance and (number > 1 or move == 0):
+                to_come = moves_to_come(move, move / last if last else None)
+                if move == 0 or (to_come is not None and to_come <= tolerance):
+                    break
+        return memory
+
+    def _one_by_one(self, text: dict[str, Any], out: dict[str, Any], cache: Cache | None) -> Any:
+        """Token by token: the reference. Logits where `out` asks for them, and the loss over them."""
+        asked = [name for name in ("output_attentions", "output_hidden_states") if out.get(name)]
+        if asked:
+            raise ValueError(
+                f"{asked[0]} is not there where a text is read token by token; read it with prefill='fast'"
+            )
+        labels, kept = out.get("labels"), out["logits_to_keep"]
+        rest = {name: value for name, value in out.items() if name not in ("labels", "logits_to_keep")}
+        cache = DynamicCache(config=self.config) if cache is None else cache
+        columns = next(text[name] for name in ("input_ids", "inputs_embeds") if text.get(name) is not None).shape[1]
+        held = caches.held_columns(cache)
+        logits = []
+        for column in range(columns):
+            result = self._recur(column_of(text, column, held, columns), {**rest, "logits_to_keep": 0}, cache)
+            logits.append(result.logits)
+        whole = torch.cat(logits, 1)
+        result.logits = whole[:, slice(-kept, None) if isinstance(kept, int) else kept]
+        if labels is not None:
+            result.loss = self.loss_function(whole, labels, vocab_size=self.config.vocab_size, **rest)  # pyright: ignore[reportAttributeAccessIssue]
+        return result
+
+
+def largest_move(new: Tensor, old: Tensor, real: Tensor) -> float:
+    """By how much of its length the memory (P, B, T, D) of a token changed at most; a memory has length √D."""
+    moves = (new - old).float().norm(dim=-1) / new.shape[-1] ** 0.5
+    return float(moves.masked_fill(~real, 0).max())
+
+
+def column_of(text: dict[str, Any], column: int, held: int, columns: int) -> dict[str, Any]:
+    """One column of a text behind `held` columns of the cache, with the part of the mask up to it."""
+    part = dict(text)
+    for name in ("input_ids", "inputs_embeds", "position_ids"):
+        if text.get(name) is not None:
+            part[name] = text[name][:, column : column + 1]
+    mask = text["attention_mask"]
+    if mask is not None:
+        # A mask of the new columns alone says nothing of those in the cache, which are then all seen.
+        missing = held + columns - mask.shape[1]
+        mask = nn.functional.pad(mask, (missing, 0), value=1)
+        part["attention_mask"] = mask[:, : held + column + 1]
+    return part
+
+
+@functools.cache
+def model_class(base_type: str) -> type[Any]:
+    """The class of a retrofitted decoder of this model type, known to transformers' Auto classes."""
+    check_base(base_type)
+    base = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_type]]
+    name, config = RetrofitForCausalLM.__name__, config_class(base_type)
+    made = type(name, (Recurrent, base), {"__module__": __name__, "config_class": config})
+    AutoModelForCausalLM.register(config, made)
+    return made
+
+
+class RetrofitForCausalLM(PreTrainedModel):
+    """What config.json names: loading it gives a model of the decoder's own retrofitted class."""
+
+    config_class = RetrofitConfig
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, of the decoder's class."""
+        config = kwargs.pop("config", None)
+        if config is None:
+            config, kwargs = RetrofitConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+        return model_class(config.base_model_type).from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModelForCausalLM") -> None:
+        """Note that the class comes from a folder, whose code is to be saved along: of all decoders' classes."""
+        Recurrent._auto_class = auto_class if isinstance(auto_class, str) else auto_class.__name__
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return model_class(config.base_model_type)._from_config(config, **kwargs)
