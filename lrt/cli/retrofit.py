@@ -23,8 +23,8 @@ class Retrofit:
     out: tyro.conf.Positional[Path]
     """Folder to write."""
     source: tuple[int, ...] | None = None
-    """The layers that the next token reads: 0 is the embedding (the control without recurrence), the number of layers is
-    the last; several are channels of their own, as --source 0 12. None is the last."""
+    """The layers that the next token reads: 0 is the embedding (the control without recurrence), the number of layers
+    is the last; several are channels of their own, as --source 0 12. None is the last."""
     layers: tuple[int, ...] | None = None
     """The blocks, counted from 1, that read the memory. None is all."""
     projection: Literal["shared", "layerwise"] = "shared"
@@ -37,8 +37,15 @@ class Retrofit:
     def run(self) -> None:
         with extra("hf", "retrofit"):
             from lrt.integrations.retrofit import retrofit_folder
-        options = {name: getattr(self, name) for name in ("source", "layers", "projection", "schedule", "prefill")}
-        model = retrofit_folder(self.folder, self.out, **options)
+        model = retrofit_folder(
+            self.folder,
+            self.out,
+            source=self.source,
+            layers=self.layers,
+            projection=self.projection,
+            schedule=self.schedule,
+            prefill=self.prefill,
+        )
         added = sum(p.numel() for p in model.latent.parameters())
         total = sum(p.numel() for p in model.parameters())
         print(f"{self.out}: {total:,} parameters, {added:,} of them new and neutral")

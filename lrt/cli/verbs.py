@@ -28,9 +28,8 @@ ABOUT = (
     "(docs/extending.md); it may be given several times."
 )
 Verb = (
-    Prepare | Train | Evaluate | Diagnose | Report | Sample | Chat | Serve | Calibrate | Bench | Export | Import | Retrofit
-    | Demo
-    | Annotated[RunStudy, tyro.conf.subcommand("study")]
+    Prepare | Train | Evaluate | Diagnose | Report | Sample | Chat | Serve | Calibrate | Bench | Export | Import
+    | Retrofit | Demo | Annotated[RunStudy, tyro.conf.subcommand("study")]
 )  # fmt: skip
 
 

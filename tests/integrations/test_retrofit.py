@@ -1,4 +1,4 @@
-"""Retrofitted decoders: neutral bit for bit, and once awake equal to an oracle without a cache, however they are called."""
+"""Retrofitted decoders: neutral bit for bit; once awake equal to an oracle without a cache, however they are called."""
 
 import copy
 

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 from peft import LoraConfig, PeftModel, get_peft_model
-from support.retrofits import DEPTH, V, Oracle, awaken, plain, tokens
+from support.retrofits import DEPTH, Oracle, V, awaken, plain, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 

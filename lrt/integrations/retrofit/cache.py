@@ -9,6 +9,7 @@ The extra layer keeps, per column, the memory (its keys, (B, 1, S, P·D)) and wh
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +52,7 @@ def read_last(cache: Cache | None, depth: int, like: Tensor) -> tuple[Tensor, Te
     if cache is None or columns == 0:
         nothing = like.new_zeros(sources, batch, 1, width)
         return nothing, torch.zeros(batch, dtype=torch.bool, device=like.device)
-    stored = cache.layers[depth]
-    assert stored.keys is not None
-    assert stored.values is not None
+    stored: Any = cache.layers[depth]
     if stored.keys.shape[0] != batch:
         raise ValueError(f"the cache holds {stored.keys.shape[0]} rows, the call has {batch}; start from an empty one")
     index = torch.arange(1, columns + 1, device=like.device)

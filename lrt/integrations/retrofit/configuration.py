@@ -1,7 +1,7 @@
 """RetrofitConfig: the configuration of a decoder of transformers, and of the pathway that was added to it.
 
-The configuration of a retrofitted Llama is a LlamaConfig in all but its `model_type`: the decoder's code reads it as its
-own. So there is one class per decoder, made when it is needed (`config_class`).
+The configuration of a retrofitted Llama is a LlamaConfig in all but its `model_type`: the decoder's code reads it as
+its own. So there is one class per decoder, made when it is needed (`config_class`).
 """
 
 from __future__ import annotations

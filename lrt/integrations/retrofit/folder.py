@@ -40,9 +40,9 @@ tags: [latent-recurrent-transformer]
 
 # {name} with a latent recurrent pathway
 
-A pretrained {base} to which a pathway of {added:,} parameters ({share:.2f} %) was added: each token reads {reads} of the
-token before it ([arXiv 2605.26797](https://arxiv.org/abs/2605.26797)). As it was added it changes nothing; it has to be
-trained.
+A pretrained {base} to which a pathway of {added:,} parameters ({share:.2f} %) was added: each token reads {reads} of
+the token before it ([arXiv 2605.26797](https://arxiv.org/abs/2605.26797)). As it was added it changes nothing; it has
+to be trained.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -17,7 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lrt.inference.certificate import moves_to_come
 from lrt.integrations.retrofit import cache as caches
-from lrt.integrations.retrofit.architectures import ARCHITECTURES
 from lrt.integrations.retrofit.columns import Predecessors, predecessors
 from lrt.integrations.retrofit.configuration import CONFIG_MAPPING, RetrofitConfig, check_base, config_class
 from lrt.integrations.retrofit.pathway import (
@@ -44,6 +43,10 @@ from lrt.integrations.retrofit.pathway import (
 from lrt.integrations.retrofit.pathway_config import TOLERANCES
 from lrt.integrations.retrofit.training import train_output
 
+if TYPE_CHECKING:
+    Decoder = PreTrainedModel
+else:
+    Decoder = object
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 """What this version of transformers calls the cache. Under the other name it may be swallowed in silence."""
 MOST_PASSES = 32
@@ -52,7 +55,7 @@ AFTER_SAVING: list[Callable[[Path], None]] = []
 """What is done to a folder that was saved; nothing where this code comes from such a folder."""
 
 
-class Recurrent:
+class Recurrent(Decoder):
     """In front of a decoder's class. It is never made alone: `model_class` puts it there."""
 
     _can_compile_fullgraph = False  # how many passes a text takes is known to Python, not to a graph
@@ -70,18 +73,18 @@ class Recurrent:
             for parameter in module.parameters():
                 parameter.zero_()
         else:
-            super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]
+            super()._init_weights(module)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, and the code that loads the folder where lrt is not installed."""
-        saved = super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
         for write in AFTER_SAVING:
             write(Path(save_directory))
         return saved
 
     @staticmethod
     def create_masks_for_generate(config: Any, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        """The mask as generate() was given it: the pathway needs to know what is padding; the decoder makes the rest."""
+        """The mask as generate() was given it: the pathway has to know what is padding."""
         return attention_mask
 
     def forward(
@@ -109,7 +112,7 @@ class Recurrent:
         text = {"attention_mask": attention_mask, "position_ids": position_ids}
         text |= {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         out = {"labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
-        if self.training:  # pyright: ignore[reportAttributeAccessIssue]
+        if self.training:
             if cache is not None:
                 raise ValueError("a cache holds no gradients; train on whole texts, or call model.eval() to continue")
             return train_output(self, text, out)
@@ -135,26 +138,36 @@ class Recurrent:
         return self.config.pathway.sources(self.config.num_hidden_layers)
 
     def run_pass(
-        self, text: dict[str, Any], memory: Tensor, cache: Cache | None, out: dict[str, Any] | None = None
+        self,
+        text: dict[str, Any],
+        memory: Tensor,
+        cache: Cache | None,
+        out: dict[str, Any] | None = None,
+        ends: bool = False,
     ) -> tuple[Any, Tensor]:
         """(the decoder's output, the memory (P, B, T, D) that it leaves) of one pass that reads `memory`.
 
-        Without `out`, the arguments that decide what comes back, only the stack runs, and not the head.
+        Without `out`, the arguments that decide what comes back, only the stack runs, and there is no output. With
+        `ends`, no layer above those that are remembered: their keys and values are then not to be read any more.
         """
-        readers = self.config.pathway.readers(self.config.num_hidden_layers)
+        about, depth = self.config.pathway, self.config.num_hidden_layers
         # Checkpointed blocks project for themselves: a reentrant one would go backward through what they share.
-        apart = self.config.pathway.projection == "layerwise" or (self.training and is_checkpointing(self))  # pyright: ignore[reportAttributeAccessIssue]
-        reading = Reading.of(self.latent, memory, None if apart else readers[0])
+        apart = about.projection == "layerwise" or (self.training and is_checkpointing(self))
+        reading = Reading.of(self.latent, memory, None if apart else about.readers(depth)[0])
         arguments = {**text, CACHE: cache, "use_cache": cache is not None, KEYWORD: reading}
-        with remember() as outputs:
-            result = self.base_model(**arguments) if out is None else super().forward(**arguments, **out)  # pyright: ignore[reportAttributeAccessIssue]
+        result = None
+        with remember(max(about.sources(depth)) if ends else None) as outputs:
+            if out is None:
+                self.base_model(**arguments)
+            else:
+                result = super().forward(**arguments, **out)
         return result, self.memory_of(text, outputs)
 
     def memory_of(self, text: dict[str, Any], outputs: dict[int, Tensor]) -> Tensor:
         """(P, B, T, D), zeros for layers that have not run."""
         embedded = text.get("inputs_embeds")
         if embedded is None and (0 in self._sources or not outputs):
-            embedded = self.get_input_embeddings()(text["input_ids"])  # pyright: ignore[reportAttributeAccessIssue]
+            embedded = self.get_input_embeddings()(text["input_ids"])
         like = embedded if embedded is not None else next(iter(outputs.values()))
         outputs = outputs if embedded is None else {**outputs, 0: embedded}
         return torch.stack([normalise(outputs[s]) if s in outputs else torch.zeros_like(like) for s in self._sources])
@@ -186,12 +199,12 @@ class Recurrent:
         """The memory (P, B, T, D) that a last pass over the text reads; None where passes do not settle soon."""
         columns, tolerance = memory.shape[2], TOLERANCES[self.config.pathway.prefill]
         tolerance = max(tolerance, torch.finfo(memory.dtype).eps)
-        filled = cache is not None and caches.held_columns(cache) > 0
+        fork = cache if caches.held_columns(cache) else None  # where nothing is held a pass needs no cache
         move: float | None = None
         for number in range(1, columns):  # after columns - 1 passes all that is read is exact
             if number > MOST_PASSES:
                 return None
-            known = self.run_pass(text, memory, caches.fork(cache) if filled else None)[1]
+            known = self.run_pass(text, memory, fork if fork is None else caches.fork(fork), ends=True)[1]
             new = before.read(known, held)
             last, move = move, largest_move(new, memory, before.real)
             memory = new
@@ -213,14 +226,14 @@ class Recurrent:
         cache = DynamicCache(config=self.config) if cache is None else cache
         columns = next(text[name] for name in ("input_ids", "inputs_embeds") if text.get(name) is not None).shape[1]
         held = caches.held_columns(cache)
-        logits = []
-        for column in range(columns):
-            result = self._recur(column_of(text, column, held, columns), {**rest, "logits_to_keep": 0}, cache)
-            logits.append(result.logits)
-        whole = torch.cat(logits, 1)
+        steps = [
+            self._recur(column_of(text, column, held, columns), {**rest, "logits_to_keep": 0}, cache)
+            for column in range(columns)
+        ]
+        result, whole = steps[-1], torch.cat([step.logits for step in steps], 1)
         result.logits = whole[:, slice(-kept, None) if isinstance(kept, int) else kept]
         if labels is not None:
-            result.loss = self.loss_function(whole, labels, vocab_size=self.config.vocab_size, **rest)  # pyright: ignore[reportAttributeAccessIssue]
+            result.loss = self.loss_function(whole, labels, vocab_size=self.config.vocab_size, **rest)
         return result
 
 
@@ -249,7 +262,7 @@ def column_of(text: dict[str, Any], column: int, held: int, columns: int) -> dic
 def model_class(base_type: str) -> type[Any]:
     """The class of a retrofitted decoder of this model type, known to transformers' Auto classes."""
     check_base(base_type)
-    base = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_type]]
+    base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base_type]]
     name, config = RetrofitForCausalLM.__name__, config_class(base_type)
     made = type(name, (Recurrent, base), {"__module__": __name__, "config_class": config})
     AutoModelForCausalLM.register(config, made)
@@ -264,9 +277,10 @@ class RetrofitForCausalLM(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, of the decoder's class."""
-        config = kwargs.pop("config", None)
+        config: Any = kwargs.pop("config", None)
         if config is None:
-            config, kwargs = RetrofitConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+            loaded: Any = RetrofitConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+            config, kwargs = loaded
         return model_class(config.base_model_type).from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod

@@ -19,7 +19,7 @@ numbers and names only, so that copies of a model (deepcopy, PEFT) never reach i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -118,17 +118,34 @@ class Reading:
 
 READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
 """What the attention that runs now reads."""
-OUTPUTS: ContextVar[dict[int, Tensor] | None] = ContextVar("outputs", default=None)
+
+
+class EnoughError(Exception):
+    """The highest remembered layer has run, and nothing above it is wanted: it leaves the decoder's forward."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the remembered layers of a pass have computed."""
+
+    by_layer: dict[int, Tensor]
+    """Layer -> its output (B, T, D)."""
+    last: int | None
+    """The layer behind which the pass ends; None: it runs whole."""
+
+
+OUTPUTS: ContextVar[Outputs | None] = ContextVar("outputs", default=None)
 """Where remembered layers put what they computed; None outside of a pass of ours."""
 
 
 @contextmanager
-def remember() -> Iterator[dict[int, Tensor]]:
-    """Layer -> its output (B, T, D), of the remembered layers that run in here."""
-    outputs: dict[int, Tensor] = {}
+def remember(last: int | None) -> Iterator[dict[int, Tensor]]:
+    """Layer -> its output (B, T, D), of the remembered layers that run in here; no layer above `last` does."""
+    outputs = Outputs({}, last)
     token = OUTPUTS.set(outputs)
     try:
-        yield outputs
+        with suppress(EnoughError):
+            yield outputs.by_layer
     finally:
         OUTPUTS.reset(token)
 
@@ -196,8 +213,11 @@ class Remember:
 
     def __call__(self, module: nn.Module, args: Any, out: Any) -> None:
         outputs = OUTPUTS.get()
-        if outputs is not None:  # a layer that gradient checkpointing runs again is of no pass
-            outputs[self.layer] = out[0] if isinstance(out, tuple) else out
+        if outputs is None:  # a layer that gradient checkpointing runs again is of no pass
+            return
+        outputs.by_layer[self.layer] = out[0] if isinstance(out, tuple) else out
+        if self.layer == outputs.last:
+            raise EnoughError
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -206,7 +226,7 @@ def normalise(x: Tensor) -> Tensor:
     return F.rms_norm(wide, (x.shape[-1],)).to(x.dtype)
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
+def decoder_layers(model: Any) -> Any:
     """The decoder's stack. Its elements are of one class, which transformers names for the devices' sake too."""
     depth = model.config.num_hidden_layers
     stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]

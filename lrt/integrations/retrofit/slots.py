@@ -32,15 +32,16 @@ class SlotLayer(CacheLayerMixin):
         """All keys and values (B, G, T, K), after those (B, G, n, K) of the pass took their places."""
         p = self.slots.running
         if len(p.positions) == self.slots.length:
-            self.keys, self.values = key_states, value_states
+            self.keys, self.values, self.is_initialized = key_states, value_states, True
             return key_states, value_states
-        if self.keys is None or self.values is None:
+        if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = (
-            torch.slice_scatter(whole, new, 2, p.start, p.stop, p.stride)
-            for whole, new in ((self.keys, key_states), (self.values, value_states))
-        )
-        return self.keys, self.values
+        assert self.keys is not None
+        assert self.values is not None
+        keys = torch.slice_scatter(self.keys, key_states, 2, p.start, p.stop, p.stride)
+        values = torch.slice_scatter(self.values, value_states, 2, p.start, p.stop, p.stride)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots.length, 0

@@ -59,7 +59,7 @@ def run_full_passes(model: Any, text: dict[str, Any], out: dict[str, Any], passe
         with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
             memory = before.read(with_embedding(model, text, known), nothing)
             check_checkpointing(model, memory)
-            result, known = model.run_pass(text, memory, None, out if whole else None)
+            result, known = model.run_pass(text, memory, None, out if whole else None, ends=not whole)
         if p.detach_memory:
             known = known.detach()
         if p.loss_weight and out["labels"] is not None:
@@ -92,7 +92,7 @@ def run_strided_passes(model: Any, rows: Unpadded, ids: Tensor, out: dict[str, A
         with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
             read = with_embedding(model, {"input_ids": tokens}, known)
             memory = F.pad(read[:, :, :-1], (0, 0, 1, 0))[:, :, p.slice]  # that of the position before; none at first
-            result, new = model.run_pass(text, memory, slots, wanted)
+            result, new = model.run_pass(text, memory, slots, wanted, replaced_next(passes, number, tokens.shape[1]))
             known = torch.slice_scatter(known, new, 2, p.start, p.stop, p.stride)
         if p.detach_memory:
             known = known.detach()
@@ -112,7 +112,7 @@ def run_strided_passes(model: Any, rows: Unpadded, ids: Tensor, out: dict[str, A
 
 
 def with_embedding(model: Any, text: dict[str, Any], known: Tensor) -> Tensor:
-    """The memory (P, B, T, D) with the embedding, where it is remembered, made anew: no pass before hides its gradient."""
+    """The memory (P, B, T, D) with the embedding, where it is remembered, made anew, so that it has gradients."""
     sources = model.config.pathway.sources(model.config.num_hidden_layers)
     if 0 not in sources:
         return known
@@ -121,16 +121,20 @@ def with_embedding(model: Any, text: dict[str, Any], known: Tensor) -> Tensor:
 
 
 def check_checkpointing(model: Any, memory: Tensor) -> None:
-    """ValueError where gradients through the memory would be lost: a reentrant checkpoint knows no keyword arguments."""
-    reentrant = any(
-        layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords.get("use_reentrant", True)
-        for layer in decoder_layers(model)
-    )
-    if reentrant and memory.requires_grad:
+    """ValueError where gradients through the memory would be lost: reentrant checkpoints lose those of keywords."""
+    functions = [layer._gradient_checkpointing_func for layer in decoder_layers(model) if layer.gradient_checkpointing]
+    if memory.requires_grad and any(function.keywords.get("use_reentrant", True) for function in functions):
         raise ValueError(
             "reentrant gradient checkpointing loses gradients through the memory; enable it with use_reentrant=False, "
             "which is transformers' default"
         )
+
+
+def replaced_next(passes: Sequence[Pass], number: int, length: int) -> bool:
+    """Whether all keys and values are new before anything reads what this pass, which has no loss, leaves."""
+    return (
+        not passes[number].loss_weight and len(passes[number + 1 :]) > 0 and len(passes[number + 1].positions) == length
+    )
 
 
 def last_writers(passes: Sequence[Pass], length: int) -> set[int]:
