@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pu
     from lrt.inference.request import Request as Request
     from lrt.inference.sampling import Sampling as Sampling
     from lrt.inference.session import Session as Session
+    from lrt.integrations.retrofit.convert import retrofit as retrofit
     from lrt.model.checkpoint import load as load
     from lrt.model.checkpoint import save as save
     from lrt.model.config import ModelConfig as ModelConfig
@@ -69,6 +70,7 @@ __all__ = [
     "register_injection",
     "register_source",
     "register_task",
+    "retrofit",
     "save",
     "schedule",
     "schedules",
@@ -88,6 +90,7 @@ HOMES = {
     "lrt.inference.request": ("Request",),
     "lrt.inference.sampling": ("Sampling",),
     "lrt.inference.session": ("Session",),
+    "lrt.integrations.retrofit.convert": ("retrofit",),
     "lrt.model.checkpoint": ("load", "save"),
     "lrt.model.config": ("ModelConfig",),
     "lrt.model.memory_config": ("MemoryConfig",),

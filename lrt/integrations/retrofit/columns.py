@@ -34,10 +34,14 @@ class Predecessors:
         missing = (before == HELD) & ~held.unsqueeze(1)
         return cls(before.masked_fill(missing | begins | ~real, NONE), real)
 
+    def column(self, number: int) -> Predecessors:
+        """Those of one column."""
+        return Predecessors(self.index[:, number : number + 1], self.real[:, number : number + 1])
+
     def read(self, outputs: Tensor, held: Tensor) -> Tensor:
-        """The memory (P, B, T, D) that each column reads, of outputs (P, B, T, D) and what the cache holds last, held
-        (P, B, 1, D)."""
-        index = self.index.clamp(min=0)[None, :, :, None].expand_as(outputs)
+        """The memory (P, B, T, D) that these columns read, of outputs (P, B, T, D) of all new columns and what the
+        cache holds last, held (P, B, 1, D)."""
+        index = self.index.clamp(min=0)[None, :, :, None].expand(len(outputs), -1, -1, outputs.shape[-1])
         memory = torch.where((self.index == HELD)[None, :, :, None], held, outputs.gather(2, index))
         # Not a product: what a decoder computes in padding may be NaN.
         return torch.where((self.index == NONE)[None, :, :, None], memory.new_zeros(()), memory)

@@ -98,12 +98,14 @@ class Recurrent(Decoder):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        backbone: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """The decoder's own output for input_ids (B, T) or inputs_embeds (B, T, D), of live passes or, in `train()`, of
-        the training schedule. attention_mask: (B, columns held + T), 0 for padding.
+        """The decoder's own output for input_ids (B, T) or inputs_embeds (B, T, D), live or, in `train()`, by the
+        training schedule. attention_mask: (B, columns held + T), 0 for padding. `backbone`: of its stack alone.
 
-        In `eval()` gradients are those of the last pass, with the memory that it reads held fixed.
+        Where it is live gradients are those of the last pass, with the memory that it reads held fixed. A call with a
+        cache is live whatever `PathwayConfig.scoring` says.
         """
         cache = past_key_values if cache is None else cache
         inputs = input_ids if input_ids is not None else inputs_embeds
@@ -111,15 +113,14 @@ class Recurrent(Decoder):
             raise ValueError("give input_ids or inputs_embeds")
         text = {"attention_mask": attention_mask, "position_ids": position_ids}
         text |= {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        out = {"labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
-        if self.training:
-            if cache is not None:
-                raise ValueError("a cache holds no gradients; train on whole texts, or call model.eval() to continue")
+        out = None if backbone else {"labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
+        scheduled = {"auto": self.training or backbone, "schedule": True, "live": False}[self.config.pathway.scoring]
+        if cache is None and scheduled:
             return train_output(self, text, out)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and cache is None:
+        if cache is None and use_cache and not (self.training or backbone):
             cache = DynamicCache(config=self.config)
-        return self._recur(text, out, cache)
+        return self.run_live(text, out, cache)
 
     def detach(self) -> Any:
         """Take the pathway away, in place: the decoder that it was added to, as it is now. Returns the model."""
@@ -132,6 +133,16 @@ class Recurrent(Decoder):
         return self
 
     # --- one pass ----------------------------------------------------------------------------------------------
+
+    @property
+    def stack(self) -> Any:
+        """The decoder without a head."""
+        return getattr(self, self.base_model_prefix)
+
+    @property
+    def base_model(self) -> Any:
+        """The model as a source of hidden states for others' losses."""
+        return Backbone(self)
 
     @property
     def _sources(self) -> tuple[int, ...]:
@@ -147,8 +158,8 @@ class Recurrent(Decoder):
     ) -> tuple[Any, Tensor]:
         """(the decoder's output, the memory (P, B, T, D) that it leaves) of one pass that reads `memory`.
 
-        Without `out`, the arguments that decide what comes back, only the stack runs, and there is no output. With
-        `ends`, no layer above those that are remembered: their keys and values are then not to be read any more.
+        Without `out`, the arguments that decide what comes back, only the stack runs. With `ends`, no layer above those
+        that are remembered: there is no output then, and keys and values are not to be read any more.
         """
         about, depth = self.config.pathway, self.config.num_hidden_layers
         # Checkpointed blocks project for themselves: a reentrant one would go backward through what they share.
@@ -157,10 +168,7 @@ class Recurrent(Decoder):
         arguments = {**text, CACHE: cache, "use_cache": cache is not None, KEYWORD: reading}
         result = None
         with remember(max(about.sources(depth)) if ends else None) as outputs:
-            if out is None:
-                self.base_model(**arguments)
-            else:
-                result = super().forward(**arguments, **out)
+            result = self.stack(**arguments) if out is None else super().forward(**arguments, **out)
         return result, self.memory_of(text, outputs)
 
     def memory_of(self, text: dict[str, Any], outputs: dict[int, Tensor]) -> Tensor:
@@ -174,20 +182,19 @@ class Recurrent(Decoder):
 
     # --- live --------------------------------------------------------------------------------------------------
 
-    def _recur(self, text: dict[str, Any], out: dict[str, Any], cache: Cache | None) -> Any:
-        """The decoder's output for a text behind what the cache holds, by true recurrence."""
-        depth, mode = self.config.num_hidden_layers, self.config.pathway.prefill
+    def run_live(self, text: dict[str, Any], out: dict[str, Any] | None, cache: Cache | None) -> Any:
+        """The decoder's output for a text behind what the cache holds, by true recurrence; of its stack alone where
+        there is no `out`. Gradients are those of the last pass, with the memory that it reads held fixed."""
+        depth = self.config.num_hidden_layers
         if cache is not None:
             caches.check_cache(cache, depth)
         with torch.no_grad():
             known = self.memory_of(text, {})
             held, has = caches.read_last(cache, depth, known)
             before = predecessors(text, known.shape[1:3], has)
-            memory: Tensor | None = before.read(known, held)
+            memory = before.read(known, held)
             if known.shape[2] > 1 and any(self._sources):
-                memory = None if mode == "exact" else self._settle(text, before, memory, held, cache)
-        if memory is None:
-            return self._one_by_one(text, out, cache)
+                memory = self._settle(text, before, memory, held, cache)
         result, known = self.run_pass(text, memory, cache, out)
         if cache is not None:
             caches.append(cache, depth, known.detach(), before.real)
@@ -195,15 +202,18 @@ class Recurrent(Decoder):
 
     def _settle(
         self, text: dict[str, Any], before: Predecessors, memory: Tensor, held: Tensor, cache: Cache | None
-    ) -> Tensor | None:
-        """The memory (P, B, T, D) that a last pass over the text reads; None where passes do not settle soon."""
-        columns, tolerance = memory.shape[2], TOLERANCES[self.config.pathway.prefill]
-        tolerance = max(tolerance, torch.finfo(memory.dtype).eps)
+    ) -> Tensor:
+        """The memory (P, B, T, D) that a last pass over the text reads, from passes over all of it; token by token
+        where these do not settle soon."""
+        mode, columns = self.config.pathway.prefill, memory.shape[2]
+        if mode == "exact":
+            return self._one_by_one(text, before, held, cache)
+        tolerance = max(TOLERANCES[mode], torch.finfo(memory.dtype).eps)
         fork = cache if caches.held_columns(cache) else None  # where nothing is held a pass needs no cache
         move: float | None = None
         for number in range(1, columns):  # after columns - 1 passes all that is read is exact
             if number > MOST_PASSES:
-                return None
+                return self._one_by_one(text, before, held, cache)
             known = self.run_pass(text, memory, fork if fork is None else caches.fork(fork), ends=True)[1]
             new = before.read(known, held)
             last, move = move, largest_move(new, memory, before.real)
@@ -214,27 +224,33 @@ class Recurrent(Decoder):
                     break
         return memory
 
-    def _one_by_one(self, text: dict[str, Any], out: dict[str, Any], cache: Cache | None) -> Any:
-        """Token by token: the reference. Logits where `out` asks for them, and the loss over them."""
-        asked = [name for name in ("output_attentions", "output_hidden_states") if out.get(name)]
-        if asked:
-            raise ValueError(
-                f"{asked[0]} is not there where a text is read token by token; read it with prefill='fast'"
-            )
-        labels, kept = out.get("labels"), out["logits_to_keep"]
-        rest = {name: value for name, value in out.items() if name not in ("labels", "logits_to_keep")}
-        cache = DynamicCache(config=self.config) if cache is None else cache
-        columns = next(text[name] for name in ("input_ids", "inputs_embeds") if text.get(name) is not None).shape[1]
-        held = caches.held_columns(cache)
-        steps = [
-            self._recur(column_of(text, column, held, columns), {**rest, "logits_to_keep": 0}, cache)
-            for column in range(columns)
-        ]
-        result, whole = steps[-1], torch.cat([step.logits for step in steps], 1)
-        result.logits = whole[:, slice(-kept, None) if isinstance(kept, int) else kept]
-        if labels is not None:
-            result.loss = self.loss_function(whole, labels, vocab_size=self.config.vocab_size, **rest)
-        return result
+    def _one_by_one(self, text: dict[str, Any], before: Predecessors, held: Tensor, cache: Cache | None) -> Tensor:
+        """The same, token by token: the reference."""
+        cache = DynamicCache(config=self.config) if cache is None else caches.fork(cache)
+        start, columns = caches.held_columns(cache), before.real.shape[1]
+        known = held.expand(-1, -1, columns, -1).clone()
+        for number in range(columns):
+            memory = before.column(number).read(known, held)
+            known[:, :, number : number + 1] = self.run_pass(column_of(text, number, start, columns), memory, cache)[1]
+        return before.read(known, held)
+
+
+class Backbone:
+    """`base_model`: what tools call that bring a head and a loss of their own (TRL). All else is the stack's own.
+
+    It runs the training schedule, in `eval()` as in `train()`, so that a preference loss scores its policy and its
+    reference by the same means; live where `PathwayConfig.scoring` is "live".
+    """
+
+    def __init__(self, model: Recurrent) -> None:
+        self.whole = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Not by the model's own call, whose forward such tools replace, and whose hooks ran when they were called.
+        return Recurrent.forward(self.whole, *args, backbone=True, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole.stack, name)
 
 
 def largest_move(new: Tensor, old: Tensor, real: Tensor) -> float:

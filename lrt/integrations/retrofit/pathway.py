@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -74,26 +73,23 @@ class Pathway(nn.Module):
 
     def residual(self, layer: int, x: Tensor, memory: Tensor) -> Tensor:
         """The residual stream (B, T, D) before a block, with the memory (C, B, T, D) added."""
-        scales = self.gamma[self.readers.index(layer)].to(x.dtype)
-        for channel in range(self.channels):
-            x = x + scales[channel] * memory[channel]
+        scales = self.gamma.to(x.dtype)[self.readers.index(layer)]
+        for channel in range(self.channels):  # indices: a decoded token notices what iterating over tensors takes
+            x = torch.addcmul(x, scales[channel], memory[channel])
         return x
 
-    def projected(self, layer: int, memory: Tensor) -> tuple[Tensor, ...]:
-        """U_k m and U_v m of each channel, (B, T, 2, G, K)."""
+    def projected(self, layer: int, memory: Tensor) -> Tensor:
+        """2 U_k m and 2 U_v m of each channel, (B, T, C, 2, G, K). The gates' 2 is in here, where it costs least."""
         first = 0 if self.shared else self.readers.index(layer) * self.channels
-        return tuple(
-            self.project[first + channel](memory[channel]).unflatten(-1, (2, *self.heads))
-            for channel in range(self.channels)
-        )
+        products = [self.project[first + number](channel) for number, channel in enumerate(memory)]
+        return 2 * torch.stack(products, 2).unflatten(-1, (2, *self.heads))
 
-    def gated(self, layer: int, u: Tensor, projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def gated(self, layer: int, u: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
         """What is added to keys and to values, (B, T, G, K) each, where the block's normalised input is u (B, T, D)."""
-        gates = 2 * torch.sigmoid(self.gate[self.readers.index(layer)](u))
-        gates = gates.unflatten(-1, (self.channels, 1, self.heads[0], 1))  # (B, T, C, 1, G, 1)
-        total = sum(gates[:, :, channel] * projected[channel] for channel in range(self.channels))
-        assert isinstance(total, Tensor)
-        return total[:, :, 0], total[:, :, 1]
+        gates = torch.sigmoid(self.gate[self.readers.index(layer)](u))
+        added = gates.view(*u.shape[:2], self.channels, 1, self.heads[0], 1) * projected
+        key, value = (added.sum(2) if self.channels > 1 else added[:, :, 0]).unbind(2)
+        return key, value
 
 
 PARTS = {"residual": Pathway.residual, "projected": Pathway.projected, "gated": Pathway.gated}
@@ -107,8 +103,8 @@ class Reading:
     """A `Pathway`, or what stands in its place."""
     memory: Tensor
     """(C, B, T, D)."""
-    projected: tuple[Tensor, ...] | None
-    """U_k m and U_v m, where all blocks share them; None: each block projects for itself."""
+    projected: Tensor | None
+    """What `Pathway.projected` gives, where all blocks share it; None: each block projects for itself."""
 
     @classmethod
     def of(cls, pathway: nn.Module, memory: Tensor, first: int | None) -> Reading:
@@ -116,7 +112,27 @@ class Reading:
         return cls(pathway, memory, None if first is None else pathway("projected", first, memory))
 
 
-READING: ContextVar[Reading | None] = ContextVar("reading", default=None)
+@dataclass
+class AttentionReading:
+    """What one attention reads, while it runs."""
+
+    reading: Reading
+    u: Tensor | None = None
+    """(B, T, D): its normalised input, once it is known …"""
+    added: tuple[Tensor, Tensor] | None = None
+    """… and what is added to its keys and values, which two projections ask for."""
+
+    def add_to(self, layer: int, u: Tensor) -> tuple[Tensor, Tensor]:
+        """What is added to keys and to values, (B, T, G, K) each."""
+        if self.added is None or self.u is not u:
+            read, pathway = self.reading, self.reading.pathway
+            projected = pathway("projected", layer, read.memory) if read.projected is None else read.projected
+            self.u, self.added = u, pathway("gated", layer, u, projected)
+        assert self.added is not None
+        return self.added
+
+
+READING: ContextVar[AttentionReading | None] = ContextVar("reading", default=None)
 """What the attention that runs now reads."""
 
 
@@ -183,7 +199,8 @@ class TakeReading:
     """Before an attention: take what it reads out of its arguments, which it does not know."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        READING.set(kwargs.get(KEYWORD))
+        reading = kwargs.get(KEYWORD)
+        READING.set(None if reading is None else AttentionReading(reading))
         return args, {name: value for name, value in kwargs.items() if name != KEYWORD}
 
 
@@ -197,12 +214,7 @@ class AddKeyValue:
 
     def __call__(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
         reading = READING.get()
-        if reading is None:
-            return out
-        projected = reading.projected
-        if projected is None:
-            projected = reading.pathway("projected", self.layer, reading.memory)
-        return self.layout.add(self.projection, out, *reading.pathway("gated", self.layer, args[0], projected))
+        return out if reading is None else self.layout.add(self.projection, out, *reading.add_to(self.layer, args[0]))
 
 
 @dataclass(frozen=True)
@@ -223,13 +235,13 @@ class Remember:
 def normalise(x: Tensor) -> Tensor:
     """RMS-normalised, in float32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.rms_norm(wide, (x.shape[-1],)).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(wide.dtype).eps)).to(x.dtype)
 
 
 def decoder_layers(model: Any) -> Any:
     """The decoder's stack. Its elements are of one class, which transformers names for the devices' sake too."""
     depth = model.config.num_hidden_layers
-    stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    stacks = [m for m in model.stack.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     stacks = [stack for stack in stacks if all(isinstance(layer, GradientCheckpointingLayer) for layer in stack)]
     assert len(stacks) == 1, f"{type(model).__name__} has {len(stacks)} stacks of {depth} layers"
     return stacks[0]
@@ -249,7 +261,7 @@ def attach(model: Any) -> list[RemovableHandle]:
     like = next(layers.parameters())
     model.latent = pathway.to(device=like.device, dtype=like.dtype)
     model.latent.train(model.training)
-    handles = [model.base_model.register_forward_pre_hook(RequirePass(), with_kwargs=True)]
+    handles = [model.stack.register_forward_pre_hook(RequirePass(), with_kwargs=True)]
     for number, layer in enumerate(layers, 1):
         handles += hook_layer(layer, number, architecture, number in readers, number in sources)
     return handles

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PREFILLS = ("exact", "converged", "fast")
+SCORINGS = ("auto", "schedule", "live")
 TOLERANCES = {"converged": 1e-5, "fast": 1e-3}
 """By how much the last pass may move a position's memory, and all to come together (docs/contract.md, section 4)."""
 
@@ -31,6 +32,11 @@ class PathwayConfig:
     """How texts are read in `eval()`: token by token (`exact`), or by passes over all of them until they move a memory
     by at most 1e-5 (`converged`) or 1e-3 (`fast`)."""
 
+    scoring: str = "auto"
+    """What a call without a cache computes. `auto`: live in `eval()`, the schedule in `train()` and where `base_model`
+    is called, as TRL does. `live`: true recurrence everywhere, also where it is trained, with the gradients of the last
+    pass: one policy for what is sampled, scored and trained. `schedule`: the schedule everywhere."""
+
     def __post_init__(self) -> None:
         for name in ("source", "layers"):  # JSON has no tuples
             value = getattr(self, name)
@@ -38,6 +44,8 @@ class PathwayConfig:
                 object.__setattr__(self, name, tuple(value))
         if self.projection not in ("shared", "layerwise"):
             raise ValueError(f"projection is {self.projection!r}; choose one of shared, layerwise")
+        if self.scoring not in SCORINGS:
+            raise ValueError(f"scoring is {self.scoring!r}; choose one of {', '.join(SCORINGS)}")
         if self.prefill not in PREFILLS:
             raise ValueError(f"prefill is {self.prefill!r}; choose one of {', '.join(PREFILLS)}")
 

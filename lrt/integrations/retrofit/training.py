@@ -26,15 +26,20 @@ IGNORED = -100
 """What transformers writes where a label counts nowhere."""
 
 
-def train_output(model: Any, text: dict[str, Any], out: dict[str, Any]) -> Any:
+def train_output(model: Any, text: dict[str, Any], out: dict[str, Any] | None) -> Any:
     """The decoder's output by the schedule's last passes, with the weighted mean of its passes' losses (contract,
-    section 3). ValueError where the schedule does not go with the call."""
+    section 3); that of its stack alone without `out`. ValueError where the schedule does not go with the call."""
     schedule = parse(model.config.pathway.schedule).draw()
     inputs = text.get("input_ids")
     columns = (text["inputs_embeds"] if inputs is None else inputs).shape[1]
     passes = schedule.passes(columns)
     if all(len(p.positions) == columns for p in passes):
         return run_full_passes(model, text, out, passes)
+    if out is None:
+        raise ValueError(
+            f"a loss of one's own is made of the last pass over a text, and {schedule} has passes over some positions; "
+            "train with a schedule of full passes, such as settled(1, 1, 1)"
+        )
     if inputs is None:
         raise ValueError(f"{schedule} computes some positions at a time, for which input_ids are needed; pass those")
     if is_checkpointing(model):
@@ -46,7 +51,7 @@ def train_output(model: Any, text: dict[str, Any], out: dict[str, Any]) -> Any:
     return run_strided_passes(model, rows, inputs, out, schedule.passes(rows.index.shape[1]))
 
 
-def run_full_passes(model: Any, text: dict[str, Any], out: dict[str, Any], passes: Sequence[Pass]) -> Any:
+def run_full_passes(model: Any, text: dict[str, Any], out: dict[str, Any] | None, passes: Sequence[Pass]) -> Any:
     """Each pass over all columns, as the decoder computes them; it reads what the one before left."""
     known = model.memory_of(text, {})
     nothing = known.new_zeros(*known.shape[:2], 1, known.shape[3])
@@ -62,7 +67,7 @@ def run_full_passes(model: Any, text: dict[str, Any], out: dict[str, Any], passe
             result, known = model.run_pass(text, memory, None, out if whole else None, ends=not whole)
         if p.detach_memory:
             known = known.detach()
-        if p.loss_weight and out["labels"] is not None:
+        if p.loss_weight and out is not None and out["labels"] is not None:
             losses.append(p.loss_weight / total * result.loss)
     assert result is not None
     if losses:
