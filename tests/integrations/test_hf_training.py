@@ -12,7 +12,7 @@ pytest.importorskip("trl")
 from datasets import Dataset as Rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, score
@@ -229,6 +229,75 @@ def test_a_head_on_the_logits_compares_alike_where_the_setting_says_so():
     with torch.no_grad():
         expected = reference(**batch, use_cache=False).logits
     assert torch.equal(policy.train()(**batch, use_cache=False).logits, expected)
+
+
+# --- one policy ----------------------------------------------------------------------------------------------------
+
+
+def test_live_in_training_is_live_with_the_gradients_of_its_last_pass():
+    """As many full passes as there are tokens are exact; cut from each other, they leave the gradients of the last."""
+    model, tokenizer = vivid()
+    model = model.double()
+    batch = {**batch_of(tokenizer), "labels": batch_of(tokenizer)["input_ids"]}
+    length = batch["input_ids"].shape[1]
+    model.config.schedule = f"multi_refinement({length}, {(0,) * length + (1,)}, True)"
+    model.config.prefill = "exact"
+    results = {}
+    for scoring in ("schedule", "live"):
+        model.zero_grad()
+        out = model.train()(**batch, scoring=scoring)
+        out.loss.backward()
+        results[scoring] = (out.logits, out.loss, {n: p.grad for n, p in model.named_parameters()})
+    logits, loss, gradients = results["live"]
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits[real], model.eval()(**batch).logits[real], rtol=0, atol=1e-10)
+    torch.testing.assert_close(loss, results["schedule"][1], rtol=0, atol=1e-10)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, results["schedule"][2][name], rtol=0, atol=1e-10, msg=name)
+
+
+def test_what_is_sampled_and_what_is_trained_have_equal_probabilities():
+    """GRPO's importance ratio: of tokens as generate() drew them, and as the loss scores them in train()."""
+    model, tokenizer = vivid()
+    model.config.scoring = "live"
+    prompt = tokenizer([text[:24] for text in TEXTS[:3]], return_tensors="pt", padding=True)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": True, "output_logits": True}
+    out = model.train().generate(**prompt, **options, return_dict_in_generate=True)
+    width = prompt["input_ids"].shape[1]
+    sampled = torch.stack(out.logits, 1).log_softmax(-1).gather(2, out.sequences[:, width:, None])[..., 0]
+    add_fused_lm_head(model)
+    labels = out.sequences.clone()
+    labels[:, :width] = -100
+    mask = torch.cat((prompt["attention_mask"], torch.ones(3, 12, dtype=torch.long)), 1)
+    called = {"input_ids": out.sequences, "attention_mask": mask, "use_cache": False}
+    trained = model(**called, labels=labels, fused_lm_head=True).log_probs[:, width - 1 :]
+    assert trained.requires_grad
+    assert float((trained - sampled).exp().sub(1).abs().max()) <= 1e-4
+    model.config.scoring = "auto"  # the schedule's is another policy
+    other = model(**called, labels=labels, fused_lm_head=True).log_probs[:, width - 1 :]
+    assert float((other - sampled).exp().sub(1).abs().max()) > 1e-2
+
+
+def test_grpo_raises_its_reward(tmp_path):
+    """Rewarded for one letter: the share of it among what is sampled."""
+    model, _ = make()
+    model.config.scoring = "live"
+
+    def share(completions, **_):
+        return [text.count("t") / max(1, len(text)) for text in completions]
+
+    settings = GRPOConfig(
+        output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=16, num_generations=8,
+        max_completion_length=8, learning_rate=2e-2, beta=0.0, logging_steps=1, save_strategy="no", report_to=[],
+        use_cpu=True, bf16=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model=model, reward_funcs=share, args=settings, processing_class=wrap_tokenizer(TOKENIZER, 64),
+        train_dataset=Rows.from_dict({"prompt": [text[:11] for text in TEXTS]}),
+    )  # fmt: skip
+    trainer.train()
+    rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.1
 
 
 # --- the end of a text ---------------------------------------------------------------------------------------------

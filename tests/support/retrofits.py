@@ -46,14 +46,14 @@ OWN: dict[str, dict[str, Any]] = {
 """What differs from `SIZES`: a sliding window wherever there is one, so that it moves on within a few tokens."""
 
 
-def plain(architecture: str, seed: int = 0, **options: Any) -> Any:
-    """A decoder with lively random weights, in float64 and `eval()`."""
+def plain(architecture: str, seed: int = 0, lively: bool = True, **options: Any) -> Any:
+    """A decoder with random weights, lively ones or its own initial ones, in float64 and `eval()`."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(architecture, **{**SIZES, **OWN.get(architecture, {}), **options})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for p in model.parameters():
-            if p.dim() > 1:
+            if lively and p.dim() > 1:
                 nn.init.normal_(p, std=0.3 if p.shape[0] != V else 1.0)
     return model.double().eval()
 

@@ -41,10 +41,11 @@ class LRTConfig(PreTrainedConfig):
 
         schedule: the training schedule. prefill: how prompts and whole texts are read, one of "exact", "converged",
         "fast", "one_sweep" (lrt.inference.prefill). plugins: what a user's own parts come from
-        (`lrt.utils.plugins.describe`). scoring: what a call in `eval()` without a cache runs. "live": true recurrence;
-        "schedule": the training schedule, as `train()` always does; "auto": live where the model is called, the
-        schedule where `base_model` is, as TRL does for its losses. generate() is live whatever it says. ValueError on
-        an unknown one, and where a part's plugin is not loaded; only the schedule's may be missing until it is run.
+        (`lrt.utils.plugins.describe`). scoring: what a call without a cache runs. "live": true recurrence, in `train()`
+        too; "schedule": the training schedule; "auto": in `train()` the schedule, in `eval()` live where the model is
+        called, and the schedule where `base_model` is, as TRL does for its losses. generate() is live whatever it says.
+        ValueError on an unknown one, and where a part's plugin is not loaded; only the schedule's may be missing until
+        it is run.
         """
         loaded.require(plugins or (), MODEL_KINDS)
         model = ModelConfig.from_dict(architecture or {})

@@ -112,12 +112,6 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         Prompts padded on the right are moved to the right end of their rows, and come back so: what follows the
         columns of the prompt is new, as ever.
         """
-        if self.training:
-            raise ValueError(
-                "generation is live, and train() is the training schedule; call model.eval() before generate(). "
-                "Trainers that generate while they train (TRL's GRPO and RLOO) do not work with an LRT yet; SFTTrainer "
-                "and DPOTrainer do"
-            )
         config = copy.deepcopy(generation_config or self.generation_config)
         config.update(**kwargs)
         # An allow-list: a mode that is not known to carry the memory along would give other tokens in silence.
@@ -210,8 +204,9 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         row's real tokens; without a cache they may begin anew, which starts a packed text, computed as its own row.
         labels are those of the inputs themselves, -100 where ignored; `num_items_in_batch` is Trainer's count for
         accumulated batches. `scoring` stands for `config.scoring` in this call: "schedule" runs the training schedule
-        in `eval()` too, with the numbers and gradients of `train()`; a call with a cache is live whatever it says.
-        Where `eval()` is live no gradients are made, so that no wrong ones can be.
+        in `eval()` too, with the numbers and gradients of `train()`; "live" is true recurrence in `train()` too, with
+        the gradients of one last pass; a call with a cache is live whatever it says. Where `eval()` is live no
+        gradients are made, so that no wrong ones can be.
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError(
@@ -227,9 +222,17 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
             # generate() fills the rows that have ended with padding, and shows it: it is computed as another end.
             input_ids = input_ids.masked_fill(input_ids == self.padding, self.config.bos_token_id or 0)
         check_scoring(scoring or self.config.scoring)
-        graded = self.training or (cache is None and (scoring or self.config.scoring) == "schedule")
-        if graded:
-            hidden, loss = self._train(input_ids, attention_mask, position_ids, cache, labels, num_items_in_batch)
+        scoring = scoring or self.config.scoring
+        if self.training and cache is not None and torch.is_grad_enabled():
+            raise ValueError("a cache holds no gradients; train on whole sequences, or call model.eval() to continue")
+        graded = cache is None and (self.training or scoring == "schedule")
+        if graded and scoring == "live":
+            hidden = self._recur_graded(input_ids, attention_mask, position_ids)
+            loss = None if labels is None else self._loss(hidden, input_ids, labels, attention_mask, position_ids)
+            if loss is not None and num_items_in_batch is not None:
+                loss = loss * count_labels(labels) / num_items_in_batch
+        elif graded:
+            hidden, loss = self._train(input_ids, attention_mask, position_ids, labels, num_items_in_batch)
         else:
             with torch.no_grad():
                 use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -270,6 +273,16 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = nn.functional.pad(out.sequence, (0, 0, 0, ids.shape[1] - out.sequence.shape[1]))
         return columns.spread(hidden, 1)
 
+    def _recur_graded(self, ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """Hidden states (B, T, D) with true recurrence and the gradients of one pass that reads the memory it settles
+        to, which is held fixed; zeros in padding."""
+        rows = Unpadded.of(ids, mask, position_ids)
+        tokens, lengths = rows.split(ids, 0), (rows.index >= 0).sum(1)
+        state = self.model.empty_state(*tokens.shape)
+        settled = prefill(self.model, tokens, state, self.config.prefill, lengths).state
+        hidden, _ = self.model(tokens, range(tokens.shape[1]), settled)
+        return rows.join(hidden, ids.shape)
+
     def _loss(
         self, hidden: Tensor, ids: Tensor, labels: Tensor, mask: Tensor | None, position_ids: Tensor | None
     ) -> Tensor:
@@ -286,13 +299,10 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         ids: Tensor,
         mask: Tensor | None,
         position_ids: Tensor | None,
-        cache: Cache | None,
         labels: Tensor | None,
         items: Tensor | int | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states (B, T, D) by the last pass of the training schedule, and the loss over its passes."""
-        if cache is not None:
-            raise ValueError("a cache holds no gradients; train on whole sequences, or call model.eval() to continue")
         rows = Unpadded.of(ids, mask, position_ids)
         tokens = rows.split(ids, 0)
         targets = None if labels is None else shift_labels(rows.split(labels, HF_IGNORED))
@@ -362,6 +372,11 @@ def shift_labels(labels: Tensor) -> Tensor:
     """Targets (B, T) from labels (B, T): the next one, IGNORED at the end and where transformers ignores."""
     targets = torch.cat((labels[:, 1:], labels.new_full((len(labels), 1), HF_IGNORED)), dim=1)
     return targets.masked_fill(targets == HF_IGNORED, IGNORED)
+
+
+def count_labels(labels: Tensor) -> Tensor:
+    """How many of labels (B, T) are foretold: not the first of a row, nor what transformers ignores."""
+    return (labels[:, 1:] != HF_IGNORED).sum()
 
 
 # transformers shifts the labels (for label smoothing) only for the models that this table names.

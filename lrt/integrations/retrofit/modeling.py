@@ -115,6 +115,8 @@ class Recurrent(Decoder):
         text |= {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         out = None if backbone else {"labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
         scheduled = {"auto": self.training or backbone, "schedule": True, "live": False}[self.config.pathway.scoring]
+        if self.training and cache is not None and torch.is_grad_enabled():
+            raise ValueError("a cache holds no gradients; train on whole texts, or call model.eval() to continue")
         if cache is None and scheduled:
             return train_output(self, text, out)
         use_cache = self.config.use_cache if use_cache is None else use_cache
