@@ -30,7 +30,7 @@ class Retrofit:
     projection: Literal["shared", "layerwise"] = "shared"
     """One pair of memory projections for all blocks, or one pair each."""
     schedule: str = "settled(0, 1, 1)"
-    """How it is trained (docs/schedules.md)."""
+    """How it is trained (docs/training.md)."""
     prefill: Literal["exact", "converged", "fast"] = "converged"
     """How prompts and texts are read."""
 

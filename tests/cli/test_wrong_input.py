@@ -26,8 +26,10 @@ from typing import Any, Literal
 import pyarrow
 import pytest
 import safetensors
+import tokenizers
 import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrt.cli import verbs
 from lrt.cli.main import main
@@ -143,6 +145,7 @@ BEGINNINGS = (
     "lrt.experiments.bench.attention.alternate",
     "lrt.serve.server.create_server",
     "lrt.integrations.lm_eval.run_tasks",
+    "lrt.integrations.retrofit.folder.AutoModelForCausalLM.from_pretrained",
 )
 """What no wrong flag may reach: a pass of a model, a tokenizer's training, timed rounds, a port that is listened on."""
 OUTPUTS = {"out", "results", "figure"}
@@ -156,6 +159,14 @@ STUDY = """kind: tracking
 editions:
   tiny: {seeds: [0], base: {model: {depth: 1}, optim: {matrix_lr: 1e-3}}, axes: {task: {parity: {task: parity}}}}
 """
+
+
+def save_llama(folder: Path) -> None:
+    """A pretrained decoder and its tokenizer, as transformers saves them."""
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=16, **size)).save_pretrained(folder)
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(16)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0").save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -172,7 +183,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("checkpoint", "pair/lrt", "pair/transformer"):
         save(folder / name, LatentRecurrentTransformer(config), tokenizer, {"schedule": "interleaved(2)"})
     (folder / "study.yaml").write_text(STUDY)
-    right = {"data": "data", "text": "text.txt", "study": "study.yaml", "tokenizer": "data/tokenizer.json"}
+    save_llama(folder / "llama")
+    right = {
+        "folder": "llama",
+        "data": "data",
+        "text": "text.txt",
+        "study": "study.yaml",
+        "tokenizer": "data/tokenizer.json",
+    }
     return {name: folder / file for name, file in right.items()} | dict.fromkeys(
         ("checkpoint", "checkpoints", "runs", "source"), folder / "checkpoint"
     )

@@ -27,7 +27,7 @@ class PathwayConfig:
     projection: str = "shared"
     """One pair of projections U_k, U_v for all blocks, or `layerwise`: one pair each."""
     schedule: str = "settled(0, 1, 1)"
-    """How it is trained (docs/schedules.md). The default costs a third more than training the model without it."""
+    """How it is trained (docs/training.md). The default costs a third more than training the model without it."""
     prefill: str = "converged"
     """How texts are read in `eval()`: token by token (`exact`), or by passes over all of them until they move a memory
     by at most 1e-5 (`converged`) or 1e-3 (`fast`)."""
