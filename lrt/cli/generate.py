@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from lrt.cli.loading import load_model
 from lrt.cli.options import DecodeMode, Prefill
 from lrt.data.tokenizer import Stream, Tokenizer
 from lrt.inference import cost_model
@@ -31,6 +32,8 @@ class Sample:
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint folder, or a run's."""
+    adapter: Path | None = None
+    """An adapter of `lrt finetune --lora`, made for this model."""
     prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT…")] = ("",)
     """What to continue; empty starts a document. Several, of any lengths, are continued at once."""
     n: int = 1
@@ -59,7 +62,7 @@ class Sample:
         if not 1 <= self.n <= MOST:
             raise ValueError(f"n is {self.n}; it must be 1 to {MOST:,}")
         folder = checkpoint.verify(self.checkpoint)
-        model, tokenizer = checkpoint.load(folder, choose_device(self.device))
+        model, tokenizer = load_model(folder, choose_device(self.device), self.adapter)
         prompts = [(tokenizer.bos, *tokenizer.encode(text)) for text in self.prompt]
         requests = [
             Request(ids, self.max_new_tokens, sampling, self.seed, self.n, frozenset({tokenizer.bos}))
@@ -133,6 +136,8 @@ class Chat:
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint folder, or a run's."""
+    adapter: Path | None = None
+    """An adapter of `lrt finetune --lora`, made for this model."""
     template: str | None = None
     """How turns are written: nanochat, chatml or plain. None: by the tokenizer's special tokens, else plain."""
     max_new_tokens: int = 256
@@ -155,7 +160,7 @@ class Chat:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         folder = checkpoint.verify(self.checkpoint)
-        model, tokenizer = checkpoint.load(folder, choose_device(self.device))
+        model, tokenizer = load_model(folder, choose_device(self.device), self.adapter)
         calibration = cost_model.read_calibration(folder, model)
         chat = Conversation(model, tokenizer, sampling, self.seed, self.template, self.prefill, calibration)
         if sys.stdin.isatty():

@@ -8,11 +8,13 @@ import ipaddress
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from lrt.cli.loading import load_model
 from lrt.serve.config import Limits
 from lrt.utils.device import choose_device
 from lrt.utils.imports import extra
@@ -34,6 +36,8 @@ class Serve:
 
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]
     """Checkpoint folders, or runs'. Several are served by their names, and can be compared on the page."""
+    adapter: Path | None = None
+    """An adapter of `lrt finetune --lora`, made for the one checkpoint that is served."""
     names: tuple[str, ...] = ()
     """What to call them. None: by their folders."""
     host: str = "127.0.0.1"
@@ -71,6 +75,8 @@ class Serve:
             from lrt.serve.server import create_server
         if len(self.checkpoints) == 0:
             raise ValueError("no checkpoint is given; name at least one folder of `lrt train`")
+        if self.adapter is not None and len(self.checkpoints) > 1:
+            raise ValueError(f"--adapter fits one checkpoint, {len(self.checkpoints)} are given; serve that one alone")
         if self.rows < 1:
             raise ValueError(f"rows is {self.rows}; it must be at least 1")
         if self.prefixes < 0:
@@ -85,8 +91,9 @@ class Serve:
             )
         names, metrics, device = model_names(self.checkpoints, self.names), ServerMetrics(), choose_device(self.device)
         settings = Settings(self.rows, self.prefill, self.mode, self.prefixes * 10**6, self.template)
+        load = partial(load_model, adapter=self.adapter)
         models = [
-            load_served_model(path, name, settings, self.limits, metrics, device)
+            load_served_model(path, name, settings, self.limits, metrics, device, load)
             for path, name in zip(self.checkpoints, names, strict=True)
         ]
         registry = ModelRegistry(models, self.limits, metrics)

@@ -15,6 +15,7 @@ from lrt.cli.checks import check_verb
 from lrt.cli.demo import Demo
 from lrt.cli.evaluate import Diagnose, Evaluate, Report
 from lrt.cli.export_import import Export, Import
+from lrt.cli.finetune import Finetune
 from lrt.cli.generate import Chat, Sample
 from lrt.cli.prepare import Prepare
 from lrt.cli.retrofit import Retrofit
@@ -29,7 +30,7 @@ ABOUT = (
 )
 Verb = (
     Prepare | Train | Evaluate | Diagnose | Report | Sample | Chat | Serve | Calibrate | Bench | Export | Import
-    | Retrofit | Demo | Annotated[RunStudy, tyro.conf.subcommand("study")]
+    | Retrofit | Finetune | Demo | Annotated[RunStudy, tyro.conf.subcommand("study")]
 )  # fmt: skip
 
 

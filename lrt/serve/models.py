@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +76,17 @@ class ServedModel:
 
 
 def load_served_model(
-    path: Path, name: str, settings: Settings, limits: Limits, metrics: ServerMetrics, device: str | torch.device
+    path: Path,
+    name: str,
+    settings: Settings,
+    limits: Limits,
+    metrics: ServerMetrics,
+    device: str | torch.device,
+    load: Callable[[Path, str | torch.device], tuple[LatentRecurrentTransformer, Tokenizer]] = checkpoint.load,
 ) -> ServedModel:
-    """Load a checkpoint to be served. ValueError where it is damaged, or settings do not fit."""
+    """Load a checkpoint to be served, by `load`. ValueError where it is damaged, or settings do not fit."""
     folder = checkpoint.verify(path)
-    transformer, tokenizer = checkpoint.load(folder, device)
+    transformer, tokenizer = load(folder, device)
     calibration = cost_model.read_calibration(folder, transformer)
     created = int((folder / "manifest.json").stat().st_mtime)
     return create_served_model(name, transformer, tokenizer, settings, limits, metrics, calibration, created)

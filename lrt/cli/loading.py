@@ -1,0 +1,23 @@
+"""How verbs load a model: a checkpoint, with an adapter of `lrt finetune --lora` where one is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lrt.data.tokenizer import Tokenizer
+from lrt.model import checkpoint
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils.imports import extra
+
+
+def load_model(
+    folder: Path, device: str | torch.device, adapter: Path | None = None
+) -> tuple[LatentRecurrentTransformer, Tokenizer]:
+    """(the model, the adapter merged into its weights; its tokenizer)."""
+    if adapter is None:
+        return checkpoint.load(folder, device)
+    with extra("finetune", "--adapter"):
+        from lrt.integrations.finetune.adapter import load_adapted
+    return load_adapted(folder, adapter, str(device))

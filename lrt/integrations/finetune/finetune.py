@@ -1,0 +1,175 @@
+"""Fine-tuning by TRL's SFTTrainer, all weights or adapters of PEFT, with the loss on held-out rows live."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from lrt.integrations.finetune.subjects import Subject
+from lrt.utils import files
+
+IGNORED = -100
+RATES = {True: 2e-4, False: 2e-5}
+"""With adapters and without: what people begin with."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a model is fine-tuned."""
+
+    lora: int = 0
+    """Rank of the adapters that are trained in place of the weights (LoRA); 0: all weights."""
+    lr: float | None = None
+    """The highest learning rate; it warms up over 3 % of the steps, and falls to zero. None: 2e-4 with adapters, 2e-5
+    without."""
+    epochs: float = 1.0
+    """How often every row is seen."""
+    steps: int | None = None
+    """Stop after so many steps, whatever `epochs` says."""
+    batch: int = 8
+    """Rows of a step on the device at a time."""
+    accumulate: int = 1
+    """Times that many are one step."""
+    length: int = 1024
+    """Tokens of a row at most; what is longer is cut."""
+    packing: bool = False
+    """Put several rows into one of `length`; they do not read each other."""
+    val: float = 0.05
+    """The share of the rows that is held out to be scored."""
+    seed: int = 0
+    """Decides which rows are held out, and their order."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("lora", 0), ("batch", 1), ("accumulate", 1), ("length", 8), ("steps", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; give at least {least}")
+        if not 0 < self.val < 1:
+            raise ValueError(f"val is {self.val}; give a share between 0 and 1")
+        if self.epochs <= 0:
+            raise ValueError(f"epochs is {self.epochs}; give a number above 0")
+        if self.lr is not None and not 0 < self.lr <= 1:
+            raise ValueError(f"lr is {self.lr}; give a rate above 0, at most 1")
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What came of it."""
+
+    before: float
+    """Nats per learned token of the held-out rows, live, before training."""
+    after: float
+    """After it."""
+    rows: int
+    held_out: int
+
+
+def finetune(
+    subject: Subject, rows: Sequence[dict[str, Any]], out: Path, config: FinetuneConfig, device: str = "cpu"
+) -> Finetuned:
+    """Fine-tune on rows of `read_rows` and write the model, or its adapter, to `out`, a new folder.
+
+    Interrupted, the same call goes on from the last epoch that was finished. ValueError for too few rows.
+    """
+    train, val = split_rows(rows, config)
+    work = out.with_name(f".{out.name}.finetune")
+    trainer = make_trainer(subject, train, val, work, config, device)
+    before = live_loss(trainer)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.is_dir() else None)
+    after = live_loss(trainer)
+    fresh = files.temporary_name(out)
+    try:
+        if config.lora:
+            trainer.model.save_pretrained(fresh)
+            subject.tokenizer.save_pretrained(fresh)
+        else:
+            subject.save(trainer.model, fresh)
+        files.replace_folder(fresh, out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+    return Finetuned(before, after, len(train), len(val))
+
+
+def split_rows(
+    rows: Sequence[dict[str, Any]], config: FinetuneConfig
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows to train on, rows that are held out)."""
+    held = max(1, round(config.val * len(rows)))
+    if held >= len(rows):
+        raise ValueError(f"{len(rows)} rows leave none to train on; give at least 2")
+    order = list(rows)
+    random.Random(config.seed).shuffle(order)
+    return order[held:], order[:held]
+
+
+def make_trainer(
+    subject: Subject,
+    train: Sequence[dict[str, Any]],
+    val: Sequence[dict[str, Any]],
+    work: Path,
+    config: FinetuneConfig,
+    device: str,
+) -> SFTTrainer:
+    """TRL's trainer, for the rows."""
+    model = subject.model
+    if config.lora:
+        adapters = LoraConfig(r=config.lora, lora_alpha=2 * config.lora, task_type="CAUSAL_LM", **subject.adapted)
+        model = get_peft_model(model, adapters)
+    chats = "messages" in train[0]
+    sets = [Dataset.from_list(subject.rows(part, config.length)) for part in (train, val)]
+    arguments = SFTConfig(
+        output_dir=str(work),
+        learning_rate=config.lr or RATES[config.lora > 0],
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        num_train_epochs=config.epochs,
+        max_steps=config.steps or -1,
+        per_device_train_batch_size=config.batch,
+        per_device_eval_batch_size=config.batch,
+        gradient_accumulation_steps=config.accumulate,
+        max_length=config.length,
+        packing=config.packing,
+        assistant_only_loss=chats and "messages" in sets[0].column_names,
+        gradient_checkpointing=False,
+        bf16=False,
+        seed=config.seed,
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=10,
+        report_to=[],
+        use_cpu=device == "cpu",
+    )
+    return SFTTrainer(
+        model=model, args=arguments, train_dataset=sets[0], eval_dataset=sets[1], processing_class=subject.tokenizer
+    )
+
+
+@torch.no_grad()
+def live_loss(trainer: SFTTrainer) -> float:
+    """Nats per learned token of the held-out rows, decoded live: a call in `eval()` is, of LRTs and retrofits."""
+    model: Any = trainer.model
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in trainer.get_eval_dataloader():
+        labels = batch["labels"]
+        learned = int((labels[:, 1:] != IGNORED).sum())
+        if learned:
+            arguments = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+            total += float(model(**arguments, labels=labels, use_cache=False).loss) * learned
+            count += learned
+    model.train(was_training)
+    if count == 0:
+        raise ValueError("no held-out row has a token to learn; give longer rows, or a greater length")
+    return total / count

@@ -1,0 +1,146 @@
+"""What is fine-tuned: a run of lrt, or a folder of transformers. How its rows become tokens, and how it is saved.
+
+A run has no Jinja template. Its conversations are written by the turns that `lrt chat` and `lrt serve` write, token by
+token; a folder's by its tokenizer's own template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import lrt.integrations.retrofit  # noqa: F401  (so that retrofitted folders are known)
+from lrt.data.tokenizer import Tokenizer
+from lrt.inference.chat_template import Message, Template, check_template, default_template, turn_tokens
+from lrt.integrations.hf.export import wrap_model, wrap_tokenizer
+from lrt.integrations.retrofit.configuration import MODEL_TYPE
+from lrt.model import checkpoint
+
+RUN_PROJECTIONS = ["query", "key", "value", "out", "up", "down"]
+"""Of an LRT's blocks: what adapters are put around."""
+
+
+class Subject(Protocol):
+    """A model of transformers, and what belongs to it."""
+
+    model: Any
+    tokenizer: Any
+    """transformers' own."""
+    adapted: dict[str, Any]
+    """Fields of PEFT's LoraConfig: what adapters are put around, and what is trained whole beside them."""
+
+    def rows(self, rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
+        """What TRL takes for rows of `read_rows`."""
+        ...
+
+    def save(self, model: Any, out: Path) -> None:
+        """Write the trained model to a new folder."""
+        ...
+
+
+def open_subject(source: Path, template: str | None) -> Subject:
+    """A run, checkpoint or folder of transformers. ValueError, naming it, where it is none of them."""
+    if (source / "config.json").is_file() and not (source / "manifest.json").exists():
+        if template is not None:
+            raise ValueError(
+                f"{source} is a folder of transformers, whose tokenizer has its own template; leave it out"
+            )
+        return Folder.open(source)
+    return Run.open(source, template)
+
+
+@dataclass(frozen=True)
+class Run:
+    """An LRT, trained here."""
+
+    model: Any
+    tokenizer: Any
+    adapted: dict[str, Any]
+    own: Tokenizer
+    template: Template
+    about: dict[str, Any]
+
+    @classmethod
+    def open(cls, source: Path, template: str | None) -> Run:
+        """A run's folder or a checkpoint's."""
+        native, own = checkpoint.load(source)
+        about = checkpoint.about(source)
+        model = wrap_model(native, own, about.get("schedule", "plain()"), "converged")
+        tokenizer = wrap_tokenizer(own, native.config.context)
+        model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+        written = check_template(own, template or default_template(own))
+        return cls(model, tokenizer, {"target_modules": RUN_PROJECTIONS}, own, written, about)
+
+    def rows(self, rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
+        limit = min(length, self.model.config.model.context)
+        pairs = [self.encode(row) for row in rows]
+        return [{"input_ids": ids[:limit], "assistant_masks": mask[:limit]} for ids, mask in pairs]
+
+    def encode(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """(tokens, 1 for those that are learned) of a row. BOS opens a text, and ends it."""
+        bos = self.own.bos
+        if "messages" in row:
+            return masked_turns(self.own, self.template, [Message(m["role"], m["content"]) for m in row["messages"]])
+        prompt = [bos, *self.own.encode(row["prompt"])] if "prompt" in row else [bos]
+        answer = [*self.own.encode(row["completion"] if "prompt" in row else row["text"]), bos]
+        return prompt + answer, [0] * len(prompt) + [1] * len(answer)
+
+    def save(self, model: Any, out: Path) -> None:
+        checkpoint.save(out, model.model, self.own, self.about)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A causal language model of transformers."""
+
+    model: Any
+    tokenizer: Any
+    adapted: dict[str, Any]
+
+    @classmethod
+    def open(cls, source: Path) -> Folder:
+        """A folder as transformers saves it."""
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        adapted: dict[str, Any] = {"target_modules": "all-linear"}
+        if config.model_type == MODEL_TYPE:
+            adapted |= {"modules_to_save": ["latent"], "exclude_modules": r"latent\..*"}
+        return cls(AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer, adapted)
+
+    def rows(self, rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
+        if "messages" in rows[0] and not self.tokenizer.chat_template:
+            raise ValueError(
+                "this tokenizer has no chat template; put one into its tokenizer_config.json, or give prompts and "
+                "completions"
+            )
+        return list(rows)
+
+    def save(self, model: Any, out: Path) -> None:
+        model.save_pretrained(out)
+        self.tokenizer.save_pretrained(out)
+
+
+def masked_turns(tokenizer: Tokenizer, template: Template, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """(tokens, 1 for the assistant's and for what ends its turns) of a conversation, up to its last answer.
+
+    ValueError where its turns are in no order that the template can write.
+    """
+    ids, mask, written = [tokenizer.bos], [0], 0
+    for number, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        parts = template.parts(messages[:number])
+        answer = [(message.text, True), *template.closing()]
+        learned = 1 + int(template.end is not None or bool(template.closing()))
+        for pieces, counted in ((parts[written:], 0), (answer[:learned], 1), (answer[learned:], 0)):
+            new = turn_tokens(tokenizer, template, pieces)
+            ids += new
+            mask += [counted] * len(new)
+        written = len(parts) + len(answer)
+    return ids, mask

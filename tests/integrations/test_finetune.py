@@ -1,0 +1,212 @@
+"""lrt finetune: what is read, what is learned, what is written, and that the adapter serves."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("trl")
+from support.retrofits import awaken, plain
+from tokenizers import Tokenizer as Inner
+from tokenizers import models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, generate, load, save
+from lrt.cli.main import main
+from lrt.data.tokenizer import Tokenizer
+from lrt.inference.chat_template import TEMPLATES, Message, special_tokens, turn_tokens
+from lrt.inference.sampling import Sampling
+from lrt.integrations.finetune.adapter import load_adapted
+from lrt.integrations.finetune.chat_rows import read_rows
+from lrt.integrations.finetune.subjects import masked_turns
+from lrt.integrations.retrofit import retrofit
+
+ANSWERS = {"red": "the colour of a rose", "blue": "the colour of the sea", "green": "the colour of grass"}
+QUESTIONS = [f"what is {name} to you, number {n}" for n in range(8) for name in ANSWERS]
+SPECIAL = ["<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
+
+
+def answer(question: str) -> str:
+    return next(text for name, text in ANSWERS.items() if name in question)
+
+
+def chats(layout: str = "messages") -> list[dict]:
+    pairs = [(question, answer(question)) for question in QUESTIONS]
+    if layout == "messages":
+        return [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs
+        ]
+    if layout == "conversations":
+        return [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in pairs]
+    if layout == "prompt":
+        return [{"prompt": q + ": ", "completion": a} for q, a in pairs]
+    return [{"text": f"{q}: {a}"} for q, a in pairs]
+
+
+def write(path, records) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A checkpoint of a small LRT with a vocabulary for chats."""
+    folder = tmp_path_factory.mktemp("run") / "mine"
+    inner = Tokenizer.train([*QUESTIONS, *ANSWERS.values()], 320).inner
+    inner.add_special_tokens(SPECIAL)
+    tokenizer = Tokenizer(inner)
+    torch.manual_seed(0)
+    memory = MemoryConfig(source=(0, 2), combine="channels", initial="embedding")
+    config = ModelConfig(depth=2, width=32, heads=2, vocab_size=tokenizer.vocab_size, context=64, memory=memory)
+    save(folder, LatentRecurrentTransformer(config), tokenizer, {"schedule": "settled(0, 1, 1)"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A retrofitted Llama as transformers saves it."""
+    folder = tmp_path_factory.mktemp("llama") / "mine"
+    words = sorted({word for text in [*QUESTIONS, *(a for a in ANSWERS.values())] for word in text.split()} | {":"})
+    names = ["<pad>", "<unk>", "<eos>", *words][:60]
+    inner = Inner(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    awaken(retrofit(plain("llama", lively=False).float(), source=3), std=0.1).float().save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["messages", "conversations"])
+def test_layouts_of_chats_are_one(tmp_path, layout):
+    write(tmp_path / "a.jsonl", chats(layout))
+    assert read_rows([tmp_path / "a.jsonl"]) == chats("messages")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_run_learns_the_turns_that_it_is_served_with(run, name):
+    tokenizer = load(run)[1]
+    template = TEMPLATES[name]
+    if template.special - special_tokens(tokenizer).keys():
+        pytest.skip("the tokenizer has no such special tokens")
+    messages = [
+        Message("system", "be brief"), Message("user", "what is red"), Message("assistant", "a rose"),
+        Message("user", "and blue"), Message("assistant", "the sea"),
+    ]  # fmt: skip
+    ids, mask = masked_turns(tokenizer, template, messages)
+    prompt = turn_tokens(tokenizer, template, template.parts(messages[:-1]))
+    assert ids[: 1 + len(prompt)] == [tokenizer.bos, *prompt]  # as lrt chat asks for the last answer
+    learned = [i for i, counted in zip(ids, mask, strict=True) if counted]
+    end = turn_tokens(tokenizer, template, template.closing()[:1])
+    assert learned == [*tokenizer.encode("a rose"), *end, *tokenizer.encode("the sea"), *end]
+
+
+@pytest.mark.parametrize("layout", ["messages", "prompt", "text"])
+def test_a_run_is_fine_tuned_and_stays_a_run(run, tmp_path, capsys, layout):
+    file = write(tmp_path / "chat.jsonl", chats(layout))
+    out = tmp_path / "tuned"
+    main(["finetune", str(run), str(out), "--chat", file, "--steps", "12", "--lr", "3e-3", "--val", "0.2"])
+    before, after = live_losses(capsys.readouterr().out)
+    assert after < 0.9 * before
+    assert load(out)[0].config == load(run)[0].config
+    assert not list(tmp_path.glob(".tuned*"))
+
+
+def live_losses(text: str) -> tuple[float, float]:
+    before, after = text.split("held-out rows: ")[1].split(" nats")[0].split(" -> ")
+    return float(before), float(after)
+
+
+def test_an_adapter_of_a_run_serves(run, tmp_path, capsys):
+    file = write(tmp_path / "chat.jsonl", chats())
+    options = ["--lora", "8", "--steps", "30", "--lr", "5e-2"]
+    main(["finetune", str(run), str(tmp_path / "lora"), "--chat", file, *options])
+    before, after = live_losses(capsys.readouterr().out)
+    assert after < 0.95 * before
+    base, tokenizer = load(run)
+    adapted, _ = load_adapted(run, tmp_path / "lora", "cpu")
+    prompt = torch.tensor([[tokenizer.bos, *tokenizer.encode("what is red")]])
+    wanted = torch.stack([*generate(adapted, prompt, 8, Sampling(temperature=0))], 1)
+    assert not torch.equal(wanted, torch.stack([*generate(base, prompt, 8, Sampling(temperature=0))], 1))
+    main([
+        "sample", str(run), "--adapter", str(tmp_path / "lora"), "--prompt", "what is red", "--temperature", "0",
+        "--max-new-tokens", "8",
+    ])  # fmt: skip
+    assert tokenizer.decode(wanted[0].tolist()).split("<|")[0].strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_retrofitted_folder_is_fine_tuned(llama, tmp_path, capsys, lora):
+    file = write(tmp_path / "chat.jsonl", chats("prompt"))
+    out = tmp_path / "tuned"
+    options = ["--steps", "30", "--lr", "3e-2", "--lora", str(lora), "--val", "0.2"]
+    main(["finetune", str(llama), str(out), "--chat", file, *options])
+    before, after = live_losses(capsys.readouterr().out)
+    assert after < 0.9 * before
+    if lora:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama, dtype="auto"), out)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    ids = PreTrainedTokenizerFast.from_pretrained(out)("what is red to you", return_tensors="pt")["input_ids"]
+    assert torch.isfinite(model(ids).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "no record"),
+        ("{", "line 1 is no JSON"),
+        ("[1]", "line 1 is no object"),
+        ('{"question": "a"}', "has the fields question"),
+        ('{"messages": "a"}', "holds no list of turns"),
+        ('{"messages": [{"role": "bot", "content": "a"}]}', "a turn of 'bot'"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no turn of the assistant"),
+        ('{"prompt": "a", "completion": ""}', "no text in 'completion'"),
+        ('{"text": "a"}\n{"prompt": "a", "completion": "b"}', "several kinds"),
+        ('{"text": "a"}', "leave none to train on"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n' * 4, "turns that begin"),
+    ],
+)
+def test_wrong_rows_are_answered_in_a_sentence(run, tmp_path, capsys, lines, message):
+    (tmp_path / "chat.jsonl").write_text(lines)
+    with pytest.raises(SystemExit) as stopped:
+        main(["finetune", str(run), str(tmp_path / "out"), "--chat", str(tmp_path / "chat.jsonl")])
+    error = capsys.readouterr().err
+    assert (stopped.value.code, message in error) == (2, True), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lora", "-1"], "whole number from 0"),
+        (["--val", "1"], "a share between 0 and 1"),
+        (["--epochs", "0"], "above 0"),
+        (["--lr", "0"], "a rate above 0"),
+        (["--length", "2"], "at least 8"),
+        (["--template", "jinja"], "unknown template"),
+        (["--template", "chatml"], "needs the special tokens"),
+    ],
+)
+def test_wrong_options_are_answered_in_a_sentence(run, tmp_path, capsys, options, message):
+    file = write(tmp_path / "chat.jsonl", chats())
+    with pytest.raises(SystemExit) as stopped:
+        main(["finetune", str(run), str(tmp_path / "out"), "--chat", file, *options])
+    error = capsys.readouterr().err
+    assert (stopped.value.code, message in error) == (2, True), error
+
+
+def test_a_folder_without_a_chat_template_is_told_so(llama, tmp_path, capsys):
+    file = write(tmp_path / "chat.jsonl", chats())
+    with pytest.raises(SystemExit):
+        main(["finetune", str(llama), str(tmp_path / "out"), "--chat", file])
+    assert "has no chat template" in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_none_is_refused(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", str(run), "--adapter", str(tmp_path), "--max-new-tokens", "1"])
+    assert "is no adapter" in capsys.readouterr().err
