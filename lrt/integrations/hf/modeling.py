@@ -229,7 +229,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         if graded and scoring == "live":
             hidden = self._recur_graded(input_ids, attention_mask, position_ids)
             loss = None if labels is None else self._loss(hidden, input_ids, labels, attention_mask, position_ids)
-            if loss is not None and num_items_in_batch is not None:
+            if loss is not None and labels is not None and num_items_in_batch is not None:
                 loss = loss * count_labels(labels) / num_items_in_batch
         elif graded:
             hidden, loss = self._train(input_ids, attention_mask, position_ids, labels, num_items_in_batch)
@@ -278,7 +278,7 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         to, which is held fixed; zeros in padding."""
         rows = Unpadded.of(ids, mask, position_ids)
         tokens, lengths = rows.split(ids, 0), (rows.index >= 0).sum(1)
-        state = self.model.empty_state(*tokens.shape)
+        state = self.model.empty_state(tokens.shape[0], tokens.shape[1])
         settled = prefill(self.model, tokens, state, self.config.prefill, lengths).state
         hidden, _ = self.model(tokens, range(tokens.shape[1]), settled)
         return rows.join(hidden, ids.shape)
