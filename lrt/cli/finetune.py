@@ -62,9 +62,7 @@ class Finetune:
         if self.out.exists() and any(self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty; choose another folder")
         rows = read_rows(self.chat)
-        tuned = finetune(
-            open_subject(self.model, self.template), rows, self.out, config, choose_device(self.device)
-        )
+        tuned = finetune(open_subject(self.model, self.template), rows, self.out, config, choose_device(self.device))
         what = f"an adapter of rank {self.lora}" if self.lora else "all weights"
         print(f"{self.out}: {what}, {tuned.rows} rows")
         print(f"live, {tuned.held_out} held-out rows: {tuned.before:.4f} -> {tuned.after:.4f} nats per learned token")

@@ -146,6 +146,7 @@ BEGINNINGS = (
     "lrt.serve.server.create_server",
     "lrt.integrations.lm_eval.run_tasks",
     "lrt.integrations.retrofit.folder.AutoModelForCausalLM.from_pretrained",
+    "lrt.integrations.finetune.finetune.make_trainer",
 )
 """What no wrong flag may reach: a pass of a model, a tokenizer's training, timed rounds, a port that is listened on."""
 OUTPUTS = {"out", "results", "figure"}
@@ -184,15 +185,17 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         save(folder / name, LatentRecurrentTransformer(config), tokenizer, {"schedule": "interleaved(2)"})
     (folder / "study.yaml").write_text(STUDY)
     save_llama(folder / "llama")
+    (folder / "chat.jsonl").write_text('{"text": "a state"}\n' * 4)
     right = {
         "folder": "llama",
+        "chat": "chat.jsonl",
         "data": "data",
         "text": "text.txt",
         "study": "study.yaml",
         "tokenizer": "data/tokenizer.json",
     }
     return {name: folder / file for name, file in right.items()} | dict.fromkeys(
-        ("checkpoint", "checkpoints", "runs", "source"), folder / "checkpoint"
+        ("checkpoint", "checkpoints", "runs", "source", "model"), folder / "checkpoint"
     )
 
 

@@ -34,9 +34,7 @@ def answer(question: str) -> str:
 def chats(layout: str = "messages") -> list[dict]:
     pairs = [(question, answer(question)) for question in QUESTIONS]
     if layout == "messages":
-        return [
-            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs
-        ]
+        return [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs]
     if layout == "conversations":
         return [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in pairs]
     if layout == "prompt":
@@ -119,11 +117,14 @@ def live_losses(text: str) -> tuple[float, float]:
 
 
 def test_an_adapter_of_a_run_serves(run, tmp_path, capsys):
-    file = write(tmp_path / "chat.jsonl", chats())
-    options = ["--lora", "8", "--steps", "30", "--lr", "5e-2"]
-    main(["finetune", str(run), str(tmp_path / "lora"), "--chat", file, *options])
+    texts, file = write(tmp_path / "text.jsonl", chats("text")), write(tmp_path / "chat.jsonl", chats())
+    base_options = ["--steps", "40", "--lr", "1e-2", "--val", "0.2"]
+    main(["finetune", str(run), str(tmp_path / "base"), "--chat", texts, *base_options])  # adapters need a trained head
+    run = tmp_path / "base"
+    capsys.readouterr()
+    main(["finetune", str(run), str(tmp_path / "lora"), "--chat", file, "--lora", "8", "--steps", "30", "--lr", "2e-2"])
     before, after = live_losses(capsys.readouterr().out)
-    assert after < 0.95 * before
+    assert after < 0.8 * before
     base, tokenizer = load(run)
     adapted, _ = load_adapted(run, tmp_path / "lora", "cpu")
     prompt = torch.tensor([[tokenizer.bos, *tokenizer.encode("what is red")]])
@@ -143,7 +144,9 @@ def test_a_retrofitted_folder_is_fine_tuned(llama, tmp_path, capsys, lora):
     options = ["--steps", "30", "--lr", "3e-2", "--lora", str(lora), "--val", "0.2"]
     main(["finetune", str(llama), str(out), "--chat", file, *options])
     before, after = live_losses(capsys.readouterr().out)
-    assert after < 0.9 * before
+    assert (
+        after < (0.98 if lora else 0.9) * before
+    )  # around a head that is random and stays so, an adapter can do little
     if lora:
         from peft import PeftModel
 
