@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from lrt.integrations.finetune.subjects import Subject
 from lrt.utils import files
@@ -87,13 +88,14 @@ def finetune(
     before = live_loss(trainer)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.is_dir() else None)
     after = live_loss(trainer)
+    tuned: Any = trainer.model
     fresh = files.temporary_name(out)
     try:
         if config.lora:
-            trainer.model.save_pretrained(fresh)
+            tuned.save_pretrained(fresh)
             subject.tokenizer.save_pretrained(fresh)
         else:
-            subject.save(trainer.model, fresh)
+            subject.save(tuned, fresh)
         files.replace_folder(fresh, out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

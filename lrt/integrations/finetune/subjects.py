@@ -27,11 +27,18 @@ RUN_PROJECTIONS = ["query", "key", "value", "out", "up", "down"]
 class Subject(Protocol):
     """A model of transformers, and what belongs to it."""
 
-    model: Any
-    tokenizer: Any
-    """transformers' own."""
-    adapted: dict[str, Any]
-    """Fields of PEFT's LoraConfig: what adapters are put around, and what is trained whole beside them."""
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """transformers' own."""
+        ...
+
+    @property
+    def adapted(self) -> dict[str, Any]:
+        """Fields of PEFT's LoraConfig: what adapters are put around, and what is trained whole beside them."""
+        ...
 
     def rows(self, rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
         """What TRL takes for rows of `read_rows`."""
