@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("datasets")
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lrt.cli import verbs
 from lrt.cli.main import main
 from lrt.integrations.retrofit.architectures import ARCHITECTURES
 from lrt.integrations.retrofit.pathway_config import PathwayConfig
@@ -39,6 +41,13 @@ def test_the_page_runs(tmp_path, monkeypatch):
     done = runpy.run_path(str(program))
     assert done["model"].latent.gamma.abs().max() > 0  # it was trained
     assert (tmp_path / "retrofitted" / "again" / "modeling_lrt_retrofit.py").is_file()
+
+
+def test_the_commands_of_finetuning_are_commands():
+    lines = re.findall(r"^    lrt (.*?)(?: +#.*)?$", (PAGE.parent / "finetuning.md").read_text("utf-8"), re.MULTILINE)
+    assert len(lines) == 4
+    for line in lines:
+        verbs.parse(shlex.split(line))
 
 
 def test_the_page_names_every_model_and_every_field():

@@ -209,6 +209,15 @@ def test_a_folder_without_a_chat_template_is_told_so(llama, tmp_path, capsys):
     assert "has no chat template" in capsys.readouterr().err
 
 
+def test_one_checkpoint_alone_is_served_with_an_adapter(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", str(run), str(run), "--adapter", str(tmp_path), "--port", "0"])
+    assert "fits one checkpoint, 2 are given" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["serve", str(run), "--adapter", str(tmp_path), "--port", "0"])
+    assert "is no adapter" in capsys.readouterr().err
+
+
 def test_an_adapter_that_is_none_is_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["sample", str(run), "--adapter", str(tmp_path), "--max-new-tokens", "1"])
