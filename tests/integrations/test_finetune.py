@@ -11,6 +11,7 @@ from support.retrofits import awaken, plain
 from tokenizers import Tokenizer as Inner
 from tokenizers import models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl.trainer.sft_trainer import SFTTrainer
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, generate, load, save
 from lrt.cli.main import main
@@ -207,6 +208,29 @@ def test_a_folder_without_a_chat_template_is_told_so(llama, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["finetune", str(llama), str(tmp_path / "out"), "--chat", file])
     assert "has no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_interrupted_it_goes_on_from_the_last_epoch(run, tmp_path, monkeypatch, capsys, lora):
+    """The first call is stopped in its second epoch; the second trains that epoch alone, from what the first left."""
+    file, out, seen = write(tmp_path / "chat.jsonl", chats("text")), tmp_path / "tuned", []
+    command = ["finetune", str(run), str(out), "--chat", file, "--epochs", "2", "--lora", str(lora), "--val", "0.2"]
+    step = SFTTrainer.training_step
+
+    def counted(self, *arguments, **options):
+        seen.append(self.state.global_step)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", counted)
+    with pytest.raises(SystemExit, match="130"):
+        main(command)
+    assert not out.exists()
+    main(command)
+    assert seen == [0, 1, 2, 3, 3, 4, 5]  # three steps an epoch: the fourth was begun twice
+    assert out.exists()
+    assert not (tmp_path / ".tuned.finetune").exists()
 
 
 def test_one_checkpoint_alone_is_served_with_an_adapter(run, tmp_path, capsys):
