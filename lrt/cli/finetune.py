@@ -54,7 +54,7 @@ class Finetune:
         with extra("finetune", "finetune"):
             from lrt.integrations.finetune.chat_rows import read_rows
             from lrt.integrations.finetune.finetune import FinetuneConfig, finetune
-            from lrt.integrations.finetune.subjects import open_subject
+            from lrt.integrations.finetune.targets import open_target
         config = FinetuneConfig(
             self.lora, self.lr, self.epochs, self.steps, self.batch, self.accumulate, self.length, self.packing,
             self.val, self.seed,
@@ -62,7 +62,7 @@ class Finetune:
         if self.out.exists() and any(self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty; choose another folder")
         rows = read_rows(self.chat)
-        tuned = finetune(open_subject(self.model, self.template), rows, self.out, config, choose_device(self.device))
+        tuned = finetune(open_target(self.model, self.template), rows, self.out, config, choose_device(self.device))
         what = f"an adapter of rank {self.lora}" if self.lora else "all weights"
         print(f"{self.out}: {what}, {tuned.rows} rows")
         print(f"live, {tuned.held_out} held-out rows: {tuned.before:.4f} -> {tuned.after:.4f} nats per learned token")

@@ -20,8 +20,9 @@ from lrt.inference.chat_template import TEMPLATES, Message, special_tokens, turn
 from lrt.inference.sampling import Sampling
 from lrt.integrations.finetune.adapter import load_adapted
 from lrt.integrations.finetune.chat_rows import read_rows
-from lrt.integrations.finetune.subjects import masked_turns
+from lrt.integrations.finetune.targets import masked_turns
 from lrt.integrations.retrofit import retrofit
+from lrt.model import checkpoint
 
 ANSWERS = {"red": "the colour of a rose", "blue": "the colour of the sea", "green": "the colour of grass"}
 QUESTIONS = [f"what is {name} to you, number {n}" for n in range(8) for name in ANSWERS]
@@ -58,7 +59,8 @@ def run(tmp_path_factory):
     torch.manual_seed(0)
     memory = MemoryConfig(source=(0, 2), combine="channels", initial="embedding")
     config = ModelConfig(depth=2, width=32, heads=2, vocab_size=tokenizer.vocab_size, context=64, memory=memory)
-    save(folder, LatentRecurrentTransformer(config), tokenizer, {"schedule": "settled(0, 1, 1)"})
+    about = {"schedule": "settled(0, 1, 1)", "scores": {"live_bpb": 1.0}}
+    save(folder, LatentRecurrentTransformer(config), tokenizer, about)
     return folder
 
 
@@ -109,6 +111,7 @@ def test_a_run_is_fine_tuned_and_stays_a_run(run, tmp_path, capsys, layout):
     before, after = live_losses(capsys.readouterr().out)
     assert after < 0.9 * before
     assert load(out)[0].config == load(run)[0].config
+    assert checkpoint.about(out) == {"schedule": "settled(0, 1, 1)", "finetuned": True}  # and none of its old scores
     assert not list(tmp_path.glob(".tuned*"))
 
 
@@ -187,10 +190,10 @@ def test_wrong_rows_are_answered_in_a_sentence(run, tmp_path, capsys, lines, mes
     ("options", "message"),
     [
         (["--lora", "-1"], "whole number from 0"),
-        (["--val", "1"], "a share between 0 and 1"),
-        (["--epochs", "0"], "above 0"),
-        (["--lr", "0"], "a rate above 0"),
-        (["--length", "2"], "at least 8"),
+        (["--val", "1"], "val is 1.0; it must be"),
+        (["--epochs", "0"], "epochs is 0.0; it must be"),
+        (["--lr", "0"], "lr is 0.0; it must be"),
+        (["--length", "2"], "length is 2; it must be"),
         (["--template", "jinja"], "unknown template"),
         (["--template", "chatml"], "needs the special tokens"),
     ],

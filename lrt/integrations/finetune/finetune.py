@@ -16,12 +16,23 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from lrt.integrations.finetune.subjects import Subject
+from lrt.integrations.finetune.targets import FinetuneTarget
 from lrt.utils import files
+from lrt.utils.validation import Limits, check_numbers
 
 IGNORED = -100
 RATES = {True: 2e-4, False: 2e-5}
 """With adapters and without: what people begin with."""
+LIMITS = {
+    "lora": Limits(0, 65536, whole=True),
+    "lr": Limits(0, 1, above=True, optional=True),
+    "epochs": Limits(0, 1e6, above=True),
+    "steps": Limits(1, 2**31, whole=True, optional=True),
+    "batch": Limits(1, 2**20, whole=True),
+    "accumulate": Limits(1, 2**20, whole=True),
+    "length": Limits(8, 2**30, whole=True),
+    "val": Limits(0.0001, 0.9),
+}
 
 
 @dataclass(frozen=True)
@@ -51,16 +62,7 @@ class FinetuneConfig:
     """Decides which rows are held out, and their order."""
 
     def __post_init__(self) -> None:
-        for name, least in (("lora", 0), ("batch", 1), ("accumulate", 1), ("length", 8), ("steps", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; give at least {least}")
-        if not 0 < self.val < 1:
-            raise ValueError(f"val is {self.val}; give a share between 0 and 1")
-        if self.epochs <= 0:
-            raise ValueError(f"epochs is {self.epochs}; give a number above 0")
-        if self.lr is not None and not 0 < self.lr <= 1:
-            raise ValueError(f"lr is {self.lr}; give a rate above 0, at most 1")
+        check_numbers(self, LIMITS)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Finetuned:
 
 
 def finetune(
-    subject: Subject, rows: Sequence[dict[str, Any]], out: Path, config: FinetuneConfig, device: str = "cpu"
+    target: FinetuneTarget, rows: Sequence[dict[str, Any]], out: Path, config: FinetuneConfig, device: str = "cpu"
 ) -> Finetuned:
     """Fine-tune on rows of `read_rows` and write the model, or its adapter, to `out`, a new folder.
 
@@ -84,7 +86,7 @@ def finetune(
     """
     train, val = split_rows(rows, config)
     work = out.with_name(f".{out.name}.finetune")
-    trainer = make_trainer(subject, train, val, work, config, device)
+    trainer = make_trainer(target, train, val, work, config, device)
     before = live_loss(trainer)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.is_dir() else None)
     after = live_loss(trainer)
@@ -93,9 +95,9 @@ def finetune(
     try:
         if config.lora:
             tuned.save_pretrained(fresh)
-            subject.tokenizer.save_pretrained(fresh)
+            target.tokenizer.save_pretrained(fresh)
         else:
-            subject.save(tuned, fresh)
+            target.save(tuned, fresh)
         files.replace_folder(fresh, out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -116,7 +118,7 @@ def split_rows(
 
 
 def make_trainer(
-    subject: Subject,
+    target: FinetuneTarget,
     train: Sequence[dict[str, Any]],
     val: Sequence[dict[str, Any]],
     work: Path,
@@ -124,12 +126,12 @@ def make_trainer(
     device: str,
 ) -> SFTTrainer:
     """TRL's trainer, for the rows."""
-    model = subject.model
+    model = target.model
     if config.lora:
-        adapters = LoraConfig(r=config.lora, lora_alpha=2 * config.lora, task_type="CAUSAL_LM", **subject.adapted)
+        adapters = LoraConfig(r=config.lora, lora_alpha=2 * config.lora, task_type="CAUSAL_LM", **target.lora_fields)
         model = get_peft_model(model, adapters)
     chats = "messages" in train[0]
-    sets = [Dataset.from_list(subject.rows(part, config.length)) for part in (train, val)]
+    sets = [Dataset.from_list(target.rows(part, config.length)) for part in (train, val)]
     arguments = SFTConfig(
         output_dir=str(work),
         learning_rate=config.lr or RATES[config.lora > 0],
@@ -153,7 +155,7 @@ def make_trainer(
         use_cpu=device == "cpu",
     )
     return SFTTrainer(
-        model=model, args=arguments, train_dataset=sets[0], eval_dataset=sets[1], processing_class=subject.tokenizer
+        model=model, args=arguments, train_dataset=sets[0], eval_dataset=sets[1], processing_class=target.tokenizer
     )
 
 

@@ -168,10 +168,10 @@ class Recurrent(Decoder):
         apart = about.projection == "layerwise" or (self.training and is_checkpointing(self))
         reading = Reading.of(self.latent, memory, None if apart else about.readers(depth)[0])
         arguments = {**text, CACHE: cache, "use_cache": cache is not None, KEYWORD: reading}
-        result = None
+        output = None
         with remember(max(about.sources(depth)) if ends else None) as outputs:
-            result = self.stack(**arguments) if out is None else super().forward(**arguments, **out)
-        return result, self.memory_of(text, outputs)
+            output = self.stack(**arguments) if out is None else super().forward(**arguments, **out)
+        return output, self.memory_of(text, outputs)
 
     def memory_of(self, text: dict[str, Any], outputs: dict[int, Tensor]) -> Tensor:
         """(P, B, T, D), zeros for layers that have not run."""
@@ -197,10 +197,10 @@ class Recurrent(Decoder):
             memory = before.read(known, held)
             if known.shape[2] > 1 and any(self._sources):
                 memory = self._settle(text, before, memory, held, cache)
-        result, known = self.run_pass(text, memory, cache, out)
+        output, known = self.run_pass(text, memory, cache, out)
         if cache is not None:
             caches.append(cache, depth, known.detach(), before.real)
-        return result
+        return output
 
     def _settle(
         self, text: dict[str, Any], before: Predecessors, memory: Tensor, held: Tensor, cache: Cache | None

@@ -58,21 +58,21 @@ def run_full_passes(model: Any, text: dict[str, Any], out: dict[str, Any] | None
     before = predecessors(text, known.shape[1:3], known.new_zeros(known.shape[1], dtype=torch.bool))
     total = sum(p.loss_weight for p in passes)
     losses: list[Tensor] = []
-    result = None
+    output = None
     for number, p in enumerate(passes, 1):
         whole = p.loss_weight > 0 or number == len(passes)
         with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
             memory = before.read(with_embedding(model, text, known), nothing)
             check_checkpointing(model, memory)
-            result, known = model.run_pass(text, memory, None, out if whole else None, ends=not whole)
+            output, known = model.run_pass(text, memory, None, out if whole else None, ends=not whole)
         if p.detach_memory:
             known = known.detach()
         if p.loss_weight and out is not None and out["labels"] is not None:
-            losses.append(p.loss_weight / total * result.loss)
-    assert result is not None
+            losses.append(p.loss_weight / total * output.loss)
+    assert output is not None
     if losses:
-        result.loss = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
-    return result
+        output.loss = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+    return output
 
 
 def run_strided_passes(model: Any, rows: Unpadded, ids: Tensor, out: dict[str, Any], passes: Sequence[Pass]) -> Any:
@@ -84,7 +84,7 @@ def run_strided_passes(model: Any, rows: Unpadded, ids: Tensor, out: dict[str, A
     logits: Tensor | None = None
     losses: list[tuple[float, Tensor]] = []
     needed = last_writers(passes, tokens.shape[1])
-    result = None
+    output = None
     for number, p in enumerate(passes):
         slots.start(p)
         full = len(p.positions) == tokens.shape[1]
@@ -97,23 +97,23 @@ def run_strided_passes(model: Any, rows: Unpadded, ids: Tensor, out: dict[str, A
         with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
             read = with_embedding(model, {"input_ids": tokens}, known)
             memory = F.pad(read[:, :, :-1], (0, 0, 1, 0))[:, :, p.slice]  # that of the position before; none at first
-            result, new = model.run_pass(text, memory, slots, wanted, replaced_next(passes, number, tokens.shape[1]))
+            output, new = model.run_pass(text, memory, slots, wanted, replaced_next(passes, number, tokens.shape[1]))
             known = torch.slice_scatter(known, new, 2, p.start, p.stop, p.stride)
         if p.detach_memory:
             known = known.detach()
         if wanted is None:
             continue
         if number in needed:
-            whole = result.logits.new_zeros(*tokens.shape, result.logits.shape[-1]) if logits is None else logits
-            logits = torch.slice_scatter(whole, result.logits, 1, p.start, p.stop, p.stride)
+            whole = output.logits.new_zeros(*tokens.shape, output.logits.shape[-1]) if logits is None else logits
+            logits = torch.slice_scatter(whole, output.logits, 1, p.start, p.stop, p.stride)
         if labels is not None and p.loss_weight and bool((labels[:, p.slice] != IGNORED).any()):
-            losses.append((p.loss_weight, mean_nats(result.logits, labels[:, p.slice])))
-    assert result is not None
+            losses.append((p.loss_weight, mean_nats(output.logits, labels[:, p.slice])))
+    assert output is not None
     assert logits is not None
-    result.logits = rows.join(logits, ids.shape)
+    output.logits = rows.join(logits, ids.shape)
     if labels is not None:
-        result.loss = weighted_mean(losses, logits) * share_of_batch(labels, out.get("num_items_in_batch"))
-    return result
+        output.loss = weighted_mean(losses, logits) * share_of_batch(labels, out.get("num_items_in_batch"))
+    return output
 
 
 def with_embedding(model: Any, text: dict[str, Any], known: Tensor) -> Tensor:

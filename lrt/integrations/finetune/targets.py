@@ -24,7 +24,7 @@ RUN_PROJECTIONS = ["query", "key", "value", "out", "up", "down"]
 """Of an LRT's blocks: what adapters are put around."""
 
 
-class Subject(Protocol):
+class FinetuneTarget(Protocol):
     """A model of transformers, and what belongs to it."""
 
     @property
@@ -36,7 +36,7 @@ class Subject(Protocol):
         ...
 
     @property
-    def adapted(self) -> dict[str, Any]:
+    def lora_fields(self) -> dict[str, Any]:
         """Fields of PEFT's LoraConfig: what adapters are put around, and what is trained whole beside them."""
         ...
 
@@ -49,30 +49,30 @@ class Subject(Protocol):
         ...
 
 
-def open_subject(source: Path, template: str | None) -> Subject:
+def open_target(source: Path, template: str | None) -> FinetuneTarget:
     """A run, checkpoint or folder of transformers. ValueError, naming it, where it is none of them."""
     if (source / "config.json").is_file() and not (source / "manifest.json").exists():
         if template is not None:
             raise ValueError(
                 f"{source} is a folder of transformers, whose tokenizer has its own template; leave it out"
             )
-        return Folder.open(source)
-    return Run.open(source, template)
+        return TransformersTarget.open(source)
+    return LRTTarget.open(source, template)
 
 
 @dataclass(frozen=True)
-class Run:
+class LRTTarget:
     """An LRT, trained here."""
 
     model: Any
     tokenizer: Any
-    adapted: dict[str, Any]
+    lora_fields: dict[str, Any]
     own: Tokenizer
     template: Template
     about: dict[str, Any]
 
     @classmethod
-    def open(cls, source: Path, template: str | None) -> Run:
+    def open(cls, source: Path, template: str | None) -> LRTTarget:
         """A run's folder or a checkpoint's."""
         native, own = checkpoint.load(source)
         about = checkpoint.about(source)
@@ -97,28 +97,30 @@ class Run:
         return prompt + answer, [0] * len(prompt) + [1] * len(answer)
 
     def save(self, model: Any, out: Path) -> None:
-        checkpoint.save(out, model.model, self.own, self.about)
+        # Not the scores and counts of its training, which these weights have not got.
+        kept = {name: self.about[name] for name in ("schedule", "plugins") if name in self.about}
+        checkpoint.save(out, model.model, self.own, {**kept, "finetuned": True})
 
 
 @dataclass(frozen=True)
-class Folder:
+class TransformersTarget:
     """A causal language model of transformers."""
 
     model: Any
     tokenizer: Any
-    adapted: dict[str, Any]
+    lora_fields: dict[str, Any]
 
     @classmethod
-    def open(cls, source: Path) -> Folder:
+    def open(cls, source: Path) -> TransformersTarget:
         """A folder as transformers saves it."""
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        adapted: dict[str, Any] = {"target_modules": "all-linear"}
+        fields: dict[str, Any] = {"target_modules": "all-linear"}
         if config.model_type == MODEL_TYPE:
-            adapted |= {"modules_to_save": ["latent"], "exclude_modules": r"latent\..*"}
-        return cls(AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer, adapted)
+            fields |= {"modules_to_save": ["latent"], "exclude_modules": r"latent\..*"}
+        return cls(AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer, fields)
 
     def rows(self, rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
         if "messages" in rows[0] and not self.tokenizer.chat_template:
