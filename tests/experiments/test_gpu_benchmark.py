@@ -42,6 +42,7 @@ def read(out: Path) -> dict[str, Any]:
     return json.loads((out / "gpu.json").read_text(), parse_constant=refuse)
 
 
+@pytest.mark.slow
 def test_the_small_form_runs_every_section(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert gpu.main(["--out", str(tmp_path), *SMALL]) == 0
     written, printed = read(tmp_path), capsys.readouterr()

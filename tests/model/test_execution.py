@@ -88,6 +88,7 @@ def test_compiled_passes_equal_the_oracle():
 
 
 @compiles
+@pytest.mark.slow
 def test_a_mixture_is_compiled_once_and_without_graph_breaks():
     torch._dynamo.reset()
     counters.clear()
