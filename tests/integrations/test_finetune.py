@@ -1,6 +1,7 @@
 """lrt finetune: what is read, what is learned, what is written, and that the adapter serves."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl.trainer.sft_trainer import SFTTrainer
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, generate, load, save
+from lrt.cli.loading import load_model
 from lrt.cli.main import main
 from lrt.data.tokenizer import Tokenizer
 from lrt.inference.chat_template import TEMPLATES, Message, special_tokens, turn_tokens
@@ -23,6 +25,9 @@ from lrt.integrations.finetune.chat_rows import read_rows
 from lrt.integrations.finetune.targets import masked_turns
 from lrt.integrations.retrofit import retrofit
 from lrt.model import checkpoint
+from lrt.serve.config import Limits, Settings
+from lrt.serve.metrics import ServerMetrics
+from lrt.serve.models import load_served_model
 
 ANSWERS = {"red": "the colour of a rose", "blue": "the colour of the sea", "green": "the colour of grass"}
 QUESTIONS = [f"what is {name} to you, number {n}" for n in range(8) for name in ANSWERS]
@@ -139,6 +144,10 @@ def test_an_adapter_of_a_run_serves(run, tmp_path, capsys):
         "--max-new-tokens", "8",
     ])  # fmt: skip
     assert tokenizer.decode(wanted[0].tolist()).split("<|")[0].strip() in capsys.readouterr().out
+    load_one = partial(load_model, adapter=tmp_path / "lora")
+    served = load_served_model(run, "mine", Settings(), Limits(), ServerMetrics(), "cpu", load_one)
+    for name, weight in served.transformer.state_dict().items():
+        assert torch.equal(weight, adapted.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("lora", [0, 4])
