@@ -18,7 +18,7 @@ from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, generate,
 from lrt.cli.loading import load_model
 from lrt.cli.main import main
 from lrt.data.tokenizer import Tokenizer
-from lrt.inference.chat_template import TEMPLATES, Message, special_tokens, turn_tokens
+from lrt.inference.chat_template import TEMPLATES, Message, turn_tokens
 from lrt.inference.sampling import Sampling
 from lrt.integrations.finetune.adapter import load_adapted
 from lrt.integrations.finetune.chat_rows import read_rows
@@ -92,10 +92,9 @@ def test_layouts_of_chats_are_one(tmp_path, layout):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_run_learns_the_turns_that_it_is_served_with(run, name):
-    tokenizer = load(run)[1]
-    template = TEMPLATES[name]
-    if template.special - special_tokens(tokenizer).keys():
-        pytest.skip("the tokenizer has no such special tokens")
+    template, inner = TEMPLATES[name], Inner.from_str(load(run)[1].to_json())
+    inner.add_special_tokens(sorted(template.special))
+    tokenizer = Tokenizer(inner)
     messages = [
         Message("system", "be brief"), Message("user", "what is red"), Message("assistant", "a rose"),
         Message("user", "and blue"), Message("assistant", "the sea"),
@@ -239,7 +238,14 @@ def test_interrupted_it_goes_on_from_the_last_epoch(run, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit, match="130"):
         main(command)
     assert not out.exists()
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--seed", "1"])  # another one does not go on from these weights
+    assert "an interrupted fine-tuning with other seed" in capsys.readouterr().err
     main(command)
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert "is not empty" in capsys.readouterr().err
     assert seen == [0, 1, 2, 3, 3, 4, 5]  # three steps an epoch: the fourth was begun twice
     assert out.exists()
     assert not (tmp_path / ".tuned.finetune").exists()

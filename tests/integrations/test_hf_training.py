@@ -256,6 +256,29 @@ def test_live_in_training_is_live_with_the_gradients_of_its_last_pass():
         torch.testing.assert_close(gradient, results["schedule"][2][name], rtol=0, atol=1e-10, msg=name)
 
 
+def test_shares_of_a_batch_sum_to_it_live_too():
+    """Packed texts, whose first tokens nothing foretells, and a share without any label."""
+    model, _ = vivid()
+    model = model.double().train()
+    ids = torch.randint(3, 60, (3, 8), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat((torch.arange(3), torch.arange(5)))[None].expand(3, 8)
+    labels = ids.clone()
+    labels[2] = -100
+    for scoring in ("live", "schedule"):
+        model.config.schedule = "settled(0, 1, 1)"
+        whole = model(ids, position_ids=positions, labels=labels, scoring=scoring).loss
+        items = 2 * (2 + 4)  # targets: a text of n tokens has n - 1
+        parts = [
+            model(
+                ids[i : i + 1], position_ids=positions[:1], labels=labels[i : i + 1], scoring=scoring,
+                num_items_in_batch=items,
+            ).loss
+            for i in range(3)
+        ]  # fmt: skip
+        torch.testing.assert_close(torch.stack(parts).sum(), whole, rtol=0, atol=1e-10)
+        parts[2].backward()  # all zero, and no error
+
+
 def test_what_is_sampled_and_what_is_trained_have_equal_probabilities():
     """GRPO's importance ratio: of tokens as generate() drew them, and as the loss scores them in train()."""
     model, tokenizer = vivid()

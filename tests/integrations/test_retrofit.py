@@ -289,3 +289,66 @@ def test_a_cache_of_another_model_is_refused():
 def test_wrong_pathways_are_named(pathway, message):
     with pytest.raises(ValueError, match=message):
         retrofit(plain("llama"), **pathway)
+
+
+def count_passes(model, ids: Tensor) -> list[int]:
+    """How often each layer ran in a call."""
+    counts = [0] * DEPTH
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, n=number: counts.__setitem__(n, counts[n] + 1))
+    model(ids, use_cache=False)
+    return counts
+
+
+def test_passes_end_when_the_memory_has_settled(monkeypatch):
+    monkeypatch.setattr(modeling, "TOLERANCES", {"converged": 1e-5, "fast": 1e-3})
+    original, model = pair(source=2)
+    awaken(model, std=0.01)
+    ids = tokens(2, 24)
+    wanted = rows_of(Oracle(original, model), ids)
+    assert float((original(ids).logits - wanted).abs().max()) > 1e-2  # the memory matters
+    errors, passes = [], []
+    for mode in ("converged", "fast"):
+        other = copy.deepcopy(model)
+        other.config.latent_memory["prefill"] = mode
+        errors.append(float((other(ids).logits - wanted).abs().max()))
+        passes.append(count_passes(other, ids))
+    assert errors[0] < 1e-3
+    assert passes[1][0] < passes[0][0] < 12  # and not 24
+    assert all(counts[2] == 1 and counts[0] == counts[1] for counts in passes)  # above the source once, at the end
+
+
+@pytest.mark.parametrize("mode", ["converged", "fast"])
+def test_a_text_that_does_not_settle_is_read_token_by_token(monkeypatch, mode):
+    monkeypatch.setattr(modeling, "TOLERANCES", {"converged": 1e-5, "fast": 1e-3})
+    monkeypatch.setattr(modeling, "MOST_PASSES", 2)
+    model, oracle = awake(prefill=mode)
+    ids = tokens(2, T)
+    close(model(ids).logits, rows_of(oracle, ids))
+    cache = DynamicCache(config=model.config)
+    parts = [model(ids[:, a:b], **{CACHE: cache}).logits for a, b in ((0, 4), (4, T))]
+    close(torch.cat(parts, 1), rows_of(oracle, ids))
+
+
+def test_strided_passes_say_what_they_do_not_go_with():
+    model, _ = awake(schedule="strided(3, 2)")
+    ids = tokens(2, T)
+    with pytest.raises(ValueError, match="input_ids are needed"):
+        model.train()(inputs_embeds=model.get_input_embeddings()(ids))
+    with pytest.raises(ValueError, match="a loss of one's own"):
+        model.base_model(ids)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing computes whole texts"):
+        model(ids)
+
+
+def test_a_cache_of_other_rows_is_refused_and_one_in_training():
+    model, _ = awake()
+    cache = DynamicCache(config=model.config)
+    model(tokens(2, 3), **{CACHE: cache})
+    with pytest.raises(ValueError, match="holds 2 rows, the call has 1"):
+        model(tokens(1, 3), **{CACHE: cache})
+    with pytest.raises(ValueError, match="a cache holds no gradients"):
+        model.train()(tokens(2, 3), **{CACHE: cache})
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model.eval()(tokens(2, 3), attention_mask=torch.ones(2, 1, 3, 3))

@@ -158,7 +158,11 @@ def test_the_verb_writes_a_folder_that_computes_what_the_base_does(folder, tmp_p
     assert model.config.pathway.layers == (2, 3)
     assert "the embedding and the output of layer 3" in (out / "README.md").read_text()
     assert PreTrainedTokenizerFast.from_pretrained(out)("w5 w6")["input_ids"] == [5, 6]
-    main(["retrofit", str(folder), str(out)])  # an earlier one may be replaced
+    weights = (out / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        main(["retrofit", str(folder), str(out)])  # it may have been trained
+    assert "is not empty; choose another folder" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == weights
     with pytest.raises(SystemExit, match="2"):
         main(["retrofit", str(out), str(tmp_path / "twice")])
     assert "has a pathway already" in capsys.readouterr().err

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import random
 import shutil
 from collections.abc import Sequence
@@ -16,53 +19,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from lrt.integrations.finetune.options import FinetuneOptions, check_options
 from lrt.integrations.finetune.targets import FinetuneTarget
 from lrt.utils import files
-from lrt.utils.validation import Limits, check_numbers
 
 IGNORED = -100
+DEVICES = ("cpu", "cuda", "mps")
 RATES = {True: 2e-4, False: 2e-5}
 """With adapters and without: what people begin with."""
-LIMITS = {
-    "lora": Limits(0, 65536, whole=True),
-    "lr": Limits(0, 1, above=True, optional=True),
-    "epochs": Limits(0, 1e6, above=True),
-    "steps": Limits(1, 2**31, whole=True, optional=True),
-    "batch": Limits(1, 2**20, whole=True),
-    "accumulate": Limits(1, 2**20, whole=True),
-    "length": Limits(8, 2**30, whole=True),
-    "val": Limits(0.0001, 0.9),
-}
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """How a model is fine-tuned."""
-
-    lora: int = 0
-    """Rank of the adapters that are trained in place of the weights (LoRA); 0: all weights."""
-    lr: float | None = None
-    """The highest learning rate; it warms up over 3 % of the steps, and falls to zero. None: 2e-4 with adapters, 2e-5
-    without."""
-    epochs: float = 1.0
-    """How often every row is seen."""
-    steps: int | None = None
-    """Stop after so many steps, whatever `epochs` says."""
-    batch: int = 8
-    """Rows of a step on the device at a time."""
-    accumulate: int = 1
-    """Times that many are one step."""
-    length: int = 1024
-    """Tokens of a row at most; what is longer is cut."""
-    packing: bool = False
-    """Put several rows into one of `length`; they do not read each other."""
-    val: float = 0.05
-    """The share of the rows that is held out to be scored."""
-    seed: int = 0
-    """Decides which rows are held out, and their order."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, LIMITS)
 
 
 @dataclass(frozen=True)
@@ -78,17 +42,26 @@ class Finetuned:
 
 
 def finetune(
-    target: FinetuneTarget, rows: Sequence[dict[str, Any]], out: Path, config: FinetuneConfig, device: str = "cpu"
+    target: FinetuneTarget, rows: Sequence[dict[str, Any]], out: Path, config: FinetuneOptions, device: str = "cpu"
 ) -> Finetuned:
     """Fine-tune on rows of `read_rows` and write the model, or its adapter, to `out`, a new folder.
 
-    Interrupted, the same call goes on from the last epoch that was finished. ValueError for too few rows.
+    Interrupted, the same call goes on from the last epoch that was finished. ValueError for too few rows, where `out`
+    is not empty, and where another call was interrupted there.
     """
+    check_options(config)
+    if device not in DEVICES:
+        raise ValueError(
+            f"device is {device!r}; give one of {', '.join(DEVICES)}, and name a GPU by CUDA_VISIBLE_DEVICES"
+        )
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; choose another folder")
     train, val = split_rows(rows, config)
     work = out.with_name(f".{out.name}.finetune")
     trainer = make_trainer(target, train, val, work, config, device)
+    begin(work, request_of(target, rows, config))
     before = live_loss(trainer)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.is_dir() else None)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
     after = live_loss(trainer)
     tuned: Any = trainer.model
     fresh = files.temporary_name(out)
@@ -105,8 +78,29 @@ def finetune(
     return Finetuned(before, after, len(train), len(val))
 
 
+def request_of(target: FinetuneTarget, rows: Sequence[dict[str, Any]], options: FinetuneOptions) -> dict[str, Any]:
+    """What a fine-tuning is of: only its like may go on from where it was stopped."""
+    fields = [field.name for field in dataclasses.fields(FinetuneOptions)]
+    digest = hashlib.sha256(json.dumps(target.rows(rows, options.length), sort_keys=True).encode()).hexdigest()
+    return {"model": str(target.source.resolve()), "rows": digest, **{name: vars(options)[name] for name in fields}}
+
+
+def begin(work: Path, request: dict[str, Any]) -> None:
+    """Note what is begun. ValueError where the folder holds epochs of another fine-tuning."""
+    file = work / "request.json"
+    if file.is_file() and get_last_checkpoint(str(work)) is not None:
+        other = files.read_json(file)
+        if other != request:
+            differing = ", ".join(name for name in request if other.get(name) != request[name])
+            raise ValueError(
+                f"{work} holds an interrupted fine-tuning with other {differing}; repeat that, or remove it"
+            )
+    work.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(request), encoding="utf-8")
+
+
 def split_rows(
-    rows: Sequence[dict[str, Any]], config: FinetuneConfig
+    rows: Sequence[dict[str, Any]], config: FinetuneOptions
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows to train on, rows that are held out)."""
     held = max(1, round(config.val * len(rows)))
@@ -122,7 +116,7 @@ def make_trainer(
     train: Sequence[dict[str, Any]],
     val: Sequence[dict[str, Any]],
     work: Path,
-    config: FinetuneConfig,
+    config: FinetuneOptions,
     device: str,
 ) -> SFTTrainer:
     """TRL's trainer, for the rows."""

@@ -28,6 +28,11 @@ class FinetuneTarget(Protocol):
     """A model of transformers, and what belongs to it."""
 
     @property
+    def source(self) -> Path:
+        """The folder that it was read from."""
+        ...
+
+    @property
     def model(self) -> Any: ...
 
     @property
@@ -64,6 +69,7 @@ def open_target(source: Path, template: str | None) -> FinetuneTarget:
 class LRTTarget:
     """An LRT, trained here."""
 
+    source: Path
     model: Any
     tokenizer: Any
     lora_fields: dict[str, Any]
@@ -80,7 +86,7 @@ class LRTTarget:
         tokenizer = wrap_tokenizer(own, native.config.context)
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
         written = check_template(own, template or default_template(own))
-        return cls(model, tokenizer, {"target_modules": RUN_PROJECTIONS}, own, written, about)
+        return cls(source, model, tokenizer, {"target_modules": RUN_PROJECTIONS}, own, written, about)
 
     def rows(self, rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
         limit = min(length, self.model.config.model.context)
@@ -106,6 +112,7 @@ class LRTTarget:
 class TransformersTarget:
     """A causal language model of transformers."""
 
+    source: Path
     model: Any
     tokenizer: Any
     lora_fields: dict[str, Any]
@@ -120,7 +127,7 @@ class TransformersTarget:
         fields: dict[str, Any] = {"target_modules": "all-linear"}
         if config.model_type == MODEL_TYPE:
             fields |= {"modules_to_save": ["latent"], "exclude_modules": r"latent\..*"}
-        return cls(AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer, fields)
+        return cls(source, AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer, fields)
 
     def rows(self, rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
         if "messages" in rows[0] and not self.tokenizer.chat_template:

@@ -228,9 +228,11 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         graded = cache is None and (self.training or scoring == "schedule")
         if graded and scoring == "live":
             hidden = self._recur_graded(input_ids, attention_mask, position_ids)
-            loss = None if labels is None else self._loss(hidden, input_ids, labels, attention_mask, position_ids)
-            if loss is not None and labels is not None and num_items_in_batch is not None:
-                loss = loss * count_labels(labels) / num_items_in_batch
+            if labels is not None:
+                items = num_items_in_batch
+                loss = self._loss(hidden, input_ids, labels, attention_mask, position_ids, items)
+            else:
+                loss = None
         elif graded:
             hidden, loss = self._train(input_ids, attention_mask, position_ids, labels, num_items_in_batch)
         else:
@@ -284,15 +286,22 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         return rows.join(hidden, ids.shape)
 
     def _loss(
-        self, hidden: Tensor, ids: Tensor, labels: Tensor, mask: Tensor | None, position_ids: Tensor | None
+        self,
+        hidden: Tensor,
+        ids: Tensor,
+        labels: Tensor,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        items: Tensor | int | None = None,
     ) -> Tensor:
-        """Mean nats of the labels (B, T) under live hidden states (B, T, D); nothing foretells a text's first token."""
+        """Mean nats of the labels (B, T) under live hidden states (B, T, D); nothing foretells a text's first token.
+        `items`: how many there are in the accumulated batch of which these are a share."""
         new = None if mask is None else mask[:, -ids.shape[1] :]
         starts = position_ids if is_packed(ids, new, position_ids) else None
         rows = Unpadded.of(ids, new, starts)
         targets = shift_labels(rows.split(labels, HF_IGNORED))
         nats = token_nats(self.model, hidden.flatten(0, 1)[rows.index.clamp(min=0)], targets)
-        return nats.sum() / (targets != IGNORED).sum()
+        return nats.sum() / ((targets != IGNORED).sum() if items is None else items)
 
     def _train(
         self,
@@ -372,11 +381,6 @@ def shift_labels(labels: Tensor) -> Tensor:
     """Targets (B, T) from labels (B, T): the next one, IGNORED at the end and where transformers ignores."""
     targets = torch.cat((labels[:, 1:], labels.new_full((len(labels), 1), HF_IGNORED)), dim=1)
     return targets.masked_fill(targets == HF_IGNORED, IGNORED)
-
-
-def count_labels(labels: Tensor) -> Tensor:
-    """How many of labels (B, T) are foretold: not the first of a row, nor what transformers ignores."""
-    return (labels[:, 1:] != HF_IGNORED).sum()
 
 
 # transformers shifts the labels (for label smoothing) only for the models that this table names.

@@ -16,7 +16,6 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lrt.integrations.hf.remote_code import RemoteCode, write_code
-from lrt.integrations.retrofit.configuration import MODEL_TYPE
 from lrt.integrations.retrofit.convert import pathway_of, retrofit
 from lrt.integrations.retrofit.modeling import AFTER_SAVING
 from lrt.utils import files
@@ -64,10 +63,11 @@ AFTER_SAVING.append(write_own_code)
 def retrofit_folder(folder: Path, out: Path, /, **pathway: Any) -> Any:
     """Write the decoder in `folder`, with a neutral pathway (`retrofit`), to `out`. Returns the model.
 
-    `out` must be new or an earlier retrofit. ValueError where the decoder cannot have a pathway, or has no tokenizer.
+    `out` must be new or empty: an earlier retrofit there may have been trained. ValueError where it is not, where the
+    decoder cannot have a pathway, and where it has no tokenizer.
     """
-    if out.exists() and any(out.iterdir()) and not is_retrofit(out):
-        raise ValueError(f"{out} holds something that is no retrofitted model; choose another folder")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; choose another folder")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; give the folder of a decoder as transformers saves it")
     pathway_of(AutoConfig.from_pretrained(folder), pathway)  # before the weights are loaded
@@ -82,12 +82,6 @@ def retrofit_folder(folder: Path, out: Path, /, **pathway: Any) -> Any:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return model
-
-
-def is_retrofit(folder: Path) -> bool:
-    """Whether a folder is what `retrofit_folder` writes."""
-    file = folder / "config.json"
-    return file.is_file() and files.read_json(file).get("model_type") == MODEL_TYPE
 
 
 def read_tokenizer(folder: Path) -> Any:

@@ -128,7 +128,7 @@ class Recurrent(Decoder):
         """Take the pathway away, in place: the decoder that it was added to, as it is now. Returns the model."""
         config = self.config
         remove(self)
-        config.__class__, self.__class__ = type(config).__mro__[2], type(self).__mro__[2]
+        config.__class__, self.__class__ = type(config).__bases__[1], type(self).__bases__[1]
         config.architectures = [type(self).__name__]
         for name in ("base_model_type", "latent_memory", "model_type", "auto_map"):  # what config.json brought, too
             vars(config).pop(name, None)

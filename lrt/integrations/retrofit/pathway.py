@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrt.integrations.retrofit.architectures import ARCHITECTURES, Architecture, Layout
@@ -60,12 +59,6 @@ class Pathway(nn.Module):
         self.project = nn.ModuleList(ZeroLinear(width, 2 * rows) for _ in range(sets * channels))
         """U_k and U_v, the channels of the first set first."""
         self.gate = nn.ModuleList(ZeroLinear(width, channels * heads[0]) for _ in readers)
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Neutral."""
-        for parameter in self.parameters():
-            parameter.zero_()
 
     def forward(self, part: str, *arguments: Any) -> Any:
         """`residual`, `projected` or `gated`, in one call."""
@@ -164,6 +157,7 @@ def remember(last: int | None) -> Iterator[dict[int, Tensor]]:
             yield outputs.by_layer
     finally:
         OUTPUTS.reset(token)
+        READING.set(None)  # or the graph behind it would live until the next pass
 
 
 @dataclass(frozen=True)
@@ -252,7 +246,7 @@ def is_checkpointing(model: Any) -> bool:
     return any(layer.gradient_checkpointing for layer in decoder_layers(model))
 
 
-def attach(model: Any) -> list[RemovableHandle]:
+def attach(model: Any) -> None:
     """Give a model of a retrofitted class its pathway, and the hooks that reach it."""
     config, layers = model.config, decoder_layers(model)
     architecture, about = ARCHITECTURES[config.base_model_type], config.pathway
@@ -261,10 +255,9 @@ def attach(model: Any) -> list[RemovableHandle]:
     like = next(layers.parameters())
     model.latent = pathway.to(device=like.device, dtype=like.dtype)
     model.latent.train(model.training)
-    handles = [model.stack.register_forward_pre_hook(RequirePass(), with_kwargs=True)]
+    model.stack.register_forward_pre_hook(RequirePass(), with_kwargs=True)
     for number, layer in enumerate(layers, 1):
-        handles += hook_layer(layer, number, architecture, number in readers, number in sources)
-    return handles
+        hook_layer(layer, number, architecture, number in readers, number in sources)
 
 
 HOOKS = (RequirePass, AddResidual, TakeReading, AddKeyValue, Remember)
@@ -280,24 +273,21 @@ def remove(model: Any) -> None:
     del model.latent
 
 
-def hook_layer(
-    layer: nn.Module, number: int, architecture: Architecture, reads: bool, remembered: bool
-) -> list[RemovableHandle]:
+def hook_layer(layer: nn.Module, number: int, architecture: Architecture, reads: bool, remembered: bool) -> None:
     """The hooks of one decoder layer."""
     attention = layer.get_submodule(architecture.attention)
-    handles = [attention.register_forward_pre_hook(TakeReading(), with_kwargs=True)]
+    attention.register_forward_pre_hook(TakeReading(), with_kwargs=True)
     if reads:
-        handles.append(layer.register_forward_pre_hook(AddResidual(number), with_kwargs=True))
+        layer.register_forward_pre_hook(AddResidual(number), with_kwargs=True)
         for name in architecture.layout.projections:
             add = AddKeyValue(number, name, architecture.layout)
-            handles.append(attention.get_submodule(name).register_forward_hook(add))
+            attention.get_submodule(name).register_forward_hook(add)
     if remembered:
-        handles.append(layer.register_forward_hook(Remember(number)))
-    return handles
+        layer.register_forward_hook(Remember(number))
 
 
 def head_shape(config: Any) -> tuple[int, int]:
-    """(G, K) of a decoder's configuration."""
+    """(G, K) of a decoder's configuration. transformers writes the two only where they differ from what H gives."""
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return getattr(config, "num_key_value_heads", None) or heads, size
