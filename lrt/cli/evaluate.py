@@ -196,15 +196,18 @@ class Report:
 
     runs: tyro.conf.Positional[Paths]
     """Folders of runs: what `lrt diagnose` and `lrt evaluate --core` found there is shown. And results of studies,
-    STUDY.EDITION.jsonl: their tables and figures."""
+    STUDY.EDITION.jsonl: their tables and figures; and folders of `lrt finetune --controls`."""
     out: Path = Path("report.html")
     """File to write."""
 
     def run(self) -> None:
         from lrt.eval.report.page import report  # loads matplotlib
         from lrt.experiments.studies.report_section import section
+        from lrt.integrations.finetune import comparison
 
         results = [path for path in self.runs if path.suffix == ".jsonl"]
-        folders = [path for path in self.runs if path.suffix != ".jsonl"]
-        report(self.out, folders, [section(path) for path in results])
+        compared = [path for path in self.runs if (path / comparison.FILE).is_file()]
+        folders = [path for path in self.runs if path not in (*results, *compared)]
+        sections = [section(path) for path in results] + [comparison.section(path) for path in compared]
+        report(self.out, folders, sections)
         print(f"{self.out}: {self.out.stat().st_size / 1e6:.2f} MB")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
+from rich.console import Console
 
 from lrt.cli.options import Paths
 from lrt.integrations.finetune.options import FinetuneOptions, check_options
@@ -28,17 +30,28 @@ class Finetune(FinetuneOptions):
     """JSON lines with messages (OpenAI's), conversations (ShareGPT's), prompt and completion, or text."""
     template: str | None = None
     """How a run's chats are written: nanochat, chatml, plain. None: what its tokenizer is made for."""
+    controls: tuple[Literal["tokens", "wall_clock"], ...] = ()
+    """Of a retrofitted model: train it on the same rows also without its pathway, and with the previous embedding
+    alone, for as many tokens, as much time, or both, and print what each came to. OUT then holds a folder for each."""
     device: str = "auto"
     """auto, cpu, cuda, mps; of several GPUs CUDA_VISIBLE_DEVICES names the one."""
 
     def run(self) -> None:
         with extra("finetune", "finetune"):
             from lrt.integrations.finetune.chat_rows import read_rows
+            from lrt.integrations.finetune.comparison import NOTE, comparison_table
+            from lrt.integrations.finetune.controls import train_with_controls
             from lrt.integrations.finetune.finetune import finetune
             from lrt.integrations.finetune.targets import open_target
         check_options(self)
-        rows = read_rows(self.chat)
-        tuned = finetune(open_target(self.model, self.template), rows, self.out, self, choose_device(self.device))
-        what = f"an adapter of rank {self.lora}" if self.lora else "all weights"
-        print(f"{self.out}: {what}, {tuned.rows} rows")
-        print(f"live, {tuned.held_out} held-out rows: {tuned.before:.4f} -> {tuned.after:.4f} nats per learned token")
+        rows, target, device = read_rows(self.chat), open_target(self.model, self.template), choose_device(self.device)
+        if self.controls:
+            lines = train_with_controls(target, rows, self.out, self, device, self.controls)
+            Console().print(comparison_table(lines).rich())
+            print(f"{NOTE}\n`lrt report {self.out}` makes a page of it")
+            return
+        tuned = finetune(target, rows, self.out, self, device)
+        what = f"an adapter of rank {self.lora}" if self.lora else "the pathway" if self.freeze else "all weights"
+        print(f"{self.out}: {what}, {tuned.rows} rows, {tuned.tokens:,} tokens, {tuned.seconds:.0f} s")
+        scores = f"{tuned.before.mean:.4f} -> {tuned.after.mean:.4f} nats per learned token"
+        print(f"live, {len(tuned.after.tokens)} held-out rows: {scores}")

@@ -9,7 +9,16 @@ import torch
 from lrt.data.tokenizer import Tokenizer
 from lrt.model import checkpoint
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils.files import read_json
 from lrt.utils.imports import extra
+
+RETROFITTED = "lrt_retrofit"
+"""The model_type of retrofitted folders; what defines it imports transformers, which is an extra."""
+
+
+def is_retrofitted(folder: Path) -> bool:
+    """Whether it is a folder of transformers that `lrt retrofit` made."""
+    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == RETROFITTED
 
 
 def load_model(

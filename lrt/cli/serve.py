@@ -14,11 +14,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lrt.cli.loading import load_model
+from lrt.cli.loading import is_retrofitted, load_model
 from lrt.serve.config import Limits
 from lrt.utils.device import choose_device
 from lrt.utils.imports import extra
 
+TRANSFORMERS_TAKES = ("checkpoints", "host", "port", "open", "device")
+"""What holds for a retrofitted folder too, for which transformers' own server answers."""
 SWITCH_SECONDS = 5e-5
 """How long a thread keeps the interpreter when another waits for it; Python's own default is a hundred times that.
 
@@ -35,7 +37,8 @@ class Serve:
     """
 
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]
-    """Checkpoint folders, or runs'. Several are served by their names, and can be compared on the page."""
+    """Checkpoint folders, or runs'. Several are served by their names, and can be compared on the page. Or one
+    retrofitted folder, which transformers' own server answers for, without a page."""
     adapter: Path | None = None
     """An adapter of `lrt finetune --lora`, made for the one checkpoint that is served."""
     names: tuple[str, ...] = ()
@@ -67,6 +70,9 @@ class Serve:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
+        if retrofitted := [folder for folder in self.checkpoints if is_retrofitted(folder)]:
+            self.serve_retrofitted(retrofitted[0])
+            return
         with extra("serve", "serve"):
             from lrt.serve.app import create_app
             from lrt.serve.config import Settings
@@ -81,14 +87,10 @@ class Serve:
             raise ValueError(f"rows is {self.rows}; it must be at least 1")
         if self.prefixes < 0:
             raise ValueError(f"prefixes is {self.prefixes}; give 0 (keep none) or more megabytes")
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"port is {self.port}; it must be 0 to 65535")
+        self.check_port()
         token = None if self.token_file is None else read_token(self.token_file)
         private = is_loopback(self.host)
-        if not private and token is None and (not self.open):
-            raise ValueError(
-                f"{self.host} can be reached from other machines; give --token-file FILE, or --open to serve anybody"
-            )
+        self.check_reach("give --token-file FILE, or --open to serve anybody")
         names, metrics, device = model_names(self.checkpoints, self.names), ServerMetrics(), choose_device(self.device)
         settings = Settings(self.rows, self.prefill, self.mode, self.prefixes * 10**6, self.template)
         load = partial(load_model, adapter=self.adapter)
@@ -112,6 +114,34 @@ class Serve:
             server.run()
         if not server.started:
             raise ValueError(f"cannot listen on {self.host} port {self.port}; choose another with --port")
+
+    def check_port(self) -> None:
+        """ValueError where it is none."""
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port is {self.port}; it must be 0 to 65535")
+
+    def check_reach(self, answer: str) -> None:
+        """ValueError, with what to do, where anybody could reach the server and that was not asked for."""
+        if not (is_loopback(self.host) or self.token_file or self.open):
+            raise ValueError(f"{self.host} can be reached from other machines; {answer}")
+
+    def serve_retrofitted(self, folder: Path) -> None:
+        """Serve a retrofitted folder by transformers' own server."""
+        fields = [field for field in dataclasses.fields(self) if field.name not in TRANSFORMERS_TAKES]
+        plain = Serve(self.checkpoints)
+        set_here = [field.name for field in fields if vars(self)[field.name] != vars(plain)[field.name]]
+        if len(self.checkpoints) > 1 or set_here:
+            what = ", ".join(set_here) or "other models beside it"
+            raise ValueError(
+                f"{folder} is a retrofitted folder, which transformers' own server answers for; it takes no {what}: "
+                "leave that out"
+            )
+        self.check_port()
+        self.check_reach("transformers' server knows no token: give --open to serve anybody")
+        with extra("hf", "serve"):
+            from lrt.integrations.retrofit.serving import serve_folder
+        print(f"{folder}: http://{self.host}:{self.port}/v1, by transformers' server", flush=True)
+        serve_folder(folder, self.host, self.port, choose_device(self.device))
 
 
 def is_loopback(host: str) -> bool:

@@ -34,8 +34,9 @@ def make_model(folder: Path) -> None:
 def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "models" / "mine")
-    (command,) = re.findall(r"```bash\nlrt (.*)\n```", TEXT)
+    command, serve = re.findall(r"```bash\nlrt (.*)\n```", TEXT)
     main(command.split())
+    verbs.parse(shlex.split(serve))  # tests/integrations/test_retrofit_serving.py runs it
     program = tmp_path / "page.py"
     program.write_text("\n".join(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)), encoding="utf-8")
     done = runpy.run_path(str(program))
@@ -45,7 +46,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
 
 def test_the_commands_of_finetuning_are_commands():
     lines = re.findall(r"^    lrt (.*?)(?: +#.*)?$", (PAGE.parent / "finetuning.md").read_text("utf-8"), re.MULTILINE)
-    assert len(lines) == 4
+    assert len(lines) == 6
     for line in lines:
         verbs.parse(shlex.split(line))
 

@@ -1,5 +1,6 @@
 """lrt finetune: what is read, what is learned, what is written, and that the adapter serves."""
 
+import copy
 import json
 from functools import partial
 
@@ -20,8 +21,11 @@ from lrt.cli.main import main
 from lrt.data.tokenizer import Tokenizer
 from lrt.inference.chat_template import TEMPLATES, Message, turn_tokens
 from lrt.inference.sampling import Sampling
+from lrt.integrations.finetune import comparison
 from lrt.integrations.finetune.adapter import load_adapted
 from lrt.integrations.finetune.chat_rows import read_rows
+from lrt.integrations.finetune.comparison import PATHWAY, PLAIN, SHIFT, difference
+from lrt.integrations.finetune.finetune import make_optimiser
 from lrt.integrations.finetune.targets import masked_turns
 from lrt.integrations.retrofit import retrofit
 from lrt.model import checkpoint
@@ -264,3 +268,129 @@ def test_an_adapter_that_is_none_is_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["sample", str(run), "--adapter", str(tmp_path), "--max-new-tokens", "1"])
     assert "is no adapter" in capsys.readouterr().err
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+
+
+def assert_equal_weights(folder, other):
+    one, two = weights(folder), weights(other)
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, two[name]), name
+
+
+@pytest.fixture(scope="module")
+def compared(llama, tmp_path_factory):
+    """(folder, command) of a comparison in equal tokens and in equal time."""
+    folder = tmp_path_factory.mktemp("controls")
+    file = write(folder / "chat.jsonl", chats("prompt"))
+    command = ["finetune", str(llama), str(folder / "out"), "--chat", file, "--steps", "4", "--lr", "1e-2"]
+    command += ["--val", "0.2", "--controls", "tokens", "wall_clock"]
+    main(command)
+    return folder / "out", command
+
+
+def test_controls_are_what_training_alone_gives(llama, compared, tmp_path):
+    """Each is bit for bit the model that the same rows make of the same decoder by itself."""
+    out, command = compared
+    alone = command[: command.index("--controls")]
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype="auto").detach()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
+    shifted = retrofit(copy.deepcopy(base), source=0, schedule="plain()")
+    for name, model in ((PATHWAY, None), (PLAIN, base), (SHIFT, shifted)):
+        source, trained = llama, tmp_path / name
+        if model is not None:
+            source = tmp_path / f"{name}-base"
+            model.save_pretrained(source)
+            tokenizer.save_pretrained(source)
+        main([alone[0], str(source), str(trained), *alone[3:]])
+        assert_equal_weights(out / name.replace(" ", "-"), trained)
+
+
+def test_controls_are_compared(compared, tmp_path, capsys):
+    out, _ = compared
+    lines = {(line["model"], line["equal"]): line for line in comparison.read_lines(out)}
+    assert list(lines) == [
+        (PATHWAY, "tokens"), (SHIFT, "tokens"), (PLAIN, "tokens"), (SHIFT, "wall_clock"), (PLAIN, "wall_clock")
+    ]  # fmt: skip
+    assert len({line["tokens"] for (_, equal), line in lines.items() if equal == "tokens"}) == 1
+    assert lines[SHIFT, "tokens"]["before"] == pytest.approx(lines[PLAIN, "tokens"]["before"], abs=1e-5)  # neutral
+    for name in (SHIFT, PLAIN):
+        line = lines[name, "wall_clock"]
+        assert line["steps"] == max(1, round(4 * line["steps_over_pathway"]))
+    assert (out / "plain-in-equal-time" / "config.json").is_file()
+    capsys.readouterr()
+    main(["report", str(out), "--out", str(tmp_path / "report.html")])
+    page = (tmp_path / "report.html").read_text()
+    for line in lines.values():
+        assert f"{comparison.mean_nats(line):.4f}" in page
+
+
+def test_an_interrupted_comparison_goes_on(compared, capsys):
+    """Killed behind the second model's folder, before its line: that one is trained again, the first is not."""
+    out, command = compared
+    lines = (out / comparison.FILE).read_text().splitlines(keepends=True)
+    (out / comparison.FILE).write_text("".join([*lines[:1], *lines[2:]]))
+    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.is_dir()}
+    main(command)
+    assert "token shift, equal tokens" in capsys.readouterr().out
+    again = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.is_dir()}
+    assert [name for name in times if again[name] != times[name]] == ["token-shift"]
+    assert json.loads((out / comparison.FILE).read_text().splitlines()[-1])["nats"] == json.loads(lines[1])["nats"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--seed", "1"])
+    assert "holds no comparison of this model, rows and settings" in capsys.readouterr().err
+
+
+def test_the_interval_of_a_difference_is_of_rows():
+    """Two rows, of which one gained 2 nats and one nothing: drawn anew, both may be the one or the other."""
+    one, two = ({"nats": nats, "learned": [10, 10]} for nats in ([8.0, 5.0], [10.0, 5.0]))
+    assert difference(one, two) == pytest.approx((-0.1, -0.2, 0.0))
+    assert difference(one, {"nats": [1.0, 1.0], "learned": [10, 9]}) is None
+
+
+def test_a_frozen_decoder_stays_as_it_was(llama, tmp_path, capsys):
+    file = write(tmp_path / "chat.jsonl", chats("prompt"))
+    out = tmp_path / "tuned"
+    main(["finetune", str(llama), str(out), "--chat", file, "--steps", "4", "--freeze", "--lr", "1e-2"])
+    assert "the pathway, " in capsys.readouterr().out
+    before, after = weights(llama), weights(out)
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert changed
+    assert all(name.startswith("latent.") for name in changed)
+
+
+def test_a_pathway_has_a_rate_of_its_own(llama):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    old, new = make_optimiser(model, 1e-3, 50.0).param_groups
+    assert (old["lr"], new["lr"]) == pytest.approx((1e-3, 5e-2))
+    assert {id(p) for p in new["params"]} == {id(p) for p in model.latent.parameters()}
+    assert len(old["params"]) + len(new["params"]) == len([*model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("run", ["--controls", "tokens"], "controls are of retrofitted models"),
+        ("run", ["--freeze"], "freeze and pathway_rate are for retrofitted models"),
+        ("run", ["--pathway-rate", "3"], "freeze and pathway_rate are for retrofitted models"),
+        ("llama", ["--pathway-rate", "0"], "pathway_rate is 0.0; it must be"),
+        ("llama", ["--freeze", "--lora", "2"], "leave one of them out"),
+        ("llama", ["--freeze", "--controls", "tokens"], "has then nothing to train"),
+        ("shift", ["--controls", "tokens"], "which is the control"),
+    ],
+)
+def test_what_fits_no_pathway_is_answered_in_a_sentence(request, llama, tmp_path, capsys, source, options, message):
+    folder = tmp_path / "shift"
+    if source == "shift":
+        retrofit(AutoModelForCausalLM.from_pretrained(llama).detach(), source=0).save_pretrained(folder)
+        PreTrainedTokenizerFast.from_pretrained(llama).save_pretrained(folder)
+    else:
+        folder = request.getfixturevalue(source)
+    file = write(tmp_path / "chat.jsonl", chats("prompt"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["finetune", str(folder), str(tmp_path / "out"), "--chat", file, *options])
+    error = capsys.readouterr().err
+    assert (stopped.value.code, message in error) == (2, True), error

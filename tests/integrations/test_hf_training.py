@@ -11,13 +11,19 @@ pytest.importorskip("peft")
 pytest.importorskip("trl")
 from datasets import Dataset as Rows
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, score
 from lrt.data.tokenizer import Tokenizer
-from lrt.integrations.hf import LRTForCausalLM
+from lrt.integrations.hf import LRTForCausalLM, ScheduleCallback
 from lrt.integrations.hf.export import prepend_bos, wrap_model, wrap_tokenizer
 
 TEXTS = [f"the state of token {i} is what token {i + 1} remembers" for i in range(40)]
@@ -52,6 +58,30 @@ def arguments(kind, folder, **more):
         output_dir=str(folder), max_steps=12, per_device_train_batch_size=4, gradient_accumulation_steps=2,
         learning_rate=1e-2, logging_steps=4, save_strategy="no", report_to=[], use_cpu=True, **more,
     )  # fmt: skip
+
+
+def test_stages_follow_the_training(tmp_path):
+    """The first half of the steps is plain: as if the schedule had been plain, and the learning rate the same."""
+    ids = [TOKENIZER.encode(text) for text in TEXTS]
+
+    class Half(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step == 6
+
+    def trained(schedule: str, *callbacks) -> dict:
+        model, fast = make()
+        model.config.schedule = schedule
+        collator = DataCollatorForLanguageModeling(fast, mlm=False)
+        Trainer(
+            model=model, args=arguments(TrainingArguments, tmp_path), data_collator=collator,
+            train_dataset=Rows.from_dict({"input_ids": ids}), callbacks=[Half(), *callbacks],
+        ).train()  # fmt: skip
+        return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    stages = "stages([(0.5, plain()), (0.5, settled(0, 1, 1))])"
+    plain, followed, alone = trained("plain()"), trained(stages, ScheduleCallback()), trained(stages)
+    assert all(torch.equal(weight, plain[name]) for name, weight in followed.items())
+    assert any(not torch.equal(weight, plain[name]) for name, weight in alone.items())
 
 
 def test_trainer(tmp_path):

@@ -9,12 +9,15 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("trl")
 from datasets import Dataset as Rows
+from peft import LoraConfig, get_peft_model
 from support.retrofits import DEPTH, V, awaken, plain, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from lrt.integrations.hf import ScheduleCallback
+from lrt.integrations.hf.schedule_step import FollowsSchedule
 from lrt.integrations.retrofit import retrofit
 
 TEXTS = [" ".join(f"w{3 + (7 * i + j * j) % (V - 3)}" for j in range(10)) for i in range(24)]
@@ -56,6 +59,29 @@ def test_trainer_lowers_the_live_loss(tmp_path, schedule):
     rows = Rows.from_dict({"input_ids": ids, "labels": ids})
     Trainer(model=model, args=arguments(TrainingArguments, tmp_path), train_dataset=rows).train()
     assert live_loss(model) < 0.9 * before
+
+
+def test_stages_follow_the_training(tmp_path, monkeypatch):
+    """Two steps of each stage, also inside an adapter; behind the training the last stage, as before it."""
+    served = []
+    drawn = FollowsSchedule.schedule_now
+
+    def noted(self, schedule):
+        served.append(repr(drawn(self, schedule)))
+        return drawn(self, schedule)
+
+    monkeypatch.setattr(FollowsSchedule, "schedule_now", noted)
+    model = made(schedule="stages([(0.5, plain()), (0.5, settled(0, 1, 1))])")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    ids = tokenizer()(TEXTS)["input_ids"]
+    Trainer(
+        model=adapted, args=arguments(TrainingArguments, tmp_path, max_steps=4),
+        train_dataset=Rows.from_dict({"input_ids": ids, "labels": ids}), callbacks=[ScheduleCallback()],
+    ).train()  # fmt: skip
+    assert served == ["plain()", "plain()", "settled(0, 1, 1)", "settled(0, 1, 1)"]
+    rows = torch.tensor(ids[:2])
+    adapted.train()(input_ids=rows, labels=rows)
+    assert served[4:] == ["settled(0, 1, 1)"]
 
 
 @pytest.mark.parametrize("scoring", ["auto", "live"])

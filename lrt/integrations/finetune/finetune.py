@@ -15,30 +15,54 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from lrt.integrations.finetune.options import FinetuneOptions, check_options
 from lrt.integrations.finetune.targets import FinetuneTarget
+from lrt.integrations.hf.schedule_callback import ScheduleCallback
 from lrt.utils import files
 
 IGNORED = -100
 DEVICES = ("cpu", "cuda", "mps")
 RATES = {True: 2e-4, False: 2e-5}
 """With adapters and without: what people begin with."""
+PATHWAY_RATE = 10.0
+"""Of a new pathway, over the others' rate."""
+PATHWAY = "latent."
+"""In the names of a pathway's parameters, whatever stands around the model."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the held-out rows cost, live."""
+
+    nats: tuple[float, ...]
+    """Of each row's learned tokens, in sum."""
+    tokens: tuple[int, ...]
+    """How many a row has."""
+
+    @property
+    def mean(self) -> float:
+        """Nats per learned token."""
+        return sum(self.nats) / sum(self.tokens)
 
 
 @dataclass(frozen=True)
 class Finetuned:
     """What came of it."""
 
-    before: float
-    """Nats per learned token of the held-out rows, live, before training."""
-    after: float
-    """After it."""
+    before: HeldOut
+    after: HeldOut
     rows: int
-    held_out: int
+    """Trained on; packed, as they came to be."""
+    steps: int
+    tokens: int
+    """Seen in training, padding not counted."""
+    seconds: float
+    """Of training, and of what was trained before an interruption."""
 
 
 def finetune(
@@ -50,6 +74,7 @@ def finetune(
     is not empty, and where another call was interrupted there.
     """
     check_options(config)
+    check_pathway(target, config)
     if device not in DEVICES:
         raise ValueError(
             f"device is {device!r}; give one of {', '.join(DEVICES)}, and name a GPU by CUDA_VISIBLE_DEVICES"
@@ -60,9 +85,9 @@ def finetune(
     work = out.with_name(f".{out.name}.finetune")
     trainer = make_trainer(target, train, val, work, config, device)
     begin(work, request_of(target, rows, config))
-    before = live_loss(trainer)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
-    after = live_loss(trainer)
+    before = live_nats(trainer)
+    trained = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    after = live_nats(trainer)
     tuned: Any = trainer.model
     fresh = files.temporary_name(out)
     try:
@@ -75,7 +100,21 @@ def finetune(
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(work, ignore_errors=True)
-    return Finetuned(before, after, len(train), len(val))
+    metrics, state = trained.metrics, trainer.state
+    return Finetuned(
+        before, after, len(train), state.global_step, state.num_input_tokens_seen, metrics["train_runtime"]
+    )
+
+
+def check_pathway(target: FinetuneTarget, config: FinetuneOptions) -> None:
+    """ValueError where what is asked of a pathway does not go with the model, or with adapters."""
+    if config.freeze and config.lora:
+        raise ValueError("freeze trains the pathway alone, and lora adapters of all else; leave one of them out")
+    if (config.freeze or config.pathway_rate is not None) and not target.has_pathway:
+        raise ValueError(
+            f"freeze and pathway_rate are for retrofitted models, and {target.source} is none; `lrt retrofit` adds a "
+            "pathway"
+        )
 
 
 def request_of(target: FinetuneTarget, rows: Sequence[dict[str, Any]], options: FinetuneOptions) -> dict[str, Any]:
@@ -121,14 +160,18 @@ def make_trainer(
 ) -> SFTTrainer:
     """TRL's trainer, for the rows."""
     model = target.model
+    if config.freeze:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(PATHWAY in name)
     if config.lora:
         adapters = LoraConfig(r=config.lora, lora_alpha=2 * config.lora, task_type="CAUSAL_LM", **target.lora_fields)
         model = get_peft_model(model, adapters)
     chats = "messages" in train[0]
     sets = [Dataset.from_list(target.rows(part, config.length)) for part in (train, val)]
+    rate = config.lr or RATES[config.lora > 0]
     arguments = SFTConfig(
         output_dir=str(work),
-        learning_rate=config.lr or RATES[config.lora > 0],
+        learning_rate=rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.03,
         num_train_epochs=config.epochs,
@@ -145,29 +188,51 @@ def make_trainer(
         save_strategy="epoch",
         save_total_limit=1,
         logging_steps=10,
+        include_num_input_tokens_seen="non_padding",
         report_to=[],
         use_cpu=device == "cpu",
     )
     return SFTTrainer(
-        model=model, args=arguments, train_dataset=sets[0], eval_dataset=sets[1], processing_class=target.tokenizer
+        model=model,
+        args=arguments,
+        train_dataset=sets[0],
+        eval_dataset=sets[1],
+        processing_class=target.tokenizer,
+        callbacks=[ScheduleCallback()],
+        optimizers=(make_optimiser(model, rate, config.pathway_rate or PATHWAY_RATE), None),
     )
 
 
+def make_optimiser(model: Any, rate: float, pathway_rate: float) -> torch.optim.AdamW:
+    """AdamW with a rate for a pathway, `pathway_rate` times as high, and one for all else that is trained."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    new = [parameter for name, parameter in trained if PATHWAY in name]
+    old = [parameter for name, parameter in trained if PATHWAY not in name]
+    groups = [{"params": old, "lr": rate}, {"params": new, "lr": rate * pathway_rate}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+
+
 @torch.no_grad()
-def live_loss(trainer: SFTTrainer) -> float:
-    """Nats per learned token of the held-out rows, decoded live: a call in `eval()` is, of LRTs and retrofits."""
+def live_nats(trainer: SFTTrainer) -> HeldOut:
+    """What the held-out rows cost, decoded live: a call in `eval()` is, of LRTs and retrofits.
+
+    ValueError where no row has a token to learn.
+    """
     model: Any = trainer.model
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    nats: list[float] = []
+    tokens: list[int] = []
     for batch in trainer.get_eval_dataloader():
-        labels = batch["labels"]
-        learned = int((labels[:, 1:] != IGNORED).sum())
-        if learned:
-            arguments = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-            total += float(model(**arguments, labels=labels, use_cache=False).loss) * learned
-            count += learned
+        targets = batch["labels"][:, 1:]
+        arguments = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        logits = model(**arguments, use_cache=False).logits[:, :-1].float()
+        cost = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
+        for row_nats, row_tokens in zip(cost.tolist(), (targets != IGNORED).sum(1).tolist(), strict=True):
+            if row_tokens:
+                nats.append(row_nats)
+                tokens.append(row_tokens)
     model.train(was_training)
-    if count == 0:
+    if not tokens:
         raise ValueError("no held-out row has a token to learn; give longer rows, or a greater length")
-    return total / count
+    return HeldOut(tuple(nats), tuple(tokens))

@@ -9,6 +9,7 @@ from lrt.utils.validation import Limits, check_numbers
 LIMITS = {
     "lora": Limits(0, 65536, whole=True),
     "lr": Limits(0, 1, above=True, optional=True),
+    "pathway_rate": Limits(0, 1e6, above=True, optional=True),
     "epochs": Limits(0, 1e6, above=True),
     "steps": Limits(1, 2**31, whole=True, optional=True),
     "batch": Limits(1, 2**20, whole=True),
@@ -27,6 +28,11 @@ class FinetuneOptions:
     lr: float | None = None
     """The highest learning rate; it warms up over 3 % of the steps, and falls to zero. None: 2e-4 with adapters, 2e-5
     without."""
+    pathway_rate: float | None = None
+    """Of a retrofitted model: how many times as high the rate of the pathway is, which is new where the rest is not.
+    None: 10."""
+    freeze: bool = False
+    """Of a retrofitted model: train the pathway alone."""
     epochs: float = 1.0
     """How often every row is seen."""
     steps: int | None = None

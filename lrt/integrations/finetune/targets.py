@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrt.integrations.retrofit  # noqa: F401  (so that retrofitted folders are known)
 from lrt.data.tokenizer import Tokenizer
@@ -38,6 +38,11 @@ class FinetuneTarget(Protocol):
     @property
     def tokenizer(self) -> Any:
         """transformers' own."""
+        ...
+
+    @property
+    def has_pathway(self) -> bool:
+        """Whether the model is a retrofitted one."""
         ...
 
     @property
@@ -76,6 +81,7 @@ class LRTTarget:
     own: Tokenizer
     template: Template
     about: dict[str, Any]
+    has_pathway: bool = False
 
     @classmethod
     def open(cls, source: Path, template: str | None) -> LRTTarget:
@@ -116,18 +122,24 @@ class TransformersTarget:
     model: Any
     tokenizer: Any
     lora_fields: dict[str, Any]
+    has_pathway: bool
 
     @classmethod
     def open(cls, source: Path) -> TransformersTarget:
         """A folder as transformers saves it."""
-        config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        return cls.of(source, model, tokenizer)
+
+    @classmethod
+    def of(cls, source: Path, model: Any, tokenizer: Any) -> TransformersTarget:
+        """A model that was read from `source`."""
         fields: dict[str, Any] = {"target_modules": "all-linear"}
-        if config.model_type == MODEL_TYPE:
+        if model.config.model_type == MODEL_TYPE:
             fields |= {"modules_to_save": ["latent"], "exclude_modules": r"latent\..*"}
-        return cls(source, AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer, fields)
+        return cls(source, model, tokenizer, fields, model.config.model_type == MODEL_TYPE)
 
     def rows(self, rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
         if "messages" in rows[0] and not self.tokenizer.chat_template:

@@ -30,6 +30,7 @@ from lrt.data.batch import IGNORED
 from lrt.inference.prefill import prefill
 from lrt.integrations.hf.cache import Columns, append, check_cache, past, read_cache
 from lrt.integrations.hf.configuration import LRTConfig, check_scoring
+from lrt.integrations.hf.schedule_step import FollowsSchedule
 from lrt.integrations.hf.unpadded import MISCOUNTED, Unpadded, is_packed, real_columns
 from lrt.model.cross_entropy import token_nats
 from lrt.model.execution import EAGER
@@ -80,7 +81,7 @@ class Backbone:
         return getattr(self.whole, name)
 
 
-class LRTForCausalLM(PreTrainedModel, GenerationMixin):
+class LRTForCausalLM(FollowsSchedule, PreTrainedModel, GenerationMixin):
     """A LatentRecurrentTransformer behind transformers' interface; `model.model` is the native one.
 
     Supports generate() with greedy decoding, sampling, beam search, assisted decoding (this model or another LRT as
@@ -316,7 +317,10 @@ class LRTForCausalLM(PreTrainedModel, GenerationMixin):
         tokens = rows.split(ids, 0)
         targets = None if labels is None else shift_labels(rows.split(labels, HF_IGNORED))
         schedule = parse(self.config.schedule)
-        schedule = schedule.draw() if labels is not None else draw_for(schedule, tokens)
+        if labels is not None or self.training_step is not None:
+            schedule = self.schedule_now(schedule)
+        else:
+            schedule = draw_for(schedule, tokens)
         out = refine(self.model, tokens, schedule, execution=EAGER)
         loss = None
         if targets is not None and items is not None and bool((targets == IGNORED).all()):

@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lrt.inference.certificate import moves_to_come
+from lrt.integrations.hf.schedule_step import FollowsSchedule
 from lrt.integrations.retrofit import cache as caches
 from lrt.integrations.retrofit.columns import Predecessors, predecessors
 from lrt.integrations.retrofit.configuration import CONFIG_MAPPING, RetrofitConfig, check_base, config_class
@@ -55,7 +56,7 @@ AFTER_SAVING: list[Callable[[Path], None]] = []
 """What is done to a folder that was saved; nothing where this code comes from such a folder."""
 
 
-class Recurrent(Decoder):
+class Recurrent(FollowsSchedule, Decoder):
     """In front of a decoder's class. It is never made alone: `model_class` puts it there."""
 
     _can_compile_fullgraph = False  # how many passes a text takes is known to Python, not to a graph
@@ -297,8 +298,10 @@ class RetrofitForCausalLM(PreTrainedModel):
         """transformers' own, of the decoder's class."""
         config: Any = kwargs.pop("config", None)
         if config is None:
+            # A configuration would take "auto", which is no dtype, for its own.
+            asked = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
             loaded: Any = RetrofitConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
-            config, kwargs = loaded
+            config, kwargs = loaded[0], {**loaded[1], **asked}
         return model_class(config.base_model_type).from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod

@@ -29,7 +29,7 @@ IGNORED = -100
 def train_output(model: Any, text: dict[str, Any], out: dict[str, Any] | None) -> Any:
     """The decoder's output by the schedule's last passes, with the weighted mean of its passes' losses (contract,
     section 3); that of its stack alone without `out`. ValueError where the schedule does not go with the call."""
-    schedule = parse(model.config.pathway.schedule).draw()
+    schedule = model.schedule_now(parse(model.config.pathway.schedule))
     inputs = text.get("input_ids")
     columns = (text["inputs_embeds"] if inputs is None else inputs).shape[1]
     passes = schedule.passes(columns)

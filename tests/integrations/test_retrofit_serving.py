@@ -1,0 +1,108 @@
+"""lrt serve of a retrofitted folder: transformers' own server, whose answers are the model's own."""
+
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from support.retrofits import awaken, plain
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lrt.cli.main import main
+from lrt.integrations.retrofit import RetrofitForCausalLM, retrofit
+
+PROMPT = "w5 w6 w7"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A retrofitted Llama that is awake, with a chat template that writes what was said."""
+    out = tmp_path_factory.mktemp("served") / "mine"
+    awaken(retrofit(plain("llama").float(), source=3), std=0.3).float().save_pretrained(out)
+    names = ["<pad>", "<unk>", "<eos>", *(f"w{i}" for i in range(3, 60))]
+    inner = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_answers_are_the_models_own(folder):
+    openai = pytest.importorskip("openai")
+    tokenizer, model = PreTrainedTokenizerFast.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    wanted = tokenizer.decode(model.generate(ids, max_new_tokens=12, do_sample=False)[0, 3:])
+    other = model.detach().generate(ids, max_new_tokens=12, do_sample=False)[0, 3:]
+    assert tokenizer.decode(other) != wanted  # the memory matters
+    port = free_port()
+    command = [sys.executable, "-m", "lrt", "serve", str(folder), "--port", str(port), "--device", "cpu"]
+    server = subprocess.Popen(command)
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                (served,) = client.models.list().data
+                break
+            except openai.APIConnectionError:
+                assert time.monotonic() < deadline
+                assert server.poll() is None
+                time.sleep(0.5)
+        assert served.id == str(folder)
+        asked = {"model": served.id, "max_tokens": 12, "temperature": 0}
+        answer = client.chat.completions.create(messages=[{"role": "user", "content": PROMPT}], **asked)
+        assert answer.choices[0].message.content.strip() == wanted.strip()
+        pieces = client.chat.completions.create(messages=[{"role": "user", "content": PROMPT}], stream=True, **asked)
+        streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+        assert streamed.strip() == wanted.strip()
+        assert client.completions.create(prompt=PROMPT, **asked).choices[0].text.strip() == wanted.strip()
+    finally:
+        server.terminate()
+        assert server.wait(30) is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows", "4"], "takes no rows"),
+        (["--template", "chatml", "--prefixes", "3"], "takes no prefixes, template"),
+        (["other"], "takes no other models beside it"),
+        (["--host", "0.0.0.0"], "knows no token: give --open"),
+        (["--port", "70000"], "port is 70000"),
+    ],
+)
+def test_what_its_server_does_not_take_is_refused(folder, capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", str(folder), *options])
+    error = capsys.readouterr().err
+    assert (stopped.value.code, message in error) == (2, True), error
+
+
+def test_a_port_that_is_taken_is_said(folder, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(SystemExit) as stopped:
+            main(["serve", str(folder), "--port", str(taken.getsockname()[1]), "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert "choose another with --port" in capsys.readouterr().err
+
+
+def test_a_class_that_is_named_loads_in_the_dtype_of_the_weights(folder):
+    """What transformers' server does: the class of config.json, and dtype "auto"."""
+    model = RetrofitForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.dtype == torch.float32
+    assert RetrofitForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
