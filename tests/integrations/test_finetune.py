@@ -3,6 +3,7 @@
 import copy
 import json
 from functools import partial
+from importlib.resources import files
 
 import pytest
 import torch
@@ -25,8 +26,9 @@ from lrt.integrations.finetune import comparison
 from lrt.integrations.finetune.adapter import load_adapted
 from lrt.integrations.finetune.chat_rows import read_rows
 from lrt.integrations.finetune.comparison import PATHWAY, PLAIN, SHIFT, difference
-from lrt.integrations.finetune.finetune import make_optimiser
-from lrt.integrations.finetune.targets import masked_turns
+from lrt.integrations.finetune.finetune import make_optimiser, make_trainer
+from lrt.integrations.finetune.options import FinetuneOptions
+from lrt.integrations.finetune.targets import masked_turns, open_target
 from lrt.integrations.retrofit import retrofit
 from lrt.model import checkpoint
 from lrt.serve.config import Limits, Settings
@@ -223,6 +225,44 @@ def test_a_folder_without_a_chat_template_is_told_so(llama, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["finetune", str(llama), str(tmp_path / "out"), "--chat", file])
     assert "has no chat template" in capsys.readouterr().err
+
+
+def with_template(llama, folder, template: str) -> str:
+    """A copy of the folder whose tokenizer writes chats by `template`."""
+    AutoModelForCausalLM.from_pretrained(llama, dtype="auto").save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma"])
+def test_a_folders_own_template_writes_its_chats(llama, tmp_path, capsys, name):
+    """As the models themselves have it, without marks: TRL knows it, and learns the assistant's tokens alone."""
+    templates = files("trl") / "chat_templates"
+    source = with_template(llama, tmp_path / "mine", (templates / f"{name}.jinja").read_text())
+    file = write(tmp_path / "chat.jsonl", chats())
+    options = ["--steps", "20", "--lr", "1e-2", "--val", "0.2", "--length", "128"]
+    main(["finetune", source, str(tmp_path / "out"), "--chat", file, *options])
+    before, after = live_losses(capsys.readouterr().out)
+    assert after < before
+    target = open_target(tmp_path / "mine", None)
+    row = next(
+        iter(make_trainer(target, chats()[:8], chats()[8:], tmp_path, FinetuneOptions(), "cpu").get_train_dataloader())
+    )
+    learned = [
+        target.tokenizer.decode(ids[labels != -100])
+        for ids, labels in zip(row["input_ids"], row["labels"], strict=True)
+    ]
+    assert all("colour of" in text and "number" not in text for text in learned), learned
+
+
+def test_a_template_without_marks_is_refused_in_a_sentence(llama, tmp_path, capsys):
+    source = with_template(llama, tmp_path / "mine", "{% for turn in messages %}{{ turn['content'] }} {% endfor %}")
+    with pytest.raises(SystemExit) as stopped:
+        main(["finetune", source, str(tmp_path / "out"), "--chat", write(tmp_path / "chat.jsonl", chats())])
+    error = capsys.readouterr().err
+    assert (stopped.value.code, "{% generation %}" in error) == (2, True), error
 
 
 @pytest.mark.parametrize("lora", [0, 4])
