@@ -229,6 +229,10 @@ def verify(path: Path) -> Path:
         recover(path / "checkpoint")
         path = next(iter([*path.glob("checkpoint"), *sorted(path.glob("snapshots/step-*"), reverse=True)]), path)
     if not (path / "manifest.json").is_file():
+        if (path / "config.json").is_file() and "model_type" in read_json(path / "config.json"):
+            raise ValueError(
+                f"{path} is a folder of transformers, not a checkpoint; `lrt retrofit` and `lrt finetune` take those"
+            )
         raise ValueError(f"{path} is not a checkpoint: it has no manifest.json; give the folder that `lrt train` wrote")
     manifest = read_json(path / "manifest.json")
     if "model.safetensors" not in manifest and "splits" in manifest:

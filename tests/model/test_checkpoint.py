@@ -289,6 +289,14 @@ def test_a_tokenizer_that_is_too_large_is_an_error(tmp_path: Path):
         load(path)
 
 
+def test_a_folder_of_transformers_is_named_as_such(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(
+        ValueError, match="is a folder of transformers, not a checkpoint; `lrt retrofit` and `lrt finetune`"
+    ):
+        load(tmp_path)
+
+
 def test_what_is_no_checkpoint_says_so(tmp_path: Path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "empty").mkdir()
