@@ -402,20 +402,25 @@ def test_a_frozen_decoder_stays_as_it_was(llama, tmp_path, capsys):
     assert all(name.startswith("latent.") for name in changed)
 
 
-def test_a_pathway_has_a_rate_of_its_own(llama):
+@pytest.mark.parametrize(("gate_rate", "wanted"), [(None, (1e-3, 5e-2, 5e-2)), (200.0, (1e-3, 5e-2, 2e-1))])
+def test_a_pathway_has_rates_of_its_own(llama, gate_rate, wanted):
     model = AutoModelForCausalLM.from_pretrained(llama)
-    old, new = make_optimiser(model, 1e-3, 50.0).param_groups
-    assert (old["lr"], new["lr"]) == pytest.approx((1e-3, 5e-2))
-    assert {id(p) for p in new["params"]} == {id(p) for p in model.latent.parameters()}
-    assert len(old["params"]) + len(new["params"]) == len([*model.parameters()])
+    optimiser = make_optimiser(model, 1e-3, FinetuneOptions(pathway_rate=50.0, gate_rate=gate_rate))
+    rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    assert len(rates) == len([*model.parameters()])
+    old, projections, gates = wanted
+    for name, p in model.named_parameters():
+        kind = old if "latent" not in name else projections if "project" in name else gates
+        assert rates[id(p)] == pytest.approx(kind), name
 
 
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
         ("run", ["--controls", "tokens"], "controls are of retrofitted models"),
-        ("run", ["--freeze"], "freeze and pathway_rate are for retrofitted models"),
-        ("run", ["--pathway-rate", "3"], "freeze and pathway_rate are for retrofitted models"),
+        ("run", ["--freeze"], "freeze, pathway_rate and gate_rate are for retrofitted models"),
+        ("run", ["--gate-rate", "3"], "are for retrofitted models"),
+        ("run", ["--pathway-rate", "3"], "are for retrofitted models"),
         ("llama", ["--pathway-rate", "0"], "pathway_rate is 0.0; it must be"),
         ("llama", ["--freeze", "--lora", "2"], "leave one of them out"),
         ("llama", ["--freeze", "--controls", "tokens"], "has then nothing to train"),

@@ -26,12 +26,13 @@ from lrt.integrations.finetune.comparison import PATHWAY, PLAIN, SHIFT
 
 pytestmark = pytest.mark.slow
 ARCHITECTURES = ("llama", "gpt_neox", "qwen3")
-LENGTH, BATCH, STEPS = 128, 8, 500
+LENGTH, BATCH, STEPS = 128, 8, 300
 SIZE = {
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_hidden_layers": DEPTH,
     "num_attention_heads": 4,
+    "num_key_value_heads": 4,
     "head_dim": 32,
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
@@ -66,7 +67,7 @@ def texts() -> SimpleNamespace:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def folder(request, texts, tmp_path_factory) -> Path:
-    """A pretrained model as transformers saves it: 0.5 million tokens, a minute."""
+    """A pretrained model as transformers saves it: 0.3 million tokens."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         request.param, **SIZE, vocab_size=len(texts.tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0
@@ -107,17 +108,19 @@ def compared(retrofitted, texts, tmp_path_factory) -> Path:
     write_rows(file, rows)
     out = retrofitted.with_name("compared")
     command = ["finetune", str(retrofitted), str(out), "--chat", str(file), "--lr", "1e-3", "--length", str(LENGTH)]
-    main([*command, "--steps", "60", "--controls", "tokens"])
+    main([*command, "--steps", "40", "--controls", "tokens"])
     return out
 
 
 def test_nothing_is_lost(folder, retrofitted, texts):
-    """It has learned something, and the retrofitted folder knows bit for bit as much."""
+    """It has learned something, and the retrofitted folder has the same weights and computes the same."""
     one, two = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (folder, retrofitted))
     ids = texts.tokenizer(texts.late[0][:1000], return_tensors="pt")["input_ids"][:, :LENGTH]
     before, after = one(ids, labels=ids), two(ids, labels=ids)
     assert float(before.loss) < 0.8 * math.log(len(texts.tokenizer))
-    assert torch.equal(before.logits, after.logits)
+    theirs = two.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in one.state_dict().items())
+    torch.testing.assert_close(before.logits, after.logits, rtol=0, atol=1e-4)  # two folders, two places in memory
     options = {"max_new_tokens": 24, "do_sample": False}
     assert torch.equal(one.generate(ids[:, :20], **options), two.generate(ids[:, :20], **options))
 

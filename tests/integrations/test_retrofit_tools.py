@@ -51,10 +51,12 @@ sys.modules["lrt"] = None
 import torch
 from transformers import AutoModelForCausalLM
 folder, again, file = sys.argv[1:]
-ids, logits, generated = torch.load(file)
+ids, weights, logits, generated = torch.load(file)
 for path in (folder, again):
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype="auto")
-    assert torch.equal(model(ids).logits, logits), path
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items()), path
+    # Not bit for bit: on some processors a product's last bits depend on where its matrices lie in memory.
+    torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=1e-10)
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), generated), path
     model.save_pretrained(again)
 print(type(model.detach()).__name__, model.config.model_type)
@@ -65,7 +67,8 @@ def test_a_saved_folder_loads_where_lrt_is_not_installed(tmp_path):
     _, model = made("qwen3")
     ids = tokens(2, T)
     model.config.latent_memory["prefill"] = "exact"
-    torch.save((ids, model(ids).logits, model.generate(ids, max_new_tokens=6, do_sample=False)), tmp_path / "wanted.pt")
+    generated = model.generate(ids, max_new_tokens=6, do_sample=False)
+    torch.save((ids, model.state_dict(), model(ids).logits, generated), tmp_path / "wanted.pt")
     model.save_pretrained(tmp_path / "one")
     names = json.loads((tmp_path / "one" / "config.json").read_text())
     assert (names["model_type"], names["base_model_type"]) == ("lrt_retrofit", "qwen3")
@@ -82,7 +85,8 @@ def test_a_saved_folder_loads_with_lrt_and_keeps_the_names_of_the_base(tmp_path)
     original, model = made("gpt_neox")
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    assert torch.equal(again(tokens(2, T)).logits, model(tokens(2, T)).logits)
+    torch.testing.assert_close(again(tokens(2, T)).logits, model(tokens(2, T)).logits, rtol=0, atol=1e-10)
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in model.state_dict().items())
     names = set(model.state_dict())
     assert names - set(original.state_dict()) == {name for name in names if name.startswith("latent.")}
     assert AutoConfig.from_pretrained(tmp_path).pathway == model.config.pathway

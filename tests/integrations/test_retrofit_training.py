@@ -127,9 +127,13 @@ def test_equal_weights_have_no_reward(tmp_path, scoring):
     assert second["rewards/margins"] > 0
 
 
-def test_what_is_sampled_and_what_is_trained_have_equal_probabilities():
-    """GRPO's importance ratio: of tokens as generate() drew them, and as the loss scores them in train()."""
-    model = made("live", lively=True)
+@pytest.mark.parametrize(("lively", "dtype"), [(True, torch.float64), (False, torch.float32)])
+def test_what_is_sampled_and_what_is_trained_have_equal_probabilities(lively, dtype):
+    """GRPO's importance ratio: of tokens as generate() drew them, and as the loss scores them in train().
+
+    Lively weights in float64: they make 1e-4 of float32's rounding.
+    """
+    model = made("live", lively=lively).to(dtype)
     model.generation_config.eos_token_id = None
     prompt = tokens(3, 5)
     options = {"max_new_tokens": 12, "do_sample": True, "output_logits": True, "return_dict_in_generate": True}
@@ -141,10 +145,10 @@ def test_what_is_sampled_and_what_is_trained_have_equal_probabilities():
     called = {"input_ids": out.sequences, "attention_mask": torch.ones_like(labels), "use_cache": False}
     trained = model.train()(**called, labels=labels, fused_lm_head=True).log_probs[:, 4:]
     assert trained.requires_grad
-    assert float((trained - sampled).exp().sub(1).abs().max()) <= 1e-4
+    assert float((trained - sampled).exp().sub(1).abs().max()) <= (1e-5 if lively else 1e-4)
     model.config.latent_memory["scoring"] = "auto"  # the schedule's is another policy
     other = model(**called, labels=labels, fused_lm_head=True).log_probs[:, 4:]
-    assert float((other - sampled).exp().sub(1).abs().max()) > 1e-2
+    assert float((other - sampled).exp().sub(1).abs().max()) > (1e-2 if lively else 5e-4)
 
 
 def test_grpo_raises_its_reward(tmp_path):

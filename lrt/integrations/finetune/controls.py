@@ -127,7 +127,7 @@ def variant(target: FinetuneTarget, name: str) -> TransformersTarget:
 
 def without_pathway(options: FinetuneOptions, name: str) -> FinetuneOptions:
     """The same, for a model that may have no pathway."""
-    return dataclasses.replace(options, pathway_rate=None) if name == PLAIN else options
+    return dataclasses.replace(options, pathway_rate=None, gate_rate=None) if name == PLAIN else options
 
 
 def step_ratio(

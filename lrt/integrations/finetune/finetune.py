@@ -32,7 +32,9 @@ RATES = {True: 2e-4, False: 2e-5}
 PATHWAY_RATE = 10.0
 """Of a new pathway, over the others' rate."""
 PATHWAY = "latent."
-"""In the names of a pathway's parameters, whatever stands around the model."""
+"""In the names of a pathway's parameters, whatever stands around the model …"""
+GATES = (".gate.", ".gamma")
+"""… and of those among them that scale what the memory adds."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,11 @@ def check_pathway(target: FinetuneTarget, config: FinetuneOptions) -> None:
     """ValueError where what is asked of a pathway does not go with the model, or with adapters."""
     if config.freeze and config.lora:
         raise ValueError("freeze trains the pathway alone, and lora adapters of all else; leave one of them out")
-    if (config.freeze or config.pathway_rate is not None) and not target.has_pathway:
+    rates = (config.pathway_rate, config.gate_rate)
+    if (config.freeze or rates != (None, None)) and not target.has_pathway:
         raise ValueError(
-            f"freeze and pathway_rate are for retrofitted models, and {target.source} is none; `lrt retrofit` adds a "
-            "pathway"
+            f"freeze, pathway_rate and gate_rate are for retrofitted models, and {target.source} is none; "
+            "`lrt retrofit` adds a pathway"
         )
 
 
@@ -199,17 +202,22 @@ def make_trainer(
         eval_dataset=sets[1],
         processing_class=target.tokenizer,
         callbacks=[ScheduleCallback()],
-        optimizers=(make_optimiser(model, rate, config.pathway_rate or PATHWAY_RATE), None),
+        optimizers=(make_optimiser(model, rate, config), None),
     )
 
 
-def make_optimiser(model: Any, rate: float, pathway_rate: float) -> torch.optim.AdamW:
-    """AdamW with a rate for a pathway, `pathway_rate` times as high, and one for all else that is trained."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    new = [parameter for name, parameter in trained if PATHWAY in name]
-    old = [parameter for name, parameter in trained if PATHWAY not in name]
-    groups = [{"params": old, "lr": rate}, {"params": new, "lr": rate * pathway_rate}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+def make_optimiser(model: Any, rate: float, config: FinetuneOptions) -> torch.optim.AdamW:
+    """AdamW with a rate for all that was there, one for a pathway's projections, and one for its gates and γ."""
+    projections = config.pathway_rate or PATHWAY_RATE
+    gates = config.gate_rate or projections
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            times = 1.0 if PATHWAY not in name else gates if any(gate in name for gate in GATES) else projections
+            groups.setdefault(times, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": rate * times} for times, parameters in groups.items()], weight_decay=0.0
+    )
 
 
 @torch.no_grad()

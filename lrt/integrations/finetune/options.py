@@ -10,6 +10,7 @@ LIMITS = {
     "lora": Limits(0, 65536, whole=True),
     "lr": Limits(0, 1, above=True, optional=True),
     "pathway_rate": Limits(0, 1e6, above=True, optional=True),
+    "gate_rate": Limits(0, 1e6, above=True, optional=True),
     "epochs": Limits(0, 1e6, above=True),
     "steps": Limits(1, 2**31, whole=True, optional=True),
     "batch": Limits(1, 2**20, whole=True),
@@ -31,6 +32,8 @@ class FinetuneOptions:
     pathway_rate: float | None = None
     """Of a retrofitted model: how many times as high the rate of the pathway is, which is new where the rest is not.
     None: 10."""
+    gate_rate: float | None = None
+    """The same of its gates and of γ alone. None: as --pathway-rate. T²MLR took 100 for its gates."""
     freeze: bool = False
     """Of a retrofitted model: train the pathway alone."""
     epochs: float = 1.0
