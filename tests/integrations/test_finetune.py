@@ -36,6 +36,7 @@ from lrt.serve.metrics import ServerMetrics
 from lrt.serve.models import load_served_model
 
 ANSWERS = {"red": "the colour of a rose", "blue": "the colour of the sea", "green": "the colour of grass"}
+SLOW = pytest.mark.slow
 QUESTIONS = [f"what is {name} to you, number {n}" for n in range(8) for name in ANSWERS]
 SPECIAL = ["<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
 
@@ -236,7 +237,7 @@ def with_template(llama, folder, template: str) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma"])
+@pytest.mark.parametrize("name", ["qwen3", pytest.param("llama3", marks=SLOW), pytest.param("gemma", marks=SLOW)])
 def test_a_folders_own_template_writes_its_chats(llama, tmp_path, capsys, name):
     """As the models themselves have it, without marks: TRL knows it, and learns the assistant's tokens alone."""
     templates = files("trl") / "chat_templates"
@@ -332,6 +333,7 @@ def compared(llama, tmp_path_factory):
     return folder / "out", command
 
 
+@pytest.mark.slow
 def test_controls_are_what_training_alone_gives(llama, compared, tmp_path):
     """Each is bit for bit the model that the same rows make of the same decoder by itself."""
     out, command = compared

@@ -80,6 +80,7 @@ def test_rolling_and_generation(folder):
     assert together == alone
 
 
+@pytest.mark.slow
 def test_a_local_task_and_the_harness_own_command(folder, tmp_path):
     results = run_tasks(folder / "checkpoint", ["memory"], "exact", include=folder / "tasks", batch_size=4)
     likely = 0
