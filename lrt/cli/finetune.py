@@ -46,8 +46,8 @@ class Finetune(FinetuneOptions):
         check_options(self)
         rows, target, device = read_rows(self.chat), open_target(self.model, self.template), choose_device(self.device)
         if self.controls:
-            lines = train_with_controls(target, rows, self.out, self, device, self.controls)
-            Console().print(comparison_table(lines).rich())
+            outcomes = train_with_controls(target, rows, self.out, self, device, self.controls)
+            Console().print(comparison_table(outcomes).rich())
             print(f"{NOTE}\n`lrt report {self.out}` makes a page of it")
             return
         tuned = finetune(target, rows, self.out, self, device)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -19,7 +19,12 @@ from lrt.serve.config import Limits
 from lrt.utils.device import choose_device
 from lrt.utils.imports import extra
 
-TRANSFORMERS_TAKES = ("checkpoints", "host", "port", "open", "device")
+if TYPE_CHECKING:
+    import uvicorn
+
+Hosts = tuple[str, ...] | None
+"""Names that a request may call this server by; None: any."""
+TRANSFORMERS_TAKES = ("checkpoints", "host", "port", "token_file", "open", "device")
 """What holds for a retrofitted folder too, for which transformers' own server answers."""
 SWITCH_SECONDS = 5e-5
 """How long a thread keeps the interpreter when another waits for it; Python's own default is a hundred times that.
@@ -70,27 +75,37 @@ class Serve:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
+        if len(self.checkpoints) == 0:
+            raise ValueError("no checkpoint is given; name at least one folder of `lrt train`")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port is {self.port}; it must be 0 to 65535")
+        token = None if self.token_file is None else read_token(self.token_file)
+        private = is_loopback(self.host)
+        if not private and token is None and (not self.open):
+            raise ValueError(
+                f"{self.host} can be reached from other machines; give --token-file FILE, or --open to serve anybody"
+            )
+        # Against DNS rebinding: a page could point a name of its own at this machine, and read what is served.
+        hosts = ("localhost", "127.0.0.1", "::1", self.host) if private and token is None else None
         if retrofitted := [folder for folder in self.checkpoints if is_retrofitted(folder)]:
-            self.serve_retrofitted(retrofitted[0])
-            return
+            self.serve_retrofitted(retrofitted[0], token, hosts)
+        else:
+            self.serve_checkpoints(token, hosts)
+
+    def serve_checkpoints(self, token: str | None, hosts: Hosts) -> None:
+        """Serve runs by the engine."""
         with extra("serve", "serve"):
             from lrt.serve.app import create_app
             from lrt.serve.config import Settings
             from lrt.serve.metrics import ServerMetrics
             from lrt.serve.models import ModelRegistry, load_served_model, model_names
             from lrt.serve.server import create_server
-        if len(self.checkpoints) == 0:
-            raise ValueError("no checkpoint is given; name at least one folder of `lrt train`")
         if self.adapter is not None and len(self.checkpoints) > 1:
             raise ValueError(f"--adapter fits one checkpoint, {len(self.checkpoints)} are given; serve that one alone")
         if self.rows < 1:
             raise ValueError(f"rows is {self.rows}; it must be at least 1")
         if self.prefixes < 0:
             raise ValueError(f"prefixes is {self.prefixes}; give 0 (keep none) or more megabytes")
-        self.check_port()
-        token = None if self.token_file is None else read_token(self.token_file)
-        private = is_loopback(self.host)
-        self.check_reach("give --token-file FILE, or --open to serve anybody")
         names, metrics, device = model_names(self.checkpoints, self.names), ServerMetrics(), choose_device(self.device)
         settings = Settings(self.rows, self.prefill, self.mode, self.prefixes * 10**6, self.template)
         load = partial(load_model, adapter=self.adapter)
@@ -99,8 +114,6 @@ class Serve:
             for path, name in zip(self.checkpoints, names, strict=True)
         ]
         registry = ModelRegistry(models, self.limits, metrics)
-        # Against DNS rebinding: a page could point a name of its own at this machine, and read what is served.
-        hosts = ("localhost", "127.0.0.1", "::1", self.host) if private and token is None else None
         app = create_app(registry, token, hosts)
         for model in models:
             chat = "with chat" if model.template is not None else "no chat template"
@@ -110,38 +123,38 @@ class Serve:
         gc.collect()
         gc.freeze()
         sys.setswitchinterval(SWITCH_SECONDS)
+        self.run_server(server)
+
+    def serve_retrofitted(self, folder: Path, token: str | None, hosts: Hosts) -> None:
+        """Serve a retrofitted folder by transformers' own server, behind the same guard."""
+        fields = [field.name for field in dataclasses.fields(self) if field.name not in TRANSFORMERS_TAKES]
+        plain = Serve(self.checkpoints)
+        others = [f"--{name.replace('_', '-')}" for name in fields if vars(self)[name] != vars(plain)[name]]
+        if len(self.checkpoints) > 1:
+            others.append("other models beside it")
+        if others:
+            raise ValueError(
+                f"{folder} is a retrofitted folder, which transformers' own server answers for; it takes no "
+                f"{', no '.join(others)}: leave that out"
+            )
+        with extra("hf", "serve"):
+            from lrt.integrations.retrofit.serving import ROUTES, transformers_app
+        with extra("serve", "serve"):
+            import uvicorn
+
+            from lrt.serve.metrics import ServerMetrics
+            from lrt.serve.middleware import RequestGuard
+        app = transformers_app(folder, choose_device(self.device))
+        guarded = RequestGuard(app, self.limits, ServerMetrics(), token, hosts, ROUTES)
+        print(f"{folder}: by transformers' server, under this name", flush=True)
+        self.run_server(uvicorn.Server(uvicorn.Config(guarded, self.host, self.port)))
+
+    def run_server(self, server: uvicorn.Server) -> None:
+        """Until it is stopped. ValueError where it cannot listen."""
         with suppress(SystemExit):  # uvicorn's, where it cannot listen
             server.run()
         if not server.started:
             raise ValueError(f"cannot listen on {self.host} port {self.port}; choose another with --port")
-
-    def check_port(self) -> None:
-        """ValueError where it is none."""
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"port is {self.port}; it must be 0 to 65535")
-
-    def check_reach(self, answer: str) -> None:
-        """ValueError, with what to do, where anybody could reach the server and that was not asked for."""
-        if not (is_loopback(self.host) or self.token_file or self.open):
-            raise ValueError(f"{self.host} can be reached from other machines; {answer}")
-
-    def serve_retrofitted(self, folder: Path) -> None:
-        """Serve a retrofitted folder by transformers' own server."""
-        fields = [field for field in dataclasses.fields(self) if field.name not in TRANSFORMERS_TAKES]
-        plain = Serve(self.checkpoints)
-        set_here = [field.name for field in fields if vars(self)[field.name] != vars(plain)[field.name]]
-        if len(self.checkpoints) > 1 or set_here:
-            what = ", ".join(set_here) or "other models beside it"
-            raise ValueError(
-                f"{folder} is a retrofitted folder, which transformers' own server answers for; it takes no {what}: "
-                "leave that out"
-            )
-        self.check_port()
-        self.check_reach("transformers' server knows no token: give --open to serve anybody")
-        with extra("hf", "serve"):
-            from lrt.integrations.retrofit.serving import serve_folder
-        print(f"{folder}: http://{self.host}:{self.port}/v1, by transformers' server", flush=True)
-        serve_folder(folder, self.host, self.port, choose_device(self.device))
 
 
 def is_loopback(host: str) -> bool:

@@ -231,7 +231,8 @@ def verify(path: Path) -> Path:
     if not (path / "manifest.json").is_file():
         if (path / "config.json").is_file() and "model_type" in read_json(path / "config.json"):
             raise ValueError(
-                f"{path} is a folder of transformers, not a checkpoint; `lrt retrofit` and `lrt finetune` take those"
+                f"{path} is a folder of transformers, not a checkpoint; `lrt finetune` trains such folders, and "
+                "`lrt retrofit` adds a pathway to them"
             )
         raise ValueError(f"{path} is not a checkpoint: it has no manifest.json; give the folder that `lrt train` wrote")
     manifest = read_json(path / "manifest.json")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from functools import partial
 from importlib.resources import files
 
@@ -10,10 +11,11 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("trl")
+from peft import LoraConfig, get_peft_model
 from support.retrofits import awaken, plain
 from tokenizers import Tokenizer as Inner
 from tokenizers import models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, generate, load, save
@@ -25,8 +27,8 @@ from lrt.inference.sampling import Sampling
 from lrt.integrations.finetune import comparison
 from lrt.integrations.finetune.adapter import load_adapted
 from lrt.integrations.finetune.chat_rows import read_rows
-from lrt.integrations.finetune.comparison import PATHWAY, PLAIN, SHIFT, difference
-from lrt.integrations.finetune.finetune import make_optimiser, make_trainer
+from lrt.integrations.finetune.comparison import PATHWAY, PLAIN, SHIFT, Outcome, difference
+from lrt.integrations.finetune.finetune import make_optimiser, make_trainer, row_costs
 from lrt.integrations.finetune.options import FinetuneOptions
 from lrt.integrations.finetune.targets import masked_turns, open_target
 from lrt.integrations.retrofit import retrofit
@@ -149,7 +151,9 @@ def test_an_adapter_of_a_run_serves(run, tmp_path, capsys):
         "sample", str(run), "--adapter", str(tmp_path / "lora"), "--prompt", "what is red", "--temperature", "0",
         "--max-new-tokens", "8",
     ])  # fmt: skip
-    assert tokenizer.decode(wanted[0].tolist()).split("<|")[0].strip() in capsys.readouterr().out
+    ids = [*wanted[0].tolist(), tokenizer.bos]
+    text = tokenizer.decode(ids[: ids.index(tokenizer.bos)])  # where it ends, lrt sample ends
+    assert text.split("<|")[0].strip() in capsys.readouterr().out
     load_one = partial(load_model, adapter=tmp_path / "lora")
     served = load_served_model(run, "mine", Settings(), Limits(), ServerMetrics(), "cpu", load_one)
     for name, weight in served.transformer.state_dict().items():
@@ -315,82 +319,164 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
 
 
-def assert_equal_weights(folder, other):
-    one, two = weights(folder), weights(other)
-    assert one.keys() == two.keys()
-    for name, weight in one.items():
-        assert torch.equal(weight, two[name]), name
+@pytest.fixture(scope="module")
+def neutral(llama, tmp_path_factory):
+    """The Llama with a pathway that was not trained, as `lrt retrofit` writes it."""
+    folder = tmp_path_factory.mktemp("neutral") / "mine"
+    retrofit(AutoModelForCausalLM.from_pretrained(llama, dtype="auto").detach(), source=3).save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(llama).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def compared(llama, tmp_path_factory):
+def compared(neutral, tmp_path_factory):
     """(folder, command) of a comparison in equal tokens and in equal time."""
     folder = tmp_path_factory.mktemp("controls")
     file = write(folder / "chat.jsonl", chats("prompt"))
-    command = ["finetune", str(llama), str(folder / "out"), "--chat", file, "--steps", "4", "--lr", "1e-2"]
+    command = ["finetune", str(neutral), str(folder / "out"), "--chat", file, "--steps", "4", "--lr", "1e-2"]
     command += ["--val", "0.2", "--controls", "tokens", "wall_clock"]
     main(command)
     return folder / "out", command
 
 
 @pytest.mark.slow
-def test_controls_are_what_training_alone_gives(llama, compared, tmp_path):
-    """Each is bit for bit the model that the same rows make of the same decoder by itself."""
+def test_controls_are_what_training_alone_gives(neutral, compared, tmp_path):
+    """Each is the model that the same rows make of the same decoder by itself."""
     out, command = compared
     alone = command[: command.index("--controls")]
-    base = AutoModelForCausalLM.from_pretrained(llama, dtype="auto").detach()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
+    base = AutoModelForCausalLM.from_pretrained(neutral, dtype="auto").detach()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(neutral)
     shifted = retrofit(copy.deepcopy(base), source=0, schedule="plain()")
     for name, model in ((PATHWAY, None), (PLAIN, base), (SHIFT, shifted)):
-        source, trained = llama, tmp_path / name
+        source, trained = neutral, tmp_path / name
         if model is not None:
             source = tmp_path / f"{name}-base"
             model.save_pretrained(source)
             tokenizer.save_pretrained(source)
         main([alone[0], str(source), str(trained), *alone[3:]])
-        assert_equal_weights(out / name.replace(" ", "-"), trained)
+        one, two = weights(out / name.replace(" ", "-")), weights(trained)
+        assert one.keys() == two.keys()
+        for key, weight in one.items():
+            torch.testing.assert_close(weight, two[key], rtol=0, atol=1e-5)
 
 
-def test_controls_are_compared(compared, tmp_path, capsys):
+def test_controls_are_compared(compared, tmp_path):
     out, _ = compared
-    lines = {(line["model"], line["equal"]): line for line in comparison.read_lines(out)}
-    assert list(lines) == [
+    outcomes = {(one.model, one.equal): one for one in comparison.read_outcomes(out)}
+    assert set(outcomes) == {
         (PATHWAY, "tokens"), (SHIFT, "tokens"), (PLAIN, "tokens"), (SHIFT, "wall_clock"), (PLAIN, "wall_clock")
-    ]  # fmt: skip
-    assert len({line["tokens"] for (_, equal), line in lines.items() if equal == "tokens"}) == 1
-    assert lines[SHIFT, "tokens"]["before"] == pytest.approx(lines[PLAIN, "tokens"]["before"], abs=1e-5)  # neutral
-    for name in (SHIFT, PLAIN):
-        line = lines[name, "wall_clock"]
-        assert line["steps"] == max(1, round(4 * line["steps_over_pathway"]))
-    assert (out / "plain-in-equal-time" / "config.json").is_file()
-    capsys.readouterr()
+    }  # fmt: skip
+    assert len({one.tokens for (_, equal), one in outcomes.items() if equal == "tokens"}) == 1
+    assert len({one.before for one in outcomes.values()}) == 1  # the pathway is neutral: all begin as one model
+    ratios = json.loads((out / "ratios.json").read_text())
+    for name, ratio in ratios.items():
+        assert outcomes[name, "wall_clock"].steps == max(1, round(4 * ratio))
+        assert ratio > 1  # a pass without gradients costs something
+    assert not (out / ".timing").exists()
     main(["report", str(out), "--out", str(tmp_path / "report.html")])
     page = (tmp_path / "report.html").read_text()
-    for line in lines.values():
-        assert f"{comparison.mean_nats(line):.4f}" in page
+    for one in outcomes.values():
+        assert f"{one.after:.4f}" in page
 
 
-def test_an_interrupted_comparison_goes_on(compared, capsys):
-    """Killed behind the second model's folder, before its line: that one is trained again, the first is not."""
-    out, command = compared
+def test_an_interrupted_comparison_goes_on(compared, tmp_path, monkeypatch, capsys):
+    """Killed behind the second model's folder, before its line: that one is trained again, the first is not. Stopped
+    within a control of equal time, that one goes on with the ratio that was measured first."""
+    out, command = tmp_path / "out", compared[1]
+    shutil.copytree(compared[0], out)
+    command = [*command[:2], str(out), *command[3:]]
     lines = (out / comparison.FILE).read_text().splitlines(keepends=True)
-    (out / comparison.FILE).write_text("".join([*lines[:1], *lines[2:]]))
-    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.is_dir()}
+    (out / comparison.FILE).write_text("".join([lines[0], *lines[2:4]]))
+    kept = (out / "pathway" / "config.json").stat().st_mtime_ns
+    ratios = (out / "ratios.json").read_text()
+
+    def interrupt(self, *_, **__):
+        raise KeyboardInterrupt
+
+    step = SFTTrainer.training_step
+    monkeypatch.setattr(SFTTrainer, "training_step", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        main(command)
+    monkeypatch.setattr(SFTTrainer, "training_step", step)
     main(command)
     assert "token shift, equal tokens" in capsys.readouterr().out
-    again = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.is_dir()}
-    assert [name for name in times if again[name] != times[name]] == ["token-shift"]
-    assert json.loads((out / comparison.FILE).read_text().splitlines()[-1])["nats"] == json.loads(lines[1])["nats"]
+    assert (out / "ratios.json").read_text() == ratios
+    assert (out / "pathway" / "config.json").stat().st_mtime_ns == kept
+    assert (out / "token-shift.old" / "config.json").is_file()  # what was there is kept
+    assert {(one.model, one.equal): one.steps for one in comparison.read_outcomes(out)} == {
+        (one.model, one.equal): one.steps for one in comparison.read_outcomes(compared[0])
+    }
     with pytest.raises(SystemExit, match="2"):
         main([*command, "--seed", "1"])
     assert "holds no comparison of this model, rows and settings" in capsys.readouterr().err
 
 
+def outcome(nats: tuple[float, ...], learned: tuple[int, ...]) -> Outcome:
+    return Outcome(PATHWAY, "tokens", 1, 1, 1.0, 1.0, nats, learned)
+
+
 def test_the_interval_of_a_difference_is_of_rows():
     """Two rows, of which one gained 2 nats and one nothing: drawn anew, both may be the one or the other."""
-    one, two = ({"nats": nats, "learned": [10, 10]} for nats in ([8.0, 5.0], [10.0, 5.0]))
+    one, two = outcome((8.0, 5.0), (10, 10)), outcome((10.0, 5.0), (10, 10))
     assert difference(one, two) == pytest.approx((-0.1, -0.2, 0.0))
-    assert difference(one, {"nats": [1.0, 1.0], "learned": [10, 9]}) is None
+    assert difference(one, outcome((1.0, 1.0), (10, 9))) is None
+    assert difference(outcome((1.0,), (10,)), outcome((2.0,), (10,))) is None
+
+
+def test_the_costs_of_packed_rows_are_those_of_each_alone():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(2, 5, 7, generator=generator), torch.randint(7, (2, 5), generator=generator)
+    labels[0, 3] = -100
+    alone = [row_costs(logits[i : i + 1], labels[i : i + 1], None)[0] for i in range(2)]
+    packed = row_costs(logits.reshape(1, 10, 7), labels.reshape(1, 10), torch.arange(10)[None] % 5)
+    assert [tokens for _, tokens in packed] == [3, 4] == [tokens for _, tokens in alone]
+    for (nats, _), (wanted, _) in zip(packed, alone, strict=True):
+        assert nats == pytest.approx(wanted)
+
+
+def test_packing_scores_as_many_rows(run, tmp_path, capsys):
+    file = write(tmp_path / "chat.jsonl", chats("text"))
+    scores = []
+    for name, options in (("alone", ()), ("packed", ("--packing",))):
+        main(["finetune", str(run), str(tmp_path / name), "--chat", file, "--steps", "1", "--val", "0.2", *options])
+        out = capsys.readouterr().out
+        assert "live, 5 held-out rows" in out
+        scores.append(live_losses(out)[0])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+def test_a_model_in_bfloat16_is_trained_in_float32(llama, tmp_path):
+    """Steps of 1e-6 are lost in bfloat16's rounding of a weight, but not their sum."""
+    source = tmp_path / "mine"
+    AutoModelForCausalLM.from_pretrained(llama).to(torch.bfloat16).save_pretrained(source)
+    PreTrainedTokenizerFast.from_pretrained(llama).save_pretrained(source)
+    target = open_target(source, None)
+    seen = []
+
+    class Weights(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            seen.append({p.dtype for p in model.parameters()})
+
+    trainer = make_trainer(target, chats("prompt")[:8], chats("prompt")[8:], tmp_path, FinetuneOptions(steps=1), "cpu")
+    trainer.add_callback(Weights())
+    trainer.train()
+    assert seen == [{torch.float32}]
+    file = write(tmp_path / "chat.jsonl", chats("prompt"))
+    main(["finetune", str(source), str(tmp_path / "out"), "--chat", file, "--steps", "2", "--lr", "1e-2"])
+    assert {weight.dtype for weight in weights(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_adapters_begin_as_the_seed_says(llama, tmp_path):
+    def begun() -> dict[str, torch.Tensor]:
+        options = FinetuneOptions(lora=2)
+        trainer = make_trainer(open_target(llama, None), chats("text")[:8], chats("text")[8:], tmp_path, options, "cpu")
+        return {name: p for name, p in trainer.model.named_parameters() if "lora_A" in name}
+
+    torch.manual_seed(1)
+    one = begun()
+    torch.manual_seed(2)
+    two = begun()
+    assert all(torch.equal(p, two[name]) for name, p in one.items())
 
 
 def test_a_frozen_decoder_stays_as_it_was(llama, tmp_path, capsys):
@@ -404,14 +490,19 @@ def test_a_frozen_decoder_stays_as_it_was(llama, tmp_path, capsys):
     assert all(name.startswith("latent.") for name in changed)
 
 
+@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize(("gate_rate", "wanted"), [(None, (1e-3, 5e-2, 5e-2)), (200.0, (1e-3, 5e-2, 2e-1))])
-def test_a_pathway_has_rates_of_its_own(llama, gate_rate, wanted):
+def test_a_pathway_has_rates_of_its_own(llama, gate_rate, wanted, adapted):
     model = AutoModelForCausalLM.from_pretrained(llama)
-    optimiser = make_optimiser(model, 1e-3, FinetuneOptions(pathway_rate=50.0, gate_rate=gate_rate))
+    if adapted:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["latent"]))
+    optimiser = make_optimiser(model, 1e-3, FinetuneOptions(pathway_rate=50.0, gate_rate=gate_rate), True)
     rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
-    assert len(rates) == len([*model.parameters()])
+    assert len(rates) == sum(p.requires_grad for p in model.parameters())
     old, projections, gates = wanted
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         kind = old if "latent" not in name else projections if "project" in name else gates
         assert rates[id(p)] == pytest.approx(kind), name
 
@@ -425,7 +516,9 @@ def test_a_pathway_has_rates_of_its_own(llama, gate_rate, wanted):
         ("run", ["--pathway-rate", "3"], "are for retrofitted models"),
         ("llama", ["--pathway-rate", "0"], "pathway_rate is 0.0; it must be"),
         ("llama", ["--freeze", "--lora", "2"], "leave one of them out"),
-        ("llama", ["--freeze", "--controls", "tokens"], "has then nothing to train"),
+        ("neutral", ["--freeze", "--controls", "tokens"], "has then nothing to train"),
+        ("neutral", ["--lora", "2", "--controls", "tokens"], "controls train all weights"),
+        ("llama", ["--controls", "tokens"], "was trained already"),
         ("shift", ["--controls", "tokens"], "which is the control"),
     ],
 )

@@ -143,11 +143,11 @@ def test_a_trained_pathway_is_what_the_oracle_computes(folder, compared, texts):
 
 
 def test_every_model_of_the_comparison_has_learned(compared):
-    lines = {line["model"]: line for line in comparison.read_lines(compared)}
-    assert set(lines) == {PATHWAY, SHIFT, PLAIN}
-    assert len({line["before"] for line in lines.values()}) == 1  # all begin as the same model
-    for line in lines.values():
-        assert comparison.mean_nats(line) < line["before"] - 0.02, line["model"]
+    outcomes = comparison.read_outcomes(compared)
+    assert [outcome.model for outcome in outcomes] == [PATHWAY, SHIFT, PLAIN]
+    assert len({outcome.before for outcome in outcomes}) == 1  # all begin as the same model
+    for outcome in outcomes:
+        assert outcome.after < outcome.before - 0.02, outcome.model
 
 
 def test_an_adapter_is_trained_on_it_and_merged(retrofitted, texts, tmp_path):

@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 from trl.trainer.utils import add_fused_lm_head
 
 from lrt.integrations.hf import ScheduleCallback
+from lrt.integrations.hf.schedule_callback import tell
 from lrt.integrations.hf.schedule_step import FollowsSchedule
 from lrt.integrations.retrofit import retrofit
 
@@ -82,6 +83,23 @@ def test_stages_follow_the_training(tmp_path, monkeypatch):
     rows = torch.tensor(ids[:2])
     adapted.train()(input_ids=rows, labels=rows)
     assert served[4:] == ["settled(0, 1, 1)"]
+
+
+def test_a_model_without_a_schedule_is_told_so(tmp_path):
+    ids = tokenizer()(TEXTS)["input_ids"]
+    rows = Rows.from_dict({"input_ids": ids, "labels": ids})
+    options = arguments(TrainingArguments, tmp_path, max_steps=1)
+    trainer = Trainer(model=plain("llama").float(), args=options, train_dataset=rows, callbacks=[ScheduleCallback()])
+    with pytest.raises(ValueError, match="has no schedule that a step could decide"):
+        trainer.train()
+
+
+def test_a_folders_own_code_is_told_the_step():
+    """Its class has the same name, and is another."""
+    other = type("FollowsSchedule", (), {"training_step": None})
+    model = torch.nn.Sequential(type("Remote", (other, torch.nn.Module), {})())
+    tell(model, (1, 2, 3))
+    assert model[0].training_step == (1, 2, 3)
 
 
 @pytest.mark.parametrize("scoring", ["auto", "live"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -16,57 +18,87 @@ from lrt.utils.json_lines import read_json_lines
 FILE = "comparison.jsonl"
 PATHWAY, SHIFT, PLAIN = "pathway", "token shift", "plain"
 """The model that was retrofitted, the same with the previous embedding alone, and without any pathway."""
-Line = dict[str, Any]
-"""What one of them came to, as `controls.train_with_controls` writes it."""
+Equal = Literal["tokens", "wall_clock"]
+"""What a control shares with the pathway's training."""
 NOTE = (
     "The same decoder, trained on the same rows. Nats per learned token of the held-out rows, live. Difference: the "
     "pathway's less this one's, with the interval of 95 % over rows; negative is better. In equal time a control has "
-    "as many more steps as the pathway's step takes longer."
+    "as many more steps as the pathway's step takes longer, and sees rows again where they are not enough."
 )
+BATCH = 100
+"""Resamples that are drawn at a time: of many rows they would fill the memory."""
 
 
-def read_lines(folder: Path) -> list[Line]:
-    """The lines of a comparison; none where there are none."""
-    return read_json_lines(folder / FILE)
+@dataclass(frozen=True)
+class Outcome:
+    """What one of the models came to."""
+
+    model: str
+    """PATHWAY, SHIFT or PLAIN."""
+    equal: Equal
+    steps: int
+    tokens: int
+    """Seen in training."""
+    seconds: float
+    before: float
+    """Nats per learned token of the held-out rows, live, before training."""
+    nats: tuple[float, ...]
+    """After it, of each row in sum."""
+    learned: tuple[int, ...]
+    """Learned tokens of each row."""
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Outcome:
+        """Of a line of FILE."""
+        return cls(**{**fields, "nats": tuple(fields["nats"]), "learned": tuple(fields["learned"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    @property
+    def after(self) -> float:
+        """Nats per learned token."""
+        return sum(self.nats) / sum(self.learned)
 
 
-def mean_nats(line: Line) -> float:
-    """Nats per learned token."""
-    return sum(line["nats"]) / sum(line["learned"])
+def read_outcomes(folder: Path) -> list[Outcome]:
+    """Those of a comparison's folder; none where there are none."""
+    return [Outcome.from_dict(line) for line in read_json_lines(folder / FILE)]
 
 
-def difference(line: Line, other: Line) -> tuple[float, float, float] | None:
-    """(nats per learned token of `line` less those of `other`, low, high): 95 % over rows drawn anew. None where they
+def difference(one: Outcome, other: Outcome) -> tuple[float, float, float] | None:
+    """(nats per learned token of `one` less those of `other`, low, high): 95 % over rows drawn anew. None where they
     scored other rows, or one alone."""
-    if line["learned"] != other["learned"] or len(line["learned"]) < 2:
+    if one.learned != other.learned or len(one.learned) < 2:
         return None
-    moved, tokens = np.subtract(line["nats"], other["nats"]), np.asarray(line["learned"])
-    drawn = stats.bootstrap(
+    moved, tokens = np.subtract(one.nats, other.nats), np.asarray(one.learned)
+    ends = stats.bootstrap(
         (moved, tokens),
         lambda nats, count, axis=-1: nats.sum(axis) / count.sum(axis),
         paired=True,
         vectorized=True,
+        batch=BATCH,
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return float(moved.sum() / tokens.sum()), float(drawn.low), float(drawn.high)
+    return float(moved.sum() / tokens.sum()), float(ends.low), float(ends.high)
 
 
-def comparison_table(lines: Sequence[Line]) -> Table:
+def comparison_table(outcomes: Sequence[Outcome]) -> Table:
     """A row for each model, the pathway first."""
-    pathway = next((line for line in lines if line["model"] == PATHWAY), None)
+    pathway = next((outcome for outcome in outcomes if outcome.model == PATHWAY), None)
     body = []
-    for line in lines:
-        apart = None if pathway is None or line is pathway else difference(pathway, line)
-        name = line["model"] if line["equal"] == "tokens" else f"{line['model']}, in equal time"
+    for outcome in outcomes:
+        apart = None if pathway is None or outcome is pathway else difference(pathway, outcome)
         body.append(
             [
-                name,
-                f"{line['steps']:,}",
-                f"{line['tokens']:,}",
-                f"{line['seconds']:,.0f}",
-                f"{line['before']:.4f}",
-                f"{mean_nats(line):.4f}",
+                outcome.model if outcome.equal == "tokens" else f"{outcome.model}, in equal time",
+                f"{outcome.steps:,}",
+                f"{outcome.tokens:,}",
+                f"{outcome.seconds:,.0f}",
+                f"{outcome.before:.4f}",
+                f"{outcome.after:.4f}",
                 "" if apart is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*apart),
             ]
         )
@@ -75,6 +107,6 @@ def comparison_table(lines: Sequence[Line]) -> Table:
 
 def section(folder: Path) -> str:
     """HTML of a comparison's folder for `lrt report`."""
-    table = comparison_table(read_lines(folder))
+    table = comparison_table(read_outcomes(folder))
     name = html.escape(folder.resolve().name)
     return f"<section><h2>{name}: a pathway and its controls</h2><p>{NOTE}</p>{table.html()}</section>"

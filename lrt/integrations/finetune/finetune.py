@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from lrt.integrations.finetune.options import FinetuneOptions, check_options
 from lrt.integrations.finetune.targets import FinetuneTarget
-from lrt.integrations.hf.schedule_callback import ScheduleCallback
+from lrt.integrations.hf.schedule_callback import ScheduleCallback, follows
 from lrt.utils import files
 
 IGNORED = -100
@@ -31,7 +34,7 @@ RATES = {True: 2e-4, False: 2e-5}
 """With adapters and without: what people begin with."""
 PATHWAY_RATE = 10.0
 """Of a new pathway, over the others' rate."""
-PATHWAY = "latent."
+LATENT = "latent."
 """In the names of a pathway's parameters, whatever stands around the model …"""
 GATES = (".gate.", ".gamma")
 """… and of those among them that scale what the memory adds."""
@@ -64,7 +67,7 @@ class Finetuned:
     tokens: int
     """Seen in training, padding not counted."""
     seconds: float
-    """Of training, and of what was trained before an interruption."""
+    """Of training, interrupted parts included."""
 
 
 def finetune(
@@ -85,27 +88,49 @@ def finetune(
         raise ValueError(f"{out} is not empty; choose another folder")
     train, val = split_rows(rows, config)
     work = out.with_name(f".{out.name}.finetune")
-    trainer = make_trainer(target, train, val, work, config, device)
     begin(work, request_of(target, rows, config))
+    dtype = target.model.dtype
+    trainer = make_trainer(target, train, val, work, config, device)
     before = live_nats(trainer)
-    trained = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
-    after = live_nats(trainer)
+    seconds = train_timed(trainer, work)
     tuned: Any = trainer.model
+    round_weights(tuned, dtype)  # the score is of what is saved
+    after = live_nats(trainer)
     fresh = files.temporary_name(out)
     try:
         if config.lora:
             tuned.save_pretrained(fresh)
             target.tokenizer.save_pretrained(fresh)
         else:
-            target.save(tuned, fresh)
+            target.save(tuned.to(dtype), fresh)
         files.replace_folder(fresh, out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(work, ignore_errors=True)
-    metrics, state = trained.metrics, trainer.state
-    return Finetuned(
-        before, after, len(train), state.global_step, state.num_input_tokens_seen, metrics["train_runtime"]
-    )
+    steps, tokens = trainer.state.global_step, trainer.state.num_input_tokens_seen
+    trained_on: Any = trainer.train_dataset
+    return Finetuned(before, after, len(trained_on), steps, tokens, seconds)
+
+
+def train_timed(trainer: SFTTrainer, work: Path) -> float:
+    """Train from the last epoch that `work` holds. Returns seconds, with those of earlier calls."""
+    file = work / "seconds.json"
+    earlier = files.read_json(file)["seconds"] if file.is_file() else 0.0
+    begun = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    finally:
+        seconds = earlier + time.monotonic() - begun
+        files.replace_atomically(file, json.dumps({"seconds": seconds}))
+    return seconds
+
+
+@torch.no_grad()
+def round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give trained weights the values that they have in `dtype`."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.copy_(parameter.to(dtype))
 
 
 def check_pathway(target: FinetuneTarget, config: FinetuneOptions) -> None:
@@ -114,31 +139,34 @@ def check_pathway(target: FinetuneTarget, config: FinetuneOptions) -> None:
         raise ValueError("freeze trains the pathway alone, and lora adapters of all else; leave one of them out")
     rates = (config.pathway_rate, config.gate_rate)
     if (config.freeze or rates != (None, None)) and not target.has_pathway:
-        raise ValueError(
-            f"freeze, pathway_rate and gate_rate are for retrofitted models, and {target.source} is none; "
-            "`lrt retrofit` adds a pathway"
-        )
+        raise ValueError(f"freeze, pathway_rate and gate_rate are for retrofitted models, and {target.source} is none")
 
 
 def request_of(target: FinetuneTarget, rows: Sequence[dict[str, Any]], options: FinetuneOptions) -> dict[str, Any]:
-    """What a fine-tuning is of: only its like may go on from where it was stopped."""
+    """What a fine-tuning is of: only its like may go on from where it was stopped.
+
+    The model's files are known by size and time: to read gigabytes twice for it would take too long.
+    """
     fields = [field.name for field in dataclasses.fields(FinetuneOptions)]
     digest = hashlib.sha256(json.dumps(target.rows(rows, options.length), sort_keys=True).encode()).hexdigest()
-    return {"model": str(target.source.resolve()), "rows": digest, **{name: vars(options)[name] for name in fields}}
+    sources = sorted(path for path in target.source.rglob("*") if path.suffix in (".safetensors", ".json", ".jinja"))
+    about = {str(path.relative_to(target.source)): [path.stat().st_size, path.stat().st_mtime_ns] for path in sources}
+    model = {"model": str(target.source.resolve()), "model's files": about}
+    return {**model, "rows": digest, **{name: vars(options)[name] for name in fields}}
 
 
 def begin(work: Path, request: dict[str, Any]) -> None:
     """Note what is begun. ValueError where the folder holds epochs of another fine-tuning."""
     file = work / "request.json"
-    if file.is_file() and get_last_checkpoint(str(work)) is not None:
-        other = files.read_json(file)
+    if work.is_dir() and get_last_checkpoint(str(work)) is not None:
+        other = files.read_json(file) if file.is_file() else {}
         if other != request:
             differing = ", ".join(name for name in request if other.get(name) != request[name])
             raise ValueError(
                 f"{work} holds an interrupted fine-tuning with other {differing}; repeat that, or remove it"
             )
     work.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(request), encoding="utf-8")
+    files.replace_atomically(file, json.dumps(request))
 
 
 def split_rows(
@@ -161,11 +189,17 @@ def make_trainer(
     config: FinetuneOptions,
     device: str,
 ) -> SFTTrainer:
-    """TRL's trainer, for the rows."""
-    model = target.model
+    """TRL's trainer, for the rows.
+
+    Where all weights are trained they are in float32, also of a model in bfloat16: a step is smaller than its rounding.
+    """
+    model, dtype = target.model, target.model.dtype
+    set_seed(config.seed)  # adapters begin at random
     if config.freeze:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(PATHWAY in name)
+            parameter.requires_grad_(LATENT in name)
+    elif not config.lora:
+        model.float()
     if config.lora:
         adapters = LoraConfig(r=config.lora, lora_alpha=2 * config.lora, task_type="CAUSAL_LM", **target.lora_fields)
         model = get_peft_model(model, adapters)
@@ -186,7 +220,7 @@ def make_trainer(
         packing=config.packing,
         assistant_only_loss=chats and "messages" in sets[0].column_names,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=dtype == torch.bfloat16 and device == "cuda",
         seed=config.seed,
         save_strategy="epoch",
         save_total_limit=1,
@@ -201,19 +235,21 @@ def make_trainer(
         train_dataset=sets[0],
         eval_dataset=sets[1],
         processing_class=target.tokenizer,
-        callbacks=[ScheduleCallback()],
-        optimizers=(make_optimiser(model, rate, config), None),
+        callbacks=[ScheduleCallback()] if any(map(follows, model.modules())) else [],
+        optimizers=(make_optimiser(model, rate, config, target.has_pathway), None),
     )
 
 
-def make_optimiser(model: Any, rate: float, config: FinetuneOptions) -> torch.optim.AdamW:
+def make_optimiser(model: Any, rate: float, config: FinetuneOptions, has_pathway: bool) -> torch.optim.AdamW:
     """AdamW with a rate for all that was there, one for a pathway's projections, and one for its gates and γ."""
     projections = config.pathway_rate or PATHWAY_RATE
     gates = config.gate_rate or projections
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            times = 1.0 if PATHWAY not in name else gates if any(gate in name for gate in GATES) else projections
+            times = 1.0
+            if has_pathway and LATENT in name:
+                times = gates if any(gate in name for gate in GATES) else projections
             groups.setdefault(times, []).append(parameter)
     return torch.optim.AdamW(
         [{"params": parameters, "lr": rate * times} for times, parameters in groups.items()], weight_decay=0.0
@@ -229,18 +265,27 @@ def live_nats(trainer: SFTTrainer) -> HeldOut:
     model: Any = trainer.model
     was_training = model.training
     model.eval()
-    nats: list[float] = []
-    tokens: list[int] = []
+    rows: list[tuple[float, int]] = []
     for batch in trainer.get_eval_dataloader():
-        targets = batch["labels"][:, 1:]
         arguments = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-        logits = model(**arguments, use_cache=False).logits[:, :-1].float()
-        cost = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
-        for row_nats, row_tokens in zip(cost.tolist(), (targets != IGNORED).sum(1).tolist(), strict=True):
-            if row_tokens:
-                nats.append(row_nats)
-                tokens.append(row_tokens)
+        rows += row_costs(model(**arguments, use_cache=False).logits, batch["labels"], batch.get("position_ids"))
     model.train(was_training)
-    if not tokens:
+    if not rows:
         raise ValueError("no held-out row has a token to learn; give longer rows, or a greater length")
-    return HeldOut(tuple(nats), tuple(tokens))
+    nats, tokens = zip(*rows, strict=True)
+    return HeldOut(nats, tokens)
+
+
+def row_costs(logits: Tensor, labels: Tensor, position_ids: Tensor | None) -> list[tuple[float, int]]:
+    """(nats, learned tokens) of each row that has some, of logits (B, T, V) and labels (B, T).
+
+    Packed rows lie one behind another in one row of the batch; each begins where position_ids (B, T) are 0.
+    """
+    first = torch.zeros_like(labels, dtype=torch.bool) if position_ids is None else position_ids == 0
+    first[:, 0] = True
+    targets = torch.where(first, IGNORED, labels)[:, 1:]
+    row = first.flatten().cumsum(0).view_as(labels)[:, 1:] - 1
+    cost = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    nats = torch.bincount(row.flatten(), cost.double().flatten())
+    tokens = torch.bincount(row.flatten(), (targets != IGNORED).flatten())
+    return [(one, int(count)) for one, count in zip(nats.tolist(), tokens.tolist(), strict=True) if count]

@@ -317,10 +317,7 @@ class LRTForCausalLM(FollowsSchedule, PreTrainedModel, GenerationMixin):
         tokens = rows.split(ids, 0)
         targets = None if labels is None else shift_labels(rows.split(labels, HF_IGNORED))
         schedule = parse(self.config.schedule)
-        if labels is not None or self.training_step is not None:
-            schedule = self.schedule_now(schedule)
-        else:
-            schedule = draw_for(schedule, tokens)
+        schedule = self.schedule_now(schedule) if labels is not None else draw_for(schedule, tokens)
         out = refine(self.model, tokens, schedule, execution=EAGER)
         loss = None
         if targets is not None and items is not None and bool((targets == IGNORED).all()):

@@ -1,31 +1,47 @@
-"""A retrofitted folder over HTTP, by transformers' own server: OpenAI's interface at /v1."""
+"""A retrofitted folder over HTTP: transformers' own server, as far as it answers for this one model."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
 from lrt.integrations.retrofit.modeling import RetrofitForCausalLM
 
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
+"""What is served. transformers' other routes load whatever model a request names, or unload this one."""
 
-def serve_folder(folder: Path, host: str, port: int, device: str) -> None:
-    """Serve until it is stopped, under the folder's name as it is written here.
 
-    ValueError where what transformers' server needs is not installed, and where it cannot listen there.
+def transformers_app(folder: Path, device: str) -> Any:
+    """The application (ASGI) of transformers' server, with the model loaded, under the folder's name as written here.
+
+    ValueError where what it needs is not installed.
     """
     if not is_serve_available():
         raise ValueError(
             "a retrofitted folder is served by transformers, which needs more for it; install it with "
             "pip install 'transformers[serving]'"
         )
-    # Its server looks a model's class up among transformers' own, whatever is registered with the Auto classes.
+    from fastapi.routing import APIRoute
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.server import build_server
+    from transformers.cli.serving.utils import GenerationState
+
+    # It looks a model's class up among transformers' own, whatever is registered with the Auto classes.
     library: Any = transformers
     library.RetrofitForCausalLM = RetrofitForCausalLM
-    try:
-        Serve(force_model=str(folder), host=host, port=port, device=device)
-    except SystemExit as error:  # uvicorn's, which has said why
-        raise ValueError(f"cannot listen on {host} port {port}; choose another with --port") from error
+    manager, state = ModelManager(device=device, force_model=str(folder)), GenerationState()
+    # Of speech, decisions and the like there is none; which of them a version has differs.
+    handlers: dict[str, Any] = {name: None for name in inspect.signature(build_server).parameters if "handler" in name}
+    handlers["chat_handler"] = ChatCompletionHandler(model_manager=manager, generation_state=state)
+    handlers["completion_handler"] = CompletionHandler(model_manager=manager, generation_state=state)
+    app = build_server(manager, **handlers, generation_state=state)
+    app.router.routes[:] = [
+        route for route in app.router.routes if isinstance(route, APIRoute) and route.path in ROUTES
+    ]
+    return app
