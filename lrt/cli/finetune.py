@@ -47,7 +47,9 @@ class Finetune(FinetuneOptions):
         rows, target, device = read_rows(self.chat), open_target(self.model, self.template), choose_device(self.device)
         if self.controls:
             outcomes = train_with_controls(target, rows, self.out, self, device, self.controls)
-            Console().print(comparison_table(outcomes).rich())
+            table = comparison_table(outcomes)
+            console = Console()
+            print(table.markdown()) if not console.is_terminal else console.print(table.rich())
             print(f"{NOTE}\n`lrt report {self.out}` makes a page of it")
             return
         tuned = finetune(target, rows, self.out, self, device)

@@ -1,7 +1,7 @@
 """GRPO where the answer needs a carried state: the parity of bits. Recurrence learns it live, the same without cannot.
 
 Both models first see rows of bits, a word, and an answer. Behind `known` the answer is the parity; behind `asked` it is
-drawn at random. One block cannot count, so only the recurrent model comes to know the parity. Then GRPO rewards the
+values at random. One block cannot count, so only the recurrent model comes to know the parity. Then GRPO rewards the
 parity behind `asked`: a reward of 0.5 is chance.
 """
 
@@ -36,12 +36,12 @@ def draw(
     rows: int, bits: int, generator: torch.Generator, word: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens (rows, bits + 3), parities (rows,)): a start, bits, a word, an answer."""
-    drawn = torch.randint(2, (rows, bits), generator=generator)
-    parity = drawn.sum(1) % 2
+    values = torch.randint(2, (rows, bits), generator=generator)
+    parity = values.sum(1) % 2
     words = torch.randint(KNOWN, ASKED + 1, (rows,), generator=generator) if word is None else torch.full((rows,), word)
     chance = torch.randint(2, (rows,), generator=generator)
     answers = EVEN + torch.where(words == KNOWN, parity, chance)
-    return torch.cat((torch.zeros(rows, 1).long(), ZERO + drawn, words[:, None], answers[:, None]), 1), parity
+    return torch.cat((torch.zeros(rows, 1).long(), ZERO + values, words[:, None], answers[:, None]), 1), parity
 
 
 def make(recurrent: bool) -> LRTForCausalLM:

@@ -92,6 +92,25 @@ def test_a_saved_folder_loads_with_lrt_and_keeps_the_names_of_the_base(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).pathway == model.config.pathway
 
 
+WITH_LRT = """
+import sys
+import lrt.integrations.retrofit
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__)
+"""
+
+
+def test_a_fresh_process_with_lrt_needs_no_code_of_the_folder(tmp_path):
+    """No question whether to trust it, and none of it run."""
+    _, model = made("qwen3")
+    model.save_pretrained(tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-c", WITH_LRT, str(tmp_path)], capture_output=True, text=True, check=False,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout.strip()) == (0, "lrt.integrations.retrofit.modeling"), run.stderr[-2000:]
+
+
 def test_a_model_made_from_its_configuration_is_neutral():
     _, model = made()
     fresh = AutoModelForCausalLM.from_config(model.config)

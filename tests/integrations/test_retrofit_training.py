@@ -65,11 +65,11 @@ def test_trainer_lowers_the_live_loss(tmp_path, schedule):
 def test_stages_follow_the_training(tmp_path, monkeypatch):
     """Two steps of each stage, also inside an adapter; behind the training the last stage, as before it."""
     served = []
-    drawn = FollowsSchedule.schedule_now
+    schedule_now = FollowsSchedule.schedule_now
 
     def noted(self, schedule):
-        served.append(repr(drawn(self, schedule)))
-        return drawn(self, schedule)
+        served.append(repr(schedule_now(self, schedule)))
+        return schedule_now(self, schedule)
 
     monkeypatch.setattr(FollowsSchedule, "schedule_now", noted)
     model = made(schedule="stages([(0.5, plain()), (0.5, settled(0, 1, 1))])")

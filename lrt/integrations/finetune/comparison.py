@@ -86,23 +86,23 @@ def difference(one: Outcome, other: Outcome) -> tuple[float, float, float] | Non
 
 
 def comparison_table(outcomes: Sequence[Outcome]) -> Table:
-    """A row for each model, the pathway first."""
+    """A row for each model, the pathway first; what all began with is the title."""
     pathway = next((outcome for outcome in outcomes if outcome.model == PATHWAY), None)
     body = []
     for outcome in outcomes:
         apart = None if pathway is None or outcome is pathway else difference(pathway, outcome)
         body.append(
             [
-                outcome.model if outcome.equal == "tokens" else f"{outcome.model}, in equal time",
+                outcome.model if outcome.equal == "tokens" else f"{outcome.model}, equal time",
                 f"{outcome.steps:,}",
                 f"{outcome.tokens:,}",
                 f"{outcome.seconds:,.0f}",
-                f"{outcome.before:.4f}",
                 f"{outcome.after:.4f}",
                 "" if apart is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*apart),
             ]
         )
-    return Table("", ["model", "steps", "tokens", "seconds", "before", "after", "pathway less this"], body)
+    title = f"Nats per learned token, live; {outcomes[0].before:.4f} before training" if outcomes else ""
+    return Table(title, ["model", "steps", "tokens", "seconds", "nats", "pathway less this"], body)
 
 
 def section(folder: Path) -> str:

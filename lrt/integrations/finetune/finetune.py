@@ -8,13 +8,15 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -29,6 +31,12 @@ from lrt.integrations.hf.schedule_callback import ScheduleCallback, follows
 from lrt.utils import files
 
 IGNORED = -100
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in SFTConfig.__dataclass_fields__
+    else "gradient_checkpointing"
+)
+"""What this version of transformers calls computing layers again in the backward."""
 DEVICES = ("cpu", "cuda", "mps")
 RATES = {True: 2e-4, False: 2e-5}
 """With adapters and without: what people begin with."""
@@ -206,6 +214,7 @@ def make_trainer(
     chats = "messages" in train[0]
     sets = [Dataset.from_list(target.rows(part, config.length)) for part in (train, val)]
     rate = config.lr or RATES[config.lora > 0]
+    off: Any = {CHECKPOINTING: False}
     arguments = SFTConfig(
         output_dir=str(work),
         learning_rate=rate,
@@ -219,7 +228,7 @@ def make_trainer(
         max_length=config.length,
         packing=config.packing,
         assistant_only_loss=chats and "messages" in sets[0].column_names,
-        gradient_checkpointing=False,
+        **off,
         bf16=dtype == torch.bfloat16 and device == "cuda",
         seed=config.seed,
         save_strategy="epoch",
@@ -229,15 +238,28 @@ def make_trainer(
         report_to=[],
         use_cpu=device == "cpu",
     )
-    return SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=sets[0],
-        eval_dataset=sets[1],
-        processing_class=target.tokenizer,
-        callbacks=[ScheduleCallback()] if any(map(follows, model.modules())) else [],
-        optimizers=(make_optimiser(model, rate, config, target.has_pathway), None),
-    )
+    with without_bars():
+        return SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=sets[0],
+            eval_dataset=sets[1],
+            processing_class=target.tokenizer,
+            callbacks=[ScheduleCallback()] if any(map(follows, model.modules())) else [],
+            optimizers=(make_optimiser(model, rate, config, target.has_pathway), None),
+        )
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without a bar for each of the ten ways in which TRL goes through the rows."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def make_optimiser(model: Any, rate: float, config: FinetuneOptions, has_pathway: bool) -> torch.optim.AdamW:

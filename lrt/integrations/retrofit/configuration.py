@@ -7,6 +7,7 @@ its own. So there is one class per decoder, made when it is needed (`config_clas
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -16,6 +17,9 @@ from lrt.integrations.retrofit.architectures import ARCHITECTURES
 from lrt.integrations.retrofit.pathway_config import PathwayConfig
 
 MODEL_TYPE = "lrt_retrofit"
+WHEN_READ: list[Callable[[str], object]] = []
+"""What is called with the decoder's model type when a configuration is read; nothing where this code comes from a
+folder, whose config.json names the model's class."""
 
 
 class Retrofitted:
@@ -36,7 +40,10 @@ class Retrofitted:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """A configuration from config.json. ValueError where it names no decoder that is known."""
-        made = config_class(check_base(config_dict.get("base_model_type")))
+        base_type = check_base(config_dict.get("base_model_type"))
+        made = config_class(base_type)
+        for call in WHEN_READ:
+            call(base_type)
         return made.from_dict(config_dict, **kwargs) if cls is not made else super().from_dict(config_dict, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
