@@ -1,7 +1,7 @@
 """GRPO where the answer needs a carried state: the parity of bits. Recurrence learns it live, the same without cannot.
 
 Both models first see rows of bits, a word, and an answer. Behind `known` the answer is the parity; behind `asked` it is
-values at random. One block cannot count, so only the recurrent model comes to know the parity. Then GRPO rewards the
+drawn at random. One block cannot count, so only the recurrent model comes to know the parity. Then GRPO rewards the
 parity behind `asked`: a reward of 0.5 is chance.
 """
 

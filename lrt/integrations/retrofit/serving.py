@@ -11,7 +11,8 @@ from transformers.utils.import_utils import is_serve_available
 
 from lrt.integrations.retrofit.modeling import RetrofitForCausalLM
 
-ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
+ANSWERS, MODELS = ("/v1/chat/completions", "/v1/completions", "/health"), "/v1/models"
+ROUTES = (*ANSWERS, MODELS)
 """What is served. transformers' other routes load whatever model a request names, or unload this one."""
 
 
@@ -41,7 +42,9 @@ def transformers_app(folder: Path, device: str) -> Any:
     handlers["chat_handler"] = ChatCompletionHandler(model_manager=manager, generation_state=state)
     handlers["completion_handler"] = CompletionHandler(model_manager=manager, generation_state=state)
     app = build_server(manager, **handlers, generation_state=state)
-    app.router.routes[:] = [
-        route for route in app.router.routes if isinstance(route, APIRoute) and route.path in ROUTES
-    ]
+    routes = app.router.routes
+    routes[:] = [route for route in routes if isinstance(route, APIRoute) and route.path in ANSWERS]
+    # Older versions list what lies in the Hub's cache, and fail where there is none.
+    about = {"id": str(folder), "object": "model", "created": 0, "owned_by": "local"}
+    app.add_api_route(MODELS, lambda: {"object": "list", "data": [about]})
     return app
