@@ -1,7 +1,7 @@
 """What a pathway gives a pretrained decoder, against equal training without one (docs/pretrained.md).
 
-    python benchmarks/retrofit_gain.py BOOKS results/pretrained.jsonl --seeds 0 1 2
-    python benchmarks/retrofit_gain.py BOOKS results/pretrained.screen.jsonl --screen
+    python benchmarks/retrofit_gain.py BOOKS results/benchmarks/pretrained.jsonl --seeds 0 1 2
+    python benchmarks/retrofit_gain.py BOOKS results/benchmarks/pretrained.screen.jsonl --screen
 
 BOOKS holds train.jsonl.xz and val.jsonl.xz, a document with `text` a line. A Llama-like decoder of 1.1 million
 parameters is pretrained on 5 million tokens of books, and then on 1 million more, half of them books that it has not

@@ -146,6 +146,7 @@ BEGINNINGS = (
     "lrt.serve.server.create_server",
     "lrt.integrations.lm_eval.run_tasks",
     "lrt.integrations.retrofit.folder.AutoModelForCausalLM.from_pretrained",
+    "lrt.integrations.finetune.controls.make_trainer",
     "lrt.integrations.finetune.finetune.make_trainer",
 )
 """What no wrong flag may reach: a pass of a model, a tokenizer's training, timed rounds, a port that is listened on."""

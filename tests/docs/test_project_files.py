@@ -1,5 +1,6 @@
 """What surrounds the code says what the code says: versions, checks, commands."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -59,3 +60,14 @@ def test_the_versions_that_a_bug_report_asks_for_are_printed(capsys: pytest.Capt
     (description,) = (part["attributes"]["description"] for part in form["body"] if part["id"] == "versions")
     exec(re.findall(r'python -c "(.*)"', description)[0], {})
     assert re.match(r"\d+\.\d+\.\d+ .*threads, torch \d", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "results" / "benchmarks").glob("*.jsonl")), ids=lambda f: f.name)
+def test_lines_of_benchmarks_are_of_what_they_say(file: Path):
+    """Each arm once for each seed, with what it was trained on and where."""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    cells = [(line["arm"], line["equal"], line["seed"]) for line in lines]
+    assert len(set(cells)) == len(cells)
+    seeds = {line["seed"] for line in lines}
+    assert len(cells) == len({cell[:2] for cell in cells}) * len(seeds)
+    assert all(line["tokens"] > 0 and line["live_bpb"] > 0 and line["hardware"]["device"] for line in lines)

@@ -291,9 +291,7 @@ def test_a_tokenizer_that_is_too_large_is_an_error(tmp_path: Path):
 
 def test_a_folder_of_transformers_is_named_as_such(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(
-        ValueError, match="is a folder of transformers, not a checkpoint; `lrt retrofit` and `lrt finetune`"
-    ):
+    with pytest.raises(ValueError, match="is a folder of transformers, not a checkpoint; `lrt finetune`"):
         load(tmp_path)
 
 
