@@ -49,7 +49,10 @@ class Finetune(FinetuneOptions):
             outcomes = train_with_controls(target, rows, self.out, self, device, self.controls)
             table = comparison_table(outcomes)
             console = Console()
-            print(table.markdown()) if not console.is_terminal else console.print(table.rich())
+            if console.is_terminal:
+                console.print(table.rich())
+            else:
+                print(table.markdown())
             print(f"{NOTE}\n`lrt report {self.out}` makes a page of it")
             return
         tuned = finetune(target, rows, self.out, self, device)

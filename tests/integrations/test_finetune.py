@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("trl")
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from support.retrofits import awaken, plain
 from tokenizers import Tokenizer as Inner
 from tokenizers import models, pre_tokenizers
@@ -268,6 +269,7 @@ def test_a_template_without_marks_is_refused_in_a_sentence(llama, tmp_path, caps
         main(["finetune", source, str(tmp_path / "out"), "--chat", write(tmp_path / "chat.jsonl", chats())])
     error = capsys.readouterr().err
     assert (stopped.value.code, "{% generation %}" in error) == (2, True), error
+    assert not list(tmp_path.glob(".out*"))  # nothing was begun
 
 
 @pytest.mark.parametrize("lora", [0, 4])
@@ -464,6 +466,20 @@ def test_a_model_in_bfloat16_is_trained_in_float32(llama, tmp_path):
     file = write(tmp_path / "chat.jsonl", chats("prompt"))
     main(["finetune", str(source), str(tmp_path / "out"), "--chat", file, "--steps", "2", "--lr", "1e-2"])
     assert {weight.dtype for weight in weights(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_adapters_of_a_model_in_bfloat16_are_not_rounded(llama, tmp_path):
+    """They are trained and saved in float32."""
+    source = tmp_path / "mine"
+    AutoModelForCausalLM.from_pretrained(llama).to(torch.bfloat16).save_pretrained(source)
+    PreTrainedTokenizerFast.from_pretrained(llama).save_pretrained(source)
+    file = write(tmp_path / "chat.jsonl", chats("prompt"))
+    command = ["finetune", str(source), str(tmp_path / "out"), "--chat", file, "--steps", "2", "--lr", "1e-2"]
+    main([*command, "--lora", "2"])
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    adapters = [weight for name, weight in saved.items() if "lora_" in name]
+    assert {weight.dtype for weight in adapters} == {torch.float32}
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in adapters)
 
 
 def test_adapters_begin_as_the_seed_says(llama, tmp_path):

@@ -96,13 +96,14 @@ def finetune(
         raise ValueError(f"{out} is not empty; choose another folder")
     train, val = split_rows(rows, config)
     work = out.with_name(f".{out.name}.finetune")
-    begin(work, request_of(target, rows, config))
     dtype = target.model.dtype
     trainer = make_trainer(target, train, val, work, config, device)
+    begin(work, request_of(target, rows, config))
     before = live_nats(trainer)
     seconds = train_timed(trainer, work)
     tuned: Any = trainer.model
-    round_weights(tuned, dtype)  # the score is of what is saved
+    if not config.lora:  # adapters are saved as they are; the score is of what is saved
+        round_weights(tuned, dtype)
     after = live_nats(trainer)
     fresh = files.temporary_name(out)
     try:
@@ -157,7 +158,8 @@ def request_of(target: FinetuneTarget, rows: Sequence[dict[str, Any]], options: 
     """
     fields = [field.name for field in dataclasses.fields(FinetuneOptions)]
     digest = hashlib.sha256(json.dumps(target.rows(rows, options.length), sort_keys=True).encode()).hexdigest()
-    sources = sorted(path for path in target.source.rglob("*") if path.suffix in (".safetensors", ".json", ".jinja"))
+    kinds = ("*.safetensors", "tokenizer*", "chat_template*")  # not what evaluations write beside them
+    sources = sorted(path for kind in kinds for path in target.source.rglob(kind))
     about = {str(path.relative_to(target.source)): [path.stat().st_size, path.stat().st_mtime_ns] for path in sources}
     model = {"model": str(target.source.resolve()), "model's files": about}
     return {**model, "rows": digest, **{name: vars(options)[name] for name in fields}}
