@@ -54,7 +54,8 @@ def train_on_request() -> None:
     from lrt.model.transformer import LatentRecurrentTransformer
     from lrt.schedules.loss import StepLoss
     from lrt.schedules.parse import parse
-    from lrt.training.optim import OptimConfig, Optimiser
+    from lrt.training.optim import Optimiser
+    from lrt.training.optim_config import OptimConfig
     from lrt.training.recipes import recommended_memory
 
     torch.manual_seed(0)

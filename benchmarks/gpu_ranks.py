@@ -29,7 +29,7 @@ from lrt.distributed.single_process import SingleProcess
 from lrt.experiments.bench.rows import Row
 from lrt.experiments.bench.steps import random_data
 from lrt.training.config import RunConfig
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 from lrt.training.recipes import recommended_memory
 from lrt.training.trainer import Trainer
 from lrt.utils.files import append_durably

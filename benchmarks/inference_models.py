@@ -15,11 +15,9 @@ from pathlib import Path
 from lrt import MemoryConfig, ModelConfig
 from lrt.data.prepared import Prepared
 from lrt.model.size import count_parameters
-from lrt.training.config import RunConfig
+from lrt.training.config import EvalConfig, RunConfig, SnapshotConfig
 from lrt.training.loop import train
-from lrt.training.monitor import EvalConfig
 from lrt.training.recipes import DEMO_OPTIM, match_parameters
-from lrt.training.snapshots import SnapshotConfig
 
 CONTEXT = 1280
 SETTLED = "settled(1, 1, 1)"

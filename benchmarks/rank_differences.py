@@ -26,7 +26,7 @@ from lrt.distributed.parallelize import PARALLEL, join_ranks
 from lrt.distributed.single_process import SINGLE_PROCESS, SingleProcess
 from lrt.model.execution import Execution
 from lrt.training.config import RunConfig
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 from lrt.training.trainer import Trainer
 
 STEPS, ROWS, CONTEXT = 20, 4, 32

@@ -6,24 +6,20 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import tyro
 
-from lrt.experiments.bench import equality, inference
-from lrt.experiments.bench.attention import AttentionBench
-from lrt.experiments.bench.rows import Row, hardware_title, print_json, print_table
-from lrt.experiments.bench.train import TrainBench
-from lrt.inference import cost_model
-from lrt.inference.calibrate import LENGTH, calibrate, sample_text
-from lrt.model import checkpoint
-from lrt.utils.device import choose_device
-from lrt.utils.provenance import hardware
+from lrt.experiments.bench.options import AttentionOptions, TrainOptions
+
+if TYPE_CHECKING:
+    from lrt.experiments.bench.rows import Row
 
 
 def print_rows(rows: Sequence[Row], about: dict[str, Any], as_json: bool) -> None:
     """Rows on standard output: one line of JSON, or a table under the hardware."""
+    from lrt.experiments.bench.rows import hardware_title, print_json, print_table
+
     if as_json:
         print_json(rows, about)
     else:
@@ -42,6 +38,13 @@ class Calibrate:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
+        import torch
+
+        from lrt.inference import cost_model
+        from lrt.inference.calibrate import LENGTH, calibrate, sample_text
+        from lrt.model import checkpoint
+        from lrt.utils.device import choose_device
+
         folder = checkpoint.verify(self.checkpoint)
         model, tokenizer = checkpoint.load(folder, choose_device(self.device))
         length = min(LENGTH, model.config.context)
@@ -76,6 +79,10 @@ class Inference:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
+        from lrt.experiments.bench import inference
+        from lrt.utils.device import choose_device
+        from lrt.utils.provenance import hardware
+
         data, device = self.data or self.checkpoints / "data", choose_device(self.device)
         sections = inference.choose_sections(self.only)
         pair = inference.read_pair(self.checkpoints, data, device, self.rounds)
@@ -99,6 +106,12 @@ class BenchEquality:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
+        from lrt.experiments.bench import equality
+        from lrt.inference.calibrate import sample_text
+        from lrt.model import checkpoint
+        from lrt.utils.device import choose_device
+        from lrt.utils.provenance import hardware
+
         device = choose_device(self.device)
         model, tokenizer = checkpoint.load(self.checkpoint, device)
         if self.text is None:
@@ -111,9 +124,27 @@ class BenchEquality:
         print_rows(equality.equality_rows(model, prompts, self.new_tokens), {"hardware": hardware(device)}, self.json)
 
 
+class BenchTrain(TrainOptions):
+    __doc__ = TrainOptions.__doc__
+
+    def run(self) -> None:
+        from lrt.experiments.bench.train import TrainBench
+
+        TrainBench(**vars(self)).run()
+
+
+class BenchAttention(AttentionOptions):
+    __doc__ = AttentionOptions.__doc__
+
+    def run(self) -> None:
+        from lrt.experiments.bench.attention import AttentionBench
+
+        AttentionBench(**vars(self)).run()
+
+
 Suite = (
-    Annotated[TrainBench, tyro.conf.subcommand("train", prefix_name=False)]
-    | Annotated[AttentionBench, tyro.conf.subcommand("attention", prefix_name=False)]
+    Annotated[BenchTrain, tyro.conf.subcommand("train", prefix_name=False)]
+    | Annotated[BenchAttention, tyro.conf.subcommand("attention", prefix_name=False)]
     | Annotated[Inference, tyro.conf.subcommand("inference", prefix_name=False)]
     | Annotated[BenchEquality, tyro.conf.subcommand("equality", prefix_name=False)]
 )
@@ -127,4 +158,6 @@ class Bench:
     """What to measure."""
 
     def run(self) -> None:
+        from lrt.utils.device import choose_device
+
         dataclasses.replace(self.suite, device=choose_device(self.suite.device)).run()

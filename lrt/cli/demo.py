@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrt.cli.options import Paths
-from lrt.utils.device import choose_device
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class Demo:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
-        from lrt.experiments.demo import demo  # it draws, which --help should not wait for
+        from lrt.experiments.demo import demo
+        from lrt.utils.device import choose_device
 
         demo(self.out, list(self.text) or None, self.tokens, self.seed, choose_device(self.device), self.prompt)

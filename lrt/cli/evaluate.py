@@ -10,14 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from lrt.cli.options import Paths
-from lrt.data.prepared import Prepared
-from lrt.eval.core_metric.benchmark import CoreSettings, run_core
-from lrt.eval.core_metric.bundle import Bundle, download
-from lrt.eval.diagnose import corpus_names, diagnose, load_subject, score_corpora
-from lrt.eval.report.text import result_lines
-from lrt.model import checkpoint
 from lrt.utils import files
-from lrt.utils.device import choose_device
 from lrt.utils.imports import extra
 
 CORE_BUNDLE = Path("runs/data/core")
@@ -83,7 +76,12 @@ class Evaluate:
             return self.evaluate_tasks()
         if self.core is not None:
             return self.evaluate_core(self.core)
-        from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
+        from lrt.data.prepared import Prepared
+        from lrt.distributed.parallelize import join_ranks
+        from lrt.eval.diagnose import corpus_names, load_subject, score_corpora
+        from lrt.eval.report.text import result_lines
+        from lrt.model import checkpoint
+        from lrt.utils.device import choose_device
 
         checkpoint.verify(self.checkpoint)  # before the corpora: the first thing named is the first looked for
         if len(self.data) == 0:
@@ -108,7 +106,12 @@ class Evaluate:
         ValueError, after the others' scores are printed, where some tasks could not be run: a partial score is no
         success. Every rank raises it, so that torchrun fails as a whole.
         """
-        from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
+        from lrt.distributed.parallelize import join_ranks
+        from lrt.eval.core_metric.benchmark import CoreSettings, run_core
+        from lrt.eval.core_metric.bundle import Bundle, download
+        from lrt.eval.report.text import result_lines
+        from lrt.model import checkpoint
+        from lrt.utils.device import choose_device
 
         if len(bundles) > 1:
             raise ValueError(f"--core is {' '.join(map(str, bundles))}; give one folder, or none")
@@ -127,6 +130,8 @@ class Evaluate:
 
     def evaluate_tasks(self) -> None:
         """Print the metrics of lm-eval's tasks."""
+        from lrt.utils.device import choose_device
+
         with extra("lm-eval", "--tasks"):
             from lrt.integrations.lm_eval import run_tasks
         results = run_tasks(
@@ -174,7 +179,11 @@ class Diagnose:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
-        from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
+        from lrt.data.prepared import Prepared
+        from lrt.distributed.parallelize import join_ranks
+        from lrt.eval.diagnose import corpus_names, diagnose, load_subject
+        from lrt.eval.report.text import result_lines
+        from lrt.utils.device import choose_device
 
         files.check_writable(out := self.out or self.checkpoint / "evaluation")
         with join_ranks("ddp", choose_device(self.device)) as ranks:
@@ -201,7 +210,7 @@ class Report:
     """File to write."""
 
     def run(self) -> None:
-        from lrt.eval.report.page import report  # loads matplotlib
+        from lrt.eval.report.page import report
         from lrt.experiments.studies.report_section import section
         from lrt.integrations.finetune import comparison
 

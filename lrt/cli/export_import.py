@@ -8,9 +8,6 @@ from typing import Literal
 
 import tyro
 
-from lrt.integrations.nanochat import import_checkpoint
-from lrt.model import checkpoint
-from lrt.model.size import count_parameters
 from lrt.utils.imports import extra
 
 
@@ -46,6 +43,10 @@ class Import:
     """The tokenizer.json that it was trained with."""
 
     def run(self) -> None:
+        from lrt.integrations.nanochat import import_checkpoint
+        from lrt.model import checkpoint
+        from lrt.model.size import count_parameters
+
         model = import_checkpoint(self.source, self.out, self.tokenizer)
         total, _ = count_parameters(model.config)
         print(f"{self.out}: {total:,} parameters, schedule {checkpoint.about(self.out)['schedule']}")

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.console import Console
 
 from lrt.cli.options import Paths
 from lrt.integrations.finetune.options import FinetuneOptions, check_options
-from lrt.utils.device import choose_device
 from lrt.utils.imports import extra
 
 
@@ -37,6 +35,10 @@ class Finetune(FinetuneOptions):
     """auto, cpu, cuda, mps; of several GPUs CUDA_VISIBLE_DEVICES names the one."""
 
     def run(self) -> None:
+        from rich.console import Console
+
+        from lrt.utils.device import choose_device
+
         with extra("finetune", "finetune"):
             from lrt.integrations.finetune.chat_rows import read_rows
             from lrt.integrations.finetune.comparison import NOTE, comparison_table

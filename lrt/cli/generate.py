@@ -5,20 +5,17 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from lrt.cli.loading import load_model
 from lrt.cli.options import DecodeMode, Prefill
-from lrt.data.tokenizer import Stream, Tokenizer
-from lrt.inference import cost_model
-from lrt.inference.chat import Conversation
-from lrt.inference.engine import Engine
-from lrt.inference.request import Event, Request
-from lrt.inference.sampling import Sampling
-from lrt.model import checkpoint
-from lrt.utils.device import choose_device
+
+if TYPE_CHECKING:
+    from lrt.data.tokenizer import Stream, Tokenizer
+    from lrt.inference.chat import Conversation
+    from lrt.inference.request import Event
 
 ROWS = 32
 """Continuations that are decoded at once."""
@@ -56,6 +53,13 @@ class Sample:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
+        from lrt.inference import cost_model
+        from lrt.inference.engine import Engine
+        from lrt.inference.request import Request
+        from lrt.inference.sampling import Sampling
+        from lrt.model import checkpoint
+        from lrt.utils.device import choose_device
+
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         if len(self.prompt) == 0:
             raise ValueError("--prompt names no text; give at least one, or leave it out")
@@ -156,6 +160,12 @@ class Chat:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
+        from lrt.inference import cost_model
+        from lrt.inference.chat import Conversation
+        from lrt.inference.sampling import Sampling
+        from lrt.model import checkpoint
+        from lrt.utils.device import choose_device
+
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         sampling = Sampling(self.temperature, self.top_k, self.top_p)

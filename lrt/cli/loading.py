@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from lrt.data.tokenizer import Tokenizer
-from lrt.model import checkpoint
-from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.utils.files import read_json
 from lrt.utils.imports import extra
+
+if TYPE_CHECKING:
+    import torch
+
+    from lrt.data.tokenizer import Tokenizer
+    from lrt.model.transformer import LatentRecurrentTransformer
 
 RETROFITTED = "lrt_retrofit"
 """The model_type of retrofitted folders; what defines it imports transformers, which is an extra."""
@@ -26,6 +28,8 @@ def load_model(
 ) -> tuple[LatentRecurrentTransformer, Tokenizer]:
     """(the model, the adapter merged into its weights; its tokenizer)."""
     if adapter is None:
+        from lrt.model import checkpoint
+
         return checkpoint.load(folder, device)
     with extra("finetune", "--adapter"):
         from lrt.integrations.finetune.adapter import load_adapted

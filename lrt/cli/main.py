@@ -1,7 +1,7 @@
 """The command line's entry point, and its only boundary: arguments come in, lines and an exit status go out.
 
-The verbs are in `lrt.cli.verbs`, which loads torch. It is imported only after the environment is set, and where an
-interruption or a closed pipe is answered.
+`lrt.cli.verbs` reads the line. It is imported only after the environment is set, which torch reads when it is loaded,
+and where an interruption or a closed pipe is answered.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from lrt.cli.mistakes import explain
-from lrt.cli.renamed_flags import check_flags
 from lrt.utils import plugins
 from lrt.utils.openmp import spin_briefly
 
@@ -44,16 +41,17 @@ def main(arguments: list[str] | None = None) -> None:
 def run_verb(arguments: list[str]) -> None:
     """Read the command line and run its verb. SystemExit, after one line, where it cannot be done."""
     try:
-        from lrt.cli import verbs  # loads torch
+        from lrt.cli import verbs
 
         arguments = load_plugins(arguments)
-        check_flags(arguments)
         verbs.parse(arguments).run()
     except BrokenPipeError:
         raise
     except Exception as error:
         if (line := explain(error)) is None:
             raise
+        from rich.console import Console
+
         Console(stderr=True, highlight=False).print(f"lrt: {line}", style="red", soft_wrap=True, markup=False)
         sys.exit(MISTAKE)
     except KeyboardInterrupt:

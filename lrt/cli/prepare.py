@@ -8,10 +8,7 @@ from pathlib import Path
 import tyro
 
 from lrt.cli.options import Paths
-from lrt.data.hub import Dataset
-from lrt.data.prepare import SHARD_TOKENS, prepare
-from lrt.data.records import Selection
-from lrt.data.splits import BY_CONTENT, SplitRule
+from lrt.data.splits import BY_CONTENT, SHARD_TOKENS, SplitRule
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,10 @@ class Prepare:
     """Tokens of a shard."""
 
     def run(self) -> None:
+        from lrt.data.hub import Dataset
+        from lrt.data.prepare import prepare
+        from lrt.data.records import Selection
+
         rule = SplitRule(self.val, self.test)
         dataset = None
         if self.dataset is not None:

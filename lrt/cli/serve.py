@@ -16,7 +16,6 @@ import tyro
 
 from lrt.cli.loading import is_retrofitted, load_model
 from lrt.serve.config import Limits
-from lrt.utils.device import choose_device
 from lrt.utils.imports import extra
 
 if TYPE_CHECKING:
@@ -94,6 +93,8 @@ class Serve:
 
     def serve_checkpoints(self, token: str | None, hosts: Hosts) -> None:
         """Serve runs by the engine."""
+        from lrt.utils.device import choose_device
+
         with extra("serve", "serve"):
             from lrt.serve.app import create_app
             from lrt.serve.config import Settings
@@ -137,6 +138,8 @@ class Serve:
                 f"{folder} is a retrofitted folder, which transformers' own server answers for; it takes no "
                 f"{', no '.join(others)}: leave that out"
             )
+        from lrt.utils.device import choose_device
+
         with extra("hf", "serve"):
             from lrt.integrations.retrofit.serving import ROUTES, transformers_app
         with extra("serve", "serve"):

@@ -9,34 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from lrt.data.prepare import prepare
-from lrt.data.prepared import Prepared
-from lrt.distributed.single_process import SingleProcess
-from lrt.eval.diagnose import check_tokenizer
-from lrt.eval.runs import Run
-from lrt.model import checkpoint
 from lrt.model.execution import Execution
-from lrt.model.fingerprint import fingerprint
-from lrt.model.size import count_parameters
-from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.model.upcycle import adopt
 from lrt.training import recipes
-from lrt.training.config import RunConfig
+from lrt.training.config import EvalConfig, RunConfig, SnapshotConfig
 from lrt.training.loggers import check_loggers
-from lrt.training.loop import train
-from lrt.training.matching import Launch, ReferenceRun, compare_runs, match_all
-from lrt.training.monitor import EvalConfig
-from lrt.training.precision import resolve_precision
-from lrt.training.snapshots import SnapshotConfig
-from lrt.training.trainer import TrainingSummary
-from lrt.utils.device import choose_device, memory_bytes
 from lrt.utils.progress import warn
 
 if TYPE_CHECKING:
+    from lrt.data.prepared import Prepared
+    from lrt.distributed.single_process import SingleProcess
+    from lrt.model.transformer import LatentRecurrentTransformer
+    from lrt.training.trainer import TrainingSummary
+
     Recipe = RunConfig
 else:  # one subcommand per recipe, whose fields the command line overrides
     Recipe = tyro.extras.subcommand_type_from_defaults(
-        {name: make() for name, make in recipes.RECIPES.items()}, prefix_names=False
+        {name: make() for name, make in recipes.RECIPES.items()}, recipes.DESCRIPTIONS, prefix_names=False
     )
 Matches = tyro.conf.UseAppendAction[tuple[tuple[Literal["parameters", "tokens", "compute", "wall_clock"], Path], ...]]
 
@@ -76,7 +64,8 @@ class Train:
         check_loggers(self.log_to)  # before any work
 
     def run(self) -> None:
-        from lrt.distributed.parallelize import join_ranks  # loads much of torch.distributed
+        from lrt.distributed.parallelize import join_ranks
+        from lrt.utils.device import choose_device
 
         if self.recipe.precision == "auto" and any(kind == "wall_clock" for kind, _ in self.match):
             raise ValueError(
@@ -88,6 +77,13 @@ class Train:
 
     def train(self, ranks: SingleProcess) -> None:
         """All of the verb, on each of `ranks`; the first prints."""
+        from lrt.data.prepare import prepare
+        from lrt.data.prepared import Prepared
+        from lrt.model.upcycle import adopt
+        from lrt.training.loop import train
+        from lrt.training.matching import Launch, ReferenceRun, compare_runs, match_all
+        from lrt.training.precision import resolve_precision
+
         data = ranks.rank0_first(
             lambda: prepare(Path("runs/data/stdlib")) if self.data is None else Prepared.open(self.data)
         )
@@ -127,6 +123,11 @@ class Train:
 def begin_run(run: RunConfig, data: Prepared) -> tuple[RunConfig, LatentRecurrentTransformer | None]:
     """The run and the model that it begins with: none where weights are random. ValueError where they do not go
     together."""
+    from lrt.eval.diagnose import check_tokenizer
+    from lrt.model import checkpoint
+    from lrt.model.fingerprint import fingerprint
+    from lrt.model.upcycle import adopt
+
     if run.init is None:
         return run, None
     folder = checkpoint.verify(Path(run.init))
@@ -140,6 +141,8 @@ def check_memory(run: RunConfig, ranks: SingleProcess) -> None:
 
     A lower bound. A step that passes may still need more memory than there is.
     """
+    from lrt.utils.device import memory_bytes
+
     rows = run.batch_size // ranks.ranks
     rows_at_once = rows // run.micro_batches(ranks.ranks)
     numbers_per_token = run.model.depth * run.model.width
@@ -158,6 +161,8 @@ def print_plan(run: RunConfig, data: Prepared, precision: str) -> None:
 
     `precision` is why it has the one that it has, empty where that was given.
     """
+    from lrt.model.size import count_parameters
+
     total, dense = count_parameters(run.model)
     available = data.manifest["splits"]["train"]["tokens"]
     print(
@@ -171,6 +176,9 @@ def print_plan(run: RunConfig, data: Prepared, precision: str) -> None:
 
 def print_summary(folder: Path, summary: TrainingSummary) -> None:
     """What a run came to; scores and packing are what its checkpoint says of itself."""
+    from lrt.eval.runs import Run
+    from lrt.model import checkpoint
+
     print(f"{folder}: {summary.tokens:,} tokens in {summary.seconds:.0f} s, loss {summary.loss:.4f}")
     about = checkpoint.about(folder)
     if scores := about.get("scores"):

@@ -39,14 +39,12 @@ from lrt.data.records import SOURCES, Selection, suffix_of
 from lrt.data.shards import SplitWriter
 from lrt.data.sources import Source, SourcePosition
 from lrt.data.split_warnings import split_warnings
-from lrt.data.splits import BY_CONTENT, BY_NAME, SplitRule
+from lrt.data.splits import BY_CONTENT, BY_NAME, SHARD_TOKENS, SplitRule
 from lrt.data.tokenizer import Tokenizer
 from lrt.utils import plugins
 from lrt.utils.files import replace_atomically, replace_folder
 from lrt.utils.progress import bar, warn
 
-SHARD_TOKENS = 100_000_000
-"""Tokens of a shard: 200 MB with a vocabulary below 65,537."""
 SAMPLE_BYTES = 1 << 25
 """UTF-8 bytes that a vocabulary is trained on: the library's memory grows with the distinct words in them."""
 SMALL = 1 << 22

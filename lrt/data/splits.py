@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+SHARD_TOKENS = 100_000_000
+"""Tokens of a shard, the files of a split: 200 MB with a vocabulary below 65,537."""
 LARGEST_PARTS = (0.25, 0.5)
 """The most that one file may be of validation or test; the second is tried where the first leaves too little."""
 SHORT, LONG = 0.8, 1.1

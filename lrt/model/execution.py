@@ -1,7 +1,8 @@
 """How a step is computed: compiled or not, recomputing or keeping. It decides speed and memory, not numbers.
 
 An Execution travels in the State, as `write` does, so that neither the model nor a schedule has a flag. It is not in
-RunConfig, which holds what decides numbers, and may change when a run goes on.
+RunConfig, which holds what decides numbers, and may change when a run goes on. It is plain data, which the command line
+reads without torch; what compiles and recomputes is `lrt.model.recompute`.
 
 Regions are compiled rather than the whole (PyTorch's regional compilation recipe): the two halves of a block, before
 and after attention, and the head's sweeps. Compiled once, they serve all blocks, all passes of one size and all steps.
@@ -13,24 +14,19 @@ pass.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
-
-from lrt.utils.torch_private import missing_compiler, raise_recompile_limit
 from lrt.utils.validation import check_choice
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 F = TypeVar("F", bound=Callable[..., Any])
 LONG = 1000
 """Steps from which a run repays the time of compiling (`auto`)."""
-VARIANTS = 128
-"""Compiled forms of one function, at most: one per size of a pass, kind of block, and whether gradients are wanted."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,8 @@ class Execution:
 
     def resolve(self, steps: int, device: str | torch.device) -> tuple[Execution, str]:
         """`always` or `never` in place of `auto` for a run of `steps`, and which path that is, in words."""
+        from lrt.utils.torch_private import missing_compiler
+
         if self.compile != "auto":
             decided, reason = self.compile, f"compile is {self.compile}"
         elif steps < LONG:
@@ -70,45 +68,30 @@ class Execution:
 
     def function(self, function: F) -> F:
         """A function of tensors and modules, compiled if that is wanted."""
-        return cast(F, compile_once(function)) if self.compile == "always" else function
+        if self.compile != "always":
+            return function
+        from lrt.model.recompute import compile_once
+
+        return cast(F, compile_once(function))
 
     def block(self, block: nn.Module, *arguments: Any) -> Any:
         """Call a block; keep its arguments only, if blocks are to be recomputed."""
-        if self.recompute == "blocks" and torch.is_grad_enabled():
-            return recompute(block, *arguments)
-        return block(*arguments)
+        if self.recompute != "blocks":
+            return block(*arguments)
+        from lrt.model.recompute import recompute
+
+        return recompute(block, *arguments)
 
     def whole_pass(self, model: nn.Module, *arguments: Any) -> Any:
         """Call a model for a pass; keep its arguments only, if passes are to be recomputed."""
-        if self.recompute == "passes" and torch.is_grad_enabled():
-            return recompute(model, *arguments)
-        return model(*arguments)
+        if self.recompute != "passes":
+            return model(*arguments)
+        from lrt.model.recompute import recompute
+
+        return recompute(model, *arguments)
 
 
 EAGER = Execution(compile="never")
 """Not compiled, nothing recomputed."""
 WHOLE = Execution(compile="never", blocks="all")
 """Everything as it is written: the plain reference, which has the hidden states of every pass."""
-
-
-@functools.cache
-def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with static shapes and without graph breaks; each new size or kind of block is compiled once.
-
-    Cached, so that there is one compiled function however many Executions ask for it.
-    """
-    raise_recompile_limit(VARIANTS)
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-def recompute(module: nn.Module, *arguments: Any) -> Any:
-    """`module(*arguments)`, of which only the arguments are kept; the rest is computed again in the backward."""
-    # What `Cast` has put in the place of parameters is gone when the backward comes, so it is kept here. Such tensors
-    # are no leaves: they were computed from the parameters.
-    swapped: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if not p.is_leaf}
-
-    def call(*arguments: Any) -> Any:
-        return functional_call(module, swapped, arguments) if swapped else module(*arguments)
-
-    # Nothing in the model is random, so there is no state of a generator to restore.
-    return checkpoint(call, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -8,6 +8,8 @@ Exact recurrence is the fixed point of h = F(tokens, shift(h)), T forwards in se
 approximates it (spec, section 2). A pass recomputes a set of positions from the buffer of keys, values and memory, and
 writes its own positions back.
 
+numpy and torch are imported where a number is drawn: the command line reads schedules before it loads them.
+
 Source: LRT, arXiv 2605.26797, section 4 (interleaved, multi-refinement, chunked); WhiteMatter, 2608.18486 (settled).
 """
 
@@ -18,9 +20,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, Protocol, cast
-
-import numpy
-import torch
 
 from lrt.utils.plugins import Plugin
 from lrt.utils.registry import Registry
@@ -191,6 +190,8 @@ class Moment:
 
     def draw(self) -> tuple[float, Moment]:
         """A number in [0, 1), and the moment after it: the next draw of the same step is another number."""
+        import numpy
+
         # Philox is counter-based: (seed, step) gives the same draw on every rank, and resuming needs no history.
         # The first of its 64-bit words counts steps, the second the draws of one.
         counter = self.step + (self.draws << 64)
@@ -243,6 +244,8 @@ class Mixture(Composed):
         return self._pick(u), moment
 
     def draw(self) -> Schedule:
+        import torch
+
         return self._pick(float(torch.rand(()))).draw()
 
     def _pick(self, u: float) -> Schedule:

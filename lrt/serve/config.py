@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lrt.inference.prefill import PrefillMode
+if TYPE_CHECKING:
+    from lrt.inference.prefill import PrefillMode
 
 
 @dataclass(frozen=True)

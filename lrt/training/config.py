@@ -1,9 +1,12 @@
-"""What decides a training run, apart from the data: RunConfig and its horizon. Plain data, which a checkpoint keeps.
+"""What decides a training run, apart from the data: RunConfig and its horizon. Plain data, which a checkpoint keeps;
+and what is kept and measured on the way.
 
 RunConfig holds what decides numbers, and is compared when a run goes on. What stays on disk (SnapshotConfig), what is
 measured on the way (EvalConfig) and how a step is computed (Execution: no number depends on it beyond rounding) are
 not in it, and may change from one call to the next. `device_batch` is in it, although it only splits a step: it too
 may change, and numbers then differ in their last bits.
+
+torch is imported where a property needs it: the command line makes its flags of these classes without it.
 """
 
 from __future__ import annotations
@@ -11,19 +14,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from lrt.model.config import ModelConfig
-from lrt.model.size import count_parameters
 from lrt.schedules import library as schedules
-from lrt.schedules.flops import training_flops
 from lrt.schedules.parse import parse
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 from lrt.utils.validation import Limits, check_choice, check_numbers
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = ("float32", "bfloat16")
 """What passes compute in. A cast around the objective, not code in the model: the State takes the weights' dtype, and
 gradients arrive in float32, in which weights and optimisers stay."""
 UNITS = {"steps": 1e12, "tokens": 1e18, "ratio": 1e9, "flops": 1e36}
@@ -34,6 +36,8 @@ LIMITS = {
     "seed": Limits(0, 2**63 - 1, whole=True),
 }
 """What the numbers of a RunConfig may be. Seeds are those that torch and numpy both take."""
+SNAPSHOT_LIMITS = {"every": Limits(0, 10**12, whole=True), "last": Limits(1, 10**6, whole=True)}
+EVAL_LIMITS = {"every": Limits(0, 10**12, whole=True, optional=True), "targets": Limits(1, 10**12, whole=True)}
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_numbers(self, LIMITS)
         Horizon.parse(self.horizon)
-        check_choice(self, "precision", (*DTYPES, "auto"))
+        check_choice(self, "precision", (*PRECISIONS, "auto"))
         for _, part in parse(self.schedule).shares():
             part.passes(self.model.context)  # too many of them are an error here, not at the step that needs them
         self.micro_batches(1)
@@ -115,7 +119,9 @@ class RunConfig:
         """What the passes compute in. ValueError for `auto`, which is to be resolved before anything is computed."""
         if self.precision == "auto":
             raise ValueError("precision is 'auto', which `lrt train` measures; here give float32 or bfloat16")
-        return DTYPES[self.precision]
+        import torch
+
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision]
 
     def micro_batches(self, ranks: int) -> int:
         """Micro-batches of each of `ranks` devices per step. ValueError where the rows do not divide."""
@@ -140,11 +146,15 @@ class RunConfig:
     @property
     def weights(self) -> int:
         """Block and head parameters: what `ratio` counts tokens against."""
+        from lrt.model.size import count_parameters
+
         return count_parameters(self.model)[1] + self.model.vocab_size * self.model.width
 
     @property
     def flops_per_token(self) -> float:
         """Training FLOPs per token, all passes counted; the mean of a mixture or of stages."""
+        from lrt.schedules.flops import training_flops
+
         return training_flops(self.model, parse(self.schedule), self.model.context)
 
     @property
@@ -183,3 +193,36 @@ class RunConfig:
             raise ValueError(
                 f"this describes no run of this version ({error}); read it with the one that wrote it"
             ) from error
+
+
+@dataclass(frozen=True)
+class SnapshotConfig:
+    """What is saved on disk while a run goes on. Nothing of it changes what is trained."""
+
+    every: int = 0
+    """Save a snapshot every so many steps; 0 saves none before the end. An interruption always saves one."""
+    last: int = 2
+    """How many snapshots stay, the newest ones."""
+    best: bool = True
+    """Keep the weights of the best live evaluation so far in best/."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, SNAPSHOT_LIMITS)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured while a run goes on. Nothing of it changes what is trained."""
+
+    every: int | None = None
+    """Score live every so many steps, and at the end. None: about ten times a run; 0: never."""
+    targets: int = 10_000
+    """Score so many tokens of the validation split each time; at the end at least 50,000, or all of it."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, EVAL_LIMITS)
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether to score after `step` of `steps`."""
+        every = max(1, steps // 10) if self.every is None else self.every
+        return every > 0 and (step % every == 0 or step == steps)

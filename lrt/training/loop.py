@@ -27,12 +27,11 @@ from lrt.model.checkpoint import drop_snapshots, snapshot_path, snapshot_step, s
 from lrt.model.execution import EAGER, Execution
 from lrt.model.fingerprint import fingerprint
 from lrt.model.transformer import LatentRecurrentTransformer
-from lrt.training.config import RunConfig
+from lrt.training.config import EvalConfig, RunConfig, SnapshotConfig
 from lrt.training.loggers import LogStep, MetricsLine, MetricsLog, check_loggers, open_loggers, rewrite_metrics
 from lrt.training.monitor import (
     FINAL_TARGETS,
     PATIENCE,
-    EvalConfig,
     gap_warning,
     has_exploded,
     live_scores,
@@ -42,7 +41,7 @@ from lrt.training.monitor import (
 )
 from lrt.training.precision import resolve_precision
 from lrt.training.resume import is_of_run, resume, tokens_trained
-from lrt.training.snapshots import SnapshotConfig, drop_finished
+from lrt.training.snapshots import drop_finished
 from lrt.training.trainer import Diverged, OutOfMemory, Trainer, TrainingSummary
 from lrt.utils.device import peak_flops
 from lrt.utils.progress import Advance, bar, warn

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from lrt.model.memory import Projection, Residual
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.base import Schedule
 from lrt.utils.files import replace_atomically
-from lrt.utils.validation import Limits, check_numbers
 
 GAP_GROWTH = 0.01
 """A gap that has grown by more than so many bits per byte above the smallest seen is warned of."""
@@ -36,28 +34,6 @@ MEMORY_SAMPLE = (2, 256)
 """Windows and tokens of each, at most, over which gates are averaged while training."""
 BATCH_TOKENS = 16384
 """Tokens scored at once, at most."""
-LIMITS = {
-    "every": Limits(0, 10**12, whole=True, optional=True),
-    "targets": Limits(1, 10**12, whole=True),
-}
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """What is measured while a run goes on. Nothing of it changes what is trained."""
-
-    every: int | None = None
-    """Score live every so many steps, and at the end. None: about ten times a run; 0: never."""
-    targets: int = 10_000
-    """Score so many tokens of the validation split each time; at the end at least 50,000, or all of it."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, LIMITS)
-
-    def due(self, step: int, steps: int) -> bool:
-        """Whether to score after `step` of `steps`."""
-        every = max(1, steps // 10) if self.every is None else self.every
-        return every > 0 and (step % every == 0 or step == steps)
 
 
 def live_scores(

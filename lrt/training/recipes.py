@@ -9,10 +9,9 @@ from functools import partial
 
 from lrt.model.config import ModelConfig
 from lrt.model.memory_config import MemoryConfig
-from lrt.model.size import count_parameters
 from lrt.schedules import library as schedules
 from lrt.training.config import RunConfig
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 
 CONTEXT = 256
 """The demo's, in tokens."""
@@ -58,6 +57,7 @@ def match_parameters(config: ModelConfig, parameters: int) -> ModelConfig:
 
     Raises ValueError where 0.5 % (contract, section 5) cannot be met: the model is already larger, or too coarse.
     """
+    from lrt.model.size import count_parameters  # loads torch
 
     def total(mlp_width: int) -> int:
         return count_parameters(dataclasses.replace(config, mlp_width=mlp_width))[0]
@@ -74,14 +74,17 @@ def match_parameters(config: ModelConfig, parameters: int) -> ModelConfig:
     )
 
 
+DEMO_MLP = {"transformer": 768, "token_shift": 736, "lrt": 512}
+"""Widths that give the demo's models equal parameters, as `match_parameters` has them. Embedding and head are the same
+in all three, so these hold for every vocabulary. Written down, as counting would load torch for `lrt train --help`."""
+
+
 def demo_models(vocab_size: int) -> dict[str, ModelConfig]:
     """The demo's three models: equal depth, width and context, MLPs widened to the largest one's parameters."""
-    models = {
-        name: ModelConfig(vocab_size=vocab_size, context=CONTEXT, memory=memory)
+    return {
+        name: ModelConfig(vocab_size=vocab_size, context=CONTEXT, mlp_width=DEMO_MLP[name], memory=memory)
         for name, (memory, _) in FAMILIES.items()
     }
-    largest = max(count_parameters(model)[0] for model in models.values())
-    return {name: match_parameters(model, largest) for name, model in models.items()}
 
 
 DEMO_OPTIM = OptimConfig(
@@ -155,3 +158,25 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         for suffix, family in SUFFIXES.items()
     },
 }
+
+SIZES = {
+    2: "1.6 M parameters, 7.9 M tokens, 5.9e13 FLOPs",
+    4: "7.3 M parameters, 47 M tokens, 2.2e15 FLOPs",
+    6: "20 M parameters, 150 M tokens, 2.1e16 FLOPs",
+    8: "44 M parameters, 347 M tokens, 1.3e17 FLOPs",
+    12: "135 M parameters, 1,151 M tokens, 1.4e18 FLOPs",
+    16: "307 M parameters, 2,711 M tokens, 7.4e18 FLOPs",
+    20: "583 M parameters, 5,280 M tokens, 2.8e19 FLOPs",
+    24: "990 M parameters, 9,109 M tokens, 8.1e19 FLOPs",
+}
+"""Of the rungs' LRTs, with a vocabulary of 2,048. Written down for `lrt train --help`, as counting would load torch."""
+DESCRIPTIONS = {
+    **{f"demo-{name}": f"{what} of `lrt demo`: 4 layers of 128, 1.6 M parameters, 0.8 M tokens" for name, what in (
+        ("transformer", "the Transformer"), ("token-shift", "token shift"), ("lrt", "the LRT"),
+    )},
+    **{f"d{layers}": f"an LRT, {layers} layers of {64 * layers}: {size}" for layers, size in SIZES.items()},
+    **{f"d{layers}-late": f"d{layers}, recurrent for the last tenth of the training" for layers in LADDER},
+    **{f"d{layers}-transformer": f"d{layers} without memory: a Transformer" for layers in LADDER},
+    **{f"d{layers}-token-shift": f"d{layers} that remembers the previous embedding alone" for layers in LADDER},
+}  # fmt: skip
+"""What each recipe is, in a line."""

@@ -8,32 +8,10 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from lrt.model.checkpoint import snapshot_step, snapshots
 from lrt.utils import files
-from lrt.utils.validation import Limits, check_numbers
-
-LIMITS = {
-    "every": Limits(0, 10**12, whole=True),
-    "last": Limits(1, 10**6, whole=True),
-}
-
-
-@dataclass(frozen=True)
-class SnapshotConfig:
-    """What is saved on disk while a run goes on. Nothing of it changes what is trained."""
-
-    every: int = 0
-    """Save a snapshot every so many steps; 0 saves none before the end. An interruption always saves one."""
-    last: int = 2
-    """How many snapshots stay, the newest ones."""
-    best: bool = True
-    """Keep the weights of the best live evaluation so far in best/."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, LIMITS)
 
 
 def clear_unfinished(out: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,12 @@ def shorten(content: object) -> str:
     except ValueError:  # such a number within
         return f"a {type(content).__name__} with a number of more than 30 digits"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text):,} characters)"
+
+
+def near_matches(name: str, names: Iterable[str]) -> str:
+    """For the end of a message: the names that are spelt like `name`; empty where none is."""
+    near = difflib.get_close_matches(name, [*names], n=3)
+    return f"; did you mean {' or '.join(near)}" if near else ""
 
 
 def check_choice(config: object, name: str, options: tuple[str, ...]) -> None:

@@ -14,17 +14,18 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import tyro
 from support.core_bundle import make_bundle
 
-from lrt.cli import demo, evaluate, train
-from lrt.cli import verbs as cli
+from lrt.cli import flag_names, verbs
+from lrt.cli.flag_names import OTHERS, RENAMED
 from lrt.cli.main import main
-from lrt.cli.renamed_flags import RENAMED
 from lrt.data.corpus import stdlib_files
 from lrt.data.tokenizer import Tokenizer
 from lrt.eval.results import read_results
@@ -35,7 +36,7 @@ from lrt.model.fingerprint import fingerprint
 from lrt.model.memory_config import MemoryConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.training.config import RunConfig
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 from lrt.training.recipes import RECIPES
 
 TINY = (
@@ -119,32 +120,77 @@ def field_docs(kind: type) -> dict[str, str]:
     }
 
 
-def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",)], ids=["bare", "-h", "--help"])
+def test_help_lists_the_verbs(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("COLUMNS", "80")
-    text = helped(capsys)
-    for verb in (
-        cli.Prepare,
-        train.Train,
-        cli.Evaluate,
-        cli.Diagnose,
-        evaluate.Report,
-        cli.Sample,
-        cli.Chat,
-        demo.Demo,
-    ):
-        assert verb.__name__.lower() in text
-        assert bare(verb.__doc__ or "?") in text
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    for name in verbs.PLACES:
+        assert f"\n  {name} " in text
+        first = " ".join((verbs.load(name).__doc__ or "?").split()).partition(". ")[0].removesuffix(".")
+        assert bare(first) in bare(text)
+
+
+def test_version_names_what_it_stands_on(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith(f"lrt {metadata.version('latent-recurrent-transformer')}, Python 3.")
+
+
+@pytest.mark.parametrize(("word", "near"), [("tarin", "train"), ("diagnos", "diagnose"), ("xyzzy", "")])
+def test_an_unknown_verb_is_answered_with_those_spelt_like_it(word: str, near: str, capsys: pytest.CaptureFixture[str]):
+    message = one_line(capsys, word)
+    assert message.startswith(f"lrt: there is no verb '{word}'")
+    assert ("did you mean" in message) == bool(near)
+    assert near in message
+
+
+@pytest.mark.parametrize(
+    ("verb", "written", "ours"),
+    [
+        ("train", ["--max-steps", "5"], ["--horizon", "steps=5"]),
+        ("train", ["--max_steps=5", "d2"], ["--horizon", "steps=5", "d2"]),
+        ("train", ["--save-steps", "5"], ["--snapshots.every", "5"]),
+        ("train", ["--eval-steps=5"], ["--eval.every", "5"]),
+        ("train", ["--report-to", "wandb"], ["--log-to", "wandb"]),
+        ("serve", ["--max-num-seqs", "4", "--served-model-name", "a"], ["--rows", "4", "--names", "a"]),
+        ("sample", ["--prompt", "--max", "x_y"], ["--prompt", "--max", "x_y"]),
+    ],
+)
+def test_names_that_other_tools_have_for_flags_are_taken(verb: str, written: list[str], ours: list[str]):
+    assert flag_names.translate(verb, written) == ours
+
+
+def test_a_flag_of_another_name_without_a_value_is_answered(capsys: pytest.CaptureFixture[str]):
+    assert one_line(capsys, "train", "d2", "--max-steps") == "lrt: --max-steps has no value; write --max-steps N\n"
+
+
+@pytest.mark.parametrize("verb", OTHERS)
+def test_help_says_which_other_names_are_taken(verb: str, capsys: pytest.CaptureFixture[str]):
+    text = helped(capsys, verb)
+    for other, ours in OTHERS[verb].items():
+        assert bare(f"{other} for {ours}") in text
+
+
+def test_generate_is_sample(capsys: pytest.CaptureFixture[str]):
+    assert "usage:lrtsample" in helped(capsys, "generate")
 
 
 @pytest.mark.parametrize(
     ("arguments", "kinds"),
     [
-        (("prepare",), (cli.Prepare,)),
-        (("evaluate",), (cli.Evaluate,)),
-        (("sample",), (cli.Sample,)),
-        (("chat",), (cli.Chat,)),
-        (("demo",), (demo.Demo,)),
-        (("train",), (train.Train,)),
+        (("prepare",), (verbs.load("prepare"),)),
+        (("evaluate",), (verbs.load("evaluate"),)),
+        (("sample",), (verbs.load("sample"),)),
+        (("chat",), (verbs.load("chat"),)),
+        (("demo",), (verbs.load("demo"),)),
+        (("train",), (verbs.load("train"),)),
         (("train", "d2"), (RunConfig, ModelConfig, MemoryConfig, OptimConfig)),
     ],
     ids=["prepare", "evaluate", "sample", "chat", "demo", "train", "train d2"],
@@ -425,7 +471,7 @@ def test_wrong_flags_are_named(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    for work in ("lrt.cli.train.prepare", "lrt.cli.prepare.prepare"):  # no work before the flags are right
+    for work in ("lrt.data.prepare.prepare",):  # no work before the flags are right
         monkeypatch.setattr(work, None)
     assert bare(named) in bare(mistake(capsys, *arguments))
 
@@ -468,10 +514,10 @@ def test_a_mistake_is_one_line_on_standard_error(
 ):
     monkeypatch.chdir(tmp_path)
     # None of these may get as far as the real work; it would take minutes.
-    for work in ("lrt.cli.train.train", "lrt.experiments.demo.train"):
+    for work in ("lrt.training.loop.train", "lrt.experiments.demo.train"):
         monkeypatch.setattr(work, None)
     if "--data" not in arguments and arguments[0] == "train":
-        monkeypatch.setattr("lrt.cli.train.prepare", None)
+        monkeypatch.setattr("lrt.data.prepare.prepare", None)
     places = {"tmp": tmp_path, "run": run, "data": data, "text": texts[0]}
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
@@ -533,7 +579,6 @@ from collections.abc import Callable
 import torch
 torch.set_num_threads(1)
 from lrt.cli.main import main
-from lrt.cli.renamed_flags import RENAMED
 from lrt.training.optim import Optimiser
 step = Optimiser.step
 def announcing(self, number):
@@ -683,7 +728,7 @@ def test_an_interruption_says_what_is_kept(
     def stopped(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.tyro, "cli", stopped)
+    monkeypatch.setattr(tyro, "cli", stopped)
     with pytest.raises(SystemExit) as ended:
         main([verb])
     assert ended.value.code == 130

@@ -118,9 +118,7 @@ def test_help_of_every_verb_on_a_terminal_of_ascii():
 import sys
 from lrt.cli import verbs
 from lrt.cli.main import main
-import typing
-for kind in (*typing.get_args(verbs.Verb), None):
-    name = getattr(kind, "__name__", "").lower() or ("study" if kind else "")
+for name in (*verbs.PLACES, ""):
     try:
         main([*([name] if name else []), "--help"])
     except SystemExit as ended:

@@ -28,6 +28,7 @@ import pytest
 import safetensors
 import tokenizers
 import torch
+import tyro
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -126,7 +127,7 @@ def flags(command: tuple[str, ...], kind: type, prefix: str = "--") -> Iterator[
             yield Flag(command, (*option, *before), field.name, frozenset(leaves(hint)), required, values_of(hint))
 
 
-FLAGS = [flag for name, kind in subcommands(verbs.Verb).items() for flag in flags((name,), kind)]
+FLAGS = [flag for name in verbs.PLACES for flag in flags((name,), verbs.load(name))]
 
 
 # Right input for everything that is not under test
@@ -143,6 +144,7 @@ BEGINNINGS = (
     "lrt.experiments.bench.train.alternate",
     "lrt.experiments.bench.steps.alternate",
     "lrt.experiments.bench.attention.alternate",
+    "lrt.experiments.doctor.time_product",
     "lrt.serve.server.create_server",
     "lrt.integrations.lm_eval.run_tasks",
     "lrt.integrations.retrofit.folder.AutoModelForCausalLM.from_pretrained",
@@ -428,7 +430,7 @@ def test_what_flags_cannot_say_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lrt.cli.train.memory_bytes", lambda device: 10**9)  # wherever this runs
+    monkeypatch.setattr("lrt.utils.device.memory_bytes", lambda device: 10**9)  # wherever this runs
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main(words.format(**places).split())
@@ -515,7 +517,7 @@ def test_an_error_of_a_library_is_one_line(
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr(verbs.tyro, "cli", fail)
+    monkeypatch.setattr(tyro, "cli", fail)
     with pytest.raises(SystemExit) as ended:
         main(["report"])
     errors = capsys.readouterr().err
@@ -529,6 +531,6 @@ def test_a_defect_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyP
     def fail(*arguments: object, **options: object) -> None:
         raise KeyError("ours")
 
-    monkeypatch.setattr(verbs.tyro, "cli", fail)
+    monkeypatch.setattr(tyro, "cli", fail)
     with pytest.raises(KeyError, match="ours"):
         main(["report"])

@@ -26,7 +26,7 @@ from lrt.eval.sweep_curve import sweep_curve
 from lrt.experiments.state_tracking.tasks import TASKS
 from lrt.experiments.state_tracking.training import TrackingRun, train_tracking
 from lrt.schedules.library import interleaved
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 
 RECURRENT = {
     "final layer": LRT,

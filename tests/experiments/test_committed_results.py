@@ -26,7 +26,7 @@ from lrt.model.size import count_parameters
 from lrt.schedules.flops import training_flops
 from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 LANGUAGE = [

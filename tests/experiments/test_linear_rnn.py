@@ -24,7 +24,8 @@ from lrt.experiments.state_tracking.training import TrackingRun, train_on_rows, 
 from lrt.experiments.studies import state_data
 from lrt.model.config import ModelConfig
 from lrt.model.memory_config import MemoryConfig
-from lrt.training.optim import OptimConfig, Optimiser, ParameterRow, place
+from lrt.training.optim import Optimiser, ParameterRow, place
+from lrt.training.optim_config import OptimConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 INSTALLED = all(importlib.util.find_spec(name) for name in ("fla", "triton", "einops"))

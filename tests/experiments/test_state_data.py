@@ -24,7 +24,7 @@ from lrt.experiments.state_tracking.training import TrackingRun, train_tracking
 from lrt.experiments.studies import benchmarks, state_data, state_data_tables
 from lrt.experiments.studies.benchmarks import BENCHMARKS
 from lrt.experiments.studies.comparisons import paired_difference, t_half_width
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 from lrt.utils.timing import Timing
 
 

@@ -35,7 +35,7 @@ from lrt.experiments.state_tracking.training import STRIDE, TrackingRun, step_lo
 from lrt.model.execution import Execution
 from lrt.model.layers import rotary
 from lrt.schedules import unrolled
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lrt.model.execution import compile_once
+from lrt.model.recompute import compile_once
 
 
 def test_a_graph_break_is_an_error_and_a_function_is_compiled_once(monkeypatch: pytest.MonkeyPatch):

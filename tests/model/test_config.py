@@ -15,7 +15,16 @@ from lrt.model.config import MODEL_LIMITS
 from lrt.model.memory_config import MEMORY_LIMITS
 from lrt.model.size import count_parameters
 from lrt.training.config import RunConfig
-from lrt.training.recipes import FAMILIES, RECIPES, demo_models, demo_recipe, match_parameters
+from lrt.training.recipes import (
+    DESCRIPTIONS,
+    FAMILIES,
+    LADDER,
+    RECIPES,
+    SIZES,
+    demo_models,
+    demo_recipe,
+    match_parameters,
+)
 
 # Contract, section 5: how far apart the totals of compared models may lie.
 MATCHED = 0.005
@@ -365,6 +374,19 @@ def test_the_models_of_the_demo_are_comparable(vocab_size: int):
     assert models["transformer"].memory.sources(4) == ()
     assert models["token_shift"].memory.sources(4) == (0,)
     assert models["lrt"].memory.stored_sources(4) == (4,)
+
+
+def test_what_is_said_of_the_recipes_is_counted():
+    assert set(DESCRIPTIONS) == set(RECIPES)
+    for layers in LADDER:
+        run = RECIPES[f"d{layers}"]()
+        parameters, tokens = count_parameters(run.model)[0] / 1e6, run.tokens / 1e6
+        size = f"{short(parameters)} M parameters, {short(tokens)} M tokens, {run.flops:.1e} FLOPs"
+        assert SIZES[layers] == size.replace("e+", "e")
+
+
+def short(millions: float) -> str:
+    return f"{millions:.1f}" if millions < 10 else f"{millions:,.0f}"
 
 
 def test_the_runs_of_the_demo_are_comparable():

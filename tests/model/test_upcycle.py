@@ -11,7 +11,8 @@ from support.models import LENGTH, configuration, gradients, random_model, rando
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, refine, schedules
 from lrt.model.upcycle import adopt, begin_with
 from lrt.schedules.loss import StepLoss
-from lrt.training.optim import OptimConfig, Optimiser
+from lrt.training.optim import Optimiser
+from lrt.training.optim_config import OptimConfig
 
 BASE = configuration({"depth": 3, "value_embeddings": "alternate"})
 TWO = MemoryConfig(source=(0, 0), combine="channels", projection="layerwise")

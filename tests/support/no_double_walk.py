@@ -31,7 +31,7 @@ from lrt.model import checkpoint
 from lrt.model.config import ModelConfig
 from lrt.model.memory_config import MemoryConfig
 from lrt.training.config import RunConfig
-from lrt.training.monitor import EvalConfig
+from lrt.training.config import EvalConfig
 
 MODEL = ModelConfig(
     depth=2, width=32, heads=2, vocab_size=300, context=32, memory=MemoryConfig(source=(0, 2), combine="channels")

@@ -12,7 +12,7 @@ from lrt import MemoryConfig, ModelConfig
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.training.config import RunConfig
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 from lrt.training.trainer import Trainer
 
 STEPS, ROWS, CONTEXT = 20, 4, 32

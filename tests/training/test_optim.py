@@ -12,7 +12,8 @@ from support.models import PAIRWISE, assert_same, difference
 from torch import Tensor, nn
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig
-from lrt.training.optim import TABLE, Muon, OptimConfig, Optimiser, newton_schulz, place
+from lrt.training.optim import TABLE, Muon, Optimiser, newton_schulz, place
+from lrt.training.optim_config import OptimConfig
 
 # torch.optim.Muon runs Newton-Schulz in bfloat16, 8 bits: five iterations of a quintic amplify 2^-9 to about 1 %
 # of the update's norm. The mistakes below change it by far more.

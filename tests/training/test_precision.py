@@ -17,11 +17,10 @@ from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshot_path
 from lrt.model.execution import Execution
 from lrt.training import precision
-from lrt.training.config import RunConfig
+from lrt.training.config import RunConfig, SnapshotConfig
 from lrt.training.loop import train
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 from lrt.training.precision import resolve_precision
-from lrt.training.snapshots import SnapshotConfig
 from lrt.training.trainer import Trainer
 
 MODEL = ModelConfig(depth=2, width=32, heads=2, vocab_size=300, context=32, memory=MemoryConfig(source=(0, 2)))

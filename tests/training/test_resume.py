@@ -28,11 +28,9 @@ from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.model import checkpoint
 from lrt.model.checkpoint import snapshot_path, snapshots
-from lrt.training.config import RunConfig
+from lrt.training.config import EvalConfig, RunConfig, SnapshotConfig
 from lrt.training.loop import train
-from lrt.training.monitor import EvalConfig
 from lrt.training.resume import choose_snapshot
-from lrt.training.snapshots import SnapshotConfig
 from lrt.training.trainer import Trainer
 from lrt.utils.files import sha256
 
@@ -367,7 +365,7 @@ def test_old_snapshots_go_and_none_is_left_at_the_end(
 def command(data: Prepared, out: Path, steps: int) -> list[str]:
     script = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_resume as t;"
-        "from lrt.data.prepared import Prepared; from lrt.training.snapshots import SnapshotConfig;"
+        "from lrt.data.prepared import Prepared; from lrt.training.config import SnapshotConfig;"
         "from lrt.training.loop import train;"
         "import torch; torch.set_num_threads(1);"
         "train(t.run_config(int(sys.argv[4]) * 64), Prepared.open(sys.argv[2]), Path(sys.argv[3]),"

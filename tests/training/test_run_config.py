@@ -11,10 +11,8 @@ from support.limits import refuses_absurd_numbers
 
 from lrt import ModelConfig
 from lrt.training import config, monitor, optim, snapshots
-from lrt.training.config import Horizon, RunConfig
-from lrt.training.monitor import EvalConfig
-from lrt.training.optim import OptimConfig
-from lrt.training.snapshots import SnapshotConfig
+from lrt.training.config import EvalConfig, Horizon, RunConfig, SnapshotConfig
+from lrt.training.optim_config import OptimConfig
 
 TABLES: tuple[tuple[Any, dict[str, Any], tuple[str, ...]], ...] = (
     (RunConfig, config.LIMITS, ()),

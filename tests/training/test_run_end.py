@@ -13,11 +13,10 @@ import pytest
 from lrt import MemoryConfig, ModelConfig
 from lrt.data.prepared import Prepared
 from lrt.training import loop, matching, monitor
-from lrt.training.config import RunConfig
+from lrt.training.config import EvalConfig, RunConfig
 from lrt.training.loop import train
 from lrt.training.matching import StepTimes, seconds_per_token
-from lrt.training.monitor import EvalConfig
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 from lrt.training.trainer import Trainer
 
 MODEL = ModelConfig(depth=1, width=16, heads=2, vocab_size=300, context=16, memory=MemoryConfig(source=(0, 1)))

@@ -13,10 +13,10 @@ import pytest
 from lrt import ModelConfig
 from lrt.model.size import count_parameters
 from lrt.training import recipes
-from lrt.training.config import Horizon, RunConfig
-from lrt.training.monitor import EXPLOSION, PATIENCE, EvalConfig, has_exploded, report_divergence
-from lrt.training.optim import TABLE, OptimConfig
-from lrt.training.snapshots import SnapshotConfig
+from lrt.training.config import EvalConfig, Horizon, RunConfig, SnapshotConfig
+from lrt.training.monitor import EXPLOSION, PATIENCE, has_exploded, report_divergence
+from lrt.training.optim import TABLE
+from lrt.training.optim_config import OptimConfig
 
 INF, NAN = math.inf, math.nan
 SCHEDULE = "stages([(0.5, settled(0, 1, 1)), (0.5, settled(1, 1, 1))])"

@@ -16,7 +16,8 @@ from lrt.schedules.flops import training_flops
 from lrt.schedules.loss import StepLoss
 from lrt.training.config import RunConfig
 from lrt.training.matching import Comparison, Launch, ReferenceRun, match
-from lrt.training.optim import OptimConfig, Optimiser
+from lrt.training.optim import Optimiser
+from lrt.training.optim_config import OptimConfig
 from lrt.training.recipes import match_parameters
 from lrt.training.trainer import Trainer
 

@@ -24,12 +24,12 @@ from lrt.model.size import count_parameters
 from lrt.schedules.flops import forward_flops, training_flops
 from lrt.schedules.loss import StepLoss
 from lrt.training import loggers, recipes
-from lrt.training.config import Horizon, RunConfig
+from lrt.training.config import EvalConfig, Horizon, RunConfig, SnapshotConfig
 from lrt.training.loop import throughput, train
-from lrt.training.monitor import PATIENCE, EvalConfig, gap_warning, has_exploded, memory_weight
-from lrt.training.optim import OptimConfig, Optimiser
+from lrt.training.monitor import PATIENCE, gap_warning, has_exploded, memory_weight
+from lrt.training.optim import Optimiser
+from lrt.training.optim_config import OptimConfig
 from lrt.training.resume import resume
-from lrt.training.snapshots import SnapshotConfig
 from lrt.training.trainer import Diverged, Trainer
 from lrt.utils import imports
 from lrt.utils.device import known_peak

@@ -23,7 +23,8 @@ from lrt.inference.decoders import EagerDecoder, FusedDecoder, decoder
 from lrt.model.memory import INJECTIONS, KeyValue, MemoryReader, NoProjection, Residual
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.parse import Unknown, parse, parse_saved
-from lrt.training.optim import OptimConfig, Optimiser, place
+from lrt.training.optim import Optimiser, place
+from lrt.training.optim_config import OptimConfig
 from lrt.utils import plugins
 from lrt.utils.registry import Registry, UnknownName
 

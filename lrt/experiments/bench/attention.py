@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lrt.experiments.bench.options import AttentionOptions
 from lrt.experiments.bench.rows import Row, hardware_title, print_json, print_table
-from lrt.model.execution import VARIANTS
+from lrt.model.recompute import VARIANTS
 from lrt.model.state import State, empty_state
 from lrt.model.strided_state import StridedState
 from lrt.schedules import library as schedules
@@ -28,24 +27,8 @@ from lrt.utils.torch_private import raise_recompile_limit
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class AttentionBench:
-    """Time attention alone, forward and backward: a causal kernel over all positions, and each schedule's passes."""
-
-    schedules: tuple[str, ...] = ("interleaved(2)", "settled(0, 1, 1)", "strided(4, 1)")
-    """Schedules of full passes and residue classes."""
-    context: int = 512
-    batch: int = 4
-    heads: int = 3
-    kv_heads: int | None = None
-    head_size: int = 128
-    window: int | None = None
-    """Tokens seen, the current one included. None: all."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    rounds: int = 10
-    device: str = "cpu"
-    json: bool = False
-    """Print one JSON object as the last line."""
+class AttentionBench(AttentionOptions):
+    """What `AttentionOptions` ask for, measured."""
 
     def run(self) -> None:
         rows, about = self.rows(), {"hardware": hardware(self.device)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from tokenizers import models
 
 from lrt.data.prepared import Documents, Prepared
 from lrt.data.tokenizer import BOS, Tokenizer
+from lrt.experiments.bench.options import TrainingSteps
 from lrt.experiments.bench.peak import peak_bytes
 from lrt.experiments.bench.rows import Row
 from lrt.experiments.rivals import rivals
@@ -41,7 +41,6 @@ from lrt.utils.timing import Timing, alternate, weighted
 BASELINE = "transformer"
 REFERENCE = f"{BASELINE}: {plain()!r}"
 """The key of what families and folders are held against."""
-SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,6})")
 OPTIMISER = "Muon, AdamW"
 """What a step's rows say of their optimiser (lrt.training.optim)."""
 ROWS_OF_TEXT = 64
@@ -63,71 +62,48 @@ class Contender:
         return f"{self.model}: {self.run.schedule}"
 
 
-@dataclass(frozen=True)
-class TrainingSteps:
-    """Which models' whole training steps are timed, and at which sizes."""
-
-    models: tuple[str, ...] = ("recommended", "late", "token shift, 2 channels, layerwise")
-    """Families of `lrt study rivals` by name, over the Transformer of as many parameters; or folders of runs of your
-    own, each over a Transformer of its size."""
-    sources: tuple[float, ...] = (0.5,)
-    """Also the recommended LRT that remembers the layer at this share of the depth in place of the last one: its
-    settled(0, 1, 1) over its own plain()."""
-    sizes: tuple[str, ...] = ("4x96", "6x384")
-    """Layers x width of the families."""
-    context: int = 256
-    """Tokens per row, of the families."""
-    batch: int = 8
-    """Rows, of the families."""
-    vocab_size: int = 4096
-    """Tokens, of the families."""
-
-    def __post_init__(self) -> None:
-        for size in self.sizes:
-            if SIZE.fullmatch(size) is None:
-                raise ValueError(f"--training.sizes has {size!r}; write layers x width, for example 4x96")
-        for share in self.sources:
-            if not 0 < share <= 1:
-                raise ValueError(f"--training.sources has {share}; give a share of the depth, above 0 and at most 1")
-
-    def groups(self, precision: Literal["float32", "bfloat16"], seed: int) -> dict[str, list[Contender]]:
-        """The contenders of each size, or folder, the reference first. ValueError for a model that is not known."""
-        families = [name for name in self.models if name in rivals(1)]
-        folders = [name for name in self.models if name not in families]
-        for name in folders:
-            if not Path(name).exists():
-                raise ValueError(
-                    f"--training.models has {name!r}, which is no folder of a run; of families there are "
-                    f"{', '.join(rivals(1))}"
-                )
-        groups = {size: self.sized(size, families, precision, seed) for size in self.sizes if families or self.sources}
-        return {**groups, **{name: beside_transformer(name, ReferenceRun.read(Path(name)).run) for name in folders}}
-
-    def sized(
-        self, size: str, families: Sequence[str], precision: Literal["float32", "bfloat16"], seed: int
-    ) -> list[Contender]:
-        """The families at one size, and what remembers another layer than the last."""
-        depth, width = (int(number) for number in size.split("x"))
-        shape = ModelConfig.from_depth(depth, width=width, context=self.context, vocab_size=self.vocab_size)
-        known = rivals(depth)
-
-        def contender(name: str, model: ModelConfig, schedule: str, over: str) -> Contender:
-            run = RunConfig(
-                model, schedule=schedule, batch_size=self.batch, horizon="steps=1e6", precision=precision, seed=seed
+def step_groups(
+    steps: TrainingSteps, precision: Literal["float32", "bfloat16"], seed: int
+) -> dict[str, list[Contender]]:
+    """The contenders of each size, or folder, the reference first. ValueError for a model that is not known."""
+    families = [name for name in steps.models if name in rivals(1)]
+    folders = [name for name in steps.models if name not in families]
+    for name in folders:
+        if not Path(name).exists():
+            raise ValueError(
+                f"--training.models has {name!r}, which is no folder of a run; of families there are "
+                f"{', '.join(rivals(1))}"
             )
-            return Contender(name, run, over)
+    sizes = steps.sizes if families or steps.sources else ()
+    groups = {size: sized_group(steps, size, families, precision, seed) for size in sizes}
+    return {**groups, **{name: beside_transformer(name, ReferenceRun.read(Path(name)).run) for name in folders}}
 
-        wanted = dict.fromkeys((BASELINE, *families)) if families else {}
-        models = widen({name: known[name].model(shape) for name in wanted})
-        contenders = [contender(name, model, known[name].schedule, REFERENCE) for name, model in models.items()]
-        best = known["recommended"].model(shape)
-        for share in self.sources:
-            source = max(1, round(share * depth))
-            model = dataclasses.replace(best, memory=remember(best.memory, depth, source))
-            name = f"recommended, source {source}"
-            for schedule in (plain(), settled(0, 1, 1)):
-                contenders.append(contender(name, model, repr(schedule), f"{name}: {plain()!r}"))
-        return contenders
+
+def sized_group(
+    steps: TrainingSteps, size: str, families: Sequence[str], precision: Literal["float32", "bfloat16"], seed: int
+) -> list[Contender]:
+    """The families at one size, and what remembers another layer than the last."""
+    depth, width = (int(number) for number in size.split("x"))
+    shape = ModelConfig.from_depth(depth, width=width, context=steps.context, vocab_size=steps.vocab_size)
+    known = rivals(depth)
+
+    def contender(name: str, model: ModelConfig, schedule: str, over: str) -> Contender:
+        run = RunConfig(
+            model, schedule=schedule, batch_size=steps.batch, horizon="steps=1e6", precision=precision, seed=seed
+        )
+        return Contender(name, run, over)
+
+    wanted = dict.fromkeys((BASELINE, *families)) if families else {}
+    models = widen({name: known[name].model(shape) for name in wanted})
+    contenders = [contender(name, model, known[name].schedule, REFERENCE) for name, model in models.items()]
+    best = known["recommended"].model(shape)
+    for share in steps.sources:
+        source = max(1, round(share * depth))
+        model = dataclasses.replace(best, memory=remember(best.memory, depth, source))
+        name = f"recommended, source {source}"
+        for schedule in (plain(), settled(0, 1, 1)):
+            contenders.append(contender(name, model, repr(schedule), f"{name}: {plain()!r}"))
+    return contenders
 
 
 def remember(memory: MemoryConfig, depth: int, source: int) -> MemoryConfig:

@@ -7,19 +7,18 @@ the optimiser. `training`: whole steps of models over the Transformer's (`steps.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from lrt.distributed.objective import make_objective
 from lrt.experiments.bench.baselines import PlainModel
+from lrt.experiments.bench.options import PLAIN, TrainOptions
 from lrt.experiments.bench.peak import peak_bytes
 from lrt.experiments.bench.rows import Row, hardware_title, print_json, print_table
-from lrt.experiments.bench.steps import Contender, TrainingSteps, source_text, step_rows, time_steps
+from lrt.experiments.bench.steps import Contender, source_text, step_groups, step_rows, time_steps
 from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution
 from lrt.model.memory_config import MemoryConfig
@@ -43,7 +42,7 @@ EVERY: tuple[str, ...] = (
     "settled(0, 1, 1)", "settled(1, 1, 1)", "settled(1, 8, 2)", "sequential()",
 )  # fmt: skip
 """A row for each schedule of the library: what `--schedules all` stands for."""
-PLAIN, NO_OPTIMISER = "plain()", "none"
+NO_OPTIMISER = "none"
 
 
 @dataclass(frozen=True)
@@ -64,41 +63,8 @@ class Candidate:
     flops: float
 
 
-@dataclass(frozen=True)
-class TrainBench:
-    """Time training: forward and backward of each model and schedule over the plain step of the same model; and whole
-    steps, optimiser included, over the Transformer's."""
-
-    only: tuple[Literal["passes", "training"], ...] = ()
-    """Which rows: passes (forward and backward), training (whole steps). None: both. Models and sizes here are
-    those of passes; whole steps have theirs under --training."""
-    models: tuple[Literal["transformer", "token-shift", "lrt-shared", "lrt-layerwise"], ...] = ("lrt-shared",)
-    """Which models; a Transformer has one schedule only."""
-    schedules: tuple[str, ...] = (PLAIN, "interleaved(2)", "settled(0, 1, 1)")
-    """Which schedules, as Python would write them; `all` is a row for each of the library."""
-    modules: bool = True
-    """Also the plain step of the shared LRT in eager PyTorch modules with full logits."""
-    recompute: tuple[Literal["blocks", "passes"], ...] = ("passes",)
-    """Also each schedule with this recomputed in the backward."""
-    depth: int = 6
-    width: int = 384
-    context: int = 512
-    """Tokens per row."""
-    batch: int = 4
-    """Rows."""
-    vocab_size: int = 4096
-    compile: Literal["always", "never"] = "always"
-    """torch.compile on both sides (the modules stay eager)."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    training: TrainingSteps = field(default_factory=TrainingSteps)
-    """Whole steps: which models, at which sizes."""
-    rounds: int = 10
-    """Rounds in which every candidate is timed once."""
-    device: str = "cpu"
-    json: bool = False
-    """Print one JSON object as the last line."""
-    progress: Annotated[bool, tyro.conf.arg(help="Show a bar.")] = True
-    seed: int = field(default=0)
+class TrainBench(TrainOptions):
+    """What `TrainOptions` ask for, measured."""
 
     def run(self) -> None:
         rows, about = self.rows(), {"hardware": hardware(self.device)}
@@ -124,7 +90,7 @@ class TrainBench:
         if "passes" in wanted:
             parts.append(self.pass_rows)
         if "training" in wanted:  # what is wrong of the models is said here, before any work
-            groups = self.training.groups(self.precision, self.seed)
+            groups = step_groups(self.training, self.precision, self.seed)
             parts += [partial(self.step_rows, name, contenders) for name, contenders in groups.items()]
         return [row for part in parts for row in part(limit / len(parts))]
 

@@ -34,7 +34,8 @@ from lrt.schedules.base import Schedule, Simple
 from lrt.schedules.loss import StepLoss
 from lrt.schedules.parse import parse
 from lrt.schedules.refinement import refine
-from lrt.training.optim import OptimConfig, Optimiser
+from lrt.training.optim import Optimiser
+from lrt.training.optim_config import OptimConfig
 
 PATIENCE = 10
 """Steps at one length, at least."""

@@ -48,7 +48,7 @@ from lrt.schedules.flops import forward_flops
 from lrt.schedules.parse import parse
 from lrt.training import recipes
 from lrt.training.config import RunConfig
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 from lrt.training.trainer import Diverged, Trainer, TrainingSummary
 from lrt.utils import files
 from lrt.utils.progress import Advance

@@ -47,7 +47,8 @@ from lrt.schedules.base import Schedule
 from lrt.schedules.flops import training_flops
 from lrt.schedules.parse import parse
 from lrt.training.matching import PAIRS
-from lrt.training.optim import OptimConfig, Optimiser
+from lrt.training.optim import Optimiser
+from lrt.training.optim_config import OptimConfig
 from lrt.utils.progress import Advance
 from lrt.utils.timing import Work, alternate, weighted
 from lrt.utils.validation import Limits, check_fields

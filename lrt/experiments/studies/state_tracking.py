@@ -28,7 +28,7 @@ from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules import unrolled
 from lrt.schedules.flops import training_flops
 from lrt.schedules.parse import parse
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 from lrt.utils.progress import Advance
 from lrt.utils.torch_private import missing_compiler
 from lrt.utils.validation import check_fields
