@@ -24,17 +24,19 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pu
     from lrt import schedules as schedules
     from lrt.data.records import register_source as register_source
     from lrt.eval.ablations import register_ablation as register_ablation
+    from lrt.eval.run_folder import Run as Run
     from lrt.eval.scoring import evaluate as evaluate
     from lrt.eval.scoring import score as score
     from lrt.experiments.state_tracking.tasks import register_task as register_task
     from lrt.inference.engine import Engine as Engine
     from lrt.inference.generation import generate as generate
+    from lrt.inference.language_model import LanguageModel as LanguageModel
+    from lrt.inference.language_model import load as load
     from lrt.inference.prefill import prefill as prefill
     from lrt.inference.request import Request as Request
     from lrt.inference.sampling import Sampling as Sampling
     from lrt.inference.session import Session as Session
     from lrt.integrations.retrofit.convert import retrofit as retrofit
-    from lrt.model.checkpoint import load as load
     from lrt.model.checkpoint import save as save
     from lrt.model.config import ModelConfig as ModelConfig
     from lrt.model.memory import register_combination as register_combination
@@ -45,16 +47,18 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pu
     from lrt.schedules.base import schedule as schedule
     from lrt.schedules.refinement import refine as refine
     from lrt.training.config import RunConfig as RunConfig
-    from lrt.training.loop import train as train
+    from lrt.training.start import train as train
 
     __version__: str
 
 __all__ = [
     "Engine",
+    "LanguageModel",
     "LatentRecurrentTransformer",
     "MemoryConfig",
     "ModelConfig",
     "Request",
+    "Run",
     "RunConfig",
     "Sampling",
     "Session",
@@ -82,16 +86,18 @@ DISTRIBUTION = "latent-recurrent-transformer"
 HOMES = {
     "lrt.data.records": ("register_source",),
     "lrt.eval.ablations": ("register_ablation",),
+    "lrt.eval.run_folder": ("Run",),
     "lrt.eval.scoring": ("evaluate", "score"),
     "lrt.experiments.state_tracking.tasks": ("register_task",),
     "lrt.inference.engine": ("Engine",),
     "lrt.inference.generation": ("generate",),
+    "lrt.inference.language_model": ("LanguageModel", "load"),
     "lrt.inference.prefill": ("prefill",),
     "lrt.inference.request": ("Request",),
     "lrt.inference.sampling": ("Sampling",),
     "lrt.inference.session": ("Session",),
     "lrt.integrations.retrofit.convert": ("retrofit",),
-    "lrt.model.checkpoint": ("load", "save"),
+    "lrt.model.checkpoint": ("save",),
     "lrt.model.config": ("ModelConfig",),
     "lrt.model.memory_config": ("MemoryConfig",),
     "lrt.model.memory": ("register_combination", "register_injection"),
@@ -100,7 +106,7 @@ HOMES = {
     "lrt.schedules.base": ("schedule",),
     "lrt.schedules.refinement": ("refine",),
     "lrt.training.config": ("RunConfig",),
-    "lrt.training.loop": ("train",),
+    "lrt.training.start": ("train",),
 }
 """Module -> the public names that it defines. `schedules` and `__version__` are in no module."""
 

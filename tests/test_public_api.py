@@ -13,7 +13,7 @@ from pathlib import Path
 import lrt
 
 FACE = Path(lrt.__file__)
-HEAVY = ("torch", "numpy", "transformers", "tokenizers", "matplotlib", "scipy", "rich", "tyro")
+HEAVY = ("torch", "numpy", "pandas", "transformers", "tokenizers", "matplotlib", "scipy", "rich", "tyro")
 SECONDS = 0.2
 """CPU that `import lrt` may take, beside the interpreter's start."""
 

@@ -18,7 +18,6 @@ from lrt.utils.progress import warn
 if TYPE_CHECKING:
     from lrt.data.prepared import Prepared
     from lrt.distributed.single_process import SingleProcess
-    from lrt.model.transformer import LatentRecurrentTransformer
     from lrt.training.trainer import TrainingSummary
 
     Recipe = RunConfig
@@ -83,13 +82,12 @@ class Train:
         from lrt.training.loop import train
         from lrt.training.matching import Launch, ReferenceRun, compare_runs, match_all
         from lrt.training.precision import resolve_precision
+        from lrt.training.start import begin_run, with_vocabulary
 
         data = ranks.rank0_first(
             lambda: prepare(Path("runs/data/stdlib")) if self.data is None else Prepared.open(self.data)
         )
-        # The vocabulary is a fact of the data, not a choice of the run.
-        model = dataclasses.replace(self.recipe.model, vocab_size=data.vocab_size)
-        run, begin = begin_run(dataclasses.replace(self.recipe, model=model), data)
+        run, begin = begin_run(with_vocabulary(self.recipe, data), data)
         references = [(kind, ReferenceRun.read(path)) for kind, path in self.match]
         launch = Launch(self.out, ranks, self.execution)
         run = match_all(run, references, data, launch)
@@ -118,22 +116,6 @@ class Train:
         )
         if ranks.first:
             print_summary(self.out / "checkpoint", summary)
-
-
-def begin_run(run: RunConfig, data: Prepared) -> tuple[RunConfig, LatentRecurrentTransformer | None]:
-    """The run and the model that it begins with: none where weights are random. ValueError where they do not go
-    together."""
-    from lrt.eval.diagnose import check_tokenizer
-    from lrt.model import checkpoint
-    from lrt.model.fingerprint import fingerprint
-    from lrt.model.upcycle import adopt
-
-    if run.init is None:
-        return run, None
-    folder = checkpoint.verify(Path(run.init))
-    begin, tokenizer = checkpoint.load(folder)
-    check_tokenizer(data, tokenizer, folder)
-    return dataclasses.replace(run, init=fingerprint(begin), model=adopt(run.model, begin.config)), begin
 
 
 def check_memory(run: RunConfig, ranks: SingleProcess) -> None:

@@ -95,6 +95,9 @@ class Documents:
         """The parts that are packed and shuffled on their own, so that no more than one has to be."""
         return self.parts or (self,)
 
+    def __repr__(self) -> str:
+        return f"Documents({len(self):,} documents, {len(self.tokens):,} tokens)"
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -135,6 +138,10 @@ class Prepared:
                 f"{path / 'manifest.json'} is damaged (missing or malformed: {error}); prepare the folder again"
             ) from error
         return cls(path, manifest, tokenizer, splits)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {len(documents.tokens):,}" for name, documents in self.splits.items())
+        return f"Prepared('{self.path}', tokens: {sizes}, vocabulary {self.vocab_size:,})"
 
     @property
     def fingerprint(self) -> str:

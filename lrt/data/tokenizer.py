@@ -67,6 +67,9 @@ class Tokenizer:
         self.vocab_size: int = max(ids) + 1
         """V, one more than the largest id: some tokenizers leave holes."""
 
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocabulary {self.vocab_size:,})"
+
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Byte-level BPE over `texts`; the same texts in the same order give the same tokenizer.

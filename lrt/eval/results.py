@@ -41,6 +41,9 @@ class Result:
     """Version of the library, and the commit where it runs from a repository."""
     format: int = FORMAT
 
+    def __repr__(self) -> str:
+        return f"Result({self.kind!r} of {self.subject!r}: {', '.join(self.values)})"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return dataclasses.asdict(self)

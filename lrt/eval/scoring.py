@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,6 +119,17 @@ class Metrics:
     """Live, every token refined once more, with its own memory: depth instead of recurrence."""
     registered: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Live, under ablations that users registered, by live_bpb_memory_NAME."""
+
+    def __repr__(self) -> str:
+        beside = "" if self.parallel_bpb is None else f", parallel {self.parallel_bpb:.4f}, gap {self.gap:+.4f}"
+        return f"Metrics(live {self.live_bpb:.4f}{beside} bits per byte; {self.targets:,} tokens)"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Metrics:
+        """The inverse of `to_dict`."""
+        own = {field.name for field in dataclasses.fields(cls)} - {"registered"}
+        known: dict[str, Any] = {"parallel_bpb": None, "gap": None} | {name: values[name] for name in own & set(values)}
+        return cls(**known, registered={name: value for name, value in values.items() if name not in own})
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON; what was not measured is left out."""

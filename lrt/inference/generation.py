@@ -1,6 +1,7 @@
 """Generation with true recurrence: exact prefill, then one step per token with keys, values and memory in a State.
 
-For prompts of one length; `engine.py` serves many of any lengths, and draws the same tokens for the same seeds.
+For prompts of one length; `engine.py` serves many of any lengths, and draws the same tokens for the same seeds. Text is
+`language_model.py`'s, which has the tokenizer.
 
 Shapes: B batch, T prompt positions, D width.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -16,21 +18,63 @@ from torch import Tensor
 from lrt.inference.decoders import EagerDecoder, decoder
 from lrt.inference.sampling import Sampling, draw_rows
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.utils.validation import shorten
 
 
+class TextModel(Protocol):
+    """A model that knows its tokenizer, such as `LanguageModel`."""
+
+    def stream(self, prompt: str, max_new_tokens: int | None, sampling: Sampling | None, seed: int) -> Iterator[str]:
+        """Pieces of the text that continues `prompt`, as they come."""
+        ...
+
+
+@overload
 def generate(
     model: LatentRecurrentTransformer,
     tokens: Tensor,
     max_new_tokens: int | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,
-) -> Iterator[Tensor]:
+) -> Iterator[Tensor]: ...
+@overload
+def generate(
+    model: TextModel,
+    tokens: str,
+    max_new_tokens: int | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> Iterator[str]: ...
+def generate(
+    model: LatentRecurrentTransformer | TextModel,
+    tokens: Any,
+    max_new_tokens: int | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> Iterator[Any]:
     """Continue tokens (B, T) int, T >= 1; yields each next token (B,) as soon as it is drawn.
+
+    A model that knows its tokenizer, what `lrt.load` and `Run.model` give, continues text in place of tokens, and
+    yields pieces of text; it stops where the document ends.
 
     `max_new_tokens` None goes on to the end of the context, or for ever where every layer slides. Row i is drawn with
     seed + i, and gets what `Session` and `Engine` draw with that seed. Raises ValueError, before any work, on an empty
     prompt or one that the context cannot hold.
     """
+    if isinstance(model, LatentRecurrentTransformer):
+        return generate_tokens(model, tokens, max_new_tokens, sampling, seed)
+    return model.stream(tokens, max_new_tokens, sampling, seed)
+
+
+def generate_tokens(
+    model: LatentRecurrentTransformer, tokens: Tensor, max_new_tokens: int | None, sampling: Sampling | None, seed: int
+) -> Iterator[Tensor]:
+    """`generate` of tokens."""
+    if isinstance(tokens, str):
+        raise ValueError(
+            f"the prompt is the text {shorten(tokens)}, and this model has no tokenizer; give tokens (B, T), or the "
+            "model that lrt.load(FOLDER) gives"
+        )
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"the prompt has shape {tuple(tokens.shape)}; give (batch, at least one token): BOS will do")
     if max_new_tokens is not None and max_new_tokens < 0:
@@ -54,7 +98,7 @@ def generate(
 def _generate(
     model: LatentRecurrentTransformer, tokens: Tensor, wanted: int | None, sampling: Sampling, seed: int
 ) -> Iterator[Tensor]:
-    """The tokens of `generate`, whose arguments are checked; `wanted` None goes on for ever."""
+    """The tokens of `generate_tokens`, whose arguments are checked; `wanted` None goes on for ever."""
     rows, length = tokens.shape
     slots = model.config.context if wanted is None else length + wanted - 1
     if model.config.unlimited_context:  # an endless stream reuses its slots

@@ -12,6 +12,7 @@ from lrt.inference.certificate import Certificate
 from lrt.inference.prefill import PREFILL_MODES, PrefillMode
 from lrt.inference.sampling import Sampling, Steering
 from lrt.model.config import ModelConfig
+from lrt.utils.short_repr import changed_fields
 
 Finish = Literal["stop", "length", "cancelled"]
 """A stop token or sequence was drawn; `max_new_tokens` or the slots ended; it was cancelled."""
@@ -40,6 +41,9 @@ class Request:
     """Penalties and biases."""
     prefill: PrefillMode | None = None
     """How its prompt is computed; None: as the engine's others."""
+
+    def __repr__(self) -> str:
+        return changed_fields(self)
 
     def check(self, config: ModelConfig, slots: int) -> None:
         """ValueError, which names value, limit and fix, where a model with so many slots cannot serve it."""
@@ -116,3 +120,6 @@ class Completion:
     """… of which so many were taken from an earlier request or sample."""
     certificate: Certificate | None
     """How the prompt was computed, where by parallel prefill."""
+
+    def __repr__(self) -> str:
+        return changed_fields(self)

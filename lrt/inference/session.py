@@ -66,6 +66,9 @@ class Session:
     certificate: Certificate | None = None
     """Of the least exact part of the text. None: exact, or loaded from a folder that does not say (of 0.1)."""
 
+    def __repr__(self) -> str:
+        return f"Session({len(self.tokens):,} tokens, seed={self.seed})"
+
     @classmethod
     def start(
         cls,

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from lrt.model.memory_config import LONGEST, OWN_INJECTIONS, MemoryConfig, is_layer
+from lrt.utils.short_repr import changed_fields
 from lrt.utils.validation import Limits, check_choice, check_numbers
 
 HEAD_SIZES = (128, 64, 32, 16, 8)
@@ -119,6 +120,9 @@ class ModelConfig:
         for name, attribute in vars(ModelConfig).items():
             if isinstance(attribute, cached_property):
                 getattr(self, name)
+
+    def __repr__(self) -> str:
+        return changed_fields(self)
 
     def _check_memory(self) -> None:
         for source in self.sources:

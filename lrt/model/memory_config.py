@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lrt.utils.plugins import Plugin
 from lrt.utils.registry import Registry
+from lrt.utils.short_repr import changed_fields
 from lrt.utils.validation import Limits, check_choice, check_numbers
 
 
@@ -98,6 +99,9 @@ class MemoryConfig:
         check_choice(self, "state_start", ("active", "neutral"))
         self._check_layers()
         self._check_sources()
+
+    def __repr__(self) -> str:
+        return changed_fields(self)
 
     def _check_sources(self) -> None:
         if self.source == ():

@@ -77,6 +77,9 @@ class State:
     execution: Execution = EAGER
     """How calls compute; decides no numbers."""
 
+    def __repr__(self) -> str:
+        return f"State(batch={self.batch}, slots={self.slots}, written until {self.written_until})"
+
     # --- facts -------------------------------------------------------------------------------------------------
 
     @property

@@ -144,6 +144,11 @@ class LatentRecurrentTransformer(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.reset()
 
+    def __repr__(self) -> str:
+        """One line. The tree of modules is `torch.nn.Module.__repr__(model)`."""
+        total = sum(weight.numel() for weight in self.parameters())
+        return f"LatentRecurrentTransformer({total:,} parameters, {self.config!r})"
+
     @torch.no_grad()
     def reset(self) -> None:
         """Initial values (nanochat's): unit embeddings, uniform inputs, zero outputs; gates at 1.

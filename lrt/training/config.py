@@ -20,6 +20,7 @@ from lrt.model.config import ModelConfig
 from lrt.schedules import library as schedules
 from lrt.schedules.parse import parse
 from lrt.training.optim_config import OptimConfig
+from lrt.utils.short_repr import changed_fields
 from lrt.utils.validation import Limits, check_choice, check_numbers
 
 if TYPE_CHECKING:
@@ -113,6 +114,9 @@ class RunConfig:
         for _, part in parse(self.schedule).shares():
             part.passes(self.model.context)  # too many of them are an error here, not at the step that needs them
         self.micro_batches(1)
+
+    def __repr__(self) -> str:
+        return changed_fields(self)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lrt.utils.short_repr import changed_fields
 from lrt.utils.validation import Limits, check_numbers
 
 LIMITS = {
@@ -45,6 +46,9 @@ class OptimConfig:
     """Tokens per step at which the rates hold; others scale them with the square root."""
     clip: float | None = None
     """Largest norm of the whole gradient; a larger one is scaled down to it. None: no limit."""
+
+    def __repr__(self) -> str:
+        return changed_fields(self)
 
     def times(self, factor: float) -> OptimConfig:
         """The same with all four rates times a factor."""

@@ -10,15 +10,15 @@ import pytest
 from support.limits import refuses_absurd_numbers
 
 from lrt import ModelConfig
-from lrt.training import config, monitor, optim, snapshots
+from lrt.training import config, optim_config
 from lrt.training.config import EvalConfig, Horizon, RunConfig, SnapshotConfig
 from lrt.training.optim_config import OptimConfig
 
 TABLES: tuple[tuple[Any, dict[str, Any], tuple[str, ...]], ...] = (
     (RunConfig, config.LIMITS, ()),
-    (OptimConfig, optim.LIMITS, ("momentum",)),
-    (EvalConfig, monitor.LIMITS, ()),
-    (SnapshotConfig, snapshots.LIMITS, ()),
+    (OptimConfig, optim_config.LIMITS, ("momentum",)),
+    (EvalConfig, config.EVAL_LIMITS, ()),
+    (SnapshotConfig, config.SNAPSHOT_LIMITS, ()),
 )
 
 
