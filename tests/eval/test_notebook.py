@@ -39,7 +39,7 @@ def test_a_notebook_runs_and_shows_no_garbage(tmp_path: Path):
     ).execute()
     outputs = dict(zip(CELLS, (cell.outputs for cell in notebook.cells), strict=True))
     (shown,) = outputs["bar"]
-    assert '<progress value="1.0" max="2"></progress> <code>scoring 1/2 (50%)' in shown.data["text/html"]
+    assert '<progress value="1" max="2"></progress> <code>scoring 1/2 (50%)' in shown.data["text/html"]
     assert "x &lt; y" in shown.data["text/html"]
     printed = "".join(one.text for cell in outputs.values() for one in cell if one.output_type == "stream")
     assert not {"\x1b", "\r"} & set(printed)
