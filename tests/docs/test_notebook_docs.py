@@ -16,6 +16,7 @@ HORIZON = 'horizon="tokens=400_000"'
 TINY = 'horizon="steps=2", data="texts", device="cpu"'
 
 
+@pytest.mark.slow  # the report draws every figure
 def test_the_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
