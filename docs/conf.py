@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import lrt
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
-
-import lrt
 
 project = "lrt"
 author = copyright = "the lrt authors"
@@ -24,7 +24,7 @@ extensions = [
 ]
 exclude_patterns = ["_ext"]
 nitpicky = True
-# Python names stand in annotations alone, and most of these types are torch's or internal. Links and anchors are checked.
+# Python names stand in annotations alone, and most of them are torch's or internal. Links and anchors are checked.
 nitpick_ignore_regex = [(r"py:.*", r".*")]
 suppress_warnings = ["myst.header"]  # the contract and log entries begin where it suits them
 

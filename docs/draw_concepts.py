@@ -1,12 +1,13 @@
 """Draw the figures of docs/concepts.md: `python docs/draw_concepts.py RUN DATA FOLDER`.
 
-RUN is a trained LRT, DATA the folder that it was trained on. Every figure is computed, none is drawn by hand: the passes
-come from the schedules, the distances from the model on one window of held-out text. P passes, T positions.
+RUN is a trained LRT, DATA the folder that it was trained on. Every figure is computed, none is drawn by hand: passes
+come from the schedules, distances from the model on one window of held-out text. T positions, D width.
 """
 
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -55,7 +56,9 @@ def draw_passes(ax: Axes, name: str, schedule: Schedule) -> None:
     for row, p in enumerate(passes):
         for t in range(SHOWN):
             fill = "none" if t not in p.positions else BLUE if p.loss_weight else PALE
-            ax.add_patch(plt.Rectangle((t + 0.06, row + 0.06), 0.88, 0.88, facecolor=fill, edgecolor=INK, linewidth=0.6))
+            ax.add_patch(
+                plt.Rectangle((t + 0.06, row + 0.06), 0.88, 0.88, facecolor=fill, edgecolor=INK, linewidth=0.6)
+            )
     ax.set(xlim=(0, SHOWN), ylim=(len(passes), 0), aspect="equal", xticks=[], yticks=[])
     ax.set_title(name, fontsize=10, family="monospace", loc="left")
     ax.set_frame_on(False)
@@ -94,7 +97,7 @@ def draw_sweeps(ax: Axes, swept: list[Tensor], live: Tensor) -> None:
 
 def draw_certificate(ax: Axes, swept: list[Tensor], live: Tensor) -> None:
     """What a prefill can see (the last move) beside what it cannot (the distance)."""
-    moves = [float((b - a).norm() / b.norm()) for a, b in zip(swept, swept[1:], strict=False)]
+    moves = [float((b - a).norm() / b.norm()) for a, b in pairwise(swept)]
     away = [float((h - live).norm() / live.norm()) for h in swept]
     ax.semilogy(range(1, SWEEPS), moves, color=BLUE, marker="o", label="the sweep's move: measured in a prefill")
     ax.semilogy(range(SWEEPS), away, color=ORANGE, marker="s", label="the distance from live: not known there")
@@ -127,10 +130,9 @@ def save(folder: Path, name: str) -> None:
 
 def main(run: Path, data: Path, folder: Path) -> None:
     """Draw all of them."""
-    model, tokenizer = lrt.load(run)
+    model, _ = lrt.load(run)
     model.eval()
     whole = next(windows(Prepared.open(data).split("val"), model.config.context, 1).batches(1)).tokens
-    del tokenizer
     with torch.no_grad():
         live = lrt.refine(model, whole, lrt.schedules.sequential()).hidden[0]
     swept = after_sweeps(model, whole)

@@ -1,21 +1,28 @@
-"""Draw a text, each token on the colour of what the memory gained: `python docs/draw_text_gain.py RUN FILE.svg`.
+"""Draw a text, each token on the colour of what recurrence gained: `python docs/draw_text_gain.py RUN DATA FILE.svg`.
 
-RUN is a run that `lrt diagnose RUN --only text` has measured. Every token stands on a light box of its own, so that the
-picture can be read on a light page and on a dark one.
+RUN is a trained LRT, DATA the folder that it was trained on. The text is the beginning of the first document of its
+validation split. Every token stands on a light box of its own, so that the picture can be read on a light page and on a
+dark one.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+import lrt
+from lrt.data.prepared import Prepared
+from lrt.model.cross_entropy import token_nats
+
 CHARACTER, LINE, SIZE = 7.8, 20, 13
 """Width of a character, height of a line and size of the font, in pixels."""
-COLUMNS, LINES = 92, 16
+COLUMNS, LINES = 80, 16
 """Characters of a line, and lines that are drawn."""
 STRONGEST = 2.0
 """Bits from which on the colour gets no stronger."""
@@ -30,7 +37,7 @@ class Chip(NamedTuple):
     row: int
     column: int
     gain: float
-    """Bits that the memory gained on the token."""
+    """Bits that recurrence gained on the token."""
 
 
 def chips(pieces: list[str], gains: list[float]) -> Iterator[Chip]:
@@ -71,17 +78,26 @@ def draw(pieces: list[str], gains: list[float]) -> str:
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {COLUMNS * CHARACTER:.0f} {height}" font-size="{SIZE}" '
         'font-family="ui-monospace, Menlo, Consolas, monospace" fill="#1f2328" role="img" '
-        'aria-label="A text, each token coloured by the bits that the memory gained on it">'
+        'aria-label="A text, each token coloured by the bits that recurrence gained on it">'
     )
     return "\n".join([head, *map(box, drawn), "</svg>\n"])
 
 
-def main(run: Path, out: Path) -> None:
-    """Draw what was measured of a run."""
-    (measured,) = (run / "evaluation").glob("text-*.json")
-    values = json.loads(measured.read_text(encoding="utf-8"))["values"]
-    gains = [off - live for live, off in zip(values["live"], values["off"], strict=True)]
-    out.write_text(draw(values["pieces"], gains), encoding="utf-8")
+def measure(run: Path, data: Path) -> tuple[list[str], list[float]]:
+    """The text's tokens, and the bits that each costs less live than in one pass in which nothing recurs."""
+    (model, tokenizer), split = lrt.load(run), Prepared.open(data).split("val")
+    ids = [int(token) for token in split.tokens[: min(model.config.context - 1, split.offsets[1])]]
+    tokens = torch.tensor([[tokenizer.bos, *ids]])
+    with torch.no_grad():
+        hidden = lrt.refine(model, tokens[:, :-1], lrt.schedules.plain()).hidden
+        off = token_nats(model, hidden, tokens[:, 1:])
+    gains = (off - lrt.score(model, tokens)) / math.log(2)
+    return [tokenizer.decode([token]) for token in ids], gains[0].tolist()
+
+
+def main(run: Path, data: Path, out: Path) -> None:
+    """Measure and draw."""
+    out.write_text(draw(*measure(run, data)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,7 @@ def inline(text: str) -> str:
     parts = text.split("`")
     if len(parts) % 2 == 0:  # a lone backtick is no markup
         return MARKUP.sub(r"\\\1", text.replace("`", "'"))
-    return "".join(
-        literal(part, parts[i + 1]) if i % 2 else MARKUP.sub(r"\\\1", part) for i, part in enumerate(parts)
-    )
+    return "".join(literal(part, parts[i + 1]) if i % 2 else MARKUP.sub(r"\\\1", part) for i, part in enumerate(parts))
 
 
 def paragraphs(lines: list[str]) -> Iterator[list[str]]:
