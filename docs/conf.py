@@ -20,6 +20,7 @@ extensions = [
     "sphinx_copybutton",
     "plain_docstrings",
     "log_pages",
+    "project_pages",
     "study_pages",
 ]
 exclude_patterns = ["_ext"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 ENTRY = re.compile(r"^## (\d{4}-\d{2}-\d{2}): (.*)$", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#|/)")

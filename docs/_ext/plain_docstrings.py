@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 MARKUP = re.compile(r"([\\*|]|_(?!\w)|(?<!\w)_)")
 """What plain text may hold and reStructuredText would read as markup."""

@@ -68,7 +68,7 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize("page", PAGES_WITH_COMMANDS, ids=label)
 def test_other_programs_are_there(page: Path) -> None:
-    """Targets of make, extras of pip, scripts of python."""
+    """Targets of make, extras of pip, scripts and programs of python."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for line in commands(page):
         words = shlex.split(re.sub(r"^[A-Z_]+=\S+ ", "", line))
@@ -76,6 +76,8 @@ def test_other_programs_are_there(page: Path) -> None:
             assert re.search(rf"^{words[1]}:", MAKEFILE, re.MULTILINE), line
         for listed in re.findall(r"latent-recurrent-transformer\[([\w,-]+)\]", line):
             assert set(listed.split(",")) <= set(extras), line
+        if "-c" in words:
+            compile(words[words.index("-c") + 1], line, "exec")
         scripts = [word for word in words if word.endswith(".py") and "/" in word]
         assert all((ROOT / script).is_file() for script in scripts), line
 

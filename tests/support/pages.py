@@ -18,7 +18,7 @@ LEFT_OUT = {"log.md", "changelog.md", "contributing.md"}
 BUILT = {"log", "study", "_build"}
 """Folders that the build of the site writes."""
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-INDENTED = re.compile(r"(?:(?<=\n\n)|^)((?: {4}\S[^\n]*\n)+)", re.MULTILINE)
+INDENTED = re.compile(r"(?:(?<=\n\n)|^)((?: {4}[^\n]+\n)+)", re.MULTILINE)
 PROGRAMS = ("lrt", "make", "pip", "python", "uv", "torchrun")
 NOT_RUN = re.compile(r"^# not run: \w.*", re.MULTILINE)
 """The first line of Python that is read, and not run: it says why."""
@@ -52,7 +52,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(page: Path) -> list[str]:
-    """The shell's command lines of a page, comments left off and continued lines joined."""
+    """The shell's commands of a page, comments left off and continued lines joined."""
     shown = (block.text for block in blocks(page) if block.language in ("", "bash"))
     lines = "\n".join(shown).replace("\\\n", " ").splitlines()
     stripped = (re.sub(r"\s+#.*", "", line).strip() for line in lines)
