@@ -54,7 +54,7 @@ def write_pages(app: Sphinx, config: object) -> None:
         if page.is_file() and all(file.stat().st_mtime < page.stat().st_mtime for file in files):
             continue
         sections = [section(name, file, folder) for file in files]
-        page.write_text("\n\n".join([f"# {name}", question(name), *sections]) + "\n", encoding="utf-8")
+        page.write_text("\n\n".join([f"# Study: {name}", question(name), *sections]) + "\n", encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

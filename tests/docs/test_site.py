@@ -1,4 +1,4 @@
-"""What makes the site: pages of the log, docstrings for autodoc, pinned packages, anchors. `make docs` is the build itself."""
+"""What makes the site: the log, docstrings for autodoc, pinned packages, anchors. `make docs` is the build itself."""
 
 from __future__ import annotations
 
