@@ -4,6 +4,7 @@
 # a machine without a GPU; to avoid that, point pip at PyTorch's CPU packages first, as PyTorch's own guide says.
 
 VENV := .venv
+DOCS := .venv-docs
 BIN  := $(VENV)/bin
 JOBS ?= 2
 ARGS ?=
@@ -19,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak mutants lint format clean distclean
+.PHONY: help demo test test-slow soak mutants docs lint format clean distclean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +42,11 @@ soak: $(VENV)/.installed-dev ## kill everything a thousand times, and compare (a
 mutants: $(VENV)/.installed-dev ## break the code in 300 small ways; which does no test notice?
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py $(ARGS)
 
+# An environment of its own: Sphinx and its themes have no place among what the library is tested with. The site is
+# built with lrt in it, as the notebooks run and docstrings are read.
+docs: $(DOCS)/.installed ## build the site into build/docs; every warning is an error
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(DOCS)/bin/python -m sphinx -W --keep-going -b html docs build/docs $(ARGS)
+
 lint: $(VENV)/.installed-dev ## style, types and import order
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,11 +58,11 @@ format: $(VENV)/.installed-dev ## rewrite the code in the house style
 	$(BIN)/ruff format .
 
 clean: ## remove caches and built packages; .venv and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	rm -rf build dist *.egg-info docs/log docs/study .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
 	find lrt tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## clean, and remove .venv too
-	rm -rf $(VENV)
+distclean: clean ## clean, and remove .venv and .venv-docs too
+	rm -rf $(VENV) $(DOCS)
 
 # The stamps are written last, so an installation that was interrupted is done again, as it is after a change of
 # what it read.
@@ -68,12 +74,17 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[dev]' --constraint constraints.txt
 	@touch $(VENV)/.installed $@
 
-$(BIN)/python:
+$(DOCS)/.installed: pyproject.toml constraints.txt docs/requirements.txt docs/constraints.txt | $(DOCS)/bin/python
+	$(DOCS)/bin/python -m pip install --editable '.[hf]' --requirement docs/requirements.txt \
+	  --constraint constraints.txt --constraint docs/constraints.txt
+	@touch $@
+
+$(BIN)/python $(DOCS)/bin/python:
 	@for python in $(CANDIDATES); do \
 	  if "$$python" -c '$(SUITABLE)' >/dev/null 2>&1; then \
-	    echo "making $(VENV) with $$("$$python" -c 'import sys; print("Python", sys.version.split()[0])')"; \
-	    "$$python" -m venv $(VENV) && exit 0; \
-	    rm -rf $(VENV); exit 1; \
+	    echo "making $(@D:/bin=) with $$("$$python" -c 'import sys; print("Python", sys.version.split()[0])')"; \
+	    "$$python" -m venv $(@D:/bin=) && exit 0; \
+	    rm -rf $(@D:/bin=); exit 1; \
 	  fi; \
 	done; \
 	echo "lrt needs Python 3.11 or newer with its venv module; tried: $(CANDIDATES)." >&2; \
