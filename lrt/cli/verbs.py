@@ -12,6 +12,7 @@ import tyro
 
 from lrt.cli.bench import Bench, Calibrate
 from lrt.cli.checks import check_verb
+from lrt.cli.compare import Compare
 from lrt.cli.demo import Demo
 from lrt.cli.evaluate import Diagnose, Evaluate, Report
 from lrt.cli.export_import import Export, Import
@@ -29,8 +30,8 @@ ABOUT = (
     "(docs/extending.md); it may be given several times."
 )
 Verb = (
-    Prepare | Train | Evaluate | Diagnose | Report | Sample | Chat | Serve | Calibrate | Bench | Export | Import
-    | Retrofit | Finetune | Demo | Annotated[RunStudy, tyro.conf.subcommand("study")]
+    Prepare | Train | Evaluate | Diagnose | Compare | Report | Sample | Chat | Serve | Calibrate | Bench | Export
+    | Import | Retrofit | Finetune | Demo | Annotated[RunStudy, tyro.conf.subcommand("study")]
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from lrt.eval.report import figures
 from lrt.eval.report.figures import Curves, Quantity
 from lrt.eval.report.html import figure_row, render_page
-from lrt.eval.report.score_tables import overview_table, texts_scored
+from lrt.eval.report.score_tables import overview_table, texts_scored, unique_names
 from lrt.eval.report.sections import (
     ablation_section,
     core_section,
@@ -63,7 +63,8 @@ def report(path: Path, folders: Sequence[Path], studies: Sequence[str] = ()) -> 
         raise ValueError(
             "no run is given; name at least one folder of `lrt train`, or a study's results, STUDY.EDITION.jsonl"
         )
-    runs = unique_names([Run.read(folder) for folder in folders], folders)
+    names = unique_names(folders)
+    runs = [replace(Run.read(folder), name=name) for name, folder in zip(names, folders, strict=True)]
     parts = ["<h1>Latent recurrence: " + ("runs compared" if runs else "studies") + "</h1>"]
     parts += [*(run_sections(runs) if runs else ()), *studies]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,15 +85,6 @@ def run_sections(runs: Sequence[Run]) -> list[str]:
         *text_section(runs),
         *core_section(runs),
         *settings_section(runs),
-    ]
-
-
-def unique_names(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
-    """The runs, by the folder's whole path where two have one name."""
-    names = [run.name for run in runs]
-    return [
-        run if names.count(run.name) == 1 else replace(run, name=str(folder))
-        for run, folder in zip(runs, folders, strict=True)
     ]
 
 

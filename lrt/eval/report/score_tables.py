@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from lrt.eval.report.names import name_of
 from lrt.eval.report.table import Table
 from lrt.eval.runs import Run, ScoredOn
+from lrt.model.config import ModelConfig
 
 COLUMNS = (
-    ("live_bpb", "live BPB"),
-    ("interval", "95 % interval"),
-    ("parallel_bpb", "parallel"),
-    ("schedule", "under"),
-    ("gap", "gap"),
-    ("live_bpb_memory_zero", "memory zeroed"),
-    ("live_bpb_memory_embedding", "previous embedding"),
-)
-"""What a table of scores shows of each, and the column's title."""
+    "live_bpb", "interval", "parallel_bpb", "schedule", "gap", "live_bpb_memory_zero", "live_bpb_memory_embedding",
+)  # fmt: skip
+"""What a table of scores shows of each."""
+
+
+def unique_names(folders: Sequence[Path]) -> list[str]:
+    """What runs are called: their folders' names, or whole paths where two have one name."""
+    names = [Run.read(folder).name for folder in folders]
+    return [name if names.count(name) == 1 else str(f) for name, f in zip(names, folders, strict=True)]
+
+
+def run_family(run: Run) -> str:
+    """A run's family, by its configuration: transformer, token shift, loop, ponder or lrt."""
+    if not (saved := run.config.get("model")):
+        return "lrt"  # a folder of results alone does not say
+    model = ModelConfig.from_dict(saved)
+    if model.memory.injection != "none":
+        return "lrt" if model.stored_sources else "token shift"
+    if model.loops > 1:
+        return "loop"
+    return "ponder" if model.thoughts else "transformer"
 
 
 def texts_scored(runs: Sequence[Run]) -> dict[ScoredOn, str]:
@@ -35,8 +50,8 @@ def score_tables(runs: Sequence[Run]) -> dict[ScoredOn, Table]:
     for on, label in texts_scored(runs).items():
         rows = [(run.name, score) for run in runs for score in run.scores if score.on == on]
         rows.sort(key=lambda row: row[1].values.get("live_bpb", float("inf")))
-        body = [[name, *(score.cell(key) for key, _ in COLUMNS)] for name, score in rows]
-        tables[on] = Table(label, ["run", *(title for _, title in COLUMNS)], body)
+        body = [[name, *map(score.cell, COLUMNS)] for name, score in rows]
+        tables[on] = Table(label, ["run", *map(name_of, COLUMNS)], body)
     return tables
 
 
@@ -44,9 +59,9 @@ def overview_table(runs: Sequence[Run]) -> Table:
     """A row per run; of several texts, live bits per byte in a column of its own for each, and gaps are left out."""
     texts = texts_scored(runs)
     if len(texts) == 1:
-        scored = [(on, key, title) for on in texts for key, title in COLUMNS if key in ("live_bpb", "gap")]
+        scored = [(on, key, name_of(key)) for on in texts for key in ("live_bpb", "gap")]
     else:
-        scored = [(on, "live_bpb", f"live BPB ({label.partition(':')[0]})") for on, label in texts.items()]
+        scored = [(on, "live_bpb", f"{name_of('live_bpb')} ({label.partition(':')[0]})") for on, label in texts.items()]
     head = ["run", "parameters", "tokens", "FLOPs", "seconds", *(t for *_, t in scored), "verdict", "CORE", "schedule"]
     body = []
     for run in runs:
@@ -77,5 +92,5 @@ def core_cell(run: Run) -> str:
 def run_table(run: Run) -> Table:
     """One run's scores, a row for each text."""
     labels = texts_scored([run])
-    body = [[labels[score.on], *(score.cell(key) for key, _ in COLUMNS)] for score in run.scores]
-    return Table("", ["measured on", *(title for _, title in COLUMNS)], body)
+    body = [[labels[score.on], *map(score.cell, COLUMNS)] for score in run.scores]
+    return Table("", ["measured on", *map(name_of, COLUMNS)], body)

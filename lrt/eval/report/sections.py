@@ -9,9 +9,10 @@ from typing import Any
 
 from lrt.eval.report import figures
 from lrt.eval.report.html import figure_row, number
+from lrt.eval.report.names import ablation_name
 from lrt.eval.report.score_tables import score_tables, texts_scored
 from lrt.eval.report.table import Table
-from lrt.eval.report.text import ROUNDING, ablation_name
+from lrt.eval.report.text import ROUNDING
 from lrt.eval.runs import Run, ScoredOn
 
 NEGLIGIBLE = 1e-6
