@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lrt.eval.report.names import name_of
 from lrt.eval.report.table import Table
-from lrt.eval.runs import Run, ScoredOn
+from lrt.eval.runs import Run, Score, ScoredOn
 from lrt.model.config import ModelConfig
 
 COLUMNS = (
@@ -55,21 +55,46 @@ def score_tables(runs: Sequence[Run]) -> dict[ScoredOn, Table]:
     return tables
 
 
+def live_scores(runs: Sequence[Run], on: ScoredOn) -> dict[str, Score]:
+    """The runs that have a live score of a text, by name."""
+    scores = {run.name: score for run in runs for score in run.scores if score.on == on}
+    return {name: score for name, score in scores.items() if "live_bpb" in score.values}
+
+
 def overview_table(runs: Sequence[Run]) -> Table:
-    """A row per run; of several texts, live bits per byte in a column of its own for each, and gaps are left out."""
-    texts = texts_scored(runs)
-    if len(texts) == 1:
-        scored = [(on, key, name_of(key)) for on in texts for key in ("live_bpb", "gap")]
-    else:
-        scored = [(on, "live_bpb", f"{name_of('live_bpb')} ({label.partition(':')[0]})") for on, label in texts.items()]
-    head = ["run", "parameters", "tokens", "FLOPs", "seconds", *(t for *_, t in scored), "verdict", "CORE", "schedule"]
+    """A row per run: live and the difference from the first beside its name, for each text; then what it cost.
+
+    Of several texts gaps are left out.
+    """
+    texts, first = texts_scored(runs), runs[0].name
+    letters = {on: f" ({label.partition(':')[0]})" if len(texts) > 1 else "" for on, label in texts.items()}
+    shown = 2 if len(texts) > 1 else 3
+    titles = (name_of("live_bpb"), f"less {first}'s", name_of("gap"))[:shown]
+    head = ["run", *(title + letters[on] for on in texts for title in titles), "verdict"]
+    head += ["parameters", "tokens", "training FLOPs", "training, s", "CORE", "schedule"]
+    by_text = [live_scores(runs, on) for on in texts]
     body = []
     for run in runs:
-        by_text = {score.on: score for score in run.scores}
-        cells = [by_text[on].cell(key) if on in by_text else "" for on, key, _ in scored]
+        scored = [cell for scores in by_text for cell in score_cells(scores, run.name, first)[:shown]]
         verdict = run.values("sweeps").get("verdict", "")
-        body.append([run.name, *cost_cells(run), *cells, verdict, core_cell(run), run.about.get("schedule", "")])
+        body.append([run.name, *scored, verdict, *cost_cells(run), core_cell(run), run.about.get("schedule", "")])
     return Table("", head, body)
+
+
+def score_cells(scores: Mapping[str, Score], name: str, first: str) -> list[str]:
+    """Live, less the first run's, and the gap; empty where a run has no score of the text."""
+    if name not in scores:
+        return ["", "", ""]
+    return [scores[name].cell("live_bpb"), less_first(scores, name, first), scores[name].cell("gap")]
+
+
+def less_first(scores: Mapping[str, Score], name: str, first: str) -> str:
+    """A live score less the first run's, with its per cent; empty of the first, and where that has no score."""
+    if name == first or first not in scores:
+        return ""
+    base = scores[first].values["live_bpb"]
+    apart = scores[name].values["live_bpb"] - base
+    return f"{apart:+.4f} ({100 * apart / base:+.1f} %)"
 
 
 def cost_cells(run: Run) -> list[str]:

@@ -25,7 +25,7 @@ ALIASES = {"short convolution": "token shift", "control": "token shift"}
 """How names of other families begin, and whose colour they have: controls that read earlier embeddings."""
 MARKERS = "osD^vPX<>*"
 """Of several models of one family."""
-MIDTONE, BLACK = "#7d828a", "#000000"
+MIDTONE, BLACK = "#767b83", "#000000"
 """Text that is read on white and on GitHub's dark page alike, and text for paper."""
 ENDINGS = {".svg": MIDTONE, ".png": MIDTONE, ".pdf": BLACK}
 """What a figure is saved as, by the ending of its file -> the colour of its text."""

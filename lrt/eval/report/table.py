@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 TableFormat = Literal["text", "json", "csv", "md", "latex"]
 """What `--format` takes: text is for reading in a terminal, the others are for files."""
@@ -52,15 +54,12 @@ class Table:
         title = f"### {self.title}\n\n" if self.title else ""
         return title + "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
-    def html(self) -> str:
-        """With the title as a heading of the third level; a wide table scrolls by itself."""
+    def html(self) -> Markup:
+        """With the title as a heading of the third level; a wide table scrolls by itself, beside the first column."""
+        from lrt.eval.report.render import render  # loads Jinja2
+
         head, *body = self.cells()
-        title = f"<h3>{html.escape(self.title)}</h3>\n" if self.title else ""
-        rows = "".join(f"<tr>{_row('td', row)}</tr>" for row in body)
-        return (
-            f'{title}<div class="scroll"><table><thead><tr>{_row("th", head)}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div>"
-        )
+        return render("table", title=self.title, head=head, body=body)
 
     def rich(self) -> RichTable:
         """For `Console.print`: the first column names the row, the others are numbers, to the right."""
@@ -125,10 +124,6 @@ def print_table(table: Table, form: TableFormat, console: Console) -> None:
     wide, narrow = (console.measure(t.rich(), options=console.options.update(width=10_000)) for t in (table, turned))
     fits = wide.maximum <= console.width or narrow.maximum > console.width
     console.print((table if fits else turned).rich())
-
-
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
 
 
 def markdown(tables: Sequence[Table]) -> str:

@@ -106,6 +106,11 @@ def bpb_lines(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def number(value: float | None) -> str:
+    """Four places. What rounds to zero has no sign, and what is not known is a dash."""
+    return "–" if value is None else f"{value:.4f}".replace("-0.0000", "0.0000")
+
+
 def interval_text(row: Mapping[str, Any]) -> str:
     """An interval in brackets, or why there is none."""
     return "one document has none" if row["low"] is None else f"[{row['low']:+.4f}, {row['high']:+.4f}]"
