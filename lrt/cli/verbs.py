@@ -38,6 +38,7 @@ GROUPS = {
     "Measure and compare": {
         "evaluate": "lrt.cli.evaluate:Evaluate",
         "diagnose": "lrt.cli.evaluate:Diagnose",
+        "compare": "lrt.cli.compare:Compare",
         "report": "lrt.cli.evaluate:Report",
         "study": "lrt.cli.study:RunStudy",
         "bench": "lrt.cli.bench:Bench",

@@ -636,7 +636,7 @@ def test_diagnose_prints_and_keeps_its_results(
     results = {result.kind: result for result in read_results(out)}
     assert {"sweeps", "ablations"} <= set(results)
     assert f"verdict: {results['sweeps'].values['verdict']}" in text
-    assert f"live                   {results['ablations'].values['live_bpb']:.4f}" in text
+    assert f"{'live':26} {results['ablations'].values['live_bpb']:.4f}" in text
     assert "two forwards" in text
     weights = json.loads((run / "checkpoint" / "manifest.json").read_text())["model.safetensors"]["sha256"]
     assert {result.checkpoint for result in results.values()} == {weights}

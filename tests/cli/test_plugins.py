@@ -264,7 +264,7 @@ def test_without_its_schedule_a_model_is_scored_live(
     model, _ = lrt.load(waved)
     assert model.config.memory.injection == "both"
     main(["sample", str(waved), "--max-new-tokens", "2"])
-    assert "parallel_bpb" in with_plugin(
+    assert "parallel BPB" in with_plugin(
         capsys, folder, "evaluate", waved, "--data", folder / "data", "--at-least", "300"
     )
 

@@ -154,6 +154,8 @@ BEGINNINGS = (
 """What no wrong flag may reach: a pass of a model, a tokenizer's training, timed rounds, a port that is listened on."""
 OUTPUTS = {"out", "results", "figure"}
 """Fields that name what is written."""
+FILES = {"figure": "figure.svg"}
+"""Those that have to have an ending."""
 FREE_TEXT = {
     "prompt", "names", "host", "field", "split_by", "split_until", "dataset", "dataset_config", "dataset_split",
     "dataset_revision", "tasks",
@@ -196,6 +198,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "text": "text.txt",
         "study": "study.yaml",
         "tokenizer": "data/tokenizer.json",
+        "other_run": "pair/lrt",
     }
     return {name: folder / file for name, file in right.items()} | dict.fromkeys(
         ("checkpoint", "checkpoints", "runs", "source", "model"), folder / "checkpoint"
@@ -205,17 +208,18 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def command_line(flag: Flag, content: str, places: dict[str, Path], tmp_path: Path) -> list[str]:
     """The flag with this content, in a command all of whose other flags are right."""
     words = [*flag.command]
+    second = [str(places["other_run"])] if flag.command == ("compare",) else []  # it takes two
     for other in FLAGS:
         # Flags of a verb serve its subcommands too.
         if other.command != flag.command[: len(other.command)] or other.field == flag.field:
             continue
         option = [word for word in other.words if word.startswith("--")]
         if other.field in OUTPUTS:
-            words += [*option, str(tmp_path / other.field)]
+            words += [*option, str(tmp_path / FILES.get(other.field, other.field))]
         elif other.field == "device":
             words += [*option, "cpu"]
         elif other.required or other.field in ("data", "text"):
-            words += [*option, str(places[other.field])]
+            words += [*option, str(places[other.field]), *(second if other.field == "runs" else ())]
     if flag.field in ("tasks_include", "tasks_shots"):
         words += ["--tasks", "arc_easy"]
     if flag.field == "tasks_limit":
@@ -229,7 +233,7 @@ def command_line(flag: Flag, content: str, places: dict[str, Path], tmp_path: Pa
     after = len(flag.command)
     first = next((f for f in FLAGS if f.command == flag.command and not f.words), flag)
     at = after if first.field == flag.field else after + 1  # positional ones stand in order
-    return [*words[:at], content, *words[at:]]
+    return [*words[:at], content, *(second if flag.field == "runs" else ()), *words[at:]]
 
 
 Answer = tuple[int | str, str]

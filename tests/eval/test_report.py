@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import sync_playwright
 from support.core_bundle import ITEMS, NAMES, make_bundle
 from support.page import QUIET, Page, pixels
 from support.runs import TINY
@@ -18,6 +20,7 @@ from support.runs import TINY
 from lrt.cli.main import main
 from lrt.data.corpus import stdlib_files
 from lrt.eval.report.page import report
+from lrt.eval.report.render import render
 from lrt.eval.report.score_tables import overview_table, score_tables
 from lrt.eval.report.sections import token_span
 from lrt.eval.report.table import Table
@@ -69,6 +72,15 @@ def test_the_report_is_whole_and_alone(page: Path, runs: list[Path]):
     ):
         assert f"<h2>{title}" in text, title
     assert "token by token</h2>" in text
+    for said in (
+        "live bits per byte, the best; ",
+        "reaches ",
+        "Without its memory lrt is ",
+        "of the tokens likelier to lrt",
+    ):
+        assert said in text, said
+    body = text.partition("<h2>Settings")[0]
+    assert not re.findall(r"live_bpb\w*|parallel_bpb|training_flops|even_odd", body)
     found = {result.kind: result for result in read_results(runs[0] / "evaluation")}
     assert set(found) == {"bpb", "sweeps", "hops", "ablations", "memory", "text", "core"}
     assert {found["sweeps"].values["verdict"], found["hops"].values["verdict"]} <= set(parsed.cells)
@@ -137,6 +149,7 @@ def test_what_does_not_recur_is_told_instead_of_drawn(tmp_path: Path):
     assert "<td>2.0000</td><td>+0.0000</td><td>nothing recurs</td>" in text
     assert "<svg" not in text
     assert "-0.0000" not in text
+    assert "Nothing recurs in run." in text
 
 
 def test_blocks_are_shown_over_training(runs: list[Path], page: Path):
@@ -234,7 +247,7 @@ def test_results_of_other_weights_are_left_out_and_named(tmp_path: Path):
     assert run.scores == []
     report(tmp_path / "report.html", [folder])
     text = (tmp_path / "report.html").read_text()
-    assert "again: scores of hard-val left out: measured of other weights than its checkpoint&#x27;s" in text
+    assert "again: scores of hard-val left out: measured of other weights than its checkpoint&#39;s" in text
     (folder / "checkpoint" / "manifest.json").write_text(json.dumps({"model.safetensors": {"sha256": "ab"}}))
     assert len(Run.read(folder).scores) == 1
 
@@ -254,17 +267,36 @@ def test_what_is_measured_notes_what_it_was_measured_on(runs: list[Path]):
 
 
 def test_tokens_are_escaped_and_coloured_by_their_gain():
-    assert (
-        token_span("<b>", 1.0, 3.0)
-        == '<span style="background:rgba(46,160,67,0.70)" title="1.00 bits, +2.00">&lt;b&gt;</span>'
-    )
-    assert "218,54,51" in token_span("x", 2.0, 1.0)
-    assert "style" not in token_span("x", 1.0, 1.0)
+    tokens = [token_span("<b>", 1.0, 3.0), token_span("x", 2.0, 1.0), token_span("y", 1.0, 1.0)]
+    better, worse, same = render("tokens", name="a & b", tokens=tokens).split("<span")[1:]
+    assert better == ' style="background:rgba(46,160,67,0.70)" title="1.00 bits, +2.00">&lt;b&gt;</span>'
+    assert "218,54,51" in worse
+    assert "style" not in same
 
 
 def test_a_result_says_what_code_made_it(tmp_path: Path):
     made = Result("bpb", "x-val", "ab", {}, values())
     assert made.code == replace(made, kind="core").code != ""
+
+
+@pytest.mark.slow
+def test_on_a_phone_only_boxes_scroll_sideways(page: Path):
+    """At 390 pixels; tables and figures scroll by themselves, and a table's first column stays."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not on the PATH")
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        shown = browser.new_page(viewport={"width": 390, "height": 844})
+        shown.goto(page.as_uri())
+        assert shown.evaluate("document.documentElement.scrollWidth") == 390
+        box = shown.locator(".scroll").first
+        assert box.evaluate("box => box.scrollWidth > box.clientWidth")
+        name = box.locator("tbody td").first
+        before = name.bounding_box()
+        box.evaluate("box => box.scrollLeft = 200")
+        assert name.bounding_box() == before
+        browser.close()
 
 
 @pytest.mark.slow

@@ -1,13 +1,16 @@
-"""One table, three forms: the same cells in each, escaped, and no column that is empty."""
+"""One table and its forms: the same cells in each, escaped, and no column that is empty."""
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 
+import pytest
 from rich.console import Console
 from support.page import Page
 
-from lrt.eval.report.table import Table, markdown
+from lrt.eval.report.table import FORMS, Table, TableFormat, markdown, print_table
 
 TABLE = Table("A <title>", ["model", "empty", "live"], [["[bold]lrt[/bold] & co", "", "1.25"], ["  zeroed", "", ""]])
 
@@ -33,3 +36,40 @@ def test_rich() -> None:
     assert "A <title>" in out.getvalue()
     assert "[bold]lrt[/bold] & co" in out.getvalue()
     assert "empty" not in out.getvalue()
+
+
+def test_csv_and_json_hold_the_cells_as_they_are() -> None:
+    assert list(csv.reader(io.StringIO(TABLE.csv()))) == TABLE.cells()
+    assert json.loads(TABLE.json()) == [
+        {"model": "[bold]lrt[/bold] & co", "live": "1.25"},
+        {"model": "  zeroed", "live": ""},
+    ]
+
+
+def test_latex_escapes_what_latex_reads() -> None:
+    text = Table("title", ["a_b", "%"], [["x & y", "-0.5 [-1, +2] ± 3"], ["a-b", "1e-3"]]).latex()
+    assert r"a\_b & \% \\" in text
+    assert r"x \& y & $-$0.5 [$-$1, +2] $\pm$ 3 \\" in text
+    assert r"a-b & 1e-3 \\" in text
+    assert r"\begin{tabular}{lr}" in text
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "text"])
+def test_a_form_for_files_is_printed_as_it_is(form: TableFormat) -> None:
+    out = io.StringIO()
+    print_table(TABLE, form, Console(file=out, width=10))
+    assert out.getvalue() == FORMS[form](TABLE) + "\n"
+
+
+def test_a_file_gets_the_whole_width_and_a_narrow_terminal_rows_as_columns() -> None:
+    wide = Table("", ["run", *(f"column {i}" for i in range(9))], [["lrt", *(f"cell {i}" for i in range(9))]])
+    piped, terminal, broad = (io.StringIO() for _ in range(3))
+    print_table(wide, "text", Console(file=piped, width=40))
+    assert "column 8" in piped.getvalue()
+    print_table(wide, "text", Console(file=terminal, width=40, force_terminal=True))
+    rows = [line for line in terminal.getvalue().splitlines() if "column 8" in line]
+    assert len(rows) == 1
+    assert "cell 8" in rows[0]
+    assert "…" not in terminal.getvalue()
+    print_table(wide, "text", Console(file=broad, width=200, force_terminal=True))
+    assert len([line for line in broad.getvalue().splitlines() if "column 8" in line and "column 0" in line]) == 1

@@ -11,12 +11,11 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-COLOURS = ("#8c8c8c", "#d98c1f", "#2f7fd1", "#3f9e5a")
-"""Of the demo: grey is the Transformer, what the others are compared with."""
-PALETTE = (*COLOURS[1:], COLOURS[0], "#b0508f", "#7a6fd0", "#5fb6b6", "#c7564a")
-"""Of runs in the order in which they are named."""
-GREY = COLOURS[0]
-"""Of reference lines."""
+from lrt.eval.report.style import GREY
+from lrt.eval.runs import Score
+
+LINES = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
+"""Of the curves of one run, in order."""
 TINY = 1e-16
 """The least value drawn on a logarithmic axis: exact zeros have to be somewhere."""
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -33,9 +32,16 @@ class Quantity(NamedTuple):
     label: str
 
 
-def colours_by_name(names: Sequence[str]) -> dict[str, str]:
-    """A colour per name, the same in every figure."""
-    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
+def draw_scores(ax: Axes, scores: Mapping[str, Score], colours: Mapping[str, str]) -> None:
+    """A dot per run, its live score, with its interval where there is one, on an axis that shows no more than these."""
+    for y, (name, score) in enumerate(scores.items()):
+        live, ends = score.values["live_bpb"], score.values.get("interval")
+        span = None if ends is None else [[max(0.0, live - ends[0])], [max(0.0, ends[1] - live)]]
+        ax.errorbar([live], [y], xerr=span, fmt="o", color=colours[name], capsize=3)
+    ax.set_yticks(range(len(scores)), [f"{name}  {score.cell('live_bpb')}" for name, score in scores.items()])
+    ax.set_ylim(len(scores) - 0.5, -0.5)
+    ax.margins(x=0.1)
+    ax.set_xlabel("live bits per byte (left is better)")
 
 
 def draw_losses(ax: Axes, curves: Curves, colours: Mapping[str, str], x: Quantity) -> None:
@@ -106,7 +112,7 @@ def draw_distances(ax: Axes, values: Mapping[str, Any]) -> None:
 
 def _by_stride(values: Mapping[str, Any]) -> list[tuple[str, str, Sequence[Mapping[str, Any]]]]:
     """(colour, label, points) of each curve of a sweep curve; stride 1 is a full pass."""
-    curves = zip(PALETTE, values["curves"].items(), strict=False)
+    curves = zip(LINES, values["curves"].items(), strict=False)
     return [(c, "full" if int(stride) == 1 else f"stride {stride}", points) for c, (stride, points) in curves]
 
 
@@ -170,17 +176,16 @@ def draw_gains(
     ax: Axes, runs: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str], by: str, label: str
 ) -> None:
     """What recurrence gains (off less live) by a quantity of the tokens: `by` names the buckets of a bpb result."""
-    width = 0.8 / max(1, len(runs))
     longest = max((values[by] for values in runs.values()), key=len)
     for i, (name, values) in enumerate(runs.items()):
         gains = [bucket["bpb"]["off"] - bucket["bpb"]["live"] for bucket in values[by]]
-        places = [x + (i + 0.5) * width - 0.4 for x in range(len(gains))]  # runs side by side around each tick
-        ax.bar(places, gains, width, color=colours[name], label=name)
+        places = [x + 0.08 * (i - (len(runs) - 1) / 2) for x in range(len(gains))]  # side by side around each tick
+        ax.plot(places, gains, "o:", color=colours[name], label=name, markersize=5, linewidth=1)
     names = [f"{b['from']}-{b['to'] - 1}" if b["to"] else f"from {b['from']}" for b in longest]
     ax.set_xticks(range(len(longest)), names, fontsize=7)
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set_xlabel(label)
-    ax.set_ylabel("bits per byte gained")
+    ax.set_ylabel("bits per byte gained (higher is better)")
     ax.margins(y=0.3)  # room for the legend
     ax.legend()
 

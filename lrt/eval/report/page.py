@@ -6,19 +6,20 @@ A run's folder gives its metrics log (metrics.jsonl), its checkpoint's config.js
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from lrt.eval.report import figures
+from lrt.eval.report import figures, sentences
 from lrt.eval.report.figures import Curves, Quantity
-from lrt.eval.report.html import figure_row, render_page
-from lrt.eval.report.score_tables import overview_table, texts_scored
+from lrt.eval.report.html import figure_row
+from lrt.eval.report.render import notes, render, section
+from lrt.eval.report.score_tables import live_scores, overview_table, run_family, texts_scored, unique_names
 from lrt.eval.report.sections import (
     ablation_section,
     core_section,
@@ -28,33 +29,17 @@ from lrt.eval.report.sections import (
     sweep_section,
     text_section,
 )
+from lrt.eval.report.style import run_colours
 from lrt.eval.runs import Run, ScoredOn
 from lrt.utils.files import replace_atomically
 from lrt.utils.provenance import code_version
 
-STYLE = """<style>
-.text { white-space: pre-wrap; word-break: break-word; font: .85rem/1.7 ui-monospace, monospace; }
-.text span { border-radius: 2px; }
-section { border-top: 1px solid var(--line); margin-top: 2rem; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
-h3 { margin-bottom: .3rem; }
-body { max-width: 76rem; } p, figcaption, .text { max-width: 60rem; }
-.scroll { margin: 1rem 0; }
-@media print {
-  :root { --back: #fff; --ink: #000; color-scheme: light; }
-  body { font-size: 12px; } section { break-inside: auto; }
-  h2, h3 { break-after: avoid; } tr, .pair > div { break-inside: avoid; }
-  .scroll { overflow: visible; } table { font-size: .72rem; }
-  th, td { white-space: normal; overflow-wrap: break-word; padding: .1rem .3rem; }
-  .pair { grid-template-columns: 1fr 1fr; }
-  .text span { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
-}
-</style>"""
 CURVE_POINTS = 2000
 """Points of a curve, at most: a figure does not show more."""
 TOKENS = Quantity("tokens", 1e6, "million tokens")
 X_AXES = (TOKENS, Quantity("flops", 1e12, "training TFLOPs"), Quantity("seconds", 60, "minutes"))
 """What training curves are drawn against."""
+LIVE = "live bits per byte (lower is better)"
 
 
 def report(path: Path, folders: Sequence[Path], studies: Sequence[str] = ()) -> None:
@@ -63,18 +48,19 @@ def report(path: Path, folders: Sequence[Path], studies: Sequence[str] = ()) -> 
         raise ValueError(
             "no run is given; name at least one folder of `lrt train`, or a study's results, STUDY.EDITION.jsonl"
         )
-    runs = unique_names([Run.read(folder) for folder in folders], folders)
-    parts = ["<h1>Latent recurrence: " + ("runs compared" if runs else "studies") + "</h1>"]
-    parts += [*(run_sections(runs) if runs else ()), *studies]
+    names = unique_names(folders)
+    runs = [replace(Run.read(folder), name=name) for name, folder in zip(names, folders, strict=True)]
+    parts = [*(run_sections(runs) if runs else ()), *map(Markup, studies)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_atomically(path, render_page(parts, STYLE))
+    title = "Latent recurrence: " + ("runs compared" if runs else "studies")
+    replace_atomically(path, render("page", title=title, parts=parts))
 
 
-def run_sections(runs: Sequence[Run]) -> list[str]:
+def run_sections(runs: Sequence[Run]) -> list[Markup]:
     """Everything that is known of runs, side by side, as HTML."""
-    colours = figures.colours_by_name([run.name for run in runs])
+    colours = run_colours({run.name: run_family(run) for run in runs})
     return [
-        overview(runs),
+        *overview(runs, colours),
         *training_section(runs, colours),
         *score_section(runs, colours),
         *sweep_section(runs),
@@ -87,23 +73,25 @@ def run_sections(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def unique_names(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
-    """The runs, by the folder's whole path where two have one name."""
-    names = [run.name for run in runs]
-    return [
-        run if names.count(run.name) == 1 else replace(run, name=str(folder))
-        for run, folder in zip(runs, folders, strict=True)
-    ]
-
-
-def overview(runs: Sequence[Run]) -> str:
-    """A table with a row per run, what its scores were measured on, and what was left out."""
-    notes = [
-        "Bits per byte, lower is better; live is decoded token by token, what a user gets; gap is live less parallel.",
-        *texts_scored(runs).values(),
+def overview(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Markup]:
+    """Which run is best, a dot per run, a table with a row per run, and what its scores were measured on."""
+    texts = texts_scored(runs)
+    lines = [
+        "Bits per byte (BPB), lower is better; live is decoded token by token, what a user gets; gap is live less "
+        "parallel. Differences are from the first run, on the same text.",
+        *texts.values(),
         *(f"{run.name}: {outdated_note(run)}" for run in runs if run.outdated),
     ]
-    return overview_table(runs).html() + f"<p>{'<br>'.join(map(html.escape, notes))}</p>"
+    pictures = [
+        (partial(figures.draw_scores, scores=scores, colours=colours), f"Live bits per byte, {label}")
+        for on, label in texts.items()
+        if len(scores := live_scores(runs, on)) > 1
+    ]
+    height = 1.1 + 0.34 * len(runs)
+    caption = "Live bits per byte with 95 % intervals over documents, where they were measured."
+    dots = [figure_row(*pictures, caption=caption, height=height)] if pictures else []
+    parts = [*dots, overview_table(runs).html(), notes(*lines)]
+    return section("Overview", sentences.ranking(runs, texts), parts)
 
 
 def outdated_note(run: Run) -> str:
@@ -112,37 +100,34 @@ def outdated_note(run: Run) -> str:
     return f"{', '.join(names)} left out: measured of other weights than its checkpoint's. Measure again."
 
 
-def training_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
+def training_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Markup]:
     """Loss, and what was measured while training, against tokens, FLOPs and time."""
     curves: Curves = {run.name: run.metrics for run in runs if run.metrics}
     if not curves:
         return []
-    parts = ["<section><h2>Training</h2>"]
     thin = {name: lines[:: max(1, len(lines) // CURVE_POINTS)] for name, lines in curves.items()}
     pictures = [
         (partial(figures.draw_losses, curves=thin, colours=colours, x=x), f"Loss against {x.label}") for x in X_AXES
     ]
-    parts.append(figure_row(*pictures, caption="Training loss, smoothed, mean over the passes that have a loss."))
+    parts = [figure_row(*pictures, caption="Training loss, smoothed, mean over the passes that have a loss.")]
     for text, names in texts_while_training(runs).items():
-        live = {name: curves[name] for name in names}
-        pictures = [
-            _measured_figure(live, colours, x, "live_bpb", "live bits per byte", f"Live, {x.label}") for x in X_AXES
-        ]
-        gaps = runs_with(live, "gap")
-        if gaps:
-            pictures.append(_measured_figure(gaps, colours, TOKENS, "gap", "gap, bits per byte", "Gap, tokens"))
-        caption = f"While training: live bits per byte, and live less parallel. {text.label}."
-        parts.append(figure_row(*pictures, caption=caption))
+        parts.append(live_figures({name: curves[name] for name in names}, colours, text.label))
     others = (("memory_gamma", "mean |γ|"), ("memory_projection", "RMS of U"))
     pictures = [
         _measured_figure(having, colours, TOKENS, key, label, label)
         for key, label in others
         if (having := runs_with(curves, key))
     ]
-    if pictures:
-        caption = "While training: how strongly the memory is wired in."
-        parts.append(figure_row(*pictures, caption=caption))
-    return [*parts, "</section>"]
+    parts += [figure_row(*pictures, caption="How strongly the memory is wired in.")] if pictures else []
+    return section("Training", sentences.losses(curves), parts)
+
+
+def live_figures(curves: Curves, colours: Mapping[str, str], label: str) -> Markup:
+    """What was scored on one text while training: live against three axes, and the gap."""
+    pictures = [_measured_figure(curves, colours, x, "live_bpb", LIVE, f"Live, {x.label}") for x in X_AXES]
+    if gaps := runs_with(curves, "gap"):
+        pictures.append(_measured_figure(gaps, colours, TOKENS, "gap", "gap, bits per byte", "Gap, tokens"))
+    return figure_row(*pictures, caption=f"While training: live bits per byte, and live less parallel. {label}.")
 
 
 def _measured_figure(
@@ -168,14 +153,11 @@ def runs_with(curves: Curves, key: str) -> Curves:
     return {run: lines for run, lines in curves.items() if any(key in line for line in lines)}
 
 
-def settings_section(runs: Sequence[Run]) -> list[str]:
+def settings_section(runs: Sequence[Run]) -> list[Markup]:
     """Configurations, and what measured and rendered it all."""
-    parts = [f"<section><h2>Settings</h2><p>Rendered by lrt {html.escape(code_version())}.</p>"]
+    parts = []
     for run in runs:
         sources = {f"{r.kind} of {r.subject}: lrt {r.code}, {r.hardware.get('device', '')}" for r in run.results}
-        lines = "".join(f"<li>{html.escape(line)}</li>" for line in sorted(sources))
-        config = html.escape(json.dumps(run.config, indent=2))
-        parts.append(
-            f"<details><summary>{html.escape(run.name)}</summary><ul>{lines}</ul><pre>{config}</pre></details>"
-        )
-    return [*parts, "</section>"]
+        text = json.dumps(run.config, indent=2)
+        parts.append(render("details", name=run.name, lines=sorted(sources), text=text))
+    return section("Settings", [], [notes(f"Rendered by lrt {code_version()}."), *parts])

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from lrt.eval.report.names import name_of
 from lrt.eval.report.table import Table
-from lrt.eval.runs import Run, ScoredOn
+from lrt.eval.runs import Run, Score, ScoredOn
+from lrt.model.config import ModelConfig
 
 COLUMNS = (
-    ("live_bpb", "live BPB"),
-    ("interval", "95 % interval"),
-    ("parallel_bpb", "parallel"),
-    ("schedule", "under"),
-    ("gap", "gap"),
-    ("live_bpb_memory_zero", "memory zeroed"),
-    ("live_bpb_memory_embedding", "previous embedding"),
-)
-"""What a table of scores shows of each, and the column's title."""
+    "live_bpb", "interval", "parallel_bpb", "schedule", "gap", "live_bpb_memory_zero", "live_bpb_memory_embedding",
+)  # fmt: skip
+"""What a table of scores shows of each."""
+
+
+def unique_names(folders: Sequence[Path]) -> list[str]:
+    """What runs are called: their folders' names, or whole paths where two have one name."""
+    names = [Run.read(folder).name for folder in folders]
+    return [name if names.count(name) == 1 else str(f) for name, f in zip(names, folders, strict=True)]
+
+
+def run_family(run: Run) -> str:
+    """A run's family, by its configuration: transformer, token shift, loop, ponder or lrt."""
+    if not (saved := run.config.get("model")):
+        return "lrt"  # a folder of results alone does not say
+    model = ModelConfig.from_dict(saved)
+    if model.memory.injection != "none":
+        return "lrt" if model.stored_sources else "token shift"
+    if model.loops > 1:
+        return "loop"
+    return "ponder" if model.thoughts else "transformer"
 
 
 def texts_scored(runs: Sequence[Run]) -> dict[ScoredOn, str]:
@@ -35,26 +50,51 @@ def score_tables(runs: Sequence[Run]) -> dict[ScoredOn, Table]:
     for on, label in texts_scored(runs).items():
         rows = [(run.name, score) for run in runs for score in run.scores if score.on == on]
         rows.sort(key=lambda row: row[1].values.get("live_bpb", float("inf")))
-        body = [[name, *(score.cell(key) for key, _ in COLUMNS)] for name, score in rows]
-        tables[on] = Table(label, ["run", *(title for _, title in COLUMNS)], body)
+        body = [[name, *map(score.cell, COLUMNS)] for name, score in rows]
+        tables[on] = Table(label, ["run", *map(name_of, COLUMNS)], body)
     return tables
 
 
+def live_scores(runs: Sequence[Run], on: ScoredOn) -> dict[str, Score]:
+    """The runs that have a live score of a text, by name."""
+    scores = {run.name: score for run in runs for score in run.scores if score.on == on}
+    return {name: score for name, score in scores.items() if "live_bpb" in score.values}
+
+
 def overview_table(runs: Sequence[Run]) -> Table:
-    """A row per run; of several texts, live bits per byte in a column of its own for each, and gaps are left out."""
-    texts = texts_scored(runs)
-    if len(texts) == 1:
-        scored = [(on, key, title) for on in texts for key, title in COLUMNS if key in ("live_bpb", "gap")]
-    else:
-        scored = [(on, "live_bpb", f"live BPB ({label.partition(':')[0]})") for on, label in texts.items()]
-    head = ["run", "parameters", "tokens", "FLOPs", "seconds", *(t for *_, t in scored), "verdict", "CORE", "schedule"]
+    """A row per run: live and the difference from the first beside its name, for each text; then what it cost.
+
+    Of several texts gaps are left out.
+    """
+    texts, first = texts_scored(runs), runs[0].name
+    letters = {on: f" ({label.partition(':')[0]})" if len(texts) > 1 else "" for on, label in texts.items()}
+    shown = 2 if len(texts) > 1 else 3
+    titles = (name_of("live_bpb"), f"less {first}'s", name_of("gap"))[:shown]
+    head = ["run", *(title + letters[on] for on in texts for title in titles), "verdict"]
+    head += ["parameters", "tokens", "training FLOPs", "training, s", "CORE", "schedule"]
+    by_text = [live_scores(runs, on) for on in texts]
     body = []
     for run in runs:
-        by_text = {score.on: score for score in run.scores}
-        cells = [by_text[on].cell(key) if on in by_text else "" for on, key, _ in scored]
+        scored = [cell for scores in by_text for cell in score_cells(scores, run.name, first)[:shown]]
         verdict = run.values("sweeps").get("verdict", "")
-        body.append([run.name, *cost_cells(run), *cells, verdict, core_cell(run), run.about.get("schedule", "")])
+        body.append([run.name, *scored, verdict, *cost_cells(run), core_cell(run), run.about.get("schedule", "")])
     return Table("", head, body)
+
+
+def score_cells(scores: Mapping[str, Score], name: str, first: str) -> list[str]:
+    """Live, less the first run's, and the gap; empty where a run has no score of the text."""
+    if name not in scores:
+        return ["", "", ""]
+    return [scores[name].cell("live_bpb"), less_first(scores, name, first), scores[name].cell("gap")]
+
+
+def less_first(scores: Mapping[str, Score], name: str, first: str) -> str:
+    """A live score less the first run's, with its per cent; empty of the first, and where that has no score."""
+    if name == first or first not in scores:
+        return ""
+    base = scores[first].values["live_bpb"]
+    apart = scores[name].values["live_bpb"] - base
+    return f"{apart:+.4f} ({100 * apart / base:+.1f} %)"
 
 
 def cost_cells(run: Run) -> list[str]:
@@ -77,5 +117,5 @@ def core_cell(run: Run) -> str:
 def run_table(run: Run) -> Table:
     """One run's scores, a row for each text."""
     labels = texts_scored([run])
-    body = [[labels[score.on], *(score.cell(key) for key, _ in COLUMNS)] for score in run.scores]
-    return Table("", ["measured on", *(title for _, title in COLUMNS)], body)
+    body = [[labels[score.on], *map(score.cell, COLUMNS)] for score in run.scores]
+    return Table("", ["measured on", *map(name_of, COLUMNS)], body)

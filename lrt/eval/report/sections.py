@@ -1,21 +1,26 @@
-"""The sections of `lrt report`: a function turns what is known of some runs into parts of HTML, or into none."""
+"""The sections of `lrt report`: a function turns what is known of some runs into a section of HTML, or into none.
+
+Each says first in words what its figures and tables show.
+"""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lrt.eval.report import figures
-from lrt.eval.report.html import figure_row, number
+from markupsafe import Markup
+
+from lrt.eval.report import figures, sentences
+from lrt.eval.report.html import figure_row
+from lrt.eval.report.names import ablation_name
+from lrt.eval.report.render import heading, notes, render, section
 from lrt.eval.report.score_tables import score_tables, texts_scored
+from lrt.eval.report.sentences import NEGLIGIBLE
 from lrt.eval.report.table import Table
-from lrt.eval.report.text import ROUNDING, ablation_name
+from lrt.eval.report.text import ROUNDING, number
 from lrt.eval.runs import Run, ScoredOn
 
-NEGLIGIBLE = 1e-6
-"""Bits per byte: a figure of smaller differences would show rounding."""
 BUCKETS = (
     ("by_place_in_window", "tokens of context"),
     ("by_position_in_document", "position in the document"),
@@ -31,29 +36,28 @@ BLOCK_QUANTITIES = (
 )
 """What is shown by block over training."""
 SCORE_NOTE = (
-    "<p>A table for each text, split and size of windows: numbers of two tables are not comparable. Best live score "
-    "first. Intervals of 95 % over documents drawn anew. <i>off</i>: nothing recurrent is read, one forward.</p>"
+    "A table for each text, split and size of windows: numbers of two tables are not comparable. Best live score "
+    "first. Intervals of 95 % over documents drawn anew. Off: nothing recurrent is read, one forward.",
 )
 CHANNEL_COLUMNS = ("gamma", "residual_ratio", "key_ratio", "value_ratio")
 """What the table of blocks shows, a number per memory channel."""
 
 
-def score_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
+def score_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Markup]:
     """Bits per byte, a table for each text, with intervals, and where recurrence helps."""
-    parts: list[str] = []
+    parts: list[Markup] = []
     for on, table in score_tables(runs).items():
-        parts.append(table.html())
         details = detail_table(runs, on)
-        if details.body:
-            parts.append(details.html())
-            recurrent = recurrent_values(runs, on)
-            pictures = [
-                (partial(figures.draw_gains, runs=recurrent, colours=colours, by=by, label=label), f"Gain by {label}")
-                for by, label in (BUCKETS if recurrent else ())
-            ]
-            caption = f"What recurrence gains: bits per byte with nothing recurrent read, less live. {table.title}."
-            parts += [figure_row(*pictures, caption=caption)] if pictures else []
-    return ["<section><h2>Bits per byte</h2>", SCORE_NOTE, *parts, "</section>"] if parts else []
+        recurrent = recurrent_values(runs, on)
+        pictures = [
+            (partial(figures.draw_gains, runs=recurrent, colours=colours, by=by, label=label), f"Gain by {label}")
+            for by, label in (BUCKETS if recurrent else ())
+        ]
+        caption = f"What recurrence gains: bits per byte with nothing recurrent read, less live. {table.title}."
+        parts += [figure_row(*pictures, caption=caption)] if pictures else []
+        parts += [table.html(), *([details.html()] if details.body else ())]
+    said = [sentences.worth(run.name, result.values) for run in runs for result in run.of("bpb")]
+    return section("Bits per byte", list(dict.fromkeys(said)), [*parts, notes(*SCORE_NOTE)] if parts else [])
 
 
 def detail_table(runs: Sequence[Run], on: ScoredOn) -> Table:
@@ -65,7 +69,7 @@ def detail_table(runs: Sequence[Run], on: ScoredOn) -> Table:
         if run.scored_on(result) == on
         for name, row in {**result.values["columns"], **result.values["differences"]}.items()
     ]
-    return Table("", ["run", "scored", "BPB", "low", "high"], body)
+    return Table("", ["run", "scored", "BPB", "95 %: low", "high"], body)
 
 
 def recurrent_values(runs: Sequence[Run], on: ScoredOn) -> dict[str, dict[str, Any]]:
@@ -78,29 +82,33 @@ def recurrent_values(runs: Sequence[Run], on: ScoredOn) -> dict[str, dict[str, A
     }
 
 
-def sweep_section(runs: Sequence[Run]) -> list[str]:
+def sweep_section(runs: Sequence[Run]) -> list[Markup]:
     """Two figures and a verdict per run; a sentence where nothing recurs."""
-    parts = []
+    said, parts = [], []
     for run in runs:
         for result in run.of("sweeps"):
-            values = result.values
-            parts.append(f"<h3>{html.escape(run.name)}: {html.escape(values['verdict'])}</h3>")
-            bpb = [point["bpb"] for points in values["curves"].values() for point in points]
-            if max(bpb) - min(bpb) < NEGLIGIBLE:
-                live = f"{values['live_bpb']:.4f} bits per byte"
-                note = f"{result.subject}. Nothing recurs: every refinement gives {live}."
-                parts.append(f"<p>{html.escape(note)}</p>")
-                continue
-            factors = ", ".join(f"{stride}: {factor:.2f}" for stride, factor in values["contraction"].items())
-            parts.append(
-                figure_row(
-                    (partial(figures.draw_sweeps, values=values), f"Sweep curve of {run.name}"),
-                    (partial(figures.draw_distances, values=values), f"Distances of {run.name}"),
-                    caption=f"{result.subject}. 64 against 63 full refinements: {values['even_odd']:+.4f} bits per "
-                    f"byte. Contraction by stride: {factors}.",
-                )
-            )
-    return ["<section><h2>Sweep curves</h2>", *parts, "</section>"] if parts else []
+            said.append(sentences.settled(run.name, result.values))
+            parts += sweep_parts(run.name, result.subject, result.values)
+    return section("Sweep curves", said, parts)
+
+
+def sweep_parts(name: str, subject: str, values: Mapping[str, Any]) -> list[Markup]:
+    """The figures of one sweep curve below its verdict."""
+    head = heading(f"{name}: {values['verdict']}")
+    bpb = [point["bpb"] for points in values["curves"].values() for point in points]
+    if max(bpb) - min(bpb) < NEGLIGIBLE:
+        live = f"{values['live_bpb']:.4f} bits per byte"
+        return [head, notes(f"{subject}. Nothing recurs: every refinement gives {live}.")]
+    factors = ", ".join(f"{stride}: {factor:.2f}" for stride, factor in values["contraction"].items())
+    caption = (
+        f"{subject}. 64 against 63 full refinements: {values['even_odd']:+.4f} bits per byte. "
+        f"Contraction by stride: {factors}."
+    )
+    curve = (partial(figures.draw_sweeps, values=values), f"Sweep curve of {name}")
+    return [
+        head,
+        figure_row(curve, (partial(figures.draw_distances, values=values), f"Distances of {name}"), caption=caption),
+    ]
 
 
 def values_by_text(runs: Sequence[Run], kind: str) -> dict[ScoredOn, dict[str, dict[str, Any]]]:
@@ -112,9 +120,9 @@ def values_by_text(runs: Sequence[Run], kind: str) -> dict[ScoredOn, dict[str, d
     return by_text
 
 
-def hop_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
+def hop_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Markup]:
     """How far each run is from live by hops, a figure for each text, and a verdict per run."""
-    parts = []
+    said, parts = [], []
     for on, measured in values_by_text(runs, "hops").items():
         recurrent = {name: values for name, values in measured.items() if len(values["points"]) > 1}
         if recurrent:
@@ -122,8 +130,10 @@ def hop_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
             caption = f"{on.label}. Nats per token above live where the memory holds what n hops brought, ± 2 errors."
             parts.append(figure_row((draw, "Loss by hops"), caption=caption))
         body = [[name, *hop_cells(values)] for name, values in measured.items()]
-        parts.append(Table(on.label, ["run", "live, nats per token", "the memory gives", "verdict"], body).html())
-    return ["<section><h2>How many hops the state survives</h2>", *parts, "</section>"] if parts else []
+        head = ["run", "live, nats per token", "the memory gives, nats per token", "verdict"]
+        parts.append(Table(on.label, head, body).html())
+        said += [f"{name}: {values['verdict']}." for name, values in measured.items()]
+    return section("How many hops the state survives", said, parts)
 
 
 def hop_cells(values: Mapping[str, Any]) -> list[str]:
@@ -133,17 +143,14 @@ def hop_cells(values: Mapping[str, Any]) -> list[str]:
     return [f"{values['live']:.4f}", f"{first['gap']:+.4f}{error}", values["verdict"]]
 
 
-def ablation_section(runs: Sequence[Run]) -> list[str]:
+def ablation_section(runs: Sequence[Run]) -> list[Markup]:
     """Live bits per byte with the memory replaced: a table for each text, in it a column per run."""
     by_text = values_by_text(runs, "ablations")
-    if not by_text:
-        return []
     labels = texts_scored(runs)
-    return [
-        "<section><h2>The memory replaced at test time</h2>",
-        *(ablation_table(labels[on], measured).html() for on, measured in by_text.items()),
-        "<p>Two forwards: every token is refined once more with its own memory: depth, not recurrence.</p></section>",
-    ]
+    parts = [ablation_table(labels[on], measured).html() for on, measured in by_text.items()]
+    said = [sentences.replaced(name, values) for measured in by_text.values() for name, values in measured.items()]
+    note = notes("Two forwards: every token is refined once more with its own memory: depth, not recurrence.")
+    return section("The memory replaced at test time", said, [*parts, note] if parts else [])
 
 
 def ablation_table(title: str, measured: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -157,7 +164,7 @@ def ablation_table(title: str, measured: Mapping[str, Mapping[str, Any]]) -> Tab
     return Table(title, ["live bits per byte", *measured], body)
 
 
-def figures_over_training(run: Run) -> list[str]:
+def figures_over_training(run: Run) -> list[Markup]:
     """Curves over training, one per block: γ, gates, the memory's share. None for fewer than two points.
 
     A point comes from the metrics log, or from a snapshot that `lrt diagnose` measured: of these only the newest stay.
@@ -177,28 +184,27 @@ def figures_over_training(run: Run) -> list[str]:
     return [figure_row(*pictures, caption="Over training, by block, on validation text.")] if pictures else []
 
 
-def memory_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[str]:
+def memory_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Markup]:
     """Gate heat maps, scales and reach."""
-    parts = []
+    said, parts = [], []
+    reaching = {run.name: run.values("memory") for run in runs if run.values("memory").get("layers")}
+    reaching = {name: values for name, values in reaching.items() if values["reach"]}
+    if reaching:
+        said = [sentences.reach(name, values["reach"]) for name, values in reaching.items()]
+        draw = partial(figures.draw_reach, runs=reaching, colours=colours)
+        caption = "One memory gets noise of a tenth of its norm, live decoding goes on."
+        parts.append(figure_row((draw, "Reach of the memory"), caption=caption))
     for run in runs:
         values, history = run.values("memory"), figures_over_training(run)
         injected = any(row["injected"] for row in values.get("layers", []))
         if injected or history:
-            parts += [f"<h3>{html.escape(run.name)}</h3>", *history]
+            parts += [heading(run.name), *history]
         if injected:
             parts += block_parts(run.name, values)
-    reaching = {run.name: run.values("memory") for run in runs if run.values("memory").get("layers")}
-    reaching = {name: values for name, values in reaching.items() if values["reach"]}
-    if reaching:
-        draw = partial(figures.draw_reach, runs=reaching, colours=colours)
-        caption = (
-            "How far back the memory reaches: one memory gets noise of a tenth of its norm, live decoding goes on."
-        )
-        parts.append(figure_row((draw, "Reach of the memory"), caption=caption))
-    return ["<section><h2>Inside the memory</h2>", *parts, "</section>"] if parts else []
+    return section("Inside the memory", said, parts)
 
 
-def block_parts(name: str, values: Mapping[str, Any]) -> list[str]:
+def block_parts(name: str, values: Mapping[str, Any]) -> list[Markup]:
     """Of one run: the heat map of its gates, and a table of its blocks."""
     parts = []
     if any("gates" in row for row in values["layers"] if row["injected"]):
@@ -213,36 +219,37 @@ def block_parts(name: str, values: Mapping[str, Any]) -> list[str]:
     return [*parts, Table("", head, body).html()] if body else parts
 
 
-def text_section(runs: Sequence[Run]) -> list[str]:
+def text_section(runs: Sequence[Run]) -> list[Markup]:
     """A text, each token on the colour of what recurrence gains on it."""
-    parts = []
+    said, parts = [], []
     for run in runs:
         values = run.values("text")
         if values and any(abs(a - b) > ROUNDING for a, b in zip(values["live"], values["off"], strict=True)):
-            spans = map(token_span, values["pieces"], values["live"], values["off"])
-            parts.append(f'<h3>{html.escape(run.name)}</h3><div class="text">{"".join(spans)}</div>')
-    note = "<p>Green: recurrence makes the token likelier; red: less likely. The strongest colour is 2 bits.</p>"
-    return ["<section><h2>What recurrence gains, token by token</h2>", note, *parts, "</section>"] if parts else []
+            tokens = list(map(token_span, values["pieces"], values["live"], values["off"]))
+            parts.append(render("tokens", name=run.name, tokens=tokens))
+            said.append(sentences.helped(run.name, values))
+    note = notes("Green: recurrence makes the token likelier; red: less likely. The strongest colour is 2 bits.")
+    return section("What recurrence gains, token by token", said, [note, *parts] if parts else [])
 
 
-def token_span(piece: str, live: float, off: float) -> str:
-    """One token on its colour; a tooltip gives its surprisal live, in bits, and the gain over off."""
+def token_span(piece: str, live: float, off: float) -> dict[str, str]:
+    """One token, the style of its colour, and a tooltip: its surprisal live, in bits, and the gain over off."""
     gain = off - live
     colour, strength = ("46,160,67" if gain > 0 else "218,54,51"), min(1.0, abs(gain) / 2)  # green or red
     # Most tokens gain next to nothing: without a style of their own the page is much smaller.
-    back = f' style="background:rgba({colour},{0.7 * strength:.2f})"' if strength > 0.03 else ""
-    return f'<span{back} title="{live:.2f} bits, {gain:+.2f}">{html.escape(piece)}</span>'
+    style = f"background:rgba({colour},{0.7 * strength:.2f})" if strength > 0.03 else ""
+    return {"piece": piece, "style": style, "title": f"{live:.2f} bits, {gain:+.2f}"}
 
 
-def core_section(runs: Sequence[Run]) -> list[str]:
+def core_section(runs: Sequence[Run]) -> list[Markup]:
     """CORE: accuracy by task and mode, other models' centred beside."""
+    scored = [run for run in runs if run.values("core")]
     parts = []
-    for run in runs:
+    for run in scored:
         values = run.values("core")
-        if values:
-            missing = f"<p>Not in the bundle: {', '.join(values['missing'])}.</p>" if values["missing"] else ""
-            parts.append(core_table(run.name, values).html() + missing)
-    return ["<section><h2>CORE</h2>", *parts, "</section>"] if parts else []
+        parts.append(core_table(run.name, values).html())
+        parts += [notes(f"Not in the bundle: {', '.join(values['missing'])}.")] if values["missing"] else []
+    return section("CORE", [sentences.core_sentence(run) for run in scored], parts)
 
 
 def core_table(title: str, values: Mapping[str, Any]) -> Table:

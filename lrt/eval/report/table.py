@@ -1,13 +1,32 @@
-"""A table of text cells, and its three forms: Markdown for the README, HTML for pages, rich for the terminal."""
+"""A table of text cells, and its forms: rich for the terminal, Markdown, HTML, CSV, LaTeX and JSON."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+TableFormat = Literal["text", "json", "csv", "md", "latex"]
+"""What `--format` takes: text is for reading in a terminal, the others are for files."""
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "–": "--",
+    "γ": r"$\gamma$", "σ": r"$\sigma$", "²": r"$^2$",
+}  # fmt: skip
+"""Characters that LaTeX reads otherwise, or not at all."""
+MINUS = re.compile(r"(?<![\w.])-(?=\d)")
+"""A sign, which LaTeX sets shorter than a minus unless it is told."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,11 @@ class Table:
         shown = [i for i in range(len(self.head)) if any(row[i] for row in self.body)]
         return [[row[i] for i in shown] for row in (self.head, *self.body)]
 
+    def transposed(self) -> Table:
+        """Rows as columns: what a table of many columns and few rows looks like in a narrow terminal."""
+        (corner, *names), *rows = zip(*self.cells(), strict=True)
+        return Table(self.title, [corner, *names], rows)
+
     def markdown(self) -> str:
         """With the title as a heading of the third level."""
         head, *body = self.cells()
@@ -30,15 +54,12 @@ class Table:
         title = f"### {self.title}\n\n" if self.title else ""
         return title + "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
-    def html(self) -> str:
-        """With the title as a heading of the third level; a wide table scrolls by itself."""
+    def html(self) -> Markup:
+        """With the title as a heading of the third level; a wide table scrolls by itself, beside the first column."""
+        from lrt.eval.report.render import render  # loads Jinja2
+
         head, *body = self.cells()
-        title = f"<h3>{html.escape(self.title)}</h3>\n" if self.title else ""
-        rows = "".join(f"<tr>{_row('td', row)}</tr>" for row in body)
-        return (
-            f'{title}<div class="scroll"><table><thead><tr>{_row("th", head)}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div>"
-        )
+        return render("table", title=self.title, head=head, body=body)
 
     def rich(self) -> RichTable:
         """For `Console.print`: the first column names the row, the others are numbers, to the right."""
@@ -50,9 +71,59 @@ class Table:
             table.add_row(*map(escape, row))
         return table
 
+    def text(self) -> str:
+        """The rich form as plain text, as wide as it has to be."""
+        out = io.StringIO()
+        Console(file=out, width=10_000).print(self.rich())
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+    def csv(self) -> str:
+        """The head and the rows, comma-separated; without the title, which would be no row."""
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows(self.cells())
+        return out.getvalue().rstrip("\n")
+
+    def json(self) -> str:
+        """A list with an object for each row, by the names of the columns."""
+        head, *body = self.cells()
+        return json.dumps([dict(zip(head, row, strict=True)) for row in body], indent=1, ensure_ascii=False)
+
+    def latex(self) -> str:
+        """A tabular with the rules of booktabs, the title as a comment above it."""
+        head, *body = [[latex_text(cell) for cell in row] for row in self.cells()]
+        lines = [" & ".join(row) + r" \\" for row in (head, *body)]
+        columns = "l" + "r" * (len(head) - 1)
+        title = [f"% {line}" for line in self.title.splitlines()]
+        rules = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+        return "\n".join(
+            ["% needs \\usepackage{booktabs}", *title, rf"\begin{{tabular}}{{{columns}}}", *rules, r"\end{tabular}"]
+        )
+
+
+def latex_text(text: str) -> str:
+    """Text as LaTeX sets it."""
+    return MINUS.sub("$-$", "".join(LATEX.get(character, character) for character in text))
+
+
+FORMS: dict[TableFormat, Callable[[Table], str]] = {
+    "text": Table.text,
+    "json": Table.json,
+    "csv": Table.csv,
+    "md": Table.markdown,
+    "latex": Table.latex,
+}
+"""What `--format` names -> a table in that form."""
+
+
+def print_table(table: Table, form: TableFormat, console: Console) -> None:
+    """Print a table. As text on a terminal that is too narrow for it, rows become columns where these fit."""
+    if form != "text" or not console.is_terminal:
+        print(FORMS[form](table), file=console.file)
+        return
+    turned = table.transposed()
+    wide, narrow = (console.measure(t.rich(), options=console.options.update(width=10_000)) for t in (table, turned))
+    fits = wide.maximum <= console.width or narrow.maximum > console.width
+    console.print((table if fits else turned).rich())
 
 
 def markdown(tables: Sequence[Table]) -> str:

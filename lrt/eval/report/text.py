@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lrt.eval.report.names import ablation_name, name_of
 from lrt.eval.results import Result
 
 ROUNDING = 0.01
@@ -27,14 +28,21 @@ def score_lines(values: Mapping[str, Any]) -> list[str]:
     """
 
     def block(scores: Mapping[str, Any]) -> list[str]:
-        cells = {k: f"{v:.4f}" if isinstance(v, float) else f"{v}" for k, v in scores.items()}
-        return [f"{name:26} {cell}" for name, cell in cells.items()]
+        cells = {k: cell_text(v) for k, v in scores.items()}
+        return [f"{name_of(key):26} {cell}" for key, cell in cells.items()]
 
     corpora, values = values["corpora"], {**values, "corpora": ", ".join(values["corpora"])}
     if len(corpora) == 1:
         return block(values)
     single = [line for name, scores in corpora.items() for line in (name, *block(scores), "")]
     return [*single, "together", *block(values)]
+
+
+def cell_text(value: Any) -> str:
+    """A score to four places, yes or no, counts with commas."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def sweep_lines(values: Mapping[str, Any]) -> list[str]:
@@ -84,13 +92,8 @@ def ablation_lines(values: Mapping[str, Any]) -> list[str]:
     scores = {key: bpb for key, bpb in values.items() if key.startswith("live_bpb")}
     return [
         f"live bits per byte ({values['targets']:,} tokens)",
-        *(f"{ablation_name(key):22} {bpb:.4f} {100 * (bpb / live - 1):+7.1f} %" for key, bpb in scores.items()),
+        *(f"{ablation_name(key):26} {bpb:.4f} {100 * (bpb / live - 1):+7.1f} %" for key, bpb in scores.items()),
     ]
-
-
-def ablation_name(key: str) -> str:
-    """What a key of `Metrics` is called in a table: `live_bpb_memory_zero` is "memory zero", `live_bpb` "live"."""
-    return key.removeprefix("live_bpb").strip("_").replace("_", " ") or "live"
 
 
 def bpb_lines(values: Mapping[str, Any]) -> list[str]:
@@ -101,6 +104,11 @@ def bpb_lines(values: Mapping[str, Any]) -> list[str]:
         f"bits per byte with 95 % intervals over documents ({basis})",
         *(f"{name:34} {row['bpb']:+8.4f}  {interval_text(row)}" for name, row in rows.items()),
     ]
+
+
+def number(value: float | None) -> str:
+    """Four places. What rounds to zero has no sign, and what is not known is a dash."""
+    return "–" if value is None else f"{value:.4f}".replace("-0.0000", "0.0000")
 
 
 def interval_text(row: Mapping[str, Any]) -> str:

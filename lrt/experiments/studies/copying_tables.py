@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from lrt.eval.report.style import GREY, colour_of, markers_of
 from lrt.eval.report.table import Table
 from lrt.experiments.studies.comparisons import Choices, group_by_axes, interval
-from lrt.experiments.studies.figures import make_panels
+from lrt.experiments.studies.figures import legend_below, make_panels
 from lrt.experiments.studies.runner import Line
 
 LEARNED = 0.5
@@ -64,12 +65,14 @@ def copying_figure(lines: Sequence[Line]) -> Figure:
     groups = with_curves(lines)
     figure, panels = make_panels([", ".join(group) for group in groups])
     for panel, choices in zip(panels, groups.values(), strict=True):
-        for number, (name, of_choice) in enumerate(choices.items()):
+        markers = markers_of(list(choices))
+        for name, of_choice in choices.items():
             for seed, line in enumerate(of_choice):
                 steps, first, again = zip(*line["result"]["copying"], strict=True)
                 saved = [a - b for a, b in zip(first, again, strict=True)]
-                panel.plot(steps, saved, color=f"C{number}", linewidth=1, label=None if seed else name)
-        panel.axhline(LEARNED, color="0.5", linewidth=1, linestyle=":")
-        panel.set(xlabel="steps", ylabel="nats per token saved by copying")
-        panel.legend(fontsize=7)
+                style = {"color": colour_of(name), "marker": markers[name], "markersize": 3, "linewidth": 1}
+                panel.plot(steps, saved, label=None if seed else name, **style)
+        panel.axhline(LEARNED, color=GREY, linewidth=1, linestyle=":")
+        panel.set(xlabel="training steps", ylabel="nats per token saved by copying (higher is better)")
+    legend_below(figure, [handle for panel in panels[:1] for handle in panel.get_legend_handles_labels()[0]])
     return figure

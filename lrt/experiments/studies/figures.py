@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from lrt.eval.report.style import GREY, colour_of, markers_of
+from lrt.eval.report.style import save_figure as save_figure  # for who draws figures of studies
 from lrt.experiments.studies import power_law
 from lrt.experiments.studies.comparisons import (
     TRANSFORMER,
@@ -23,111 +25,179 @@ from lrt.experiments.studies.comparisons import (
     paired_difference,
     scored_lines,
     sizes_by_family,
+    t_half_width,
     val_bpb,
 )
 from lrt.experiments.studies.runner import Line
 
 MakeFigure = Callable[[Sequence[Line]], Figure]
+LABEL_HEIGHT = 0.062
+"""Of a name beside a panel, as a part of the panel's height."""
+EQUAL_MARKERS = "os^"
+"""Of what is equal: tokens, wall-clock, FLOPs."""
 
 
-def save_figure(make: Callable[[], Figure], path: Path) -> None:
-    """Draw into an SVG file: small, and the same bytes from the same lines."""
-    # Text stays text, ids are hashes of content, and there is no date: else each call gives other bytes.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lrt"}):
-        make().savefig(path, format="svg", metadata={"Date": None})
+class Point(NamedTuple):
+    """A choice in a figure of cost and score."""
+
+    name: str
+    time: float
+    """Of a step, over the Transformer's."""
+    score: float
+    """Live bits per byte, the mean over seeds."""
+    half: float
+    """Half of its 95 % interval; 0 below three seeds, which have none."""
 
 
 def frontier_figure(lines: Sequence[Line]) -> Figure:
-    """Live BPB on val, by which choices are made, against the paired step time, a panel per group; bars are the
-    deviation over seeds. Names stand beside the panel, the cheapest first: in it they would lie on each other."""
-    groups = {
-        group: {name: of_choice for name, of_choice in choices.items() if scored_lines(of_choice)}
-        for group, choices in group_by_axes(lines).items()
-    }
-    figure, panels = make_panels([", ".join(group) for group in groups], width=7.0)
-    for panel, choices in zip(panels, groups.values(), strict=True):
-        times = {
-            name: statistics.fmean(line["result"]["step_ratio"] for line in of_choice)
-            for name, of_choice in choices.items()
-        }
-        for number, name in enumerate(sorted(times, key=times.__getitem__)):
-            mean, deviation = mean_deviation([val_bpb(line) for line in scored_lines(choices[name])])
-            panel.errorbar(
-                [times[name]],
-                [mean],
-                yerr=[deviation],
-                color=f"C{number % 10}",  # the ten colours, with another mark each time round
-                marker="osD^v"[number // 10 % 5],
-                linestyle="none",
-                capsize=3,
-                label=name,
-            )
-        panel.set(xlabel="step time over the Transformer's (paired)", ylabel="live bits per byte, val")
-        panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=6)
+    """Live BPB on val, by which choices are made, against the paired step time, a panel per group, with 95 % intervals.
+
+    What nothing beats in both is in colour, and its name stands beside the panel; the rest is grey.
+    """
+    groups = {group: frontier_points(choices) for group, choices in group_by_axes(lines).items()}
+    figure, panels = make_panels([", ".join(group) for group in groups], width=6.4)
+    for panel, points in zip(panels, groups.values(), strict=True):
+        best = frontier(points)
+        for point in points:
+            named = point in best or point.name == TRANSFORMER
+            draw_point(panel, point, colour_of(point.name) if named else GREY, named)
+        panel.set(
+            xlabel="step time over the Transformer's (paired)", ylabel="live bits per byte, val (lower is better)"
+        )
+        label_beside(panel, [point for point in points if point in best or point.name == TRANSFORMER])
     return figure
 
 
-def mean_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Over seeds; the deviation of a single one is 0."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def frontier_points(choices: Choices) -> list[Point]:
+    """The choices that have a run which did not diverge."""
+    points = []
+    for name, of_choice in choices.items():
+        if scored := scored_lines(of_choice):
+            time = statistics.fmean(line["result"]["step_ratio"] for line in of_choice)
+            points.append(Point(name, time, *mean_interval([val_bpb(line) for line in scored])))
+    return points
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats: none is as cheap and better, or as good and cheaper."""
+    ordered = sorted(points, key=lambda point: (point.time, point.score))
+    best = itertools.accumulate((point.score for point in ordered), min, initial=math.inf)
+    return [point for point, before in zip(ordered, best, strict=False) if point.score < before]
+
+
+def draw_point(panel: Any, point: Point, colour: str, named: bool) -> None:
+    """A dot with its interval; hollow and pale where it has no name in the figure."""
+    style = {} if named else {"markerfacecolor": "none", "alpha": 0.6}
+    half = point.half or None
+    panel.errorbar([point.time], [point.score], half, fmt="o", color=colour, markersize=5, capsize=2, **style)
+
+
+def label_beside(panel: Any, points: Sequence[Point]) -> None:
+    """Names to the right of the panel, each with a line to its point: inside they would lie on each other."""
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high)
+    ordered = sorted(points, key=lambda point: point.score)
+    heights = spread([(point.score - low) / (high - low) for point in ordered], LABEL_HEIGHT)
+    for point, height in zip(ordered, heights, strict=True):
+        colour = colour_of(point.name)
+        panel.annotate(
+            point.name,
+            (point.time, point.score),
+            (1.03, height),
+            textcoords="axes fraction",
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.45, "linewidth": 0.7, "shrinkB": 3},
+        )
+
+
+def spread(places: Sequence[float], apart: float) -> list[float]:
+    """Ascending places, moved as little as needed so that neighbours are `apart`, downwards from 1 where they would
+    pass it."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] + apart) if moved else place)
+    ceiling = 1.0
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], ceiling)
+        ceiling = moved[i] - apart
+    return moved
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half of its 95 % t-interval) over seeds; fewer than three have none, which is 0."""
+    return statistics.fmean(values), t_half_width(values) if len(values) >= 3 else 0.0
 
 
 def differences_figure(lines: Sequence[Line]) -> Figure:
-    """How far each model's live score on test is from the Transformer's, a panel per text: at equal tokens and at
-    equal wall-clock. Bars are the 95 % t-interval over seeds."""
+    """How far each model's live score on test is from the Transformer's, a panel per text: at equal tokens, and hollow
+    at equal wall-clock, with 95 % t-intervals over seeds."""
     axes = group_axes(lines)
     by_title: dict[str, dict[str, Choices]] = {}
     for group, choices in group_by_axes(lines).items():
         by_title.setdefault(", ".join(other_choices(group, axes)), {})[equal_choice(group, axes)] = choices
-    figure, panels = make_panels(list(by_title))
+    figure, panels = make_panels(list(by_title), shared_names=True)
     models = dict.fromkeys(name for by_equal in by_title.values() for choices in by_equal.values() for name in choices)
     names = [name for name in models if name != TRANSFORMER]
     for panel, by_equal in zip(panels, by_title.values(), strict=True):
-        for number, (equal, choices) in enumerate(by_equal.items()):
-            base = choices.get(TRANSFORMER, ())
-            differences = {n: paired_difference(choices[n], base) for n in names if n in choices}
-            # One row per model; what is equal stands a fifth of a row apart.
-            points = [(names.index(n) + 0.2 * number, d) for n, d in differences.items() if d is not None]
-            panel.errorbar(
-                [d.mean for _, d in points],
-                [y for y, _ in points],
-                xerr=[d.half or 0.0 for _, d in points],
-                fmt="os^"[number % 3],
-                markerfacecolor="none" if number else None,
-                capsize=3,
-                label=f"equal {equal}" if equal else None,
-            )
-        panel.axvline(0, color="0.5", linewidth=1)
+        panel.axvline(0, color=GREY, linewidth=1)
+        for number, choices in enumerate(by_equal.values()):
+            draw_differences(panel, choices, names, number)
         panel.set_yticks(range(len(names)), names, fontsize=8)
-        panel.invert_yaxis()
-        panel.set_xlabel("live bits per byte against the Transformer's, %")
-        if any(by_equal):
-            panel.legend(fontsize=7)
+        panel.set_ylim(len(names) - 0.5, -0.5)
+    figure.supxlabel("live bits per byte against the Transformer's, % (left is better)", fontsize=10)
+    equals = list(dict.fromkeys(equal for by_equal in by_title.values() for equal in by_equal if equal))
+    handles = [
+        Line2D([], [], color=GREY, marker=EQUAL_MARKERS[i % 3], markerfacecolor=GREY if i == 0 else "none", label=equal)
+        for i, equal in enumerate(f"equal {equal}" for equal in equals)
+    ]
+    legend_below(figure, handles)
     return figure
 
 
+def draw_differences(panel: Any, choices: Choices, names: Sequence[str], number: int) -> None:
+    """The differences from the Transformer at one thing that is equal, a fifth of a row below the one before."""
+    base = choices.get(TRANSFORMER, ())
+    for row, name in enumerate(names):
+        apart = paired_difference(choices[name], base) if name in choices else None
+        if apart is not None:
+            colour = colour_of(name)
+            panel.errorbar(
+                [apart.mean],
+                [row + 0.24 * number],
+                xerr=apart.half,
+                fmt=EQUAL_MARKERS[number % 3],
+                color=colour,
+                markerfacecolor=colour if number == 0 else "none",
+                markersize=5,
+                capsize=2,
+            )
+
+
 def source_figure(lines: Sequence[Line]) -> Figure:
-    """Live BPB on val against the source layer, in the order of the choices; bars are the deviation over seeds."""
+    """Live BPB on val against the source layer, in the order of the choices, with 95 % t-intervals over seeds."""
     groups = group_by_axes(lines)
     figure, panels = make_panels([", ".join(group) for group in groups])
     for panel, choices in zip(panels, groups.values(), strict=True):
-        scores = [[val_bpb(line) for line in scored_lines(of_choice)] for of_choice in choices.values()]
-        points = [(i, *mean_deviation(values)) for i, values in enumerate(scores) if values]
-        places, means, deviations = zip(*points, strict=True) if points else ((), (), ())
-        panel.errorbar(places, means, deviations, marker="o", capsize=3)
-        panel.set_xticks(range(len(choices)), list(choices), rotation=30, ha="right", fontsize=7)
-        panel.set_ylabel("live bits per byte, val")
+        for place, (name, of_choice) in enumerate(choices.items()):
+            if scored := [val_bpb(line) for line in scored_lines(of_choice)]:
+                mean, half = mean_interval(scored)
+                panel.errorbar([place], [mean], half or None, fmt="o", color=colour_of(name), capsize=3)
+        panel.set_xticks(range(len(choices)), list(choices), rotation=30, ha="right", fontsize=8)
+        panel.set_ylabel("live bits per byte, val (lower is better)")
     return figure
 
 
 def scaling_figure(lines: Sequence[Line]) -> Figure:
     """Live BPB against training FLOPs, a power law through each family of at least 4 sizes, with the bootstrap's band
     from 8 on. Nothing is drawn beyond what was run."""
-    figure, (panel,) = make_panels(["scaling"])
-    for number, (name, sizes) in enumerate(sizes_by_family(lines).items()):
+    figure, (panel,) = make_panels([""])
+    families = sizes_by_family(lines)
+    markers = markers_of(list(families))
+    for name, sizes in families.items():
         compute, loss = [s.flops for s in sizes], [s.loss for s in sizes]
-        colour = f"C{number}"
-        panel.plot(compute, loss, "o", color=colour, label=name)
+        colour = colour_of(name)
+        panel.plot(compute, loss, markers[name], color=colour, label=name, markersize=5)
         grid = np.geomspace(min(compute), max(compute), 50)
         if len(sizes) >= 4:
             law = power_law.fit(compute, loss)
@@ -136,19 +206,26 @@ def scaling_figure(lines: Sequence[Line]) -> Figure:
             curves = [[law.loss(c) for c in grid] for law in power_law.bootstrap(compute, loss, resamples=200)]
             low, high = np.quantile(curves, [0.025, 0.975], axis=0)
             panel.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)
-    panel.set(xscale="log", yscale="log", xlabel="training FLOPs, all passes", ylabel="live bits per byte")
+    panel.set(xscale="log", yscale="log", xlabel="training FLOPs, all passes")
+    panel.set_ylabel("live bits per byte, test (lower is better)")
     panel.yaxis.set_major_formatter("{x:g}")  # less than a decade: not 2 × 10⁰
     panel.yaxis.set_minor_formatter("{x:g}")
-    panel.legend(fontsize=7)
+    legend_below(figure, panel.get_legend_handles_labels()[0])
     return figure
 
 
-def make_panels(titles: Sequence[str], width: float = 5.2) -> tuple[Figure, list[Any]]:
-    """A figure with a panel per title, two in a row, each `width` inches wide."""
+def legend_below(figure: Figure, handles: Sequence[Any], columns: int = 2) -> None:
+    """One legend for all panels, below them, where it lies on nothing. None for no handles."""
+    if handles:
+        figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, fontsize=8)
+
+
+def make_panels(titles: Sequence[str], width: float = 5.2, shared_names: bool = False) -> tuple[Figure, list[Any]]:
+    """A figure with a panel per title, two in a row, each `width` inches wide. `shared_names`: rows are named once."""
     columns = min(2, max(1, len(titles)))
     rows = max(1, math.ceil(len(titles) / columns))
-    figure = Figure(figsize=(width * columns, 3.8 * rows), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    figure = Figure(figsize=(width * columns, 3.9 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey="row" if shared_names else False).flatten())
     for panel, title in zip(panels, titles, strict=False):
         panel.set_title(title, fontsize=9)
     for panel in panels[len(titles) :]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 
+from markupsafe import Markup
+
 from lrt.eval.report.html import inline_svg
+from lrt.eval.report.render import render
+from lrt.eval.report.render import section as make_section
 from lrt.experiments.studies import grid, runner
 from lrt.experiments.studies.kinds import find_kind
 
 
-def section(file: Path) -> str:
+def section(file: Path) -> Markup:
     """HTML of a file STUDY.EDITION.jsonl. ValueError where there is no such file, or nothing in it."""
     written = runner.read_lines(file)
     if not written:
@@ -27,7 +30,7 @@ def section(file: Path) -> str:
             lines = runner.newest_lines(written)
             progress = f"{len(lines)} cells of other fields, code or data than these: outdated."
     progress = progress or f"{len(lines)} cells are done."
-    parts = [f"<section><h2>{html.escape(name)}, {html.escape(edition)}</h2><p>{progress}</p>"]
-    parts += [table.html() for table in study_kind.tables(lines) if table.body]
-    parts.append(f"<figure>{inline_svg(lambda: study_kind.figure(lines), name)}</figure></section>")
-    return "\n".join(parts)
+    drawn = inline_svg(lambda: study_kind.figure(lines), name)
+    tables = [table.html() for table in study_kind.tables(lines) if table.body]
+    (made,) = make_section(f"{name}, {edition}", [progress], [render("figures", figures=[drawn], caption=""), *tables])
+    return made

@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lrt.eval.report.style import colour_of, markers_of
 from lrt.eval.report.table import Table
 from lrt.experiments.studies.comparisons import (
     BASELINES,
@@ -26,7 +27,7 @@ from lrt.experiments.studies.comparisons import (
     paired,
     paired_difference,
 )
-from lrt.experiments.studies.figures import make_panels
+from lrt.experiments.studies.figures import legend_below, make_panels
 from lrt.experiments.studies.runner import Line
 
 FIRST_POSITION = 8
@@ -241,17 +242,19 @@ def figure(lines: Sequence[Line]) -> Figure:
         answers, places = panels[2 * number : 2 * number + 2]
         some = next(iter(choices.values()))[0]["result"]
         length = next(iter(some["tests"]))
-        for index, (name, of_choice) in enumerate(choices.items()):
-            style = {"color": f"C{index % 10}", "marker": "o", "markersize": 3.5, "label": name}
+        markers = markers_of(list(choices))
+        for name, of_choice in choices.items():
+            style = {"color": colour_of(name), "marker": markers[name], "markersize": 4, "label": name}
             lows = sorted({low for line in of_choice for low in distances(line, length)})
             answers.plot(lows, [100 * mean_right(of_choice, length, low) for low in lows], **style)
             by_place = [line["result"]["tests"][length]["by_position"] for line in of_choice]
             stretches = sorted(map(int, by_place[0]))
             means = [statistics.fmean(one[str(low)]["excess"] for one in by_place) for low in stretches]
             places.plot(stretches, means, **style)
-        answers.set(xlabel=some["distance"], ylabel="right, %", ylim=(0, 104))
-        places.set(xlabel="position", ylabel="excess nats per token", xscale="log")
-        answers.legend(fontsize="x-small", frameon=False)
+        answers.set(xlabel=some["distance"], ylabel="right answers, % (higher is better)", ylim=(0, 104))
+        places.set(xlabel="position, tokens", ylabel="nats per token over the floor (lower is better)", xscale="log")
+    handles = {str(h.get_label()): h for panel in panels for h in panel.get_legend_handles_labels()[0]}
+    legend_below(drawn, list(handles.values()))
     return drawn
 
 

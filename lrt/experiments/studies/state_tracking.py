@@ -13,11 +13,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lrt.eval.ablations import ablate
+from lrt.eval.report.style import FAMILIES, GREY, family_of, markers_of
 from lrt.eval.report.table import Table
 from lrt.experiments.state_tracking import measure
 from lrt.experiments.state_tracking.tasks import TASKS, Task
 from lrt.experiments.state_tracking.training import TrackingRun, train_tracking
 from lrt.experiments.studies import grid
+from lrt.experiments.studies.figures import legend_below, make_panels
 from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.runner import Line
 from lrt.model.config import ModelConfig
@@ -133,26 +135,23 @@ class StateTracking:
         curves: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(dict)
         for (task, model), by_length in accuracies(lines).items():
             curves[task][model] = by_length
-        columns = min(2, len(curves))
-        height = math.ceil(len(curves) / columns)
-        figure = Figure(figsize=(4.6 * columns, 3.1 * height + 0.6), layout="constrained")
-        panels = figure.subplots(height, columns, squeeze=False).flatten()
         models = list(dict.fromkeys(model for task in curves.values() for model in task))
-        for panel, (task, by_model) in zip(panels, curves.items(), strict=False):
+        markers = markers_of(models)
+        figure, panels = make_panels(list(curves), width=4.8)
+        for panel, (task, by_model) in zip(panels, curves.items(), strict=True):
             for model, points in by_model.items():
-                draw_curve(panel, models.index(model), model, points)
+                draw_curve(panel, models.index(model), model, markers[model], points)
             first = next(line for line in lines if choice_on(line, "task") == task)
-            panel.axhline(100 * TASKS[first["fields"]["task"]].chance, color="grey", linewidth=0.8, linestyle=":")
-            panel.axvspan(1, first["fields"]["longest"], color="grey", alpha=0.12, linewidth=0)
-            panel.set(title=task, xlabel="length (grey: trained on)", ylabel="last state right, %", ylim=(0, 104))
+            panel.axhline(100 * TASKS[first["fields"]["task"]].chance, color=GREY, linewidth=0.8, linestyle=":")
+            panel.axvspan(1, first["fields"]["longest"], color=GREY, alpha=0.12, linewidth=0)
+            panel.set(xlabel="length, symbols (grey: trained on)", ylim=(0, 104))
+            panel.set_ylabel("last state right, % (dotted: chance)")
             lengths = sorted({length for points in by_model.values() for length in points})
-            panel.set(xscale="log", xlim=(0.75 * lengths[0], 1.33 * lengths[-1]))
+            panel.set(xscale="log", xlim=(0.75 * lengths[0], 1.5 * lengths[-1]))
             panel.set_xticks(lengths, [str(n) for n in lengths])
             panel.minorticks_off()
-        handles = {h.get_label(): h for p in panels for h in p.get_lines() if not str(h.get_label()).startswith("_")}
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize="small", frameon=False
-        )
+        handles = {str(h.get_label()): h for p in panels for h in p.get_legend_handles_labels()[0]}
+        legend_below(figure, list(handles.values()), columns=3)
         return figure
 
 
@@ -316,12 +315,15 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f} ± {100 * deviation:.1f}"
 
 
-def draw_curve(panel: Any, index: int, model: str, points: dict[int, list[float]]) -> None:
-    """A model's curve, its mean with a bar of one standard deviation either side."""
+def draw_curve(panel: Any, index: int, model: str, marker: str, points: dict[int, list[float]]) -> None:
+    """A model's curve, its mean with a bar of one standard deviation either side: in colour where a state recurs."""
     lengths = sorted(points)
     means = [100 * statistics.fmean(points[n]) for n in lengths]
-    bars = [100 * statistics.stdev(points[n]) if len(points[n]) > 1 else 0.0 for n in lengths]
+    spreads = [100 * statistics.stdev(points[n]) if len(points[n]) > 1 else 0.0 for n in lengths]
+    # No bar says more than 100 %, or less than nothing.
+    bars = [[min(s, m) for s, m in zip(spreads, means, strict=True)]]
+    bars.append([min(s, 100 - m) for s, m in zip(spreads, means, strict=True)])
     places = [n * 1.02**index for n in lengths]  # side by side, where many are at 100 %
-    style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--"}  # ten colours there are
-    panel.plot(places, means, marker="o", markersize=3.5, label=model, **style)
-    panel.errorbar(places, means, yerr=bars, fmt="none", ecolor=f"C{index % 10}", capsize=2)
+    colour = FAMILIES["lrt"] if family_of(model) == "lrt" else GREY
+    panel.plot(places, means, marker=marker, markersize=4, linewidth=1, color=colour, label=model)
+    panel.errorbar(places, means, yerr=bars, fmt="none", ecolor=colour, capsize=2)
