@@ -132,6 +132,11 @@ class RunConfig:
             )
         return share // rows
 
+    def one_micro_batch(self, ranks: int) -> RunConfig:
+        """This run with the rows of one micro-batch of each of `ranks` devices as its whole batch: what is timed."""
+        rows = self.batch_size // self.micro_batches(ranks)
+        return dataclasses.replace(self, batch_size=rows, device_batch=None)
+
     @property
     def batch_tokens(self) -> int:
         """Tokens per optimiser step, over all devices."""

@@ -54,10 +54,24 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_numbers(self, LIMITS)
 
+    def interval(self, steps: int) -> int:
+        """Steps between two scores in a run of `steps`; 0 for none."""
+        return max(1, steps // 10) if self.every is None else self.every
+
     def due(self, step: int, steps: int) -> bool:
         """Whether to score after `step` of `steps`."""
-        every = max(1, steps // 10) if self.every is None else self.every
+        every = self.interval(steps)
         return every > 0 and (step % every == 0 or step == steps)
+
+
+def scored_tokens(config: EvalConfig, steps: int, available: int, done: int = 0) -> int:
+    """Tokens that a run of `steps` scores from step `done` on, of a validation split of `available` tokens."""
+    every = config.interval(steps)
+    if every == 0:
+        return 0
+    last_is_extra = steps % every != 0
+    times = steps // every + last_is_extra - done // every
+    return times * min(config.targets, available) + min(max(config.targets, FINAL_TARGETS), available)
 
 
 def live_scores(
