@@ -15,6 +15,7 @@ from lrt.cli.checks import check_verb
 from lrt.cli.demo import Demo
 from lrt.cli.evaluate import Diagnose, Evaluate, Report
 from lrt.cli.export_import import Export, Import
+from lrt.cli.fair import Fair
 from lrt.cli.finetune import Finetune
 from lrt.cli.generate import Chat, Sample
 from lrt.cli.prepare import Prepare
@@ -22,6 +23,7 @@ from lrt.cli.retrofit import Retrofit
 from lrt.cli.serve import Serve
 from lrt.cli.study import RunStudy
 from lrt.cli.train import Train
+from lrt.cli.try_ import Try
 
 ABOUT = (
     "Prepare text, train latent recurrent transformers, score them live, let them write, and serve them. "
@@ -30,7 +32,7 @@ ABOUT = (
 )
 Verb = (
     Prepare | Train | Evaluate | Diagnose | Report | Sample | Chat | Serve | Calibrate | Bench | Export | Import
-    | Retrofit | Finetune | Demo | Annotated[RunStudy, tyro.conf.subcommand("study")]
+    | Retrofit | Finetune | Demo | Try | Fair | Annotated[RunStudy, tyro.conf.subcommand("study")]
 )  # fmt: skip
 
 
