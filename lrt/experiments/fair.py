@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
@@ -25,7 +25,7 @@ from lrt.eval.report.html import inline_svg, render_page
 from lrt.experiments.demo import EPOCHS
 from lrt.experiments.rivals import rivals
 from lrt.experiments.studies import runner
-from lrt.experiments.studies.fair import verdict
+from lrt.experiments.studies.fair import narrow_sweeps, terminal_tables, verdict
 from lrt.experiments.studies.figures import save_figure
 from lrt.experiments.studies.grid import Fields, Study, make_study
 from lrt.experiments.studies.kinds import find_kind
@@ -179,8 +179,10 @@ def fair(
     lines = runner.run_study(study, kind, out / study.results, progress=progress, device=device)
     for sentence in verdict(lines):
         console.print(f"\n{sentence}", style="bold", markup=False)
-    for table in kind.tables(lines):
+    for table in terminal_tables(lines):
         console.print(table.rich())
+    for sentence in narrow_sweeps(lines):
+        console.print(sentence, markup=False)
     save_figure(lambda: kind.figure(lines), out / "difference.svg")
     write_report(out / "report.html", lines, say_plan(study, comparison, plan), hardware_line(device))
     console.print(f"\n{out / 'report.html'} written.", markup=False)
@@ -236,7 +238,7 @@ def make_plan(
     splits = data.manifest["splits"]
     cells = len(comparison.rates) + comparison.seeds - 1
     cells *= 2 if comparison.equal == "both" else 1
-    left = 60 * comparison.minutes - sum(ratio_seconds(run, speeds[name]) for name, run in runs.items())
+    left = 60 * comparison.minutes - sum(ratio_seconds(runs[name], speeds[name]) for name in runs if name != BASELINE)
     scored = cells * sum(map(score_seconds, speeds.values()))
     trained = cells * sum(speed.train for speed in speeds.values())
     most = min(splits["val"]["tokens"], splits["test"]["tokens"], TARGETS)
@@ -271,17 +273,18 @@ def ratio_seconds(run: RunConfig, speed: Speed) -> float:
 def write_report(path: Path, lines: Sequence[runner.Line], plan: str, hardware: str) -> None:
     """Write the page: the verdict, a figure, the tables, and how it was made."""
     kind = find_kind("fair")
-    rows: list[Any] = [f"<p><b>{html.escape(sentence)}</b></p>" for sentence in verdict(lines)]
+    sentences = [f"<p><b>{html.escape(sentence)}</b></p>" for sentence in verdict(lines)]
     parts = [
         "<h1>A fair comparison</h1>",
-        *rows,
+        *sentences,
         f"<figure>{inline_svg(lambda: kind.figure(lines), 'Live bits per byte against the first model')}"
         "<figcaption>Live bits per byte against the first model, in per cent; lower is better. Bars are the 95 % "
         "t-interval over seeds.</figcaption></figure>",
         *(table.html() for table in kind.tables(lines)),
-        "<p>Live BPB: bits per byte decoded token by token, on test, the mean over seeds. Differences are paired by "
-        "seed. Step: time of a training step over the first model's. Rate: a factor on all learning rates, the best on "
-        "val with the first seed, and those that were tried.</p>",
+        *(f"<p>{html.escape(sentence)}</p>" for sentence in narrow_sweeps(lines)),
+        "<p>Live BPB: bits per byte decoded token by token, on test, the mean over seeds. Differences are from the "
+        "first model, paired by seed. Step: time of a training step over the first model's. Rate: a factor on all "
+        "learning rates, the best on val with the first seed, and those that were tried.</p>",
         f"<p>{html.escape(plan)} {html.escape(hardware)}.</p>",
     ]
     replace_atomically(path, render_page(parts))

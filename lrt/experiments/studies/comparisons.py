@@ -216,11 +216,17 @@ def table_row(name: str, choices: Choices, baselines: Sequence[str], rates: Sequ
 
 
 def rate_cell(lines: Sequence[Line], rates: Sequence[float]) -> str:
-    """The rate of a choice's lines, and those that it was tried at."""
+    """The rate of a choice's lines, and those that it was tried at, if it was in this group."""
     best = float(lines[0]["fields"].get(RATE, 1))
-    # A best rate at the edge of what was tried says that the sweep was too narrow.
-    edge = ", edge" if len(rates) > 1 and best in (rates[0], rates[-1]) else ""
+    if not rates:
+        return f"{best:g}"
+    edge = ", edge" if is_at_edge(best, rates) else ""
     return f"{best:g} ({', '.join(f'{factor:g}' for factor in rates)}{edge})"
+
+
+def is_at_edge(best: float, rates: Sequence[float]) -> bool:
+    """Whether the best rate is the lowest or highest of those that were tried: the sweep was too narrow then."""
+    return len(rates) > 1 and best in (rates[0], rates[-1])
 
 
 def seeds_cell(lines: Sequence[Line]) -> str:

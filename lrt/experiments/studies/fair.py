@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 
 from lrt.eval.report.table import Table
 from lrt.experiments.studies.comparisons import (
+    RATE,
     Choices,
     Difference,
     format_difference,
     format_value,
     group_by_axes,
+    is_at_edge,
     paired_difference,
     rate_cell,
     rates_tried,
@@ -44,10 +46,20 @@ class Fair(Language):
         return [group_table(lines, group, choices) for group, choices in group_by_axes(lines).items()]
 
 
+def terminal_tables(lines: Sequence[Line]) -> list[Table]:
+    """The tables in 80 columns: what is the same for all models stands elsewhere."""
+    tables = Fair().tables(lines)
+    return [Table(t.title, t.head[:TERMINAL], [row[:TERMINAL] for row in t.body]) for t in tables]
+
+
+TERMINAL = 4
+"""Columns of the table that a terminal shows."""
+
+
 def group_table(lines: Sequence[Line], group: tuple[str, ...], choices: Choices) -> Table:
     """A row per model, the first one on top."""
     first = next(iter(choices))
-    head = ["model", "live BPB", f"vs {first}", "step", "parameters", "rate (tried)", "seeds"]
+    head = ["model", "live BPB", "difference", "step", "rate (tried)", "parameters", "seeds"]
     base = next((line["result"].get("step_ratio", 1.0) for line in scored_lines(choices[first])), 1.0)
     body = []
     for name, of_choice in choices.items():
@@ -60,8 +72,8 @@ def group_table(lines: Sequence[Line], group: tuple[str, ...], choices: Choices)
                 live,
                 "" if name == first else format_difference(paired_difference(of_choice, choices[first])),
                 format_value(step, ".2f"),
-                f"{of_choice[0]['result']['parameters']:,}",
                 rate_cell(of_choice, rates_tried(lines, group, name)),
+                f"{of_choice[0]['result']['parameters']:,}",
                 seeds_cell(of_choice),
             ]
         )
@@ -77,6 +89,20 @@ def verdict(lines: Sequence[Line]) -> list[str]:
     ]
 
 
+def narrow_sweeps(lines: Sequence[Line]) -> list[str]:
+    """A sentence for each thing that is equal, where a model's best rate is the lowest or highest that was tried."""
+    sentences = []
+    for group, choices in group_by_axes(lines).items():
+        best = {name: float(of_choice[0]["fields"].get(RATE, 1)) for name, of_choice in choices.items()}
+        edge = [name for name, rate in best.items() if is_at_edge(rate, rates_tried(lines, group, name))]
+        if edge:
+            sentences.append(
+                f"At equal {', '.join(group)} the best rate of {' and '.join(edge)} is at the edge of what was tried; "
+                "the same command with more --rates goes on."
+            )
+    return sentences
+
+
 def say_differences(choices: Choices) -> str:
     """Every model beside the first, from the best on."""
     first, *others = choices
@@ -89,13 +115,11 @@ def say_differences(choices: Choices) -> str:
 def say_difference(name: str, first: str, difference: Difference) -> str:
     """Whether a model is better or worse than the first, which is said only of an interval that excludes zero."""
     seeds = f"{difference.seeds} seed{'s' * (difference.seeds > 1)}"
+    word = "better" if difference.mean < 0 else "worse"
     if difference.half is None:
-        return (
-            f"{name} is at {difference.mean:+.1f} % of {first}'s live bits per byte ({seeds}, too few for an interval)"
-        )
+        return f"{name} is {abs(difference.mean):.1f} % {word} than {first}, live ({seeds}: too few for an interval)"
     if abs(difference.mean) <= difference.half:
         return f"{name} cannot be told apart from {first} ({difference}, {seeds}; the interval holds zero)"
-    word = "better" if difference.mean < 0 else "worse"
     size = f"{abs(difference.mean):.1f} % ± {difference.half:.1f}"
     return f"{name} is {size} {word} than {first}, live ({seeds}; the interval excludes zero)"
 
