@@ -54,23 +54,34 @@ NUMBERS = {
 """What is asked for may be."""
 SCORING = 0.3
 """The most of the time that live scores may take."""
+HEAD = 32
+"""Width of a head."""
 FEWEST_STEPS = 20
+"""Steps below which nothing is learned that could be compared."""
 PLAN = "plan.json"
 """Beside the results: what the minutes came to."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is asked for."""
+    """What is asked for. ValueError for what cannot be compared."""
 
     models: tuple[str, ...] = ("transformer", "token-shift", "lrt")
+    """Names of families, or of registered injections; the first is what the others are compared with."""
     seeds: int = 3
+    """How many, from 0 on."""
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Factors on all learning rates."""
     equal: Equal = "tokens"
+    """What the models have in common beside their parameters."""
     minutes: float = 30.0
+    """How long all of it may take, about."""
     depth: int = 4
+    """Blocks."""
     width: int = 128
+    """Of a model; its heads are HEAD wide."""
     context: int = recipes.CONTEXT
+    """Tokens of a row."""
 
     def __post_init__(self) -> None:
         for name, numbers in (("minutes", [self.minutes]), ("seeds", [self.seeds]), ("rates", self.rates)):
@@ -115,7 +126,7 @@ class Comparison:
     def plain_fields(self, name: str, text: str, tokens: int) -> Fields:
         """A model's cell as it is, before it is widened."""
         optim = {k: v for k, v in dataclasses.asdict(recipes.DEMO_OPTIM).items() if v is not None}
-        size = {"depth": self.depth, "width": self.width, "heads": max(1, self.width // 32), "context": self.context}
+        size = {"depth": self.depth, "width": self.width, "heads": max(1, self.width // HEAD), "context": self.context}
         rows = max(1, recipes.DEMO_OPTIM.reference_batch // self.context)
         shared = {"text": text, "size": size, "optim": optim, "batch_size": rows, "horizon": f"tokens={tokens}"}
         return {**shared, **family_fields(name, self.depth)}

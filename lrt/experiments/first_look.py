@@ -46,6 +46,7 @@ MINUTES = Limits(0, 10**5, above=True)
 FEWEST_TOKENS = 10_000
 """Of the training split: of fewer a model learns them by heart, and the comparison says little."""
 FEWEST_STEPS = 20
+"""Steps below which nothing is learned that could be compared."""
 SCORING = 0.25
 """The most of the time that scores may take."""
 LIVE = {"transformer": 1, "lrt": 3}

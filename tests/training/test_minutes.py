@@ -11,6 +11,7 @@ from support.runs import TINY
 
 from lrt.cli.main import main
 from lrt.data.prepared import Prepared
+from lrt.model import checkpoint
 from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution
 from lrt.training import minutes, recipes, speed
@@ -18,6 +19,7 @@ from lrt.training.config import RunConfig
 from lrt.training.matching import Launch
 from lrt.training.minutes import MeasuredHorizon, affordable_tokens, with_minutes
 from lrt.training.monitor import FINAL_TARGETS, EvalConfig, scored_tokens
+from lrt.training.resume import steps_done
 from lrt.training.speed import Speed, estimate_run, measure_speed
 from lrt.utils.timing import format_duration
 
@@ -181,6 +183,12 @@ def test_an_estimate_changes_no_number(
         said.append("on this CPU" in capsys.readouterr().out)
     assert said == [True, False]
     assert losses[0] == losses[1]
+    run = RunConfig.from_dict(checkpoint.about(out / "checkpoint")["run"])
+    assert [steps_done(out, run, source) for source in ("auto", "never")] == [40, 0]
+    assert steps_done(out, dataclasses.replace(run, seed=1), "auto") == 0
+    assert steps_done(tmp_path / "new", run, str(out / "checkpoint")) == 40
+    with pytest.raises(ValueError, match="no-such-snapshot"):
+        steps_done(tmp_path / "new", run, "no-such-snapshot")
 
 
 @pytest.mark.parametrize(
