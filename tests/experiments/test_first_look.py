@@ -15,12 +15,20 @@ from support.page import Page
 
 from lrt.cli.main import main
 from lrt.data.corpus import stdlib_files
-from lrt.experiments import first_look
+from lrt.experiments import demo, first_look
 from lrt.experiments.first_look import make_plan, open_report, side_by_side, verdict
+from lrt.training import recipes
 from lrt.training.speed import Speed
 
 FAST = Speed(train=1e-4, live=1e-3, parallel=1e-3)
-TOKENS = 4096
+TOKENS = 1024
+
+
+def shrink(patch: pytest.MonkeyPatch) -> None:
+    """Rows of 64 tokens, and samples of 20."""
+    patch.setattr(recipes, "CONTEXT", 64)
+    for module in (demo, first_look):
+        patch.setattr(module, "SAMPLE", 20)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +46,8 @@ def made(book: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "try"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(first_look, "measure_speed", lambda *_: FAST)
-        patch.setattr(first_look, "SAMPLE", 20)
-        patch.setattr(first_look, "make_plan", lambda *_: first_look.Plan(TOKENS, 300, 9.0))
+        shrink(patch)
+        patch.setattr(first_look, "make_plan", lambda *_: first_look.Plan(TOKENS, 100, 9.0))
         first_look.first_look(out, [book], device="cpu", progress=False)
     return out
 
@@ -104,7 +112,7 @@ def test_the_verdict_is_a_sentence(lrt: float, words: str):
 def test_the_same_command_measures_nothing_again(
     made: Path, book: Path, monkeypatch: pytest.MonkeyPatch, summary: dict[str, Any]
 ):
-    monkeypatch.setattr(first_look, "SAMPLE", 20)
+    shrink(monkeypatch)
     for name in ("measure_speed", "make_plan"):
         monkeypatch.setattr(first_look, name, lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr("lrt.experiments.demo.train", lambda *_: pytest.fail("trained again"))
@@ -114,6 +122,8 @@ def test_the_same_command_measures_nothing_again(
 
 
 def test_other_minutes_are_measured(made: Path, book: Path, monkeypatch: pytest.MonkeyPatch):
+    shrink(monkeypatch)
+
     class Measured(Exception):
         """The speed was asked for."""
 
