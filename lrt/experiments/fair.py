@@ -205,10 +205,10 @@ def say_plan(study: Study, comparison: Comparison, plan: Plan) -> str:
     cells = runner.cells_left(study, [])
     total = format_duration(60 * sum(cell.minutes for cell in cells))
     rates = " ".join(f"{rate:g}" for rate in comparison.rates)
+    later = f", the seeds to {comparison.seeds - 1} at each model's best" if comparison.seeds > 1 else ""
     return (
-        f"{len(cells)} cells: {len(comparison.models)} models, seed 0 at rates {rates}, then {comparison.seeds} seeds "
-        f"at each model's best; {plan.tokens:,} tokens a cell, scored on {plan.targets:,} of test. About {total} in "
-        "all."
+        f"{len(cells)} cells: {len(comparison.models)} models, seed 0 at rates {rates}{later}; {plan.tokens:,} tokens "
+        f"a cell, scored on {plan.targets:,} of test. About {total} in all."
     )
 
 

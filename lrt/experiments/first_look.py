@@ -92,7 +92,7 @@ def first_look(
     if not MINUTES.allow(minutes):
         raise ValueError(f"--minutes is {minutes:g}; it must be {MINUTES}")
     console = Console(highlight=False)
-    console.print(f"Preparing {', '.join(map(str, texts[:3]))}{' …' if len(texts) > 3 else ''}")
+    console.print(f"Preparing {', '.join(map(str, texts[:3]))}{' …' if len(texts) > 3 else ''}", markup=False)
     data = prepare(out / "data", texts, progress=progress)
     check_length(data)
     prompt = first_line(data) if prompt is None else prompt

@@ -17,9 +17,10 @@ from lrt.experiments import fair
 from lrt.experiments.fair import Comparison, Plan, kept_plan, make_plan
 from lrt.experiments.studies import language, runner, timing
 from lrt.experiments.studies.fair import Fair, difference_figure, narrow_sweeps, terminal_tables, verdict
-from lrt.experiments.studies.language import build_run
+from lrt.experiments.studies.language import build_model, build_run
 from lrt.model.size import count_parameters
-from lrt.training.speed import Speed
+from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.training.speed import Speed, decode_seconds
 
 PLAN = Plan(20_000, 100, {"transformer": 1.0, "token shift": 1.0, "lrt": 2.0, "loop 2": 2.0})
 TINY = Comparison(("transformer", "lrt"), 1, (1.0,), depth=2, width=32, context=16)
@@ -120,6 +121,12 @@ def test_a_plan_is_measured_once_and_kept_for_more_seeds_and_models(
     assert len(measured) == 7
 
 
+@pytest.mark.parametrize("family", ["ponder", "loop-2"])
+def test_a_family_that_decodes_otherwise_is_timed(family: str, data: Prepared):
+    model = build_model(TINY.plain_fields(family, "a/b", 1000), data.vocab_size)
+    assert decode_seconds(LatentRecurrentTransformer(model).eval(), rows=2) > 0
+
+
 # --- what lines say ------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +207,7 @@ def test_a_comparison_from_the_command_line_and_again(
     command = ["fair", str(text), "--models", "transformer", "lrt", "--seeds", "1", "--rates", "1", *size]
     command += ["--device", "cpu"]
     main([*command, "--dry-run"])
-    assert "2 cells: 2 models, seed 0 at rates 1, then 1 seeds" in capsys.readouterr().out
+    assert "2 cells: 2 models, seed 0 at rates 1; " in capsys.readouterr().out
     assert not Path("runs/fair/fair.own.jsonl").exists()
     main(command)
     shown = capsys.readouterr().out

@@ -27,7 +27,6 @@ from lrt.experiments.studies.comparisons import (
     seeds_cell,
     test_bpb,
 )
-from lrt.experiments.studies.figures import make_panels
 from lrt.experiments.studies.grid import Cell
 from lrt.experiments.studies.language import Language
 from lrt.experiments.studies.runner import Line
@@ -127,8 +126,12 @@ def say_difference(name: str, first: str, difference: Difference) -> str:
 def difference_figure(lines: Sequence[Line]) -> Figure:
     """How far each model's live score on test is from the first one's, with the 95 % t-interval over seeds."""
     groups = group_by_axes(lines)
-    figure, panels = make_panels([f"equal {', '.join(group)}" for group in groups])
-    for panel, choices in zip(panels, groups.values(), strict=True):
+    # One above the other, so that a phone shows them as wide as it is; as high as they have models.
+    height = sum(1.1 + 0.35 * len(choices) for choices in groups.values())
+    figure = Figure(figsize=(6.4, max(1.5, height)), layout="constrained")
+    panels = figure.subplots(max(1, len(groups)), squeeze=False)[:, 0]
+    for panel, (group, choices) in zip(panels, groups.items(), strict=False):
+        panel.set_title(f"at equal {', '.join(group)}", fontsize=10)
         first, *others = choices
         found = [paired_difference(choices[name], choices[first]) for name in others]
         points = [(y, difference) for y, difference in enumerate(found) if difference is not None]
