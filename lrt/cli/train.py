@@ -18,6 +18,7 @@ from lrt.utils.progress import warn
 if TYPE_CHECKING:
     from lrt.data.prepared import Prepared
     from lrt.distributed.single_process import SingleProcess
+    from lrt.training.speed import Speed
     from lrt.training.trainer import TrainingSummary
 
     Recipe = RunConfig
@@ -41,6 +42,9 @@ class Train:
     match: Matches = ()
     """Make the run fair beside another: `--match parameters RUN` widens the MLP, `tokens`, `compute` (training FLOPs)
     and `wall_clock` (paired step times, measured here) set the horizon. May be given several times."""
+    minutes: float | None = None
+    """Train for as long as this takes here, live scores included, in the place of --horizon. A few timed steps turn it
+    into tokens before the run begins; a run that goes on keeps them."""
     resume: str = "auto"
     """auto goes on from the newest snapshot in --out; never starts anew and sets the old run aside; a snapshot's folder
     goes on from that one, also with other rates, schedule or horizon. Nothing in a snapshot is run. Still, it decides
@@ -61,6 +65,19 @@ class Train:
 
     def __post_init__(self) -> None:
         check_loggers(self.log_to)  # before any work
+        if self.minutes is not None:
+            self.check_minutes(self.minutes)
+
+    def check_minutes(self, minutes: float) -> None:
+        """ValueError where `minutes` are no time to train for, or the horizon is set otherwise too."""
+        from lrt.training.minutes import check_minutes
+
+        check_minutes(minutes)
+        others = [f"--match {kind}" for kind, _ in self.match if kind != "parameters"]
+        if self.recipe.horizon not in {make().horizon for make in recipes.RECIPES.values()}:
+            others.append(f"--horizon {self.recipe.horizon}")
+        if others:
+            raise ValueError(f"--minutes and {others[0]} both say how long to train; leave one of them away")
 
     def run(self) -> None:
         from lrt.distributed.parallelize import join_ranks
@@ -81,6 +98,7 @@ class Train:
         from lrt.model.upcycle import adopt
         from lrt.training.loop import train
         from lrt.training.matching import Launch, ReferenceRun, compare_runs, match_all
+        from lrt.training.minutes import with_minutes
         from lrt.training.precision import resolve_precision
         from lrt.training.start import begin_run, with_vocabulary
 
@@ -97,10 +115,14 @@ class Train:
             )
         check_memory(run, ranks)
         run, precision = resolve_precision(run, data, self.out, ranks, self.execution, self.resume)
+        speed = None
+        if self.minutes is not None:
+            run, speed = with_minutes(run, self.minutes, data, launch, self.eval, self.resume)
         if ranks.first:
             for reference in {reference.path: reference for _, reference in references}.values():
                 print(f"beside {reference.path}:", *map(str, compare_runs(run, reference, data, launch)), sep="\n")
             print_plan(run, data, precision)
+        self.print_estimate(run, data, ranks, speed)
         _, summary = train(
             run,
             data,
@@ -116,6 +138,34 @@ class Train:
         )
         if ranks.first:
             print_summary(self.out / "checkpoint", summary)
+
+    def print_estimate(self, run: RunConfig, data: Prepared, ranks: SingleProcess, speed: Speed | None) -> None:
+        """How long the run takes from here on; nothing where it is done, or too short to be worth measuring.
+
+        `speed` is what was measured for --minutes already. No number of the run depends on it.
+        """
+        from lrt.training.resume import steps_done
+        from lrt.training.speed import estimate_run, validation_tokens
+        from lrt.utils.device import describe_device
+        from lrt.utils.timing import format_duration
+
+        with ranks.collective():
+            done = steps_done(self.out, run, self.resume) if ranks.first else 0
+        done = ranks.broadcast(done)
+        if done >= run.steps:
+            return
+        if speed is None:
+            seconds = estimate_run(run, data, self.eval, ranks, self.execution, done)
+        else:
+            seconds = speed.run_seconds(run, self.eval, validation_tokens(data), done)
+        if ranks.first and seconds is not None:
+            where = describe_device(ranks.device, ranks.ranks)
+            hint = "; --minutes 10 for a look" if self.minutes is None and seconds > LONG else ""
+            print(f"about {format_duration(seconds)} {where}{hint}", flush=True)
+
+
+LONG = 20 * 60.0
+"""Seconds from which a run's estimate names --minutes."""
 
 
 def check_memory(run: RunConfig, ranks: SingleProcess) -> None:

@@ -26,6 +26,7 @@ from lrt.utils.validation import near_matches
 
 GROUPS = {
     "Begin": {
+        "try": "lrt.cli.try_:Try",
         "demo": "lrt.cli.demo:Demo",
         "doctor": "lrt.cli.doctor:Doctor",
     },
@@ -39,6 +40,7 @@ GROUPS = {
         "evaluate": "lrt.cli.evaluate:Evaluate",
         "diagnose": "lrt.cli.evaluate:Diagnose",
         "compare": "lrt.cli.compare:Compare",
+        "fair": "lrt.cli.fair:Fair",
         "report": "lrt.cli.evaluate:Report",
         "study": "lrt.cli.study:RunStudy",
         "bench": "lrt.cli.bench:Bench",

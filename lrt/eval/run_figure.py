@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from lrt.eval.report.figures import Quantity, colours_by_name, draw_losses, draw_measured
+from lrt.eval.report.figures import Quantity, draw_losses, draw_measured
+from lrt.eval.report.score_tables import run_family
+from lrt.eval.report.style import run_colours
 from lrt.eval.runs import Run
 
 TOKENS = (Quantity("tokens", 1e6, "million tokens"), Quantity("tokens", 1e3, "thousand tokens"))
@@ -31,7 +33,7 @@ def draw_runs(runs: Sequence[Run]) -> RunFigure:
     curves = {run.name: run.metrics for run in runs}
     longest = max(lines[-1]["tokens"] for lines in curves.values())
     x = next((quantity for quantity in TOKENS if longest >= quantity.unit), TOKENS[-1])
-    colours = colours_by_name(list(curves))
+    colours = run_colours({run.name: run_family(run) for run in runs})
     figure = RunFigure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_losses(left, curves, colours, x)

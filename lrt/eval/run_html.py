@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 
 from lrt.eval.report.figures import running_mean
+from lrt.eval.report.render import render
 from lrt.eval.report.score_tables import overview_table, texts_scored
 from lrt.eval.report.sections import token_span
 from lrt.eval.report.table import Table
@@ -50,6 +51,7 @@ def measurement_html(result: Result, text: str) -> str:
     """A measured text in colours; of anything else its lines, `text`."""
     if result.kind != "text":
         return f"<pre>{html.escape(text)}</pre>"
-    spans = map(token_span, *(result.values[key] for key in ("pieces", "live", "off")))
+    tokens = list(map(token_span, *(result.values[key] for key in ("pieces", "live", "off"))))
     note = "Green: recurrence makes the token likelier; red: less likely. The strongest colour is 2 bits."
-    return f'<p>{note}</p><div style="white-space: pre-wrap; font-family: monospace">{"".join(spans)}</div>'
+    style = "<style>.text { white-space: pre-wrap; font-family: monospace }</style>"
+    return f"{style}<p>{note}</p>{render('tokens', name='', tokens=tokens)}"

@@ -28,6 +28,7 @@ from lrt.schedules.parse import parse
 from lrt.training import recipes
 from lrt.training.config import RunConfig
 from lrt.training.loop import train
+from lrt.training.monitor import FINAL_TARGETS
 from lrt.training.resume import holds_run
 from lrt.training.snapshots import set_run_aside
 from lrt.utils import files
@@ -61,18 +62,13 @@ def demo(
     console.print(f"Preparing {source} …")
     data = prepare(out / "data", text, progress=progress)
     prompt = first_line(data) if prompt is None else prompt
-    longest = recipes.CONTEXT - SAMPLE  # BOS takes one place more; the last token drawn takes none
-    length = len(data.tokenizer.encode(prompt))
-    if length > longest:
-        raise ValueError(
-            f"the prompt has {length} tokens; the demo continues at most {longest} in its context of {recipes.CONTEXT}"
-        )
+    check_prompt(data, prompt)
     if tokens is None:
         tokens = min(recipes.DEMO_TOKENS, EPOCHS * Rows(data.split("train"), recipes.CONTEXT, seed).targets)
     models: dict[str, dict[str, Any]] = {}
     for family in recipes.FAMILIES:
         run = recipes.demo_recipe(family, data.vocab_size, tokens, seed)
-        scores, fresh = _train_family(family, run, data, out / family, device, console, progress)
+        scores, fresh = train_family(family, run, data, out / family, device, console, progress)
         earlier += 0.0 if fresh else scores["seconds"]
         models[family] = {k: v for k, v in scores.items() if k != "seconds"}
     model, tokenizer = load(out / "lrt" / "checkpoint", device)
@@ -95,10 +91,17 @@ def demo(
     return summary
 
 
-def _train_family(
-    family: str, run: RunConfig, data: Prepared, out: Path, device: str, console: Console, progress: bool
+def train_family(
+    family: str,
+    run: RunConfig,
+    data: Prepared,
+    out: Path,
+    device: str,
+    console: Console,
+    progress: bool,
+    targets: int = FINAL_TARGETS,
 ) -> tuple[dict[str, Any], bool]:
-    """(Size, costs and test scores of one family, whether it was trained now).
+    """(Size, costs and scores of one family on `targets` tokens of test at least, whether it was trained now).
 
     A key over settings, splits, torch and device stands beside what it came to: with any other it is trained again.
     """
@@ -107,6 +110,7 @@ def _train_family(
         "data": data.manifest["splits"],
         "torch": str(torch.__version__),
         "device": device,
+        **({} if targets == FINAL_TARGETS else {"targets": targets}),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     file = out / "result.json"
@@ -125,7 +129,7 @@ def _train_family(
         f"{run.schedule}, {run.steps} steps of {run.batch_tokens} tokens"
     )
     model, done = train(run, data, out, device, progress, f"training {family}")
-    test = windows(data.split("test"), run.model.context)
+    test = windows(data.split("test"), run.model.context, targets)
     metrics = evaluate(
         model,
         test,
@@ -158,6 +162,16 @@ def _read_result(path: Path) -> dict[str, Any]:
         return files.read_json(path)
     except ValueError:
         return {}
+
+
+def check_prompt(data: Prepared, prompt: str) -> None:
+    """ValueError for a prompt that leaves no room for a sample in the context."""
+    longest = recipes.CONTEXT - SAMPLE  # BOS takes one place more; the last token drawn takes none
+    length = len(data.tokenizer.encode(prompt))
+    if length > longest:
+        raise ValueError(
+            f"the prompt has {length} tokens; at most {longest} can be continued in a context of {recipes.CONTEXT}"
+        )
 
 
 def first_line(data: Prepared) -> str:

@@ -142,6 +142,11 @@ class RunConfig:
             )
         return share // rows
 
+    def one_micro_batch(self, ranks: int) -> RunConfig:
+        """This run with the rows of one micro-batch of each of `ranks` devices as its whole batch: what is timed."""
+        rows = self.batch_size // self.micro_batches(ranks)
+        return dataclasses.replace(self, batch_size=rows, device_batch=None)
+
     @property
     def batch_tokens(self) -> int:
         """Tokens per optimiser step, over all devices."""
@@ -226,7 +231,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_numbers(self, EVAL_LIMITS)
 
+    def interval(self, steps: int) -> int:
+        """Steps between two scores in a run of `steps`; 0 for none."""
+        return max(1, steps // 10) if self.every is None else self.every
+
     def due(self, step: int, steps: int) -> bool:
         """Whether to score after `step` of `steps`."""
-        every = max(1, steps // 10) if self.every is None else self.every
+        every = self.interval(steps)
         return every > 0 and (step % every == 0 or step == steps)

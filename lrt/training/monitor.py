@@ -20,6 +20,7 @@ from lrt.eval.scoring import evaluate
 from lrt.model.memory import Projection, Residual
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.schedules.base import Schedule
+from lrt.training.config import EvalConfig
 from lrt.utils.files import replace_atomically
 
 GAP_GROWTH = 0.01
@@ -34,6 +35,16 @@ MEMORY_SAMPLE = (2, 256)
 """Windows and tokens of each, at most, over which gates are averaged while training."""
 BATCH_TOKENS = 16384
 """Tokens scored at once, at most."""
+
+
+def scored_tokens(config: EvalConfig, steps: int, available: int, done: int = 0) -> int:
+    """Tokens that a run of `steps` scores from step `done` on, of a validation split of `available` tokens."""
+    every = config.interval(steps)
+    if every == 0:
+        return 0
+    last_is_extra = steps % every != 0
+    times = steps // every + last_is_extra - done // every
+    return times * min(config.targets, available) + min(max(config.targets, FINAL_TARGETS), available)
 
 
 def live_scores(

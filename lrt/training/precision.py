@@ -87,7 +87,6 @@ def measure_ratio(run: RunConfig, data: Prepared, ranks: SingleProcess, executio
     which of the two is faster does not depend on their number. Compiled or not as the run will be.
     """
     decided, _ = execution.resolve(run.steps, ranks.device)
-    rows = run.batch_size // run.micro_batches(ranks.ranks)
-    small = dataclasses.replace(run, batch_size=rows, device_batch=None)
+    small = run.one_micro_batch(ranks.ranks)
     half, single = in_precision(small, "bfloat16"), in_precision(small, "float32")
     return step_time_ratio(half, single, data, ranks, decided, PAIRS, WARM)

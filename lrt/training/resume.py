@@ -120,6 +120,24 @@ def holds_run(out: Path, run: RunConfig, data: str) -> bool:
     return False
 
 
+def steps_done(out: Path, run: RunConfig, source: str) -> int:
+    """Steps that a run resumed from `source` has behind it; 0 where it is yet to begin. It changes nothing.
+
+    ValueError where `source` is a snapshot that cannot be read, and `out` has none of this run.
+    """
+    if source == "never":
+        return 0
+    tokens = [0]
+    for path in (out / "checkpoint", *snapshots(out)):
+        with suppress(ValueError):  # damaged, or not there
+            about = checkpoint.about(path)
+            if is_of_run(about, run):
+                tokens.append(tokens_trained(about))
+    if source != "auto" and max(tokens) == 0:
+        tokens.append(tokens_trained(checkpoint.about(checkpoint.verify(Path(source)))))
+    return max(tokens) // run.batch_tokens
+
+
 def is_of_run(about: dict[str, Any], run: RunConfig) -> bool:
     """Whether a checkpoint says that it is of this very run, in however many parts its steps were computed."""
     try:

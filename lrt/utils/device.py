@@ -35,6 +35,12 @@ def choose_device(name: str) -> str:
     return name
 
 
+def describe_device(device: str | torch.device, processes: int = 1) -> str:
+    """Where work is done, for the end of a sentence: `on this CPU`, `on these 8 GPUs`."""
+    kind = "CPU" if torch.device(device).type == "cpu" else "GPU"
+    return f"on this {kind}" if processes == 1 else f"on these {processes} {kind}s"
+
+
 def has_float64(device: torch.device) -> bool:
     """Whether a device computes in float64. Apple's does not, of others nothing is known; "meta" computes nothing."""
     return device.type in ("cpu", "cuda", "meta")

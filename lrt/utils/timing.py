@@ -89,3 +89,17 @@ def synchronise(device: str | torch.device) -> None:
     """Wait until a GPU has done all that was queued. A CPU has done it when a call returns."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def format_duration(seconds: float) -> str:
+    """A time for people, in at most two units: `40 s`, `3 min`, `2 h 20 min`, `3 d 4 h`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"

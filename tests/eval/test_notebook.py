@@ -19,7 +19,7 @@ with bar("scoring", 2) as advance:
 """,
     "train": """
 import lrt
-from lrt.training.monitor import EvalConfig
+from lrt.training.config import EvalConfig
 model = lrt.ModelConfig(depth=1, width=16, heads=2, context=32)
 run = lrt.train(lrt.RunConfig(model, batch_size=4, horizon="steps=4"), "text.txt", "runs/tiny")
 run

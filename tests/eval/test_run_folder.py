@@ -17,7 +17,7 @@ from lrt.data.prepare import prepare
 from lrt.eval.results import Result, read_results
 from lrt.eval.run_folder import Measurement
 from lrt.eval.run_html import sparkline
-from lrt.training.monitor import EvalConfig
+from lrt.training.config import EvalConfig
 
 TINY = lrt.ModelConfig(depth=1, width=16, heads=2, context=32, mlp_width=24)
 

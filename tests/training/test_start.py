@@ -11,8 +11,7 @@ import pytest
 
 import lrt
 from lrt.data.prepared import Prepared
-from lrt.training.config import RunConfig
-from lrt.training.monitor import EvalConfig
+from lrt.training.config import EvalConfig, RunConfig
 from lrt.training.recipes import RECIPES
 from lrt.training.start import find_recipe, prepare_data, run_folder, text_folder, with_changes
 

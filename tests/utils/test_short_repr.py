@@ -9,7 +9,7 @@ import lrt
 from lrt import MemoryConfig, ModelConfig, Request, RunConfig
 from lrt.eval.results import Result
 from lrt.eval.scoring import Metrics
-from lrt.training.optim import OptimConfig
+from lrt.training.optim_config import OptimConfig
 from lrt.training.recipes import RECIPES
 
 TINY = ModelConfig(depth=1, width=8, heads=1, vocab_size=11, context=8)

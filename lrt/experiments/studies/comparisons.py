@@ -180,15 +180,17 @@ def table_row(name: str, choices: Choices, baselines: Sequence[str], rates: Sequ
     """One choice's entries; empty where nothing was measured."""
     lines = choices[name]
     scored = scored_lines(lines)
-    best = float(lines[0]["fields"].get(RATE, 1))
-    # A best rate at the edge of what was tried says that the sweep was too narrow.
-    edge = ", edge" if len(rates) > 1 and best in (rates[0], rates[-1]) else ""
-    rate = f"{best:g} ({', '.join(f'{factor:g}' for factor in rates)}{edge})"
     counted = (scored or lines)[0]["result"]
     base = next((line["result"] for line in scored_lines(choices[baselines[0]])), {})
-    seeds = f"{len(scored)}" + (f", {len(lines) - len(scored)} diverged" if len(scored) < len(lines) else "")
+    seeds = seeds_cell(lines)
     counts = [f"{counted['parameters']:,}", f"{counted['parameters_without_tables']:,}", str(counted["forwards"])]
-    start = [name, rate, seeds, *counts, format_value(ratio_of(counted, base, "flops_per_generated_token"), ".2f")]
+    start = [
+        name,
+        rate_cell(lines, rates),
+        seeds,
+        *counts,
+        format_value(ratio_of(counted, base, "flops_per_generated_token"), ".2f"),
+    ]
     if not scored:
         return start + [""] * (11 + len(baselines))
 
@@ -211,6 +213,26 @@ def table_row(name: str, choices: Choices, baselines: Sequence[str], rates: Sequ
         format_value(mean(lambda r: r["test"].get("live_bpb_memory_embedding")), ".4f"),
         ", ".join(sorted({line["result"]["verdict"] for line in scored if "verdict" in line["result"]})),
     ]
+
+
+def rate_cell(lines: Sequence[Line], rates: Sequence[float]) -> str:
+    """The rate of a choice's lines, and those that it was tried at, if it was in this group."""
+    best = float(lines[0]["fields"].get(RATE, 1))
+    if not rates:
+        return f"{best:g}"
+    edge = ", edge" if is_at_edge(best, rates) else ""
+    return f"{best:g} ({', '.join(f'{factor:g}' for factor in rates)}{edge})"
+
+
+def is_at_edge(best: float, rates: Sequence[float]) -> bool:
+    """Whether the best rate is the lowest or highest of those that were tried: the sweep was too narrow then."""
+    return len(rates) > 1 and best in (rates[0], rates[-1])
+
+
+def seeds_cell(lines: Sequence[Line]) -> str:
+    """How many seeds were scored, and how many diverged."""
+    scored = len(scored_lines(lines))
+    return f"{scored}" + (f", {len(lines) - scored} diverged" if scored < len(lines) else "")
 
 
 def format_value(value: float | None, form: str) -> str:

@@ -113,14 +113,17 @@ def read_study(study: str, edition: str) -> Study:
     if edition not in data["editions"]:
         known = ", ".join(map(str, data["editions"]))
         raise ValueError(f"{path} has no edition {edition!r}; its `editions` are {known}")
-    content = data["editions"][edition]
     try:
-        check_edition(content)
-        sweep = Sweep(**content["sweep"]) if "sweep" in content else None
-        cells = tuple(make_cells(content))
+        return make_study(path.stem, edition, str(data["kind"]), data["editions"][edition])
     except ValueError as error:
         raise ValueError(f"{path}: edition {edition}: {error}") from error
-    return Study(path.stem, edition, str(data["kind"]), tuple(content["axes"]), cells, sweep)
+
+
+def make_study(name: str, edition: str, kind: str, content: Any) -> Study:
+    """A study of an edition's content, as its file has it. ValueError that names the field that is wrong."""
+    check_edition(content)
+    sweep = Sweep(**content["sweep"]) if "sweep" in content else None
+    return Study(name, edition, kind, tuple(content["axes"]), tuple(make_cells(content)), sweep)
 
 
 class Loader(yaml.SafeLoader):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lrt.experiments.studies import copying_tables, figures
+from lrt.experiments.studies.fair import Fair
 from lrt.experiments.studies.language import Copying, Language, Rivals, Scaling
 from lrt.experiments.studies.runner import Kind
 from lrt.experiments.studies.state_data import StateData
@@ -15,6 +16,7 @@ KINDS: dict[str, Kind] = {
     "rivals": Rivals(figures.differences_figure),
     "sources": Language(figures.source_figure),
     "scaling": Scaling(figures.scaling_figure),
+    "fair": Fair(),
     "copying": Copying(copying_tables.copying_figure),
 }
 

@@ -5,7 +5,7 @@ A cell's fields are plain data:
     family      a name in `rivals.rivals(depth)`, and `model`, `schedule` that replace what it says
     size        fields of the ModelConfig that all families share (depth, width, heads, context, …)
     widened_to  a family whose number of parameters every MLP is widened to (contract, section 5); none: as it is
-    text        a prepared folder's name under TEXTS; stdlib and packages are prepared where they are missing
+    text        a prepared folder's name under TEXTS, or its path; stdlib and packages are prepared where missing
     horizon     of the Transformer, as in RunConfig; equal: tokens | compute | wall_clock says what others share with it
     rate        a factor on all learning rates; optim, batch_size, device_batch and precision as in RunConfig
     targets     tokens scored on val and on test; settling: tokens on which 64 refinements are run, 0 for none

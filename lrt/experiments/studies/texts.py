@@ -1,4 +1,4 @@
-"""The texts of the studies of language: prepared folders, by name.
+"""The texts of the studies of language: prepared folders, by name, or by their path.
 
 `stdlib` and `packages` are made of what is installed; others are prepared by hand.
 """
@@ -32,14 +32,19 @@ def open_text(name: str) -> Prepared:
         return prepare(TEXTS / name, [write_sources(TEXTS.parent / "sources")], VOCABULARY)
     if not is_prepared(name):
         raise ValueError(missing_text(name))
-    return Prepared.open(TEXTS / name)
+    return Prepared.open(text_folder(name))
+
+
+def text_folder(name: str) -> Path:
+    """The prepared folder of a text: a name with a slash in it is a path of its own."""
+    return Path(name) if "/" in name else TEXTS / name
 
 
 def missing_text(name: str) -> str:
     """The message that a text is not there, with the command that makes it."""
-    return f"the text {name!r} is not there; prepare it with: lrt prepare {TEXTS / name} --text FILE…"
+    return f"the text {name!r} is not there; prepare it with: lrt prepare {text_folder(name)} --text FILE…"
 
 
 def is_prepared(name: str) -> bool:
     """Whether a text is prepared."""
-    return (TEXTS / name / "manifest.json").is_file()
+    return (text_folder(name) / "manifest.json").is_file()

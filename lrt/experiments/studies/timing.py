@@ -27,8 +27,8 @@ from lrt.schedules.flops import forward_flops
 from lrt.schedules.loss import StepLoss
 from lrt.schedules.parse import parse
 from lrt.training.config import RunConfig
-from lrt.training.matching import PAIRS, seconds_per_token, step_time_ratio
-from lrt.training.trainer import Trainer
+from lrt.training.matching import PAIRS, step_time_ratio
+from lrt.training.speed import measure_speed
 from lrt.utils.files import replace_atomically
 from lrt.utils.provenance import hardware
 from lrt.utils.timing import Work, alternate
@@ -39,8 +39,6 @@ of the same model (contract, section 6). `decode`: a decoded token over the Tran
 TEXTS, TURNS = 4, 16
 """Texts of `context` tokens in one row that are decoded to compare, and the turns that each is decoded in: a busy
 machine changes within a text, so that pairs of whole texts say little."""
-DECODED = 16
-"""Tokens that are decoded to say how long scoring will take."""
 REFINEMENTS = 64
 """Of the test whether an iteration settles (contract, section 4: stable, two-cycle)."""
 
@@ -151,31 +149,11 @@ def decode_in_turns(model: LatentRecurrentTransformer, context: int) -> Work:
     return lambda: next(turns)
 
 
-def decode_tokens(model: LatentRecurrentTransformer, rows: int, count: int) -> Work:
-    """Decode `count` tokens of `rows` rows, from nothing."""
-    device = model.embedding.weight.device
-
-    def work() -> None:
-        step: Any = decoder(model, model.empty_state(rows, count))
-        for position in range(count):
-            step.logits(step(torch.zeros(rows, dtype=torch.long, device=device), [position] * rows))
-
-    return work
-
-
 def estimate_minutes(run: RunConfig, data: Prepared, targets: int, settling: int, device: str) -> float:
     """Minutes of a cell: training by one step of each part of its schedule, scores by some decoded tokens."""
-    trainer = Trainer(run, data, device)
-    trainer.step()
-    per_token = seconds_per_token(trainer)
-    trainer.close()
-    model = trainer.model.eval()
-    decoded = alternate({"": decode_tokens(model, BATCH, DECODED)}, 1, 1, device, progress=False)[""].median
-    has_memory = bool(model.config.stored_sources)
-    live = (4 if has_memory else 2) * targets * decoded / (DECODED * BATCH)  # val, test, and test with two ablations
-    forward = per_token * sum(forward_flops(run.model, run.model.context)) / run.flops_per_token
-    length = run.model.context
-    passes = sum(w * len(p.positions) / length for w, s in parse(run.schedule).shares() for p in s.passes(length))
-    parallel = targets * forward * passes  # test, under the schedule trained with
+    speed = measure_speed(run, data, SingleProcess(device), rounds=1, rows=BATCH)
+    has_memory = bool(run.model.stored_sources)
+    live = (4 if has_memory else 2) * targets * speed.live  # val, test, and test with two ablations
+    forward = speed.train * sum(forward_flops(run.model, run.model.context)) / run.flops_per_token
     settled = settling * forward * (REFINEMENTS + 1) if has_memory else 0.0
-    return (run.tokens * per_token + live + parallel + settled) / 60
+    return (run.tokens * speed.train + live + targets * speed.parallel + settled) / 60
