@@ -285,8 +285,8 @@ CAPTION = (
     "Live bits per byte against the first model, in per cent; lower is better. Bars are the 95 % t-interval over seeds."
 )
 COLUMNS = (
-    "Live BPB: bits per byte decoded token by token, on test, the mean over seeds. Differences are from the first model, "
-    "paired by seed. Step: time of a training step over the first model's. Rate: a factor on all learning rates, the "
+    "Live BPB: bits per byte decoded token by token, on test, the mean over seeds. Differences are from the first "
+    "model, paired by seed. Step: time of a training step over the first model's. Rate: a factor on all learning rates, the "
     "best on val with the first seed, and those that were tried."
 )
 
