@@ -286,8 +286,8 @@ CAPTION = (
 )
 COLUMNS = (
     "Live BPB: bits per byte decoded token by token, on test, the mean over seeds. Differences are from the first "
-    "model, paired by seed. Step: time of a training step over the first model's. Rate: a factor on all learning rates, the "
-    "best on val with the first seed, and those that were tried."
+    "model, paired by seed. Step: time of a training step over the first model's. Rate: a factor on all learning "
+    "rates, the best on val with the first seed, and those that were tried."
 )
 
 
