@@ -34,6 +34,7 @@ html_title = "lrt"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+highlight_language = "none"  # of blocks that name none: commands
 pygments_style = "default"
 pygments_dark_style = "github-dark"
 

@@ -46,12 +46,14 @@ def section(name: str, file: Path, folder: Path) -> str:
 
 
 def write_pages(app: Sphinx, config: object) -> None:
-    """Write every study's page into docs/study/, if its results are newer than it."""
+    """Write every study's page into docs/study/, if its results, or this file, are newer than it."""
     folder = Path(app.srcdir) / "study"
     folder.mkdir(exist_ok=True)
     for name, files in files_by_study(folder.parent.parent / "results").items():
         page = folder / f"{name}.md"
-        if page.is_file() and all(file.stat().st_mtime < page.stat().st_mtime for file in files):
+        if page.is_file() and all(
+            made_of.stat().st_mtime < page.stat().st_mtime for made_of in [*files, Path(__file__)]
+        ):
             continue
         sections = [section(name, file, folder) for file in files]
         page.write_text("\n\n".join([f"# Study: {name}", question(name), *sections]) + "\n", encoding="utf-8")
