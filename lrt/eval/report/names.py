@@ -9,7 +9,7 @@ NAMES = {
     "interval": "95 % interval",
     "schedule": "schedule",
     "live_bpb_memory_zero": "memory zeroed",
-    "live_bpb_memory_embedding": "memory: previous embedding",
+    "live_bpb_memory_embedding": "previous embedding",
     "live_bpb_memory_shuffled": "memory of another row",
     "live_bpb_memory_delayed_1": "memory 1 token older",
     "live_bpb_memory_delayed_8": "memory 8 tokens older",

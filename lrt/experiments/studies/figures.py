@@ -145,7 +145,7 @@ def differences_figure(lines: Sequence[Line]) -> Figure:
             draw_differences(panel, choices, names, number)
         panel.set_yticks(range(len(names)), names, fontsize=8)
         panel.set_ylim(len(names) - 0.5, -0.5)
-    figure.supxlabel("live bits per byte against the Transformer's, % (left is better)", fontsize=10)
+        panel.set_xlabel("live bits per byte against the Transformer's, % (left is better)", fontsize=8)
     equals = list(dict.fromkeys(equal for by_equal in by_title.values() for equal in by_equal if equal))
     handles = [
         Line2D([], [], color=GREY, marker=EQUAL_MARKERS[i % 3], markerfacecolor=GREY if i == 0 else "none", label=equal)
