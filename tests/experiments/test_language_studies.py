@@ -600,4 +600,4 @@ editions:
     assert again["step_ratio"] == ponder["step_ratio"]
     assert again["test"] == ponder["test"]
     assert statistics.fmean(r["seconds"] for r in lines.values()) < 60
-    assert set(KINDS) == {"tracking", "state-data", "language", "rivals", "sources", "scaling", "copying"}
+    assert set(KINDS) == {"tracking", "state-data", "language", "rivals", "sources", "scaling", "fair", "copying"}

@@ -97,7 +97,7 @@ def narrow_sweeps(lines: Sequence[Line]) -> list[str]:
         edge = [name for name, rate in best.items() if is_at_edge(rate, rates_tried(lines, group, name))]
         if edge:
             sentences.append(
-                f"At equal {', '.join(group)} the best rate of {' and '.join(edge)} is at the edge of what was tried; "
+                f"At equal {', '.join(group)} the best rate of {', '.join(edge)} is at the edge of what was tried; "
                 "the same command with more --rates goes on."
             )
     return sentences
