@@ -175,7 +175,9 @@ def find_data(folder: Path) -> Prepared:
         raise ValueError(f"{folder} does not say what it was trained on; name a prepared text with --data")
     place = PREPARED / corpus
     if not place.is_dir():
-        raise ValueError(f"{folder} was trained on {corpus}, which is not in {PREPARED}; name its folder with --data")
+        raise ValueError(
+            f"{folder} was trained on the prepared text {corpus!r}, and {place} is not there; name its folder with --data"
+        )
     data = Prepared.open(place)
     if data.fingerprint != fingerprint:
         raise ValueError(f"{place} is not the {corpus} that {folder} was trained on; name that with --data")

@@ -197,7 +197,10 @@ def test_the_command_prints_every_form(capsys: pytest.CaptureFixture[str], tmp_p
         (["runs/one", "runs/two", "--figure", "figure.jpeg"], "figure.jpeg; give one that ends in .svg, .png, .pdf"),
         (["runs/one", "runs/two", "--split", "dev"], "dev"),
         (["runs/one", "runs/two", "--data", "runs/one"], "runs/one"),
-        (["runs/strange", "runs/two"], "runs/strange was trained on gone, which is not in runs/data"),
+        (
+            ["runs/strange", "runs/two"],
+            "the prepared text 'gone', and runs/data/gone is not there; name its folder with --data",
+        ),
         (["runs/two", "runs/other"], "another tokenizer than runs/other's; compare runs of one tokenizer"),
     ],
 )
