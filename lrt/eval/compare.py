@@ -176,7 +176,8 @@ def find_data(folder: Path) -> Prepared:
     place = PREPARED / corpus
     if not place.is_dir():
         raise ValueError(
-            f"{folder} was trained on the prepared text {corpus!r}, and {place} is not there; name its folder with --data"
+            f"{folder} was trained on the prepared text {corpus!r}, and {place} is not there; "
+            "name its folder with --data"
         )
     data = Prepared.open(place)
     if data.fingerprint != fingerprint:
