@@ -71,7 +71,7 @@ def check_torch(version: str, has_gpu: bool) -> Check:
         return Check("torch", version)
     if torch.version.cuda is None:
         return Check("torch", f"{version}, built without CUDA")
-    advice = "no GPU answers; if there is none, PyTorch's CPU package is several gigabytes smaller (docs/installation.md)"
+    advice = "no GPU answers; where there is none, PyTorch's CPU package is gigabytes smaller (docs/installation.md)"
     return Check("torch", f"{version}, built for CUDA {torch.version.cuda}", advice)
 
 
