@@ -43,8 +43,9 @@ class Compare:
 
     def run(self) -> None:
         from lrt.data.prepared import Prepared
-        from lrt.eval.compare import compare, find_data
+        from lrt.eval.compare import compare
         from lrt.eval.report.score_tables import unique_names
+        from lrt.eval.run_data import trained_on
         from lrt.utils.device import choose_device
 
         if self.figure is not None:
@@ -53,7 +54,7 @@ class Compare:
             check_figure(self.figure)
         if len(self.runs) == 0:
             raise ValueError("no run is given; name at least two folders of `lrt train`")
-        data = find_data(self.runs[0]) if self.data is None else Prepared.open(self.data)
+        data = trained_on(self.runs[0]) if self.data is None else Prepared.open(self.data)
         folders = dict(zip(unique_names(self.runs), self.runs, strict=True))
         device = choose_device(self.device)
         self.show(compare(folders, data, self.split, self.at_least, self.batch_size, device))

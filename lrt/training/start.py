@@ -143,9 +143,14 @@ def prepare_data(data: str | Path | Prepared | None, progress: bool = True) -> P
 
 
 def text_folder(text: Path) -> Path:
-    """Where a text is prepared: a folder of its own for every path, so that texts of one name do not take turns."""
+    """Where a text is prepared: a folder of its own for every path and every change of a file in it.
+
+    A run goes on, and is scored, on the text that it was trained on; so that is never prepared anew in its place.
+    """
     path = text.resolve()
-    return DATA / f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    return DATA / f"{path.stem}-{hashlib.sha256(repr((str(path), state)).encode()).hexdigest()[:8]}"
 
 
 def begin_run(run: RunConfig, data: Prepared) -> tuple[RunConfig, LatentRecurrentTransformer | None]:

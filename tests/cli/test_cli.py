@@ -159,6 +159,8 @@ def test_an_unknown_verb_is_answered_with_those_spelt_like_it(word: str, near: s
         ("train", ["--save-steps", "5"], ["--snapshots.every", "5"]),
         ("train", ["--eval-steps=5"], ["--eval.every", "5"]),
         ("train", ["--report-to", "wandb"], ["--log-to", "wandb"]),
+        ("train", ["--report-to", "none", "d2"], ["d2"]),
+        ("train", ["--report-to=none", "d2"], ["d2"]),
         ("serve", ["--max-num-seqs", "4", "--served-model-name", "a"], ["--rows", "4", "--names", "a"]),
         ("sample", ["--prompt", "--max", "x_y"], ["--prompt", "--max", "x_y"]),
     ],
