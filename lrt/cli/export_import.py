@@ -28,7 +28,10 @@ class Export:
         with extra("hf", "export"):
             from lrt.integrations.hf.export import export
         export(self.checkpoint, self.out, self.prefill, self.remote_code)
-        print(f"{self.out}: {', '.join(sorted(file.name for file in self.out.iterdir()))}")
+        sizes = [file.stat().st_size for file in self.out.iterdir()]
+        print(f"{self.out}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB. In Python:")
+        code = ", trust_remote_code=True" if self.remote_code else ""
+        print(f'AutoModelForCausalLM.from_pretrained("{self.out}"{code})')
 
 
 @dataclass(frozen=True)

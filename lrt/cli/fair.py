@@ -38,7 +38,7 @@ class Fair:
     context: int = 256
     """Tokens of a row."""
     out: Path = Path("runs/fair")
-    """Folder for the prepared text, the results, difference.svg and report.html."""
+    """Folder for the prepared text, the results, report.html and its figure as difference.svg and .pdf."""
     dry_run: bool = False
     """Only say what would be run, and how long it takes."""
     device: str = "auto"

@@ -16,11 +16,11 @@ PREPARED = Path("runs/data")
 def trained_on(folder: Path) -> Prepared:
     """The text that a run was trained on, in runs/data or in data/ beside it. ValueError where it is in neither."""
     about = Run.read(folder).about
-    corpus, fingerprint = about.get("corpus", "an unknown text"), about.get("data")
+    corpus, fingerprint = about.get("corpus", "(unnamed)"), about.get("data")
     if (data := next((one for one in prepared_nearby(folder) if one.fingerprint == fingerprint), None)) is None:
         raise ValueError(
-            f"{folder} was trained on {corpus}, which is not in {PREPARED}, nor in {folder.parent / 'data'}; give its "
-            f"folder: --data FOLDER, or lrt.Run({str(folder)!r}, data=FOLDER)"
+            f"{folder} was trained on the text {corpus}, which is neither in {PREPARED} nor in {folder.parent / 'data'}; "
+            f"give its folder: --data FOLDER, or lrt.Run({str(folder)!r}, data=FOLDER)"
         )
     return data
 

@@ -18,7 +18,9 @@ from lrt.eval import results
 from lrt.eval.results import Result
 from lrt.model.checkpoint import snapshots
 from lrt.model.config import ModelConfig
+from lrt.model.memory_config import MODEL_KINDS
 from lrt.model.size import count_parameters
+from lrt.utils import plugins
 from lrt.utils.files import read_json
 from lrt.utils.json_lines import read_json_lines
 from lrt.utils.validation import shorten
@@ -205,13 +207,17 @@ def read_config(file: Path) -> dict[str, Any]:
     config = read_json(file)
     about = config.get("about", {})
     try:
-        ModelConfig.from_dict(config["model"])
         check_kinds(about, "about", ABOUT)
+        needs = plugins.missing(about.get("plugins", ()), MODEL_KINDS)
+        if needs is None:
+            ModelConfig.from_dict(config["model"])
         for name in ("trained", "scores"):
             numbers = about.get(name) or {}
             check_kinds(numbers, f"about.{name}", dict.fromkeys(numbers, int | float))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} describes no run of this version ({error!r}); restore it from a copy") from error
+    if needs is not None:
+        raise ValueError(f"{file}: {needs}")
     return config
 
 

@@ -58,6 +58,8 @@ HEAD = 32
 """Width of a head."""
 FEWEST_STEPS = 20
 """Steps below which nothing is learned that could be compared."""
+FIGURES = (".svg", ".pdf")
+"""The figure is written for pages, and for papers."""
 PLAN = "plan.json"
 """Beside the results: what the minutes came to."""
 
@@ -173,7 +175,7 @@ def fair(
     dry_run: bool = False,
     progress: bool = True,
 ) -> list[runner.Line]:
-    """Run what is left of a comparison into `out`, and write report.html and difference.svg; returns its lines.
+    """Run what is left of a comparison into `out`, and write report.html and the figure; returns its lines.
 
     With `dry_run` only the plan is made and printed. ValueError for no text, and where the minutes are too few.
     """
@@ -194,9 +196,12 @@ def fair(
         console.print(table.rich())
     for sentence in narrow_sweeps(lines):
         console.print(sentence, markup=False)
-    save_figure(lambda: kind.figure(lines), out / "difference.svg")
+    for ending in FIGURES:
+        save_figure(lambda: kind.figure(lines), out / f"difference{ending}")
     write_report(out / "report.html", lines, say_plan(study, comparison, plan), hardware_line(device))
-    console.print(f"\n{out / 'report.html'} written.", markup=False)
+    console.print(
+        f"\n{out / 'report.html'} written; its figure alone is difference{' and '.join(FIGURES)}.", markup=False
+    )
     return lines
 
 
@@ -205,10 +210,10 @@ def say_plan(study: Study, comparison: Comparison, plan: Plan) -> str:
     cells = runner.cells_left(study, [])
     total = format_duration(60 * sum(cell.minutes for cell in cells))
     rates = " ".join(f"{rate:g}" for rate in comparison.rates)
-    later = f", the seeds to {comparison.seeds - 1} at each model's best" if comparison.seeds > 1 else ""
+    later = f", then seeds up to {comparison.seeds - 1} at each model's best rate" if comparison.seeds > 1 else ""
     return (
-        f"{len(cells)} cells: {len(comparison.models)} models, seed 0 at rates {rates}{later}; {plan.tokens:,} tokens "
-        f"a cell, scored on {plan.targets:,} of test. About {total} in all."
+        f"{len(cells)} runs: {len(comparison.models)} models, seed 0 at rates {rates}{later}; {plan.tokens:,} tokens "
+        f"each, scored on {plan.targets:,} of test. About {total} in all."
     )
 
 

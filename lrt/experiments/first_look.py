@@ -121,6 +121,7 @@ def first_look(
     first_look_report.write_report(out / "report.html", summary, verdict(summary), logs)
     replace_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print(f"\n{out / 'report.html'} written, after {format_duration(summary['seconds'])}.", markup=False)
+    console.print(f"Go on with it: lrt sample {out}/lrt, lrt chat {out}/lrt, lrt serve {out}/lrt", markup=False)
     return summary
 
 

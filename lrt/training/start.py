@@ -47,18 +47,18 @@ def train(
 ) -> Run:
     """Train a recipe on a text, or go on with it, and return the run.
 
-    recipe: a name such as `d2`, or a RunConfig.
-    data: a text file or a folder of texts, which is prepared first, once; a folder that `lrt prepare` wrote; or None:
-        the standard library of Python. The model's vocabulary is the data's.
-    out: the run's folder. None: runs/ and the recipe's name.
-    device: auto, cpu, cuda, cuda:1, mps.
-    resume: auto goes on from the newest snapshot in `out`, and does nothing again of a run that is done; never starts
-        anew and sets the old run aside; a snapshot's folder goes on from that one.
-    snapshots, evaluation, execution: what is saved and measured on the way, and how steps are computed. None: as for
-        `lrt train`.
-    log_to: tensorboard, wandb, trackio.
-    changes: fields of RunConfig, such as horizon="tokens=3e6" or seed=1. A nested field takes a dict of what changes
-        in it: optim={"matrix_lr": 0.01}, model={"depth": 3, "memory": {"source": 0}}.
+    - recipe: a name such as `d2`, or a RunConfig.
+    - data: a text file or a folder of texts, which is prepared first, once; a folder that `lrt prepare` wrote; or None:
+      the standard library of Python. The model's vocabulary is the data's.
+    - out: the run's folder. None: runs/ and the recipe's name.
+    - device: auto, cpu, cuda, cuda:1, mps.
+    - resume: auto goes on from the newest snapshot in `out`, and does nothing again of a run that is done; never starts
+      anew and sets the old run aside; a snapshot's folder goes on from that one.
+    - snapshots, evaluation, execution: what is saved and measured on the way, and how steps are computed. None: as for
+      `lrt train`.
+    - log_to: tensorboard, wandb, trackio.
+    - changes: fields of RunConfig, such as horizon="tokens=3e6" or seed=1. A nested field takes a dict of what changes
+      in it: optim={"matrix_lr": 0.01}, model={"depth": 3, "memory": {"source": 0}}.
 
     Interrupted, it saves a snapshot, and the same call goes on. ValueError, before any work, for an unknown recipe or
     field and for a value out of range. More, such as `ranks`, is in `lrt.training.loop.train`.

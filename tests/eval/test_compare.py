@@ -197,14 +197,24 @@ def test_the_command_prints_every_form(capsys: pytest.CaptureFixture[str], tmp_p
         (["runs/one", "runs/two", "--figure", "figure.jpeg"], "figure.jpeg; give one that ends in .svg, .png, .pdf"),
         (["runs/one", "runs/two", "--split", "dev"], "dev"),
         (["runs/one", "runs/two", "--data", "runs/one"], "runs/one"),
-        (["runs/strange", "runs/two"], "runs/strange was trained on gone, which is not in runs/data"),
+        (
+            ["runs/strange", "runs/two"],
+            "trained on the text gone, which is neither in runs/data nor in runs/data; give its folder: --data FOLDER",
+        ),
+        (["runs/one", "runs/needy"], "this checkpoint needs the plugin wide: pass --plugin wide.py"),
         (["runs/two", "runs/other"], "another tokenizer than runs/other's; compare runs of one tokenizer"),
     ],
 )
 def test_wrong_input_is_one_sentence(
     words: list[str], said: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    for name, change in (("strange", {"about": {"corpus": "gone"}}), ("other", {"tokenizer_sha256": "ab"})):
+    wide = {"name": "wide", "version": "1", "sha256": "0" * 64, "provides": ["injection wide"]}
+    changes = {
+        "strange": {"about": {"corpus": "gone"}},
+        "other": {"tokenizer_sha256": "ab"},
+        "needy": {"about": {"plugins": [wide]}},
+    }
+    for name, change in changes.items():
         change_config(place / "runs" / "one", place / "runs" / name, change)
     monkeypatch.setattr(lrt.eval.compare, "measure_bpb", None)  # nothing is scored before all is checked
     with pytest.raises(SystemExit) as ended:

@@ -207,7 +207,7 @@ def test_a_comparison_from_the_command_line_and_again(
     command = ["fair", str(text), "--models", "transformer", "lrt", "--seeds", "1", "--rates", "1", *size]
     command += ["--device", "cpu"]
     main([*command, "--dry-run"])
-    assert "2 cells: 2 models, seed 0 at rates 1; " in capsys.readouterr().out
+    assert "2 runs: 2 models, seed 0 at rates 1; " in capsys.readouterr().out
     assert not Path("runs/fair/fair.own.jsonl").exists()
     main(command)
     shown = capsys.readouterr().out

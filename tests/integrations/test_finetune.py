@@ -233,6 +233,17 @@ def test_a_folder_without_a_chat_template_is_told_so(llama, tmp_path, capsys):
     assert "has no chat template" in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_ends_no_text_is_refused_with_the_fix(llama, tmp_path, capsys):
+    shutil.copytree(llama, tmp_path / "endless")
+    inner = Inner.from_file(str(llama / "tokenizer.json"))
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>").save_pretrained(tmp_path / "endless")
+    file = write(tmp_path / "chat.jsonl", chats("text"))
+    with pytest.raises(SystemExit):
+        main(["finetune", str(tmp_path / "endless"), str(tmp_path / "out"), "--chat", file])
+    error = capsys.readouterr().err
+    assert "endless has no token that ends a text; name one as eos_token in its tokenizer_config.json" in error
+
+
 def with_template(llama, folder, template: str) -> str:
     """A copy of the folder whose tokenizer writes chats by `template`."""
     AutoModelForCausalLM.from_pretrained(llama, dtype="auto").save_pretrained(folder)

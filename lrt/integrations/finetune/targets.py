@@ -128,6 +128,11 @@ class TransformersTarget:
     def open(cls, source: Path) -> TransformersTarget:
         """A folder as transformers saves it."""
         tokenizer = AutoTokenizer.from_pretrained(source)
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"the tokenizer of {source} has no token that ends a text; name one as eos_token in its "
+                "tokenizer_config.json"
+            )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
