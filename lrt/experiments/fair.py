@@ -22,11 +22,11 @@ from lrt.data.prepared import Prepared
 from lrt.distributed.single_process import SingleProcess
 from lrt.eval.report.html import inline_svg
 from lrt.eval.report.render import notes, render, section
+from lrt.eval.report.style import save_figure
 from lrt.experiments.demo import EPOCHS
 from lrt.experiments.rivals import rivals
 from lrt.experiments.studies import runner
 from lrt.experiments.studies.fair import narrow_sweeps, terminal_tables, verdict
-from lrt.experiments.studies.figures import save_figure
 from lrt.experiments.studies.grid import Fields, Study, make_study
 from lrt.experiments.studies.kinds import find_kind
 from lrt.experiments.studies.language import BASELINE, TARGETS, build_model, build_run
