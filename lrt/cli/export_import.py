@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from lrt.utils.files import place_and_size
 from lrt.utils.imports import extra
 
 
@@ -28,7 +29,8 @@ class Export:
         with extra("hf", "export"):
             from lrt.integrations.hf.export import export
         export(self.checkpoint, self.out, self.prefill, self.remote_code)
-        print(f"{self.out}: {', '.join(sorted(file.name for file in self.out.iterdir()))}")
+        print(", ".join(sorted(file.name for file in self.out.iterdir())))
+        print(place_and_size(self.out))
 
 
 @dataclass(frozen=True)
@@ -49,4 +51,5 @@ class Import:
 
         model = import_checkpoint(self.source, self.out, self.tokenizer)
         total, _ = count_parameters(model.config)
-        print(f"{self.out}: {total:,} parameters, schedule {checkpoint.about(self.out)['schedule']}")
+        print(f"{total:,} parameters, schedule {checkpoint.about(self.out)['schedule']}")
+        print(place_and_size(self.out))

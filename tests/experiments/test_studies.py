@@ -73,6 +73,9 @@ class Counting:
     def discard(self, line: runner.Line) -> None:
         self.discarded.append(line["cell"])
 
+    def score(self, line: runner.Line) -> str:
+        return f"{line['result']['steps']} steps"
+
     def tables(self, lines: Sequence[runner.Line]) -> list[Table]:
         return []
 
@@ -140,7 +143,7 @@ def test_a_stopped_study_goes_on(study: grid.Study, tmp_path: Path, capsys: pyte
     stopped = Counting(fail_at=3)
     with pytest.raises(KeyboardInterrupt):
         runner.run_study(study, stopped, file, progress=False)
-    assert "10 cells to run, about 42 minutes in all; 0 are done already" in capsys.readouterr().out
+    assert "10 cells to run, about 42 min in all; 0 are done already" in capsys.readouterr().out
     with file.open("a") as cut:
         cut.write('{"cell": "hard/l')  # the machine went down while writing
     goes_on = Counting()
@@ -170,7 +173,7 @@ def test_a_cell_that_another_study_ran_is_taken(study: grid.Study, tmp_path: Pat
     capsys.readouterr()
     counting = Counting()
     lines = runner.run_study(study, counting, tmp_path / study.results, progress=False)
-    assert "10 cells to run, about 21 minutes in all" in capsys.readouterr().out
+    assert "10 cells to run, about 21 min in all" in capsys.readouterr().out
     assert [fields["seed"] for fields in counting.ran] == [1] * 5
     assert [line["result"] for line in lines[:5]] == [line["result"] for line in ran]
     assert lines[1] == {**ran[1], **runner.label(study, study.cells[1]), "from": "other.tiny easy/tall/0"}
