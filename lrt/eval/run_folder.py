@@ -169,8 +169,8 @@ class Measurement:
         return self.result.values
 
     def __repr__(self) -> str:
-        said = sentence("This run", self.result)
-        return "\n\n".join([said, *(table.text() for table in result_tables(self.result))])
+        said = sentence("the run", self.result)
+        return "\n\n".join([said[0].upper() + said[1:], *(table.text() for table in result_tables(self.result))])
 
     def _repr_html_(self) -> str:
         from lrt.eval.run_html import measurement_html  # loads matplotlib

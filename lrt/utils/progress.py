@@ -79,8 +79,9 @@ def error_console() -> Console:
 def bar(title: str, total: float | None, show: bool = True) -> Iterator[Advance]:
     """A transient bar on standard error while the block runs; nothing if not `show`.
 
-    Within another bar's block it stands below that one. In a notebook the bar is a part of the cell. Where standard error is neither (a cluster's log), a line comes every
-    LINE_EVERY seconds. `total` is in the units of `Advance`; None where the end is not known.
+    Within another bar's block it stands below that one. In a notebook it is a part of the cell. Where standard error is
+    neither (a cluster's log), a line comes every LINE_EVERY seconds. `total` is in the units of `Advance`; None where
+    the end is not known.
     """
     console = error_console()
     on_terminal = show and console.is_terminal

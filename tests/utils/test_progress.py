@@ -68,6 +68,25 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
     assert [line[-1] for line in lines] == ["b", "d"]
 
 
+def test_a_share_is_never_more_than_all():
+    shown = Progress(*terminal_columns(), console=Console(file=io.StringIO()), disable=True)
+    number = shown.add_task("study", total=10, text="")
+    shown.update(number, advance=15)
+    assert progress_line(shown.tasks[number]).startswith("study 15/10 (100%)")
+
+
+def test_a_bar_within_a_bar_stands_below_it(monkeypatch: pytest.MonkeyPatch):
+    out = io.StringIO()
+    terminal = Console(file=out, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(progress, "error_console", lambda: terminal)
+    with bar("training", 10) as steps, bar("live", 100) as scores:
+        steps(3)
+        scores(50)
+    frame = out.getvalue().rpartition("training")[2]
+    assert " 30% " in frame.partition("live")[0]
+    assert " 50% " in frame.partition("live")[2]
+
+
 def test_what_is_not_to_be_shown_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     with bar("training", 2, show=False) as advance:
