@@ -50,4 +50,4 @@ def test_the_guide_s_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert Path("runs/report.html").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "mine: the state survives" in printed or "mine: the memory" in printed
-    assert "\nrefinements," in printed  # --format csv
+    assert "\nn,full," in printed  # --format csv

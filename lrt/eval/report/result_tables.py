@@ -75,10 +75,10 @@ def sweep_tables(values: Mapping[str, Any]) -> list[Table]:
     body.append(["contraction", *(f"{contraction[stride]:.3f}" for stride in curves), ""])
     title = (
         f"Bits per byte after n refinements of {values['targets']:,} tokens; parallel {values['parallel_bpb']:.4f} "
-        f"under {values['schedule']}, live {values['live_bpb']:.4f}"
+        f"under {values['schedule']}, live {values['live_bpb']:.4f}; distance: full refinements, from the live memory"
     )
     strides = ["full" if stride == 1 else f"stride {stride}" for stride in curves]
-    return [Table(title, ["refinements", *strides, "full, distance from the live memory"], body)]
+    return [Table(title, ["n", *strides, "distance"], body)]
 
 
 def hop_tables(values: Mapping[str, Any]) -> list[Table]:
