@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import tyro
 
 from lrt.cli.options import Paths
+from lrt.eval.report.table import TableFormat
 
 if TYPE_CHECKING:
     from lrt.eval.compare import Comparison
@@ -34,7 +35,7 @@ class Compare:
     """Windows scored at once; no score depends on it."""
     full: bool = False
     """Show all that is known of the runs, not only the columns that fit a terminal."""
-    format: Literal["text", "json", "csv", "md", "latex"] = "text"
+    format: TableFormat = "text"
     """Of what is printed."""
     figure: Path | None = None
     """Draw the differences with their intervals into this file: .svg, .png or .pdf."""

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from lrt.data.prepared import Prepared
 from lrt.distributed.single_process import SINGLE_PROCESS
 from lrt.eval import diagnose, runs
-from lrt.eval.report.text import result_lines
+from lrt.eval.report.result_tables import result_tables
+from lrt.eval.report.sentences import sentence
 from lrt.eval.results import Result
 from lrt.eval.run_data import trained_on
 from lrt.eval.scoring import Metrics
@@ -160,7 +161,8 @@ class Measurement:
         return self.result.values
 
     def __repr__(self) -> str:
-        return "\n".join([f"{self.result.kind}, {self.result.subject}", *result_lines(self.result)])
+        said = sentence("the run", self.result)
+        return "\n\n".join([said[0].upper() + said[1:], *(table.text() for table in result_tables(self.result))])
 
     def _repr_html_(self) -> str:
         from lrt.eval.run_html import measurement_html  # loads matplotlib

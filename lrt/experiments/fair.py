@@ -22,11 +22,12 @@ from lrt.data.prepared import Prepared
 from lrt.distributed.single_process import SingleProcess
 from lrt.eval.report.html import inline_svg
 from lrt.eval.report.render import notes, render, section
+from lrt.eval.report.style import save_figure
+from lrt.eval.report.table import TableFormat, aside, print_tables
 from lrt.experiments.demo import EPOCHS
 from lrt.experiments.rivals import rivals
 from lrt.experiments.studies import runner
 from lrt.experiments.studies.fair import narrow_sweeps, terminal_tables, verdict
-from lrt.experiments.studies.figures import save_figure
 from lrt.experiments.studies.grid import Fields, Study, make_study
 from lrt.experiments.studies.kinds import find_kind
 from lrt.experiments.studies.language import BASELINE, TARGETS, build_model, build_run
@@ -38,7 +39,7 @@ from lrt.schedules.parse import parse
 from lrt.training import recipes
 from lrt.training.config import RunConfig
 from lrt.training.speed import Speed, measure_speed
-from lrt.utils.files import read_json, replace_atomically
+from lrt.utils.files import place_and_size, read_json, replace_atomically
 from lrt.utils.provenance import hardware_line
 from lrt.utils.timing import format_duration
 from lrt.utils.validation import Limits
@@ -174,10 +175,12 @@ def fair(
     device: str = "cpu",
     dry_run: bool = False,
     progress: bool = True,
+    form: TableFormat = "text",
 ) -> list[runner.Line]:
     """Run what is left of a comparison into `out`, and write report.html and the figure; returns its lines.
 
-    With `dry_run` only the plan is made and printed. ValueError for no text, and where the minutes are too few.
+    `form` is that of the table which is printed at the end. With `dry_run` only the plan is made and printed.
+    ValueError for no text, and where the minutes are too few.
     """
     if not texts:
         raise ValueError("no text is given; name text files or folders of them, as in: lrt fair texts/")
@@ -186,22 +189,20 @@ def fair(
     text = f"{out}/data"  # with a slash: a path, not a name
     plan = kept_plan(out, data, text, comparison, device)
     study, kind = comparison.make_study(text, data, plan), find_kind("fair")
-    console.print(say_plan(study, comparison, plan), markup=False, soft_wrap=True)
-    if dry_run:
-        return []
-    lines = runner.run_study(study, kind, out / study.results, progress=progress, device=device)
-    for sentence in verdict(lines):
-        console.print(f"\n{sentence}", style="bold", markup=False)
-    for table in terminal_tables(lines):
-        console.print(table.rich())
-    for sentence in narrow_sweeps(lines):
-        console.print(sentence, markup=False)
-    for ending in FIGURES:
-        save_figure(lambda: kind.figure(lines), out / f"difference{ending}")
+    with aside(form):
+        console.print(say_plan(study, comparison, plan), markup=False, soft_wrap=True)
+        if dry_run:
+            return []
+        lines = runner.run_study(study, kind, out / study.results, progress=progress, device=device)
+        for sentence in verdict(lines):
+            console.print(f"\n{sentence}", style="bold", markup=False, soft_wrap=True)
+    print_tables(terminal_tables(lines) if form == "text" else kind.tables(lines), form, console)
+    save_figure(lambda: kind.figure(lines), out / "difference.svg")
     write_report(out / "report.html", lines, say_plan(study, comparison, plan), hardware_line(device))
-    console.print(
-        f"\n{out / 'report.html'} written; its figure alone is difference{' and '.join(FIGURES)}.", markup=False
-    )
+    with aside(form):
+        for sentence in narrow_sweeps(lines):
+            console.print(sentence, markup=False, soft_wrap=True)
+        console.print(f"\n{place_and_size(out / 'report.html')}", markup=False, soft_wrap=True)
     return lines
 
 

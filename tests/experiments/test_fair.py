@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -221,6 +223,12 @@ def test_a_comparison_from_the_command_line_and_again(
     monkeypatch.setattr(language, "train_cell", lambda *_: pytest.fail("run again"))
     main(command)
     assert "0 cells to run" in capsys.readouterr().out
+    main([*command, "--format", "csv"])
+    printed = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(printed.out)))
+    assert [row["model"] for row in rows] == ["transformer", "lrt"]
+    assert rows[1]["parameters"] == f"{lines[1]['result']['parameters']:,}"
+    assert "At equal tokens, lrt is " in printed.err
 
 
 def test_no_text_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -148,6 +148,9 @@ class Scores:
     def discard(self, line: runner.Line) -> None:
         pass
 
+    def score(self, line: runner.Line) -> str:
+        return f"live {line['result']['val_live_bpb']:.4f}"
+
     def tables(self, lines: Any) -> list[Table]:
         return []
 
@@ -164,7 +167,7 @@ def swept(tmp_path: Path) -> grid.Study:
 def test_later_seeds_run_at_the_best_rate(swept: grid.Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     kind = Scores({"a 0.5": 2.0, "a 1": 1.0, "b 0.5": 1.0, "b 1": 2.0})
     runner.run_study(swept, kind, tmp_path / swept.results, progress=False, device="cpu:0")
-    assert "6 cells to run, about 12 minutes in all" in capsys.readouterr().out
+    assert "6 cells to run, about 12 min in all" in capsys.readouterr().out
     assert kind.ran[:4] == [(name, 0, "cpu:0") for name in ("a 0.5", "b 0.5", "a 1", "b 1")]
     assert sorted(kind.ran[4:]) == [("a 1", 1, "cpu:0"), ("b 0.5", 1, "cpu:0")]
     assert not list(tmp_path.glob("*.claims/*"))

@@ -191,6 +191,11 @@ class Language:
         scores = line["result"]
         shutil.rmtree(snapshot_folder(scores["run"], scores["data"]), ignore_errors=True)
 
+    def score(self, line: Line) -> str:
+        """Live, on test."""
+        scored = "test" in line["result"]
+        return f"live {comparisons.test_bpb(line):.4f} bits per byte on test" if scored else "diverged"
+
     def tables(self, lines: Sequence[Line]) -> list[Table]:
         return comparisons.comparison_tables(lines)
 
