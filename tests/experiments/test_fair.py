@@ -167,13 +167,41 @@ def test_the_verdict_says_only_what_the_interval_allows(factors: tuple[float, ..
     assert words in sentence
 
 
+def diverged(line: runner.Line) -> runner.Line:
+    """The same cell, whose loss was not finite."""
+    counted = {"step_ratio": 1.5, "parameters": 1000, "diverged": "the loss at step 3 is nan"}
+    return {**line, "result": counted}
+
+
 def test_a_model_that_diverged_is_said_to_have():
-    lines = [*BASE, *of_lrt(1.0)]
-    del lines[-1]["result"]["test"], lines[-1]["result"]["val_live_bpb"]
-    assert verdict(lines) == ["At equal tokens, lrt has no seed that ended."]
+    lines = [*BASE, diverged(of_lrt(1.0)[0])]
+    assert verdict(lines) == ["At equal tokens, lrt has no seed to compare: lrt diverged with seed 0."]
     (table,) = Fair().tables(lines)
     assert [row[1] for row in table.body] == ["2.0100", "diverged"]
     difference_figure(lines)
+
+
+def test_seeds_that_diverged_are_named_beside_a_difference():
+    first, second, third = of_lrt(0.9, 0.9, 0.9)
+    (sentence,) = verdict([BASE[0], BASE[1], diverged(BASE[2]), first, diverged(second), third])
+    words = "lrt is 10.0 % better than transformer, live (1 seed: too few for an interval), and lrt diverged with seed "
+    assert sentence == f"At equal tokens, {words}1 and transformer diverged with seed 2."
+
+
+def test_a_first_model_that_diverged_is_what_the_verdict_says():
+    lines = [*map(diverged, BASE), *of_lrt(0.9, 0.9, 0.9)]
+    assert verdict(lines) == [
+        "At equal tokens, nothing can be compared with transformer: transformer diverged with seeds 0, 1, 2."
+    ]
+    assert [row[2:4] for row in Fair().tables(lines)[0].body] == [["", ""], ["", "1.00"]]  # of the first one's steps
+    difference_figure(lines)
+
+
+def test_the_first_model_is_the_reference_at_equal_time_too():
+    """Where the Transformer has no cell of its own there, it stands behind what was named before it."""
+    beside = [{**line, "choices": {**line["choices"], "equal": "wall-clock"}} for line in of_lrt(0.9)]
+    sentences = verdict([*of_lrt(0.9), BASE[0], *beside])
+    assert [sentence.partition(", ")[2][:33] for sentence in sentences] == ["transformer is 11.1 % worse than "] * 2
 
 
 def test_tables_have_the_paired_difference_from_the_first():

@@ -60,7 +60,7 @@ def group_table(lines: Sequence[Line], group: tuple[str, ...], choices: Choices)
     """A row per model, the first one on top."""
     first = next(iter(choices))
     head = ["model", "live BPB", "difference", "step", "rate (tried)", "parameters", "seeds"]
-    base = next((line["result"].get("step_ratio", 1.0) for line in scored_lines(choices[first])), 1.0)
+    base = choices[first][0]["result"]["step_ratio"]  # measured before training: one that diverged has it too
     body = []
     for name, of_choice in choices.items():
         scored = scored_lines(of_choice)
@@ -104,12 +104,28 @@ def narrow_sweeps(lines: Sequence[Line]) -> list[str]:
 
 
 def say_differences(choices: Choices) -> str:
-    """Every model beside the first, from the best on."""
+    """Every model beside the first, from the best on; and which seeds diverged."""
     first, *others = choices
+    if not scored_lines(choices[first]):
+        return f"nothing can be compared with {first}: {say_diverged(choices, first)}"
     differences = {name: paired_difference(choices[name], choices[first]) for name in others}
     known = {name: difference for name, difference in differences.items() if difference is not None}
-    said = [say_difference(name, first, known[name]) for name in sorted(known, key=lambda name: known[name].mean)]
-    return "; ".join(said + [f"{name} has no seed that ended" for name in others if name not in known])
+    sentences = []
+    for name in [*sorted(known, key=lambda name: known[name].mean), *(name for name in others if name not in known)]:
+        sentence = say_difference(name, first, known[name]) if name in known else f"{name} has no seed to compare"
+        lost = say_diverged(choices, name, first)
+        sentences.append(f"{sentence}{', and' if name in known else ':'} {lost}" if lost else sentence)
+    return "; ".join(sentences)
+
+
+def say_diverged(choices: Choices, *names: str) -> str:
+    """Which seeds of these models diverged; empty where none did."""
+    parts = []
+    for name in names:
+        lost = [str(line["seed"]) for line in choices[name] if "test" not in line["result"]]
+        if lost:
+            parts.append(f"{name} diverged with seed{'s' * (len(lost) > 1)} {', '.join(lost)}")
+    return " and ".join(parts)
 
 
 def say_difference(name: str, first: str, difference: Difference) -> str:
