@@ -510,20 +510,20 @@ def test_a_long_cell_goes_on_where_it_was_left(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.usefixtures("story")
 def test_the_loss_of_a_cell_that_went_on_is_that_of_all_its_last_steps(monkeypatch: pytest.MonkeyPatch):
     fields = {**SMALL, "seed": 0, "family": "transformer", "horizon": "steps=40", "settling": 0}
-    run = language.build_run(fields, language.open_text("story").vocab_size)
+    run = language.build_run(fields, texts.open_text("story").vocab_size)
 
     def train(stop_at: str = "never") -> float:
         def advance(amount: float, text: str = "") -> None:
             if text.startswith(stop_at):
                 raise KeyboardInterrupt
 
-        return language.train_cell(run, language.open_text("story"), "cpu", advance)[1].loss
+        return language.train_cell(run, texts.open_text("story"), "cpu", advance)[1].loss
 
     monkeypatch.setattr(language, "KEEP_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
         train("step 40 ")  # the snapshot is of step 39; the loss is the mean of two steps
     gone_on = train()
-    data = language.open_text("story")
+    data = texts.open_text("story")
     shutil.rmtree(language.snapshot_folder(run.to_dict(), data.fingerprint))
     assert train() == gone_on
 
