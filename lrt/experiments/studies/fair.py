@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from lrt.data.prepared import Prepared
 from lrt.eval.report.style import GREY, colour_of
 from lrt.eval.report.table import Table
 from lrt.experiments.studies.comparisons import (
@@ -28,7 +30,7 @@ from lrt.experiments.studies.comparisons import (
     seeds_cell,
     test_bpb,
 )
-from lrt.experiments.studies.grid import Cell
+from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.language import Language
 from lrt.experiments.studies.runner import Line
 
@@ -44,6 +46,26 @@ class Fair(Language):
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
         return [group_table(lines, group, choices) for group, choices in group_by_axes(lines).items()]
+
+
+class OwnText(Fair):
+    """The same on one prepared text, which cells name by its fingerprint: where its folder lies is in no key.
+
+    All that is kept beside the results is in `folder`.
+    """
+
+    def __init__(self, data: Prepared, folder: Path) -> None:
+        super().__init__()
+        self.data, self.folder = data, folder
+
+    def missing(self, cell: Cell) -> str | None:
+        return None
+
+    def open_text(self, fields: Fields) -> Prepared:
+        return self.data
+
+    def fingerprint(self, fields: Fields) -> str | None:
+        return self.data.fingerprint
 
 
 def terminal_tables(lines: Sequence[Line]) -> list[Table]:

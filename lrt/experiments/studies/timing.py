@@ -1,7 +1,8 @@
 """What cells of language take: paired ratios of times, measured once and kept, and how long a cell will run.
 
-Ratios are kept in a file beside the texts, or in a study's own folder (`ratios.json`). Measured anew by each process and each resumption, they
-would give the seeds and rates of a family different horizons at equal wall-clock (contract, section 5).
+Ratios are kept in a file beside the texts, or in a study's own folder (`ratios.json`). Measured anew by each process
+and each resumption, they would give the seeds and rates of a family different horizons at equal wall-clock (contract,
+section 5).
 """
 
 from __future__ import annotations
@@ -48,9 +49,7 @@ def ratios_file(folder: Path | None = None) -> Path:
     return texts.study_folder(folder) / "ratios.json"
 
 
-def paired_ratios(
-    run: RunConfig, other: RunConfig, data: Prepared, device: str, folder: Path | None = None
-) -> Ratios:
+def paired_ratios(run: RunConfig, other: RunConfig, data: Prepared, device: str, folder: Path | None = None) -> Ratios:
     """The ratios of a run and the Transformer's beside it: those that are kept in `folder`, or measured now."""
     if run.model == other.model and run.schedule == other.schedule:
         return {"step": 1.0, "schedule": 1.0, "decode": 1.0}
