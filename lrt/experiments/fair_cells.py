@@ -30,7 +30,7 @@ LIMITS = {
     "rates": Limits(0, 10**3, above=True),
     "depth": MODEL_LIMITS["depth"],
     "width": MODEL_LIMITS["width"],
-    "context": MODEL_LIMITS["context"],
+    "context": dataclasses.replace(MODEL_LIMITS["context"], least=2),  # of one token there is no previous one
 }
 """What is asked for may be."""
 

@@ -52,18 +52,18 @@ def kept_plan(plans: Plans, data: Prepared, comparison: Comparison, device: str)
     if kept is not None and not runs:
         return kept
     speeds = {name: measure_speed(run, data, SingleProcess(device)) for name, run in runs.items()}
-    tokens, targets = (
-        (kept.tokens, kept.targets) if kept is not None else divide_minutes(comparison, runs, speeds, data)
-    )
-    plan = Plan(
-        tokens,
-        targets,
-        parameters,
-        {**{name: tokens * speed.train / 60 for name, speed in speeds.items()}, **(kept.training if kept else {})},
-        {**{name: targets * score_seconds(s) / 60 for name, s in speeds.items()}, **(kept.scoring if kept else {})},
-    )
+    if kept is None:
+        kept = Plan(*divide_minutes(comparison, runs, speeds, data), parameters, {}, {})
+    plan = add_times(kept, speeds)
     plans.keep(key, dataclasses.asdict(plan))
     return plan
+
+
+def add_times(plan: Plan, speeds: Mapping[str, Speed]) -> Plan:
+    """The plan with what cells of these models take."""
+    training = {name: plan.tokens * speed.train / 60 for name, speed in speeds.items()}
+    scoring = {name: plan.targets * score_seconds(speed) / 60 for name, speed in speeds.items()}
+    return dataclasses.replace(plan, training=plan.training | training, scoring=plan.scoring | scoring)
 
 
 def read_plan(saved: Mapping[str, Any] | None, parameters: int) -> Plan | None:

@@ -117,7 +117,7 @@ def first_look(
     plans.make_room(key, REPORT, SUMMARY)
     first_look_report.write_report(out / REPORT, summary, verdict(summary), logs)
     replace_atomically(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    console.print(f"\n{out / 'report.html'} written, after {format_duration(summary['seconds'])}.", markup=False)
+    console.print(f"\n{out / REPORT} written, after {format_duration(summary['seconds'])}.", markup=False)
     return summary
 
 

@@ -96,7 +96,7 @@ def test_an_injection_of_the_table_is_a_model_too():
         ({"rates": (1.0, 0.0)}, "--rates is 0; it must be a finite number above 0"),
         ({"rates": ()}, "--rates names none"),
         ({"rates": (1.0, 1.0000001)}, "--rates is 1 1; name each rate once"),
-        ({"context": 0}, "--context is 0; it must be a whole number of at least 1"),
+        ({"context": 0}, "--context is 0; it must be a whole number of at least 2"),
         ({"depth": 0}, "--depth is 0; it must be a whole number of at least 1"),
         ({"width": 48}, "--width is 48; it must be a multiple of 32, the width of a head"),
         ({"width": -32}, "--width is -32; it must be a whole number of at least 1"),
