@@ -48,7 +48,8 @@ class Fair:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
-        from lrt.experiments.fair import Comparison, fair
+        from lrt.experiments.fair import fair
+        from lrt.experiments.fair_cells import Comparison
         from lrt.utils.device import choose_device
 
         comparison = Comparison(

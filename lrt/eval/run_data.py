@@ -19,8 +19,8 @@ def trained_on(folder: Path) -> Prepared:
     corpus, fingerprint = about.get("corpus", "(unnamed)"), about.get("data")
     if (data := next((one for one in prepared_nearby(folder) if one.fingerprint == fingerprint), None)) is None:
         raise ValueError(
-            f"{folder} was trained on the text {corpus}, which is neither in {PREPARED} nor in {folder.parent / 'data'}; "
-            f"give its folder: --data FOLDER, or lrt.Run({str(folder)!r}, data=FOLDER)"
+            f"{folder} was trained on the text {corpus}, which is neither in {PREPARED} nor in "
+            f"{folder.parent / 'data'}; give its folder: --data FOLDER, or lrt.Run({str(folder)!r}, data=FOLDER)"
         )
     return data
 
