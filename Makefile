@@ -5,6 +5,7 @@
 
 VENV := .venv
 DOCS := .venv-docs
+RELEASE := .venv-release
 BIN  := $(VENV)/bin
 JOBS ?= 2
 ARGS ?=
@@ -20,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak mutants docs lint format clean distclean
+.PHONY: help demo test test-slow soak mutants docs release lint format clean distclean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +48,18 @@ mutants: $(VENV)/.installed-dev ## break the code in 300 small ways; which does 
 docs: $(DOCS)/.installed ## build the site into build/docs; every warning is an error
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(DOCS)/bin/python -m sphinx -W --keep-going -b html docs build/docs $(ARGS)
 
+# twine is pinned here: it checks what is uploaded, and has no place in an environment that runs the library.
+release: $(VENV)/.installed-dev ## build, check, install the wheel in a clean environment and run the demo's first minute
+	rm -rf dist $(RELEASE)
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet twine==7.0.0
+	$(RELEASE)/bin/python -m twine check --strict dist/*
+	$(RELEASE)/bin/python -m pip install --quiet dist/*.whl --constraint constraints.txt
+	cd $(RELEASE) && bin/lrt --version && bin/lrt --help >/dev/null
+	cd $(RELEASE) && { timeout 60 bin/lrt demo --out demo; code=$$?; [ $$code -eq 124 ] || [ $$code -eq 0 ]; }
+	@echo "dist/ is fit to be uploaded"
+
 lint: $(VENV)/.installed-dev ## style, types and import order
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,8 +74,8 @@ clean: ## remove caches and built packages; .venv and runs stay
 	rm -rf build dist *.egg-info docs/log docs/study .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
 	find lrt tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## clean, and remove .venv and .venv-docs too
-	rm -rf $(VENV) $(DOCS)
+distclean: clean ## clean, and remove .venv, .venv-docs and .venv-release too
+	rm -rf $(VENV) $(DOCS) $(RELEASE)
 
 # The stamps are written last, so an installation that was interrupted is done again, as it is after a change of
 # what it read.

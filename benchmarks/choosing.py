@@ -25,9 +25,9 @@ from matplotlib.ticker import NullLocator
 
 from lrt import LatentRecurrentTransformer, ModelConfig, refine, schedules
 from lrt.eval.hops import HopCurve, hops_of_rows
+from lrt.eval.report.style import save_figure
 from lrt.experiments.state_tracking.measure import held_out_generator, sample_rows
 from lrt.experiments.state_tracking.training import train_tracking
-from lrt.experiments.studies.figures import save_figure
 from lrt.experiments.studies.state_tracking import recipe
 from lrt.schedules.flops import training_flops
 

@@ -37,8 +37,8 @@ import lrt
 import lrt.distributed.parallelize
 import lrt.experiments.studies.kinds
 from lrt.cli.main import main as command_line
+from lrt.eval.report.style import save_figure
 from lrt.eval.report.table import Table
-from lrt.experiments.studies.figures import save_figure
 from lrt.model.checkpoint import snapshot_step, snapshots
 from lrt.utils.files import read_json, sha256
 from lrt.utils.progress import bar

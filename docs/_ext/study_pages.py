@@ -7,9 +7,9 @@ from pathlib import Path
 
 from sphinx.application import Sphinx
 
+from lrt.eval.report.style import save_figure
 from lrt.eval.report.table import markdown
 from lrt.experiments.studies import grid, runner
-from lrt.experiments.studies.figures import save_figure
 from lrt.experiments.studies.kinds import find_kind
 
 STUDIES = Path(grid.__file__).parent

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import tyro
 
 from lrt.cli.options import Paths
+from lrt.eval.report.table import TableFormat
 
 if TYPE_CHECKING:
     from lrt.eval.compare import Comparison
@@ -34,7 +35,7 @@ class Compare:
     """Windows scored at once; no score depends on it."""
     full: bool = False
     """Show all that is known of the runs, not only the columns that fit a terminal."""
-    format: Literal["text", "json", "csv", "md", "latex"] = "text"
+    format: TableFormat = "text"
     """Of what is printed."""
     figure: Path | None = None
     """Draw the differences with their intervals into this file: .svg, .png or .pdf."""
@@ -43,8 +44,9 @@ class Compare:
 
     def run(self) -> None:
         from lrt.data.prepared import Prepared
-        from lrt.eval.compare import compare, find_data
+        from lrt.eval.compare import compare
         from lrt.eval.report.score_tables import unique_names
+        from lrt.eval.run_data import trained_on
         from lrt.utils.device import choose_device
 
         if self.figure is not None:
@@ -53,7 +55,7 @@ class Compare:
             check_figure(self.figure)
         if len(self.runs) == 0:
             raise ValueError("no run is given; name at least two folders of `lrt train`")
-        data = find_data(self.runs[0]) if self.data is None else Prepared.open(self.data)
+        data = trained_on(self.runs[0]) if self.data is None else Prepared.open(self.data)
         folders = dict(zip(unique_names(self.runs), self.runs, strict=True))
         device = choose_device(self.device)
         self.show(compare(folders, data, self.split, self.at_least, self.batch_size, device))

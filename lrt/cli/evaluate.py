@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import tyro
 
 from lrt.cli.options import Paths
+from lrt.cli.results import choose_format, show_core, show_diagnosis, show_scores, show_tables
+from lrt.eval.report.table import TableFormat
 from lrt.utils import files
 from lrt.utils.imports import extra
 
@@ -51,12 +53,17 @@ class Evaluate:
     downloaded first. Stopped, it goes on. (--tasks-limit and --tasks-prefill count here too.)"""
     out: Path | None = None
     """Folder for the results. None: evaluation/ in the folder of the checkpoint."""
+    full: bool = False
+    """Show how much was scored of each corpus, too."""
+    format: TableFormat = "text"
+    """Of what is printed: text, json, csv, md or latex."""
     json: bool = False
-    """Print one JSON object instead of text."""
+    """The same as --format json: one JSON object."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
     def __post_init__(self) -> None:
+        choose_format(self.format, self.json)
         if self.tasks and self.core is not None:
             raise ValueError("--tasks and --core exclude each other; run one after the other")
         for flag, for_tasks in (("--tasks-include", self.tasks_include), ("--tasks-shots", self.tasks_shots)):
@@ -79,7 +86,7 @@ class Evaluate:
         from lrt.data.prepared import Prepared
         from lrt.distributed.parallelize import join_ranks
         from lrt.eval.diagnose import corpus_names, load_subject, score_corpora
-        from lrt.eval.report.text import result_lines
+        from lrt.eval.runs import run_name
         from lrt.model import checkpoint
         from lrt.utils.device import choose_device
 
@@ -98,7 +105,8 @@ class Evaluate:
             scores = score_corpora(subjects)
             if ranks.first:
                 scores.write(out)
-                print(json.dumps(scores.values) if self.json else "\n".join(result_lines(scores)))
+                name = run_name(self.checkpoint)
+                show_scores(name, scores, choose_format(self.format, self.json), self.full, out)
 
     def evaluate_core(self, bundles: tuple[Path, ...]) -> None:
         """Print CORE, from the bundle that is named or else downloaded.
@@ -109,7 +117,7 @@ class Evaluate:
         from lrt.distributed.parallelize import join_ranks
         from lrt.eval.core_metric.benchmark import CoreSettings, run_core
         from lrt.eval.core_metric.bundle import Bundle, download
-        from lrt.eval.report.text import result_lines
+        from lrt.eval.runs import run_name
         from lrt.model import checkpoint
         from lrt.utils.device import choose_device
 
@@ -124,12 +132,14 @@ class Evaluate:
             files.check_writable(out := self.out or self.checkpoint / "evaluation")
             scores, problems = run_core(model, tokenizer, Bundle.open(bundle), weights_sha256, out, settings, ranks)
             if ranks.first:
-                print(json.dumps(scores.to_dict()) if self.json else "\n".join(result_lines(scores)))
+                name = run_name(self.checkpoint)
+                show_core(name, scores, choose_format(self.format, self.json), out)
         if problems:
             raise ValueError("some tasks could not be run: " + "; ".join(problems))
 
     def evaluate_tasks(self) -> None:
         """Print the metrics of lm-eval's tasks."""
+        from lrt.eval.report.result_tables import task_table
         from lrt.utils.device import choose_device
 
         with extra("lm-eval", "--tasks"):
@@ -138,13 +148,10 @@ class Evaluate:
             self.checkpoint, self.tasks, self.tasks_prefill, self.batch_size, self.tasks_limit, self.tasks_shots,
             self.tasks_include, choose_device(self.device),
         )  # fmt: skip
-        if self.json:
+        if (form := choose_format(self.format, self.json)) == "json":
             print(json.dumps(results, default=str))
-            return
-        for task, metrics in results.items():
-            for metric, value in metrics.items():
-                if isinstance(value, float):
-                    print(f"{task:26} {metric:22} {value:.4f}")
+        else:
+            show_tables([f"True recurrence, texts read {self.tasks_prefill}."], [task_table(results)], form, None)
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,10 @@ class Diagnose:
     """Windows at once."""
     out: Path | None = None
     """Folder for the results. None: evaluation/ in the folder of the checkpoint."""
+    full: bool = False
+    """Show the tables behind the sentences."""
+    format: TableFormat = "text"
+    """Of what is printed: text, json, csv, md or latex. All but text are in full."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
@@ -182,21 +193,20 @@ class Diagnose:
         from lrt.data.prepared import Prepared
         from lrt.distributed.parallelize import join_ranks
         from lrt.eval.diagnose import corpus_names, diagnose, load_subject
-        from lrt.eval.report.text import result_lines
+        from lrt.eval.runs import run_name
         from lrt.utils.device import choose_device
 
         files.check_writable(out := self.out or self.checkpoint / "evaluation")
         with join_ranks("ddp", choose_device(self.device)) as ranks:
+            results = []
             for folder, name in zip(self.data, corpus_names(self.data), strict=True):
                 data = Prepared.open(folder)
                 measured = load_subject(
                     self.checkpoint, data, self.split, self.at_least, self.batch_size, out, ranks, name=name
                 )
-                for measurement in diagnose(measured, self.only):
-                    if ranks.first:
-                        print("\n".join([f"{measurement.kind}, {measurement.subject}", *result_lines(measurement), ""]))
+                results += diagnose(measured, self.only)
             if ranks.first:
-                print(f"results in {out}")
+                show_diagnosis(run_name(self.checkpoint), results, self.format, self.full, out)
 
 
 @dataclass(frozen=True)
@@ -219,4 +229,4 @@ class Report:
         folders = [path for path in self.runs if path not in (*results, *compared)]
         sections = [section(path) for path in results] + [comparison.section(path) for path in compared]
         report(self.out, folders, sections)
-        print(f"{self.out}: {self.out.stat().st_size / 1e6:.2f} MB")
+        print(files.place_and_size(self.out))

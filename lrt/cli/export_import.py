@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from lrt.utils.files import place_and_size
 from lrt.utils.imports import extra
 
 
@@ -28,8 +29,7 @@ class Export:
         with extra("hf", "export"):
             from lrt.integrations.hf.export import export
         export(self.checkpoint, self.out, self.prefill, self.remote_code)
-        sizes = [file.stat().st_size for file in self.out.iterdir()]
-        print(f"{self.out}: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB. In Python:")
+        print(f"{place_and_size(self.out)}. In Python:")
         code = ", trust_remote_code=True" if self.remote_code else ""
         print(f'AutoModelForCausalLM.from_pretrained("{self.out}"{code})')
 
@@ -52,4 +52,5 @@ class Import:
 
         model = import_checkpoint(self.source, self.out, self.tokenizer)
         total, _ = count_parameters(model.config)
-        print(f"{self.out}: {total:,} parameters, schedule {checkpoint.about(self.out)['schedule']}")
+        print(f"{total:,} parameters, schedule {checkpoint.about(self.out)['schedule']}")
+        print(place_and_size(self.out))

@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from lrt.cli.options import Paths
+from lrt.eval.report.table import TableFormat
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,19 @@ class Fair:
     """Tokens of a row."""
     out: Path = Path("runs/fair")
     """Folder for the prepared text, the results, report.html and its figure as difference.svg and .pdf."""
+    format: TableFormat = "text"
+    """Of the table that is printed: text, json, csv, md or latex. csv and latex have all of its columns."""
     dry_run: bool = False
     """Only say what would be run, and how long it takes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
     def run(self) -> None:
-        from lrt.experiments.fair import Comparison, fair
+        from lrt.experiments.fair import fair
+        from lrt.experiments.fair_cells import Comparison
         from lrt.utils.device import choose_device
 
         comparison = Comparison(
             self.models, self.seeds, self.rates, self.equal, self.minutes, self.depth, self.width, self.context
         )
-        fair(self.out, self.text, comparison, choose_device(self.device), self.dry_run)
+        fair(self.out, self.text, comparison, choose_device(self.device), self.dry_run, form=self.format)

@@ -10,6 +10,7 @@ import tyro
 
 from lrt.cli.options import Paths
 from lrt.integrations.finetune.options import FinetuneOptions, check_options
+from lrt.utils.files import place_and_size
 from lrt.utils.imports import extra
 
 
@@ -37,6 +38,7 @@ class Finetune(FinetuneOptions):
     def run(self) -> None:
         from rich.console import Console
 
+        from lrt.eval.report.table import print_table
         from lrt.utils.device import choose_device
 
         with extra("finetune", "finetune"):
@@ -49,16 +51,12 @@ class Finetune(FinetuneOptions):
         rows, target, device = read_rows(self.chat), open_target(self.model, self.template), choose_device(self.device)
         if self.controls:
             outcomes = train_with_controls(target, rows, self.out, self, device, self.controls)
-            table = comparison_table(outcomes)
-            console = Console()
-            if console.is_terminal:
-                console.print(table.rich())
-            else:
-                print(table.markdown())
-            print(f"{NOTE}\n`lrt report {self.out}` makes a page of it")
+            print_table(comparison_table(outcomes), "text", Console())
+            print(f"{NOTE}\n{place_and_size(self.out)}; `lrt report {self.out}` makes a page of it")
             return
         tuned = finetune(target, rows, self.out, self, device)
         what = f"an adapter of rank {self.lora}" if self.lora else "the pathway" if self.freeze else "all weights"
-        print(f"{self.out}: {what}, {tuned.rows} rows, {tuned.tokens:,} tokens, {tuned.seconds:.0f} s")
+        print(f"{what}, {tuned.rows} rows, {tuned.tokens:,} tokens, {tuned.seconds:.0f} s")
         scores = f"{tuned.before.mean:.4f} -> {tuned.after.mean:.4f} nats per learned token"
         print(f"live, {len(tuned.after.tokens)} held-out rows: {scores}")
+        print(place_and_size(self.out))

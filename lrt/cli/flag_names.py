@@ -53,6 +53,9 @@ def translate(verb: str, arguments: Sequence[str]) -> list[str]:
         flag, equals, content = argument.partition("=")
         flag = flag.replace("_", "-") if flag.startswith("--") else flag  # --a.log_to is --a.log-to to tyro
         check(verb, flag, argument)
+        if flag == "--report-to" and ((equals and content == "none") or rest[:1] == ["none"]):
+            del rest[: 0 if equals else 1]  # transformers' word for no logger, which is what we have without the flag
+            continue
         ours, _, before = OTHERS.get(verb, {}).get(flag, "").partition(" ")
         if not ours:
             translated.append(argument)

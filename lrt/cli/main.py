@@ -15,7 +15,7 @@ from lrt.cli.mistakes import explain
 from lrt.utils import plugins
 from lrt.utils.openmp import spin_briefly
 
-RESUMABLE = {"prepare", "train", "finetune", "evaluate", "diagnose", "study", "demo", "try", "fair"}
+RESUMABLE = {"prepare", "train", "finetune", "evaluate", "diagnose", "compare", "study", "demo", "try", "fair"}
 """Verbs that go on where they were stopped."""
 MISTAKE, INTERRUPTED, NO_READER = 2, 130, 141
 """Exit statuses. The last two are those of a shell for a process that SIGINT or SIGPIPE has ended."""

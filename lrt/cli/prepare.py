@@ -9,6 +9,7 @@ import tyro
 
 from lrt.cli.options import Paths
 from lrt.data.splits import BY_CONTENT, SHARD_TOKENS, SplitRule
+from lrt.utils.files import place_and_size
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ class Prepare:
             workers=self.workers,
             shard_tokens=self.shard_tokens,
         )
-        print(f"{self.out}: vocabulary {data.vocab_size}")
+        print(f"vocabulary {data.vocab_size:,}")
         for name, split in data.manifest["splits"].items():
             print(
                 f"  {name:5} {len(split['shards']):5,} shards {split['documents']:12,} documents "
                 f"{split['tokens']:15,} tokens {split['bytes']:15,} bytes"
             )
+        print(place_and_size(self.out))

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import ipaddress
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 Hosts = tuple[str, ...] | None
 """Names that a request may call this server by; None: any."""
-TRANSFORMERS_TAKES = ("checkpoints", "host", "port", "token_file", "open", "device")
+TRANSFORMERS_TAKES = ("checkpoints", "host", "port", "token_file", "api_key", "open", "device")
 """What holds for a retrofitted folder too, for which transformers' own server answers."""
 SWITCH_SECONDS = 5e-5
 """How long a thread keeps the interpreter when another waits for it; Python's own default is a hundred times that.
@@ -53,6 +54,9 @@ class Serve:
     """0 takes a free one."""
     token_file: Path | None = None
     """A file whose first line clients must send as their API key (Authorization: Bearer …)."""
+    api_key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY…")] = ()
+    """Keys of which clients must send one, as with --token-file. They show in this machine's list of processes;
+    --token-file does not."""
     open: bool = False
     """Serve anybody who reaches the address, without a token."""
     rows: int = 16
@@ -78,20 +82,27 @@ class Serve:
             raise ValueError("no checkpoint is given; name at least one folder of `lrt train`")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port is {self.port}; it must be 0 to 65535")
-        token = None if self.token_file is None else read_token(self.token_file)
+        tokens = self.read_tokens()
         private = is_loopback(self.host)
-        if not private and token is None and (not self.open):
+        if not private and len(tokens) == 0 and (not self.open):
             raise ValueError(
-                f"{self.host} can be reached from other machines; give --token-file FILE, or --open to serve anybody"
+                f"{self.host} can be reached from other machines; give --token-file FILE or --api-key KEY, or --open "
+                "to serve anybody"
             )
         # Against DNS rebinding: a page could point a name of its own at this machine, and read what is served.
-        hosts = ("localhost", "127.0.0.1", "::1", self.host) if private and token is None else None
+        hosts = ("localhost", "127.0.0.1", "::1", self.host) if private and len(tokens) == 0 else None
         if retrofitted := [folder for folder in self.checkpoints if is_retrofitted(folder)]:
-            self.serve_retrofitted(retrofitted[0], token, hosts)
+            self.serve_retrofitted(retrofitted[0], tokens, hosts)
         else:
-            self.serve_checkpoints(token, hosts)
+            self.serve_checkpoints(tokens, hosts)
 
-    def serve_checkpoints(self, token: str | None, hosts: Hosts) -> None:
+    def read_tokens(self) -> list[str]:
+        """What clients may send as their API key; empty for nothing. ValueError for what is too short to be a key."""
+        for key in self.api_key:
+            check_token(key, "--api-key")
+        return [*self.api_key, *([] if self.token_file is None else [read_token(self.token_file)])]
+
+    def serve_checkpoints(self, tokens: Sequence[str], hosts: Hosts) -> None:
         """Serve runs by the engine."""
         from lrt.utils.device import choose_device
 
@@ -115,7 +126,7 @@ class Serve:
             for path, name in zip(self.checkpoints, names, strict=True)
         ]
         registry = ModelRegistry(models, self.limits, metrics)
-        app = create_app(registry, token, hosts)
+        app = create_app(registry, tokens, hosts)
         for model in models:
             chat = "with chat" if model.template is not None else "no chat template"
             print(f"{model.name}: {model.summary()['parameters']:,} parameters, {model.engine.rows} rows, {chat}")
@@ -126,7 +137,7 @@ class Serve:
         sys.setswitchinterval(SWITCH_SECONDS)
         self.run_server(server)
 
-    def serve_retrofitted(self, folder: Path, token: str | None, hosts: Hosts) -> None:
+    def serve_retrofitted(self, folder: Path, tokens: Sequence[str], hosts: Hosts) -> None:
         """Serve a retrofitted folder by transformers' own server, behind the same guard."""
         fields = [field.name for field in dataclasses.fields(self) if field.name not in TRANSFORMERS_TAKES]
         plain = Serve(self.checkpoints)
@@ -148,7 +159,7 @@ class Serve:
             from lrt.serve.metrics import ServerMetrics
             from lrt.serve.middleware import RequestGuard
         app = transformers_app(folder, choose_device(self.device))
-        guarded = RequestGuard(app, self.limits, ServerMetrics(), token, hosts, ROUTES)
+        guarded = RequestGuard(app, self.limits, ServerMetrics(), tokens, hosts, ROUTES)
         print(f"{folder}: by transformers' server, under this name", flush=True)
         self.run_server(uvicorn.Server(uvicorn.Config(guarded, self.host, self.port)))
 
@@ -174,9 +185,14 @@ def read_token(file: Path) -> str:
     """The token in a file. ValueError where it is too short to be one."""
     lines = file.read_text(encoding="utf-8").splitlines()
     token = lines[0].strip() if lines else ""
-    if len(token) < 16 or not token.isascii() or " " in token:
-        raise ValueError(
-            f"the first line of {file} is no token; write at least 16 ASCII characters without spaces, for example "
-            "with openssl rand -hex 32"
-        )
+    check_token(token, f"the first line of {file}")
     return token
+
+
+def check_token(token: str, place: str) -> None:
+    """ValueError, naming the place and not the token, where it is too short or no header can hold it."""
+    if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError(
+            f"{place} is no token; give at least 16 ASCII characters without spaces, for example from openssl rand "
+            "-hex 32"
+        )

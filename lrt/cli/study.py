@@ -7,6 +7,8 @@ from pathlib import Path
 
 import tyro
 
+from lrt.eval.report.table import TableFormat
+
 
 @dataclass(frozen=True)
 class RunStudy:
@@ -22,7 +24,9 @@ class RunStudy:
     results: Path = Path("runs/studies")
     """Folder of the results, STUDY.EDITION.jsonl."""
     figure: Path | None = None
-    """File of the figure, an SVG. None: beside the results."""
+    """File of the figure: .svg, .png or .pdf. None: an SVG beside the results."""
+    format: TableFormat = "text"
+    """Of the tables that are printed: text, json, csv, md or latex."""
     show: bool = False
     """Run nothing: only the table and the figure of what is there."""
     dry_run: bool = False
@@ -32,11 +36,15 @@ class RunStudy:
     the cores."""
 
     def run(self) -> None:
-        from lrt.eval.report.table import markdown
+        from rich.console import Console
+
+        from lrt.eval.report.style import check_figure, save_figure
+        from lrt.eval.report.table import aside, print_tables
         from lrt.experiments.studies import grid, runner
-        from lrt.experiments.studies.figures import save_figure
         from lrt.experiments.studies.kinds import find_kind
 
+        if self.figure is not None:
+            check_figure(self.figure)
         study = grid.read_study(self.study, self.edition)
         file, kind = self.results / study.results, find_kind(study.kind)
         if self.dry_run and self.show:
@@ -52,8 +60,9 @@ class RunStudy:
             command = ["study", self.study, "--edition", self.edition, "--results", str(self.results)]
             runner.run_on_devices([*command, *(["--only", *self.only] if self.only else [])], self.devices)
         elif not self.show:
-            runner.run_study(study, kind, file, self.only, device=first)
+            with aside(self.format):
+                runner.run_study(study, kind, file, self.only, device=first)
         lines = runner.study_lines(study, runner.current_lines(kind, file))
-        print(markdown(kind.tables(lines)))
+        print_tables(kind.tables(lines), self.format, Console())
         if lines:
             save_figure(lambda: kind.figure(lines), self.figure or file.with_suffix(".svg"))

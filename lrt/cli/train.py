@@ -208,14 +208,19 @@ def print_plan(run: RunConfig, data: Prepared, precision: str) -> None:
 
 def print_summary(folder: Path, summary: TrainingSummary) -> None:
     """What a run came to; scores and packing are what its checkpoint says of itself."""
+    from lrt.eval.report.result_tables import difference
     from lrt.eval.runs import Run
     from lrt.model import checkpoint
+    from lrt.utils.files import place_and_size
+    from lrt.utils.timing import format_duration
 
-    print(f"{folder}: {summary.tokens:,} tokens in {summary.seconds:.0f} s, loss {summary.loss:.4f}")
+    print(f"{summary.tokens:,} tokens in {format_duration(summary.seconds)}, loss {summary.loss:.4f} nats per token")
     about = checkpoint.about(folder)
     if scores := about.get("scores"):
-        print("live {live_bpb:.4f} bits per byte, parallel {parallel_bpb:.4f}, gap {gap:+.4f}".format(**scores))
+        gap = difference(scores["gap"])
+        print("live {live_bpb:.4f} bits per byte, parallel {parallel_bpb:.4f}, gap".format(**scores), gap)
         print(f"on {Run.read(folder).scores[0].on.label}")
     packing = about["packing"]
     padded = packing["padded"] / max(1, packing["padded"] + packing["targets"])  # 0 rows: resumed at its end
     print(f"packed: {packing['cropped']:,} of {packing['targets']:,} tokens cropped, {padded:.2%} of positions padded")
+    print(place_and_size(folder))

@@ -20,7 +20,7 @@ from lrt.data.prepared import Prepared
 from lrt.data.windows import windows
 from lrt.distributed.single_process import SingleProcess
 from lrt.eval.diagnose import Subject, load_subject, measure_bpb, score_windows
-from lrt.eval.results import Result
+from lrt.eval.results import Result, read_results
 from lrt.eval.runs import Run, ScoredOn
 from lrt.eval.scoring import BATCH
 from lrt.eval.token_scores import Interval, TokenScores, bootstrap_interval, column_bpb, standard_columns
@@ -28,8 +28,6 @@ from lrt.model import checkpoint
 from lrt.utils.files import check_writable
 from lrt.utils.provenance import hardware
 
-PREPARED = Path("runs/data")
-"""Where `lrt prepare` puts texts by default: there a run's text is looked for, by its name."""
 FEWEST_DOCUMENTS = 10
 """Below so many documents, windows are drawn anew instead: an interval from two books would say little."""
 Unit = Literal["documents", "windows"]
@@ -99,10 +97,12 @@ def compare(
         scores[name] = score_windows(shared, "bpb", standard_columns(shared.scoring_schedule))
     assert on is not None
     first, *others = scores.values()
-    unit, drawn = units_of(first)
-    differences = [difference(one, first, drawn) for one in others]
+    unit, unit_of_target = units_of(first)
+    differences = [difference(one, first, unit_of_target) for one in others]
     runs = {name: Run.read(folder) for name, folder in folders.items()}
-    return Comparison(on, unit, len(np.unique(drawn)), runs, dict(zip(list(runs)[1:], differences, strict=True)))
+    return Comparison(
+        on, unit, len(np.unique(unit_of_target)), runs, dict(zip(list(runs)[1:], differences, strict=True))
+    )
 
 
 def check_run(folder: Path, data: Prepared) -> Run:
@@ -137,8 +137,21 @@ def score_and_keep(subject: Subject, context: int) -> ScoredOn:
         "on": {subject.name: noted},
     }
     spent, machine = time.perf_counter() - start, hardware(subject.ranks.device)
-    Result("bpb", subject.name, subject.weights, settings, values, spent, machine).write(subject.out)
+    measured = Result("bpb", subject.name, subject.weights, settings, values, spent, machine)
+    if is_longer_known(measured, subject.out):
+        name = f"{subject.name}, {values['targets']} tokens"
+        measured = dataclasses.replace(measured, subject=name, settings={**settings, "on": {name: noted}})
+    measured.write(subject.out)
     return ScoredOn(**noted, targets=values["targets"], name=subject.name.removesuffix(f"-{subject.split}"))
+
+
+def is_longer_known(measured: Result, folder: Path) -> bool:
+    """Whether a folder has the same of more tokens, which is not to be replaced by this."""
+    same = (measured.kind, measured.subject, measured.checkpoint)
+    return any(
+        (one.kind, one.subject, one.checkpoint) == same and one.values["targets"] > measured.values["targets"]
+        for one in read_results(folder)
+    )
 
 
 def units_of(scores: TokenScores) -> tuple[Unit, np.ndarray]:
@@ -165,21 +178,3 @@ def difference(one: TokenScores, first: TokenScores, units: np.ndarray) -> Diffe
 def paired_interval(paired: TokenScores) -> Interval:
     """The 95 % interval of column "one" less column "first"."""
     return bootstrap_interval(paired, "one", minus="first")
-
-
-def find_data(folder: Path) -> Prepared:
-    """The text that a run was trained on, in `PREPARED`. ValueError where it is not there, or not the same."""
-    about = Run.read(folder).about
-    corpus, fingerprint = about.get("corpus"), about.get("data")
-    if not corpus:
-        raise ValueError(f"{folder} does not say what it was trained on; name a prepared text with --data")
-    place = PREPARED / corpus
-    if not place.is_dir():
-        raise ValueError(
-            f"{folder} was trained on the prepared text {corpus!r}, and {place} is not there; "
-            "name its folder with --data"
-        )
-    data = Prepared.open(place)
-    if data.fingerprint != fingerprint:
-        raise ValueError(f"{place} is not the {corpus} that {folder} was trained on; name that with --data")
-    return data

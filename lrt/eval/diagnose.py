@@ -1,7 +1,7 @@
 """`lrt diagnose`: measure one checkpoint, each kind of result by its entry of `MEASURES`, and keep results beside it.
 
-To add a kind, write a function of a `Subject` that returns plain data, and give it a line in `MEASURES` and one in
-`lrt.eval.report.text.LINES`.
+To add a kind, write a function of a `Subject` that returns plain data, and give it a line in `MEASURES`, one in
+`lrt.eval.report.result_tables.TABLES` and one in `lrt.eval.report.sentences.SENTENCES`.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from lrt.data.prepared import Prepared
 from lrt.distributed.single_process import SINGLE_PROCESS
 from lrt.eval import diagnose, runs
-from lrt.eval.report.text import result_lines
+from lrt.eval.report.result_tables import result_tables
+from lrt.eval.report.sentences import sentence
 from lrt.eval.results import Result
+from lrt.eval.run_data import trained_on
 from lrt.eval.scoring import Metrics
 from lrt.inference.language_model import LanguageModel, load
 from lrt.inference.sampling import Sampling
@@ -26,9 +26,6 @@ from lrt.utils.device import choose_device
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-WORK = Path("runs/data")
-"""Where prepared data is looked for, beside what lies next to the run."""
 
 
 class Run:
@@ -84,23 +81,19 @@ class Run:
             return self._data
         if self._data is not None:
             return Prepared.open(self._data)
-        fingerprint = self.record.about.get("data")
-        same = (data for data in prepared_nearby(self.folder) if data.fingerprint == fingerprint)
-        if (data := next(same, None)) is None:
-            raise ValueError(
-                f"the data that {self.folder} was trained on ({self.record.about.get('corpus', 'unknown')}) is not in "
-                f"{WORK}; give its folder: lrt.Run({str(self.folder)!r}, data=FOLDER)"
-            )
-        return data
+        return trained_on(self.folder)
 
     def plot(self, *others: Run) -> Figure:
         """The training loss and the live score over the tokens trained on, also of other runs beside it.
 
         ValueError for a run without a metrics log.
         """
+        from lrt.eval.report.score_tables import unique_names
         from lrt.eval.run_figure import draw_runs  # loads matplotlib
 
-        return draw_runs([run.record for run in (self, *others)])
+        runs = (self, *others)
+        names = unique_names([run.folder for run in runs])
+        return draw_runs([dataclasses.replace(run.record, name=name) for run, name in zip(runs, names, strict=True)])
 
     def evaluate(self, split: str = "val", at_least: int | None = 50_000, batch_size: int = 64) -> Metrics:
         """Bits per byte live, under the schedule trained with, and the gap; kept in evaluation/, as by `lrt evaluate`.
@@ -168,17 +161,10 @@ class Measurement:
         return self.result.values
 
     def __repr__(self) -> str:
-        return "\n".join([f"{self.result.kind}, {self.result.subject}", *result_lines(self.result)])
+        said = sentence("the run", self.result)
+        return "\n\n".join([said[0].upper() + said[1:], *(table.text() for table in result_tables(self.result))])
 
     def _repr_html_(self) -> str:
         from lrt.eval.run_html import measurement_html  # loads matplotlib
 
         return measurement_html(self.result, repr(self))
-
-
-def prepared_nearby(run: Path) -> Iterator[Prepared]:
-    """Prepared folders in runs/data and in data/ beside a run; what cannot be read is passed over."""
-    places = dict.fromkeys(place.resolve() for place in (WORK, run.parent / "data"))
-    for manifest in (file for place in places for file in sorted(place.glob("*/manifest.json"))):
-        with suppress(ValueError):
-            yield Prepared.open(manifest.parent)

@@ -75,6 +75,16 @@ class Score:
         return "0.0000" if float(text) == 0 else text  # what rounds to zero has no sign
 
 
+def run_folder(folder: Path) -> Path:
+    """The run's folder of the checkpoint in it; any other folder as it is."""
+    return folder.parent if folder.name == "checkpoint" and (folder.parent / "metrics.jsonl").is_file() else folder
+
+
+def run_name(folder: Path) -> str:
+    """What a run, or a checkpoint, is called: by its folder."""
+    return run_folder(folder).resolve().name
+
+
 @dataclass(frozen=True)
 class Run:
     """What is known of one run."""
@@ -94,8 +104,7 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> Run:
         """Read a run's folder, or a checkpoint. ValueError where it has no metrics log, checkpoint or results."""
-        if folder.name == "checkpoint" and (folder.parent / "metrics.jsonl").is_file():
-            folder = folder.parent
+        folder = run_folder(folder)
         log, saved = folder / "metrics.jsonl", weights_folder(folder)
         metrics = read_json_lines(log)
         config = read_config(saved / "config.json") if saved is not None else {}
@@ -108,7 +117,7 @@ class Run:
         weights = None if saved is None else weights_sha256(saved)
         current = [one for one in measured if weights in (None, one.checkpoint)]
         outdated = [one for one in measured if one not in current]
-        return cls(folder.resolve().name, metrics, config, current, demo_scores(folder), outdated)
+        return cls(run_name(folder), metrics, config, current, demo_scores(folder), outdated)
 
     @property
     def about(self) -> dict[str, Any]:

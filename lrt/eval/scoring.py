@@ -200,7 +200,7 @@ def bits_per_byte(
     device, ledger = model.embedding.weight.device, InMemory() if ledger is None else ledger
     batches = window_batches(windows, batch_size)
     todo = ledger.todo(list(batches))
-    with bar(title, sum(batches[key].positions for key in todo), progress) as advance:
+    with bar(title.replace("_", " "), sum(batches[key].positions for key in todo), progress) as advance:
         for key in todo:
             batch = next(batches[key].batches(batch_size))
             tokens, targets = batch.tokens.to(device), batch.targets[:, :-1]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,7 +57,7 @@ def demo(
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"tokens is {tokens}; it must be at least 1")
-    begun, earlier = time.perf_counter(), 0.0  # seconds of this call, and of the calls that finished a family before
+    begun = time.perf_counter()
     console = Console(highlight=False)
     source = "the standard library of this Python" if text is None else f"{len(text)} text file(s)"
     console.print(f"Preparing {source} …")
@@ -65,12 +66,8 @@ def demo(
     check_prompt(data, prompt)
     if tokens is None:
         tokens = min(recipes.DEMO_TOKENS, EPOCHS * Rows(data.split("train"), recipes.CONTEXT, seed).targets)
-    models: dict[str, dict[str, Any]] = {}
-    for family in recipes.FAMILIES:
-        run = recipes.demo_recipe(family, data.vocab_size, tokens, seed)
-        scores, fresh = train_family(family, run, data, out / family, device, console, progress)
-        earlier += 0.0 if fresh else scores["seconds"]
-        models[family] = {k: v for k, v in scores.items() if k != "seconds"}
+    runs = {family: recipes.demo_recipe(family, data.vocab_size, tokens, seed) for family in recipes.FAMILIES}
+    models, earlier = train_families(runs, data, out, device, console, progress)
     model, tokenizer = load(out / "lrt" / "checkpoint", device)
     summary = {
         "models": models,
@@ -91,6 +88,25 @@ def demo(
     return summary
 
 
+def train_families(
+    runs: Mapping[str, RunConfig],
+    data: Prepared,
+    out: Path,
+    device: str,
+    console: Console,
+    progress: bool,
+    targets: int = FINAL_TARGETS,
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """(Size, costs and scores of each family, seconds that earlier calls took for those that are kept from them)."""
+    models: dict[str, dict[str, Any]] = {}
+    earlier = 0.0
+    for family, run in runs.items():
+        scores, fresh = train_family(family, run, data, out / family, device, console, progress, targets)
+        earlier += 0.0 if fresh else scores["seconds"]
+        models[family] = {name: score for name, score in scores.items() if name != "seconds"}
+    return models, earlier
+
+
 def train_family(
     family: str,
     run: RunConfig,
@@ -99,7 +115,7 @@ def train_family(
     device: str,
     console: Console,
     progress: bool,
-    targets: int = FINAL_TARGETS,
+    targets: int,
 ) -> tuple[dict[str, Any], bool]:
     """(Size, costs and scores of one family on `targets` tokens of test at least, whether it was trained now).
 

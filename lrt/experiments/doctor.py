@@ -23,7 +23,7 @@ from lrt.utils.torch_private import missing_compiler
 
 DISTRIBUTION = "latent-recurrent-transformer"
 LITTLE_DISK = 10e9
-"""Free bytes below which it is said: torch's plain Linux package alone takes 5.7 GB, a prepared data set as much."""
+"""Free bytes below which it is said: snapshots of a larger model, or a prepared data set, take as much."""
 SIZE, PAIRS = 512, 5
 """Side of the matrices that bfloat16 is tried with, and how often."""
 FASTER = 0.8
@@ -71,7 +71,7 @@ def check_torch(version: str, has_gpu: bool) -> Check:
         return Check("torch", version)
     if torch.version.cuda is None:
         return Check("torch", f"{version}, built without CUDA")
-    advice = "no GPU answers; if there is none, PyTorch's CPU package needs 0.8 GB in place of 5.7 (README, Install)"
+    advice = "no GPU answers; where there is none, PyTorch's CPU package is gigabytes smaller (docs/installation.md)"
     return Check("torch", f"{version}, built for CUDA {torch.version.cuda}", advice)
 
 

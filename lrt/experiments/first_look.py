@@ -6,7 +6,6 @@ measured once and kept in the output folder, so that a call that goes on trains 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -26,7 +25,8 @@ from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
 from lrt.distributed.single_process import SingleProcess
 from lrt.experiments import first_look_report
-from lrt.experiments.demo import EPOCHS, SAMPLE, check_prompt, first_line, print_continuation, train_family
+from lrt.experiments.demo import SAMPLE, check_prompt, first_line, print_continuation, train_families
+from lrt.experiments.plans import Budget, Plans, check_length, plan_key
 from lrt.inference.generation import Sampling
 from lrt.model.checkpoint import load
 from lrt.training import recipes
@@ -34,7 +34,7 @@ from lrt.training.config import RunConfig
 from lrt.training.monitor import FINAL_TARGETS
 from lrt.training.speed import Speed, measure_speed
 from lrt.utils.device import describe_device
-from lrt.utils.files import read_json, replace_atomically
+from lrt.utils.files import replace_atomically
 from lrt.utils.provenance import hardware_line
 from lrt.utils.timing import format_duration
 from lrt.utils.validation import Limits
@@ -42,10 +42,6 @@ from lrt.utils.validation import Limits
 FAMILIES = ("transformer", "lrt")
 MINUTES = Limits(0, 10**5, above=True)
 """What the minutes may be."""
-FEWEST_TOKENS = 10_000
-"""Of the training split: of fewer a model learns them by heart, and the comparison says little."""
-FEWEST_STEPS = 20
-"""Steps below which nothing is learned that could be compared."""
 SCORING = 0.25
 """The most of the time that scores may take."""
 LIVE = {"transformer": 1, "lrt": 3}
@@ -59,6 +55,7 @@ COLUMNS = 80
 """Width of the samples side by side, at most."""
 HORIZON = "horizon.json"
 """In the output folder: what the minutes came to."""
+REPORT, SUMMARY = "report.html", "summary.json"
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,8 @@ def first_look(
 ) -> dict[str, Any]:
     """Prepare `texts`, train and score both families into `out`, and write report.html; returns summary.json's content.
 
-    ValueError for no text or one that is too short, a prompt that does not fit, or minutes in which nothing is learned.
+    The report of another text or other minutes is set aside. ValueError for no text or one that is too short, a prompt
+    that does not fit, or minutes in which nothing is learned.
     """
     begun = time.perf_counter()
     if not texts:
@@ -94,18 +92,16 @@ def first_look(
     console = Console(highlight=False)
     console.print(f"Preparing {', '.join(map(str, texts[:3]))}{' …' if len(texts) > 3 else ''}", markup=False)
     data = prepare(out / "data", texts, progress=progress)
-    check_length(data)
+    check_length(data, recipes.demo_recipe("lrt").batch_tokens)
     prompt = first_line(data) if prompt is None else prompt
     check_prompt(data, prompt)
-    plan = kept_plan(out, data, minutes, seed, device, begun)
+    plans, key = Plans(out / HORIZON), look_key(data, minutes, seed, device)
+    plan = kept_plan(plans, key, data, minutes, seed, device, begun)
     runs = make_runs(data, plan.tokens, seed)
     console.print(
         f"Two models on {plan.tokens:,} tokens each: about {format_duration(plan.seconds)} {describe_device(device)}"
     )
-    models = {
-        family: train_family(family, run, data, out / family, device, console, progress, plan.targets)[0]
-        for family, run in runs.items()
-    }
+    models, earlier = train_families(runs, data, out, device, console, progress, plan.targets)
     summary = {
         "models": models,
         "minutes": minutes,
@@ -117,22 +113,13 @@ def first_look(
     console.print(f"\n{verdict(summary)}\n", style="bold", markup=False, soft_wrap=True)
     console.print(side_by_side(summary["samples"], min(COLUMNS, console.width)))
     logs = {family: out / family / "metrics.jsonl" for family in models}
-    summary["seconds"] = time.perf_counter() - begun
-    first_look_report.write_report(out / "report.html", summary, verdict(summary), logs)
-    replace_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    console.print(f"\n{out / 'report.html'} written, after {format_duration(summary['seconds'])}.", markup=False)
+    summary["seconds"] = time.perf_counter() - begun + earlier
+    plans.make_room(key, REPORT, SUMMARY)
+    first_look_report.write_report(out / REPORT, summary, verdict(summary), logs)
+    replace_atomically(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    console.print(f"\n{out / REPORT} written, after {format_duration(summary['seconds'])}.", markup=False)
     console.print(f"Go on with it: lrt sample {out}/lrt, lrt chat {out}/lrt, lrt serve {out}/lrt", markup=False)
     return summary
-
-
-def check_length(data: Prepared) -> None:
-    """ValueError for a text of which there is too little to train on."""
-    split = data.manifest["splits"]["train"]
-    if split["tokens"] < FEWEST_TOKENS:
-        raise ValueError(
-            f"the text is too short to compare models on: {split['tokens']:,} tokens to train on ({split['bytes']:,} "
-            f"bytes), and at least {FEWEST_TOKENS:,} are needed; add more text, such as a whole book"
-        )
 
 
 def make_runs(data: Prepared, tokens: int, seed: int) -> dict[str, RunConfig]:
@@ -140,38 +127,31 @@ def make_runs(data: Prepared, tokens: int, seed: int) -> dict[str, RunConfig]:
     return {family: recipes.demo_recipe(family, data.vocab_size, tokens, seed) for family in FAMILIES}
 
 
-def kept_plan(out: Path, data: Prepared, minutes: float, seed: int, device: str, begun: float) -> Plan:
-    """What the minutes come to: as it is kept in `out` for these very settings, or measured now and kept."""
+def look_key(data: Prepared, minutes: float, seed: int, device: str) -> str:
+    """Of all calls that train the same two models."""
     runs = make_runs(data, recipes.DEMO_TOKENS, seed)  # of any horizon
-    settings = [minutes, device, data.fingerprint, [run.to_dict() for run in runs.values()]]
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    file = out / HORIZON
-    saved = read_json(file) if file.exists() else {}
-    if saved.get("key") == key:
-        return Plan(**saved["plan"])
+    return plan_key([minutes, device, data.fingerprint, [run.to_dict() for run in runs.values()]])
+
+
+def kept_plan(plans: Plans, key: str, data: Prepared, minutes: float, seed: int, device: str, begun: float) -> Plan:
+    """What the minutes come to: as it is kept for these very settings, or measured now and kept."""
+    if (saved := plans.find(key)) is not None:
+        return Plan(**saved)
+    runs = make_runs(data, recipes.DEMO_TOKENS, seed)
     speeds = {family: measure_speed(run, data, SingleProcess(device)) for family, run in runs.items()}
-    splits = data.manifest["splits"]
     left = PLANNED * 60 * minutes - (time.perf_counter() - begun) - ENDING
-    plan = make_plan(speeds, left, splits["test"]["tokens"], EPOCHS * splits["train"]["tokens"], minutes)
-    replace_atomically(file, json.dumps({"key": key, "plan": vars(plan)}, indent=2) + "\n")
+    plan = make_plan(speeds, left, data, minutes)
+    plans.keep(key, vars(plan))
     return plan
 
 
-def make_plan(speeds: Mapping[str, Speed], left: float, test: int, most: int, minutes: float) -> Plan:
-    """What `left` seconds come to, with `test` tokens to score and at most `most` to train on.
-
-    ValueError where that is less than FEWEST_STEPS steps; `minutes` is what the user asked for.
-    """
+def make_plan(speeds: Mapping[str, Speed], left: float, data: Prepared, minutes: float) -> Plan:
+    """What `left` seconds come to. ValueError where that is too little; `minutes` is what the user asked for."""
     scored = sum(LIVE[family] * speed.live + speed.parallel for family, speed in speeds.items())
     trained = sum(speed.train for speed in speeds.values())
-    targets = min(test, FINAL_TARGETS, max(1, int(SCORING * left / scored)))
-    tokens = min(most, int((left - targets * scored) / trained))
-    fewest = FEWEST_STEPS * recipes.demo_recipe("lrt").batch_tokens
-    if tokens < fewest:
-        needed = minutes + (fewest * trained / (1 - SCORING) - left) / 60
-        raise ValueError(
-            f"in --minutes {minutes:g} these models see too little text here; give --minutes {needed + 0.1:.1f} or more"
-        )
+    budget = Budget(minutes, left, trained, scored, len(speeds), recipes.demo_recipe("lrt").batch_tokens)
+    most = min(data.manifest["splits"]["test"]["tokens"], FINAL_TARGETS)
+    tokens, targets = budget.divide(data, most, SCORING)
     return Plan(tokens, targets, tokens * trained + targets * scored)
 
 

@@ -53,8 +53,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 PAGE = files("lrt.serve") / "page.html"
 
 
-def create_app(registry: ModelRegistry, token: str | None = None, hosts: Collection[str] | None = None) -> FastAPI:
-    """The application over a registry, whose engines it starts and stops. `token`, `hosts`: see `RequestGuard`."""
+def create_app(registry: ModelRegistry, tokens: Collection[str] = (), hosts: Collection[str] | None = None) -> FastAPI:
+    """The application over a registry, whose engines it starts and stops. `tokens`, `hosts`: see `RequestGuard`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -80,11 +80,11 @@ def create_app(registry: ModelRegistry, token: str | None = None, hosts: Collect
     add_server_routes(app, registry)
     add_openai_routes(app, registry)
     add_playground_routes(app, registry, inspector)
-    app.openapi = document_errors(app, token is not None)  # pyright: ignore[reportAttributeAccessIssue]
+    app.openapi = document_errors(app, len(tokens) > 0)  # pyright: ignore[reportAttributeAccessIssue]
     # The guard counts these paths by name and all others together, so that nobody can grow the metrics.
     routes = list(app.openapi()["paths"])
     app.add_middleware(
-        RequestGuard, limits=registry.limits, metrics=registry.metrics, token=token, hosts=hosts, routes=routes
+        RequestGuard, limits=registry.limits, metrics=registry.metrics, tokens=tokens, hosts=hosts, routes=routes
     )
     return app
 

@@ -36,15 +36,15 @@ class RequestGuard:
         app: ASGIApp,
         limits: Limits,
         metrics: ServerMetrics,
-        token: str | None,
+        tokens: Collection[str],
         hosts: Collection[str] | None,
         routes: Collection[str],
     ) -> None:
-        """token: what `Authorization: Bearer` must hold; None: nothing. hosts: names that `Host` may have (against
-        DNS rebinding, pages that point a name of their own at this machine); None: any. routes: addresses that are
-        counted by name."""
+        """tokens: of which `Authorization: Bearer` must hold one; empty: nothing is asked for. hosts: names that `Host`
+        may have (against DNS rebinding, pages that point a name of their own at this machine); None: any. routes:
+        addresses that are counted by name."""
         self.app, self.limits, self.metrics, self.routes = app, limits, metrics, frozenset(routes)
-        self.token = None if token is None else token.encode()
+        self.tokens = [token.encode() for token in tokens]
         self.hosts = None if hosts is None else frozenset(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,12 +71,13 @@ class RequestGuard:
         headers = Headers(scope=scope)
         if self.hosts is not None and host_name(headers.get("host", "")) not in self.hosts:
             raise ApiError(403, "this server is for its own machine only; use http://127.0.0.1", code="wrong_host")
-        if self.token is None or scope["path"] in PUBLIC_PATHS:
+        if not self.tokens or scope["path"] in PUBLIC_PATHS:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        # In constant time: how long a comparison takes must not tell how much of a guess was right.
-        matches = hmac.compare_digest(token.strip().encode("utf-8", "replace"), self.token)
-        if scheme.lower() != "bearer" or not matches:
+        guess = token.strip().encode("utf-8", "replace")
+        # In constant time, and with all of them: how long it takes must not tell how much of a guess was right.
+        matches = [hmac.compare_digest(guess, one) for one in self.tokens]
+        if scheme.lower() != "bearer" or not any(matches):
             message = "the token is missing or wrong; send Authorization: Bearer TOKEN (clients call it api_key)"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 

@@ -58,6 +58,8 @@ class TrainingRun:
     """The metrics log so far, also of the steps before this process. Grows with every step, on every rank."""
     snapshot_config: SnapshotConfig
     eval_config: EvalConfig
+    progress: bool
+    """Whether bars are drawn: of the steps, and below it of live scores."""
 
 
 def train(
@@ -107,7 +109,8 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         if evaluation.every != 0:
             data.split("val")  # a damaged one is an error now, not at the first evaluation
-    training = TrainingRun(trainer, out, resume(trainer, out, resume_from), snapshots or SnapshotConfig(), evaluation)
+    lines = resume(trainer, out, resume_from)
+    training = TrainingRun(trainer, out, lines, snapshots or SnapshotConfig(), evaluation, progress)
     if not result_is_saved(training):
         if ranks.first:
             print(f"{title}: {'; '.join(filter(None, (trainer.path, precision)))}", file=sys.stderr)
@@ -231,7 +234,7 @@ def evaluate_step(training: TrainingRun, targets: int) -> dict[str, Any]:
         model = trainer.ranks.gathered_model(trainer.model)  # under FSDP2 no rank has whole weights by itself
         with trainer.ranks.collective():
             if trainer.ranks.first:
-                scores = live_scores(model, trainer.data, trainer.schedule, targets, False)
+                scores = live_scores(model, trainer.data, trainer.schedule, targets, training.progress)
                 scores |= memory_weight(model) | memory_by_layer(model, trainer.data)
     return trainer.ranks.broadcast(scores)
 

@@ -17,7 +17,7 @@ from lrt.data.prepared import Prepared
 from lrt.training.config import EvalConfig, RunConfig
 from lrt.training.matching import Launch, has_begun
 from lrt.training.speed import Speed, measure_speed, validation_tokens
-from lrt.utils.files import replace_atomically
+from lrt.utils.files import replace_atomically, set_aside
 from lrt.utils.provenance import hardware
 from lrt.utils.timing import format_duration
 from lrt.utils.validation import Limits
@@ -85,6 +85,7 @@ def with_minutes(
     with ranks.collective():
         if ranks.first:
             launch.out.mkdir(parents=True, exist_ok=True)
+            set_aside(launch.out / FILE)  # an old run's, which --resume never keeps
             measured = MeasuredHorizon(
                 minutes, run.tokens, run.to_dict(), data.fingerprint, dataclasses.asdict(speed), hardware(ranks.device)
             )
@@ -146,7 +147,12 @@ def affordable_tokens(run: RunConfig, speed: Speed, minutes: float, evaluation: 
         )
     longest = 1 + int(budget / step)
     fitting = bisect.bisect_right(range(1, longest + 1), budget, key=seconds)
-    return max(1, fitting) * run.batch_tokens
+    if fitting == 0:
+        raise ValueError(
+            f"--minutes {minutes:g} is too short: a step takes about {format_duration(seconds(1))} here; give more "
+            "minutes, or a smaller batch"
+        )
+    return fitting * run.batch_tokens
 
 
 def with_tokens(run: RunConfig, tokens: int) -> RunConfig:

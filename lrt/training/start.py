@@ -47,18 +47,18 @@ def train(
 ) -> Run:
     """Train a recipe on a text, or go on with it, and return the run.
 
-    recipe: a name such as `d2`, or a RunConfig.
-    data: a text file or a folder of texts, which is prepared first, once; a folder that `lrt prepare` wrote; or None:
-        the standard library of Python. The model's vocabulary is the data's.
-    out: the run's folder. None: runs/ and the recipe's name.
-    device: auto, cpu, cuda, cuda:1, mps.
-    resume: auto goes on from the newest snapshot in `out`, and does nothing again of a run that is done; never starts
-        anew and sets the old run aside; a snapshot's folder goes on from that one.
-    snapshots, evaluation, execution: what is saved and measured on the way, and how steps are computed. None: as for
-        `lrt train`.
-    log_to: tensorboard, wandb, trackio.
-    changes: fields of RunConfig, such as horizon="tokens=3e6" or seed=1. A nested field takes a dict of what changes
-        in it: optim={"matrix_lr": 0.01}, model={"depth": 3, "memory": {"source": 0}}.
+    - recipe: a name such as `d2`, or a RunConfig.
+    - data: a text file or a folder of texts, which is prepared first, once; a folder that `lrt prepare` wrote; or None:
+      the standard library of Python. The model's vocabulary is the data's.
+    - out: the run's folder. None: runs/ and the recipe's name.
+    - device: auto, cpu, cuda, cuda:1, mps.
+    - resume: auto goes on from the newest snapshot in `out`, and does nothing again of a run that is done; never starts
+      anew and sets the old run aside; a snapshot's folder goes on from that one.
+    - snapshots, evaluation, execution: what is saved and measured on the way, and how steps are computed. None: as for
+      `lrt train`.
+    - log_to: tensorboard, wandb, trackio.
+    - changes: fields of RunConfig, such as horizon="tokens=3e6" or seed=1. A nested field takes a dict of what changes
+      in it: optim={"matrix_lr": 0.01}, model={"depth": 3, "memory": {"source": 0}}.
 
     Interrupted, it saves a snapshot, and the same call goes on. ValueError, before any work, for an unknown recipe or
     field and for a value out of range. More, such as `ranks`, is in `lrt.training.loop.train`.
@@ -143,9 +143,14 @@ def prepare_data(data: str | Path | Prepared | None, progress: bool = True) -> P
 
 
 def text_folder(text: Path) -> Path:
-    """Where a text is prepared: a folder of its own for every path, so that texts of one name do not take turns."""
+    """Where a text is prepared: a folder of its own for every path and every change of a file in it.
+
+    A run goes on, and is scored, on the text that it was trained on; so that is never prepared anew in its place.
+    """
     path = text.resolve()
-    return DATA / f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    return DATA / f"{path.stem}-{hashlib.sha256(repr((str(path), state)).encode()).hexdigest()[:8]}"
 
 
 def begin_run(run: RunConfig, data: Prepared) -> tuple[RunConfig, LatentRecurrentTransformer | None]:

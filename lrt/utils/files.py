@@ -28,6 +28,25 @@ def free_megabytes(path: Path) -> float:
     return shutil.disk_usage(next(p for p in [path, *path.absolute().parents] if p.exists())).free / 1e6
 
 
+def place_and_size(path: Path) -> str:
+    """Where a file or folder is and what it weighs: `runs/mine/checkpoint, 6.3 MB`. With this, what writes ends."""
+    return f"{path}, {format_bytes(size_of(path))}"
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    files = [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in files)
+
+
+def format_bytes(count: int) -> str:
+    """For people, to two digits at least: `812 bytes`, `12 kB`, `6.3 MB`, `1.5 GB`."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}" if count < 10 * size else f"{count / size:,.0f} {unit}"
+    return f"{count} bytes"
+
+
 def check_writable(path: Path) -> None:
     """ValueError unless `path` can be made or replaced, as far as can be told before: its nearest parent that exists
     is a folder that may be written."""

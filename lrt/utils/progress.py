@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import importlib
 import sys
@@ -45,7 +46,7 @@ def time_left(task: Task) -> str:
 
 def progress_line(task: Task) -> str:
     """A task on one line: what, how much of how much, the time left, the caller's text."""
-    share = "" if task.total is None else f"/{task.total:,.0f} ({task.completed / max(task.total, 1):.0%})"
+    share = "" if task.total is None else f"/{task.total:,.0f} ({min(1.0, task.completed / max(task.total, 1)):.0%})"
     parts = (f"{task.description} {task.completed:,.0f}{share}", time_left(task), task.fields["text"])
     return " ".join(filter(None, parts))
 
@@ -68,14 +69,21 @@ def terminal_columns() -> tuple[ProgressColumn, ...]:
     )
 
 
+@functools.cache
+def error_console() -> Console:
+    """Standard error's. One for all bars: rich draws those of one console below each other."""
+    return Console(stderr=True)
+
+
 @contextmanager
 def bar(title: str, total: float | None, show: bool = True) -> Iterator[Advance]:
     """A transient bar on standard error while the block runs; nothing if not `show`.
 
-    In a notebook the bar is a part of the cell. Where standard error is neither (a cluster's log), a line comes every
-    LINE_EVERY seconds. `total` is in the units of `Advance`; None where the end is not known.
+    Within another bar's block it stands below that one. In a notebook it is a part of the cell. Where standard error is
+    neither (a cluster's log), a line comes every LINE_EVERY seconds. `total` is in the units of `Advance`; None where
+    the end is not known.
     """
-    console = Console(stderr=True)
+    console = error_console()
     on_terminal = show and console.is_terminal
     with Progress(
         *terminal_columns(), console=console, transient=True, expand=True, disable=not on_terminal,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import inspect
 import io
 import itertools
@@ -24,6 +25,7 @@ import tyro
 from support.core_bundle import make_bundle
 
 from lrt.cli import flag_names, verbs
+from lrt.cli.evaluate import Diagnose
 from lrt.cli.flag_names import OTHERS, RENAMED
 from lrt.cli.main import main
 from lrt.data.corpus import stdlib_files
@@ -159,6 +161,8 @@ def test_an_unknown_verb_is_answered_with_those_spelt_like_it(word: str, near: s
         ("train", ["--save-steps", "5"], ["--snapshots.every", "5"]),
         ("train", ["--eval-steps=5"], ["--eval.every", "5"]),
         ("train", ["--report-to", "wandb"], ["--log-to", "wandb"]),
+        ("train", ["--report-to", "none", "d2"], ["d2"]),
+        ("train", ["--report-to=none", "d2"], ["d2"]),
         ("serve", ["--max-num-seqs", "4", "--served-model-name", "a"], ["--rows", "4", "--names", "a"]),
         ("sample", ["--prompt", "--max", "x_y"], ["--prompt", "--max", "x_y"]),
     ],
@@ -221,10 +225,11 @@ def test_help_of_train_lists_the_recipes(capsys: pytest.CaptureFixture[str]):
 def test_prepare_says_what_it_made(data: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]):
     main(["prepare", str(data), "--text", *map(str, texts), "--vocab-size", "300"])  # the same again: opened
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{data}: vocabulary 300"
-    assert [line.split()[0] for line in lines[1:]] == ["train", "val", "test"]
-    counted = sum(int(line.replace(",", "").split()[-2]) for line in lines[1:])
+    assert lines[0] == "vocabulary 300"
+    assert [line.split()[0] for line in lines[1:-1]] == ["train", "val", "test"]
+    counted = sum(int(line.replace(",", "").split()[-2]) for line in lines[1:-1])
     assert counted == sum(path.stat().st_size for path in texts)
+    assert re.fullmatch(rf"{data}, [\d.]+ kB", lines[-1])
 
 
 def test_train_writes_a_metrics_log_and_a_checkpoint(run: Path):
@@ -323,9 +328,32 @@ def test_evaluate_prints_one_json_object(run: Path, data: Path, capsys: pytest.C
 def test_evaluate_prints_text(run: Path, data: Path, capsys: pytest.CaptureFixture[str]):
     scores = evaluated(capsys, str(run), "--data", str(data))
     main(["evaluate", str(run), "--data", str(data)])
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert set(lines) == set(scores)
-    assert lines["live_bpb"] == f"{scores['live_bpb']:.4f}"
+    said, basis, *table = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"{run.name} has {scores['live_bpb']:.4f} bits per byte, live; ")
+    assert basis.endswith(f"{scores['targets']:,} tokens, {scores['bytes']:,} bytes, the whole split.")
+    assert f"| live BPB | {scores['live_bpb']:.4f} |" in table
+    assert "tokens scored" not in "".join(table)
+    assert re.fullmatch(rf"{run}/evaluation, [\d.]+ [kM]B", table[-1])
+
+
+def test_scores_come_in_every_form(run: Path, data: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["evaluate", str(run), "--data", str(data)]
+    scores = evaluated(capsys, *command[1:])
+    shown = {}
+    for form in ("json", "csv", "md", "latex"):
+        main([*command, "--format", form])
+        shown[form] = capsys.readouterr().out
+    assert json.loads(shown["json"]) == scores
+    rows = dict(csv.reader(io.StringIO(shown["csv"])))
+    assert rows["score"] == f"{data.name}-val"
+    assert rows["live BPB"] == f"{scores['live_bpb']:.4f}"
+    assert rows["tokens scored"] == f"{scores['targets']:,}"
+    assert not [name for name in rows if "_" in name]
+    assert f"live BPB & {rows['live BPB']} \\\\" in shown["latex"]
+    assert shown["latex"].startswith("% needs")
+    main([*command, "--full"])
+    assert f"| tokens scored | {rows['tokens scored']} |" in capsys.readouterr().out
+    assert "--json and --format csv name two forms" in mistake(capsys, *command, "--json", "--format", "csv")
 
 
 def test_several_corpora_are_scored_in_one_call(
@@ -353,7 +381,7 @@ def test_several_corpora_are_scored_in_one_call(
     )
     assert len([r for r in read_results(out) if r.kind == "bpb"]) == 2
     main(["evaluate", str(run), "--data", str(data), str(other), "--out", str(out), "--split", "train"])
-    assert "\ntogether\n" in capsys.readouterr().out
+    assert f"| score | {data}-train | {other}-train | together |" in capsys.readouterr().out
 
 
 def sampled(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -579,14 +607,14 @@ from collections.abc import Callable
 import torch
 torch.set_num_threads(1)
 from lrt.cli.main import main
-from lrt.training.optim import Optimiser
-step = Optimiser.step
-def announcing(self, number):
-    fraction = step(self, number)
-    if number == 5:
+from lrt.training import loop
+step = loop.step_or_report
+def announcing(training):
+    line = step(training)
+    if line["step"] == 5:
         print("five", flush=True)
-    return fraction
-Optimiser.step = announcing
+    return line
+loop.step_or_report = announcing
 main(sys.argv[1:])
 """
 
@@ -631,13 +659,27 @@ def test_diagnose_prints_and_keeps_its_results(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "results"
-    main(["diagnose", str(run), "--data", str(data), "--at-least", "200", "--out", str(out)])
+    command = ["diagnose", str(run), "--data", str(data), "--at-least", "200", "--out", str(out)]
+    main(command)
+    short = capsys.readouterr().out.splitlines()
+    main([*command, "--full"])
     text = capsys.readouterr().out
     results = {result.kind: result for result in read_results(out)}
     assert {"sweeps", "ablations"} <= set(results)
-    assert f"verdict: {results['sweeps'].values['verdict']}" in text
-    assert f"{'live':26} {results['ablations'].values['live_bpb']:.4f}" in text
-    assert "two forwards" in text
+    verdict = results["sweeps"].values["verdict"]
+    assert short[0] == f"{data.name}-val, {results['bpb'].settings['targets']:,} tokens"
+    assert short[1].startswith(("Recurrence is worth ", "Recurrence costs "))
+    assert f"; {verdict}; it reaches " in short[1]
+    assert short[2].startswith(f"- {run.name}: {verdict}; 64 refinements give ")
+    assert not [line for line in short if line.startswith("|")]
+    assert short[-1].startswith(f"{out}, ")
+    assert short[-1].endswith("; --full shows the tables behind this")
+    assert all(line in text for line in short[:-1])
+    assert f"| live | {results['ablations'].values['live_bpb']:.4f} (+0.0 %) |" in text
+    assert "| two forwards |" in text
+    assert "_" not in text.replace(str(out), "").replace(results["bpb"].settings["schedule"], "")
+    main([*command, "--format", "json"])
+    assert [line["kind"] for line in json.loads(capsys.readouterr().out)] == list(Diagnose(run).only)
     weights = json.loads((run / "checkpoint" / "manifest.json").read_text())["model.safetensors"]["sha256"]
     assert {result.checkpoint for result in results.values()} == {weights}
     assert {result.subject for result in results.values()} == {f"{data.name}-val"}
@@ -648,15 +690,15 @@ def test_diagnose_says_how_many_hops_the_state_survives(
 ):
     out, plain = tmp_path / "results", tmp_path / "plain"
     command = ["diagnose", str(run), "--data", str(data), "--at-least", "200", "--out", str(out), "--only", "hops"]
-    main(command)
+    main([*command, "--full"])
     text = capsys.readouterr().out
     (result,) = read_results(out)
     values = result.values
     assert (result.kind, values["targets"]) == ("hops", result.settings["targets"])
     assert [point["hops"] for point in values["points"]] == [0, 1, 2, 4, 8, 16, 30]  # windows of BOS and 31 tokens
-    assert f"verdict: {values['verdict']}" in text
+    assert f"{run.name}: {values['verdict']}." in text
     assert f"live {values['live']:.4f}" in text
-    assert f"- live {values['points'][0]['gap']:+9.4f}" in text
+    assert f"| 0 | {values['points'][0]['nats']:.4f} | {values['points'][0]['gap']:+.4f} |" in text
     # What is measured is not measured again.
     (ledger,) = (out / "partial").glob("hops-*.jsonl")
     written = ledger.read_text()
@@ -666,7 +708,7 @@ def test_diagnose_says_how_many_hops_the_state_survives(
     capsys.readouterr()
     main(["train", "--data", str(data), "--out", str(plain), "--device", "cpu", "d2-transformer", *TINY])
     main(["diagnose", str(plain), "--data", str(data), "--at-least", "200", "--only", "hops"])
-    assert "verdict: nothing recurs: there is no memory to carry" in capsys.readouterr().out
+    assert "plain: nothing recurs: there is no memory to carry." in capsys.readouterr().out
     assert "'hop'" in mistake(capsys, "diagnose", str(run), "--data", str(data), "--only", "hop")
     message = one_line(capsys, "diagnose", str(run), "--data", str(data), "--only", "hops", "--batch-size", "0")
     assert "batch_size is 0; it must be at least 1" in message
@@ -721,7 +763,9 @@ def test_two_ranks_diagnose_and_answer_as_one_does(run: Path, data: Path, tmp_pa
     assert len(list((tmp_path / "two" / "partial").glob("bpb-*.rank1.jsonl"))) == 1
 
 
-@pytest.mark.parametrize(("verb", "kept"), [("sample", False), ("chat", False), ("prepare", True), ("study", True)])
+@pytest.mark.parametrize(
+    ("verb", "kept"), [("sample", False), ("chat", False), ("prepare", True), ("compare", True), ("study", True)]
+)
 def test_an_interruption_says_what_is_kept(
     verb: str, kept: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

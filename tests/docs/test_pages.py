@@ -26,6 +26,7 @@ RUN_BY = {
     "docs/extending.md": "test_extending_docs.py",
     "docs/huggingface.md": "test_hf_docs.py",
     "docs/inference.md": "test_inference_docs.py",
+    "docs/notebook.md": "test_notebook_docs.py",
     "docs/pretrained.md": "test_pretrained_docs.py",
     "docs/serving.md": "test_serving_docs.py",
     "docs/tutorial.md": "test_tutorial.py",

@@ -20,9 +20,9 @@ from lrt.cli.compare import Compare
 from lrt.cli.main import main
 from lrt.data.corpus import stdlib_files
 from lrt.data.prepared import Prepared
-from lrt.eval.compare import Comparison, Difference, compare, difference, units_of
+from lrt.eval.compare import Comparison, Difference, compare, difference, is_longer_known, units_of
 from lrt.eval.report.comparison import short_count, verdict
-from lrt.eval.results import read_results
+from lrt.eval.results import Result, read_results
 from lrt.eval.runs import Run
 from lrt.eval.token_scores import TokenScores, bootstrap_interval
 from lrt.model.checkpoint import save
@@ -199,7 +199,7 @@ def test_the_command_prints_every_form(capsys: pytest.CaptureFixture[str], tmp_p
         (["runs/one", "runs/two", "--data", "runs/one"], "runs/one"),
         (
             ["runs/strange", "runs/two"],
-            "the prepared text 'gone', and runs/data/gone is not there; name its folder with --data",
+            "trained on the text gone, which is neither in runs/data nor in runs/data; give its folder: --data FOLDER",
         ),
         (["runs/one", "runs/needy"], "this checkpoint needs the plugin wide: pass --plugin wide.py"),
         (["runs/two", "runs/other"], "another tokenizer than runs/other's; compare runs of one tokenizer"),
@@ -243,3 +243,11 @@ def test_a_difference_of_the_same_scores_is_nothing():
     same = make_scores(20, 20, 0.0, 0.1)
     apart = difference(dataclasses.replace(same), same, units_of(same)[1])
     assert (apart.bpb, apart.low, apart.high, apart.clear) == (0, 0, 0, False)
+
+
+def test_a_result_of_more_tokens_is_not_replaced(tmp_path: Path):
+    known = Result("bpb", "text-val", "sha", {}, {"targets": 100})
+    known.write(tmp_path)
+    assert is_longer_known(dataclasses.replace(known, values={"targets": 50}), tmp_path)
+    assert not is_longer_known(dataclasses.replace(known, values={"targets": 100}), tmp_path)
+    assert not is_longer_known(dataclasses.replace(known, checkpoint="other", values={"targets": 50}), tmp_path)

@@ -34,7 +34,7 @@ from lrt.eval.core_metric.questions import (
     schema_prompts,
     shared_length,
 )
-from lrt.eval.report.text import result_lines
+from lrt.eval.report.result_tables import result_tables
 from lrt.eval.results import read_results
 from lrt.model.config import ModelConfig
 from lrt.model.memory_config import MemoryConfig
@@ -251,10 +251,10 @@ def test_a_run_is_every_question_asked_alone(bundle: Path, tmp_path: Path, token
     assert easy["centred"]["on"] == pytest.approx((easy["accuracy"]["on"] - 0.33) / 0.67)
     assert values["score"]["on"] == pytest.approx(sum(t["centred"]["on"] for t in values["tasks"].values()) / 3)
     assert read_results(tmp_path / "out") == [result]
-    text = "\n".join(result_lines(result))
-    assert "partial CORE (3/22)" in text
-    assert "not in the bundle: squad" in text
-    assert "gpt2" in text
+    (table,) = result_tables(result)
+    assert table.title.endswith("Not in the bundle: squad")
+    assert table.body[-1][0] == "partial CORE (3/22)"
+    assert table.head[-1] == "gpt2"
 
 
 def test_without_recurrence_there_is_one_mode(bundle: Path, tmp_path: Path, tokenizer: Tokenizer):

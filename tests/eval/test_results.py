@@ -10,7 +10,9 @@ import pytest
 from lrt.distributed.single_process import SingleProcess
 from lrt.eval.diagnose import MEASURES
 from lrt.eval.ledger import Ledger
-from lrt.eval.report.text import LINES
+from lrt.eval.report.names import KINDS
+from lrt.eval.report.result_tables import TABLES
+from lrt.eval.report.sentences import SENTENCES
 from lrt.eval.results import Result, read_results
 from lrt.utils.files import temporary_name
 
@@ -39,8 +41,8 @@ def test_a_result_that_is_being_written_passes_for_none(tmp_path: Path):
     assert read_results(tmp_path) == [RESULT]
 
 
-def test_every_kind_of_result_has_its_text():
-    assert set(LINES) == {*MEASURES, "scores", "core"}
+def test_every_kind_of_result_has_its_tables_a_sentence_and_a_title():
+    assert set(TABLES) == set(SENTENCES) == set(KINDS) == {*MEASURES, "scores", "core"}
 
 
 def test_a_ledger_goes_on_where_it_was_cut(tmp_path: Path):

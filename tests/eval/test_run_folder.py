@@ -66,7 +66,7 @@ def test_what_it_evaluates_is_kept_and_shown(run: lrt.Run):
 def test_data_that_is_elsewhere_has_to_be_given(run: lrt.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     moved = (tmp_path / "runs" / "data" / "squares").rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"trained on \(squares\) is not in runs/data; give its folder: lrt\.Run\("):
+    with pytest.raises(ValueError, match=r"trained on the text .* neither in runs/data nor in .*; give its folder"):
         run.evaluate()
     assert lrt.Run(run.folder, "cpu", moved).data.path == moved
     (tmp_path / "runs" / "data" / "broken").mkdir()
@@ -78,7 +78,7 @@ def test_data_that_is_elsewhere_has_to_be_given(run: lrt.Run, tmp_path: Path, mo
 def test_a_text_is_shown_in_colours_and_escaped(run: lrt.Run):
     measured = run.diagnose("text", at_least=60)
     assert read_results(run.folder / "evaluation")[0].values == measured.values
-    assert repr(measured).startswith("text, squares-val\n")
+    assert repr(measured).startswith(("Recurrence makes ", "Nothing recurs in the run"))
     with pytest.raises(ValueError, match="kind is 'colours'; choose one of bpb, "):
         run.diagnose("colours")
     values = {"pieces": ["<b>", " x"], "live": [1.0, 2.0], "off": [3.0, 2.0]}
@@ -91,8 +91,10 @@ def test_a_text_is_shown_in_colours_and_escaped(run: lrt.Run):
 
 def test_other_measurements_are_lines(run: lrt.Run):
     measured = run.diagnose("hops", at_least=60)
-    assert "verdict: " in repr(measured)
-    assert measured._repr_html_().startswith("<pre>hops, squares-val")
+    said, _, table = repr(measured).partition("\n\n")
+    assert said == f"The run: {measured.values['verdict']}."
+    assert "nats per token" in table
+    assert measured._repr_html_().startswith("<pre>The run: ")
 
 
 def test_a_figure_has_axes_with_units(run: lrt.Run, place: Path):

@@ -8,6 +8,7 @@ import pytest
 
 from lrt.eval.report import sentences
 from lrt.eval.report.names import NAMES, name_of
+from lrt.eval.results import Result
 from lrt.eval.scoring import Metrics, every_ablation
 
 
@@ -39,6 +40,44 @@ def test_the_best_comes_first_and_the_others_are_behind_it():
 )
 def test_what_recurrence_is_worth(bpb: float, low: float | None, high: float | None, said: str):
     assert sentences.worth("mine", {"differences": {"off - live": {"bpb": bpb, "low": low, "high": high}}}) == said
+
+
+def test_the_whole_diagnosis_in_short():
+    def result(kind: str, values: dict[str, Any]) -> Result:
+        return Result(kind, "books-val", "ab", {}, values)
+
+    bpb = result("bpb", {"differences": {"off - live": {"bpb": 0.002, "low": None, "high": None}}})
+    sweeps, memory = result("sweeps", {"verdict": "stable"}), result("memory", {"reach": points(1.0, 0.02, 0.005)})
+    assert sentences.in_short("mine", [memory, sweeps, bpb]) == (
+        "Recurrence is worth 0.0020 bits per byte to mine; stable; it reaches 2 tokens back."
+    )
+    assert sentences.in_short("mine", [sweeps]) is None
+    assert sentences.in_short("mine", []) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"live_bpb": 2.0, "gap": 0.0012, "live_bpb_memory_zero": 2.5},
+            "mine has 2.0000 bits per byte, live; 0.0012 more than in parallel; without its memory 0.5000 (25.0 %) "
+            "worse.",
+        ),
+        ({"live_bpb": 2.0, "gap": -0.3}, "mine has 2.0000 bits per byte, live; 0.3000 less than in parallel."),
+        ({"live_bpb": 2.0, "gap": 4e-5}, "mine has 2.0000 bits per byte, live; the same in parallel."),
+        ({"live_bpb": 2.0}, "mine has 2.0000 bits per byte, live."),
+    ],
+)
+def test_what_a_score_says(values: dict[str, float], said: str):
+    assert sentences.scored("mine", values) == said
+
+
+def test_what_bfloat16_costs():
+    rows = {"bfloat16 control - live": {"bpb": 0.001}, "bfloat16 live - bfloat16 control": {"bpb": -0.0002}}
+    assert sentences.rounded("mine", {"differences": rows}) == (
+        "bfloat16 costs mine +0.0008 bits per byte, live: +0.0010 by its arithmetic, -0.0002 by errors that go round "
+        "the recurrence."
+    )
 
 
 def points(*kl: float) -> list[dict[str, Any]]:

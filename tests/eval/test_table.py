@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from support.page import Page
 
-from lrt.eval.report.table import FORMS, Table, TableFormat, markdown, print_table
+from lrt.eval.report.table import FORMS, Table, TableFormat, aside, markdown, print_table, print_tables
 
 TABLE = Table("A <title>", ["model", "empty", "live"], [["[bold]lrt[/bold] & co", "", "1.25"], ["  zeroed", "", ""]])
 
@@ -59,6 +59,35 @@ def test_a_form_for_files_is_printed_as_it_is(form: TableFormat) -> None:
     out = io.StringIO()
     print_table(TABLE, form, Console(file=out, width=10))
     assert out.getvalue() == FORMS[form](TABLE) + "\n"
+
+
+def printed(tables: list[Table], form: TableFormat) -> str:
+    out = io.StringIO()
+    print_tables(tables, form, Console(file=out))
+    return out.getvalue()
+
+
+def test_several_tables_keep_their_titles_in_every_form() -> None:
+    tables = [Table("one", ["a"], [["1"]]), Table("none", ["a"], []), Table("two", ["b"], [["2"]])]
+    assert printed(tables, "csv") == "# one\na\n1\n\n# two\nb\n2\n"
+    assert printed(tables[:1], "csv") == "a\n1\n"
+    assert json.loads(printed(tables, "json")) == [
+        {"title": "one", "rows": [{"a": "1"}]},
+        {"title": "two", "rows": [{"b": "2"}]},
+    ]
+    assert printed(tables, "latex").count(r"\begin{tabular}") == 2
+    assert printed(tables, "text") == markdown(tables) + "\n"
+
+
+@pytest.mark.parametrize(("form", "where"), [("text", "out"), ("md", "out"), ("csv", "err"), ("json", "err")])
+def test_what_is_said_beside_a_table_does_not_disturb_a_program(
+    form: TableFormat, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with aside(form):
+        print("3 cells to run")
+    captured = capsys.readouterr()
+    assert {"out": captured.out, "err": captured.err}[where] == "3 cells to run\n"
+    assert captured.out + captured.err == "3 cells to run\n"
 
 
 def test_a_file_gets_the_whole_width_and_a_narrow_terminal_rows_as_columns() -> None:

@@ -16,7 +16,7 @@ from lrt import schedules
 from lrt.data.windows import windows
 from lrt.distributed.single_process import SingleProcess
 from lrt.eval.ledger import Ledger
-from lrt.eval.report.text import bpb_lines
+from lrt.eval.report.result_tables import bpb_tables
 from lrt.eval.scoring import live_scorer, schedule_scorer
 from lrt.eval.token_scores import (
     TokenScores,
@@ -128,7 +128,9 @@ def test_one_document_has_no_interval(tmp_path: Path):
     values = summarise(scored(tmp_path, found=windows(text((30,)), CONTEXT)), (("live", "parallel"),))
     row = values["columns"]["live"]
     assert (row["low"], row["high"]) == (None, None)
-    assert bpb_lines({**values, "schedule": "plain()"})[1].endswith("  one document has none")
+    (table,) = bpb_tables({**values, "schedule": "plain()"})
+    assert [row[2] for row in table.body] == ["one document has none"] * len(table.body)
+    assert table.title == "30 tokens of 1 documents, schedule plain()"
 
 
 def test_bfloat16_stands_beside_its_control(tmp_path: Path):

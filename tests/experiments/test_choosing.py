@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from lrt.eval.hops import HopCurve, HopPoint
-from lrt.experiments.studies.figures import save_figure
+from lrt.eval.report.style import save_figure
 from lrt.experiments.studies.state_tracking import recipe
 
 ROOT = Path(__file__).parents[2]

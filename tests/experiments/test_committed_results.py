@@ -40,7 +40,7 @@ LANGUAGE = [
     "source.tiny",
 ]
 TRACKING = ["state-tracking.small", "state-tracking.stream", "state-tracking.tiny"]
-STATE_DATA = ["state-data.deeper", "state-data.tiny"]
+STATE_DATA = ["state-data.deeper", "state-data.four_heads", "state-data.tiny"]
 
 # Lines of language keep their whole RunConfig. Lines of state tracking keep the cell's fields alone; what those leave
 # out meant this when they were written. A field that a configuration gets later is not listed: its default serves.

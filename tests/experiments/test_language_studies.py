@@ -19,7 +19,9 @@ from typing import Any, cast
 
 import pytest
 from matplotlib.figure import Figure
+from support.registries import restored
 
+import lrt
 from lrt.cli.main import main
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
@@ -29,7 +31,9 @@ from lrt.experiments.studies import comparisons, figures, grid, language, runner
 from lrt.experiments.studies.kinds import KINDS
 from lrt.model.size import count_parameters
 from lrt.training.trainer import Diverged, Trainer
+from lrt.utils import plugins
 
+EXAMPLE = Path(lrt.__file__).parents[1] / "examples" / "low_rank_injection.py"
 OPTIM = {"matrix_lr": 0.02, "embedding_lr": 0.2, "head_lr": 0.01, "scalar_lr": 0.02, "reference_batch": 2048}
 FIELDS: dict[str, Any] = {
     "seed": 3,
@@ -148,6 +152,9 @@ class Scores:
     def discard(self, line: runner.Line) -> None:
         pass
 
+    def score(self, line: runner.Line) -> str:
+        return f"live {line['result']['val_live_bpb']:.4f}"
+
     def tables(self, lines: Any) -> list[Table]:
         return []
 
@@ -164,7 +171,7 @@ def swept(tmp_path: Path) -> grid.Study:
 def test_later_seeds_run_at_the_best_rate(swept: grid.Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     kind = Scores({"a 0.5": 2.0, "a 1": 1.0, "b 0.5": 1.0, "b 1": 2.0})
     runner.run_study(swept, kind, tmp_path / swept.results, progress=False, device="cpu:0")
-    assert "6 cells to run, about 12 minutes in all" in capsys.readouterr().out
+    assert "6 cells to run, about 12 min in all" in capsys.readouterr().out
     assert kind.ran[:4] == [(name, 0, "cpu:0") for name in ("a 0.5", "b 0.5", "a 1", "b 1")]
     assert sorted(kind.ran[4:]) == [("a 1", 1, "cpu:0"), ("b 0.5", 1, "cpu:0")]
     assert not list(tmp_path.glob("*.claims/*"))
@@ -468,6 +475,34 @@ def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(tmp_path / "texts" / "story", [tmp_path / "story.txt"], 280, progress=False, workers=0)
 
 
+@pytest.mark.usefixtures("story")
+def test_a_text_that_is_prepared_again_is_read_again(tmp_path: Path):
+    before = texts.open_text("story")
+    assert texts.open_text("story") is before
+    (tmp_path / "story.txt").write_text("another story, of other words\n" * 200)
+    prepare(tmp_path / "texts" / "story", [tmp_path / "story.txt"], 280, progress=False, workers=0)
+    assert texts.open_text("story").fingerprint != before.fingerprint
+
+
+def test_a_line_is_stale_when_the_plugin_of_its_model_was_edited(tmp_path: Path):
+    """A plugin that its run does not need decides nothing."""
+    with restored():
+        for name in ("low_rank_injection", "other"):
+            source = EXAMPLE.read_text().replace('"low_rank"', f'"low_rank{name[:5]}"')
+            (tmp_path / f"{name}.py").write_text(source)
+            plugins.load_file(tmp_path / f"{name}.py")
+        fields = {**FIELDS, "model": {"memory": {"injection": "low_ranklow_r"}}}
+        run = language.build_run(fields, 300).to_dict()
+        records = plugins.describe(list(plugins.REGISTERED.items()))
+        line = {"fields": {**fields, "text": "elsewhere"}, "plugins": records, "result": {"data": "", "run": run}}
+        assert language.Language().is_current(line)
+        for name, current in (("other", True), ("low_rank_injection", False)):
+            older = [
+                {**record, "sha256": "of another file"} if record["name"] == name else record for record in records
+            ]
+            assert language.Language().is_current({**line, "plugins": older}) is current
+
+
 SMALL: dict[str, Any] = {
     "text": "story",
     "size": {"depth": 2, "width": 16, "heads": 2, "context": 16},
@@ -510,20 +545,20 @@ def test_a_long_cell_goes_on_where_it_was_left(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.usefixtures("story")
 def test_the_loss_of_a_cell_that_went_on_is_that_of_all_its_last_steps(monkeypatch: pytest.MonkeyPatch):
     fields = {**SMALL, "seed": 0, "family": "transformer", "horizon": "steps=40", "settling": 0}
-    run = language.build_run(fields, language.open_text("story").vocab_size)
+    run = language.build_run(fields, texts.open_text("story").vocab_size)
 
     def train(stop_at: str = "never") -> float:
         def advance(amount: float, text: str = "") -> None:
             if text.startswith(stop_at):
                 raise KeyboardInterrupt
 
-        return language.train_cell(run, language.open_text("story"), "cpu", advance)[1].loss
+        return language.train_cell(run, texts.open_text("story"), "cpu", advance)[1].loss
 
     monkeypatch.setattr(language, "KEEP_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
         train("step 40 ")  # the snapshot is of step 39; the loss is the mean of two steps
     gone_on = train()
-    data = language.open_text("story")
+    data = texts.open_text("story")
     shutil.rmtree(language.snapshot_folder(run.to_dict(), data.fingerprint))
     assert train() == gone_on
 

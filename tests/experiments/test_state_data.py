@@ -163,7 +163,7 @@ def test_a_study_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(STUDY)
     main(["study", "small.yaml", "--dry-run"])
-    assert "10 cells to run, about 11 minutes in all; 0 are done already" in capsys.readouterr().out
+    assert "10 cells to run, about 11 min in all; 0 are done already" in capsys.readouterr().out
     assert not Path("runs/studies/small.tiny.jsonl").exists()
     with pytest.raises(SystemExit):
         main(["study", "small.yaml", "--dry-run", "--show"])

@@ -73,6 +73,9 @@ class Counting:
     def discard(self, line: runner.Line) -> None:
         self.discarded.append(line["cell"])
 
+    def score(self, line: runner.Line) -> str:
+        return f"{line['result']['steps']} steps"
+
     def tables(self, lines: Sequence[runner.Line]) -> list[Table]:
         return []
 
@@ -140,12 +143,16 @@ def test_a_stopped_study_goes_on(study: grid.Study, tmp_path: Path, capsys: pyte
     stopped = Counting(fail_at=3)
     with pytest.raises(KeyboardInterrupt):
         runner.run_study(study, stopped, file, progress=False)
-    assert "10 cells to run, about 42 minutes in all; 0 are done already" in capsys.readouterr().out
+    assert "10 cells to run, about 42 min in all; 0 are done already" in capsys.readouterr().out
     with file.open("a") as cut:
         cut.write('{"cell": "hard/l')  # the machine went down while writing
     goes_on = Counting()
     lines = runner.run_study(study, goes_on, file, progress=False)
-    assert "7 cells to run" in capsys.readouterr().out
+    first, *cells = capsys.readouterr().out.splitlines()
+    assert first.startswith("7 cells to run")
+    assert re.fullmatch(rf"{lines[3]['cell']}: \d+ steps, in 1 s; 6 cells left, about 1 s", cells[0])
+    assert cells[-1].endswith("; that was the last")
+    assert len(cells) == 7
     assert [line["cell"] for line in lines] == [cell.name for cell in study.cells]
     assert stopped.ran + goes_on.ran == [cell.fields for cell in study.cells]
     assert runner.run_study(study, Counting(fail_at=0), file, progress=False) == lines
@@ -170,7 +177,9 @@ def test_a_cell_that_another_study_ran_is_taken(study: grid.Study, tmp_path: Pat
     capsys.readouterr()
     counting = Counting()
     lines = runner.run_study(study, counting, tmp_path / study.results, progress=False)
-    assert "10 cells to run, about 21 minutes in all" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "10 cells to run, about 21 min in all" in out
+    assert ", from other.tiny easy/tall/0; " in out
     assert [fields["seed"] for fields in counting.ran] == [1] * 5
     assert [line["result"] for line in lines[:5]] == [line["result"] for line in ran]
     assert lines[1] == {**ran[1], **runner.label(study, study.cells[1]), "from": "other.tiny easy/tall/0"}
@@ -244,6 +253,12 @@ editions:
     main([*arguments, "--show"])
     out = capsys.readouterr().out
     assert "4 cells to run" in out
+    assert re.search(r"^flip-flop/token shift/1: last state [\d.]+ % right at length 12, in ", out, re.MULTILINE)
+    main([*arguments, "--format", "json"])
+    tables = json.loads(capsys.readouterr().out)
+    assert "token shift" in [row["model"] for table in tables for row in table["rows"] if "model" in row]
+    main([*arguments, "--show", "--format", "csv"])
+    assert "\ntoken shift,2," in capsys.readouterr().out
     assert "### flip-flop: last state right, %, by length; chance 50.0%" in out
     assert "| token shift | 2 |" in out
     lines = [json.loads(text) for text in (tmp_path / "mine.tiny.jsonl").read_text().splitlines()]
@@ -251,6 +266,17 @@ editions:
     assert lines[0]["result"]["last_state"]["12"]["sequences"] == 20
     assert lines[0]["result"]["reads"]["flip_flop_dense"]["reads"] >= 50
     assert (tmp_path / "mine.tiny.svg").read_text().startswith("<?xml")
+
+
+def test_a_figure_that_cannot_be_saved_is_refused_before_any_cell_runs(
+    study: grid.Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as ended:
+        main(["study", str(tmp_path / "mine.yaml"), "--results", str(tmp_path), "--figure", str(tmp_path / "x.txt")])
+    captured = capsys.readouterr()
+    assert (ended.value.code, captured.out) == (2, "")
+    assert captured.err.endswith("x.txt; give one that ends in .svg, .png, .pdf\n")
+    assert not list(tmp_path.glob("*.jsonl"))
 
 
 TRACKED: dict[str, Any] = {

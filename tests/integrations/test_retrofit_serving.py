@@ -94,7 +94,7 @@ def test_answers_are_the_models_own(folder):
         (["--rows", "4"], "takes no --rows"),
         (["--template", "chatml", "--prefixes", "3"], "takes no --prefixes, no --template"),
         (["other", "--rows", "4"], "takes no --rows, no other models beside it"),
-        (["--host", "0.0.0.0"], "give --token-file FILE, or --open"),
+        (["--host", "0.0.0.0"], "give --token-file FILE or --api-key KEY, or --open"),
         (["--port", "70000"], "port is 70000"),
     ],
 )
@@ -109,7 +109,7 @@ def test_without_the_token_nothing_is_answered(folder, tmp_path):
     """The guard of runs stands before a retrofitted folder too."""
     testclient = pytest.importorskip("starlette.testclient")
     guarded = RequestGuard(
-        transformers_app(folder, "cpu"), Limits(), ServerMetrics(), "a-token-of-length-20", None, ROUTES
+        transformers_app(folder, "cpu"), Limits(), ServerMetrics(), ["a-token-of-length-20"], None, ROUTES
     )
     client = testclient.TestClient(guarded)
     assert client.get("/v1/models").status_code == 401

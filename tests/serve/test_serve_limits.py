@@ -15,10 +15,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import tyro
 from pydantic import ValidationError
 from support.server import EXACT, Live, live, saved
 
 from lrt.cli.main import main
+from lrt.cli.serve import Serve
 from lrt.serve.config import Limits, Settings
 from lrt.serve.detokenizer import Detokenizer, overlap
 from lrt.serve.models import model_names
@@ -27,7 +29,7 @@ from lrt.serve.protocol import CompletionBody
 TIGHT = Limits(
     body_bytes=20_000, body_seconds=0.7, prompt_tokens=100, new_tokens=200, choices=4, queue=2, connections=40
 )
-SECRET = "0123456789abcdef0123"
+SECRET, OTHER_SECRET = "0123456789abcdef0123", "fedcba9876543210fedc"
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +163,8 @@ def test_waiting_for_a_row_has_a_time_limit(folder: Path):
 
 
 def test_the_token_is_asked_for(folder: Path):
-    with live(folder, token=SECRET) as up:
-        for key in ("wrong", SECRET[:-1], SECRET + "x", "ü"):
+    with live(folder, tokens=[SECRET, OTHER_SECRET]) as up:
+        for key in ("wrong", SECRET[:-1], SECRET + "x", f"{SECRET} {OTHER_SECRET}", "ü"):
             status = httpx.get(f"{up.url}/v1/models", headers={"Authorization": f"Bearer {key}".encode()}).status_code
             assert status == 401
         with pytest.raises(openai.AuthenticationError, match="the token is missing or wrong"):
@@ -171,7 +173,8 @@ def test_the_token_is_asked_for(folder: Path):
         assert httpx.get(f"{up.url}/openapi.json").status_code == 401
         assert httpx.get(f"{up.url}/healthz").status_code == httpx.get(up.url).status_code == 200
         assert httpx.head(f"{up.url}/healthz").status_code == httpx.head(up.url).status_code == 200  # load balancers'
-        assert [m.id for m in up.client(SECRET).models.list()] == ["lrt"]
+        for key in (SECRET, OTHER_SECRET):
+            assert [m.id for m in up.client(key).models.list()] == ["lrt"]
 
 
 def test_other_peoples_pages_cannot_reach_a_private_server(folder: Path):
@@ -306,7 +309,9 @@ def test_addresses_that_others_reach_need_a_token(folder: Path, tmp_path: Path, 
     short.write_text("hush\n")
     for arguments, message in (
         ((str(folder), "--host", "0.0.0.0"), "0.0.0.0 can be reached from other machines; give --token-file FILE"),
-        ((str(folder), "--token-file", str(short)), "is no token; write at least 16"),
+        ((str(folder), "--token-file", str(short)), "is no token; give at least 16"),
+        ((str(folder), "--api-key", SECRET, "hush"), "--api-key is no token; give at least 16 ASCII characters"),
+        ((str(folder), "--api-key", SECRET + "ü"), "--api-key is no token"),
         ((str(folder), str(same)), "two checkpoints are called lrt; tell them apart with --names"),
         ((str(folder), "--rows", "0"), "rows is 0; it must be at least 1"),
         ((str(folder), "--limits.queue", "-1"), "limits.queue is -1; it must be at least 0"),
@@ -318,6 +323,13 @@ def test_addresses_that_others_reach_need_a_token(folder: Path, tmp_path: Path, 
             main(["serve", *arguments, "--device", "cpu"])
         shown = " ".join(word for word in capsys.readouterr().err.split() if word not in "│|")
         assert message in shown
+
+
+def test_keys_of_the_command_line_and_of_the_file_all_serve(tmp_path: Path):
+    (tmp_path / "token").write_text(SECRET + "\n")
+    keys = tyro.cli(Serve, args=["run", "--token-file", str(tmp_path / "token"), "--api-key", OTHER_SECRET, "k" * 16])
+    assert keys.read_tokens() == [OTHER_SECRET, "k" * 16, SECRET]
+    assert Serve((Path("run"),)).read_tokens() == []
 
 
 def test_names_are_the_folders():

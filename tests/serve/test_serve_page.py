@@ -152,7 +152,7 @@ def test_phone_and_dark(browser: Browser, up: Live, tmp_path: Path):
 
 
 def test_a_key_is_asked_for(browser: Browser, folders: list[Path]):
-    with live(folders[0], token=TOKEN) as guarded:
+    with live(folders[0], tokens=[TOKEN]) as guarded:
         page = browser.new_page()
         page.goto(guarded.url)
         expect(page.locator("#panes")).to_contain_text("the token is missing or wrong")

@@ -19,6 +19,7 @@ BUILT = {"log", "study", "_build"}
 """Folders that the build of the site writes."""
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:(?<=\n\n)|^)((?: {4}[^\n]+\n)+)", re.MULTILINE)
+VARIABLE = re.compile(r'^([A-Z]+)="(.*)"$', re.MULTILINE)
 PROGRAMS = ("lrt", "make", "pip", "python", "uv", "torchrun")
 NOT_RUN = re.compile(r"^# not run: \w.*", re.MULTILINE)
 """The first line of Python that is read, and not run: it says why."""
@@ -52,9 +53,11 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(page: Path) -> list[str]:
-    """The shell's commands of a page, comments left off and continued lines joined."""
-    shown = (block.text for block in blocks(page) if block.language in ("", "bash"))
-    lines = "\n".join(shown).replace("\\\n", " ").splitlines()
+    """The shell's commands of a page, comments left off, continued lines joined, and its own variables put in."""
+    shown = "\n".join(block.text for block in blocks(page) if block.language in ("", "bash")).replace("\\\n", " ")
+    for name, content in VARIABLE.findall(shown):
+        shown = shown.replace(f"${name}", content)
+    lines = shown.splitlines()
     stripped = (re.sub(r"\s+#.*", "", line).strip() for line in lines)
     return [line for line in stripped if re.sub(r"^[A-Z_]+=\S+ ", "", line).split(" ")[0] in PROGRAMS]
 

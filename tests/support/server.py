@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +70,11 @@ class Live:
 
 @contextmanager
 def live(
-    *paths: Path, settings: Settings = EXACT, limits: Limits | None = None, token: str | None = None, hosts: Any = None
+    *paths: Path,
+    settings: Settings = EXACT,
+    limits: Limits | None = None,
+    tokens: Sequence[str] = (),
+    hosts: Any = None,
 ) -> Iterator[Live]:
     """A server over checkpoints, in a thread of this process, on a port of its own."""
     limits, metrics = limits or Limits(), ServerMetrics()
@@ -80,7 +84,7 @@ def live(
         for path, name in zip(paths, model_names(paths), strict=True)
     ]
     registry = ModelRegistry(models, limits, metrics)
-    running = create_server(create_app(registry, token, hosts), registry, "127.0.0.1", 0)
+    running = create_server(create_app(registry, tokens, hosts), registry, "127.0.0.1", 0)
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     while not running.started:

@@ -157,7 +157,7 @@ def timed_by_mode(monkeypatch: pytest.MonkeyPatch, seconds: dict[tuple[str, str]
 
     monkeypatch.setattr("lrt.training.matching.seconds_per_token", measured)
     monkeypatch.setattr("lrt.model.execution.LONG", round(1.5 * LRT.tokens / TRANSFORMER.batch_tokens))
-    monkeypatch.setattr("lrt.model.execution.missing_compiler", lambda device: None)
+    monkeypatch.setattr("lrt.utils.torch_private.missing_compiler", lambda device: None)
     return modes
 
 

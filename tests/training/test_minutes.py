@@ -79,6 +79,12 @@ def test_the_longest_run_that_ends_in_time_is_taken(run: RunConfig):
         affordable_tokens(run, SPEED, 0.1, EvalConfig(every=5, targets=1000), 1000)
 
 
+def test_minutes_in_which_no_step_ends_are_refused(run: RunConfig):
+    slow = dataclasses.replace(SPEED, train=10.0)
+    with pytest.raises(ValueError, match=r"--minutes 0\.1 is too short: a step takes about 21 min here"):
+        affordable_tokens(run, slow, 0.1, SILENT, 1000)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.2, "1 s"), (89, "89 s"), (91, "2 min"), (8400, "2 h 20 min"), (7200, "2 h"), (3 * 86400 + 7200, "3 d 2 h")],
@@ -138,7 +144,7 @@ def test_what_is_to_be_compiled_is_timed_compiled(
     run: RunConfig, data: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     measured = count_measuring(monkeypatch)
-    monkeypatch.setattr("lrt.model.execution.missing_compiler", lambda device: None)
+    monkeypatch.setattr("lrt.utils.torch_private.missing_compiler", lambda device: None)
     launch = Launch(tmp_path, execution=Execution(compile="auto"))
     with_minutes(run, 1.0, data, launch, SILENT)
     assert measured == ["steps=1"]

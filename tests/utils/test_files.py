@@ -6,11 +6,45 @@ from pathlib import Path
 
 import pytest
 
-from lrt.utils.files import append_durably, recover, replace_atomically, replace_folder, set_aside, temporary_name
+from lrt.utils.files import (
+    append_durably,
+    format_bytes,
+    place_and_size,
+    recover,
+    replace_atomically,
+    replace_folder,
+    set_aside,
+    temporary_name,
+)
 
 
 def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (12_400, "12 kB"),
+        (6_300_000, "6.3 MB"),
+        (1_500_000_000, "1.5 GB"),
+        (2_345_000_000_000, "2,345 GB"),
+    ],
+)
+def test_sizes_are_in_units_for_people(count: int, shown: str) -> None:
+    assert format_bytes(count) == shown
+
+
+def test_a_folder_weighs_what_its_files_do(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a").write_bytes(b"x" * 1500)
+    (tmp_path / "b").write_bytes(b"x" * 600)
+    assert place_and_size(tmp_path) == f"{tmp_path}, 2.1 kB"
+    assert place_and_size(tmp_path / "b") == f"{tmp_path / 'b'}, 600 bytes"
+    assert place_and_size(tmp_path / "nowhere") == f"{tmp_path / 'nowhere'}, 0 bytes"
 
 
 def test_text_bytes_and_a_writer_replace_a_file(tmp_path: Path) -> None:

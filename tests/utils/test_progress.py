@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import time
 from typing import Any
 
 import pytest
@@ -66,6 +67,29 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(" ETA ")[0] for line in lines] == ["training 20/100 (20%)", "training 40/100 (40%)"]
     assert [line[-1] for line in lines] == ["b", "d"]
+
+
+def test_a_share_is_never_more_than_all():
+    shown = Progress(*terminal_columns(), console=Console(file=io.StringIO()), disable=True)
+    number = shown.add_task("study", total=10, text="")
+    shown.update(number, advance=15)
+    assert progress_line(shown.tasks[number]).startswith("study 15/10 (100%)")
+
+
+def test_a_bar_within_a_bar_stands_below_it(monkeypatch: pytest.MonkeyPatch):
+    out = io.StringIO()
+    terminal = Console(file=out, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(progress, "error_console", lambda: terminal)
+    with bar("training", 10) as steps, bar("live", 100) as scores:
+        steps(3)
+        scores(50)
+        patience = time.monotonic() + 10
+        while " 50% " not in out.getvalue():  # rich draws ten times a second
+            assert time.monotonic() < patience
+            time.sleep(0.02)
+        above, _, below = out.getvalue().rpartition("training")[2].partition("live")
+    assert " 30% " in above
+    assert " 50% " in below
 
 
 def test_what_is_not_to_be_shown_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

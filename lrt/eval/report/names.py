@@ -21,6 +21,18 @@ NAMES = {
     "corpora": "texts",
 }
 """Key of `Metrics`, or of a result -> its name in tables. BPB is bits per byte."""
+KINDS = {
+    "scores": "Scores",
+    "bpb": "Bits per byte",
+    "bfloat16": "Bits per byte in bfloat16",
+    "sweeps": "Sweep curve",
+    "hops": "How many hops the state survives",
+    "ablations": "The memory replaced at test time",
+    "memory": "Inside the memory",
+    "text": "What recurrence gains, token by token",
+    "core": "CORE",
+}
+"""Kind of result -> its title."""
 OF_MEMORY = "live_bpb_memory_"
 """How the key of an ablation begins, which users may register too."""
 

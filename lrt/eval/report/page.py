@@ -42,7 +42,7 @@ X_AXES = (TOKENS, Quantity("flops", 1e12, "training TFLOPs"), Quantity("seconds"
 LIVE = "live bits per byte (lower is better)"
 
 
-def report(path: Path, folders: Sequence[Path], studies: Sequence[str] = ()) -> None:
+def report(path: Path, folders: Sequence[Path], studies: Sequence[Markup] = ()) -> None:
     """Write the report of some runs' folders, and of studies, whose sections are HTML."""
     if len(folders) + len(studies) <= 0:
         raise ValueError(
@@ -50,7 +50,7 @@ def report(path: Path, folders: Sequence[Path], studies: Sequence[str] = ()) -> 
         )
     names = unique_names(folders)
     runs = [replace(Run.read(folder), name=name) for name, folder in zip(names, folders, strict=True)]
-    parts = [*(run_sections(runs) if runs else ()), *map(Markup, studies)]
+    parts = [*(run_sections(runs) if runs else ()), *studies]
     path.parent.mkdir(parents=True, exist_ok=True)
     title = "Latent recurrence: " + ("runs compared" if runs else "studies")
     replace_atomically(path, render("page", title=title, parts=parts))

@@ -13,12 +13,12 @@ from markupsafe import Markup
 
 from lrt.eval.report import figures, sentences
 from lrt.eval.report.html import figure_row
-from lrt.eval.report.names import ablation_name
+from lrt.eval.report.names import KINDS
 from lrt.eval.report.render import heading, notes, render, section
+from lrt.eval.report.result_tables import ablation_table, block_table, core_table, number
 from lrt.eval.report.score_tables import score_tables, texts_scored
-from lrt.eval.report.sentences import NEGLIGIBLE
+from lrt.eval.report.sentences import NEGLIGIBLE, ROUNDING
 from lrt.eval.report.table import Table
-from lrt.eval.report.text import ROUNDING, number
 from lrt.eval.runs import Run, ScoredOn
 
 BUCKETS = (
@@ -39,8 +39,6 @@ SCORE_NOTE = (
     "A table for each text, split and size of windows: numbers of two tables are not comparable. Best live score "
     "first. Intervals of 95 % over documents drawn anew. Off: nothing recurrent is read, one forward.",
 )
-CHANNEL_COLUMNS = ("gamma", "residual_ratio", "key_ratio", "value_ratio")
-"""What the table of blocks shows, a number per memory channel."""
 
 
 def score_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Markup]:
@@ -57,7 +55,7 @@ def score_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Marku
         parts += [figure_row(*pictures, caption=caption)] if pictures else []
         parts += [table.html(), *([details.html()] if details.body else ())]
     said = [sentences.worth(run.name, result.values) for run in runs for result in run.of("bpb")]
-    return section("Bits per byte", list(dict.fromkeys(said)), [*parts, notes(*SCORE_NOTE)] if parts else [])
+    return section(KINDS["bpb"], list(dict.fromkeys(said)), [*parts, notes(*SCORE_NOTE)] if parts else [])
 
 
 def detail_table(runs: Sequence[Run], on: ScoredOn) -> Table:
@@ -133,7 +131,7 @@ def hop_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Markup]
         head = ["run", "live, nats per token", "the memory gives, nats per token", "verdict"]
         parts.append(Table(on.label, head, body).html())
         said += [f"{name}: {values['verdict']}." for name, values in measured.items()]
-    return section("How many hops the state survives", said, parts)
+    return section(KINDS["hops"], said, parts)
 
 
 def hop_cells(values: Mapping[str, Any]) -> list[str]:
@@ -150,18 +148,7 @@ def ablation_section(runs: Sequence[Run]) -> list[Markup]:
     parts = [ablation_table(labels[on], measured).html() for on, measured in by_text.items()]
     said = [sentences.replaced(name, values) for measured in by_text.values() for name, values in measured.items()]
     note = notes("Two forwards: every token is refined once more with its own memory: depth, not recurrence.")
-    return section("The memory replaced at test time", said, [*parts, note] if parts else [])
-
-
-def ablation_table(title: str, measured: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The ablations of runs, by name, on one text."""
-    keys = list(dict.fromkeys(key for values in measured.values() for key in values if key.startswith("live_bpb")))
-
-    def cell(values: Mapping[str, float], key: str) -> str:
-        return f"{values[key]:.4f} ({100 * (values[key] / values['live_bpb'] - 1):+.1f} %)" if key in values else ""
-
-    body = [[ablation_name(key), *(cell(values, key) for values in measured.values())] for key in keys]
-    return Table(title, ["live bits per byte", *measured], body)
+    return section(KINDS["ablations"], said, [*parts, note] if parts else [])
 
 
 def figures_over_training(run: Run) -> list[Markup]:
@@ -201,7 +188,7 @@ def memory_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Mark
             parts += [heading(run.name), *history]
         if injected:
             parts += block_parts(run.name, values)
-    return section("Inside the memory", said, parts)
+    return section(KINDS["memory"], said, parts)
 
 
 def block_parts(name: str, values: Mapping[str, Any]) -> list[Markup]:
@@ -210,13 +197,8 @@ def block_parts(name: str, values: Mapping[str, Any]) -> list[Markup]:
     if any("gates" in row for row in values["layers"] if row["injected"]):
         draw = partial(figures.draw_gates, values=values)
         parts.append(figure_row((draw, f"Gates of {name}"), caption="Mean gates over text."))
-    head = ["block", "γ by channel", "memory over residual stream", "over local keys", "over local values"]
-    body = [
-        [str(row["layer"]), *(" ".join(f"{v:.3f}" for v in row.get(key, [])) for key in CHANNEL_COLUMNS)]
-        for row in values["layers"]
-        if "gamma" in row or "gates" in row
-    ]
-    return [*parts, Table("", head, body).html()] if body else parts
+    table = block_table(values)
+    return [*parts, table.html()] if table.body else parts
 
 
 def text_section(runs: Sequence[Run]) -> list[Markup]:
@@ -229,7 +211,7 @@ def text_section(runs: Sequence[Run]) -> list[Markup]:
             parts.append(render("tokens", name=run.name, tokens=tokens))
             said.append(sentences.helped(run.name, values))
     note = notes("Green: recurrence makes the token likelier; red: less likely. The strongest colour is 2 bits.")
-    return section("What recurrence gains, token by token", said, [note, *parts] if parts else [])
+    return section(KINDS["text"], said, [note, *parts] if parts else [])
 
 
 def token_span(piece: str, live: float, off: float) -> dict[str, str]:
@@ -249,21 +231,4 @@ def core_section(runs: Sequence[Run]) -> list[Markup]:
         values = run.values("core")
         parts.append(core_table(run.name, values).html())
         parts += [notes(f"Not in the bundle: {', '.join(values['missing'])}.")] if values["missing"] else []
-    return section("CORE", [sentences.core_sentence(run) for run in scored], parts)
-
-
-def core_table(title: str, values: Mapping[str, Any]) -> Table:
-    """A row per task, and the score last."""
-    modes, references = values["modes"], values["references"]
-    head = ["task", "shots", "items", "chance"]
-    head += [f"{m.replace('_', ' ')}{what}" for m in modes for what in ("", ", centred")] + list(references)
-    body = [
-        [label, str(t["shots"]), f"{t['items']:,}", f"{t['random']:.3f}"]
-        + [cell for m in modes for cell in (f"{t['accuracy'][m]:.3f} ± {t['error'][m]:.3f}", f"{t['centred'][m]:+.3f}")]
-        + [f"{scores[label]:+.3f}" for scores in references.values()]
-        for label, t in values["tasks"].items()
-    ]
-    total = [values["name"], "", "", ""] + [c for m in modes for c in ("", f"{values['score'][m]:+.4f}")]
-    # Of other models the mean over the same tasks, so that a partial CORE stands beside a partial one.
-    body.append(total + [f"{scores['same tasks']:+.4f}" for scores in references.values()])
-    return Table(title, head, body)
+    return section(KINDS["core"], [sentences.core_sentence(run.name, run.values("core")) for run in scored], parts)

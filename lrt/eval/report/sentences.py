@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lrt.eval.report.text import ROUNDING
+from lrt.eval.results import Result
 from lrt.eval.runs import Run, ScoredOn
 
 NEGLIGIBLE = 1e-6
 """Bits per byte: smaller differences are rounding."""
+ROUNDING = 0.01
+"""Bits by which scores of a token differ at most where nothing recurs."""
 FELT = 0.01
 """Of the newest memory's effect: below it an older one is not said to reach. `reach` says it in words."""
 
@@ -65,11 +67,41 @@ def worth(name: str, values: Mapping[str, Any]) -> str:
 
 def replaced(name: str, values: Mapping[str, Any]) -> str:
     """What a run loses where its memory is zeroed."""
-    live, zeroed = values["live_bpb"], values.get("live_bpb_memory_zero")
-    if zeroed is None:
+    if "live_bpb_memory_zero" not in values:
         return f"{name} has no memory to replace."
-    change = "worse" if zeroed >= live else "better"
-    return f"Without its memory {name} is {difference_text(abs(zeroed - live), live)} {change}, in bits per byte."
+    return f"Without its memory {name} is {without_memory(values)}, in bits per byte."
+
+
+def without_memory(values: Mapping[str, Any]) -> str:
+    """How much worse, or better, a run is with its memory zeroed."""
+    live, zeroed = values["live_bpb"], values["live_bpb_memory_zero"]
+    return f"{difference_text(abs(zeroed - live), live)} {'worse' if zeroed >= live else 'better'}"
+
+
+def scored(name: str, values: Mapping[str, Any]) -> str:
+    """Live bits per byte, what training sees beside it, and what the memory is worth."""
+    parts = [f"{name} has {values['live_bpb']:.4f} bits per byte, live"]
+    if (gap := values.get("gap")) is not None:
+        apart = f"{abs(gap):.4f}"
+        order = f"{apart} {'more' if gap > 0 else 'less'} than in parallel"
+        parts.append("the same in parallel" if float(apart) == 0 else order)
+    if "live_bpb_memory_zero" in values:
+        parts.append(f"without its memory {without_memory(values)}")
+    return "; ".join(parts) + "."
+
+
+def rounded(name: str, values: Mapping[str, Any]) -> str:
+    """What bfloat16 costs: by its arithmetic, and by errors that go round the recurrence."""
+    control, live = (row["bpb"] for row in values["differences"].values())
+    return (
+        f"bfloat16 costs {name} {control + live:+.4f} bits per byte, live: {control:+.4f} by its arithmetic, "
+        f"{live:+.4f} by errors that go round the recurrence."
+    )
+
+
+def survived(name: str, values: Mapping[str, Any]) -> str:
+    """The verdict of a curve of hops."""
+    return f"{name}: {values['verdict']}."
 
 
 def helped(name: str, values: Mapping[str, Any]) -> str:
@@ -94,15 +126,56 @@ def settled(name: str, values: Mapping[str, Any]) -> str:
 
 def reach(name: str, points: Sequence[Mapping[str, Any]]) -> str:
     """How many tokens back a memory moves the next token at least FELT as much as the newest one does."""
-    newest = points[0]["kl"]
-    if newest <= 0:
+    tokens = tokens_back(points)
+    if tokens is None:
         return f"No memory of {name} moves its next token."
-    farthest = max(point["back"] for point in points if point["kl"] >= FELT * newest)
-    tokens = "1 token" if farthest == 1 else f"{farthest} tokens"
     return f"The memory of {name} reaches {tokens} back: older ones move the next token less than a hundredth as much."
 
 
-def core_sentence(run: Run) -> str:
+def tokens_back(points: Sequence[Mapping[str, Any]]) -> str | None:
+    """How far a memory reaches, in words; None where it moves nothing."""
+    if not points or points[0]["kl"] <= 0:
+        return None
+    farthest = max(point["back"] for point in points if point["kl"] >= FELT * points[0]["kl"])
+    return "1 token" if farthest == 1 else f"{farthest} tokens"
+
+
+def core_sentence(name: str, values: Mapping[str, Any]) -> str:
     """CORE of a run under true recurrence."""
-    core = run.values("core")
-    return f"{run.name} has {core['score'][core['modes'][0]]:+.4f} on {core['name']}; 0 is chance, 1 is all right."
+    score = values["score"][values["modes"][0]]
+    return f"{name} has {score:+.4f} on {values['name']}; 0 is chance, 1 is all right."
+
+
+SENTENCES: dict[str, Callable[[str, Mapping[str, Any]], str]] = {
+    "scores": scored,
+    "bpb": worth,
+    "bfloat16": rounded,
+    "sweeps": settled,
+    "hops": survived,
+    "ablations": replaced,
+    "memory": lambda name, values: reach(name, values["reach"]),
+    "text": helped,
+    "core": core_sentence,
+}
+"""Kind of result -> (a run's name, its values) in a sentence."""
+
+
+def sentence(name: str, result: Result) -> str:
+    """What a result of any kind says of a run."""
+    return SENTENCES[result.kind](name, result.values)
+
+
+def in_short(name: str, results: Sequence[Result]) -> str | None:
+    """What recurrence is worth to a run, whether it is stable, and how far it reaches, as far as these were measured.
+
+    None where fewer than two of them were: then `sentence` says as much.
+    """
+    values = {result.kind: result.values for result in results}
+    parts = []
+    if "bpb" in values:
+        parts.append(worth(name, values["bpb"]).removesuffix("."))
+    if "sweeps" in values:
+        parts.append(values["sweeps"]["verdict"])
+    if "memory" in values and (tokens := tokens_back(values["memory"]["reach"])) is not None:
+        parts.append(f"it reaches {tokens} back")
+    return "; ".join(parts) + "." if len(parts) > 1 else None

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 TableFormat = Literal["text", "json", "csv", "md", "latex"]
-"""What `--format` takes: text is for reading in a terminal, the others are for files."""
+"""What `--format` takes. text is for reading: drawn on a terminal, Markdown elsewhere; the others are for files."""
+PROGRAMS: tuple[TableFormat, ...] = ("json", "csv", "latex")
+"""Forms that programs read, so that nothing else may stand beside them on standard output."""
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "–": "--",
@@ -85,8 +89,12 @@ class Table:
 
     def json(self) -> str:
         """A list with an object for each row, by the names of the columns."""
+        return json.dumps(self.rows(), indent=1, ensure_ascii=False)
+
+    def rows(self) -> list[dict[str, str]]:
+        """Each row by the names of its columns."""
         head, *body = self.cells()
-        return json.dumps([dict(zip(head, row, strict=True)) for row in body], indent=1, ensure_ascii=False)
+        return [dict(zip(head, row, strict=True)) for row in body]
 
     def latex(self) -> str:
         """A tabular with the rules of booktabs, the title as a comment above it."""
@@ -106,13 +114,13 @@ def latex_text(text: str) -> str:
 
 
 FORMS: dict[TableFormat, Callable[[Table], str]] = {
-    "text": Table.text,
+    "text": Table.markdown,
     "json": Table.json,
     "csv": Table.csv,
     "md": Table.markdown,
     "latex": Table.latex,
 }
-"""What `--format` names -> a table in that form."""
+"""What `--format` names -> a table in that form, off a terminal."""
 
 
 def print_table(table: Table, form: TableFormat, console: Console) -> None:
@@ -124,6 +132,29 @@ def print_table(table: Table, form: TableFormat, console: Console) -> None:
     wide, narrow = (console.measure(t.rich(), options=console.options.update(width=10_000)) for t in (table, turned))
     fits = wide.maximum <= console.width or narrow.maximum > console.width
     console.print((table if fits else turned).rich())
+
+
+def print_tables(tables: Sequence[Table], form: TableFormat, console: Console) -> None:
+    """Print those that have rows, a line apart. As JSON a list with the title and the rows of each; in CSV each of
+    several below a line with its title, behind a #."""
+    tables = [table for table in tables if table.body]
+    if form == "json":
+        content = [{"title": table.title, "rows": table.rows()} for table in tables]
+        print(json.dumps(content, indent=1, ensure_ascii=False), file=console.file)
+        return
+    for number, table in enumerate(tables):
+        if number > 0:
+            print(file=console.file)
+        if form == "csv" and len(tables) > 1:
+            print(f"# {table.title}", file=console.file)
+        print_table(table, form, console)
+
+
+@contextmanager
+def aside(form: TableFormat) -> Iterator[None]:
+    """What is printed in the block goes to standard error where standard output is for a program to read."""
+    with redirect_stdout(sys.stderr) if form in PROGRAMS else nullcontext():
+        yield
 
 
 def markdown(tables: Sequence[Table]) -> str:

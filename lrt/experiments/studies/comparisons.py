@@ -50,7 +50,7 @@ def group_by_axes(lines: Sequence[Line], val: Read = val_bpb) -> dict[tuple[str,
     """(choices of the other axes) -> choice of the compared axis -> its lines, one per seed, at the rate best on val.
 
     A group without a Transformer of its own, on the axis EQUAL, has that of the group beside it: alone it is the same
-    run at equal tokens, FLOPs and time.
+    run at equal tokens, FLOPs and time. It stands where the study names it: the first model is the same everywhere.
     """
     by_group: dict[tuple[str, ...], dict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
@@ -62,12 +62,13 @@ def group_by_axes(lines: Sequence[Line], val: Read = val_bpb) -> dict[tuple[str,
     }
     axes = group_axes(lines)
     if EQUAL in axes:
-        at = axes.index(EQUAL)
+        at, order = axes.index(EQUAL), dict.fromkeys(split_choices(line)[1] for line in lines)
         for group, choices in groups.items():
             if TRANSFORMER not in choices:
                 beside = (g for k, g in groups.items() if (k[:at], k[at + 1 :]) == (group[:at], group[at + 1 :]))
                 shared = next(({TRANSFORMER: g[TRANSFORMER]} for g in beside if TRANSFORMER in g), {})
-                groups[group] = {**shared, **choices}
+                both = {**shared, **choices}
+                groups[group] = {choice: both[choice] for choice in order if choice in both}
     return groups
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from lrt.data.prepared import Prepared
 from lrt.eval.report.style import GREY, colour_of
 from lrt.eval.report.table import Table
 from lrt.experiments.studies.comparisons import (
@@ -28,7 +30,7 @@ from lrt.experiments.studies.comparisons import (
     seeds_cell,
     test_bpb,
 )
-from lrt.experiments.studies.grid import Cell
+from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.language import Language
 from lrt.experiments.studies.runner import Line
 
@@ -46,6 +48,26 @@ class Fair(Language):
         return [group_table(lines, group, choices) for group, choices in group_by_axes(lines).items()]
 
 
+class OwnText(Fair):
+    """The same on one prepared text, which cells name by its fingerprint: where its folder lies is in no key.
+
+    All that is kept beside the results is in `folder`.
+    """
+
+    def __init__(self, data: Prepared, folder: Path) -> None:
+        super().__init__()
+        self.data, self.folder = data, folder
+
+    def missing(self, cell: Cell) -> str | None:
+        return None
+
+    def open_text(self, fields: Fields) -> Prepared:
+        return self.data
+
+    def fingerprint(self, fields: Fields) -> str | None:
+        return self.data.fingerprint
+
+
 def terminal_tables(lines: Sequence[Line]) -> list[Table]:
     """The tables in 80 columns: what is the same for all models stands elsewhere."""
     tables = Fair().tables(lines)
@@ -60,7 +82,7 @@ def group_table(lines: Sequence[Line], group: tuple[str, ...], choices: Choices)
     """A row per model, the first one on top."""
     first = next(iter(choices))
     head = ["model", "live BPB", "difference", "step", "rate (tried)", "parameters", "seeds"]
-    base = next((line["result"].get("step_ratio", 1.0) for line in scored_lines(choices[first])), 1.0)
+    base = choices[first][0]["result"]["step_ratio"]  # measured before training: one that diverged has it too
     body = []
     for name, of_choice in choices.items():
         scored = scored_lines(of_choice)
@@ -104,12 +126,28 @@ def narrow_sweeps(lines: Sequence[Line]) -> list[str]:
 
 
 def say_differences(choices: Choices) -> str:
-    """Every model beside the first, from the best on."""
+    """Every model beside the first, from the best on; and which seeds diverged."""
     first, *others = choices
+    if not scored_lines(choices[first]):
+        return f"nothing can be compared with {first}: {say_diverged(choices, first)}"
     differences = {name: paired_difference(choices[name], choices[first]) for name in others}
     known = {name: difference for name, difference in differences.items() if difference is not None}
-    said = [say_difference(name, first, known[name]) for name in sorted(known, key=lambda name: known[name].mean)]
-    return "; ".join(said + [f"{name} has no seed that ended" for name in others if name not in known])
+    sentences = []
+    for name in [*sorted(known, key=lambda name: known[name].mean), *(name for name in others if name not in known)]:
+        sentence = say_difference(name, first, known[name]) if name in known else f"{name} has no seed to compare"
+        lost = say_diverged(choices, name, first)
+        sentences.append(f"{sentence}{', and' if name in known else ':'} {lost}" if lost else sentence)
+    return "; ".join(sentences)
+
+
+def say_diverged(choices: Choices, *names: str) -> str:
+    """Which seeds of these models diverged; empty where none did."""
+    parts = []
+    for name in names:
+        lost = [str(line["seed"]) for line in choices[name] if "test" not in line["result"]]
+        if lost:
+            parts.append(f"{name} diverged with seed{'s' * (len(lost) > 1)} {', '.join(lost)}")
+    return " and ".join(parts)
 
 
 def say_difference(name: str, first: str, difference: Difference) -> str:

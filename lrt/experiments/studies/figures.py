@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lrt.eval.report.style import GREY, colour_of, markers_of
-from lrt.eval.report.style import save_figure as save_figure  # for who draws figures of studies
 from lrt.experiments.studies import power_law
 from lrt.experiments.studies.comparisons import (
     TRANSFORMER,

@@ -4,7 +4,8 @@ A cell's fields are plain data:
 
     family      a name in `rivals.rivals(depth)`, and `model`, `schedule` that replace what it says
     size        fields of the ModelConfig that all families share (depth, width, heads, context, …)
-    widened_to  a family whose number of parameters every MLP is widened to (contract, section 5); none: as it is
+    widened_to  what every MLP is widened to (contract, section 5): a number of parameters, or the family that has as
+                many; none: as it is
     text        a prepared folder's name under TEXTS, or its path; stdlib and packages are prepared where missing
     horizon     of the Transformer, as in RunConfig; equal: tokens | compute | wall_clock says what others share with it
     rate        a factor on all learning rates; optim, batch_size, device_batch and precision as in RunConfig
@@ -38,19 +39,19 @@ from lrt.experiments import rivals
 from lrt.experiments.studies import comparisons, copying_tables, figures, texts, timing
 from lrt.experiments.studies.grid import Cell, Fields
 from lrt.experiments.studies.runner import Line
-from lrt.experiments.studies.texts import open_text
 from lrt.model import checkpoint
 from lrt.model.config import ModelConfig
 from lrt.model.memory_config import MemoryConfig
 from lrt.model.size import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
+from lrt.schedules.base import plugin_uses
 from lrt.schedules.flops import forward_flops
 from lrt.schedules.parse import parse
 from lrt.training import recipes
 from lrt.training.config import RunConfig
 from lrt.training.optim_config import OptimConfig
 from lrt.training.trainer import Diverged, Trainer, TrainingSummary
-from lrt.utils import files
+from lrt.utils import files, plugins
 from lrt.utils.progress import Advance
 from lrt.utils.validation import check_fields
 
@@ -84,9 +85,10 @@ def build_model(fields: Fields, vocab_size: int) -> ModelConfig:
     # Of the memory only what the fields name is replaced: the rest is the family's.
     memory = {**dataclasses.asdict(model.memory), **changes.get("memory", {})}
     model = ModelConfig.from_dict({**model.to_dict(), **changes, "memory": memory})
-    if (widest := fields.get("widened_to")) is not None:
-        model = recipes.match_parameters(model, count_parameters(families[widest].model(base))[0])
-    return model
+    if (widest := fields.get("widened_to")) is None:
+        return model
+    wanted = widest if isinstance(widest, int) else count_parameters(families[widest].model(base))[0]
+    return recipes.match_parameters(model, wanted)
 
 
 def build_run(fields: Fields, vocab_size: int) -> RunConfig:
@@ -139,8 +141,19 @@ def match_horizon(run: RunConfig, other: RunConfig, equal: str, ratio: float) ->
 class Language:
     """The cells of the studies of language; their tables are in `comparisons`, their figures in `figures`."""
 
+    folder: Path | None = None
+    """Where ratios of times and unfinished trainings are kept (`texts.study_folder`)."""
+
     def __init__(self, figure: figures.MakeFigure = figures.frontier_figure) -> None:
         self.figure = figure
+
+    def open_text(self, fields: Fields) -> Prepared:
+        """A cell's text. ValueError where it is not here."""
+        return texts.open_text(fields.get("text", texts.STDLIB))
+
+    def fingerprint(self, fields: Fields) -> str | None:
+        """The fingerprint of a cell's text; None where it is not here."""
+        return self.open_text(fields).fingerprint if texts.is_prepared(fields.get("text", texts.STDLIB)) else None
 
     def missing(self, cell: Cell) -> str | None:
         """A text that is not prepared here."""
@@ -150,29 +163,31 @@ class Language:
         return texts.missing_text(name)
 
     def is_current(self, line: Line) -> bool:
-        """Whether the line's run is what its fields come to now, and its text, where that is here, the same.
+        """Whether the line's run is what its fields come to now, with the same plugins, and its text, where that is
+        here, the same.
 
         Lines of a text that is not here count: they are shown where it is not.
         """
-        return matches_fields(
-            json.dumps(line["fields"], sort_keys=True), json.dumps(line["result"]["run"]), line["result"]["data"]
-        )
+        fields, scores = line["fields"], line["result"]
+        if self.fingerprint(fields) not in (None, scores["data"]):
+            return False
+        return matches_fields(json.dumps(fields, sort_keys=True), json.dumps(scores["run"])) and has_same_plugins(line)
 
     def minutes(self, cell: Cell, device: str) -> float:
         """From a few timed steps and decoded tokens; seeds and rates take as long as each other."""
         return estimate_cell(json.dumps({**cell.fields, "seed": 0, "rate": 1}, sort_keys=True), device)
 
     def run(self, fields: Fields, advance: Advance, device: str) -> dict[str, Any]:
-        data = open_text(fields.get("text", texts.STDLIB))
+        data = self.open_text(fields)
         run = build_run(fields, data.vocab_size)
         other = baseline_run(run, fields)
         # The horizon decides the learning-rate schedule too, so it is set before anything is trained.
-        ratios = timing.paired_ratios(run, other, data, device)
+        ratios = timing.paired_ratios(run, other, data, device, self.folder)
         run = match_horizon(run, other, fields.get("equal", "tokens"), ratios["step"])
         costs = {"run": run.to_dict(), "data": data.fingerprint, **count_costs(run)}
         costs |= {f"{name}_ratio": ratio for name, ratio in ratios.items()}
         try:
-            model, trained, curve = train_cell(run, data, device, advance, fields.get("copying", 0))
+            model, trained, curve = train_cell(run, data, device, advance, fields.get("copying", 0), self.folder)
         except Diverged as error:
             return {**costs, "diverged": str(error)}
         scores = score_run(model, data, run, fields)
@@ -189,7 +204,12 @@ class Language:
 
     def discard(self, line: Line) -> None:
         scores = line["result"]
-        shutil.rmtree(snapshot_folder(scores["run"], scores["data"]), ignore_errors=True)
+        shutil.rmtree(snapshot_folder(scores["run"], scores["data"], self.folder), ignore_errors=True)
+
+    def score(self, line: Line) -> str:
+        """Live, on test."""
+        scored = "test" in line["result"]
+        return f"live {comparisons.test_bpb(line):.4f} bits per byte on test" if scored else "diverged"
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
         return comparisons.comparison_tables(lines)
@@ -218,17 +238,24 @@ class Scaling(Language):
 
 
 @functools.cache  # by JSON, as lines are no keys: a study asks again before every cell
-def matches_fields(cell: str, run: str, data: str) -> bool:
-    """See `Language.is_current`: a cell's fields and its line's run as JSON, and the fingerprint of its text."""
+def matches_fields(cell: str, run: str) -> bool:
+    """See `Language.is_current`: a cell's fields and its line's run, as JSON."""
     fields: Fields = json.loads(cell)
-    name = fields.get("text", texts.STDLIB)
-    if texts.is_prepared(name) and open_text(name).fingerprint != data:
-        return False
     try:
         written = RunConfig.from_dict(json.loads(run))  # a field that it lacks means that field's default
         return plain_run(written) == plain_run(build_run(fields, written.model.vocab_size))
     except ValueError:
         return False
+
+
+def has_same_plugins(line: Line) -> bool:
+    """Whether the plugins that a line's run needs are, by their hashes, what they were when it ran."""
+    recorded = {use: record["sha256"] for record in line.get("plugins", ()) for use in record["provides"]}
+    if not recorded:
+        return True
+    run = RunConfig.from_dict(line["result"]["run"])
+    needed = plugins.describe([*run.model.memory.plugin_uses(), *plugin_uses(parse(run.schedule))])
+    return all(recorded.get(use) == record["sha256"] for record in needed for use in record["provides"])
 
 
 def plain_run(run: RunConfig) -> dict[str, Any]:
@@ -247,13 +274,14 @@ def count_costs(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def snapshot_folder(run: dict[str, Any], data: str) -> Path:
-    """Where the newest snapshot of a long training is kept, until its cell's line is on the disk: beside the texts.
+def snapshot_folder(run: dict[str, Any], data: str, folder: Path | None = None) -> Path:
+    """Where the newest snapshot of a long training is kept, until its cell's line is on the disk: in `folder`
+    (`texts.study_folder`).
 
     `run` is a RunConfig as plain data, `data` the text's fingerprint.
     """
     about = json.dumps([run, data], sort_keys=True)
-    return texts.TEXTS.parent / "unfinished" / hashlib.sha256(about.encode()).hexdigest()[:16]
+    return texts.study_folder(folder) / "unfinished" / hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
 CopyingCurve = list[list[float]]
@@ -261,13 +289,18 @@ CopyingCurve = list[list[float]]
 
 
 def train_cell(
-    run: RunConfig, data: Prepared, device: str, advance: Advance, copying_every: int = 0
+    run: RunConfig,
+    data: Prepared,
+    device: str,
+    advance: Advance,
+    copying_every: int = 0,
+    folder: Path | None = None,
 ) -> tuple[LatentRecurrentTransformer, TrainingSummary, CopyingCurve]:
     """Train a run from its snapshot, or from nothing, to its end. Its loss is the mean of the last twentieth of the
     steps; how well it copies is scored on val every so many of them, and at the end. Raises Diverged where a loss or a
     gradient is not finite."""
     trainer = Trainer(run, data, device)
-    snapshot = snapshot_folder(run.to_dict(), data.fingerprint)
+    snapshot = snapshot_folder(run.to_dict(), data.fingerprint, folder)
     files.recover(snapshot)
     losses: list[float] = []
     curve: CopyingCurve = []
@@ -319,7 +352,7 @@ def score_run(model: LatentRecurrentTransformer, data: Prepared, run: RunConfig,
 def estimate_cell(cell: str, device: str) -> float:
     """Minutes of a cell, by its fields in JSON; its ratio of step times is taken as that of the FLOPs."""
     fields: Fields = json.loads(cell)
-    data = open_text(fields.get("text", texts.STDLIB))
+    data = texts.open_text(fields.get("text", texts.STDLIB))
     run = build_run(fields, data.vocab_size)
     other = baseline_run(run, fields)
     run = match_horizon(run, other, fields.get("equal", "tokens"), run.flops_per_token / other.flops_per_token)

@@ -29,10 +29,12 @@ from matplotlib.figure import Figure
 
 from lrt.eval.report.table import Table
 from lrt.experiments.studies.grid import Cell, Fields, Study
+from lrt.experiments.studies.pace import Pace
 from lrt.utils import plugins
 from lrt.utils.files import append_durably
 from lrt.utils.progress import Advance, bar
 from lrt.utils.provenance import code_version, hardware
+from lrt.utils.timing import format_duration
 
 NAMED = {"cell", "key"}
 """What a line is known by."""
@@ -66,6 +68,10 @@ class Kind(Protocol):
 
     def discard(self, line: Line) -> None:
         """Remove what a cell kept to go on from. Called once its line is on the disk, perhaps more than once."""
+        ...
+
+    def score(self, line: Line) -> str:
+        """What a cell came to, in a few words with their unit, for the line that says it is done."""
         ...
 
     def tables(self, lines: Sequence[Line]) -> list[Table]:
@@ -164,18 +170,19 @@ def run_study(
         """Read anew each time: other processes write lines, and a sweep's later cells follow from the first ones'."""
         return [c for c in cells_left(study, current_lines(kind, file), only) if c.name not in {*missing, *failed}]
 
-    with bar(study.name, max(1e-9, sum(minutes.values())), progress) as advance:
+    with bar(study.name, max(1e-9, sum(minutes.values())), progress) as show:
+        pace = Pace(minutes, show)
         while cells := left():
             cell = next_unclaimed(study, cells, file)
             if cell is None:
-                advance(0, f"waiting for what other processes run ({claim_file(file, cells[0]).parent})")
+                pace.advance(0, f"waiting for what other processes run ({claim_file(file, cells[0]).parent})")
                 time.sleep(WAIT)
                 continue
             with claim(file, cell) as path:
                 if path is None or cell not in left():  # another process was faster
                     continue
-                # Of a sweep's later seeds, another choice may have been announced.
-                heartbeat = advance_cell(advance, cell, minutes.get(cell.name, 1.0), path)
+                pace.begin(cell, cells)
+                heartbeat = advance_cell(pace.advance, cell, pace.minutes_of(cell), path)
                 try:
                     line = find_shared(study, kind, cell, file) or run_cell(study, cell, kind, heartbeat, device)
                 except Exception as error:
@@ -184,12 +191,19 @@ def run_study(
                 else:
                     append_line(file, line)
                     kind.discard(line)
+                    print(finished_line(kind, line, pace.time_left(left())), flush=True)
     if failed:
         raise ValueError(
             f"{len(failed)} cells failed, the others are done; they run again with the same command: "
             + "; ".join(f"{name}: {error}" for name, error in failed.items())
         )
     return study_lines(study, current_lines(kind, file))
+
+
+def finished_line(kind: Kind, line: Line, time_left: str) -> str:
+    """A cell that is done: its score, how long it took or whose run it was, and what is left."""
+    taken = f"from {line['from']}" if "from" in line else f"in {format_duration(line['seconds'])}"
+    return f"{line['cell']}: {kind.score(line)}, {taken}; {time_left}"
 
 
 def announce(
@@ -207,7 +221,8 @@ def announce(
         if cell.name not in missing
     }
     total, done = sum(minutes.values()), len(study_lines(study, current_lines(kind, file)))
-    print(f"{len(minutes)} cells to run, about {total:,.0f} minutes in all; {done} are done already", flush=True)
+    time_needed = f", about {format_duration(60 * total)} in all" if minutes else ""
+    print(f"{len(minutes)} cells to run{time_needed}; {done} are done already", flush=True)
     return missing, minutes
 
 

@@ -168,6 +168,11 @@ class StateData:
     def discard(self, line: Line) -> None:
         """Nothing: a cell that is stopped begins anew."""
 
+    def score(self, line: Line) -> str:
+        """Live, on val."""
+        scores = line["result"]
+        return "diverged" if "diverged" in scores else f"{scores['val_excess']:.4f} nats above the floor on val"
+
     def minutes(self, cell: Cell, device: str) -> float:
         """As the study says for the Transformer; of other families as many times that as they take FLOPs, but for those
         that have equal time."""

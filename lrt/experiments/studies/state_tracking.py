@@ -124,6 +124,14 @@ class StateTracking:
             )
         return scores
 
+    def score(self, line: Line) -> str:
+        """The last state of the longest rows."""
+        if "diverged" in line["result"]:
+            return "diverged"
+        by_length = {int(length): test["accuracy"] for length, test in line["result"]["last_state"].items()}
+        longest = max(by_length, default=0)
+        return f"last state {100 * by_length[longest]:.1f} % right at length {longest:,}" if longest else "trained"
+
     def tables(self, lines: Sequence[Line]) -> list[Table]:
         """A summary of all tasks; each, mean and standard deviation over seeds; errors among all reads; streams."""
         tasks = [task_table(task, of_task) for (task,), of_task in group_by_choices(lines, "task").items()]

@@ -23,16 +23,28 @@ MADE_HERE = (STDLIB, PACKAGES)
 """Prepared where they are missing."""
 
 
-@functools.cache
 def open_text(name: str) -> Prepared:
     """A text by its name, prepared. ValueError that says how where it is not there."""
     if name == STDLIB:
-        return prepare(TEXTS / name, None, VOCABULARY, selection=Selection(rule=BY_NAME))
+        return prepare_stdlib(TEXTS / name)
     if name == PACKAGES and not is_prepared(name):
         return prepare(TEXTS / name, [write_sources(TEXTS.parent / "sources")], VOCABULARY)
     if not is_prepared(name):
         raise ValueError(missing_text(name))
-    return Prepared.open(text_folder(name))
+    manifest = manifest_file(name).stat()
+    return open_folder(text_folder(name), manifest.st_ino, manifest.st_mtime_ns)
+
+
+@functools.cache  # this Python's library stays as it is while it runs
+def prepare_stdlib(folder: Path) -> Prepared:
+    """The standard library, prepared where it is not yet."""
+    return prepare(folder, None, VOCABULARY, selection=Selection(rule=BY_NAME))
+
+
+@functools.cache  # a study asks before every cell; a folder that is prepared again has another manifest
+def open_folder(folder: Path, *manifest: int) -> Prepared:
+    """A prepared folder with the manifest that it has now: its file's number, and when it was written."""
+    return Prepared.open(folder)
 
 
 def text_folder(name: str) -> Path:
@@ -47,4 +59,14 @@ def missing_text(name: str) -> str:
 
 def is_prepared(name: str) -> bool:
     """Whether a text is prepared."""
-    return (text_folder(name) / "manifest.json").is_file()
+    return manifest_file(name).is_file()
+
+
+def manifest_file(name: str) -> Path:
+    """The file that a prepared text is known by."""
+    return text_folder(name) / "manifest.json"
+
+
+def study_folder(folder: Path | None) -> Path:
+    """Where ratios of times and unfinished trainings are kept: `folder`; None: beside the texts."""
+    return TEXTS.parent if folder is None else folder

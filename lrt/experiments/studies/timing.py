@@ -1,7 +1,8 @@
 """What cells of language take: paired ratios of times, measured once and kept, and how long a cell will run.
 
-Ratios are kept in a file beside the texts (`ratios.json`). Measured anew by each process and each resumption, they
-would give the seeds and rates of a family different horizons at equal wall-clock (contract, section 5).
+Ratios are kept in a file beside the texts, or in a study's own folder (`ratios.json`). Measured anew by each process
+and each resumption, they would give the seeds and rates of a family different horizons at equal wall-clock (contract,
+section 5).
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ REFINEMENTS = 64
 """Of the test whether an iteration settles (contract, section 4: stable, two-cycle)."""
 
 
-def ratios_file() -> Path:
-    """Where ratios are kept."""
-    return texts.TEXTS.parent / "ratios.json"
+def ratios_file(folder: Path | None = None) -> Path:
+    """Where ratios are kept (`texts.study_folder`)."""
+    return texts.study_folder(folder) / "ratios.json"
 
 
-def paired_ratios(run: RunConfig, other: RunConfig, data: Prepared, device: str) -> Ratios:
-    """The ratios of a run and the Transformer's beside it: those that are kept, or measured now."""
+def paired_ratios(run: RunConfig, other: RunConfig, data: Prepared, device: str, folder: Path | None = None) -> Ratios:
+    """The ratios of a run and the Transformer's beside it: those that are kept in `folder`, or measured now."""
     if run.model == other.model and run.schedule == other.schedule:
         return {"step": 1.0, "schedule": 1.0, "decode": 1.0}
 
@@ -60,12 +61,12 @@ def paired_ratios(run: RunConfig, other: RunConfig, data: Prepared, device: str)
             "decode": decode_ratio(run, other, device),
         }
 
-    return keep(ratios_key(run, other, device), measure)
+    return keep(ratios_key(run, other, device), measure, folder)
 
 
-def keep(key: str, measure: Callable[[], Ratios]) -> Ratios:
+def keep(key: str, measure: Callable[[], Ratios], folder: Path | None = None) -> Ratios:
     """The ratios that are kept under a key, or measured now."""
-    file = ratios_file()
+    file = ratios_file(folder)
     file.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(file.with_suffix(".lock")):  # held while measuring: two at once would disturb each other
         measured: dict[str, Ratios] = json.loads(file.read_text()) if file.exists() else {}

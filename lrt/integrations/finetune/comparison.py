@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from markupsafe import Markup
 from scipy import stats
 
+from lrt.eval.report.render import section as page_section
 from lrt.eval.report.table import Table
 from lrt.utils.json_lines import read_json_lines
 
@@ -105,8 +106,8 @@ def comparison_table(outcomes: Sequence[Outcome]) -> Table:
     return Table(title, ["model", "steps", "tokens", "seconds", "nats", "pathway less this"], body)
 
 
-def section(folder: Path) -> str:
+def section(folder: Path) -> Markup:
     """HTML of a comparison's folder for `lrt report`."""
-    table = comparison_table(read_outcomes(folder))
-    name = html.escape(folder.resolve().name)
-    return f"<section><h2>{name}: a pathway and its controls</h2><p>{NOTE}</p>{table.html()}</section>"
+    table = comparison_table(read_outcomes(folder)).html()
+    (made,) = page_section(f"{folder.resolve().name}: a pathway and its controls", [NOTE], [table])
+    return made
