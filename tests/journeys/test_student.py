@@ -33,7 +33,7 @@ class Gated(Residual):
 lrt.register_injection("gated", Gated, optim={"scale": "adamw"})
 '''
 PLUGIN = ("--plugin", "gated.py")
-TEXTS = ("generator.py", "policy.py", "utils.py")
+TEXTS = ("generator.py", "policy.py", "quoprimime.py", "utils.py")
 """Of the package email: so little text that its eight epochs bound the runs, and not the minutes."""
 SMALL = ("--depth", "2", "--width", "32", "--context", "32", "--rates", "1")
 RUN = (
@@ -61,14 +61,17 @@ def test_an_own_injection_is_compared_on_an_own_text_and_goes_into_a_paper(termi
 def compare_over_seeds(terminal: Terminal) -> None:
     """`lrt fair`, on three seeds."""
     models = ("transformer", "token-shift", "gated")
-    shown = terminal.lrt(*PLUGIN, "fair", "texts", "--models", *models, "--minutes", "30", *SMALL)
+    command = (*PLUGIN, "fair", "texts", "--models", *models, "--minutes", "30", *SMALL)
+    shown = terminal.lrt(*command)
     assert "9 runs: 3 models, seed 0 at rates 1, then seeds up to 2 at each model's best rate" in shown
     assert "3 seeds; the interval" in " ".join(shown.split())
-    assert max(map(len, shown.splitlines()[-12:])) <= 80
     page = Page((terminal.folder / "runs/fair/report.html").read_text(encoding="utf-8"))
     assert [link for link in page.loaded if not link.startswith(("data:", "#"))] == []  # nothing from elsewhere
     assert {"transformer", "token shift", "gated"} <= {cell.strip() for cell in page.cells}
     assert (terminal.folder / "runs/fair/difference.pdf").read_bytes().startswith(b"%PDF")
+    table = terminal.lrt(*command, "--format", "latex")  # nothing is trained again
+    for name in ("transformer", "token shift", "gated"):
+        assert f"\n{name} & " in table
 
 
 def write_table(terminal: Terminal) -> None:
