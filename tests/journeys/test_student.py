@@ -76,9 +76,9 @@ def compare_over_seeds(terminal: Terminal) -> None:
 
 def write_table(terminal: Terminal) -> None:
     """A run of each on the same text, `lrt compare`, LaTeX and a figure."""
-    terminal.lrt("train", *RUN, "--out", "runs/plain", "d2-transformer")
-    terminal.lrt("train", *RUN, "--out", "runs/shift", "d2-token-shift")
-    terminal.lrt(*PLUGIN, "train", *RUN, "--out", "runs/gated", "d2", "--model.memory.injection", "gated")
+    terminal.lrt("train", "d2-transformer", *RUN, "--out", "runs/plain")
+    terminal.lrt("train", "d2-token-shift", *RUN, "--out", "runs/shift")
+    terminal.lrt(*PLUGIN, "train", "d2", *RUN, "--out", "runs/gated", "--model.memory.injection", "gated")
     command = ("compare", "runs/plain", "runs/shift", "runs/gated", "--format", "latex", "--figure", "figure.pdf")
     assert "the prepared text 'data', and runs/data/data is not there" in terminal.lrt(*PLUGIN, *command, fails=True)
     own_text = ("--data", "runs/fair/data")
