@@ -25,7 +25,7 @@ import lrt
 from lrt.cli.main import main
 from lrt.data.prepare import prepare
 from lrt.data.prepared import Prepared
-from lrt.eval.report.style import FAMILIES
+from lrt.eval.report.style import FAMILIES, save_figure
 from lrt.eval.report.table import Table, markdown
 from lrt.experiments.studies import comparisons, figures, grid, language, runner, texts, timing
 from lrt.experiments.studies.kinds import KINDS
@@ -329,10 +329,10 @@ def test_a_diverged_run_is_counted_not_hidden():
 def test_figures_are_drawn(tmp_path: Path):
     lines = [line(name, s, value + s / 50) for name, value in (("transformer", 2.0), ("shared", 1.8)) for s in (0, 1)]
     for number, draw in enumerate((figures.frontier_figure, figures.source_figure)):
-        figures.save_figure(lambda draw=draw: draw(lines), tmp_path / f"{number}.svg")
+        save_figure(lambda draw=draw: draw(lines), tmp_path / f"{number}.svg")
         text = (tmp_path / f"{number}.svg").read_text()
         assert "shared" in text
-        figures.save_figure(lambda draw=draw: draw(lines), tmp_path / "again.svg")
+        save_figure(lambda draw=draw: draw(lines), tmp_path / "again.svg")
         assert (tmp_path / "again.svg").read_text() == text
     assert (tmp_path / "0.svg").read_text().count("<path") >= 10
 
@@ -404,7 +404,7 @@ def test_scaling_gives_a_multiplier_with_its_interval(tmp_path: Path):
         assert value == pytest.approx(expected, rel=0.1)
     itself = next(r for r in table.body if r[:2] == ["transformer", "9"])
     assert itself[4:6] == ["1 [1, 1]"] * 2
-    figures.save_figure(lambda: figures.scaling_figure(lines), tmp_path / "curves.svg")
+    save_figure(lambda: figures.scaling_figure(lines), tmp_path / "curves.svg")
     assert (tmp_path / "curves.svg").stat().st_size > 1000
 
 

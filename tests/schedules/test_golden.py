@@ -7,6 +7,7 @@ writes it anew. A change of numbers that is meant shows its curves in docs/log.m
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,14 @@ def documents(vocab_size: int) -> Documents:
     return Documents(tokens, np.concatenate([[0], np.cumsum(lengths)]), bos=0)
 
 
+def written_out(config: object) -> str:
+    """A dataclass with all of its fields; `repr` leaves out those at their defaults, which may change."""
+    if not dataclasses.is_dataclass(config):
+        return repr(config)
+    fields = (f"{field.name}={written_out(vars(config)[field.name])}" for field in dataclasses.fields(config))
+    return f"{type(config).__name__}({', '.join(fields)})"
+
+
 def losses() -> list[float]:
     run = replace(recipes.depth_recipe(2), horizon=f"steps={STEPS}")
     torch.manual_seed(run.seed)
@@ -59,11 +68,11 @@ def losses() -> list[float]:
 def test_the_losses_are_the_golden_ones():
     golden = json.loads(FILE.read_text())
     values = losses()
-    recipe = repr(recipes.depth_recipe(2))
+    recipe = written_out(recipes.depth_recipe(2))
     assert golden["recipe"] == recipe, "the recipe has changed: write the golden file anew, and say why"
     assert values == pytest.approx(golden["losses"], abs=TOLERANCE)
     assert golden["losses"][0] - golden["losses"][-1] > 0.1  # it learns, so the steps matter
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps({"recipe": repr(recipes.depth_recipe(2)), "losses": losses()}, indent=1) + "\n")
+    FILE.write_text(json.dumps({"recipe": written_out(recipes.depth_recipe(2)), "losses": losses()}, indent=1) + "\n")
