@@ -18,9 +18,10 @@ def trained_on(folder: Path) -> Prepared:
     about = Run.read(folder).about
     corpus, fingerprint = about.get("corpus", "(unnamed)"), about.get("data")
     if (data := next((one for one in prepared_nearby(folder) if one.fingerprint == fingerprint), None)) is None:
+        places = " or ".join(map(str, dict.fromkeys((PREPARED, folder.parent / "data"))))
         raise ValueError(
-            f"{folder} was trained on the text {corpus}, which is neither in {PREPARED} nor in "
-            f"{folder.parent / 'data'}; give its folder: --data FOLDER, or lrt.Run({str(folder)!r}, data=FOLDER)"
+            f"{folder} was trained on the text {corpus}, which is not in {places}; give its folder: --data FOLDER, or "
+            f"lrt.Run({str(folder)!r}, data=FOLDER)"
         )
     return data
 

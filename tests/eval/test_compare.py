@@ -199,7 +199,7 @@ def test_the_command_prints_every_form(capsys: pytest.CaptureFixture[str], tmp_p
         (["runs/one", "runs/two", "--data", "runs/one"], "runs/one"),
         (
             ["runs/strange", "runs/two"],
-            "trained on the text gone, which is neither in runs/data nor in runs/data; give its folder: --data FOLDER",
+            "trained on the text gone, which is not in runs/data; give its folder: --data FOLDER",
         ),
         (["runs/one", "runs/needy"], "this checkpoint needs the plugin wide: pass --plugin wide.py"),
         (["runs/two", "runs/other"], "another tokenizer than runs/other's; compare runs of one tokenizer"),

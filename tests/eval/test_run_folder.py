@@ -66,7 +66,7 @@ def test_what_it_evaluates_is_kept_and_shown(run: lrt.Run):
 def test_data_that_is_elsewhere_has_to_be_given(run: lrt.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     moved = (tmp_path / "runs" / "data" / "squares").rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"trained on the text .* neither in runs/data nor in .*; give its folder"):
+    with pytest.raises(ValueError, match=r"trained on the text .* not in runs/data or .*; give its folder"):
         run.evaluate()
     assert lrt.Run(run.folder, "cpu", moved).data.path == moved
     (tmp_path / "runs" / "data" / "broken").mkdir()

@@ -80,7 +80,9 @@ def write_table(terminal: Terminal) -> None:
     terminal.lrt("train", "d2-token-shift", *RUN, "--out", "runs/shift")
     terminal.lrt(*PLUGIN, "train", "d2", *RUN, "--out", "runs/gated", "--model.memory.injection", "gated")
     command = ("compare", "runs/plain", "runs/shift", "runs/gated", "--format", "latex", "--figure", "figure.pdf")
-    assert "the prepared text 'data', and runs/data/data is not there" in terminal.lrt(*PLUGIN, *command, fails=True)
+    assert "trained on the text data, which is not in runs/data; give its folder: --data FOLDER" in terminal.lrt(
+        *PLUGIN, *command, fails=True
+    )
     own_text = ("--data", "runs/fair/data")
     assert "needs the plugin gated: pass --plugin gated.py" in terminal.lrt(*command, *own_text, fails=True)
     table = terminal.lrt(*PLUGIN, *command, *own_text)
