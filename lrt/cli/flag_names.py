@@ -42,10 +42,15 @@ WITHOUT_EFFECT = {
 """Verb -> flag of a shared configuration that the verb cannot follow -> what to do."""
 
 
+EXCLUSIVE = {"train": (("--minutes", "--horizon", "both say how long to train"),)}
+"""Verb -> flags of which one alone can be followed, and why. A value does not say whether it is the default."""
+
+
 def translate(verb: str, arguments: Sequence[str]) -> list[str]:
     """The arguments with this library's names of the flags.
 
-    ValueError, naming the new flag or what to do, where one is not taken, or where no value follows.
+    ValueError, naming the new flag or what to do, where one is not taken, where no value follows, and for two of which
+    one alone can be followed.
     """
     translated, rest = list[str](), list(arguments)
     while rest:
@@ -53,10 +58,10 @@ def translate(verb: str, arguments: Sequence[str]) -> list[str]:
         flag, equals, content = argument.partition("=")
         flag = flag.replace("_", "-") if flag.startswith("--") else flag  # --a.log_to is --a.log-to to tyro
         check(verb, flag, argument)
-        if flag == "--report-to" and ((equals and content == "none") or rest[:1] == ["none"]):
+        ours, _, before = OTHERS.get(verb, {}).get(flag, "").partition(" ")
+        if ours == "--log-to" and (content if equals else rest[:1]) in ("none", ["none"]):
             del rest[: 0 if equals else 1]  # transformers' word for no logger, which is what we have without the flag
             continue
-        ours, _, before = OTHERS.get(verb, {}).get(flag, "").partition(" ")
         if not ours:
             translated.append(argument)
         elif equals or before:
@@ -65,6 +70,10 @@ def translate(verb: str, arguments: Sequence[str]) -> list[str]:
             translated += [ours, before + (content if equals else rest.pop(0))]
         else:
             translated.append(ours)
+    flags = {argument.partition("=")[0] for argument in translated}
+    for one, other, reason in EXCLUSIVE.get(verb, ()):
+        if {one, other} <= flags:
+            raise ValueError(f"{one} and {other} {reason}; leave one of them away")
     return translated
 
 

@@ -21,7 +21,7 @@ def choose_format(form: TableFormat, as_json: bool) -> TableFormat:
     return "json" if as_json else form
 
 
-def show_tables(said: Sequence[str], tables: Sequence[Table], form: TableFormat, out: Path | None) -> None:
+def show_tables(lines: Sequence[str], tables: Sequence[Table], form: TableFormat, out: Path | None) -> None:
     """Sentences, a blank line, tables, and where everything is kept. For programs the tables alone."""
     from rich.console import Console
 
@@ -30,7 +30,7 @@ def show_tables(said: Sequence[str], tables: Sequence[Table], form: TableFormat,
     console = Console()
     if form in PROGRAMS:
         return print_tables(tables, form, console)
-    print("\n".join(said))
+    print("\n".join(lines))
     if any(table.body for table in tables):
         print()
         print_tables(tables, form, console)
@@ -69,11 +69,11 @@ def show_diagnosis(name: str, results: Sequence[Result], form: TableFormat, full
     if form == "json":
         return print(json.dumps([measured.to_dict() for measured in results]))
     subjects = dict.fromkeys(measured.subject for measured in results)
-    said = [line for subject in subjects for line in describe(name, [r for r in results if r.subject == subject])]
+    lines = [line for subject in subjects for line in describe(name, [r for r in results if r.subject == subject])]
     tables = [table for measured in results for table in result_tables(measured)]
     if full or form != "text":
-        return show_tables(said, tables, form, out)
-    return print("\n".join(said), f"\n{place_and_size(out)}; --full shows the tables behind this", sep="\n")
+        return show_tables(lines, tables, form, out)
+    return print("\n".join(lines), f"\n{place_and_size(out)}; --full shows the tables behind this", sep="\n")
 
 
 def describe(name: str, results: Sequence[Result]) -> list[str]:
@@ -82,7 +82,7 @@ def describe(name: str, results: Sequence[Result]) -> list[str]:
 
     first = results[0]
     head, short = f"{first.subject}, {first.settings['targets']:,} tokens", in_short(name, results)
-    said = [sentence(name, measured) for measured in results]
+    lines = [sentence(name, measured) for measured in results]
     if short is None:
-        return [head, *said]
-    return [head, short, *(f"- {each}" for each in said if each.removesuffix(".") not in short)]
+        return [head, *lines]
+    return [head, short, *(f"- {each}" for each in lines if each.removesuffix(".") not in short)]

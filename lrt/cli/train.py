@@ -11,7 +11,7 @@ import tyro
 
 from lrt.model.execution import Execution
 from lrt.training import recipes
-from lrt.training.config import EvalConfig, RunConfig, SnapshotConfig
+from lrt.training.config import USUAL_SNAPSHOTS, EvalConfig, RunConfig, SnapshotConfig
 from lrt.training.loggers import check_loggers
 from lrt.utils.progress import warn
 
@@ -49,7 +49,7 @@ class Train:
     """auto goes on from the newest snapshot in --out; never starts anew and sets the old run aside; a snapshot's folder
     goes on from that one, also with other rates, schedule or horizon. Nothing in a snapshot is run. Still, it decides
     the weights: resume those whose origin you trust."""
-    snapshots: SnapshotConfig = dataclasses.field(default_factory=lambda: SnapshotConfig(every=200))
+    snapshots: SnapshotConfig = USUAL_SNAPSHOTS
     """What is saved on the way."""
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     """Live scores and the gap while training."""
@@ -69,13 +69,11 @@ class Train:
             self.check_minutes(self.minutes)
 
     def check_minutes(self, minutes: float) -> None:
-        """ValueError where `minutes` are no time to train for, or the horizon is set otherwise too."""
+        """ValueError where `minutes` are no time to train for, or a match says how long (`flag_names`: --horizon)."""
         from lrt.training.minutes import check_minutes
 
         check_minutes(minutes)
         others = [f"--match {kind}" for kind, _ in self.match if kind != "parameters"]
-        if self.recipe.horizon not in {make().horizon for make in recipes.RECIPES.values()}:
-            others.append(f"--horizon {self.recipe.horizon}")
         if others:
             raise ValueError(f"--minutes and {others[0]} both say how long to train; leave one of them away")
 

@@ -161,8 +161,8 @@ class Measurement:
         return self.result.values
 
     def __repr__(self) -> str:
-        said = sentence("the run", self.result)
-        return "\n\n".join([said[0].upper() + said[1:], *(table.text() for table in result_tables(self.result))])
+        first = sentence("the run", self.result)
+        return "\n\n".join([first[0].upper() + first[1:], *(table.text() for table in result_tables(self.result))])
 
     def _repr_html_(self) -> str:
         from lrt.eval.run_html import measurement_html  # loads matplotlib

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from lrt import DISTRIBUTION
 from lrt.experiments.bench.steps import Contender, time_steps
 from lrt.inference.generation import generate
 from lrt.model.execution import EAGER
@@ -21,7 +22,6 @@ from lrt.utils.device import memory_bytes
 from lrt.utils.provenance import processor
 from lrt.utils.torch_private import missing_compiler
 
-DISTRIBUTION = "latent-recurrent-transformer"
 LITTLE_DISK = 10e9
 """Free bytes below which it is said: snapshots of a larger model, or a prepared data set, take as much."""
 SIZE, PAIRS = 512, 5

@@ -219,6 +219,10 @@ class SnapshotConfig:
         check_numbers(self, SNAPSHOT_LIMITS)
 
 
+USUAL_SNAPSHOTS = SnapshotConfig(every=200)
+"""What `lrt train` and `lrt.train` save where nothing else is asked for."""
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """What is measured while a run goes on. Nothing of it changes what is trained."""

@@ -20,7 +20,7 @@ from lrt.model.fingerprint import fingerprint
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.model.upcycle import adopt
 from lrt.training import loop
-from lrt.training.config import EvalConfig, RunConfig, SnapshotConfig
+from lrt.training.config import USUAL_SNAPSHOTS, EvalConfig, RunConfig, SnapshotConfig
 from lrt.training.recipes import RECIPES
 from lrt.utils.device import choose_device
 from lrt.utils.validation import check_fields, near_matches, shorten
@@ -75,7 +75,7 @@ def train(
         device,
         progress,
         folder.name,
-        snapshots or SnapshotConfig(every=200),
+        snapshots or USUAL_SNAPSHOTS,
         evaluation or EvalConfig(),
         resume,
         execution=execution or Execution(),

@@ -163,6 +163,7 @@ def test_an_unknown_verb_is_answered_with_those_spelt_like_it(word: str, near: s
         ("train", ["--report-to", "wandb"], ["--log-to", "wandb"]),
         ("train", ["--report-to", "none", "d2"], ["d2"]),
         ("train", ["--report-to=none", "d2"], ["d2"]),
+        ("serve", ["--report-to", "none"], ["--report-to", "none"]),  # no flag of it, which tyro says
         ("serve", ["--max-num-seqs", "4", "--served-model-name", "a"], ["--rows", "4", "--names", "a"]),
         ("sample", ["--prompt", "--max", "x_y"], ["--prompt", "--max", "x_y"]),
     ],

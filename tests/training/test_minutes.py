@@ -14,7 +14,7 @@ from lrt.data.prepared import Prepared
 from lrt.model import checkpoint
 from lrt.model.config import ModelConfig
 from lrt.model.execution import Execution
-from lrt.training import minutes, recipes, speed
+from lrt.training import minutes, speed
 from lrt.training.config import EvalConfig, RunConfig
 from lrt.training.matching import Launch
 from lrt.training.minutes import MeasuredHorizon, affordable_tokens, with_minutes
@@ -201,7 +201,9 @@ def test_an_estimate_changes_no_number(
     ("words", "message"),
     [
         (["--minutes", "0"], "--minutes is 0; it must be a finite number above 0"),
-        (["--minutes", "1", "--horizon", "steps=7"], "--minutes and --horizon steps=7 both say how long to train"),
+        (["--minutes", "1", "--horizon", "steps=7"], "--minutes and --horizon both say how long to train"),
+        (["--minutes", "1", "--horizon=ratio=10"], "--minutes and --horizon both say how long to train"),
+        (["--minutes=1", "--max-steps", "7"], "--minutes and --horizon both say how long to train"),
         (["--minutes", "1", "--match", "tokens", "RUN"], "--minutes and --match tokens both say how long"),
         (["--minutes", "1", "--resume", "RUN"], "--minutes 1 counts from a run's beginning, and --resume"),
     ],
@@ -215,8 +217,3 @@ def test_what_minutes_do_not_go_with(
     assert ended.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())  # tyro wraps lines
     assert not (tmp_path / "out").exists()
-
-
-def test_a_horizon_of_every_recipe_gives_way_to_minutes():
-    """What `--minutes` takes for the recipe's own horizon, and what it takes for one that was given."""
-    assert {make().horizon for make in recipes.RECIPES.values()} == {f"tokens={recipes.DEMO_TOKENS}", "ratio=10"}

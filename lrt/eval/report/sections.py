@@ -54,8 +54,8 @@ def score_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Marku
         caption = f"What recurrence gains: bits per byte with nothing recurrent read, less live. {table.title}."
         parts += [figure_row(*pictures, caption=caption)] if pictures else []
         parts += [table.html(), *([details.html()] if details.body else ())]
-    said = [sentences.worth(run.name, result.values) for run in runs for result in run.of("bpb")]
-    return section(KINDS["bpb"], list(dict.fromkeys(said)), [*parts, notes(*SCORE_NOTE)] if parts else [])
+    leads = [sentences.worth(run.name, result.values) for run in runs for result in run.of("bpb")]
+    return section(KINDS["bpb"], list(dict.fromkeys(leads)), [*parts, notes(*SCORE_NOTE)] if parts else [])
 
 
 def detail_table(runs: Sequence[Run], on: ScoredOn) -> Table:
@@ -82,12 +82,12 @@ def recurrent_values(runs: Sequence[Run], on: ScoredOn) -> dict[str, dict[str, A
 
 def sweep_section(runs: Sequence[Run]) -> list[Markup]:
     """Two figures and a verdict per run; a sentence where nothing recurs."""
-    said, parts = [], []
+    leads, parts = [], []
     for run in runs:
         for result in run.of("sweeps"):
-            said.append(sentences.settled(run.name, result.values))
+            leads.append(sentences.settled(run.name, result.values))
             parts += sweep_parts(run.name, result.subject, result.values)
-    return section("Sweep curves", said, parts)
+    return section("Sweep curves", leads, parts)
 
 
 def sweep_parts(name: str, subject: str, values: Mapping[str, Any]) -> list[Markup]:
@@ -120,7 +120,7 @@ def values_by_text(runs: Sequence[Run], kind: str) -> dict[ScoredOn, dict[str, d
 
 def hop_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Markup]:
     """How far each run is from live by hops, a figure for each text, and a verdict per run."""
-    said, parts = [], []
+    leads, parts = [], []
     for on, measured in values_by_text(runs, "hops").items():
         recurrent = {name: values for name, values in measured.items() if len(values["points"]) > 1}
         if recurrent:
@@ -130,8 +130,8 @@ def hop_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Markup]
         body = [[name, *hop_cells(values)] for name, values in measured.items()]
         head = ["run", "live, nats per token", "the memory gives, nats per token", "verdict"]
         parts.append(Table(on.label, head, body).html())
-        said += [f"{name}: {values['verdict']}." for name, values in measured.items()]
-    return section(KINDS["hops"], said, parts)
+        leads += [f"{name}: {values['verdict']}." for name, values in measured.items()]
+    return section(KINDS["hops"], leads, parts)
 
 
 def hop_cells(values: Mapping[str, Any]) -> list[str]:
@@ -146,9 +146,9 @@ def ablation_section(runs: Sequence[Run]) -> list[Markup]:
     by_text = values_by_text(runs, "ablations")
     labels = texts_scored(runs)
     parts = [ablation_table(labels[on], measured).html() for on, measured in by_text.items()]
-    said = [sentences.replaced(name, values) for measured in by_text.values() for name, values in measured.items()]
+    leads = [sentences.replaced(name, values) for measured in by_text.values() for name, values in measured.items()]
     note = notes("Two forwards: every token is refined once more with its own memory: depth, not recurrence.")
-    return section(KINDS["ablations"], said, [*parts, note] if parts else [])
+    return section(KINDS["ablations"], leads, [*parts, note] if parts else [])
 
 
 def figures_over_training(run: Run) -> list[Markup]:
@@ -173,11 +173,11 @@ def figures_over_training(run: Run) -> list[Markup]:
 
 def memory_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Markup]:
     """Gate heat maps, scales and reach."""
-    said, parts = [], []
+    leads, parts = [], []
     reaching = {run.name: run.values("memory") for run in runs if run.values("memory").get("layers")}
     reaching = {name: values for name, values in reaching.items() if values["reach"]}
     if reaching:
-        said = [sentences.reach(name, values["reach"]) for name, values in reaching.items()]
+        leads = [sentences.reach(name, values["reach"]) for name, values in reaching.items()]
         draw = partial(figures.draw_reach, runs=reaching, colours=colours)
         caption = "One memory gets noise of a tenth of its norm, live decoding goes on."
         parts.append(figure_row((draw, "Reach of the memory"), caption=caption))
@@ -188,7 +188,7 @@ def memory_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Mark
             parts += [heading(run.name), *history]
         if injected:
             parts += block_parts(run.name, values)
-    return section(KINDS["memory"], said, parts)
+    return section(KINDS["memory"], leads, parts)
 
 
 def block_parts(name: str, values: Mapping[str, Any]) -> list[Markup]:
@@ -203,15 +203,15 @@ def block_parts(name: str, values: Mapping[str, Any]) -> list[Markup]:
 
 def text_section(runs: Sequence[Run]) -> list[Markup]:
     """A text, each token on the colour of what recurrence gains on it."""
-    said, parts = [], []
+    leads, parts = [], []
     for run in runs:
         values = run.values("text")
         if values and any(abs(a - b) > ROUNDING for a, b in zip(values["live"], values["off"], strict=True)):
             tokens = list(map(token_span, values["pieces"], values["live"], values["off"]))
             parts.append(render("tokens", name=run.name, tokens=tokens))
-            said.append(sentences.helped(run.name, values))
+            leads.append(sentences.helped(run.name, values))
     note = notes("Green: recurrence makes the token likelier; red: less likely. The strongest colour is 2 bits.")
-    return section(KINDS["text"], said, [note, *parts] if parts else [])
+    return section(KINDS["text"], leads, [note, *parts] if parts else [])
 
 
 def token_span(piece: str, live: float, off: float) -> dict[str, str]:

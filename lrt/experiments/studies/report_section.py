@@ -30,7 +30,7 @@ def section(file: Path) -> Markup:
             lines = runner.newest_lines(written)
             progress = f"{len(lines)} cells of other fields, code or data than these: outdated."
     progress = progress or f"{len(lines)} cells are done."
-    drawn = inline_svg(lambda: study_kind.figure(lines), name)
+    figure = inline_svg(lambda: study_kind.figure(lines), name)
     tables = [table.html() for table in study_kind.tables(lines) if table.body]
-    (made,) = make_section(f"{name}, {edition}", [progress], [render("figures", figures=[drawn], caption=""), *tables])
+    (made,) = make_section(f"{name}, {edition}", [progress], [render("figures", figures=[figure], caption=""), *tables])
     return made
