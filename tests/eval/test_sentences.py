@@ -98,6 +98,6 @@ def test_what_a_zeroed_memory_costs():
 
 def test_how_many_tokens_recurrence_helps():
     assert sentences.helped("mine", {"live": [1.0, 2.0], "off": [2.0, 1.9]}) == (
-        "Recurrence makes 50 % of the tokens likelier to mine, by +0.450 bits each."
+        "Recurrence makes 50 % of the tokens likelier to mine; on average a token gains +0.450 bits."
     )
     assert "Nothing recurs" in sentences.helped("mine", {"live": [1.0], "off": [1.001]})

@@ -130,7 +130,7 @@ def hop_section(runs: Sequence[Run], colours: Mapping[str, str]) -> list[Markup]
         body = [[name, *hop_cells(values)] for name, values in measured.items()]
         head = ["run", "live, nats per token", "the memory gives, nats per token", "verdict"]
         parts.append(Table(on.label, head, body).html())
-        leads += [f"{name}: {values['verdict']}." for name, values in measured.items()]
+        leads += [sentences.survived(name, values) for name, values in measured.items()]
     return section(KINDS["hops"], leads, parts)
 
 

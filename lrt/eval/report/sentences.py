@@ -105,12 +105,15 @@ def survived(name: str, values: Mapping[str, Any]) -> str:
 
 
 def helped(name: str, values: Mapping[str, Any]) -> str:
-    """How many tokens of the text recurrence makes likelier."""
+    """How many tokens of the text recurrence makes likelier, and what it gives a token on average, of all of them."""
     gains = [off - live for off, live in zip(values["off"], values["live"], strict=True)]
     if max(map(abs, gains)) < ROUNDING:
         return f"Nothing recurs in {name}: live and off are one."
     part = sum(gain > 0 for gain in gains) / len(gains)
-    return f"Recurrence makes {100 * part:.0f} % of the tokens likelier to {name}, by {mean_of(gains):+.3f} bits each."
+    return (
+        f"Recurrence makes {100 * part:.0f} % of the tokens likelier to {name}; on average a token gains "
+        f"{mean_of(gains):+.3f} bits."
+    )
 
 
 def mean_of(values: Sequence[float]) -> float:
