@@ -82,7 +82,6 @@ __all__ = [
     "train",
 ]
 
-DISTRIBUTION = "latent-recurrent-transformer"
 HOMES = {
     "lrt.data.records": ("register_source",),
     "lrt.eval.ablations": ("register_ablation",),
@@ -116,7 +115,8 @@ def __getattr__(name: str) -> Any:
     if name == "schedules":
         return importlib.import_module("lrt.schedules")
     if name == "__version__":
-        return importlib.import_module("importlib.metadata").version(DISTRIBUTION)
+        distribution = importlib.import_module("lrt.utils.imports").DISTRIBUTION
+        return importlib.import_module("importlib.metadata").version(distribution)
     home = next((module for module, names in HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module 'lrt' has no attribute {name!r}")

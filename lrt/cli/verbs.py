@@ -19,9 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lrt import DISTRIBUTION
 from lrt.cli import flag_names
 from lrt.cli.checks import check_verb
+from lrt.utils.imports import DISTRIBUTION
 from lrt.utils.validation import near_matches
 
 GROUPS = {

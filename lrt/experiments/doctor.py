@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from lrt import DISTRIBUTION
 from lrt.experiments.bench.steps import Contender, time_steps
 from lrt.inference.generation import generate
 from lrt.model.execution import EAGER
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.training.recipes import demo_recipe
 from lrt.utils.device import memory_bytes
+from lrt.utils.imports import DISTRIBUTION
 from lrt.utils.provenance import processor
 from lrt.utils.torch_private import missing_compiler
 

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+DISTRIBUTION = "latent-recurrent-transformer"
+"""What pip calls the library: the name to install it, and to ask for its version."""
+
 
 class MissingExtraError(ValueError):
     """A package of an optional extra cannot be imported. The message names both, and the command that installs it."""
@@ -21,7 +24,7 @@ def extra(name: str, what: str) -> Iterator[None]:
     except ImportError as error:
         raise MissingExtraError(
             f"{what} needs the package {error.name}, which cannot be imported ({error}); install it with "
-            f"pip install 'latent-recurrent-transformer[{name}]'"
+            f"pip install '{DISTRIBUTION}[{name}]'"
         ) from error
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from lrt.utils.imports import DISTRIBUTION
+
 
 def hardware(device: str | torch.device = "cpu") -> dict[str, object]:
     """The machine's facts that a number depends on, as plain data: they are kept in results and in keys of caches."""
@@ -43,7 +45,7 @@ def code_version() -> str:
     Asked of git once per process: results and ledgers name it often.
     """
     try:
-        version = importlib.metadata.version("latent-recurrent-transformer")
+        version = importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         version = "unknown version"
     root = Path(__file__).parents[2]

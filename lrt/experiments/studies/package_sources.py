@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrt.utils.files import replace_atomically
+from lrt.utils.imports import DISTRIBUTION
 
 LARGEST = 200_000
 """Bytes: longer files are tables and generated code, mostly."""
 BYTES = 60_000_000
 """Of the text: with a vocabulary of 2,048 about 20 million tokens."""
-OWN = "latent-recurrent-transformer"
-"""Not part of its own text."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class SourceFile:
 
 
 def installed_files() -> Iterator[SourceFile]:
-    """The Python sources that packages' records name, package by package in the order of their names."""
+    """The Python sources that packages' records name, package by package in the order of their names; not our own."""
     packages = {one.metadata["Name"]: one for one in importlib.metadata.distributions()}
-    for name in sorted(set(packages) - {OWN}):
+    for name in sorted(set(packages) - {DISTRIBUTION}):
         for file in sorted(packages[name].files or []):
             path = Path(str(file.locate()))
             if file.suffix == ".py" and path.is_file() and path.stat().st_size <= LARGEST:
