@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from lrt.cli.loading import hide_bars_of_transformers
 from lrt.utils.files import place_and_size
 from lrt.utils.imports import extra
 
@@ -28,6 +29,7 @@ class Export:
     def run(self) -> None:
         with extra("hf", "export"):
             from lrt.integrations.hf.export import export
+        hide_bars_of_transformers()
         export(self.checkpoint, self.out, self.prefill, self.remote_code)
         print(f"{place_and_size(self.out)}. In Python:")
         code = ", trust_remote_code=True" if self.remote_code else ""

@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from lrt.cli.loading import hide_bars_of_transformers
 from lrt.cli.options import Paths
 from lrt.integrations.finetune.options import FinetuneOptions, check_options
 from lrt.utils.files import place_and_size
@@ -48,6 +49,7 @@ class Finetune(FinetuneOptions):
             from lrt.integrations.finetune.finetune import finetune
             from lrt.integrations.finetune.targets import open_target
         check_options(self)
+        hide_bars_of_transformers()
         rows, target, device = read_rows(self.chat), open_target(self.model, self.template), choose_device(self.device)
         if self.controls:
             outcomes = train_with_controls(target, rows, self.out, self, device, self.controls)

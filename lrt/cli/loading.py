@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 
 RETROFITTED = "lrt_retrofit"
 """The model_type of retrofitted folders; what defines it imports transformers, which is an extra."""
+
+
+def hide_bars_of_transformers() -> None:
+    """No bars of weights being loaded and written where standard error is a file: they would be its only lines."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def is_retrofitted(folder: Path) -> bool:

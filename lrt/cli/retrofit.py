@@ -8,6 +8,8 @@ from typing import Literal
 
 import tyro
 
+from lrt.cli.loading import hide_bars_of_transformers
+from lrt.utils.files import place_and_size
 from lrt.utils.imports import extra
 
 
@@ -37,6 +39,7 @@ class Retrofit:
     def run(self) -> None:
         with extra("hf", "retrofit"):
             from lrt.integrations.retrofit import retrofit_folder
+        hide_bars_of_transformers()
         model = retrofit_folder(
             self.folder,
             self.out,
@@ -48,4 +51,5 @@ class Retrofit:
         )
         added = sum(p.numel() for p in model.latent.parameters())
         total = sum(p.numel() for p in model.parameters())
-        print(f"{self.out}: {total:,} parameters, {added:,} of them new and neutral")
+        print(f"{total:,} parameters, {added:,} of them new and neutral")
+        print(place_and_size(self.out))

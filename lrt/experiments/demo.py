@@ -33,8 +33,9 @@ from lrt.training.monitor import FINAL_TARGETS
 from lrt.training.resume import holds_run
 from lrt.training.snapshots import set_run_aside
 from lrt.utils import files
-from lrt.utils.files import replace_atomically
+from lrt.utils.files import place_and_size, replace_atomically
 from lrt.utils.provenance import hardware_line
+from lrt.utils.timing import format_duration
 
 SAMPLE = 160
 """Tokens of the sample at the end."""
@@ -84,7 +85,11 @@ def demo(
     logs = {family: out / family / "metrics.jsonl" for family in models}
     demo_report.write_report(out / "report.html", summary, logs, sample)
     replace_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    console.print(f"\n{out / 'report.html'} and {out / 'summary.json'} written, {summary['seconds']:.0f} s in all.")
+    console.print(
+        f"\n{place_and_size(out)}, after {format_duration(summary['seconds'])}; look at {out / 'report.html'}",
+        markup=False,
+        soft_wrap=True,
+    )
     return summary
 
 

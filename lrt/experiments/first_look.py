@@ -34,7 +34,7 @@ from lrt.training.config import RunConfig
 from lrt.training.monitor import FINAL_TARGETS
 from lrt.training.speed import Speed, measure_speed
 from lrt.utils.device import describe_device
-from lrt.utils.files import replace_atomically
+from lrt.utils.files import place_and_size, replace_atomically
 from lrt.utils.provenance import hardware_line
 from lrt.utils.timing import format_duration
 from lrt.utils.validation import Limits
@@ -117,7 +117,11 @@ def first_look(
     plans.make_room(key, REPORT, SUMMARY)
     first_look_report.write_report(out / REPORT, summary, verdict(summary), logs)
     replace_atomically(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    console.print(f"\n{out / REPORT} written, after {format_duration(summary['seconds'])}.", markup=False)
+    console.print(
+        f"\n{place_and_size(out)}, after {format_duration(summary['seconds'])}; look at {out / REPORT}",
+        markup=False,
+        soft_wrap=True,
+    )
     console.print(f"Go on with it: lrt sample {out}/lrt, lrt chat {out}/lrt, lrt serve {out}/lrt", markup=False)
     return summary
 

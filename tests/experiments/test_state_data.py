@@ -191,7 +191,7 @@ def test_a_study_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     # Stopped, it goes on: what is done is not run again.
     Path("runs/studies/small.tiny.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
     main(["study", "small.yaml"])
-    assert "1 cells to run" in capsys.readouterr().out
+    assert "1 cell to run" in capsys.readouterr().out
 
 
 def line_of(seed: int, excess: float, gains: dict[int, float]) -> dict[str, Any]:

@@ -222,7 +222,10 @@ def announce(
     }
     total, done = sum(minutes.values()), len(study_lines(study, current_lines(kind, file)))
     time_needed = f", about {format_duration(60 * total)} in all" if minutes else ""
-    print(f"{len(minutes)} cells to run{time_needed}; {done} are done already", flush=True)
+    print(
+        f"{len(minutes)} {'cell' if len(minutes) == 1 else 'cells'} to run{time_needed}; {done} are done already",
+        flush=True,
+    )
     return missing, minutes
 
 
