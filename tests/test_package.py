@@ -66,6 +66,7 @@ def test_code_is_formatted() -> None:
     run([tool("ruff"), "format", "--check", "--diff", "."])
 
 
+@pytest.mark.slow
 def test_types() -> None:
     run([tool("basedpyright"), "--pythonpath", sys.executable])
 

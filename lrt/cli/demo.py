@@ -17,7 +17,7 @@ class Demo:
     out: Path = Path("runs/demo")
     """Folder for checkpoints, report.html and summary.json."""
     tokens: int | None = None
-    """Training tokens per model. None: 800,000, or 8 times through a short text."""
+    """Training tokens per model. None: 560,000, or 8 times through a short text."""
     seed: int = 0
     """Seed of weights, data order and sample."""
     prompt: str | None = None

@@ -15,7 +15,7 @@ from lrt.training.optim_config import OptimConfig
 
 CONTEXT = 256
 """The demo's, in tokens."""
-DEMO_TOKENS = 800_000
+DEMO_TOKENS = 560_000
 """The demo's horizon: what two CPU cores train, three times, in about six minutes."""
 
 
@@ -171,7 +171,7 @@ SIZES = {
 }
 """Of the rungs' LRTs, with a vocabulary of 2,048. Written down for `lrt train --help`, as counting would load torch."""
 DESCRIPTIONS = {
-    **{f"demo-{name}": f"{what} of `lrt demo`: 4 layers of 128, 1.6 M parameters, 0.8 M tokens" for name, what in (
+    **{f"demo-{name}": f"{what} of `lrt demo`: 4 layers of 128, 1.6 M parameters, 0.56 M tokens" for name, what in (
         ("transformer", "the Transformer"), ("token-shift", "token shift"), ("lrt", "the LRT"),
     )},
     **{f"d{layers}": f"an LRT, {layers} layers of {64 * layers}: {size}" for layers, size in SIZES.items()},

@@ -737,6 +737,7 @@ def test_evaluate_runs_core_from_a_folder(run: Path, tmp_path: Path, capsys: pyt
     assert "there is no CORE bundle in" in message
 
 
+@pytest.mark.slow
 def test_two_ranks_diagnose_and_answer_as_one_does(run: Path, data: Path, tmp_path: Path):
     """Two gloo processes share the windows and the questions; scores agree to what float32's batches leave."""
     bundle = make_bundle(tmp_path)

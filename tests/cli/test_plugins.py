@@ -207,6 +207,7 @@ print(out[0, ids["input_ids"].shape[1]:].tolist())
 """
 
 
+@pytest.mark.slow
 def test_an_exported_folder_has_the_plugin_in_it(run: Path, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     start("-m", "lrt", "--plugin", EXAMPLE, "export", run, "exported", cwd=folder)
@@ -218,6 +219,7 @@ def test_an_exported_folder_has_the_plugin_in_it(run: Path, folder: Path, tmp_pa
     assert alone.stdout.splitlines()[-1] == native.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_folder_without_code_asks_for_the_plugin(run: Path, folder: Path) -> None:
     pytest.importorskip("transformers")
     main(["--plugin", str(EXAMPLE), "export", str(run), str(folder / "bare"), "--no-remote-code"])
@@ -229,6 +231,7 @@ def test_a_folder_without_code_asks_for_the_plugin(run: Path, folder: Path) -> N
     start("-c", f"import low_rank_injection; {program}", folder / "bare", cwd=folder, PYTHONPATH=both)
 
 
+@pytest.mark.slow
 def test_a_studys_workers_inherit_the_plugins(folder: Path) -> None:
     (folder / "echo.py").write_text(ECHO)
     (folder / "mine.yaml").write_text(STUDY)

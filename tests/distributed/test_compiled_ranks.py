@@ -49,13 +49,8 @@ def main(folder: Path, schedules: list[str]) -> None:
 
 
 @pytest.mark.skipif(missing_compiler("cpu") is not None, reason="needs a C++ compiler")
-@pytest.mark.parametrize(
-    "schedules",
-    [
-        pytest.param(("settled(1, 1, 1)",), id="settled"),
-        pytest.param(("plain()", "interleaved(2)"), id="others", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("schedules", [("settled(1, 1, 1)",), ("plain()", "interleaved(2)")], ids=["settled", "others"])
 def test_compiled_steps_of_two_ranks_are_their_uncompiled_ones(schedules: tuple[str, ...], tmp_path: Path):
     prepare_squares(tmp_path)
     run_two(__file__, str(tmp_path), *schedules)

@@ -84,6 +84,7 @@ def assert_compiled_equals_the_oracle(config: ModelConfig) -> None:
     assert way.name == "compiled"
 
 
+@pytest.mark.slow
 def test_the_compiled_step_equals_the_oracle():
     assert_compiled_equals_the_oracle(FIRST[1])
 

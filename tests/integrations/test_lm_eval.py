@@ -103,6 +103,7 @@ def test_a_local_task_and_the_harness_own_command(folder, tmp_path):
     assert json.loads(written.read_text())["results"]["memory"]["acc,none"] == results["memory"]["acc,none"]
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_named(folder):
     with pytest.raises(ValueError, match="knows no task no_such_task"):
         run_tasks(folder / "checkpoint", ["no_such_task"])

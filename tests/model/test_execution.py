@@ -105,6 +105,7 @@ def test_a_mixture_is_compiled_once_and_without_graph_breaks():
         assert_same_gradients(actual, step(model, s, EAGER), repr(s))
 
 
+@pytest.mark.slow
 @compiles
 def test_sequential_compiles_one_position_not_their_sequence():
     """However long the row: nothing is unrolled in time."""
@@ -145,7 +146,11 @@ def whole(gradients: dict[str, Tensor]) -> Tensor:
 @compiles
 @pytest.mark.parametrize(
     "schedule",
-    [schedules.plain(), schedules.settled(1, 1, 1), pytest.param(schedules.interleaved(2), marks=pytest.mark.slow)],
+    [
+        schedules.settled(1, 1, 1),
+        pytest.param(schedules.plain(), marks=pytest.mark.slow),
+        pytest.param(schedules.interleaved(2), marks=pytest.mark.slow),
+    ],
     ids=repr,
 )
 def test_compiled_steps_in_either_precision_equal_uncompiled_ones(schedule: Any):
@@ -164,12 +169,9 @@ def test_compiled_steps_in_either_precision_equal_uncompiled_ones(schedule: Any)
             assert torch.equal(kept[name], made_again[name]), (dtype, recompute, name)
 
 
+@pytest.mark.slow
 @compiles
-@pytest.mark.parametrize(
-    "schedule",
-    [schedules.settled(1, 1, 1), pytest.param(schedules.interleaved(2), marks=pytest.mark.slow)],
-    ids=repr,
-)
+@pytest.mark.parametrize("schedule", [schedules.settled(1, 1, 1), schedules.interleaved(2)], ids=repr)
 def test_compiled_steps_run_only_the_blocks_that_are_needed(schedule: Any):
     model = random_model(LAYERED)
     assert_same_gradients(step(model, schedule, Execution("always")), step(model, schedule, WHOLE))

@@ -40,7 +40,7 @@ def run(up: Live, examples: int, folder: Path) -> None:
 
 
 def test_nothing_is_found(up: Live, tmp_path: Path):
-    run(up, 10, tmp_path)
+    run(up, 4, tmp_path)
     engine = up.registry.find("lrt").engine
     assert not engine.failed
 

@@ -63,6 +63,7 @@ def test_the_lent_device_refuses_what_it_should():
     assert sum("has no torch.float64" in line for line in refusals) == 5
 
 
+@pytest.mark.slow
 def test_training_scoring_and_generating(tmp_path):
     names = ["train", "score", "generate", "prefill"]
     numbers = walk(tmp_path, *names)
