@@ -25,7 +25,7 @@ from matplotlib.ticker import NullLocator
 
 from lrt import LatentRecurrentTransformer, ModelConfig, refine, schedules
 from lrt.eval.hops import HopCurve, hops_of_rows
-from lrt.eval.report.style import save_figure
+from lrt.eval.report.style import GREY, MARKERS, save_figure
 from lrt.experiments.state_tracking.measure import held_out_generator, sample_rows
 from lrt.experiments.state_tracking.training import train_tracking
 from lrt.experiments.studies.state_tracking import recipe
@@ -51,6 +51,8 @@ TRAINED = {
 SHORT = {"steps": 150, "rows": 64, "longest": 16}
 """What the recipe is cut to, so that a model takes half a minute."""
 ROWS, BITS = 100, 64
+BLUES = ("#8ec6ec", "#3f9fd8", "#0072b2", "#00548a")
+"""All of them train the LRT, whose colour is blue: the further a schedule reaches, the darker."""
 
 
 class Reach(NamedTuple):
@@ -95,7 +97,7 @@ def measure_hops(name: str, seed: int = 0) -> HopCurve:
 def draw_reach(ax: Axes, reach: Mapping[str, Reach], colours: Mapping[str, str]) -> None:
     """A bar per schedule, the cheapest way to each reach at a glance: dark exact, light felt, and the cost beside."""
     for place, (name, one) in enumerate(reach.items()):
-        colour = colours.get(name, "#8c8c8c")
+        colour = colours.get(name, GREY)
         ax.barh(place, one.felt, 0.72, color=colour, alpha=0.3)
         ax.barh(place, one.exact, 0.36, color=colour)
         whole = one.exact == LENGTH
@@ -112,17 +114,19 @@ def draw_reach(ax: Axes, reach: Mapping[str, Reach], colours: Mapping[str, str])
 
 def draw_losses(ax: Axes, curves: Mapping[str, HopCurve], colours: Mapping[str, str]) -> None:
     """Nats per token by hops of the trained models; the dotted line is guessing."""
-    for name, curve in curves.items():
+    for marker, (name, curve) in zip(MARKERS, curves.items(), strict=False):
         losses = [(point.hops, point.nats) for point in curve.points]
-        ax.plot(*zip(*losses, strict=True), "o-", color=colours[name], markersize=3, label=f"{name}: {live(curve)}")
-    ax.axhline(torch.tensor(2.0).log().item(), color="grey", linewidth=0.8, linestyle=":")
+        ax.plot(
+            *zip(*losses, strict=True), f"{marker}-", color=colours[name], markersize=3, label=f"{name}: {live(curve)}"
+        )
+    ax.axhline(torch.tensor(2.0).log().item(), color=GREY, linewidth=0.8, linestyle=":")
     ticks = [0, 1, 2, 4, 8, 16, 32, BITS - 1]
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xticks(ticks, list(map(str, ticks)))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlim(-0.2, 1.2 * BITS)
     ax.set(xlabel="hops that the memory has made (63: live)", ylabel="nats per answer")
-    ax.legend(fontsize=7, frameon=False)
+    ax.legend(fontsize=8)
 
 
 def live(curve: HopCurve) -> str:
@@ -132,7 +136,7 @@ def live(curve: HopCurve) -> str:
 
 def make_figure(reach: Mapping[str, Reach], curves: Mapping[str, HopCurve]) -> Figure:
     """Reach and cost of schedules, and the losses of what four of them taught."""
-    colours = dict(zip(TRAINED, ("#c7564a", "#d98c1f", "#3f9e5a", "#2f7fd1"), strict=True))
+    colours = dict(zip(TRAINED, BLUES, strict=True))
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     draw_reach(left, reach, colours)

@@ -37,7 +37,7 @@ import lrt
 import lrt.distributed.parallelize
 import lrt.experiments.studies.kinds
 from lrt.cli.main import main as command_line
-from lrt.eval.report.style import save_figure
+from lrt.eval.report.style import FAMILIES, GREY, save_figure
 from lrt.eval.report.table import Table
 from lrt.model.checkpoint import snapshot_step, snapshots
 from lrt.utils.files import read_json, sha256
@@ -408,6 +408,8 @@ def run_rounds(
 
 FIGURE = "train"
 """The work whose loss curve is drawn."""
+KILL = "#d55e00"
+"""Colour of a kill: Okabe and Ito's vermilion."""
 
 
 def table(attempts: Attempts) -> Table:
@@ -447,16 +449,16 @@ def kills_figure(base: Path, attempts: Attempts) -> Figure:
     panel = figure.subplots()
     curves = {}
     for label, name, style in (
-        ("undisturbed", f"whole {FIGURE}", {"color": "lightgrey", "linewidth": 5}),
-        (f"killed {len(kills[number])} times", f"{FIGURE} {number}", {"color": "black", "linewidth": 1}),
+        ("undisturbed", f"whole {FIGURE}", {"color": GREY, "alpha": 0.4, "linewidth": 5}),
+        (f"killed {len(kills[number])} times", f"{FIGURE} {number}", {"color": FAMILIES["lrt"], "linewidth": 1}),
     ):
         lines = [json.loads(line) for line in (base / name / "run/metrics.jsonl").read_text().splitlines()]
         curves[name] = {line["step"] + 1: line["loss"] for line in lines}
         panel.plot(curves[name].keys(), curves[name].values(), label=label, **style)
     steps = [max(1, step) for step in kills[number]]
-    panel.plot(steps, [curves[f"whole {FIGURE}"][step] for step in steps], "x", color="tab:red", label="SIGKILL")
+    panel.plot(steps, [curves[f"whole {FIGURE}"][step] for step in steps], "x", color=KILL, label="SIGKILL")
     panel.set(xlabel="step", ylabel="loss, nats per token")
-    panel.legend(frameon=False, fontsize="small")
+    panel.legend(fontsize="small")
     return figure
 
 
