@@ -14,12 +14,13 @@ from torch import Tensor
 from lrt.data.prepared import Prepared
 from lrt.data.tokenizer import Tokenizer
 from lrt.data.windows import windows
-from lrt.experiments.bench import decode, equality, prefill
+from lrt.experiments.bench import decode, equality, limit, prefill
 from lrt.experiments.bench.rows import Row
 from lrt.inference import cost_model
 from lrt.inference.calibrate import LENGTH, calibrate, sample_text
 from lrt.inference.cost_model import Calibration
 from lrt.model import checkpoint
+from lrt.model.config import ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 
 PROMPT_TOKENS = 1024
@@ -108,12 +109,20 @@ def equality_section(pair: Pair) -> list[Row]:
     return equality.equality_rows(pair.lrt, prompts, progress=pair.progress)
 
 
+def limit_section(pair: Pair) -> list[Row]:
+    """A token over what its weights cost: the pair, and an LRT of 12 layers of 768 with random weights."""
+    wide = LatentRecurrentTransformer(ModelConfig.from_depth(12, vocab_size=pair.lrt.config.vocab_size)).eval()
+    models = [pair.lrt, pair.transformer, wide.to(pair.prompts.device)]
+    return limit.limit_rows(models, pair.rounds, progress=pair.progress)
+
+
 Section = Callable[[Pair], list[Row]]
 SECTIONS: dict[str, Section] = {
     "decode": decode_section,
     "ragged": ragged_section,
     "prefill": prefill_section,
     "equality": equality_section,
+    "limit": limit_section,
 }
 
 
