@@ -142,9 +142,12 @@ def gradient_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return difference(torch.cat([g.flatten() for g in a.values()]), torch.cat([g.flatten() for g in b.values()]))
 
 
-@pytest.fixture(autouse=True, params=["by classes", "by masks"], name="path")
+@pytest.fixture(autouse=True, params=["by classes", pytest.param("by masks", marks=pytest.mark.slow)], name="path")
 def choose_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every promise holds on both paths of `refine`: by residue classes, where a schedule allows, and by the State."""
+    """Every promise holds on both paths of `refine`: by residue classes, where a schedule allows, and by the State.
+
+    The second is slow for their number alone; in `make test` it is what schedules of no common stride take here.
+    """
     if request.param == "by masks":
         monkeypatch.setattr(refinement, "common_stride", lambda *_: None)
 
