@@ -69,6 +69,7 @@ def test_calibrate(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (inside / "runs" / "mine" / "checkpoint" / FILE).is_file()
 
 
+@pytest.mark.slow
 def test_measuring(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The page's commands; the training in between is done with tiny models by the same names."""
     prepare, script, *measure = [command for command in COMMANDS if not command.startswith("lrt calibrate")]

@@ -412,6 +412,7 @@ def test_without_eight_sizes_there_is_no_multiplier():
     assert "8 sizes are needed" in comparisons.scaling_table(list(scaling_lines(7))).markdown()
 
 
+@pytest.mark.slow
 def test_laws_are_compared_over_the_sizes_that_both_have():
     whole = list(scaling_lines(10))
     lacking = [cell for cell in whole if (cell["choices"]["family"], cell["choices"]["text"]) != ("shared", "size 9")]

@@ -245,6 +245,7 @@ def test_tables_by_hand():
     assert points.tolist() == [[0, 50], [4, 90], [8, pytest.approx(10)]]
 
 
+@pytest.mark.slow
 def test_chess_in_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
     settings = PoolSettings(train=40, val=8, test=8, plies=14, multipv=3, engine_share=0.5)

@@ -28,6 +28,7 @@ def test_rows_of_decoding(monkeypatch: pytest.MonkeyPatch):
     assert all(row.value > 0 and set(row.about["modes"].values()) <= {"eager", "fused"} for row in rows)
 
 
+@pytest.mark.slow
 def test_rows_of_ragged_batches():
     model = tiny("both")
     rows = decode.ragged_rows(model, list(range(31)), 1, fallback(model.embedding.weight.device), False, ("fused",))

@@ -672,6 +672,7 @@ print(model.eval().generate(**ids, max_new_tokens=12, do_sample=False, eos_token
 """
 
 
+@pytest.mark.slow
 def test_the_folder_works_where_lrt_cannot_be_imported(exported, tmp_path):
     ran = subprocess.run(
         [sys.executable, "-c", ALONE, str(exported)],
