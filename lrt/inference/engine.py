@@ -396,7 +396,10 @@ class Engine:
             return logits
         pairs = zip(jobs, logits, strict=True)
         return torch.stack(
-            [row if (s := job.request.steering).neutral else s.apply(row, job.new) for job, row in pairs]
+            [
+                row if (s := job.request.steering).neutral else s.apply(row, job.new, job.request.tokens)
+                for job, row in pairs
+            ]
         )
 
     def _fork(self, job: Job) -> None:
