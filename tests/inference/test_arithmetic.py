@@ -200,6 +200,7 @@ def test_a_request_says_by_default_only_what_to_continue():
         "logprobs": None,
         "steering": dataclasses.asdict(Steering()),
         "prefill": None,
+        "owner": "",
     }
 
 
