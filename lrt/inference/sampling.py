@@ -106,7 +106,7 @@ class Steering:
                 raise ValueError(f"{name} is steered by {value}; give finite numbers")
         least, greatest = REPETITION
         if not least <= self.repetition <= greatest:
-            raise ValueError(f"repetition is {self.repetition}; it must be {least:g} to {greatest:g} (1 changes nothing)")
+            raise ValueError(f"repetition is {self.repetition}; it must be {least} to {greatest:g} (1 changes nothing)")
 
     @property
     def neutral(self) -> bool:
