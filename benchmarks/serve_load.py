@@ -205,12 +205,12 @@ async def run_load(port: int, pid: int, name: str, pool: list[Query], clients: i
     watching.cancel()
     await asyncio.sleep(2)
     numbers = await read_metrics(port)
-    label = f'{{model="{name}"}}'
+    label, worker = f'{{model="{name}"}}', f'{{model="{name}",worker="0"}}'
     half = min(len(memory) // 2, 60)
     return {
         "seen": seen,
-        "rows_in_use": numbers[f"lrt_rows_in_use{label}"],
-        "queue": numbers[f"lrt_queue{label}"],
+        "rows_in_use": numbers[f"lrt_rows_in_use{worker}"],
+        "queue": numbers[f"lrt_queue{worker}"],
         "failures": numbers.get(f"lrt_engine_failures_total{label}", 0.0),
         "memory": memory,
         "after_first_minute": memory[half:],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import ipaddress
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -43,7 +44,11 @@ class Serve:
 
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]
     """Checkpoint folders, or runs'. Several are served by their names, and can be compared on the page. Or one
-    retrofitted folder, which transformers' own server answers for, without a page."""
+    retrofitted folder, which transformers' own server answers for, without a page. None are needed with --models-dir.
+    """
+    models_dir: Path | None = None
+    """A folder of checkpoints, or of runs. Each is served by its folder's name, and loaded when it is first asked for.
+    With a token, POST /v1/models/load and /v1/models/unload bring one into memory and take it out."""
     adapter: Path | None = None
     """An adapter of `lrt finetune --lora`, made for the one checkpoint that is served."""
     names: tuple[str, ...] = ()
@@ -59,16 +64,18 @@ class Serve:
     --token-file does not."""
     open: bool = False
     """Serve anybody who reaches the address, without a token."""
+    allowed_origins: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ORIGIN…")] = ()
+    """Pages that may ask this server from a browser (CORS), such as https://chat.example; * stands for all."""
     rows: int = 16
-    """Sequences of each model that are decoded at once; more requests wait in a queue."""
+    """Sequences of each model that are decoded at once, on each device; more requests wait in a queue."""
     prefill: Literal["exact", "converged", "fast", "one_sweep"] = "converged"
     """How prompts are computed: token by token among the others' tokens, or in parallel, one at a time, until converged
     (1e-5), fast (1e-3), or in one sweep. A request may say otherwise."""
     mode: Literal["eager", "fused", "packed", "compiled", "best"] = "fused"
     """Which path decodes. compiled takes a while to compile; best measures all."""
     prefixes: Annotated[int, tyro.conf.arg(metavar="MEGABYTES")] = 0
-    """Memory per model for rows of earlier requests: prompts that begin like them, as a conversation's next turn does,
-    start where they part."""
+    """Memory per model and device for rows of earlier requests: prompts of the same key that begin like them, as a
+    conversation's next turn does, start where they part."""
     template: str | None = None
     """How conversations are written: nanochat, chatml or plain. None: by the tokenizer's special tokens; without any,
     /v1/chat/completions is refused."""
@@ -76,13 +83,18 @@ class Serve:
     """What one request may cost, and all of them together."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    devices: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DEVICE…")] = ()
+    """Several devices, each with a copy of every model; a request goes to the one with the least to do, or, with
+    --prefixes, to the one that knows the beginning of its prompt. None: --device alone."""
 
     def run(self) -> None:
-        if len(self.checkpoints) == 0:
-            raise ValueError("no checkpoint is given; name at least one folder of `lrt train`")
+        if len(self.checkpoints) == 0 and self.models_dir is None:
+            raise ValueError("no checkpoint is given; name at least one folder of `lrt train`, or --models-dir")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port is {self.port}; it must be 0 to 65535")
         tokens = self.read_tokens()
+        for origin in self.allowed_origins:
+            check_origin(origin)
         private = is_loopback(self.host)
         if not private and len(tokens) == 0 and (not self.open):
             raise ValueError(
@@ -110,26 +122,43 @@ class Serve:
             from lrt.serve.app import create_app
             from lrt.serve.config import Settings
             from lrt.serve.metrics import ServerMetrics
-            from lrt.serve.models import ModelRegistry, load_served_model, model_names
+            from lrt.serve.models import model_names, summary
+            from lrt.serve.registry import ModelRegistry
             from lrt.serve.server import create_server
         if self.adapter is not None and len(self.checkpoints) > 1:
             raise ValueError(f"--adapter fits one checkpoint, {len(self.checkpoints)} are given; serve that one alone")
+        if self.adapter is not None and self.models_dir is not None:
+            raise ValueError("--adapter fits one checkpoint, and --models-dir has others; serve that one alone")
+        if self.models_dir is not None and not self.models_dir.is_dir():
+            raise ValueError(f"{self.models_dir} is no folder; give one of checkpoints")
+        if self.devices and self.device != "auto":
+            raise ValueError(f"--device {self.device} and --devices exclude each other; give one of them")
         if self.rows < 1:
             raise ValueError(f"rows is {self.rows}; it must be at least 1")
         if self.prefixes < 0:
             raise ValueError(f"prefixes is {self.prefixes}; give 0 (keep none) or more megabytes")
-        names, metrics, device = model_names(self.checkpoints, self.names), ServerMetrics(), choose_device(self.device)
-        settings = Settings(self.rows, self.prefill, self.mode, self.prefixes * 10**6, self.template)
-        load = partial(load_model, adapter=self.adapter)
-        models = [
-            load_served_model(path, name, settings, self.limits, metrics, device, load)
-            for path, name in zip(self.checkpoints, names, strict=True)
-        ]
-        registry = ModelRegistry(models, self.limits, metrics)
-        app = create_app(registry, tokens, hosts)
-        for model in models:
-            chat = "with chat" if model.template is not None else "no chat template"
-            print(f"{model.name}: {model.summary()['parameters']:,} parameters, {model.engine.rows} rows, {chat}")
+        names = model_names(self.checkpoints, self.names)
+        devices = tuple(choose_device(device) for device in self.devices or (self.device,))
+        settings = Settings(self.rows, self.prefill, self.mode, self.prefixes * 10**6, self.template, devices)
+        registry = ModelRegistry(
+            dict(zip(names, self.checkpoints, strict=True)),
+            settings,
+            self.limits,
+            ServerMetrics(),
+            self.models_dir,
+            partial(load_model, adapter=self.adapter),
+            () if self.adapter is None else (self.adapter,),
+        )
+        app = create_app(registry, tokens, hosts, self.allowed_origins)
+        for name, path in registry.available().items():
+            model, config = registry.models.get(name), registry.config(path)
+            if model is not None:
+                size = summary(name, model.config, settings)["parameters"]
+                chat = "with chat" if model.template is not None else "no chat template"
+                print(f"{name}: {size:,} parameters, {model.rows} rows, {chat}")
+            elif config is not None:
+                size = summary(name, config, settings)["parameters"]
+                print(f"{name}: {size:,} parameters, loaded when it is first asked for")
         server = create_server(app, registry, self.host, self.port)
         # What stays for ever is not looked through again: torch's modules alone pause all threads for 0.3 seconds.
         gc.collect()
@@ -179,6 +208,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def check_origin(origin: str) -> None:
+    """ValueError where it is not what a browser calls a page's origin: scheme, host and port, without a path."""
+    if origin != "*" and not re.fullmatch(r"https?://[\w.\-\[\]:]+", origin):
+        raise ValueError(
+            f"{origin} is no origin of pages; give scheme and host, as in https://chat.example or "
+            "http://localhost:3000, without a path, or *"
+        )
 
 
 def read_token(file: Path) -> str:

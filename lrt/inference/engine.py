@@ -272,7 +272,7 @@ class Engine:
                 known: tuple[int, KeptRow] | None = (len(job.request.tokens) - 1, job.fork)
             else:
                 error = asked_bound(self._mode(job), self.model)
-                known = self.prefixes.find(job.tokens, self.model.config.lookback, error)
+                known = self.prefixes.find(job.tokens, self.model.config.lookback, error, job.request.owner)
             if known is not None and known[0] > 0:
                 job.fed = job.reused = known[0]
                 job.certificate = known[1].certificate
@@ -396,7 +396,10 @@ class Engine:
             return logits
         pairs = zip(jobs, logits, strict=True)
         return torch.stack(
-            [row if (s := job.request.steering).neutral else s.apply(row, job.new) for job, row in pairs]
+            [
+                row if (s := job.request.steering).neutral else s.apply(row, job.new, job.request.tokens)
+                for job, row in pairs
+            ]
         )
 
     def _fork(self, job: Job) -> None:
@@ -410,7 +413,7 @@ class Engine:
     def _snapshot(self, job: Job) -> KeptRow:
         """What a job's row holds. The last token drawn was not fed, so it is not part of it."""
         state = self.rows.snapshot(self.running.index(job), job.fed)
-        return KeptRow(tuple(job.tokens[: job.fed]), state, job.certificate)
+        return KeptRow(tuple(job.tokens[: job.fed]), state, job.certificate, job.request.owner)
 
     def _leave(self, job: Job) -> None:
         """A job's row is free; the last row takes its number."""

@@ -28,6 +28,11 @@ class RadixTree(Generic[T]):
     def __init__(self) -> None:
         self.root: Node[T] = Node(())
 
+    @property
+    def empty(self) -> bool:
+        """Whether it has no item."""
+        return not self.root.children
+
     def add(self, text: tuple[int, ...], item: T) -> None:
         """Put an item at a text, in the place of one that is there."""
         node, at = self.root, 0

@@ -41,6 +41,8 @@ class Request:
     """Penalties and biases."""
     prefill: PrefillMode | None = None
     """How its prompt is computed; None: as the engine's others."""
+    owner: str = ""
+    """Whose it is: its prompt may begin with kept rows of this owner's requests, and of nobody else's."""
 
     def __repr__(self) -> str:
         return changed_fields(self)

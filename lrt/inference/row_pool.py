@@ -147,6 +147,8 @@ class KeptRow:
     state: State
     certificate: Certificate | None
     """Of the least exact part of it; None is exact."""
+    owner: str = ""
+    """Whose request it was computed for."""
 
     @property
     def bytes(self) -> int:
@@ -161,9 +163,9 @@ class KeptRow:
 class PrefixCache:
     """Snapshots of rows, the least recently used dropped where they exceed a budget.
 
-    A row serves whoever asks for no more than its certificate vouches for. There is a radix tree for what is exact, for
-    each tolerance that a mode asks for, and for the rest. So the cost of finding one grows with the prompt's length,
-    not with how many are kept.
+    A row serves requests of its owner that ask for no more than its certificate vouches for. Each owner has a radix
+    tree for what is exact, for each tolerance that a mode asks for, and for the rest. So the cost of finding one grows
+    with the prompt's length, not with how many are kept. The budget is one for all owners.
     """
 
     def __init__(self, budget: int, steps: Sequence[float] = ()) -> None:
@@ -174,23 +176,27 @@ class PrefixCache:
         if budget < 0:
             raise ValueError(f"the budget of prefixes is {budget} bytes; give 0 (keep none) or more")
         self.budget = budget
-        self.trees: dict[float, RadixTree[KeptRow]] = {step: RadixTree() for step in sorted({0.0, *steps, math.inf})}
-        """By the largest error in them, in order."""
+        self.steps = sorted({0.0, *steps, math.inf})
+        """The largest errors of the trees, in order."""
+        self.trees: dict[tuple[str, float], RadixTree[KeptRow]] = {}
+        """By owner and largest error; made with their first row."""
         self.bytes = 0
         """What the snapshots take."""
         self.kept: OrderedDict[KeptRow, None] = OrderedDict()
         """The least recently used first."""
 
-    def find(self, tokens: Sequence[int], lookback: int, error: float = 0.0) -> tuple[int, KeptRow] | None:
-        """(n, row) of the kept text that shares most tokens, n of them; None where none shares any.
+    def find(
+        self, tokens: Sequence[int], lookback: int, error: float = 0.0, owner: str = ""
+    ) -> tuple[int, KeptRow] | None:
+        """(n, row) of the owner's kept text that shares most tokens, n of them; None where none shares any.
 
         At most all but the last token: its hidden state is needed, and is computed anew.
         lookback: where slots are reused, how many positions before n must be intact.
         error: the largest that will do, as `error_bound` has it. Of texts that share as much, the most exact.
         """
         wanted, shared, row = tuple(tokens[:-1]), 0, None
-        for step, tree in self.trees.items():
-            length, other = tree.longest(wanted) if step <= error else (0, None)
+        for tree in self._trees(owner, at_most=error):
+            length, other = tree.longest(wanted)
             if length > shared:
                 shared, row = length, other
         if row is None:
@@ -201,29 +207,38 @@ class PrefixCache:
         return shared, row
 
     def keep(self, row: KeptRow) -> None:
-        """Keep a row; kept texts that it begins with and that are no more exact are dropped.
+        """Keep a row; its owner's kept texts that it begins with and that are no more exact are dropped.
 
         One that is larger than the whole budget is not kept.
         """
         if row.bytes > self.budget or not row.tokens:
             return
         step = self._step(row.error)
-        for other in [other for at, tree in self.trees.items() if at >= step for other in tree.beginnings(row.tokens)]:
+        inexact = self._trees(row.owner, at_least=step)
+        for other in [other for tree in inexact for other in tree.beginnings(row.tokens)]:
             self._drop(other)
-        self.trees[step].add(row.tokens, row)
+        self.trees.setdefault((row.owner, step), RadixTree()).add(row.tokens, row)
         self.kept[row] = None
         self.bytes += row.bytes
         while self.bytes > self.budget:  # ends before the new one, which fits
             self._drop(next(iter(self.kept)))
 
     def _drop(self, row: KeptRow) -> None:
-        self.trees[self._step(row.error)].remove(row.tokens)
+        place = row.owner, self._step(row.error)
+        self.trees[place].remove(row.tokens)
+        if self.trees[place].empty:
+            del self.trees[place]
         del self.kept[row]
         self.bytes -= row.bytes
 
     def _step(self, error: float) -> float:
-        """The tree that a row of this error lies in."""
-        return next(step for step in self.trees if error <= step)
+        """The largest error of the tree that a row of this error lies in."""
+        return next(step for step in self.steps if error <= step)
+
+    def _trees(self, owner: str, at_least: float = 0.0, at_most: float = math.inf) -> list[RadixTree[KeptRow]]:
+        """An owner's trees of these errors, the most exact first."""
+        places = [(owner, step) for step in self.steps if at_least <= step <= at_most]
+        return [self.trees[place] for place in places if place in self.trees]
 
 
 def size(state: State) -> int:

@@ -20,6 +20,8 @@ from lrt.utils.device import has_float64
 
 COLDEST = 1e-30
 """A temperature below it would make logits infinite in float32, and their distribution no number."""
+REPETITION = (0.01, 100.0)
+"""The least and the greatest penalty of repetitions: within them logits stay finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Sampling:
     """Draw among the k most likely tokens."""
     top_p: float | None = None
     """Draw among the fewest most likely tokens whose probability reaches p."""
+    min_p: float | None = None
+    """Draw among the tokens that are at least p times as likely as the most likely one."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:  # nan included
@@ -40,6 +44,8 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.min_p is not None and not 0 < self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must be above 0 and at most 1")
 
     def pick(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """The tokens (n,) at which the cumulated distributions of logits (n, V) pass `uniform` (n,) in [0, 1)."""
@@ -52,8 +58,14 @@ class Sampling:
         return torch.searchsorted(passed, sought.unsqueeze(1), right=True).squeeze(1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The distribution (n, V) that is drawn from, float32; temperature above 0. Top-k is cut first, then top-p."""
+        """The distribution (n, V) that is drawn from, float32; temperature above 0.
+
+        It is cut by min-p first, then by top-k, then by top-p, which counts what the others have left.
+        """
         logits = logits.float() / max(self.temperature, COLDEST)
+        if self.min_p is not None:
+            least = logits.amax(-1, keepdim=True) + math.log(self.min_p)
+            logits = logits.masked_fill(logits < least, -torch.inf)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]  # as likely as the k-th: stays, so there may be more than k
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -72,9 +84,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Steering:
-    """Added to the logits before a token is drawn, in the terms of OpenAI's API; log-probabilities ignore it.
+    """What the logits are changed by before a token is drawn, in the terms of OpenAI's API and of vLLM's for
+    `repetition`; log-probabilities ignore it.
 
-    ValueError on a number that is not finite.
+    ValueError on a number that is not finite, or a `repetition` outside REPETITION.
     """
 
     frequency: float = 0.0
@@ -83,19 +96,30 @@ class Steering:
     """Taken from it once it was drawn."""
     bias: tuple[tuple[int, float], ...] = ()
     """(token, what is added to its logit)."""
+    repetition: float = 1.0
+    """What a token's logit is divided by, where it is positive, and multiplied by where it is not, once the token is in
+    the prompt or was drawn (Keskar et al. 2019, arXiv 1909.05858, section 4.1, as transformers and vLLM do it)."""
 
     def __post_init__(self) -> None:
         for name, value in (("frequency", self.frequency), ("presence", self.presence), *self.bias):
             if not math.isfinite(value):
                 raise ValueError(f"{name} is steered by {value}; give finite numbers")
+        least, greatest = REPETITION
+        if not least <= self.repetition <= greatest:
+            raise ValueError(f"repetition is {self.repetition}; it must be {least} to {greatest:g} (1 changes nothing)")
 
     @property
     def neutral(self) -> bool:
         """Whether it changes nothing."""
-        return self.frequency == 0 and self.presence == 0 and not self.bias
+        return self.frequency == 0 and self.presence == 0 and not self.bias and self.repetition == 1
 
-    def apply(self, logits: Tensor, emitted: Sequence[int]) -> Tensor:
-        """Logits (V,) after the tokens drawn so far (the prompt is not counted)."""
+    def apply(self, logits: Tensor, emitted: Sequence[int], prompt: Sequence[int] = ()) -> Tensor:
+        """Logits (V,) after the tokens drawn so far; only `repetition`, which comes first, counts the prompt's too."""
+        if self.repetition != 1:
+            seen = torch.tensor(sorted({*prompt, *emitted}), dtype=torch.long, device=logits.device)
+            values = logits[seen]
+            penalised = torch.where(values > 0, values / self.repetition, values * self.repetition)
+            logits = logits.index_copy(0, seen, penalised)
         counts = torch.bincount(torch.tensor(emitted, dtype=torch.long), minlength=len(logits)).to(logits)
         logits = logits - self.frequency * counts - self.presence * (counts > 0).to(logits)
         if self.bias:

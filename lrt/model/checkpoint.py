@@ -219,15 +219,31 @@ def _about(file: Path) -> dict[str, Any]:
     return said
 
 
+def read_config(path: str | Path) -> ModelConfig:
+    """The configuration of a checkpoint's model, without its weights; ValueError where config.json makes no sense."""
+    return _config(locate(Path(path)))[0]
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint's folder: `path`, or the newest of a run's folder `path`; `path` where there is none.
+
+    It only looks, so that it may be asked while somebody saves.
+    """
+    if (path / "manifest.json").exists():
+        return path
+    # A run's folder: its checkpoint, or how far it has come.
+    return next(iter([*path.glob("checkpoint"), *sorted(path.glob("snapshots/step-*"), reverse=True)]), path)
+
+
 def verify(path: Path) -> Path:
-    """The checkpoint's folder: `path`, or the newest of a run's folder `path`.
+    """The checkpoint's folder, as `locate` has it.
 
     Raises ValueError, naming the file, where one is missing, truncated or changed against the manifest.
     """
     recover(path)  # a save that was cut off between two renames
-    if not (path / "manifest.json").exists():  # a run's folder: its checkpoint, or how far it has come
+    if not (path / "manifest.json").exists():
         recover(path / "checkpoint")
-        path = next(iter([*path.glob("checkpoint"), *sorted(path.glob("snapshots/step-*"), reverse=True)]), path)
+    path = locate(path)
     if not (path / "manifest.json").is_file():
         if (path / "config.json").is_file() and "model_type" in read_json(path / "config.json"):
             raise ValueError(

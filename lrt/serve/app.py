@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager
+from importlib import metadata
 from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
 from lrt.serve.body import body_route, body_size, off_loop
-from lrt.serve.errors import ClientDisconnected, install_handlers
+from lrt.serve.errors import ApiError, ClientDisconnected, install_handlers, unknown_model_error
 from lrt.serve.middleware import PUBLIC_PATHS, RequestGuard
-from lrt.serve.models import ModelRegistry, ServedModel
+from lrt.serve.models import ServedModel, model_length, summary
 from lrt.serve.playground import MemoryInspector, parse_generation, stream_generation
 from lrt.serve.protocol import (
     ChatBody,
@@ -25,19 +27,24 @@ from lrt.serve.protocol import (
     GenerateBody,
     Health,
     InspectBody,
+    LoadState,
     Model,
+    ModelBody,
     ModelList,
     TextCompletion,
+    Version,
 )
+from lrt.serve.registry import ModelRegistry
 from lrt.serve.request_parsing import GenerationTask, parse_chat, parse_completion
 from lrt.serve.responses import full_response, stream_response
+from lrt.utils.imports import DISTRIBUTION
 
 EVENT_SCHEMA = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 EVENT_STREAM = {"text/event-stream": {"schema": EVENT_SCHEMA}}
 ERROR_DESCRIPTIONS = {
     400: "The request is wrong: the message says what, its limit and the fix.",
     401: "The token is missing or wrong.",
-    403: "The host is not this machine.",
+    403: "The host is not this machine, or the server has no token and the request needs one.",
     404: "There is no such model.",
     408: "The body came too slowly.",
     413: "The body is too large.",
@@ -53,8 +60,16 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 PAGE = files("lrt.serve") / "page.html"
 
 
-def create_app(registry: ModelRegistry, tokens: Collection[str] = (), hosts: Collection[str] | None = None) -> FastAPI:
-    """The application over a registry, whose engines it starts and stops. `tokens`, `hosts`: see `RequestGuard`."""
+def create_app(
+    registry: ModelRegistry,
+    tokens: Collection[str] = (),
+    hosts: Collection[str] | None = None,
+    origins: Sequence[str] = (),
+) -> FastAPI:
+    """The application over a registry, whose engines it starts and stops. `tokens`, `hosts`: see `RequestGuard`.
+
+    origins: pages from there may ask this server (CORS); "*" stands for all.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -78,6 +93,7 @@ def create_app(registry: ModelRegistry, tokens: Collection[str] = (), hosts: Col
     install_handlers(app)
     app.router.route_class = body_route(registry.limits)
     add_server_routes(app, registry)
+    add_loading_routes(app, registry, secured=len(tokens) > 0)  # before /v1/models/{model}
     add_openai_routes(app, registry)
     add_playground_routes(app, registry, inspector)
     app.openapi = document_errors(app, len(tokens) > 0)  # pyright: ignore[reportAttributeAccessIssue]
@@ -86,11 +102,19 @@ def create_app(registry: ModelRegistry, tokens: Collection[str] = (), hosts: Col
     app.add_middleware(
         RequestGuard, limits=registry.limits, metrics=registry.metrics, tokens=tokens, hosts=hosts, routes=routes
     )
+    if origins:  # outside the guard: a browser asks without the token first, and wants to read refusals too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     return app
 
 
 def add_server_routes(app: FastAPI, registry: ModelRegistry) -> None:
-    """The page, health, metrics."""
+    """The page, health, version, metrics."""
 
     @app.head("/", include_in_schema=False)
     @app.get("/", response_class=Response, responses={200: {"content": {"text/html": {}}}})
@@ -98,14 +122,21 @@ def add_server_routes(app: FastAPI, registry: ModelRegistry) -> None:
         """The playground."""
         return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
+    @app.head("/health", include_in_schema=False)
     @app.head("/healthz", include_in_schema=False)
+    @app.get("/health", responses={200: {"model": Health}, 503: {"model": Health}})
     @app.get("/healthz", responses={200: {"model": Health}, 503: {"model": Health}})
     async def health() -> JSONResponse:
         """200 while requests are taken."""
-        states = {name: "failed" if model.engine.failed else "ok" for name, model in registry.models.items()}
+        states = {name: model_state(model) for name, model in registry.models.items()}
         healthy = not registry.draining and "failed" not in states.values()
         status = "shutting_down" if registry.draining else "ok"
         return JSONResponse({"status": status, "models": states}, 200 if healthy else 503)
+
+    @app.get("/version", response_model=Version)
+    async def version() -> Version:
+        """Of this library."""
+        return Version(version=metadata.version(DISTRIBUTION))
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
@@ -113,21 +144,33 @@ def add_server_routes(app: FastAPI, registry: ModelRegistry) -> None:
         return Response(registry.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
+def model_state(model: ServedModel) -> str:
+    """What /healthz says of a loaded model."""
+    return "failed" if model.failed else "degraded" if model.impaired else "ok"
+
+
 def add_openai_routes(app: FastAPI, registry: ModelRegistry) -> None:
     """OpenAI's interface: models, completions, chat."""
 
-    def model_entry(model: ServedModel) -> Model:
-        return Model(id=model.name, created=model.created)
+    async def entries() -> dict[str, Model]:
+        listed = await registry.listed()
+        return {
+            name: Model(id=name, created=created, max_model_len=model_length(config))
+            for name, config, created in listed
+        }
 
     @app.get("/v1/models", response_model=ModelList)
     async def models() -> ModelList:
         """What is served."""
-        return ModelList(data=[model_entry(model) for model in registry.models.values()])
+        return ModelList(data=[*(await entries()).values()])
 
-    @app.get("/v1/models/{model}", response_model=Model)
+    @app.get("/v1/models/{model:path}", response_model=Model)
     async def model(model: str) -> Model:
         """One of them."""
-        return model_entry(registry.find(model))
+        named, name = await entries(), registry.plain_name(model)
+        if name not in named:
+            raise unknown_model_error([*named])
+        return named[name]
 
     async def respond(task: GenerationTask, http: Request) -> Response:
         if task.stream:
@@ -137,16 +180,40 @@ def add_openai_routes(app: FastAPI, registry: ModelRegistry) -> None:
     @app.post("/v1/completions", responses={200: {"model": TextCompletion, "content": EVENT_STREAM}})
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue a prompt, or several. With `stream`, server-sent events."""
-        model = registry.find(body.model)
-        return await respond(
-            await off_loop(body_size(request), parse_completion, body, model, registry.limits), request
-        )
+        async with registry.use(body.model) as model:
+            task = await off_loop(body_size(request), parse_completion, body, model, registry.limits)
+            return await respond(task, request)
 
     @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, "content": EVENT_STREAM}})
     async def chat(body: ChatBody, request: Request) -> Response:
         """The next turn of a conversation. With `stream`, server-sent events."""
-        model = registry.find(body.model)
-        return await respond(await off_loop(body_size(request), parse_chat, body, model, registry.limits), request)
+        async with registry.use(body.model) as model:
+            task = await off_loop(body_size(request), parse_chat, body, model, registry.limits)
+            return await respond(task, request)
+
+
+def add_loading_routes(app: FastAPI, registry: ModelRegistry, secured: bool) -> None:
+    """Loading and unloading, for who has a token."""
+
+    def check_secured() -> None:
+        if not secured:
+            message = (
+                "models are loaded and unloaded with a token only; start the server with --token-file or --api-key"
+            )
+            raise ApiError(403, message, code="no_token")
+
+    @app.post("/v1/models/load", response_model=LoadState)
+    async def load(body: ModelBody) -> LoadState:
+        """Load a model, or load it anew where its checkpoint has changed. Running answers end on the old one."""
+        check_secured()
+        return LoadState(model=registry.plain_name(body.model), status=await registry.load(body.model))
+
+    @app.post("/v1/models/unload", response_model=LoadState)
+    async def unload(body: ModelBody) -> LoadState:
+        """Take a model out of memory when its running answers have ended. The next request for it loads it again."""
+        check_secured()
+        await registry.unload(body.model)
+        return LoadState(model=registry.plain_name(body.model), status="unloaded")
 
 
 def add_playground_routes(app: FastAPI, registry: ModelRegistry, inspector: MemoryInspector) -> None:
@@ -158,20 +225,21 @@ def add_playground_routes(app: FastAPI, registry: ModelRegistry, inspector: Memo
     @app.get("/playground/models")
     async def playground_models() -> dict[str, Any]:
         """The models and their memory."""
-        summaries = [model.summary() for model in registry.models.values()]
+        summaries = [summary(name, config, registry.settings) for name, config, _ in await registry.listed()]
         return {"models": summaries, "inspect": registry.limits.inspect_tokens}
 
     @app.post("/playground/generate", response_class=Response, responses={200: {"content": EVENT_STREAM}})
     async def generate(body: GenerateBody, request: Request) -> Response:
         """Tokens with their surprisal, as server-sent events."""
-        model = registry.find(body.model)
-        task = await off_loop(body_size(request), parse_generation, body, model, registry.limits)
-        return await event_stream(stream_generation(task, registry, request))
+        async with registry.use(body.model) as model:
+            task = await off_loop(body_size(request), parse_generation, body, model, registry.limits)
+            return await event_stream(stream_generation(task, registry, request))
 
     @app.post("/playground/inspect")
     async def inspect(body: InspectBody, request: Request) -> dict[str, Any]:
         """What the memory did with a text."""
-        return await inspector.inspect(registry.find(body.model), body.tokens, request)
+        async with registry.use(body.model) as model:
+            return await inspector.inspect(model, body.tokens, request)
 
 
 class EventStream(Response):

@@ -18,8 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
-
 from lrt.inference.engine import Engine
 from lrt.inference.request import Completion, Event, Request
 from lrt.serve.errors import ApiError, internal_error, unavailable_error
@@ -45,6 +43,7 @@ WorkerEvent = Event | Done | ApiError
 class Submission:
     """A request that was handed to an engine: what `cancel` takes."""
 
+    engine: AsyncEngine
     request: Request
     events: asyncio.Queue[tuple[Submission, WorkerEvent]]
     """Where its events go; submissions of one HTTP request share a queue."""
@@ -61,25 +60,38 @@ class AsyncEngine:
     """Runs one engine. `start` and all other methods are called in the event loop."""
 
     def __init__(
-        self, name: str, make_engine: Callable[[], Engine], metrics: ServerMetrics, queue_seconds: float
+        self,
+        name: str,
+        worker: int,
+        make_engine: Callable[[], Engine],
+        begin_thread: Callable[[], None],
+        metrics: ServerMetrics,
+        queue_seconds: float,
     ) -> None:
-        """make_engine: called now, and again after an engine has failed. queue_seconds: how long a request may wait
-        for a row."""
-        self.name, self.make_engine, self.metrics, self.queue_seconds = name, make_engine, metrics, queue_seconds
+        """name, worker: of the model, and which of its workers it is. make_engine: called now, and again after an
+        engine has failed. begin_thread: called first in its thread. queue_seconds: how long a request may wait for a
+        row."""
+        self.name, self.make_engine, self.begin_thread = name, make_engine, begin_thread
+        self.metrics, self.queue_seconds = metrics, queue_seconds
         self.engine = make_engine()
         self.rows = self.engine.rows.free
         self.load = 0
         """Samples that were submitted and have not ended, as the event loop knows it."""
         self.failed = False
         self.speed = Speed()
-        metrics.rows.labels(name).set(self.rows)
-        metrics.tokens_per_second.labels(name).set_function(self.speed.now)
+        metrics.watch(
+            name,
+            worker,
+            rows=lambda: self.rows,
+            used=lambda: self.engine.rows.used,
+            queued=lambda: len(self.engine.waiting),
+            speed=self.speed.now,
+        )
         self._submissions: dict[int, Submission] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopped = False
         self._last_expiry = 0.0
-        self._torch_threads = torch.get_num_threads()
-        self._thread = threading.Thread(target=self._run, name=f"engine of {name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"engine of {name} {worker}", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     # --- in the event loop ---------------------------------------------------------------------------------------
@@ -96,7 +108,7 @@ class AsyncEngine:
 
     def submit(self, request: Request, events: asyncio.Queue[tuple[Submission, WorkerEvent]]) -> Submission:
         """Hand a request over; it has passed `Request.check`."""
-        submission = Submission(request, events)
+        submission = Submission(self, request, events)
         self.load += request.samples
         self._inbox.put(lambda: self._submit(submission))
         return submission
@@ -136,7 +148,7 @@ class AsyncEngine:
     # --- in the thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        torch.set_num_threads(self._torch_threads)  # of this thread: OpenMP keeps the number per thread
+        self.begin_thread()
         while not self._stopped:
             try:
                 self._run_commands()
@@ -163,8 +175,6 @@ class AsyncEngine:
         """All commands that have come in; with nothing to do, wait for one."""
         wait = self.engine.idle and not self._stopped
         while wait or not self._inbox.empty():
-            if wait:
-                self._set_gauges()
             self._inbox.get()()
             wait = self.engine.idle and not self._stopped
 
@@ -244,7 +254,6 @@ class AsyncEngine:
         self.metrics.tokens.labels(self.name).inc(tokens)
         if tokens:
             self.speed.add(tokens)
-        self._set_gauges()
         if batch:
             self._call_in_loop(self._dispatch, batch, samples_ended)
 
@@ -267,10 +276,6 @@ class AsyncEngine:
             self.metrics.sweeps.labels(self.name).observe(event.certificate.sweeps)
             if event.certificate.residual is not None:
                 self.metrics.residual.labels(self.name).observe(event.certificate.residual)
-
-    def _set_gauges(self) -> None:
-        self.metrics.rows_in_use.labels(self.name).set(self.engine.rows.used)
-        self.metrics.queued.labels(self.name).set(len(self.engine.waiting))
 
     def _dispatch(self, batch: list[tuple[Submission, WorkerEvent]], samples_ended: int) -> None:
         """In the event loop: put everything of a step into the queues of its requests."""

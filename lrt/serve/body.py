@@ -53,7 +53,7 @@ def parse_body(raw: bytes, model: type[BaseModel], limits: Limits) -> BaseModel:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise validation_error(error.errors(include_url=False, include_context=False, include_input=False)) from None
+        raise validation_error(error.errors(include_url=False)) from None
 
 
 def count_values(raw: bytes, limit: int) -> int:

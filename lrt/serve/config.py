@@ -31,6 +31,8 @@ class Limits:
     """How long one waits for a row (else 503)."""
     request_seconds: float = 300.0
     """How long an answer may take (else 504, or an error event at the end of a stream)."""
+    models: int = 8
+    """Models loaded at once, of those that `--models-dir` has and the others (else 503)."""
     connections: int = 512
     """Connections at once; further ones are closed."""
     inspect_tokens: int = 512
@@ -59,3 +61,5 @@ class Settings:
     """Bytes for rows of earlier requests, whose beginnings later prompts reuse. 0: none."""
     template: str | None = None
     """How conversations are written: nanochat, chatml or plain. None: by the tokenizer's special tokens, if any."""
+    devices: tuple[str, ...] = ("cpu",)
+    """A worker each, with an engine of its own."""

@@ -14,9 +14,43 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from lrt.serve.protocol import UNSUPPORTED
+from lrt.serve.wording import describe
 
 RETRY = {"Retry-After": "2"}
 """Seconds, which OpenAI's clients obey."""
+
+
+CHAT_INSTEAD = "use /v1/chat/completions, with the whole conversation in each request"
+TEXT_ONLY = "a model here reads and writes text only; use /v1/completions or /v1/chat/completions"
+NOTHING_KEPT = "this server keeps no files, jobs or conversations; send each request by itself"
+NO_VECTORS = "a model here writes text and was trained to give no vectors of texts; use a model made for them"
+REFUSED_ROUTES = {
+    "/v1/embeddings": f"there are no embeddings: {NO_VECTORS}",
+    "/embeddings": f"there are no embeddings: {NO_VECTORS}",
+    "/v1/rerank": f"there is no ranking: {NO_VECTORS}",
+    "/rerank": f"there is no ranking: {NO_VECTORS}",
+    "/v1/score": f"there is no ranking: {NO_VECTORS}",
+    "/v1/moderations": "there is no moderation; use a model made for it",
+    "/v1/responses": f"there are no responses: {CHAT_INSTEAD}",
+    "/v1/conversations": f"there are no conversations: {CHAT_INSTEAD}",
+    "/v1/messages": f"there is no interface of Anthropic's: {CHAT_INSTEAD}",
+    "/v1/assistants": f"there are no assistants: {CHAT_INSTEAD}",
+    "/v1/threads": f"there are no threads: {CHAT_INSTEAD}",
+    "/v1/edits": f"there are no edits: {CHAT_INSTEAD}",
+    "/v1/audio": f"there is no audio: {TEXT_ONLY}",
+    "/v1/images": f"there are no images: {TEXT_ONLY}",
+    "/v1/videos": f"there are no videos: {TEXT_ONLY}",
+    "/v1/realtime": f"there is no realtime interface: {TEXT_ONLY}",
+    "/v1/files": f"there are no files: {NOTHING_KEPT}",
+    "/v1/uploads": f"there are no uploads: {NOTHING_KEPT}",
+    "/v1/batches": f"there are no batches: {NOTHING_KEPT}",
+    "/v1/fine_tuning": f"there is no fine-tuning over HTTP: {NOTHING_KEPT}; use lrt finetune",
+    "/v1/vector_stores": f"there are no vector stores: {NOTHING_KEPT}",
+    "/api/chat": "there is no interface of Ollama's; use OpenAI's, at /v1",
+    "/api/generate": "there is no interface of Ollama's; use OpenAI's, at /v1",
+    "/api/tags": "there is no interface of Ollama's; use OpenAI's, at /v1",
+}
+"""Addresses that clients know from other servers -> why they are not here, and what to do."""
 
 
 class ApiError(Exception):
@@ -66,6 +100,16 @@ def internal_error() -> ApiError:
     return ApiError(500, "the server failed to answer this request; its log says more", "server_error", code="internal")
 
 
+def unknown_model_error(names: Sequence[str]) -> ApiError:
+    message = f"there is no such model; choose one of {', '.join(names)}"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def load_error(name: str) -> ApiError:
+    message = f"the checkpoint of {name} cannot be loaded; the server's log says why"
+    return ApiError(500, message, "server_error", param="model", code="model_failed")
+
+
 def not_json_error() -> ApiError:
     return ApiError(400, "the body is no JSON object; send one, with Content-Type: application/json")
 
@@ -90,6 +134,8 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def handle_http_exception(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 404 and (reason := refused_route(request.url.path)) is not None:
+            return ApiError(404, reason, code="unsupported").response()
         messages = {404: "there is nothing at this address", 405: "this address does not take that method"}
         message = messages.get(error.status_code, "the request cannot be read; send a JSON object")
         return ApiError(error.status_code, message, headers=error.headers).response()
@@ -99,8 +145,13 @@ def install_handlers(app: FastAPI) -> None:
         return internal_error().response()
 
 
+def refused_route(path: str) -> str | None:
+    """Why an address that clients know from elsewhere is not served, and what is; None for other addresses."""
+    return next((why for known, why in REFUSED_ROUTES.items() if f"{path}/".startswith(f"{known}/")), None)
+
+
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """400 for pydantic's errors (`loc`, `type`, `msg`), about the first parameter among them.
+    """400 for pydantic's errors, as `describe` takes them, about the first parameter among them.
 
     What a message quotes of the request is cut, and made ASCII: a lone surrogate could not be sent back.
     """
@@ -116,8 +167,6 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "extra_forbidden" and len(place) == 1:
         message = f"unknown parameter {param[:64]!r}; leave it out"
         return ApiError(400, message.encode("ascii", "replace").decode(), param=None, code="unknown_parameter")
-    # A union of types gives an error for each of them; three say enough.
     same = [error for error in errors if param in map(str, error["loc"])]
-    reasons = list(dict.fromkeys(str(error["msg"])[:200] for error in same))[:3]
-    message = f"{param}: {'; or '.join(reasons)}".encode("ascii", "replace").decode()
+    message = describe(same).encode("ascii", "replace").decode()
     return ApiError(400, message, param=param if param.isidentifier() else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -21,15 +22,15 @@ class ServerMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()  # its own: tests run several servers in a process
         ProcessCollector(registry=self.registry)
-        by_model = ["model"]
+        by_model, by_worker = ["model"], ["model", "worker"]
         self.requests = self._counter("lrt_http_requests", "HTTP requests by route and status", ["route", "status"])
-        self.rows = self._gauge("lrt_rows", "Rows: sequences that can be decoded at once", by_model)
-        self.rows_in_use = self._gauge("lrt_rows_in_use", "Rows that are decoded now", by_model)
-        self.queued = self._gauge("lrt_queue", "Continuations that wait for a row", by_model)
+        self.rows = self._gauge("lrt_rows", "Rows: sequences that can be decoded at once", by_worker)
+        self.rows_in_use = self._gauge("lrt_rows_in_use", "Rows that are decoded now", by_worker)
+        self.queued = self._gauge("lrt_queue", "Continuations that wait for a row", by_worker)
         self.prompt_tokens = self._counter("lrt_prompt_tokens", "Tokens of prompts", by_model)
         self.tokens = self._counter("lrt_tokens", "Tokens drawn", by_model)
         self.tokens_per_second = self._gauge(
-            "lrt_tokens_per_second", "Tokens drawn per second, over the last ten", by_model
+            "lrt_tokens_per_second", "Tokens drawn per second, over the last ten", by_worker
         )
         self.samples = self._counter("lrt_samples", "Continuations by how they ended", ["model", "finish"])
         self.failures = self._counter("lrt_engine_failures", "Steps of an engine that failed", by_model)
@@ -48,6 +49,26 @@ class ServerMetrics:
 
     def _histogram(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, description, ["model"], buckets=buckets, registry=self.registry)
+
+    def watch(
+        self,
+        model: str,
+        worker: int,
+        rows: Callable[[], float],
+        used: Callable[[], float],
+        queued: Callable[[], float],
+        speed: Callable[[], float],
+    ) -> None:
+        """Ask these, from now on, for the gauges of a worker."""
+        gauges = {self.rows: rows, self.rows_in_use: used, self.queued: queued, self.tokens_per_second: speed}
+        for gauge, read in gauges.items():
+            gauge.labels(model, str(worker)).set_function(read)
+
+    def forget(self, model: str, workers: int) -> None:
+        """Ask the workers of a model for no gauges any more; its counters stay."""
+        for gauge in (self.rows, self.rows_in_use, self.queued, self.tokens_per_second):
+            for worker in range(workers):
+                gauge.remove(model, str(worker))
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""

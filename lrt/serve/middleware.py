@@ -17,7 +17,7 @@ from lrt.serve.config import Limits
 from lrt.serve.errors import ApiError
 from lrt.serve.metrics import ServerMetrics
 
-PUBLIC_PATHS = ("/", "/healthz")
+PUBLIC_PATHS = ("/", "/healthz", "/health")
 """Answered without a token: the page itself, which holds no data, and whether the server lives."""
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -29,7 +29,10 @@ UNREAD_SECONDS = 30.0
 
 
 class RequestGuard:
-    """ASGI middleware: refuses what may not pass, counts every response and gives it the security headers."""
+    """ASGI middleware: refuses what may not pass, counts every response and gives it the security headers.
+
+    `request.state.owner` says afterwards which token was sent.
+    """
 
     def __init__(
         self,
@@ -53,7 +56,7 @@ class RequestGuard:
             return
         send = self._count_response(scope, send)
         try:
-            self._authorise(scope)
+            scope.setdefault("state", {})["owner"] = self._authorise(scope)
             body = await self._read_body(Headers(scope=scope), receive)
         except ApiError as error:
             await error.response()(scope, receive, send)
@@ -66,13 +69,16 @@ class RequestGuard:
         except TimeoutError:
             return  # the server closes a connection whose answer is not complete
 
-    def _authorise(self, scope: Scope) -> None:
-        """ApiError 403 for a wrong host, 401 for a wrong token."""
+    def _authorise(self, scope: Scope) -> str:
+        """Which of the tokens was sent, by its number; "" where none is asked for.
+
+        ApiError 403 for a wrong host, 401 for a wrong token.
+        """
         headers = Headers(scope=scope)
         if self.hosts is not None and host_name(headers.get("host", "")) not in self.hosts:
             raise ApiError(403, "this server is for its own machine only; use http://127.0.0.1", code="wrong_host")
         if not self.tokens or scope["path"] in PUBLIC_PATHS:
-            return
+            return ""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         guess = token.strip().encode("utf-8", "replace")
         # In constant time, and with all of them: how long it takes must not tell how much of a guess was right.
@@ -80,6 +86,7 @@ class RequestGuard:
         if scheme.lower() != "bearer" or not any(matches):
             message = "the token is missing or wrong; send Authorization: Bearer TOKEN (clients call it api_key)"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return str(matches.index(True))
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:
         """The whole body, read no further than the limits go. None: the client went away.

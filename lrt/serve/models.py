@@ -1,11 +1,12 @@
-"""The models that a server has, each with its tokenizer, chat template and engine."""
+"""A model that is served: its tokenizer and chat template, and on each device a worker with an engine."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lrt.data.tokenizer import Tokenizer
 from lrt.inference import cost_model
 from lrt.inference.chat_template import TEMPLATES, Template, check_template, default_template
 from lrt.inference.engine import Engine
+from lrt.inference.request import Request
 from lrt.model import checkpoint
 from lrt.model.config import ModelConfig
 from lrt.model.fingerprint import fingerprint
@@ -22,11 +24,27 @@ from lrt.model.size import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.serve.async_engine import AsyncEngine
 from lrt.serve.config import Limits, Settings
-from lrt.serve.errors import ApiError, busy_error, shutdown_error, unavailable_error
 from lrt.serve.metrics import ServerMetrics
+from lrt.serve.routing import RecentPrompts
+from lrt.utils.device import use_device
 
 GENERIC_FOLDERS = ("checkpoint", "best")
 """Folders that say nothing of the model in them: its name is their parent's."""
+WORTH_A_WORKER = 32
+"""Tokens of a prompt by which what workers know of it is compared: fewer do not outweigh how busy they are."""
+Loader = Callable[[Path, str], tuple[LatentRecurrentTransformer, Tokenizer]]
+"""(checkpoint, device) -> (model, tokenizer)."""
+
+
+@dataclass(eq=False)
+class Worker:
+    """A model on one device."""
+
+    transformer: LatentRecurrentTransformer
+    engine: AsyncEngine
+    prefills: ThreadPoolExecutor
+    """Where prompts are computed in parallel, and scored, one at a time beside the engine."""
+    recent: RecentPrompts = field(default_factory=RecentPrompts)
 
 
 @dataclass(eq=False)
@@ -34,9 +52,9 @@ class ServedModel:
     """A model under its name, with all that answering needs."""
 
     name: str
-    transformer: LatentRecurrentTransformer
     tokenizer: Tokenizer
-    engine: AsyncEngine
+    workers: tuple[Worker, ...]
+    """One for each device, at least one."""
     template: Template | None
     """None: there is no chat."""
     created: int
@@ -44,12 +62,70 @@ class ServedModel:
     fingerprint: str
     """Of the weights."""
     settings: Settings
-    prefills: ThreadPoolExecutor
-    """Where prompts are computed in parallel, and scored, one at a time beside the engine."""
+    version: tuple[object, ...] = ()
+    """What differs where its checkpoint was saved anew (`checkpoint_version`)."""
+    users: int = 0
+    """Requests that have it in their hands; while there are any, its engines go on."""
 
     @property
     def config(self) -> ModelConfig:
-        return self.transformer.config
+        return self.workers[0].transformer.config
+
+    @property
+    def failed(self) -> bool:
+        """Whether no worker can go on."""
+        return all(worker.engine.failed for worker in self.workers)
+
+    @property
+    def impaired(self) -> bool:
+        """Whether some worker cannot go on."""
+        return any(worker.engine.failed for worker in self.workers)
+
+    @property
+    def load(self) -> int:
+        """Continuations that are decoded or wait."""
+        return sum(worker.engine.load for worker in self.workers)
+
+    @property
+    def rows(self) -> int:
+        """Continuations that are decoded at once."""
+        return sum(worker.engine.rows for worker in self.workers if not worker.engine.failed)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """A block in which the model's engines are not stopped."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+
+    def start(self) -> None:
+        """Start its engines, in the running loop."""
+        for worker in self.workers:
+            worker.engine.start()
+
+    async def stop(self) -> None:
+        """End its engines."""
+        for worker in self.workers:
+            await worker.engine.stop()
+            worker.prefills.shutdown(wait=False, cancel_futures=True)
+
+    def choose(self, request: Request) -> Worker:
+        """The worker for a request, which has passed `ModelRegistry.admit`.
+
+        Of those with a free row (of all, where none has one) the one that knows most of its prompt's beginning; of
+        several the least busy.
+        """
+        going = [worker for worker in self.workers if not worker.engine.failed]
+        free = [worker for worker in going if worker.engine.load < worker.engine.rows] or going
+        if len(self.workers) == 1 or self.settings.prefixes == 0:
+            return min(free, key=lambda worker: worker.engine.load)
+        owner, tokens = request.owner, request.tokens
+        shared = {worker: worker.recent.shared(owner, tokens) // WORTH_A_WORKER for worker in free}
+        worker = min(free, key=lambda worker: (-shared[worker], worker.engine.load))
+        worker.recent.add(owner, tokens)
+        return worker
 
     def room(self, prompt_tokens: int) -> int | None:
         """How many tokens an answer may have behind a prompt; None: without end.
@@ -58,21 +134,27 @@ class ServedModel:
         """
         return None if self.config.unlimited_context else self.config.context + 1 - prompt_tokens
 
-    def summary(self) -> dict[str, Any]:
-        """What the page shows of it, ready for JSON."""
-        config, memory = self.config, self.config.memory
-        return {
-            "id": self.name,
-            "parameters": count_parameters(config)[0],
-            "depth": config.depth,
-            "width": config.width,
-            "context": None if config.unlimited_context else config.context,
-            "vocabulary": config.vocab_size,
-            "recurrent": memory.injection != "none",
-            "injection": memory.injection,
-            "projection": memory.projection if memory.injection in ("both", "key_value") else None,
-            "prefill": self.settings.prefill,
-        }
+
+def model_length(config: ModelConfig) -> int | None:
+    """Tokens of a prompt and its answer together; None: without end."""
+    return None if config.unlimited_context else config.context
+
+
+def summary(name: str, config: ModelConfig, settings: Settings) -> dict[str, Any]:
+    """What the page shows of a model, ready for JSON."""
+    memory = config.memory
+    return {
+        "id": name,
+        "parameters": count_parameters(config)[0],
+        "depth": config.depth,
+        "width": config.width,
+        "context": model_length(config),
+        "vocabulary": config.vocab_size,
+        "recurrent": memory.injection != "none",
+        "injection": memory.injection,
+        "projection": memory.projection if memory.injection in ("both", "key_value") else None,
+        "prefill": settings.prefill,
+    }
 
 
 def load_served_model(
@@ -81,32 +163,49 @@ def load_served_model(
     settings: Settings,
     limits: Limits,
     metrics: ServerMetrics,
-    device: str | torch.device,
-    load: Callable[[Path, str | torch.device], tuple[LatentRecurrentTransformer, Tokenizer]] = checkpoint.load,
+    load: Loader = checkpoint.load,
+    watched: Sequence[Path] = (),
 ) -> ServedModel:
-    """Load a checkpoint to be served, by `load`. ValueError where it is damaged, or settings do not fit."""
+    """Load a checkpoint to be served, by `load`; its engines are not started yet.
+
+    watched: folders beside the checkpoint that are part of the model: it is another one where their files change.
+    ValueError where it is damaged, or settings do not fit.
+    """
     folder = checkpoint.verify(path)
-    transformer, tokenizer = load(folder, device)
-    calibration = cost_model.read_calibration(folder, transformer)
+    version = checkpoint_version(path, watched)  # before it is loaded: what is saved meanwhile is seen as a change
+    # One copy of the weights for each device, for two workers on it as well: engines only read them.
+    loaded = {device: load(folder, device) for device in dict.fromkeys(settings.devices)}
+    transformer, tokenizer = loaded[settings.devices[0]]
+    tokenizer.decoder(())  # makes its table of bytes: the first request would make it in the event loop
+    workers = tuple(
+        create_worker(name, number, loaded[device][0], folder, settings, limits, metrics)
+        for number, device in enumerate(settings.devices)
+    )
+    template = choose_template(tokenizer, settings.template)
     created = int((folder / "manifest.json").stat().st_mtime)
-    return create_served_model(name, transformer, tokenizer, settings, limits, metrics, calibration, created)
+    weights = f"fp_{fingerprint(transformer)[:12]}"
+    return ServedModel(name, tokenizer, workers, template, created, weights, settings, version)
 
 
-def create_served_model(
+def create_worker(
     name: str,
+    number: int,
     transformer: LatentRecurrentTransformer,
-    tokenizer: Tokenizer,
+    folder: Path,
     settings: Settings,
     limits: Limits,
     metrics: ServerMetrics,
-    calibration: cost_model.Calibration | None = None,
-    created: int = 0,
-) -> ServedModel:
-    """A model in memory, ready to be served; its engine is not started yet."""
-    tokenizer.decoder(())  # makes its table of bytes: the first request would make it in the event loop
-
+) -> Worker:
+    """A worker for a model that is on its device."""
+    calibration = cost_model.read_calibration(folder, transformer)
     threads = torch.get_num_threads()  # set in the thread itself: OpenMP keeps the number per thread
-    prefills = ThreadPoolExecutor(1, f"prefill of {name}", lambda: torch.set_num_threads(threads))
+    device = transformer.embedding.weight.device
+
+    def begin_thread() -> None:
+        torch.set_num_threads(threads)
+        use_device(device)
+
+    prefills = ThreadPoolExecutor(1, f"prefill of {name} {number}", begin_thread)
 
     def make_engine() -> Engine:
         return Engine(
@@ -119,10 +218,17 @@ def create_served_model(
             background=prefills,  # as they would be alone, and the others' tokens do not wait
         )
 
-    engine = AsyncEngine(name, make_engine, metrics, limits.queue_seconds)
-    template = choose_template(tokenizer, settings.template)
-    weights = f"fp_{fingerprint(transformer)[:12]}"
-    return ServedModel(name, transformer, tokenizer, engine, template, created, weights, settings, prefills)
+    engine = AsyncEngine(name, number, make_engine, begin_thread, metrics, limits.queue_seconds)
+    return Worker(transformer, engine, prefills)
+
+
+def checkpoint_version(path: Path, watched: Sequence[Path] = ()) -> tuple[object, ...]:
+    """What differs where a checkpoint, or a file of a watched folder, was saved anew. OSError where there is none."""
+    files = [
+        checkpoint.locate(path) / "manifest.json",
+        *sorted(file for folder in watched for file in folder.iterdir()),
+    ]
+    return tuple((str(file), status.st_mtime_ns, status.st_size) for file in files for status in [file.stat()])
 
 
 def choose_template(tokenizer: Tokenizer, name: str | None) -> Template | None:
@@ -151,53 +257,3 @@ def folder_name(path: Path) -> str:
     """The name of a checkpoint's folder, or of its run's, as a name of a model."""
     folder = path.absolute()
     return re.sub(r"[^\w.-]+", "-", (folder.parent if folder.name in GENERIC_FOLDERS else folder).name) or "model"
-
-
-class ModelRegistry:
-    """All models of a server, and whether it still takes requests."""
-
-    def __init__(self, models: Sequence[ServedModel], limits: Limits, metrics: ServerMetrics) -> None:
-        self.models = {model.name: model for model in models}
-        self.limits, self.metrics = limits, metrics
-        self.draining = False
-        """No new requests are taken."""
-
-    def start(self) -> None:
-        """Start the engines, in the running loop."""
-        for model in self.models.values():
-            model.engine.start()
-
-    async def stop(self) -> None:
-        """End the engines."""
-        for model in self.models.values():
-            await model.engine.stop()
-            model.prefills.shutdown(wait=False, cancel_futures=True)
-
-    def drain(self) -> None:
-        """Take no new requests."""
-        self.draining = True
-
-    def interrupt(self) -> None:
-        """End all requests with an error: the server ends."""
-        for model in self.models.values():
-            model.engine.interrupt(shutdown_error())
-
-    def find(self, name: str) -> ServedModel:
-        """A model by name. ApiError 404 where there is none."""
-        if name not in self.models:
-            names = ", ".join(self.models)
-            raise ApiError(404, f"there is no such model; choose one of {names}", param="model", code="model_not_found")
-        return self.models[name]
-
-    def admit(self, model: ServedModel, samples: int) -> None:
-        """ApiError 429 or 503 where a model cannot take so many more continuations."""
-        engine = model.engine
-        if self.draining:
-            raise shutdown_error()
-        if engine.failed:
-            raise unavailable_error("the model has failed; the server has to be started anew", "model_failed")
-        if engine.load + samples > engine.rows + self.limits.queue:
-            raise busy_error(
-                f"{engine.load} continuations are decoded or wait, and {samples} more exceed the "
-                f"{engine.rows} rows and {self.limits.queue} places in the queue; try again later"
-            )

@@ -28,8 +28,9 @@ from lrt.serve.body import off_loop
 from lrt.serve.config import Limits
 from lrt.serve.detokenizer import display_token
 from lrt.serve.errors import ApiError, ClientDisconnected, busy_error, shutdown_error
-from lrt.serve.models import ModelRegistry, ServedModel
+from lrt.serve.models import ServedModel
 from lrt.serve.protocol import GenerateBody
+from lrt.serve.registry import ModelRegistry
 from lrt.serve.request_parsing import GenerationTask, encode_texts, fit_to_context
 from lrt.serve.responses import RunningTask, run_generation, sse, watch_disconnect
 
@@ -181,7 +182,7 @@ def inspect_text(model: ServedModel, tokens: list[int], disconnected: threading.
         if disconnected.is_set():
             raise Cancelled
 
-    transformer, decoder = model.transformer, model.tokenizer.decoder()
+    transformer, decoder = model.workers[0].transformer, model.tokenizer.decoder()
     row = torch.tensor([tokens], device=transformer.embedding.weight.device)
 
     def surprisals(variant: LatentRecurrentTransformer) -> list[float]:

@@ -3,19 +3,33 @@
 Requests are read strictly: nothing is converted or ignored, and what is not served is refused by name.
 
 Parameters of OpenAI's that mean nothing here are accepted where they ask for nothing, and refused where they do
-(`UNSUPPORTED`). `top_k` and `prefill` are ours.
+(`UNSUPPORTED`). `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and `chat_template_kwargs` are vLLM's; `prefill`
+is ours.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from lrt.inference.sampling import REPETITION
+
+
+def refuse_true(value: bool) -> bool:
+    if value:
+        raise PydanticCustomError("unsupported", "it must be false")
+    return value
+
+
+OnlyFalse = Annotated[bool, AfterValidator(refuse_true), Field(json_schema_extra={"const": False})]
+"""A Literal would take 0 as well, which is equal."""
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 EmptyList = Annotated[list[Any], Field(max_length=0)]
+EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
 Prefill = Literal["exact", "converged", "fast", "one_sweep"]
 UNSUPPORTED = {
     "suffix": "an LRT writes forwards only; leave it out",
@@ -34,6 +48,7 @@ UNSUPPORTED = {
     "web_search_options": "there is no web search; leave it out",
     "store": "nothing is stored; leave it out",
     "service_tier": "there is one; leave it out, or give auto or default",
+    "chat_template_kwargs": "chat templates take none; leave it out",
 }
 """Documented parameters that are refused unless they ask for nothing -> why, and what to do."""
 
@@ -49,6 +64,8 @@ class StreamOptions(Strict):
     """Send one more event, with the counts of tokens."""
     include_obfuscation: bool | None = None
     """Accepted; streams are not padded."""
+    continuous_usage_stats: bool | None = None
+    """Send the counts so far with every event (vLLM's)."""
 
 
 class GenerationBody(Strict):
@@ -58,9 +75,12 @@ class GenerationBody(Strict):
     n: Annotated[int, Field(ge=1, le=128)] | None = 1
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, description="-1 and 0: no cut.")] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    repetition_penalty: Annotated[float, Field(ge=REPETITION[0], le=REPETITION[1])] | None = 1.0
+    ignore_eos: bool | None = Field(False, description="Go on behind what ends a text or a turn, to `max_tokens`.")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
@@ -68,6 +88,9 @@ class GenerationBody(Strict):
     logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: OnlyFalse | None = None
+    service_tier: Literal["auto", "default"] | None = None
     prefill: Prefill | None = Field(None, description="How the prompt is computed; the server's way by default.")
 
 
@@ -88,21 +111,40 @@ class CompletionBody(GenerationBody):
     suffix: Literal[""] | None = None
 
 
+class CacheControl(Strict):
+    """Anthropic's mark of a prefix. Accepted without effect: `--prefixes` decides what is kept."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
+
+
 class TextPart(Strict):
     type: Literal["text"]
     text: str
+    cache_control: CacheControl | None = None
 
 
 class ChatTurn(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = None
+    """None: an assistant that wrote nothing."""
     name: str | None = None
+    cache_control: CacheControl | None = None
+    reasoning_content: str | None = None
+    """Of another server's model; left out of the prompt, as that of earlier turns is there."""
     # What the clients' own answers hold beside the text, so that these can be sent back as they are.
     refusal: None = None
     annotations: EmptyList | None = None
     audio: None = None
     function_call: None = None
     tool_calls: EmptyList | None = None
+
+    @model_validator(mode="after")
+    def check_content(self) -> ChatTurn:
+        """ValueError where somebody else than an assistant wrote nothing."""
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"messages: a turn of the {self.role} has no content; give it a text")
+        return self
 
 
 class PlainFormat(Strict):
@@ -117,13 +159,11 @@ class ChatBody(GenerationBody):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     parallel_tool_calls: bool | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    chat_template_kwargs: EmptyObject | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     response_format: PlainFormat | None = None
     tools: EmptyList | None = None
@@ -156,6 +196,12 @@ class InspectBody(Strict):
 
     model: str = Field(min_length=1, max_length=200)
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, fail_fast=True)]
+
+
+class ModelBody(Strict):
+    """POST /v1/models/load and /v1/models/unload."""
+
+    model: str = Field(min_length=1, max_length=200, description="A name of /v1/models.")
 
 
 # --- answers ---------------------------------------------------------------------------------------------------
@@ -243,6 +289,8 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "lrt"
+    max_model_len: int | None
+    """Tokens of a prompt and its answer together; null: without end."""
 
 
 class ModelList(BaseModel):
@@ -252,4 +300,14 @@ class ModelList(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ok", "shutting_down"]
-    models: dict[str, Literal["ok", "failed"]]
+    models: dict[str, Literal["ok", "degraded", "failed"]]
+    """Of those that are loaded. degraded: some of its workers have failed."""
+
+
+class Version(BaseModel):
+    version: str
+
+
+class LoadState(BaseModel):
+    model: str
+    status: Literal["loaded", "unchanged", "unloaded"]

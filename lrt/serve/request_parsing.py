@@ -12,7 +12,7 @@ from lrt.inference.sampling import Sampling, Steering
 from lrt.serve.config import Limits
 from lrt.serve.errors import ApiError
 from lrt.serve.models import ServedModel
-from lrt.serve.protocol import ChatBody, ChatTurn, CompletionBody, GenerationBody
+from lrt.serve.protocol import ChatBody, ChatTurn, CompletionBody, GenerationBody, StreamOptions
 
 DEFAULT_MAX_TOKENS = 16
 """Tokens of a completion that asks for no number, as OpenAI's have."""
@@ -39,6 +39,8 @@ class GenerationTask:
     stream: bool = False
     include_usage: bool = False
     """At the end of a stream."""
+    continuous_usage: bool = False
+    """With every event of it."""
 
     @property
     def samples(self) -> int:
@@ -106,7 +108,7 @@ def parse_chat(body: ChatBody, model: ServedModel, limits: Limits) -> Generation
         raise ApiError(400, str(error), param="messages") from error
     tokens = turn_tokens(model.tokenizer, template, parts)
     request = promptless_request(body, model)
-    if template.end is not None:
+    if template.end is not None and not body.ignore_eos:
         (end,) = turn_tokens(model.tokenizer, template, [(template.end, False)])
         request = replace(request, stop=request.stop | {end})
     request = replace(
@@ -117,10 +119,11 @@ def parse_chat(body: ChatBody, model: ServedModel, limits: Limits) -> Generation
     )
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     plain = template.end is None  # a line's end then ends an answer
+    ends = ("\n",) if plain and not body.ignore_eos else ()
     return GenerationTask(
         model,
         (fit_to_context(request, max_tokens, model, limits),),
-        (*stop_strings(body), *(("\n",) if plain else ())),
+        (*stop_strings(body), *ends),
         body.n or 1,
         chat=True,
         logprobs=bool(body.logprobs),
@@ -142,8 +145,13 @@ def check_chat(body: ChatBody, model: ServedModel, limits: Limits) -> Template:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     check_choices(body.n or 1, limits)
-    if None not in (body.max_tokens, body.max_completion_tokens):
-        raise ApiError(400, "give max_completion_tokens or max_tokens, not both", param="max_tokens")
+    both = {body.max_tokens, body.max_completion_tokens} - {None}
+    if len(both) > 1:
+        message = (
+            f"max_tokens is {body.max_tokens} and max_completion_tokens is {body.max_completion_tokens}; they mean the "
+            "same: give one of them"
+        )
+        raise ApiError(400, message, param="max_tokens")
     return model.template
 
 
@@ -152,7 +160,7 @@ def message_role(turn: ChatTurn) -> Literal["system", "user", "assistant"]:
 
 
 def message_text(turn: ChatTurn) -> str:
-    return turn.content if isinstance(turn.content, str) else "".join(part.text for part in turn.content)
+    return turn.content if isinstance(turn.content, str) else "".join(part.text for part in turn.content or ())
 
 
 def encode_texts(model: ServedModel, texts: list[str]) -> list[list[int]]:
@@ -167,12 +175,14 @@ def promptless_request(body: GenerationBody, model: ServedModel) -> Request:
     if top_p == 0:  # only the most likely token
         temperature, top_p = 0.0, 1.0
     bias = tuple((int(token), float(value)) for token, value in (body.logit_bias or {}).items())
+    top_k = body.top_k if body.top_k and body.top_k > 0 else None  # -1 and 0 are vLLM's words for none
+    repetition = 1.0 if body.repetition_penalty is None else body.repetition_penalty
     return Request(
         (),
-        sampling=Sampling(temperature, body.top_k, top_p),
+        sampling=Sampling(temperature, top_k, top_p, body.min_p or None),
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-        stop=frozenset({model.tokenizer.bos}),
-        steering=Steering(body.frequency_penalty or 0.0, body.presence_penalty or 0.0, bias),
+        stop=frozenset() if body.ignore_eos else frozenset({model.tokenizer.bos}),
+        steering=Steering(body.frequency_penalty or 0.0, body.presence_penalty or 0.0, bias, repetition),
         prefill=body.prefill,
     )
 
@@ -182,11 +192,15 @@ def stop_strings(body: GenerationBody) -> tuple[str, ...]:
 
 
 def stream_fields(body: GenerationBody) -> dict[str, bool]:
-    """`stream` and `include_usage` of a task. ApiError 400 for options of a stream that was not asked for."""
+    """What a task says of its stream. ApiError 400 for options of a stream that was not asked for."""
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
-    options = body.stream_options
-    return {"stream": bool(body.stream), "include_usage": options is not None and options.include_usage}
+    options = body.stream_options or StreamOptions()
+    return {
+        "stream": bool(body.stream),
+        "include_usage": options.include_usage,
+        "continuous_usage": bool(options.continuous_usage_stats),
+    }
 
 
 def fit_to_context(

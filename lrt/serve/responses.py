@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import secrets
@@ -25,8 +26,9 @@ from lrt.serve.async_engine import Done, Submission, WorkerEvent
 from lrt.serve.body import off_loop
 from lrt.serve.detokenizer import Detokenizer, EmittedToken, TextDelta
 from lrt.serve.errors import ApiError, ClientDisconnected, timeout_error
-from lrt.serve.models import ModelRegistry, ServedModel
+from lrt.serve.models import ServedModel, Worker
 from lrt.serve.openai_format import FORMATS, token_usage
+from lrt.serve.registry import ModelRegistry
 from lrt.serve.request_parsing import GenerationTask
 
 SCORED_AT_ONCE = 64
@@ -43,7 +45,12 @@ class RunningTask:
     def __init__(self, task: GenerationTask, events: asyncio.Queue[Any], detokenizers: list[list[Detokenizer]]) -> None:
         """detokenizers: by prompt and sample."""
         self.task, self.events, self.detokenizers = task, events, detokenizers
-        self.submissions = [task.model.engine.submit(request, events) for request in task.requests]
+        self.workers: list[Worker] = []
+        """By prompt, who computes it."""
+        self.submissions: list[Submission] = []
+        for request in task.requests:  # one by one, as each makes a worker busier
+            self.workers.append(task.model.choose(request))
+            self.submissions.append(self.workers[-1].engine.submit(request, events))
         self.prompt_indices = {submission: i for i, submission in enumerate(self.submissions)}
         self.ended = [[False] * request.samples for request in task.requests]
         """By prompt and sample: nothing more is shown of it."""
@@ -83,7 +90,7 @@ class RunningTask:
         if deltas and deltas[0][0].stopped:  # the engine knows tokens only, so it has to be stopped
             self.ended[prompt_index][event.sample] = True
             if event.finish is None:
-                self.task.model.engine.cancel(submission, event.sample)
+                submission.engine.cancel(submission, event.sample)
             return [(deltas[0][0], "stop")]
         if event.finish is not None:
             self.ended[prompt_index][event.sample] = True
@@ -94,7 +101,7 @@ class RunningTask:
     def cancel(self) -> None:
         """Free the rows of what has not ended."""
         for submission in self.submissions:
-            self.task.model.engine.cancel(submission)
+            submission.engine.cancel(submission)
 
 
 @asynccontextmanager
@@ -103,25 +110,28 @@ async def run_generation(
 ) -> AsyncIterator[RunningTask]:
     """Submit a task, and watch its client and the clock. However the block is left, the task's rows are free after.
 
-    ApiError 429 or 503 where the model cannot take it.
+    Kept rows serve the client whose they are (`RequestGuard`). ApiError 429 or 503 where the model cannot take it.
     """
+    owner = http.state.owner
+    task = dataclasses.replace(task, requests=tuple(dataclasses.replace(r, owner=owner) for r in task.requests))
     size = sum(len(request.tokens) * request.samples for request in task.requests)
-    detokenizers = await off_loop(size, make_detokenizers, task)
-    registry.admit(task.model, task.samples)
-    events: asyncio.Queue[tuple[Submission | None, WorkerEvent | Exception]] = asyncio.Queue()
-    seconds = registry.limits.request_seconds
-    # The clock and the disconnect are messages in the queue of tokens: there is one thing to wait for.
-    alarm = asyncio.get_running_loop().call_later(seconds, events.put_nowait, (None, timeout_error(seconds)))
-    watch = asyncio.create_task(watch_disconnect(http, lambda: events.put_nowait((None, ClientDisconnected()))))
-    run = RunningTask(task, events, detokenizers)
-    try:
-        yield run
-    finally:
-        run.cancel()
-        alarm.cancel()
-        watch.cancel()
-        with suppress(asyncio.CancelledError):
-            await watch
+    with task.model.in_use():
+        detokenizers = await off_loop(size, make_detokenizers, task)
+        registry.admit(task.model, task.samples)
+        events: asyncio.Queue[tuple[Submission | None, WorkerEvent | Exception]] = asyncio.Queue()
+        seconds = registry.limits.request_seconds
+        # The clock and the disconnect are messages in the queue of tokens: there is one thing to wait for.
+        alarm = asyncio.get_running_loop().call_later(seconds, events.put_nowait, (None, timeout_error(seconds)))
+        watch = asyncio.create_task(watch_disconnect(http, lambda: events.put_nowait((None, ClientDisconnected()))))
+        run = RunningTask(task, events, detokenizers)
+        try:
+            yield run
+        finally:
+            run.cancel()
+            alarm.cancel()
+            watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await watch
 
 
 def make_detokenizers(task: GenerationTask) -> list[list[Detokenizer]]:
@@ -163,7 +173,7 @@ async def full_response(task: GenerationTask, registry: ModelRegistry, http: Htt
     """The answer at once. ApiError where it fails, ClientDisconnected where nobody waits for it."""
     outputs = [[SampleOutput() for _ in range(request.samples)] for request in task.requests]
     async with run_generation(task, registry, http) as run:
-        prompts = await echo_prompts(task)  # it decodes meanwhile: events wait in their queue
+        prompts = await echo_prompts(run)  # it decodes meanwhile: events wait in their queue
         async for prompt_index, sample, delta, finish in run.deltas():
             outputs[prompt_index][sample].add(delta, finish)
     shown = sum(len(request.tokens) for request in task.requests) * task.echo + run.completion_tokens
@@ -217,15 +227,15 @@ async def stream_response(task: GenerationTask, registry: ModelRegistry, http: H
     n = task.choices_per_prompt
     try:
         async with run_generation(task, registry, http) as run:
-            prompts = await echo_prompts(task)
+            prompts = await echo_prompts(run)
             async for prompt_index, sample, delta, finish in run.deltas():
                 # Choices are opened with the first token, so that an error before it is a status of its own.
                 for index in range(0 if started else task.samples):
                     if opening := formatter.opening(index, prompts[index // n]):
-                        yield sse(opening)
+                        yield sse(opening | counts_so_far(run))
                 started = True
                 for chunk in formatter.chunks(prompt_index * n + sample, prompts[prompt_index], delta, finish):
-                    yield sse(chunk)
+                    yield sse(chunk | counts_so_far(run))
             if task.include_usage:
                 yield sse(formatter.chunk([], token_usage(task, run.completion_tokens)))
             yield "data: [DONE]\n\n"
@@ -237,14 +247,20 @@ async def stream_response(task: GenerationTask, registry: ModelRegistry, http: H
         yield sse(error.body)
 
 
-async def echo_prompts(task: GenerationTask) -> list[TextDelta]:
+def counts_so_far(run: RunningTask) -> dict[str, Any]:
+    """What an event says of them, where that was asked for."""
+    return {"usage": token_usage(run.task, run.completion_tokens).model_dump()} if run.task.continuous_usage else {}
+
+
+async def echo_prompts(run: RunningTask) -> list[TextDelta]:
     """By prompt, what stands before the answer: its text and, where they are asked for, its tokens' scores."""
+    task = run.task
     if not task.echo:
         return [TextDelta("", ())] * len(task.requests)
     deltas = []
-    for request in task.requests:
+    for request, worker in zip(task.requests, run.workers, strict=True):
         text = await off_loop(len(request.tokens), task.model.tokenizer.decode, request.tokens)
-        tokens = await prompt_logprobs(task.model, request, task.implicit_bos) if task.logprobs else ()
+        tokens = await prompt_logprobs(task, request, worker) if task.logprobs else ()
         deltas.append(TextDelta(text, tuple(tokens)))
     return deltas
 
@@ -265,16 +281,17 @@ def sse(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-async def prompt_logprobs(model: ServedModel, request: Request, implicit_bos: bool) -> list[EmittedToken]:
+async def prompt_logprobs(task: GenerationTask, request: Request, worker: Worker) -> list[EmittedToken]:
     """The tokens of a prompt with their log-probabilities; the first has none. A BOS that nobody wrote is left out."""
-    tokens = await asyncio.get_running_loop().run_in_executor(model.prefills, score_prompt, model, request)
-    return tokens[1:] if implicit_bos else tokens
+    loop = asyncio.get_running_loop()
+    tokens = await loop.run_in_executor(worker.prefills, score_prompt, task.model, request, worker)
+    return tokens[1:] if task.implicit_bos else tokens
 
 
 @torch.no_grad()
-def score_prompt(model: ServedModel, request: Request) -> list[EmittedToken]:
+def score_prompt(model: ServedModel, request: Request, worker: Worker) -> list[EmittedToken]:
     """In the thread of prefills: a prompt's tokens, each with its log-probability in nats after those before it."""
-    transformer, tokens, alternatives = model.transformer, request.tokens, request.logprobs
+    transformer, tokens, alternatives = worker.transformer, request.tokens, request.logprobs
     assert alternatives is not None
     decoder = model.tokenizer.decoder()
     entries = [EmittedToken(tokens[0], None, 0)]
@@ -284,7 +301,7 @@ def score_prompt(model: ServedModel, request: Request) -> list[EmittedToken]:
     mode = request.prefill or model.settings.prefill
     row = torch.tensor([tokens[:-1]], device=transformer.embedding.weight.device)
     state = transformer.empty_state(1, len(tokens) - 1)
-    hidden = prefill(transformer, row, state, mode, calibration=model.engine.engine.calibration).sequence[0]
+    hidden = prefill(transformer, row, state, mode, calibration=worker.engine.engine.calibration).sequence[0]
     for begin in range(0, len(tokens) - 1, SCORED_AT_ONCE):
         for logits in transformer.logits(hidden[begin : begin + SCORED_AT_ONCE]):
             token = tokens[len(entries)]

@@ -6,7 +6,10 @@ import asyncio
 import errno
 import logging
 import math
+import signal
 import socket
+import sys
+import threading
 from contextlib import suppress
 from typing import Any
 
@@ -16,7 +19,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lrt.serve.config import Limits
-from lrt.serve.models import ModelRegistry
+from lrt.serve.registry import ModelRegistry
 
 LOG = logging.getLogger("lrt.serve")
 QUIET_SECONDS = 30.0
@@ -32,16 +35,28 @@ requests sent at once would else keep the engine from the interpreter until all 
 
 
 class Server(uvicorn.Server):
-    """After SIGTERM or SIGINT: accept nothing, let answers end, and end those with an error that take too long."""
+    """After SIGTERM or SIGINT: accept nothing, let answers end, and end those with an error that take too long.
+
+    After SIGHUP: load the models anew whose checkpoints have changed.
+    """
 
     def __init__(self, config: uvicorn.Config, registry: ModelRegistry) -> None:
         super().__init__(config)
         self.registry = registry
+        self.reloads: set[asyncio.Task[None]] = set()
+        """Those at work."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(AcceptErrors())
         raise_open_files(self.registry.limits.connections + OTHER_FILES)
+        if takes_hangups():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
         await super().startup(sockets)
+
+    def reload(self) -> None:
+        task = asyncio.get_running_loop().create_task(self.registry.reload())
+        self.reloads.add(task)  # the loop itself keeps no task alive
+        task.add_done_callback(self.reloads.discard)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.registry.drain()
@@ -69,6 +84,12 @@ class AcceptErrors:
         if now - self.last > QUIET_SECONDS:
             LOG.warning("no connection can be accepted (%s): clients wait; raise `ulimit -n`", error.strerror)
         self.last = now
+
+
+def takes_hangups() -> bool:
+    """Whether SIGHUP reloads. In a terminal it says that the terminal was closed, and ends the server as ever."""
+    main = threading.current_thread() is threading.main_thread()  # elsewhere Python takes no signals
+    return main and hasattr(signal, "SIGHUP") and not (sys.stdin is not None and sys.stdin.isatty())
 
 
 def raise_open_files(needed: int) -> None:

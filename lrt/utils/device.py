@@ -35,6 +35,12 @@ def choose_device(name: str) -> str:
     return name
 
 
+def use_device(device: torch.device) -> None:
+    """Make a CUDA device the one that this thread's kernels run on; of other kinds there is one only."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def describe_device(device: str | torch.device, processes: int = 1) -> str:
     """Where work is done, for the end of a sentence: `on this CPU`, `on these 8 GPUs`."""
     kind = "CPU" if torch.device(device).type == "cpu" else "GPU"

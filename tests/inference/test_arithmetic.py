@@ -60,14 +60,22 @@ def test_costs_count_calls_and_positions():
     assert fallback(torch.device("cuda")).overhead == 1000.0
 
 
-@given(st.lists(st.floats(-8, 8), min_size=2, max_size=9), st.none() | st.integers(1, 10), st.floats(0.05, 1))
-def test_cuts_keep_the_likeliest_tokens(numbers: list[float], top_k: int | None, top_p: float):
-    """Top-k: as likely as the k-th. Top-p after it: the fewest whose probability reaches p."""
+@given(
+    st.lists(st.floats(-8, 8), min_size=2, max_size=9),
+    st.none() | st.integers(1, 10),
+    st.floats(0.05, 1),
+    st.none() | st.floats(0.001, 1),
+)
+def test_cuts_keep_the_likeliest_tokens(numbers: list[float], top_k: int | None, top_p: float, min_p: float | None):
+    """Min-p: a share of the likeliest. Top-k: as likely as the k-th. Top-p after them: the fewest that reach p."""
     logits = torch.tensor([numbers], dtype=torch.float32)
-    sampling = Sampling(temperature=0.7, top_k=top_k, top_p=top_p)
+    sampling = Sampling(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p)
     (kept,) = sampling.probabilities(logits).tolist()
     (whole,) = (logits / 0.7).softmax(-1).tolist()
-    least = sorted(whole, reverse=True)[min(top_k or 99, len(whole)) - 1]
+    share = (min_p or 0.0) * max(whole)
+    if any(abs(p / share - 1) < 1e-4 and p != max(whole) for p in whole if share):  # rounding decides
+        return
+    least = max(sorted(whole, reverse=True)[min(top_k or 99, len(whole)) - 1], share * (1 - 1e-6))
     among = [p if p >= least else 0.0 for p in whole]
     among = [p / sum(among) for p in among]
     order = sorted(range(len(among)), key=lambda i: (-among[i], i))
@@ -89,6 +97,8 @@ def test_cuts_keep_the_likeliest_tokens(numbers: list[float], top_k: int | None,
         ({"top_k": 1}, {"top_k": 0}),
         ({"top_p": 1}, {"top_p": 1.01}),
         ({"top_p": 1e-6}, {"top_p": 0}),
+        ({"min_p": 1e-6}, {"min_p": 0}),
+        ({"min_p": 1}, {"min_p": 1.01}),
     ],
     ids=str,
 )
@@ -96,7 +106,7 @@ def test_sampling_is_taken_up_to_its_limits(taken: dict[str, Any], refused: dict
     Sampling(**taken)
     with pytest.raises(ValueError, match=next(iter(refused))):
         Sampling(**refused)
-    assert dataclasses.astuple(Sampling()) == (1.0, None, None)
+    assert dataclasses.astuple(Sampling()) == (1.0, None, None, None)
 
 
 def test_steering_is_of_what_was_drawn():
@@ -108,6 +118,31 @@ def test_steering_is_of_what_was_drawn():
     assert steered.tolist() == [0, -3.0, 0, 1.5, -2.5]
     with pytest.raises(ValueError, match="frequency is steered by inf"):
         Steering(frequency=math.inf)
+
+
+@given(
+    st.lists(st.floats(-8, 8), min_size=6, max_size=6),
+    st.lists(st.integers(0, 5), max_size=5),
+    st.lists(st.integers(0, 5), max_size=5),
+    st.floats(0.01, 100),
+)
+def test_repetition_is_of_the_prompt_too(numbers: list[float], prompt: list[int], drawn: list[int], penalty: float):
+    """Against a plain loop; the other penalties come after it."""
+    steering = Steering(frequency=0.5, bias=((2, 1.5),), repetition=penalty)
+    expected = []
+    for token, number in enumerate(numbers):
+        repeated = token in prompt or token in drawn
+        changed = number if not repeated else number / penalty if number > 0 else number * penalty
+        expected.append(changed - 0.5 * drawn.count(token) + (1.5 if token == 2 else 0))
+    steered = steering.apply(torch.tensor(numbers, dtype=torch.float64), drawn, prompt)
+    assert steered.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.009, 100.1, -1.0, math.nan, math.inf])
+def test_repetition_has_limits(penalty: float):
+    assert not Steering(repetition=1.1).neutral
+    with pytest.raises(ValueError, match=r"repetition is .*; it must be 0\.01 to 100"):
+        Steering(repetition=penalty)
 
 
 def test_a_draw_depends_on_the_rows_own_seed_and_position():
@@ -165,6 +200,7 @@ def test_a_request_says_by_default_only_what_to_continue():
         "logprobs": None,
         "steering": dataclasses.asdict(Steering()),
         "prefill": None,
+        "owner": "",
     }
 
 

@@ -198,6 +198,31 @@ def test_a_prefix_serves_only_who_asks_for_no_more(before: Any):
             assert error_bound(later.certificate) == vouched
 
 
+def test_a_prefix_serves_only_its_owner():
+    model, prompt = random_model(CONFIGS["both"]), (3, 1, 4, 1, 5, 9, 2, 6)
+    engine = Engine(model, rows=2, prefixes=10**6)
+    asked = [Request((*prompt, 7), 3, WARM, owner=owner) for owner in ("a", "b", "", "a", "b", "")]
+    done = [engine.complete([request])[0][0] for request in asked]
+    assert [completion.reused_tokens for completion in done] == [0] * 3 + [len(prompt)] * 3
+    assert {completion.tokens for completion in done} == {done[0].tokens}
+
+
+def test_a_penalty_of_repetitions_counts_the_prompt():
+    model, prompt = random_model(CONFIGS["both"]), (3, 1, 4, 1, 5)
+    request = Request(prompt, 6, Sampling(temperature=0), steering=Steering(repetition=100.0, bias=((1, 30.0),)))
+    ((plain,), (beside,)) = Engine(model, rows=2).complete([dataclasses.replace(request, steering=Steering()), request])
+    text = list(prompt)
+    for token in beside.tokens:  # from scratch, by a plain loop
+        with torch.no_grad():
+            hidden = refine(model, torch.tensor([text]), schedules.sequential()).hidden[0, -1]
+            logits = model.logits(hidden).tolist()
+        steered = [x / 100 if t in text and x > 0 else x * 100 if t in text else x for t, x in enumerate(logits)]
+        steered[1] += 30
+        assert token == max(range(len(steered)), key=steered.__getitem__)
+        text.append(token)
+    assert plain.tokens != beside.tokens
+
+
 def test_samples_and_what_is_kept_of_them_are_as_exact_as_the_prompt():
     model, prompt = random_model(CONFIGS["both"]), (3, 1, 4, 1, 5, 9, 2, 6)
     engine = Engine(model, rows=2, prefixes=10**6, calibration=QUICK)
@@ -218,22 +243,23 @@ def test_what_is_found_is_the_longest_beginning_that_is_exact_enough():
     cache = PrefixCache(10**9, (1e-5, 1e-3))
     for step in range(400):
         text = tuple(r.randrange(3) for _ in range(r.randint(1, 9)))
-        row = KeptRow(text, model.empty_state(1, 1), r.choice(errors))
+        row = KeptRow(text, model.empty_state(1, 1), r.choice(errors), r.choice("ab"))
         cache.keep(row)
         assert cache.bytes == sum(kept.bytes for kept in cache.kept)
         if step % 3 == 0:
             cache.budget = cache.bytes - 1  # the least recently used goes
             cache.keep(KeptRow((9,), model.empty_state(1, 1), None))
             cache.budget = 10**9
-        for error in (0.0, 1e-5, 1e-3, math.inf):
+        for error, owner in itertools.product((0.0, 1e-5, 1e-3, math.inf), "abc"):
             wanted = tuple(r.randrange(3) for _ in range(r.randint(1, 12)))
-            serving = [kept for kept in cache.kept if kept.error <= error]
+            serving = [kept for kept in cache.kept if kept.error <= error and kept.owner == owner]
             best = max((common_prefix(kept.tokens, wanted[:-1]) for kept in serving), default=0)
-            prefix = cache.find(wanted, 1, error)
+            prefix = cache.find(wanted, 1, error, owner)
             assert (0 if prefix is None else prefix[0]) == best
             if prefix is not None:
                 assert common_prefix(prefix[1].tokens, wanted[:-1]) == best
                 assert prefix[1].error <= error
+                assert prefix[1].owner == owner
                 assert next(reversed(cache.kept)) is prefix[1]
 
 

@@ -200,6 +200,13 @@ NO = 0.0
         (Sampling(top_p=0.65), [[NO, 4 / 7, NO, 3 / 7], [1 / 3, 1 / 3, 1 / 3, NO]]),
         (Sampling(top_p=0.3), [[NO, 1, NO, NO], [0.5, 0.5, NO, NO]]),
         (Sampling(top_p=1e-9), [[NO, 1, NO, NO], [1, NO, NO, NO]]),  # never nothing
+        (Sampling(min_p=0.5), [[NO, 4 / 9, 2 / 9, 3 / 9], [0.25] * 4]),
+        (Sampling(min_p=0.51), [[NO, 4 / 7, NO, 3 / 7], [0.25] * 4]),
+        (Sampling(min_p=1), [[NO, 1, NO, NO], [0.25] * 4]),
+        # p counts what min-p has left: 4/9, then 7/9.
+        (Sampling(min_p=0.5, top_p=0.7), [[NO, 4 / 7, NO, 3 / 7], [1 / 3, 1 / 3, 1 / 3, NO]]),
+        # After the temperature: 9/16 and 4/16 of the likeliest.
+        (Sampling(temperature=0.5, min_p=0.3), [[NO, 16 / 25, NO, 9 / 25], [0.25] * 4]),
         # Squared and normalised.
         (Sampling(temperature=0.5), [[1 / 30, 16 / 30, 4 / 30, 9 / 30], [0.25] * 4]),
         (Sampling(temperature=0.5, top_k=3), [[NO, 16 / 29, 4 / 29, 9 / 29], [0.25] * 4]),

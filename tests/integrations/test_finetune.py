@@ -156,8 +156,8 @@ def test_an_adapter_of_a_run_serves(run, tmp_path, capsys):
     text = tokenizer.decode(ids[: ids.index(tokenizer.bos)])  # where it ends, lrt sample ends
     assert text.split("<|")[0].strip() in capsys.readouterr().out
     load_one = partial(load_model, adapter=tmp_path / "lora")
-    served = load_served_model(run, "mine", Settings(), Limits(), ServerMetrics(), "cpu", load_one)
-    for name, weight in served.transformer.state_dict().items():
+    served = load_served_model(run, "mine", Settings(), Limits(), ServerMetrics(), load_one, [tmp_path / "lora"])
+    for name, weight in served.workers[0].transformer.state_dict().items():
         assert torch.equal(weight, adapted.state_dict()[name]), name
 
 

@@ -120,7 +120,7 @@ def test_a_full_queue_says_when_to_come_back(tight: Live):
 @pytest.mark.parametrize("streamed", [True, False])
 def test_who_goes_away_frees_its_rows_at_once(folder: Path, streamed: bool):
     with live(folder, settings=EXACT) as up:
-        engine = up.registry.find("lrt").engine
+        engine = up.registry.find("lrt").workers[0].engine
         # The bias lets no sample end early.
         fields = {"model": "lrt", "prompt": "x", "max_tokens": 1900, "n": 3, "logit_bias": {"5": 100}}
         body = json.dumps({**fields, "stream": streamed}).encode()
@@ -196,7 +196,7 @@ def test_other_peoples_pages_cannot_reach_a_private_server(folder: Path):
 
 def test_a_failing_engine_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch):
     with live(folder) as up:
-        engine = up.registry.find("lrt").engine
+        engine = up.registry.find("lrt").workers[0].engine
 
         def broken() -> Any:
             raise RuntimeError("/secret/path")
@@ -239,7 +239,7 @@ def test_nobody_is_told_what_was_known_of_a_prompt(folder: Path, monkeypatch: py
     """The same request again: nearly all of its prompt is in a kept row, and nothing but time shows it."""
     form = {"model": "lrt", "prompt": LONG, "max_tokens": 2, "temperature": 0, "prefill": prefill}
     with live(folder, settings=Settings(rows=2, prefixes=10**8)) as up:
-        engine, reused, growth, events = up.registry.find("lrt").engine, [], [], []
+        engine, reused, growth, events = up.registry.find("lrt").workers[0].engine, [], [], []
         finish = engine.engine._finish
         monkeypatch.setattr(engine.engine, "_finish", lambda job, why: reused.append(job.reused) or finish(job, why))
         for _ in range(2):
@@ -317,10 +317,23 @@ def test_addresses_that_others_reach_need_a_token(folder: Path, tmp_path: Path, 
         ((str(folder), "--limits.queue", "-1"), "limits.queue is -1; it must be at least 0"),
         ((str(folder), "--template", "chatml"), "template 'chatml' needs the special tokens"),
         ((str(tmp_path / "nowhere"),), "is not a checkpoint"),
-        ((), "no checkpoint is given"),
+        ((), "no checkpoint is given; name at least one folder of `lrt train`, or --models-dir"),
+        (("--models-dir", str(tmp_path / "nowhere")), "nowhere is no folder; give one of checkpoints"),
+        (("--models-dir", str(folder)), "holds no checkpoint; give a folder whose folders are those of `lrt train`"),
+        ((str(folder), "--adapter", str(folder), "--models-dir", str(folder.parent)), "--models-dir has others"),
+        ((str(folder), "--devices", "cpu", "cpu"), "--device cpu and --devices exclude each other"),
+        ((str(folder), "--devices", "cpu", "no-such", "--device", "auto"), "device 'no-such' cannot be used here"),
+        (
+            (str(folder), "--allowed-origins", "chat.example"),
+            "chat.example is no origin of pages; give scheme and host",
+        ),
+        (
+            (str(folder), "--allowed-origins", "https://a.example", "http://b.example/x"),
+            "http://b.example/x is no origin",
+        ),
     ):
         with pytest.raises(SystemExit):
-            main(["serve", *arguments, "--device", "cpu"])
+            main(["serve", "--device", "cpu", *arguments])
         shown = " ".join(word for word in capsys.readouterr().err.split() if word not in "│|")
         assert message in shown
 

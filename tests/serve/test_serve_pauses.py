@@ -167,7 +167,7 @@ def test_a_prompt_is_prefilled_while_others_decode(folder: Path, monkeypatch: py
     go_on = threading.Event()
     with live(folder, settings=Settings(rows=3, prefill="exact")) as up:
         model = up.registry.find("lrt")
-        model.prefills.submit(go_on.wait)  # the thread of prefills is busy with somebody's prompt
+        model.workers[0].prefills.submit(go_on.wait)  # the thread of prefills is busy with somebody's prompt
         body: dict[str, Any] = {"model": "lrt", "max_tokens": 120, "logit_bias": {"5": 100}}
         answers: list[httpx.Response] = []
         swept = threading.Thread(
@@ -180,7 +180,7 @@ def test_a_prompt_is_prefilled_while_others_decode(folder: Path, monkeypatch: py
             )
         )
         swept.start()
-        while not model.engine.engine.prefilling:
+        while not model.workers[0].engine.engine.prefilling:
             time.sleep(0.01)
         assert up.client().completions.create(prompt="a", **body).choices[0].finish_reason == "length"
         assert not answers

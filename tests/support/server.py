@@ -22,7 +22,8 @@ from lrt.model import checkpoint
 from lrt.serve.app import create_app
 from lrt.serve.config import Limits, Settings
 from lrt.serve.metrics import ServerMetrics
-from lrt.serve.models import ModelRegistry, load_served_model, model_names
+from lrt.serve.models import model_names
+from lrt.serve.registry import ModelRegistry
 from lrt.serve.server import Server, create_server
 
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -61,7 +62,8 @@ class Live:
         """Whether, soon, no row is in use and nobody is counted any more."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            engines = [model.engine for model in self.registry.models.values()]
+            models = [*self.registry.models.values(), *self.registry.retired]
+            engines = [worker.engine for model in models for worker in model.workers]
             if all(e.engine.idle and e.engine.rows.used == 0 and e.load == 0 and not e._submissions for e in engines):
                 return True
             time.sleep(0.02)
@@ -75,16 +77,13 @@ def live(
     limits: Limits | None = None,
     tokens: Sequence[str] = (),
     hosts: Any = None,
+    origins: Sequence[str] = (),
+    models_dir: Path | None = None,
 ) -> Iterator[Live]:
     """A server over checkpoints, in a thread of this process, on a port of its own."""
-    limits, metrics = limits or Limits(), ServerMetrics()
-    device = torch.device("cpu")
-    models = [
-        load_served_model(path, name, settings, limits, metrics, device)
-        for path, name in zip(paths, model_names(paths), strict=True)
-    ]
-    registry = ModelRegistry(models, limits, metrics)
-    running = create_server(create_app(registry, tokens, hosts), registry, "127.0.0.1", 0)
+    named = dict(zip(model_names(paths), paths, strict=True))
+    registry = ModelRegistry(named, settings, limits or Limits(), ServerMetrics(), models_dir)
+    running = create_server(create_app(registry, tokens, hosts, origins), registry, "127.0.0.1", 0)
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     while not running.started:
