@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
-from lrt.serve.body import body_route, body_size, off_loop
+from lrt.serve.body import LARGE, body_route, body_size, off_loop
 from lrt.serve.errors import ClientDisconnected, install_handlers
 from lrt.serve.middleware import PUBLIC_PATHS, RequestGuard
 from lrt.serve.models import ModelRegistry, ServedModel
@@ -23,6 +23,7 @@ from lrt.serve.protocol import (
     CompletionBody,
     Error,
     GenerateBody,
+    GenerationBody,
     Health,
     InspectBody,
     Model,
@@ -31,6 +32,7 @@ from lrt.serve.protocol import (
 )
 from lrt.serve.request_parsing import GenerationTask, parse_chat, parse_completion
 from lrt.serve.responses import full_response, stream_response
+from lrt.serve.structured import asked_shapes
 
 EVENT_SCHEMA = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 EVENT_STREAM = {"text/event-stream": {"schema": EVENT_SCHEMA}}
@@ -138,15 +140,20 @@ def add_openai_routes(app: FastAPI, registry: ModelRegistry) -> None:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue a prompt, or several. With `stream`, server-sent events."""
         model = registry.find(body.model)
-        return await respond(
-            await off_loop(body_size(request), parse_completion, body, model, registry.limits), request
-        )
+        size = parsing_size(body, request)
+        return await respond(await off_loop(size, parse_completion, body, model, registry.limits), request)
 
     @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, "content": EVENT_STREAM}})
     async def chat(body: ChatBody, request: Request) -> Response:
         """The next turn of a conversation. With `stream`, server-sent events."""
         model = registry.find(body.model)
-        return await respond(await off_loop(body_size(request), parse_chat, body, model, registry.limits), request)
+        size = parsing_size(body, request)
+        return await respond(await off_loop(size, parse_chat, body, model, registry.limits), request)
+
+
+def parsing_size(body: GenerationBody, request: Request) -> int:
+    """What `off_loop` counts for a body: a small grammar can take long to compile too."""
+    return LARGE if asked_shapes(body) else body_size(request)
 
 
 def add_playground_routes(app: FastAPI, registry: ModelRegistry, inspector: MemoryInspector) -> None:

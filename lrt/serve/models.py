@@ -13,8 +13,10 @@ import torch
 
 from lrt.data.tokenizer import Tokenizer
 from lrt.inference import cost_model
-from lrt.inference.chat_template import TEMPLATES, Template, check_template, default_template
+from lrt.inference.chat_template import ChatTemplate
 from lrt.inference.engine import Engine
+from lrt.inference.grammar import GrammarCompiler
+from lrt.inference.jinja_template import choose_template
 from lrt.model import checkpoint
 from lrt.model.config import ModelConfig
 from lrt.model.fingerprint import fingerprint
@@ -37,7 +39,7 @@ class ServedModel:
     transformer: LatentRecurrentTransformer
     tokenizer: Tokenizer
     engine: AsyncEngine
-    template: Template | None
+    template: ChatTemplate | None
     """None: there is no chat."""
     created: int
     """Seconds since 1970."""
@@ -46,6 +48,7 @@ class ServedModel:
     settings: Settings
     prefills: ThreadPoolExecutor
     """Where prompts are computed in parallel, and scored, one at a time beside the engine."""
+    grammars: GrammarCompiler
 
     @property
     def config(self) -> ModelConfig:
@@ -89,7 +92,7 @@ def load_served_model(
     transformer, tokenizer = load(folder, device)
     calibration = cost_model.read_calibration(folder, transformer)
     created = int((folder / "manifest.json").stat().st_mtime)
-    return create_served_model(name, transformer, tokenizer, settings, limits, metrics, calibration, created)
+    return create_served_model(name, transformer, tokenizer, settings, limits, metrics, calibration, created, folder)
 
 
 def create_served_model(
@@ -101,8 +104,9 @@ def create_served_model(
     metrics: ServerMetrics,
     calibration: cost_model.Calibration | None = None,
     created: int = 0,
+    folder: Path | None = None,
 ) -> ServedModel:
-    """A model in memory, ready to be served; its engine is not started yet."""
+    """A model in memory, ready to be served; its engine is not started yet. folder: where its own template may be."""
     tokenizer.decoder(())  # makes its table of bytes: the first request would make it in the event loop
 
     threads = torch.get_num_threads()  # set in the thread itself: OpenMP keeps the number per thread
@@ -120,17 +124,13 @@ def create_served_model(
         )
 
     engine = AsyncEngine(name, make_engine, metrics, limits.queue_seconds)
-    template = choose_template(tokenizer, settings.template)
+    template_name, template = choose_template(tokenizer, settings.template, folder)
+    if settings.template is None and template_name == "plain":
+        template = None  # nothing says that the model can chat
     weights = f"fp_{fingerprint(transformer)[:12]}"
-    return ServedModel(name, transformer, tokenizer, engine, template, created, weights, settings, prefills)
-
-
-def choose_template(tokenizer: Tokenizer, name: str | None) -> Template | None:
-    """The template of a name; without one the tokenizer's own, None where its special tokens name none."""
-    if name is None:
-        template = TEMPLATES[default_template(tokenizer)]
-        return template if template.special else None
-    return check_template(tokenizer, name)
+    return ServedModel(
+        name, transformer, tokenizer, engine, template, created, weights, settings, prefills, GrammarCompiler(tokenizer)
+    )
 
 
 def model_names(paths: Sequence[Path], names: Sequence[str] = ()) -> list[str]:

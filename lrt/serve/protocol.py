@@ -23,7 +23,10 @@ UNSUPPORTED = {
     "tool_choice": "there are no tools; leave it out",
     "functions": "there are no functions; leave it out",
     "function_call": "there are no functions; leave it out",
-    "response_format": 'answers are plain text; leave it out, or give {"type": "text"}',
+    "guided_json": 'vLLM has renamed it; give structured_outputs {"json": …}, or response_format',
+    "guided_regex": 'vLLM has renamed it; give structured_outputs {"regex": …}',
+    "guided_choice": 'vLLM has renamed it; give structured_outputs {"choice": […]}',
+    "guided_grammar": 'vLLM has renamed it; give structured_outputs {"grammar": …}',
     "modalities": 'answers are text; leave it out, or give ["text"]',
     "audio": "answers are text; leave it out",
     "prediction": "leave it out",
@@ -51,6 +54,41 @@ class StreamOptions(Strict):
     """Accepted; streams are not padded."""
 
 
+class PlainFormat(Strict):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Strict):
+    name: str = Field(min_length=1, max_length=200)
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+    """Accepted: an answer always fits."""
+
+
+class JsonSchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class StructuredOutputs(Strict):
+    """vLLM's; one of the first five is given."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1024)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    whitespace_pattern: None = None
+    structural_tag: None = None
+    disable_any_whitespace: Literal[False] | None = None
+    disable_additional_properties: Literal[False] | None = None
+
+
 class GenerationBody(Strict):
     """What both of OpenAI's routes take."""
 
@@ -69,6 +107,14 @@ class GenerationBody(Strict):
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     user: str | None = None
     prefill: Prefill | None = Field(None, description="How the prompt is computed; the server's way by default.")
+    response_format: (
+        Annotated[PlainFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None
+    ) = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: None = None
+    guided_regex: None = None
+    guided_choice: None = None
+    guided_grammar: None = None
 
 
 class CompletionBody(GenerationBody):
@@ -105,10 +151,6 @@ class ChatTurn(Strict):
     tool_calls: EmptyList | None = None
 
 
-class PlainFormat(Strict):
-    type: Literal["text"]
-
-
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
@@ -125,7 +167,8 @@ class ChatBody(GenerationBody):
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
-    response_format: PlainFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further variables of the model's own chat template."""
     tools: EmptyList | None = None
     tool_choice: Literal["none", "auto"] | None = None
     functions: EmptyList | None = None
