@@ -35,7 +35,7 @@ THINKING = """{{ bos_token }}{%- for message in messages %}
     {%- set content = message.content.split('</think>')[-1] | trim %}
     {%- generation %}{{ '<|im_start|>' ~ message.role ~ ' ' ~ content ~ '<|end|>' }}{% endgeneration %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% if style is defined %}{{ style }}{% endif %}{% endif %}"""
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant ' ~ style | default('') }}{% endif %}"""
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 TALK = [
     Message("system", "be kind"),
@@ -139,7 +139,7 @@ GUARD = "{% if messages|length == 2 %}{{ messages[0].content + messages[1].conte
         ("{{ 9 ** (9 ** 9) }}", "an exponent is 387420489; at most 64"),
         ("{% for i in range(10**8) %}{% endfor %}", "Range too big"),
         (
-            "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+            "{% for i in range(999) %}{% for j in range(999) %}{% endfor %}{% endfor %}",
             "loops more than 100,000 times",
         ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
