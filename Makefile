@@ -5,6 +5,7 @@
 
 VENV := .venv
 DOCS := .venv-docs
+CLIENTS := .venv-clients
 RELEASE := .venv-release
 BIN  := $(VENV)/bin
 JOBS ?= 2
@@ -21,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak mutants docs release lint format clean distclean
+.PHONY: help demo test test-slow soak mutants clients docs release lint format clean distclean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +43,11 @@ soak: $(VENV)/.installed-dev ## kill everything a thousand times, and compare (a
 # An hour and more; it goes on where it was interrupted. The first run records which tests run which lines.
 mutants: $(VENV)/.installed-dev ## break the code in 300 small ways; which does no test notice?
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py $(ARGS)
+
+# An environment of their own: they need other versions than the library is tested with. The server runs in .venv.
+clients: $(VENV)/.installed-dev $(CLIENTS)/.installed ## real clients against lrt serve (ARGS=--record writes down what they send)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini \
+	  --rootdir tests/clients --confcutdir tests/clients tests/clients/real_clients.py $(ARGS)
 
 # An environment of its own: Sphinx and its themes have no place among what the library is tested with. The site is
 # built with lrt in it, as the notebooks run and docstrings are read.
@@ -74,8 +80,8 @@ clean: ## remove caches and built packages; .venv and runs stay
 	rm -rf build dist *.egg-info docs/log docs/study .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
 	find lrt tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## clean, and remove .venv, .venv-docs and .venv-release too
-	rm -rf $(VENV) $(DOCS) $(RELEASE)
+distclean: clean ## clean, and remove .venv, .venv-docs, .venv-clients and .venv-release too
+	rm -rf $(VENV) $(DOCS) $(CLIENTS) $(RELEASE)
 
 # The stamps are written last, so an installation that was interrupted is done again, as it is after a change of
 # what it read.
@@ -92,7 +98,12 @@ $(DOCS)/.installed: pyproject.toml constraints.txt docs/requirements.txt docs/co
 	  --constraint constraints.txt --constraint docs/constraints.txt
 	@touch $@
 
-$(BIN)/python $(DOCS)/bin/python:
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.txt | $(CLIENTS)/bin/python
+	$(CLIENTS)/bin/python -m pip install --requirement tests/clients/requirements.txt \
+	  --constraint tests/clients/constraints.txt
+	@touch $@
+
+$(BIN)/python $(DOCS)/bin/python $(CLIENTS)/bin/python:
 	@for python in $(CANDIDATES); do \
 	  if "$$python" -c '$(SUITABLE)' >/dev/null 2>&1; then \
 	    echo "making $(@D:/bin=) with $$("$$python" -c 'import sys; print("Python", sys.version.split()[0])')"; \

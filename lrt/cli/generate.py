@@ -143,7 +143,8 @@ class Chat:
     adapter: Path | None = None
     """An adapter of `lrt finetune --lora`, made for this model."""
     template: str | None = None
-    """How turns are written: nanochat, chatml or plain. None: by the tokenizer's special tokens, else plain."""
+    """How turns are written: nanochat, chatml or plain. None: by the checkpoint's own chat template, if its folder has
+    one, else by the tokenizer's special tokens, else plain."""
     max_new_tokens: int = 256
     """Tokens of an answer at most."""
     temperature: float = 0.8
@@ -172,7 +173,7 @@ class Chat:
         folder = checkpoint.verify(self.checkpoint)
         model, tokenizer = load_model(folder, choose_device(self.device), self.adapter)
         calibration = cost_model.read_calibration(folder, model)
-        chat = Conversation(model, tokenizer, sampling, self.seed, self.template, self.prefill, calibration)
+        chat = Conversation(model, tokenizer, sampling, self.seed, self.template, self.prefill, calibration, folder)
         if sys.stdin.isatty():
             print(f"template {chat.name}; /undo, /save FOLDER, /load FOLDER, /exit")
         while True:

@@ -77,8 +77,8 @@ class Serve:
     """Memory per model and device for rows of earlier requests: prompts of the same key that begin like them, as a
     conversation's next turn does, start where they part."""
     template: str | None = None
-    """How conversations are written: nanochat, chatml or plain. None: by the tokenizer's special tokens; without any,
-    /v1/chat/completions is refused."""
+    """How conversations are written: nanochat, chatml or plain. None: by the checkpoint's own chat template, if its
+    folder has one, else by the tokenizer's special tokens; without any, /v1/chat/completions is refused."""
     limits: Limits = dataclasses.field(default_factory=Limits)
     """What one request may cost, and all of them together."""
     device: str = "auto"

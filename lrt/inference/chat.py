@@ -8,12 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lrt.data.tokenizer import Tokenizer
-from lrt.inference.chat_template import Message, check_template, default_template, special_tokens, turn_tokens
+from lrt.inference.chat_template import Message, special_tokens, turn_tokens
 from lrt.inference.cost_model import Calibration
+from lrt.inference.jinja_template import choose_template
 from lrt.inference.prefill import PrefillMode
 from lrt.inference.sampling import Sampling
 from lrt.inference.session import TURNS, Session
 from lrt.model.transformer import LatentRecurrentTransformer
+
+BEFORE = (Message("user", "hello"), Message("assistant", "hello"))
+"""Stands for all turns before the next one: the session has them as tokens."""
 
 
 class Stripped:
@@ -44,11 +48,12 @@ class Conversation:
         template: str | None = None,
         prefill: PrefillMode = "converged",
         calibration: Calibration | None = None,
+        folder: Path | None = None,
     ) -> None:
-        """template: a name in TEMPLATES; None takes the one that the tokenizer is made for."""
+        """template: a name in TEMPLATES; None takes the checkpoint's own, from its `folder`, or else the one that the
+        tokenizer is made for."""
         self.model, self.tokenizer, self.sampling, self.seed = model, tokenizer, sampling, seed
-        self.name = default_template(tokenizer) if template is None else template
-        self.template = check_template(tokenizer, self.name)
+        self.name, self.template = choose_template(tokenizer, template, folder)
         self.prefill: PrefillMode = prefill
         self.calibration = calibration
         self.session: Session | None = None
@@ -86,11 +91,12 @@ class Conversation:
 
     def encode_turn(self, text: str) -> list[int]:
         """The tokens of a turn, up to where the answer begins."""
-        parts = self.template.parts([Message("user", text)])
+        turn = Message("user", text)
         if self.session is None:
-            return [self.tokenizer.bos, *turn_tokens(self.tokenizer, self.template, parts)]
+            return [self.tokenizer.bos, *turn_tokens(self.tokenizer, self.template, self.template.parts([turn]))]
         ended = self.session.tokens[-1] in self.stop  # not where the answer was cut by its limit
-        return turn_tokens(self.tokenizer, self.template, [*self.template.closing(ended), *parts])
+        parts = self.template.continuation([*BEFORE, turn], ended)
+        return turn_tokens(self.tokenizer, self.template, parts)
 
     def undo(self) -> None:
         """Take the last turn back, exactly."""

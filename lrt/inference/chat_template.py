@@ -1,14 +1,14 @@
 """How the turns of a conversation are written as tokens: a table by the tokenizer's special tokens.
 
-A table, because a checkpoint holds a tokenizer.json only, which knows no Jinja template.
+A checkpoint's folder may have a Jinja template of its own (`jinja_template.py`); the table is for all others.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from lrt.data.tokenizer import Tokenizer
 
@@ -22,6 +22,32 @@ class Message:
 
     role: Literal["system", "user", "assistant"]
     text: str
+
+
+class ChatTemplate(Protocol):
+    """How conversations are written."""
+
+    @property
+    def special(self) -> Set[str]:
+        """The special tokens that stand for themselves in its parts."""
+        ...
+
+    @property
+    def end(self) -> str | None:
+        """The special token that ends an answer. None: a line's end does."""
+        ...
+
+    def parts(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> list[Part]:
+        """A conversation up to where the next answer begins. ValueError where the template cannot write it."""
+        ...
+
+    def continuation(self, messages: Sequence[Message], ended: bool = False) -> list[Part]:
+        """What stands between the last answer of a conversation and the next; `ended`: its end is there already."""
+        ...
+
+    def closing(self, ended: bool = False) -> list[Part]:
+        """What stands behind a last answer; its first part ends it, and `ended` says that it is there already."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,11 +70,13 @@ class Template:
         """The special tokens that a tokenizer must have."""
         return set() if self.end is None else {p for p in (*self.user, *self.assistant, self.end) if p.startswith("<|")}
 
-    def parts(self, messages: Sequence[Message]) -> list[Part]:
+    def parts(self, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> list[Part]:
         """A conversation up to where the next answer begins.
 
-        ValueError where its turns are in no order that the template can write.
+        ValueError where its turns are in no order that the template can write, and for any options: it has none.
         """
+        if options:
+            raise ValueError(f"this chat template has no options such as {next(iter(options))[:64]!r}; leave them out")
         turns = list(messages)
         opening = [turns.pop(0).text] if turns and turns[0].role == "system" else []
         if (
@@ -73,6 +101,11 @@ class Template:
             else:
                 parts += [(text, True), *self.closing()]
         return parts
+
+    def continuation(self, messages: Sequence[Message], ended: bool = False) -> list[Part]:
+        """Parts between the last answer of a conversation and the next; `ended`: its end itself is there already."""
+        last = max(i for i, message in enumerate(messages) if message.role == "assistant")
+        return [*self.closing(ended), *self.parts(messages[last + 1 :])]
 
     def closing(self, ended: bool = False) -> list[Part]:
         """Parts between an answer and the next turn; `ended`: the end itself is there already."""
@@ -115,7 +148,7 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     return {added[i].content: i for i in tokenizer.special}
 
 
-def turn_tokens(tokenizer: Tokenizer, template: Template, parts: Sequence[Part]) -> list[int]:
+def turn_tokens(tokenizer: Tokenizer, template: ChatTemplate, parts: Sequence[Part]) -> list[int]:
     """The tokens of a conversation's parts: special tokens by their names, except in what somebody wrote.
 
     The texts are encoded as a batch, which leaves the interpreter to other threads.

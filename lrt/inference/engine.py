@@ -17,6 +17,7 @@ Shapes: n rows in use, V vocabulary, D width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
@@ -29,6 +30,7 @@ from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration, fallback
 from lrt.inference.decoders import decoder
 from lrt.inference.exactness import asked_bound, least_exact
+from lrt.inference.grammar import GrammarState, mask_rows
 from lrt.inference.prefill import PREFILL_MODES, Prefilled, PrefillMode, exact_reason, prefill, refuse_thoughts
 from lrt.inference.request import Completion, Event, Finish, Logprob, Request
 from lrt.inference.row_pool import KeptRow, PrefixCache, RowPool, copy_row, rows_that_fit
@@ -75,6 +77,18 @@ class Job:
     @property
     def seed(self) -> int:
         return self.request.seed + self.sample
+
+    @functools.cached_property
+    def grammar(self) -> GrammarState | None:
+        """Where its answer stands in the grammar of its request."""
+        return None if self.request.grammar is None else self.request.grammar.start()
+
+    def finish_reason(self, slots: int | None) -> Finish | None:
+        """Why the answer is complete after the token that was drawn last; to be asked once for each."""
+        reason = self.request.finish_reason(self.new, slots)
+        if reason == "stop" or self.grammar is None:
+            return reason
+        return self.grammar.push(self.tokens[-1]) or reason
 
 
 class Engine:
@@ -372,7 +386,10 @@ class Engine:
         """The next token of jobs whose tokens are all fed, from hidden (n, D)."""
         logits = self.decoder.logits(hidden)
         seeds = [(job.seed, len(job.tokens)) for job in jobs]  # (seed, position of the token that is drawn)
-        tokens = draw_rows(self._steer(jobs, logits), [job.request.sampling for job in jobs], seeds).tolist()
+        steered = mask_rows(
+            self._steer(jobs, logits), [job.grammar for job in jobs], [job.request.stop for job in jobs]
+        )
+        tokens = draw_rows(steered, [job.request.sampling for job in jobs], seeds).tolist()
         events = []
         for i, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
             if job.sample == 0 and not job.new:
@@ -383,7 +400,7 @@ class Engine:
             if job.request.logprobs is not None:
                 logprob = log_probability(logits[i], token, job.request.logprobs)
                 job.logprobs.append(logprob)
-            finish = job.request.finish_reason(job.new, self.limit)
+            finish = job.finish_reason(self.limit)
             if finish is not None:  # rows move now; jobs and logits keep the order of this call
                 self._leave(job)
                 self._finish(job, finish)

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lrt.inference.certificate import Certificate
+from lrt.inference.grammar import Grammar
 from lrt.inference.prefill import PREFILL_MODES, PrefillMode
 from lrt.inference.sampling import Sampling, Steering
 from lrt.model.config import ModelConfig
 from lrt.utils.short_repr import changed_fields
 
-Finish = Literal["stop", "length", "cancelled"]
-"""A stop token or sequence was drawn; `max_new_tokens` or the slots ended; it was cancelled."""
+Finish = Literal["stop", "length", "cancelled", "failed"]
+"""A stop token or sequence was drawn, or what its grammar asks for is whole; `max_new_tokens` or the slots ended; it
+was cancelled; its grammar grew beyond its limits, so that the last token may not fit."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Request:
     """How its prompt is computed; None: as the engine's others."""
     owner: str = ""
     """Whose it is: its prompt may begin with kept rows of this owner's requests, and of nobody else's."""
+    grammar: Grammar | None = None
+    """What the answer may be. It ends when it is whole, also without a stop token."""
 
     def __repr__(self) -> str:
         return changed_fields(self)
@@ -65,6 +69,11 @@ class Request:
             raise ValueError(f"token {biased[:1]} of the bias is not in the vocabulary of {config.vocab_size}")
         if self.prefill is not None and self.prefill not in PREFILL_MODES:
             raise ValueError(f"prefill is {self.prefill!r}; choose one of {', '.join(PREFILL_MODES)}")
+        if self.grammar is not None and self.grammar.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the grammar is over {self.grammar.vocab_size} tokens, the vocabulary has {config.vocab_size}; "
+                "compile it with this model's tokenizer"
+            )
         if not all(self.stop_sequences):
             raise ValueError("a stop sequence is empty; give at least one token in each")
         new = 1 if self.max_new_tokens is None else self.max_new_tokens

@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
-from lrt.serve.body import body_route, body_size, off_loop
+from lrt.serve.body import LARGE, body_route, body_size, off_loop
 from lrt.serve.errors import ApiError, ClientDisconnected, install_handlers, unknown_model_error
 from lrt.serve.middleware import PUBLIC_PATHS, RequestGuard
 from lrt.serve.models import ServedModel, model_length, summary
@@ -25,6 +25,7 @@ from lrt.serve.protocol import (
     CompletionBody,
     Error,
     GenerateBody,
+    GenerationBody,
     Health,
     InspectBody,
     LoadState,
@@ -37,6 +38,7 @@ from lrt.serve.protocol import (
 from lrt.serve.registry import ModelRegistry
 from lrt.serve.request_parsing import GenerationTask, parse_chat, parse_completion
 from lrt.serve.responses import full_response, stream_response
+from lrt.serve.structured import asked_shapes
 from lrt.utils.imports import DISTRIBUTION
 
 EVENT_SCHEMA = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
@@ -181,14 +183,14 @@ def add_openai_routes(app: FastAPI, registry: ModelRegistry) -> None:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue a prompt, or several. With `stream`, server-sent events."""
         async with registry.use(body.model) as model:
-            task = await off_loop(body_size(request), parse_completion, body, model, registry.limits)
+            task = await off_loop(parsing_size(body, request), parse_completion, body, model, registry.limits)
             return await respond(task, request)
 
     @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion, "content": EVENT_STREAM}})
     async def chat(body: ChatBody, request: Request) -> Response:
         """The next turn of a conversation. With `stream`, server-sent events."""
         async with registry.use(body.model) as model:
-            task = await off_loop(body_size(request), parse_chat, body, model, registry.limits)
+            task = await off_loop(parsing_size(body, request), parse_chat, body, model, registry.limits)
             return await respond(task, request)
 
 
@@ -214,6 +216,11 @@ def add_loading_routes(app: FastAPI, registry: ModelRegistry, secured: bool) -> 
         check_secured()
         await registry.unload(body.model)
         return LoadState(model=registry.plain_name(body.model), status="unloaded")
+
+
+def parsing_size(body: GenerationBody, request: Request) -> int:
+    """What `off_loop` counts for a body: a small grammar can take long to compile too."""
+    return LARGE if asked_shapes(body) else body_size(request)
 
 
 def add_playground_routes(app: FastAPI, registry: ModelRegistry, inspector: MemoryInspector) -> None:

@@ -60,6 +60,7 @@ class Settings:
     prefixes: int = 0
     """Bytes for rows of earlier requests, whose beginnings later prompts reuse. 0: none."""
     template: str | None = None
-    """How conversations are written: nanochat, chatml or plain. None: by the tokenizer's special tokens, if any."""
+    """How conversations are written: nanochat, chatml or plain. None: by the checkpoint's own template, if it has one,
+    or the tokenizer's special tokens, if any."""
     devices: tuple[str, ...] = ("cpu",)
     """A worker each, with an engine of its own."""

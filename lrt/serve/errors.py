@@ -96,6 +96,10 @@ def timeout_error(seconds: float) -> ApiError:
                     code="timeout")  # fmt: skip
 
 
+def grammar_error() -> ApiError:
+    return ApiError(400, "the shape that is asked for became too large to follow; ask for a simpler one")
+
+
 def internal_error() -> ApiError:
     return ApiError(500, "the server failed to answer this request; its log says more", "server_error", code="internal")
 

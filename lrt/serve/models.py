@@ -14,8 +14,10 @@ import torch
 
 from lrt.data.tokenizer import Tokenizer
 from lrt.inference import cost_model
-from lrt.inference.chat_template import TEMPLATES, Template, check_template, default_template
+from lrt.inference.chat_template import ChatTemplate
 from lrt.inference.engine import Engine
+from lrt.inference.grammar import GrammarCompiler
+from lrt.inference.jinja_template import choose_template
 from lrt.inference.request import Request
 from lrt.model import checkpoint
 from lrt.model.config import ModelConfig
@@ -55,7 +57,8 @@ class ServedModel:
     tokenizer: Tokenizer
     workers: tuple[Worker, ...]
     """One for each device, at least one."""
-    template: Template | None
+    grammars: GrammarCompiler
+    template: ChatTemplate | None
     """None: there is no chat."""
     created: int
     """Seconds since 1970."""
@@ -181,10 +184,12 @@ def load_served_model(
         create_worker(name, number, loaded[device][0], folder, settings, limits, metrics)
         for number, device in enumerate(settings.devices)
     )
-    template = choose_template(tokenizer, settings.template)
     created = int((folder / "manifest.json").stat().st_mtime)
-    weights = f"fp_{fingerprint(transformer)[:12]}"
-    return ServedModel(name, tokenizer, workers, template, created, weights, settings, version)
+    template_name, template = choose_template(tokenizer, settings.template, folder)
+    if settings.template is None and template_name == "plain":
+        template = None  # nothing says that the model can chat
+    weights, grammars = f"fp_{fingerprint(transformer)[:12]}", GrammarCompiler(tokenizer)
+    return ServedModel(name, tokenizer, workers, grammars, template, created, weights, settings, version)
 
 
 def create_worker(
@@ -229,14 +234,6 @@ def checkpoint_version(path: Path, watched: Sequence[Path] = ()) -> tuple[object
         *sorted(file for folder in watched for file in folder.iterdir()),
     ]
     return tuple((str(file), status.st_mtime_ns, status.st_size) for file in files for status in [file.stat()])
-
-
-def choose_template(tokenizer: Tokenizer, name: str | None) -> Template | None:
-    """The template of a name; without one the tokenizer's own, None where its special tokens name none."""
-    if name is None:
-        template = TEMPLATES[default_template(tokenizer)]
-        return template if template.special else None
-    return check_template(tokenizer, name)
 
 
 def model_names(paths: Sequence[Path], names: Sequence[str] = ()) -> list[str]:

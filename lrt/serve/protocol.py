@@ -29,7 +29,6 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 EmptyList = Annotated[list[Any], Field(max_length=0)]
-EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
 Prefill = Literal["exact", "converged", "fast", "one_sweep"]
 UNSUPPORTED = {
     "suffix": "an LRT writes forwards only; leave it out",
@@ -37,7 +36,10 @@ UNSUPPORTED = {
     "tool_choice": "there are no tools; leave it out",
     "functions": "there are no functions; leave it out",
     "function_call": "there are no functions; leave it out",
-    "response_format": 'answers are plain text; leave it out, or give {"type": "text"}',
+    "guided_json": 'vLLM has renamed it; give structured_outputs {"json": …}, or response_format',
+    "guided_regex": 'vLLM has renamed it; give structured_outputs {"regex": …}',
+    "guided_choice": 'vLLM has renamed it; give structured_outputs {"choice": […]}',
+    "guided_grammar": 'vLLM has renamed it; give structured_outputs {"grammar": …}',
     "modalities": 'answers are text; leave it out, or give ["text"]',
     "audio": "answers are text; leave it out",
     "prediction": "leave it out",
@@ -48,7 +50,6 @@ UNSUPPORTED = {
     "web_search_options": "there is no web search; leave it out",
     "store": "nothing is stored; leave it out",
     "service_tier": "there is one; leave it out, or give auto or default",
-    "chat_template_kwargs": "chat templates take none; leave it out",
 }
 """Documented parameters that are refused unless they ask for nothing -> why, and what to do."""
 
@@ -66,6 +67,41 @@ class StreamOptions(Strict):
     """Accepted; streams are not padded."""
     continuous_usage_stats: bool | None = None
     """Send the counts so far with every event (vLLM's)."""
+
+
+class PlainFormat(Strict):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Strict):
+    name: str = Field(min_length=1, max_length=200)
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+    """Accepted: an answer always fits."""
+
+
+class JsonSchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class StructuredOutputs(Strict):
+    """vLLM's; one of the first five is given."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1024)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    whitespace_pattern: None = None
+    structural_tag: None = None
+    disable_any_whitespace: Literal[False] | None = None
+    disable_additional_properties: Literal[False] | None = None
 
 
 class GenerationBody(Strict):
@@ -92,6 +128,14 @@ class GenerationBody(Strict):
     store: OnlyFalse | None = None
     service_tier: Literal["auto", "default"] | None = None
     prefill: Prefill | None = Field(None, description="How the prompt is computed; the server's way by default.")
+    response_format: (
+        Annotated[PlainFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None
+    ) = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: None = None
+    guided_regex: None = None
+    guided_choice: None = None
+    guided_grammar: None = None
 
 
 class CompletionBody(GenerationBody):
@@ -147,10 +191,6 @@ class ChatTurn(Strict):
         return self
 
 
-class PlainFormat(Strict):
-    type: Literal["text"]
-
-
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
@@ -163,9 +203,9 @@ class ChatBody(GenerationBody):
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: EmptyObject | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
-    response_format: PlainFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further variables of the model's own chat template."""
     tools: EmptyList | None = None
     tool_choice: Literal["none", "auto"] | None = None
     functions: EmptyList | None = None

@@ -6,13 +6,14 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lrt.inference.chat_template import Message, Template, turn_tokens
+from lrt.inference.chat_template import ChatTemplate, Message, turn_tokens
 from lrt.inference.request import Request
 from lrt.inference.sampling import Sampling, Steering
 from lrt.serve.config import Limits
 from lrt.serve.errors import ApiError
 from lrt.serve.models import ServedModel
 from lrt.serve.protocol import ChatBody, ChatTurn, CompletionBody, GenerationBody, StreamOptions
+from lrt.serve.structured import answer_grammar
 
 DEFAULT_MAX_TOKENS = 16
 """Tokens of a completion that asks for no number, as OpenAI's have."""
@@ -103,7 +104,8 @@ def parse_chat(body: ChatBody, model: ServedModel, limits: Limits) -> Generation
     """What a body of /v1/chat/completions asks for. ApiError 400 where it cannot be served."""
     template = check_chat(body, model, limits)
     try:
-        parts = template.parts([Message(message_role(turn), message_text(turn)) for turn in body.messages])
+        messages = [Message(message_role(turn), message_text(turn)) for turn in body.messages]
+        parts = template.parts(messages, body.chat_template_kwargs)
     except ValueError as error:
         raise ApiError(400, str(error), param="messages") from error
     tokens = turn_tokens(model.tokenizer, template, parts)
@@ -118,7 +120,7 @@ def parse_chat(body: ChatBody, model: ServedModel, limits: Limits) -> Generation
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    plain = template.end is None  # a line's end then ends an answer
+    plain = template.end is None and request.grammar is None  # a line's end then ends an answer
     ends = ("\n",) if plain and not body.ignore_eos else ()
     return GenerationTask(
         model,
@@ -132,7 +134,7 @@ def parse_chat(body: ChatBody, model: ServedModel, limits: Limits) -> Generation
     )
 
 
-def check_chat(body: ChatBody, model: ServedModel, limits: Limits) -> Template:
+def check_chat(body: ChatBody, model: ServedModel, limits: Limits) -> ChatTemplate:
     """The template of a model that can chat. ApiError 400 where the body contradicts itself, or there is none."""
     if model.template is None:
         raise ApiError(
@@ -184,6 +186,7 @@ def promptless_request(body: GenerationBody, model: ServedModel) -> Request:
         stop=frozenset() if body.ignore_eos else frozenset({model.tokenizer.bos}),
         steering=Steering(body.frequency_penalty or 0.0, body.presence_penalty or 0.0, bias, repetition),
         prefill=body.prefill,
+        grammar=answer_grammar(body, model),
     )
 
 

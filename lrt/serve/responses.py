@@ -25,7 +25,7 @@ from lrt.inference.request import Event, Request
 from lrt.serve.async_engine import Done, Submission, WorkerEvent
 from lrt.serve.body import off_loop
 from lrt.serve.detokenizer import Detokenizer, EmittedToken, TextDelta
-from lrt.serve.errors import ApiError, ClientDisconnected, timeout_error
+from lrt.serve.errors import ApiError, ClientDisconnected, grammar_error, timeout_error
 from lrt.serve.models import ServedModel, Worker
 from lrt.serve.openai_format import FORMATS, token_usage
 from lrt.serve.registry import ModelRegistry
@@ -92,6 +92,8 @@ class RunningTask:
             if event.finish is None:
                 submission.engine.cancel(submission, event.sample)
             return [(deltas[0][0], "stop")]
+        if event.finish == "failed":
+            raise grammar_error()
         if event.finish is not None:
             self.ended[prompt_index][event.sample] = True
             rest = detokenizer.finish()

@@ -22,8 +22,8 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.splitlines()]
 
 
-def test_the_python_block_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (block,) = [block for kind, block in BLOCKS if kind == "python"]
+def test_the_python_blocks_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    block = "".join(block for kind, block in BLOCKS if kind == "python")
     with live(saved(tmp_path / "mine"), saved(tmp_path / "plain", seed=1)) as up:
         exec(compile(block.replace("http://127.0.0.1:8000", up.url), "docs/serving.md", "exec"), {})
     lines = capsys.readouterr().out

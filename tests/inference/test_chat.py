@@ -177,3 +177,24 @@ def test_turns_that_belong_to_another_session_are_refused(tmp_path: Path):
 def test_text_that_is_not_unicode_is_named():
     with pytest.raises(ValueError, match="not valid Unicode; give UTF-8 text"):
         tokenizer().encode("half \udcff")
+
+
+def test_a_checkpoints_own_template_goes_on_turn_by_turn(tmp_path: Path):
+    """Turn by turn it gives the tokens that it gives for the whole conversation."""
+    words = tokenizer("<|im_start|>", "<|im_end|>")
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ ': ' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
+    )
+    chat = talking(words, folder=tmp_path)
+    assert chat.name == "of the checkpoint"
+    end = special_tokens(words)["<|im_end|>"]
+    assert chat.stop == {words.bos, end}
+    chat.say("hello <|im_end|>", 3, str)
+    assert chat.session is not None
+    answer = words.decode(chat.session.tokens[-3:])
+    ids = [*chat.session.tokens, *chat.encode_turn("there")]
+    turns = [Message("user", "hello <|im_end|>"), Message("assistant", answer), Message("user", "there")]
+    whole = turn_tokens(words, chat.template, chat.template.parts(turns))
+    assert words.decode(ids) == words.decode(whole).replace("assistant: ", "")
+    assert [i for i in ids if i in words.special] == [words.bos, *(i for i in whole if i in words.special)]

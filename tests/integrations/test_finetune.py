@@ -14,9 +14,10 @@ pytest.importorskip("trl")
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from support.retrofits import awaken, plain
+from support.server import saved
 from tokenizers import Tokenizer as Inner
 from tokenizers import models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, generate, load, save
@@ -24,6 +25,7 @@ from lrt.cli.loading import load_model
 from lrt.cli.main import main
 from lrt.data.tokenizer import Tokenizer
 from lrt.inference.chat_template import TEMPLATES, Message, turn_tokens
+from lrt.inference.jinja_template import JinjaTemplate
 from lrt.inference.sampling import Sampling
 from lrt.integrations.finetune import comparison
 from lrt.integrations.finetune.adapter import load_adapted
@@ -31,7 +33,8 @@ from lrt.integrations.finetune.chat_rows import read_rows
 from lrt.integrations.finetune.comparison import PATHWAY, PLAIN, SHIFT, Outcome, difference
 from lrt.integrations.finetune.finetune import make_optimiser, make_trainer, row_costs
 from lrt.integrations.finetune.options import FinetuneOptions
-from lrt.integrations.finetune.targets import masked_turns, open_target
+from lrt.integrations.finetune.targets import LRTTarget, masked_turns, open_target
+from lrt.integrations.hf.export import export
 from lrt.integrations.retrofit import retrofit
 from lrt.model import checkpoint
 from lrt.serve.config import Limits, Settings
@@ -561,3 +564,23 @@ def test_what_fits_no_pathway_is_answered_in_a_sentence(request, llama, tmp_path
         main(["finetune", str(folder), str(tmp_path / "out"), "--chat", file, *options])
     error = capsys.readouterr().err
     assert (stopped.value.code, message in error) == (2, True), error
+
+
+OWN_CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_runs_own_template_is_what_is_learned_and_it_is_kept(tmp_path):
+    folder = saved(tmp_path / "run", "<|im_start|>", "<|im_end|>")
+    talk = [{"role": role, "content": f"{role} says {i}"} for i, role in enumerate(["user", "assistant"] * 3)]
+    by_table = LRTTarget.open(folder, None).encode({"messages": talk})
+    (folder / "chat_template.jinja").write_text(OWN_CHATML)
+    target = LRTTarget.open(folder, None)
+    assert isinstance(target.template, JinjaTemplate)
+    assert target.encode({"messages": talk}) == by_table
+    target.save(target.model, tmp_path / "tuned")
+    assert (tmp_path / "tuned" / "chat_template.jinja").read_text() == OWN_CHATML
+    export(tmp_path / "tuned", tmp_path / "exported")
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported").chat_template == OWN_CHATML

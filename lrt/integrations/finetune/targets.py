@@ -1,7 +1,7 @@
 """What is fine-tuned: a run of lrt, or a folder of transformers. How its rows become tokens, and how it is saved.
 
-A run has no Jinja template. Its conversations are written by the turns that `lrt chat` and `lrt serve` write, token by
-token; a folder's by its tokenizer's own template.
+A run's conversations are written as `lrt chat` and `lrt serve` write them, token by token; a folder's by transformers,
+with its tokenizer's own template.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrt.integrations.retrofit  # noqa: F401  (so that retrofitted folders are known)
 from lrt.data.tokenizer import Tokenizer
-from lrt.inference.chat_template import Message, Template, check_template, default_template, turn_tokens
+from lrt.inference.chat_template import ChatTemplate, Message, Part, turn_tokens
+from lrt.inference.jinja_template import choose_template, copy_template
 from lrt.integrations.hf.export import wrap_model, wrap_tokenizer
 from lrt.integrations.retrofit.configuration import MODEL_TYPE
 from lrt.model import checkpoint
@@ -79,7 +80,7 @@ class LRTTarget:
     tokenizer: Any
     lora_fields: dict[str, Any]
     own: Tokenizer
-    template: Template
+    template: ChatTemplate
     about: dict[str, Any]
     has_pathway: bool = False
 
@@ -91,7 +92,7 @@ class LRTTarget:
         model = wrap_model(native, own, about.get("schedule", "plain()"), "converged")
         tokenizer = wrap_tokenizer(own, native.config.context)
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-        written = check_template(own, template or default_template(own))
+        _, written = choose_template(own, template, checkpoint.verify(source))
         return cls(source, model, tokenizer, {"target_modules": RUN_PROJECTIONS}, own, written, about)
 
     def rows(self, rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
@@ -112,6 +113,7 @@ class LRTTarget:
         # Not the scores and counts of its training, which these weights have not got.
         kept = {name: self.about[name] for name in ("schedule", "plugins") if name in self.about}
         checkpoint.save(out, model.model, self.own, {**kept, "finetuned": True})
+        copy_template(checkpoint.verify(self.source), out)
 
 
 @dataclass(frozen=True)
@@ -159,21 +161,25 @@ class TransformersTarget:
         self.tokenizer.save_pretrained(out)
 
 
-def masked_turns(tokenizer: Tokenizer, template: Template, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+def masked_turns(
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]
+) -> tuple[list[int], list[int]]:
     """(tokens, 1 for the assistant's and for what ends its turns) of a conversation, up to its last answer.
 
     ValueError where its turns are in no order that the template can write.
     """
-    ids, mask, written = [tokenizer.bos], [0], 0
-    for number, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        parts = template.parts(messages[:number])
-        answer = [(message.text, True), *template.closing()]
-        learned = 1 + int(template.end is not None or bool(template.closing()))
-        for pieces, counted in ((parts[written:], 0), (answer[:learned], 1), (answer[learned:], 0)):
-            new = turn_tokens(tokenizer, template, pieces)
-            ids += new
-            mask += [counted] * len(new)
-        written = len(parts) + len(answer)
+    ids, mask = [tokenizer.bos], [0]
+
+    def write(parts: Sequence[Part], counted: int) -> None:
+        new = turn_tokens(tokenizer, template, parts)
+        ids.extend(new)
+        mask.extend([counted] * len(new))
+
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    for number in answers:
+        earlier = messages[:number]
+        write(template.parts(earlier) if number == answers[0] else template.continuation(earlier, ended=True), 0)
+        write([(messages[number].text, True), *template.closing()[:1]], 1)
+    if answers:
+        write(template.closing(ended=True), 0)
     return ids, mask

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from lrt.data.tokenizer import Tokenizer
 from lrt.eval.runs import Run
+from lrt.inference.jinja_template import folder_template
 from lrt.integrations.hf.configuration import LRTConfig
 from lrt.integrations.hf.model_card import card_markdown
 from lrt.integrations.hf.modeling import LRTForCausalLM
@@ -74,6 +75,8 @@ def write_folder(source: Path | str, out: Path, prefill: str, remote_code: bool)
     about = checkpoint.about(source)
     model = wrap_model(native, tokenizer, about.get("schedule", "plain()"), prefill)
     fast = wrap_tokenizer(tokenizer, native.config.context)
+    template = folder_template(checkpoint.verify(Path(source)), tokenizer)
+    fast.chat_template = None if template is None else template.source
     model.config.pad_token_id = model.generation_config.pad_token_id = fast.pad_token_id
     model.save_pretrained(out)
     fast.save_pretrained(out)
