@@ -72,6 +72,9 @@ class Serve:
     template: str | None = None
     """How conversations are written: nanochat, chatml or plain. None: by the tokenizer's special tokens; without any,
     /v1/chat/completions is refused."""
+    examples: bool = False
+    """Offer beginnings of the runs' own held-out documents as prompts on the page: whoever may ask can then read them.
+    Without it the page offers prompts that are not of their text."""
     limits: Limits = dataclasses.field(default_factory=Limits)
     """What one request may cost, and all of them together."""
     device: str = "auto"
@@ -119,7 +122,7 @@ class Serve:
         if self.prefixes < 0:
             raise ValueError(f"prefixes is {self.prefixes}; give 0 (keep none) or more megabytes")
         names, metrics, device = model_names(self.checkpoints, self.names), ServerMetrics(), choose_device(self.device)
-        settings = Settings(self.rows, self.prefill, self.mode, self.prefixes * 10**6, self.template)
+        settings = Settings(self.rows, self.prefill, self.mode, self.prefixes * 10**6, self.template, self.examples)
         load = partial(load_model, adapter=self.adapter)
         models = [
             load_served_model(path, name, settings, self.limits, metrics, device, load)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import aclosing, asynccontextmanager
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
@@ -16,6 +15,7 @@ from lrt.serve.body import body_route, body_size, off_loop
 from lrt.serve.errors import ClientDisconnected, install_handlers
 from lrt.serve.middleware import PUBLIC_PATHS, RequestGuard
 from lrt.serve.models import ModelRegistry, ServedModel
+from lrt.serve.page_files import PAGE_FILES, read_page_file
 from lrt.serve.playground import MemoryInspector, parse_generation, stream_generation
 from lrt.serve.protocol import (
     ChatBody,
@@ -49,8 +49,6 @@ ERROR_DESCRIPTIONS = {
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Error, "description": description} for status, description in ERROR_DESCRIPTIONS.items()
 }
-# One file without a build step. The policy in middleware.py lets it load nothing.
-PAGE = files("lrt.serve") / "page.html"
 
 
 def create_app(registry: ModelRegistry, tokens: Collection[str] = (), hosts: Collection[str] | None = None) -> FastAPI:
@@ -94,9 +92,14 @@ def add_server_routes(app: FastAPI, registry: ModelRegistry) -> None:
 
     @app.head("/", include_in_schema=False)
     @app.get("/", response_class=Response, responses={200: {"content": {"text/html": {}}}})
-    async def page() -> HTMLResponse:
+    async def page(request: Request) -> Response:
         """The playground."""
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+        text, media_type = read_page_file(request.url.path)
+        return Response(text, media_type=media_type)
+
+    # What the page loads. The policy in middleware.py lets it load nothing from elsewhere.
+    for path in PAGE_FILES.keys() - {"/"}:
+        app.add_api_route(path, page, methods=["GET", "HEAD"], include_in_schema=False)
 
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", responses={200: {"model": Health}, 503: {"model": Health}})

@@ -59,3 +59,5 @@ class Settings:
     """Bytes for rows of earlier requests, whose beginnings later prompts reuse. 0: none."""
     template: str | None = None
     """How conversations are written: nanochat, chatml or plain. None: by the tokenizer's special tokens, if any."""
+    held_out_examples: bool = False
+    """Whether the page offers beginnings of the runs' own held-out documents as prompts."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lrt.data.tokenizer import Tokenizer
+from lrt.eval.probe import StateProbe, read_probe
 from lrt.inference import cost_model
 from lrt.inference.chat_template import TEMPLATES, Template, check_template, default_template
 from lrt.inference.engine import Engine
@@ -23,6 +24,7 @@ from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.serve.async_engine import AsyncEngine
 from lrt.serve.config import Limits, Settings
 from lrt.serve.errors import ApiError, busy_error, shutdown_error, unavailable_error
+from lrt.serve.examples import example_prompts
 from lrt.serve.metrics import ServerMetrics
 
 GENERIC_FOLDERS = ("checkpoint", "best")
@@ -46,6 +48,10 @@ class ServedModel:
     settings: Settings
     prefills: ThreadPoolExecutor
     """Where prompts are computed in parallel, and scored, one at a time beside the engine."""
+    examples: tuple[str, ...] = ()
+    """Prompts that the page offers."""
+    probe: StateProbe | None = None
+    """What the page reads the state with, where the checkpoint has one."""
 
     @property
     def config(self) -> ModelConfig:
@@ -72,6 +78,7 @@ class ServedModel:
             "injection": memory.injection,
             "projection": memory.projection if memory.injection in ("both", "key_value") else None,
             "prefill": self.settings.prefill,
+            "examples": self.examples,
         }
 
 
@@ -84,12 +91,16 @@ def load_served_model(
     device: str | torch.device,
     load: Callable[[Path, str | torch.device], tuple[LatentRecurrentTransformer, Tokenizer]] = checkpoint.load,
 ) -> ServedModel:
-    """Load a checkpoint to be served, by `load`. ValueError where it is damaged, or settings do not fit."""
+    """Load a checkpoint to be served, by `load`. ValueError where it is damaged, settings do not fit, or examples of
+    its text are asked for and the text is not there."""
     folder = checkpoint.verify(path)
     transformer, tokenizer = load(folder, device)
     calibration = cost_model.read_calibration(folder, transformer)
     created = int((folder / "manifest.json").stat().st_mtime)
-    return create_served_model(name, transformer, tokenizer, settings, limits, metrics, calibration, created)
+    model = create_served_model(name, transformer, tokenizer, settings, limits, metrics, calibration, created)
+    model.examples = example_prompts(path, folder, settings.held_out_examples)
+    model.probe = read_probe(folder, transformer)
+    return model
 
 
 def create_served_model(
