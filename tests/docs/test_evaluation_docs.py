@@ -45,7 +45,7 @@ def test_the_guide_s_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     kinds = {(result.kind, result.subject) for result in read_results(Path("runs/mine/evaluation"))}
     assert {("bpb", "mine-val"), ("bpb", "other-val"), ("bfloat16", "other-val"), ("core", "CORE")} <= kinds
     assert {kind for kind, _ in kinds} == {
-        *("scores", "bpb", "bfloat16", "sweeps", "hops", "ablations", "memory", "text", "core")
+        *("scores", "bpb", "bfloat16", "sweeps", "hops", "ablations", "memory", "text", "probe", "core")
     }
     assert Path("runs/report.html").stat().st_size > 10_000
     printed = capsys.readouterr().out

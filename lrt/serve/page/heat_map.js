@@ -12,8 +12,8 @@ export class HeatMap {
     this.names = make("ol", { attributes: { "aria-hidden": "true" } });
     this.canvas = make("canvas", { attributes: { "aria-hidden": "true" } });
     this.marks = [make("i", { className: "column" }), make("i", { className: "cell" })];
-    this.cell = make("div", { className: "readout", attributes: { role: "row" } });
-    this.cell.id = `map-${this.number}-row`;
+    this.cell = make("div", { id: `map-${this.number}-row`, className: "readout", attributes: { role: "row" } },
+      make("span", { textContent: "Move over the map, or use the arrow keys.", attributes: { role: "gridcell" } }));
     this.scroll = make("div", {
       className: "scroll", tabIndex: 0,
       attributes: {

@@ -13,9 +13,8 @@ const sameText = () => panes.length > 1 && $("reads").value === "same";
 
 /** Two scales would lie: where something new is known, all panes get the same ones. */
 function recolour() {
-  panes.forEach(pane => pane.colourBy(VIEWS[$("by").value]));
   const scales = scalesOf(panes);
-  panes.forEach(pane => pane.rescale(scales));
+  panes.forEach(pane => pane.show(VIEWS[$("by").value], scales));
   const both = sameText() && panes.every(pane => pane.inspection) && panes[0].text === panes[1].text;
   $("comparison").textContent = both ? comparison(...panes) : "";
 }

@@ -2,7 +2,7 @@
 import { info, make, round, signed } from "./dom.js";
 import { HeatMap } from "./heat_map.js";
 import { StateView } from "./state_view.js";
-import { VIEWS, bits, gateOf, groupsOf, headline, scalesOf } from "./views.js";
+import { VIEWS, bits, gateOf, groupsOf, headline, scalesOf, wasRead } from "./views.js";
 
 /** What a model is, in short, and in full for who asks. */
 const inShort = model => `${(model.parameters / 1e6).toFixed(1)} M parameters, ${model.depth} layers`
@@ -65,7 +65,7 @@ export class Pane {
     this.tokens.push({ ...token, span, start: this.text.length, end: this.text.length + token.text.length });
     this.text += token.text;
     const value = this.view.of(this, this.tokens.length - 1), scale = this.scales[this.view.kind];
-    if (value != null && Math.abs(value) > scale.top) this.rescale(scalesOf([this]));
+    if (value != null && Math.abs(value) > scale.top) this.show(this.view, scalesOf([this]));
     else span.style.background = scale.ink(value);
     this.spans.scrollTop = this.spans.scrollHeight;
   }
@@ -78,12 +78,12 @@ export class Pane {
     this.save.disabled = false;
   }
 
-  /** Colour by a view, as far as there is something to show of it. */
-  colourBy(view) {
+  /** Colour by a view, as far as there is something to show of it, on such scales. */
+  show(view, scales) {
     this.view = this.model.recurrent && this.inspection ? view : VIEWS.live;
+    this.scales = scales;
     this.draw();
   }
-  rescale(scales) { this.scales = scales; this.draw(); }
 
   draw() {
     const scale = this.scales[this.view.kind];
@@ -156,7 +156,7 @@ export class Pane {
     if (token.top) left.append(make("p", { className: "facts", textContent: "Likeliest were " + token.top.map(
       ([text, chance]) => `${JSON.stringify(text)} ${(100 * chance).toFixed(0)} %`).join(", ") }));
     const blocks = this.inspection?.inside?.blocks ?? [], right = make("div");
-    if (t && t <= (this.inspection?.inside?.norm[0]?.length ?? 0) && blocks.length) {
+    if (wasRead(this, t) && blocks.length) {
       right.append(meters("How far the memory was let in", blocks.map(block =>
         [`layer ${block.layer}`, gateOf(block, t), round(gateOf(block, t))]), 2, "good"));
     }

@@ -65,7 +65,9 @@ const less = name => (pane, t) => {
   const [other, live] = [bits(pane, name, t), bits(pane, "live", t)];
   return other == null || live == null ? null : other - live;
 };
-const inside = read => (pane, t) => t && pane.inspection?.inside ? read(pane.inspection.inside, t - 1) ?? null : null;
+/** Whether it was measured what token t read of the memory: not of the first, nor behind what was looked into. */
+export const wasRead = (pane, t) => t > 0 && t <= (pane.inspection?.inside?.norm[0]?.length ?? 0);
+const inside = read => (pane, t) => wasRead(pane, t) ? read(pane.inspection.inside, t - 1) ?? null : null;
 
 /** What tokens can be coloured by. */
 export const VIEWS = {
@@ -123,7 +125,7 @@ export const shareRight = (pane, t) => {
 export const groupsOf = pane => {
   const inner = pane.inspection?.inside, layers = inner?.blocks ?? [], recurs = pane.model.recurrent;
   const view = (name, key) => [name, t => VIEWS[key].of(pane, t)];
-  const each = read => layers.map(block => [`layer ${block.layer}`, t => t ? read(block, t - 1) ?? null : null]);
+  const each = read => layers.map(block => [`layer ${block.layer}`, t => wasRead(pane, t) ? read(block, t - 1) ?? null : null]);
   return [
     {
       title: "surprisal", kind: "surprisal",
