@@ -76,7 +76,7 @@ def test_type_stream_hover_and_switch(page: Page, up: Live):
     before = [tokens.nth(i).get_attribute("style") for i in range(tokens.count())]
     page.select_option("#by", "gate")
     assert [tokens.nth(i).get_attribute("style") for i in range(tokens.count())] != before
-    expect(page.locator(".ticks")).to_contain_text("2: open")
+    expect(page.locator(".scale")).to_contain_text("open")
     page.select_option("#model-0", "transformer")
     expect(page.locator(".pane .title")).to_contain_text("no memory")
     page.click("#go")

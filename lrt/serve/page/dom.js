@@ -16,11 +16,11 @@ export const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "
 
 let infos = 0;
 
-/** A button ⓘ that opens what `text` explains; the browser closes it by Escape or a click elsewhere. */
+/** A button, an i in a circle, that opens what `text` explains; the browser closes it by Escape or a click elsewhere. */
 export const info = (about, text) => {
   const box = make("div", { id: `info-${++infos}`, popover: "auto", className: "info-box", textContent: text });
   const button = make("button", {
-    type: "button", className: "info", textContent: "ⓘ",
+    type: "button", className: "info", textContent: "i",
     attributes: { popovertarget: box.id, "aria-label": `About ${about}` },
   });
   box.addEventListener("toggle", event => {
@@ -30,7 +30,7 @@ export const info = (about, text) => {
     box.style.left = `${Math.max(8, Math.min(left, innerWidth - offsetWidth - 8))}px`;
     box.style.top = `${room ? bottom + 6 : Math.max(8, top - offsetHeight - 6)}px`;
   });
-  return make("span", { className: "info-holder" }, button, box);
+  return make("span", {}, "\u00a0", button, box); // the space keeps it on the line of the word before it
 };
 
 /** Save a blob as a file. */

@@ -28,6 +28,7 @@ function link(from, t) {
 
 function lay() {
   panes = [served("model-0"), served("model-1")].filter(Boolean).map(model => new Pane(model, link));
+  if (sameText()) panes[1].author = panes[0].model.id;
   panes.forEach(pane => pane.save.addEventListener("click", () => save(pane)));
   $("panes").replaceChildren(...panes.map(pane => pane.node));
   $("panes").classList.toggle("two", panes.length > 1);
@@ -56,7 +57,7 @@ async function write(pane, asked, promptLength, signal) {
       else if (e.type === "error") throw new Error(e.message);
       if (e.type !== "end") pane.say(count(written, "token"), { more });
     }
-    pane.say(`${count(written, "token")} written in ${seconds()} s.`, { more });
+    pane.say(asked.max_tokens ? `${count(written, "token")} written in ${seconds()} s.` : `Read in ${seconds()} s.`, { more });
     return true;
   } catch (error) {
     if (error.name !== "AbortError") { pane.say(inLabels(error), { alarm: true }); return false; }

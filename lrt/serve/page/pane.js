@@ -5,7 +5,8 @@ import { StateView } from "./state_view.js";
 import { VIEWS, bits, gateOf, groupsOf, headline, scalesOf, wasRead } from "./views.js";
 
 /** What a model is, in short, and in full for who asks. */
-const inShort = model => `${(model.parameters / 1e6).toFixed(1)} M parameters, ${model.depth} layers`
+const size = parameters => parameters < 1e6 ? `${Math.round(parameters / 1e3)} k` : `${(parameters / 1e6).toFixed(1)} M`;
+const inShort = model => `${size(model.parameters)} parameters, ${model.depth} layers`
   + (model.recurrent ? "" : ", no memory");
 const inFull = model => `${model.parameters.toLocaleString("en")} parameters in ${model.depth} layers of width ${model.width}; `
   + `a vocabulary of ${model.vocabulary.toLocaleString("en")} tokens; ${model.context == null ? "no limit of context" : `a context of ${model.context} tokens`}. `
@@ -17,13 +18,14 @@ const inFull = model => `${model.parameters.toLocaleString("en")} parameters in 
 export class Pane {
   /** `onSelect(pane, t)` is called where a token is selected here. */
   constructor(model, onSelect) {
-    Object.assign(this, { model, onSelect, tokens: [], text: "", inspection: null, selected: null, view: VIEWS.live });
+    Object.assign(this, { model, onSelect, tokens: [], text: "", inspection: null, selected: null, view: VIEWS.live, author: model.id });
     this.scales = scalesOf([]);
     this.headline = make("p", { className: "headline", hidden: true });
     this.status = make("span", { textContent: " " });
-    this.more = make("span"); // how the prompt was computed, behind an ⓘ
+    this.more = make("span"); // how the prompt was computed
     this.bar = make("div", { className: "bar" });
     this.ticks = make("div", { className: "ticks" });
+    this.words = [make("span"), make("span")]; // what the ends of the scale mean
     this.meaning = make("p", { className: "meaning" });
     this.spans = make("div", {
       className: "text empty", tabIndex: 0, textContent: "Nothing yet.",
@@ -37,7 +39,8 @@ export class Pane {
       make("div", { className: "title" }, make("h2", { textContent: model.id }),
         make("small", {}, inShort(model), info("this checkpoint", inFull(model))), this.save),
       this.headline, make("p", { className: "facts" }, this.status, this.more),
-      make("div", { className: "legend" }, make("div", { className: "scale" }, this.bar, this.ticks), this.meaning),
+      make("div", { className: "legend" }, make("div", { className: "scale" }, this.words[0], make("div", {}, this.bar, this.ticks), this.words[1]),
+        this.meaning),
       this.spans, this.about, this.state.node, this.map.node);
     const at = event => event.target.token != null && this.select(event.target.token);
     this.spans.addEventListener("pointerover", at);
@@ -96,6 +99,7 @@ export class Pane {
       tick.style.transform = `translateX(${-100 * fraction}%)`;
       return tick;
     }));
+    this.words.forEach((word, end) => { word.textContent = scale.kind.words[end]; });
     const waits = this.model.recurrent && !this.inspection && this.tokens.length > 0;
     this.meaning.replaceChildren(`Colour: ${this.view.name}${scale.log ? ", on a logarithmic scale" : ""}. ${this.view.says}`,
       info(this.view.name, this.view.more), waits ? " What the memory did comes when the text is done." : "");
@@ -145,7 +149,7 @@ export class Pane {
     }
     const token = this.tokens[t], [live, zero, embedding] = ["live", "zero", "embedding"].map(name => bits(this, name, t));
     const head = make("div", { className: "full" }, make("code", { textContent: JSON.stringify(token.text) }),
-      ` at position ${t}, ${token.prompt ? "from the prompt" : "written by the model"}`,
+      ` at position ${t}, ${token.prompt ? "from the prompt" : `written by ${this.author}`}`,
       info("the token", `Token ${token.id} of the vocabulary of ${this.model.vocabulary}.`));
     const costs = [[recurrent ? "with recurrence" : "surprisal", live], ["memory zeroed", zero], ["previous embedding", embedding]]
       .filter(([, value]) => value != null);
@@ -154,7 +158,7 @@ export class Pane {
     if (zero != null && live != null) left.append(make("p", {}, "The memory gains ", make("b", { textContent: signed(zero - live) }),
       " bits, over the previous embedding ", make("b", { textContent: signed(embedding - live) }), "."));
     if (token.top) left.append(make("p", { className: "facts", textContent: "Likeliest were " + token.top.map(
-      ([text, chance]) => `${JSON.stringify(text)} ${(100 * chance).toFixed(0)} %`).join(", ") }));
+      ([text, chance]) => `${text.startsWith("bytes:") ? text : JSON.stringify(text)} ${(100 * chance).toFixed(0)} %`).join(", ") }));
     const blocks = this.inspection?.inside?.blocks ?? [], right = make("div");
     if (wasRead(this, t) && blocks.length) {
       right.append(meters("How far the memory was let in", blocks.map(block =>

@@ -48,7 +48,7 @@ export const draw = pane => {
   pen.fillRect(0, 0, WIDTH, height);
   put(pane.model.id, EDGE, EDGE + 12, `600 15px ${SANS}`, variable("soft"));
   head.forEach((line, i) => put(line, EDGE, EDGE + 44 + i * 30, `600 22px ${SANS}`));
-  const bar = { x: EDGE, y: top - 44, width: 360, height: 10 }, least = scale.twoSided ? -1 : 0;
+  const bar = { x: EDGE + 60, y: top - 44, width: 320, height: 10 }, least = scale.twoSided ? -1 : 0;
   for (let x = 0; x < bar.width; x++) {
     pen.fillStyle = solid(scale.inkAt(least + (1 - least) * x / bar.width));
     pen.fillRect(bar.x + x, bar.y, 1, bar.height);
@@ -57,7 +57,11 @@ export const draw = pane => {
     pen.font = `12px ${SANS}`;
     put(text, bar.x + fraction * (bar.width - pen.measureText(text).width), bar.y + 24, `12px ${SANS}`, variable("soft"));
   });
-  put(pane.view.name, bar.x + bar.width + 28, bar.y + 11, `14px ${SANS}`, variable("soft"));
+  const [low, high] = scale.kind.words, small = `13px ${SANS}`;
+  pen.font = small;
+  put(low, bar.x - pen.measureText(low).width - 10, bar.y + 10, small, variable("soft"));
+  put(high, bar.x + bar.width + 10, bar.y + 10, small, variable("soft"));
+  put(`${pane.view.name}${scale.log ? ", logarithmic" : ""}`, bar.x + bar.width + 96, bar.y + 10, small, variable("soft"));
   for (const { text, x, line, t, width } of pieces) {
     pen.fillStyle = solid(scale.ink(pane.view.of(pane, t)));
     pen.fillRect(EDGE + x, top + line * LINE, width, LINE - 6);

@@ -7,7 +7,7 @@ const mean = (lists, i) => lists.reduce((sum, list) => sum + (list[i] ?? 0), 0) 
 const KINDS = {
   surprisal: { high: 12, unit: "bits", words: ["sure", "surprised"] },
   gain: { high: 4, unit: "bits", words: ["hurts", "helps"], signed: true },
-  gate: { high: 2, middle: 1, unit: "", words: ["shut", "open"] },
+  gate: { high: 2, middle: 1, unit: "", words: ["shut", "open"] }, // 1 at the start of training
   norm: { high: 1.5, unit: "", words: ["nothing", "large"] },
   ratio: { high: 2, unit: "", words: ["nothing", "large"] },
   share: { high: 1, unit: "", words: ["all wrong", "all right"] },
@@ -37,18 +37,17 @@ export class Scale {
   }
   /** [fraction of the bar, text] of what is written below it. */
   ticks() {
-    const { middle = 0, unit, words } = this.kind;
-    const apart = this.kind.signed ? Math.ceil(this.power / 2) : Math.ceil(this.power / 5);
+    const { unit, signed } = this.kind;
+    const apart = signed ? Math.ceil(this.power / 2) : Math.ceil(this.power / 5);
     const powers = [...Array(this.power).keys()].map(n => this.power - n).filter((_, n) => n % apart === 0).reverse();
     const sizes = this.log ? powers.map(n => 2 ** n - 1) : [this.top / 2, this.top];
-    const ends = this.kind.signed ? [-sizes.at(-1), -sizes[0], 0, sizes[0], sizes.at(-1)] : [0, ...sizes];
+    const ends = signed ? [-sizes.at(-1), -sizes[0], 0, sizes[0], sizes.at(-1)] : [0, ...sizes];
     const values = [...new Set(ends)].sort((a, b) => a - b);
-    const least = this.kind.signed ? -this.top : 0;
+    const least = signed ? -this.top : 0;
     return values.map((value, i) => {
       const from = this.twoSided ? this.place(least) : 0, fraction = (this.place(value) - from) / (1 - from);
-      const text = `${value < 0 ? "−" : value > 0 && this.kind.signed ? "+" : ""}${Math.abs(value)}`;
-      const word = i === 0 ? words[0] : i === values.length - 1 ? words[1] : value === middle && middle ? "as at first" : "";
-      return [fraction, word ? `${text}${unit && ` ${unit}`}: ${word}` : text];
+      const text = `${value < 0 ? "−" : value > 0 && signed ? "+" : ""}${Math.abs(value)}`;
+      return [fraction, i === values.length - 1 && unit ? `${text} ${unit}` : text];
     });
   }
   /** Its ends, in words. */
@@ -129,7 +128,7 @@ export const groupsOf = pane => {
   return [
     {
       title: "surprisal", kind: "surprisal",
-      rows: [view(recurs ? "with recurrence" : "surprisal", "live"),
+      rows: [view(recurs ? "with recurrence" : "by token", "live"),
         ...(recurs ? [view("memory zeroed", "zero"), view("previous embedding", "embedding")] : [])],
     },
     ...(recurs ? [{ title: "gain", kind: "gain", rows: [view("over zeroed", "gain"), view("over embedding", "over")] }] : []),
@@ -182,6 +181,6 @@ export const comparison = (one, other) => {
   const [a, b] = [one, other].map(pane => total(pane, "live").bits), [few, many] = a <= b ? [one, other] : [other, one];
   const fewer = Math.abs(a - b);
   return `The same text costs ${one.model.id} ${whole(a)} bits and ${other.model.id} ${whole(b)}: `
-    + (fewer < 0.05 ? "no difference." : `${few.model.id} needs ${whole(fewer)} bits (${Math.round(100 * fewer / Math.max(a, b))} %) fewer than ${many.model.id}.`);
+    + (fewer < 0.05 ? "no difference." : `${few.model.id} needs ${whole(fewer)} bits (${Math.round(100 * fewer / Math.max(a, b))}\u00a0%) fewer than ${many.model.id}.`);
 };
 export const lookedInto = (pane, tokens) => tokens < pane.tokens.length ? ` The first ${count(tokens, "token")} were looked into.` : "";
