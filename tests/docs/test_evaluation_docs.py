@@ -18,8 +18,8 @@ GUIDE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
 
 def commands() -> list[list[str]]:
-    blocks = re.findall(r"^```\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.M | re.S)
-    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.M | re.S)
+    return [shlex.split(line)[1:] for language, block in blocks if not language for line in block.splitlines()]
 
 
 def test_the_guide_s_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import torch
-
 from lrt.eval.probe import Traces, measure_probe, trace_texts, write_probe
 from lrt.eval.results import Result
 from lrt.experiments.state_data.chess_games import RANDOM_CHESS
@@ -57,7 +55,7 @@ def draw_texts(benchmark: Benchmark, purpose: str, words: int, seed: int) -> lis
     return [benchmark.text(row[:length]) for row, length in zip(rows.tokens, rows.lengths.tolist(), strict=True)]
 
 
-def probe_checkpoint(path: Path, settings: ProbeSettings, out: Path, device: torch.device) -> tuple[Result, Path]:
+def probe_checkpoint(path: Path, settings: ProbeSettings, out: Path, device: str) -> tuple[Result, Path]:
     """Fit a probe to a checkpoint, or a run's. Its scores are kept in `out`, the best probe beside the weights.
 
     Returns the scores and the probe's file.
