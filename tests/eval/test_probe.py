@@ -98,3 +98,12 @@ def test_the_command_keeps_scores_and_the_probe(tmp_path: Path, capsys: pytest.C
 def test_a_probe_needs_a_number_of_words():
     with pytest.raises(ValueError, match="a probe needs 1 or more"):
         ProbeSettings("repl", held_out=0)
+
+
+def test_the_report_shows_it(tmp_path: Path):
+    folder = saved(tmp_path / "lrt")
+    main(["diagnose", str(folder), "--probe", "log", "--at-least", "200", "--device", "cpu"])
+    main(["report", str(folder), "--out", str(tmp_path / "report.html")])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "of lrt a linear probe reads" in page
+    assert "the whole state at once" in page
