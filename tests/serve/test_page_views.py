@@ -349,6 +349,7 @@ def test_programs_and_boards_beside_what_is_read(page: Page):
     expect(state).to_be_hidden()  # it has no probe
 
 
+@pytest.mark.parametrize("context", ["wide light", "wide dark", "phone light", "phone dark"], indirect=True)
 def test_nothing_serious_for_axe_and_nothing_too_wide(page: Page):
     assert serious_findings(page) == []
     go(page, "b = 3\na = b\n" * 6, 8, model_0="repl", model_1="transformer")

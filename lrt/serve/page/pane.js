@@ -41,7 +41,7 @@ export class Pane {
       this.headline, make("p", { className: "facts" }, this.status, this.more),
       make("div", { className: "legend" }, make("div", { className: "scale" }, this.words[0], make("div", {}, this.bar, this.ticks), this.words[1]),
         this.meaning),
-      this.spans, this.about, this.state.node, this.map.node);
+      make("div", { className: "reading" }, this.spans, this.state.node), this.about, this.map.node);
     const at = event => event.target.token != null && this.select(event.target.token);
     this.spans.addEventListener("pointerover", at);
     this.spans.addEventListener("click", at);

@@ -10,7 +10,7 @@ const KINDS = {
   gate: { high: 2, middle: 1, unit: "", words: ["shut", "open"] }, // 1 at the start of training
   norm: { high: 1.5, unit: "", words: ["nothing", "large"] },
   ratio: { high: 2, unit: "", words: ["nothing", "large"] },
-  share: { high: 1, unit: "", words: ["all wrong", "all right"] },
+  share: { high: 1, unit: "", words: ["all wrong", "all right"], colour: "good" },
 };
 const STRONGEST = 0.55; // of a colour behind text, which has to stay readable
 
@@ -32,7 +32,7 @@ export class Scale {
   /** A colour, as CSS. */
   ink(value) { return value == null ? "transparent" : this.inkAt(this.place(value)); }
   inkAt(place) {
-    const name = this.twoSided ? (place > 0 ? "good" : "bad") : "heat";
+    const name = this.twoSided ? (place > 0 ? "good" : "bad") : this.kind.colour ?? "heat";
     return `rgb(var(--${name}) / ${(Math.abs(place) ** 0.8 * STRONGEST).toFixed(3)})`;
   }
   /** [fraction of the bar, text] of what is written below it. */
