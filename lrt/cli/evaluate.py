@@ -221,6 +221,7 @@ class Diagnose:
 
     def fit_probe(self, kind: Literal["repl", "log", "chess"]) -> None:
         """Fit a probe, print its scores, and keep it for the page."""
+        from lrt.distributed.parallelize import join_ranks
         from lrt.eval.runs import run_name
         from lrt.experiments.state_data.probing import ProbeSettings, probe_checkpoint
         from lrt.utils.device import choose_device
@@ -228,8 +229,10 @@ class Diagnose:
         assert self.at_least is not None
         settings = ProbeSettings(kind, self.at_least, self.batch_size)
         files.check_writable(out := self.out or self.checkpoint / "evaluation")
-        scores, _ = probe_checkpoint(self.checkpoint, settings, out, choose_device(self.device))
-        show_diagnosis(run_name(self.checkpoint), [scores], self.format, self.full, out)
+        with join_ranks("ddp", choose_device(self.device)) as ranks, ranks.collective():
+            if ranks.first:
+                scores, _ = probe_checkpoint(self.checkpoint, settings, out, ranks.device)
+                show_diagnosis(run_name(self.checkpoint), [scores], self.format, self.full, out)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from lrt.data.tokenizer import Tokenizer
 from lrt.eval.probe import StateProbe, read_probe
+from lrt.eval.text_states import STATE_KINDS
 from lrt.inference import cost_model
 from lrt.inference.chat_template import TEMPLATES, Template, check_template, default_template
 from lrt.inference.engine import Engine
@@ -26,6 +27,8 @@ from lrt.serve.config import Limits, Settings
 from lrt.serve.errors import ApiError, busy_error, shutdown_error, unavailable_error
 from lrt.serve.examples import example_prompts
 from lrt.serve.metrics import ServerMetrics
+from lrt.utils.imports import MissingExtraError
+from lrt.utils.progress import warn
 
 GENERIC_FOLDERS = ("checkpoint", "best")
 """Folders that say nothing of the model in them: its name is their parent's."""
@@ -99,8 +102,20 @@ def load_served_model(
     created = int((folder / "manifest.json").stat().st_mtime)
     model = create_served_model(name, transformer, tokenizer, settings, limits, metrics, calibration, created)
     model.examples = example_prompts(path, folder, settings.held_out_examples)
-    model.probe = read_probe(folder, transformer)
+    model.probe = usable_probe(folder, transformer)
     return model
+
+
+def usable_probe(folder: Path, transformer: LatentRecurrentTransformer) -> StateProbe | None:
+    """The probe of a checkpoint, if it has one. Left out, with a warning, where what follows its state is missing."""
+    probe = read_probe(folder, transformer)
+    try:
+        if probe is not None:
+            STATE_KINDS[probe.kind].after("", [0])
+    except MissingExtraError as error:
+        warn(f"{error}. Until then the page does not show the state")
+        return None
+    return probe
 
 
 def create_served_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import typing
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from support.server import saved
 
 from lrt import MemoryConfig
+from lrt.cli.evaluate import Diagnose
 from lrt.cli.main import main
 from lrt.eval.probe import FILE, HIDDEN, fit_probe, majority_share, read_probe, readable_vectors, trace_texts
 from lrt.eval.results import read_results
 from lrt.eval.scoring import score
+from lrt.eval.text_states import STATE_KINDS
 from lrt.experiments.state_data.probing import BENCHMARKS, ProbeSettings, draw_texts
 from lrt.model.checkpoint import load
 
@@ -93,6 +96,12 @@ def test_the_command_keeps_scores_and_the_probe(tmp_path: Path, capsys: pytest.C
     (folder / FILE).write_bytes(b"no probe")
     with pytest.raises(ValueError, match="is no probe"):
         read_probe(folder, model)
+
+
+def test_what_can_be_asked_for_is_what_can_be_drawn_and_followed():
+    offered = typing.get_type_hints(Diagnose)["probe"]
+    names = {name for part in typing.get_args(offered) for name in typing.get_args(part)}
+    assert names == set(BENCHMARKS) == set(STATE_KINDS)
 
 
 def test_a_probe_needs_a_number_of_words():

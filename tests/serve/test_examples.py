@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import httpx
@@ -61,3 +62,16 @@ def test_prompts_go_by_words_of_the_name():
         assert written_prompts({"corpus": corpus})[0].startswith(beginning)
     for corpus in ("blog", "encoder", ""):  # `log` and `code` are only parts of their names
         assert written_prompts({"corpus": corpus}) == GENERAL
+
+
+def test_a_probe_whose_library_is_missing_is_left_out_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    folder = saved(tmp_path / "lrt")
+    main(["diagnose", str(folder), "--probe", "chess", "--at-least", "60", "--device", "cpu"])
+    with live(folder) as up:
+        assert up.registry.find("lrt").probe is not None
+    monkeypatch.setitem(sys.modules, "chess", None)
+    with live(folder) as up:
+        assert up.registry.find("lrt").probe is None
+    assert "latent-recurrent-transformer[state-data]" in capsys.readouterr().err

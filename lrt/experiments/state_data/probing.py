@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
-from lrt.eval.probe import Traces, measure_probe, trace_texts, write_probe
+from lrt.eval.probe import FILE, Traces, measure_probe, trace_texts, write_probe
 from lrt.eval.results import Result
 from lrt.experiments.state_data.chess_games import RANDOM_CHESS
 from lrt.experiments.state_data.log import LOG
@@ -28,7 +28,6 @@ WORDS = 128
 """Of a text, BOS counted; of a game, moves of 64 plies and less."""
 FITTED = 4
 """Times as many tokens are fitted to as are held out."""
-assert set(get_args(Probed)) == set(BENCHMARKS)
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ def probe_checkpoint(path: Path, settings: ProbeSettings, out: Path, device: str
     """
     start = time.perf_counter()
     folder = checkpoint.verify(path)
+    files.check_writable(folder / FILE)
     model, tokenizer = checkpoint.load(folder, device)
     benchmark = BENCHMARKS[settings.kind]
 
