@@ -129,6 +129,46 @@ def test_the_headline_and_the_token_that_gained_most(page: Page):
     expect(page.locator(".about")).to_contain_text(f"{max(gains):+.2f}")
 
 
+def test_a_headline_does_not_count_what_is_nothing(page: Page):
+    gains: list[float] = []  # of one token, over the embedding
+
+    def with_gain(route: Route) -> None:
+        answer = route.fetch()
+        content = answer.json()
+        count = len(content["bits"]["live"])
+        content["bits"] = {
+            "live": [1.0] * count,
+            "zero": [2.0] * count,
+            "embedding": [1.0 + gains[-1]] + [1.0] * (count - 1),
+        }
+        route.fulfill(response=answer, body=json.dumps(content))
+
+    page.route("**/playground/inspect", with_gain)
+    headline = page.locator(".headline")
+    for gain, words in (
+        (0.01, "embedding, nothing."),
+        (3.0, "embedding, 3.0 bits."),
+        (-3.0, "would save 3.0 bits more."),
+    ):
+        gains.append(gain)
+        go(page, "hello there", 0)
+        expect(headline).to_contain_text("1.0 instead of 2.0 bits per token")
+        expect(headline).to_contain_text(words)
+
+
+def test_the_selected_token_of_a_long_text_is_in_view(page: Page):
+    go(page, "hello there, naïve café\n" * 16, 0)
+    text = page.locator(".text")
+    assert text.evaluate("node => node.scrollHeight > node.clientHeight")
+    for key in ("End", "Home", "End"):
+        text.press(key)
+        box, token = text.bounding_box(), page.locator(".text span.on").bounding_box()
+        assert box is not None
+        assert token is not None
+        assert box["y"] <= token["y"]
+        assert token["y"] + token["height"] <= box["y"] + box["height"]
+
+
 def test_a_legend_is_true_while_the_text_is_looked_into_and_of_each_pane(page: Page):
     legends = page.locator(".meaning")
     held: list[Route] = []

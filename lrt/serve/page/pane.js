@@ -128,7 +128,7 @@ export class Pane {
     if (!linked && !quiet) this.onSelect(this, t);
   }
   reveal(span) { // within the text alone: scrollIntoView would move the page too
-    const top = span.offsetTop - this.spans.offsetTop, bottom = top + span.offsetHeight;
+    const top = span.offsetTop, bottom = top + span.offsetHeight; // from the edge of the text, which is positioned
     if (top < this.spans.scrollTop) this.spans.scrollTop = top;
     else if (bottom > this.spans.scrollTop + this.spans.clientHeight) this.spans.scrollTop = bottom - this.spans.clientHeight;
   }

@@ -8,7 +8,7 @@ const KINDS = {
   surprisal: { high: 12, unit: "bits", words: ["sure", "surprised"] },
   gain: { high: 4, unit: "bits", words: ["hurts", "helps"], signed: true },
   gate: { high: 2, middle: 1, unit: "", words: ["shut", "open"] }, // 1 at the start of training
-  norm: { high: 1.5, unit: "", words: ["nothing", "large"] },
+  norm: { high: 2, unit: "", words: ["nothing", "large"] },
   ratio: { high: 2, unit: "", words: ["nothing", "large"] },
   share: { high: 1, unit: "", words: ["all wrong", "all right"], colour: "good" },
 };
@@ -172,7 +172,9 @@ export const headline = pane => {
   if (!pane.model.recurrent) return `This text costs ${whole(live.bits)} bits: ${per(live.bits)} bits per token. There is no memory.`;
   const zero = total(pane, "zero").bits, over = total(pane, "embedding").bits - live.bits, saved = zero - live.bits;
   const did = saved >= 0 ? `saved ${whole(saved)} of ${whole(zero)} bits` : `cost ${whole(-saved)} bits on top of ${whole(zero)}`;
-  const beyond = over >= 0 ? `over the previous word's embedding, ${whole(over)} bits` : `the previous word's embedding would save ${whole(-over)} bits more`;
+  const beyond = whole(over) === "0" ? "over the previous word's embedding, nothing"
+    : over > 0 ? `over the previous word's embedding, ${whole(over)} bits`
+      : `the previous word's embedding would save ${whole(over)} bits more`;
   return `The memory ${did}: ${per(live.bits)} instead of ${per(zero)} bits per token; ${beyond}.`;
 };
 
