@@ -172,14 +172,19 @@ class Diagnose:
     refinements, and a verdict; hops: over how many steps from token to token the model's state survives; ablations:
     live, with the memory replaced in every way; memory: gates, scales, reach; text: what recurrence gains token by
     token; bfloat16: live, and with the exact memory as a control."""
+    probe: Literal["repl", "log", "chess"] | None = None
+    """Instead: what a linear probe reads from the memory after every token, with chance beside it. Of programs (repl)
+    the variables, of a key-value store (log) its keys, of chess (random games) the board. The texts are drawn; --data
+    and --split are not used. The page of `lrt serve` shows what the probe reads."""
     data: Paths = (Path("runs/data/stdlib"),)
     """Folders that `lrt prepare` wrote with the checkpoint's tokenizer: one or several corpora."""
     split: str = "val"
     """train, val or test."""
     at_least: int | None = 10_000
-    """Measure on windows with so many tokens; None takes the whole split."""
+    """Measure on windows with so many tokens; None takes the whole split. A probe is judged on texts of so many words,
+    and fitted to four times as many."""
     batch_size: int = 16
-    """Windows at once."""
+    """Windows, or texts, at once."""
     out: Path | None = None
     """Folder for the results. None: evaluation/ in the folder of the checkpoint."""
     full: bool = False
@@ -189,7 +194,13 @@ class Diagnose:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
+    def __post_init__(self) -> None:
+        if self.probe is not None and self.at_least is None:
+            raise ValueError(f"--at-least is None, and texts of {self.probe} are drawn without end; give a number")
+
     def run(self) -> None:
+        if self.probe is not None:
+            return self.fit_probe(self.probe)
         from lrt.data.prepared import Prepared
         from lrt.distributed.parallelize import join_ranks
         from lrt.eval.diagnose import corpus_names, diagnose, load_subject
@@ -207,6 +218,21 @@ class Diagnose:
                 results += diagnose(measured, self.only)
             if ranks.first:
                 show_diagnosis(run_name(self.checkpoint), results, self.format, self.full, out)
+
+    def fit_probe(self, kind: Literal["repl", "log", "chess"]) -> None:
+        """Fit a probe, print its scores, and keep it for the page."""
+        from lrt.distributed.parallelize import join_ranks
+        from lrt.eval.runs import run_name
+        from lrt.experiments.state_data.probing import ProbeSettings, probe_checkpoint
+        from lrt.utils.device import choose_device
+
+        assert self.at_least is not None
+        settings = ProbeSettings(kind, self.at_least, self.batch_size)
+        files.check_writable(out := self.out or self.checkpoint / "evaluation")
+        with join_ranks("ddp", choose_device(self.device)) as ranks, ranks.collective():
+            if ranks.first:
+                scores, _ = probe_checkpoint(self.checkpoint, settings, out, ranks.device)
+                show_diagnosis(run_name(self.checkpoint), [scores], self.format, self.full, out)
 
 
 @dataclass(frozen=True)

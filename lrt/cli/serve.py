@@ -79,6 +79,9 @@ class Serve:
     template: str | None = None
     """How conversations are written: nanochat, chatml or plain. None: by the checkpoint's own chat template, if its
     folder has one, else by the tokenizer's special tokens; without any, /v1/chat/completions is refused."""
+    examples: bool = False
+    """Offer beginnings of the runs' own held-out documents as prompts on the page: whoever may ask can then read them.
+    Without it the page offers prompts that are not of their text."""
     limits: Limits = dataclasses.field(default_factory=Limits)
     """What one request may cost, and all of them together."""
     device: str = "auto"
@@ -139,7 +142,9 @@ class Serve:
             raise ValueError(f"prefixes is {self.prefixes}; give 0 (keep none) or more megabytes")
         names = model_names(self.checkpoints, self.names)
         devices = tuple(choose_device(device) for device in self.devices or (self.device,))
-        settings = Settings(self.rows, self.prefill, self.mode, self.prefixes * 10**6, self.template, devices)
+        settings = Settings(
+            self.rows, self.prefill, self.mode, self.prefixes * 10**6, self.template, devices, self.examples
+        )
         registry = ModelRegistry(
             dict(zip(names, self.checkpoints, strict=True)),
             settings,

@@ -26,7 +26,7 @@ class Result:
     """One measurement of one checkpoint."""
 
     kind: str
-    """scores, bpb, bfloat16, sweeps, hops, ablations, memory, text or core."""
+    """scores, bpb, bfloat16, sweeps, hops, ablations, memory, text, probe or core."""
     subject: str
     """What it was measured on: a corpus and its split, a bundle."""
     checkpoint: str

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager
 from importlib import metadata
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
@@ -18,6 +17,7 @@ from lrt.serve.body import LARGE, body_route, body_size, off_loop
 from lrt.serve.errors import ApiError, ClientDisconnected, install_handlers, unknown_model_error
 from lrt.serve.middleware import PUBLIC_PATHS, RequestGuard
 from lrt.serve.models import ServedModel, model_length, summary
+from lrt.serve.page_files import PAGE_FILES, read_page_file
 from lrt.serve.playground import MemoryInspector, parse_generation, stream_generation
 from lrt.serve.protocol import (
     ChatBody,
@@ -58,8 +58,6 @@ ERROR_DESCRIPTIONS = {
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Error, "description": description} for status, description in ERROR_DESCRIPTIONS.items()
 }
-# One file without a build step. The policy in middleware.py lets it load nothing.
-PAGE = files("lrt.serve") / "page.html"
 
 
 def create_app(
@@ -120,9 +118,14 @@ def add_server_routes(app: FastAPI, registry: ModelRegistry) -> None:
 
     @app.head("/", include_in_schema=False)
     @app.get("/", response_class=Response, responses={200: {"content": {"text/html": {}}}})
-    async def page() -> HTMLResponse:
+    async def page(request: Request) -> Response:
         """The playground."""
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+        text, media_type = read_page_file(request.url.path)
+        return Response(text, media_type=media_type)
+
+    # What the page loads. The policy in middleware.py lets it load nothing from elsewhere.
+    for path in PAGE_FILES.keys() - {"/"}:
+        app.add_api_route(path, page, methods=["GET", "HEAD"], include_in_schema=False)
 
     @app.head("/health", include_in_schema=False)
     @app.head("/healthz", include_in_schema=False)
@@ -157,8 +160,7 @@ def add_openai_routes(app: FastAPI, registry: ModelRegistry) -> None:
     async def entries() -> dict[str, Model]:
         listed = await registry.listed()
         return {
-            name: Model(id=name, created=created, max_model_len=model_length(config))
-            for name, config, created in listed
+            one.name: Model(id=one.name, created=one.created, max_model_len=model_length(one.config)) for one in listed
         }
 
     @app.get("/v1/models", response_model=ModelList)
@@ -232,7 +234,10 @@ def add_playground_routes(app: FastAPI, registry: ModelRegistry, inspector: Memo
     @app.get("/playground/models")
     async def playground_models() -> dict[str, Any]:
         """The models and their memory."""
-        summaries = [summary(name, config, registry.settings) for name, config, _ in await registry.listed()]
+        summaries = [
+            {**summary(one.name, one.config, registry.settings), "examples": one.examples}
+            for one in await registry.listed()
+        ]
         return {"models": summaries, "inspect": registry.limits.inspect_tokens}
 
     @app.post("/playground/generate", response_class=Response, responses={200: {"content": EVENT_STREAM}})

@@ -64,3 +64,5 @@ class Settings:
     or the tokenizer's special tokens, if any."""
     devices: tuple[str, ...] = ("cpu",)
     """A worker each, with an engine of its own."""
+    held_out_examples: bool = False
+    """Whether the page offers beginnings of the runs' own held-out documents as prompts."""

@@ -16,14 +16,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lrt.serve.config import Limits
 from lrt.serve.errors import ApiError
 from lrt.serve.metrics import ServerMetrics
+from lrt.serve.page_files import PAGE_FILES
 
-PUBLIC_PATHS = ("/", "/healthz", "/health")
+PUBLIC_PATHS = (*PAGE_FILES, "/healthz", "/health")
 """Answered without a token: the page itself, which holds no data, and whether the server lives."""
 CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""The page may talk to this server, and load nothing from anywhere."""
+"""The page may load from this server and talk to it, and to nobody else; what is written into it runs nothing."""
 UNREAD_SECONDS = 30.0
 """Seconds after the time limit of a request at which a client that does not read is cut off."""
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from lrt.data.tokenizer import Tokenizer
+from lrt.eval.probe import StateProbe, read_probe
+from lrt.eval.text_states import STATE_KINDS
 from lrt.inference import cost_model
 from lrt.inference.chat_template import ChatTemplate
 from lrt.inference.engine import Engine
@@ -26,9 +28,12 @@ from lrt.model.size import count_parameters
 from lrt.model.transformer import LatentRecurrentTransformer
 from lrt.serve.async_engine import AsyncEngine
 from lrt.serve.config import Limits, Settings
+from lrt.serve.examples import example_prompts
 from lrt.serve.metrics import ServerMetrics
 from lrt.serve.routing import RecentPrompts
 from lrt.utils.device import use_device
+from lrt.utils.imports import MissingExtraError
+from lrt.utils.progress import warn
 
 GENERIC_FOLDERS = ("checkpoint", "best")
 """Folders that say nothing of the model in them: its name is their parent's."""
@@ -69,6 +74,10 @@ class ServedModel:
     """What differs where its checkpoint was saved anew (`checkpoint_version`)."""
     users: int = 0
     """Requests that have it in their hands; while there are any, its engines go on."""
+    examples: tuple[str, ...] = ()
+    """Prompts that the page offers."""
+    probe: StateProbe | None = None
+    """What the page reads the state with, where the checkpoint has one."""
 
     @property
     def config(self) -> ModelConfig:
@@ -172,7 +181,8 @@ def load_served_model(
     """Load a checkpoint to be served, by `load`; its engines are not started yet.
 
     watched: folders beside the checkpoint that are part of the model: it is another one where their files change.
-    ValueError where it is damaged, or settings do not fit.
+    ValueError where it is damaged, settings do not fit, or examples of its text are asked for and the text is not
+    there.
     """
     folder = checkpoint.verify(path)
     version = checkpoint_version(path, watched)  # before it is loaded: what is saved meanwhile is seen as a change
@@ -189,7 +199,22 @@ def load_served_model(
     if settings.template is None and template_name == "plain":
         template = None  # nothing says that the model can chat
     weights, grammars = f"fp_{fingerprint(transformer)[:12]}", GrammarCompiler(tokenizer)
-    return ServedModel(name, tokenizer, workers, grammars, template, created, weights, settings, version)
+    model = ServedModel(name, tokenizer, workers, grammars, template, created, weights, settings, version)
+    model.examples = example_prompts(path, folder, settings.held_out_examples)
+    model.probe = usable_probe(folder, transformer)
+    return model
+
+
+def usable_probe(folder: Path, transformer: LatentRecurrentTransformer) -> StateProbe | None:
+    """The probe of a checkpoint, if it has one. Left out, with a warning, where what follows its state is missing."""
+    probe = read_probe(folder, transformer)
+    try:
+        if probe is not None:
+            STATE_KINDS[probe.kind].after("", [0])
+    except MissingExtraError as error:
+        warn(f"{error}. Until then the page does not show the state")
+        return None
+    return probe
 
 
 def create_worker(

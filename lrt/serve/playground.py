@@ -175,6 +175,7 @@ def inspect_text(model: ServedModel, tokens: list[int], disconnected: threading.
 
     `live`, and where the model recurs `zero` and `embedding`; `inside` as `memory_by_token` has it. All lists have
     one entry per predicted token: entry i belongs to token i + 1, and to the position before it, which predicts it.
+    Where the checkpoint has a probe also `state` (`StateProbe.inspect`), whose entry i is of the state after token i.
     Raises Cancelled, between two chunks of work, once `disconnected` is set.
     """
 
@@ -195,6 +196,10 @@ def inspect_text(model: ServedModel, tokens: list[int], disconnected: threading.
             bits[name] = surprisals(ablate(transformer, name))
         check_connected(0)
         inspection["inside"] = memory_by_token(transformer, row[:, :-1])
+    if model.probe is not None:
+        check_connected(0)
+        readable = row if model.config.unlimited_context else row[:, : model.config.context]
+        inspection["state"] = model.probe.inspect(transformer, readable, inspection["texts"])
     return json_number(inspection)
 
 

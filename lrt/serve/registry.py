@@ -25,6 +25,7 @@ from lrt.serve.errors import (
     unavailable_error,
     unknown_model_error,
 )
+from lrt.serve.examples import example_prompts
 from lrt.serve.metrics import ServerMetrics
 from lrt.serve.models import Loader, ServedModel, checkpoint_version, folder_name, load_served_model
 
@@ -44,6 +45,8 @@ class Listed(NamedTuple):
     config: ModelConfig
     created: int
     """Seconds since 1970."""
+    examples: tuple[str, ...]
+    """Prompts that the page offers; of a model that is not loaded none of its own text."""
 
 
 class ModelRegistry:
@@ -177,10 +180,11 @@ class ModelRegistry:
         for name, path in self.available().items():
             model = self.models.get(name)
             if model is not None:
-                listed.append(Listed(name, model.config, model.created))
+                listed.append(Listed(name, model.config, model.created, model.examples))
             elif (config := self.config(path)) is not None:
-                manifest = checkpoint.locate(path) / "manifest.json"
-                listed.append(Listed(name, config, int(manifest.stat().st_mtime)))
+                folder = checkpoint.locate(path)
+                created = int((folder / "manifest.json").stat().st_mtime)
+                listed.append(Listed(name, config, created, example_prompts(path, folder, held_out=False)))
         return listed
 
     # --- coming and going -----------------------------------------------------------------------------------------

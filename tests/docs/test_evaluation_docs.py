@@ -18,8 +18,8 @@ GUIDE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
 
 def commands() -> list[list[str]]:
-    blocks = re.findall(r"^```\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.M | re.S)
-    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.M | re.S)
+    return [shlex.split(line)[1:] for language, block in blocks if not language for line in block.splitlines()]
 
 
 @pytest.mark.slow
@@ -46,7 +46,7 @@ def test_the_guide_s_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     kinds = {(result.kind, result.subject) for result in read_results(Path("runs/mine/evaluation"))}
     assert {("bpb", "mine-val"), ("bpb", "other-val"), ("bfloat16", "other-val"), ("core", "CORE")} <= kinds
     assert {kind for kind, _ in kinds} == {
-        *("scores", "bpb", "bfloat16", "sweeps", "hops", "ablations", "memory", "text", "core")
+        *("scores", "bpb", "bfloat16", "sweeps", "hops", "ablations", "memory", "text", "probe", "core")
     }
     assert Path("runs/report.html").stat().st_size > 10_000
     printed = capsys.readouterr().out

@@ -31,9 +31,11 @@ TEXT = "User: hello there, naïve café 漢字かな 🙂🙃\nAssistant: the en
 EXACT = Settings(rows=6, prefill="exact")
 
 
-def saved(folder: Path, *special: str, seed: int = 0, **fields: Any) -> Path:
+def saved(
+    folder: Path, *special: str, seed: int = 0, vocab_size: int = 300, corpus: str = "mine", **fields: Any
+) -> Path:
     """A checkpoint of a random model that writes all kinds of bytes."""
-    inner = tokenizers.Tokenizer.from_str(Tokenizer.train([TEXT] * 3, 300).to_json())
+    inner = tokenizers.Tokenizer.from_str(Tokenizer.train([TEXT] * 3, vocab_size).to_json())
     inner.add_special_tokens([AddedToken(name, special=True) for name in special])
     words = Tokenizer(inner)
     torch.manual_seed(seed)
@@ -43,7 +45,7 @@ def saved(folder: Path, *special: str, seed: int = 0, **fields: Any) -> Path:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.3)
-    checkpoint.save(folder, model, words)
+    checkpoint.save(folder, model, words, {"corpus": corpus})
     return folder
 
 

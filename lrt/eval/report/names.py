@@ -30,6 +30,7 @@ KINDS = {
     "ablations": "The memory replaced at test time",
     "memory": "Inside the memory",
     "text": "What recurrence gains, token by token",
+    "probe": "What a linear probe reads of the state",
     "core": "CORE",
 }
 """Kind of result -> its title."""

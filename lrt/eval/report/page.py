@@ -25,6 +25,7 @@ from lrt.eval.report.sections import (
     core_section,
     hop_section,
     memory_section,
+    probe_section,
     score_section,
     sweep_section,
     text_section,
@@ -68,6 +69,7 @@ def run_sections(runs: Sequence[Run]) -> list[Markup]:
         *ablation_section(runs),
         *memory_section(runs, colours),
         *text_section(runs),
+        *probe_section(runs),
         *core_section(runs),
         *settings_section(runs),
     ]

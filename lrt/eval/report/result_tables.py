@@ -170,6 +170,20 @@ def core_table(title: str, values: Mapping[str, Any]) -> Table:
     return Table(title, head, body)
 
 
+def probe_tables(values: Mapping[str, Any]) -> list[Table]:
+    """Held-out accuracy by variable, in all, and of the whole state, a column per thing that is read."""
+    sources = list(values["accuracy"])
+
+    def row(name: str, chance: float | None, accuracy: Mapping[str, float]) -> list[str]:
+        return [name, number(chance), *(number(accuracy[source]) for source in sources)]
+
+    body = [row(name, scores["chance"], scores["accuracy"]) for name, scores in values["variables"].items()]
+    body.append(row("all variables", values["chance"], values["accuracy"]))
+    body.append(row("the whole state at once", None, values["whole"]))
+    basis = f"accuracy on {values['tokens']['held_out']:,} held-out tokens, fitted to {values['tokens']['fitted']:,}"
+    return [Table(basis, [values["state"], "chance", *sources], body)]
+
+
 def task_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """The metrics of lm-eval's tasks, each with its standard error where it has one."""
     body = []
@@ -192,6 +206,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], list[Table]]] = {
     "bfloat16": bpb_tables,
     "memory": memory_tables,
     "text": lambda values: [],  # a sentence says it; its colours are in the report
+    "probe": probe_tables,
     "core": core_tables,
 }
 """Kind of result -> its values as tables."""

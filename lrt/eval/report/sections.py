@@ -15,7 +15,7 @@ from lrt.eval.report import figures, sentences
 from lrt.eval.report.html import figure_row
 from lrt.eval.report.names import KINDS
 from lrt.eval.report.render import heading, notes, render, section
-from lrt.eval.report.result_tables import ablation_table, block_table, core_table, number
+from lrt.eval.report.result_tables import ablation_table, block_table, core_table, number, probe_tables
 from lrt.eval.report.score_tables import score_tables, texts_scored
 from lrt.eval.report.sentences import NEGLIGIBLE, ROUNDING
 from lrt.eval.report.table import Table
@@ -221,6 +221,14 @@ def token_span(piece: str, live: float, off: float) -> dict[str, str]:
     # Most tokens gain next to nothing: without a style of their own the page is much smaller.
     style = f"background:rgba({colour},{0.7 * strength:.2f})" if strength > 0.03 else ""
     return {"piece": piece, "style": style, "title": f"{live:.2f} bits, {gain:+.2f}"}
+
+
+def probe_section(runs: Sequence[Run]) -> list[Markup]:
+    """What linear probes read of known states, a table for each run and kind of text."""
+    measured = [(run.name, result) for run in runs for result in run.of("probe")]
+    leads = [sentences.readable(name, result.values) for name, result in measured]
+    tables = [Table(name, t.head, t.body).html() for name, result in measured for t in probe_tables(result.values)]
+    return section(KINDS["probe"], leads, tables)
 
 
 def core_section(runs: Sequence[Run]) -> list[Markup]:

@@ -149,6 +149,21 @@ def core_sentence(name: str, values: Mapping[str, Any]) -> str:
     return f"{name} has {score:+.4f} on {values['name']}; 0 is chance, 1 is all right."
 
 
+def readable(name: str, values: Mapping[str, Any]) -> str:
+    """How much of the state a linear probe reads, beside chance and what the token's own embedding gives."""
+    accuracy, best = values["accuracy"], values["source"]
+    control = next(iter(accuracy))  # the token's embedding comes first
+    return (
+        f"From the {best} of {name} a linear probe reads {share_text(accuracy[best])} of the state of "
+        f"{values['state']} right after every token; the {control} gives {share_text(accuracy[control])}, chance is "
+        f"{share_text(values['chance'])}."
+    )
+
+
+def share_text(part: float) -> str:
+    return f"{100 * part:.1f} %"
+
+
 SENTENCES: dict[str, Callable[[str, Mapping[str, Any]], str]] = {
     "scores": scored,
     "bpb": worth,
@@ -158,6 +173,7 @@ SENTENCES: dict[str, Callable[[str, Mapping[str, Any]], str]] = {
     "ablations": replaced,
     "memory": lambda name, values: reach(name, values["reach"]),
     "text": helped,
+    "probe": readable,
     "core": core_sentence,
 }
 """Kind of result -> (a run's name, its values) in a sentence."""

@@ -1,0 +1,21 @@
+"""The page that a browser loads: HTML, style and modules, as they are written. There is no build step."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+
+FOLDER = files("lrt.serve") / "page"
+MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+"""Of files by their endings."""
+PAGE_FILES: dict[str, Traversable] = {
+    "/": FOLDER / "index.html",
+    **{f"/page/{file.name}": file for file in FOLDER.iterdir() if file.name != "index.html"},
+}
+"""Address -> file. None of them holds data of a model or a user."""
+
+
+def read_page_file(path: str) -> tuple[str, str]:
+    """The text of what is at an address of PAGE_FILES, and its media type."""
+    file = PAGE_FILES[path]
+    return file.read_text(encoding="utf-8"), MEDIA_TYPES["." + file.name.rpartition(".")[2]]
