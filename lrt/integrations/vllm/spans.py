@@ -9,6 +9,7 @@ Shapes: N tokens of the step, n of a run, m spans.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -77,3 +78,10 @@ class Spans:
     def lasts(self) -> Tensor:
         """(m,) int: where in the step each span's last token stands."""
         return self.index[self.bounds[1:] - 1]
+
+    def split(self, most: int) -> Iterator[tuple[Spans, slice]]:
+        """Spans of at most so many requests each, one after another, and which tokens of this run they have."""
+        for first in range(0, len(self.requests), most):
+            bounds = self.bounds[first : first + most + 1]
+            tokens = slice(int(bounds[0]), int(bounds[-1]))
+            yield Spans(self.requests[first : first + most], bounds - bounds[0], self.index[tokens]), tokens
