@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from support.models import NONE, PAIRWISE, assert_differs, assert_same, difference, over, random_model
-from support.paged import PagedEngine
+from support.paged import PAGE, PagedEngine
 from torch import Tensor
 
 from lrt import MemoryConfig, ModelConfig, refine, schedules
 from lrt.inference.certificate import Certificate
-from lrt.integrations.vllm.spans import Spans
+from lrt.integrations.vllm.sharing import readers, waves
+from lrt.integrations.vllm.spans import Chunk, Spans
 from lrt.integrations.vllm.step import Step
 
 GROUPS = 4
@@ -123,3 +124,26 @@ def test_requests_may_ask_for_different_exactness_in_one_step():
     assert step.certificates[0].path == "exact"
     assert 0 < step.certificates[1].bound <= 1e-3
     assert_same(out[:40], recurrent(model, rows[0]))
+
+
+@pytest.mark.parametrize("tolerance", [None, 1e-9])
+def test_a_request_waits_for_the_one_that_computes_its_beginning(tolerance: float | None):
+    """In one step: pages count as cached as soon as they are scheduled."""
+    model, (row, other) = calm_model(CALM), prompts([30, 13])
+    rows = [row, torch.cat((row[: 2 * PAGE], other))]
+    engine = PagedEngine(model, 2, 40)
+    engine.blocks[1, :2] = engine.blocks[0, :2]
+    chunks = engine.step([rows[0], other], [0, 2 * PAGE])
+    within = engine.everywhere
+    slots = engine.blocks[engine.requests, within // PAGE] * PAGE + within % PAGE
+    waiting = readers(chunks, engine.blocks, slots, PAGE)
+    assert waiting == {1: {0}}
+    out = torch.zeros(43, 12, dtype=torch.float64)
+    Step(model.config, engine, chunks, {0: tolerance, 1: tolerance}, GROUPS, out, waiting=waiting).compute()
+    assert difference(out[30:], recurrent(model, rows[1])[2 * PAGE :]) < 1e-8
+
+
+def test_waves_follow_a_chain():
+    chain = [Chunk(request, request, 1, 10 * request) for request in (2, 0, 1)]
+    order = [[chunk.request for chunk in wave] for wave in waves(chain, {1: {0}, 2: {0, 1}})]
+    assert order == [[0], [1], [2]]

@@ -25,6 +25,7 @@ from lrt.integrations.vllm.paged_state import Placement, memory_width
 from lrt.integrations.vllm.reports import Reports
 from lrt.integrations.vllm.request_modes import ENGINES, numbers_of
 from lrt.integrations.vllm.runs import Layers, Runs, forward
+from lrt.integrations.vllm.sharing import readers
 from lrt.integrations.vllm.spans import Chunk
 from lrt.integrations.vllm.step import Step
 from lrt.integrations.vllm.tensor_parallel import load_part, local_config, sum_over_ranks
@@ -102,7 +103,7 @@ class LRTForCausalLM(nn.Module):
         count = common.num_actual_tokens
         tokens, positions = input_ids[:count].long(), positions[:count].long()
         hidden = torch.zeros(len(input_ids), self.model.config.width, dtype=self.memory.dtype, device=tokens.device)
-        if common.max_query_len == 1:
+        if common.max_query_len == 1 and not may_share(common):
             rows = torch.arange(count, device=tokens.device)
             place = Placement(common.block_table_tensor, rows, common.slot_mapping, positions)
             hidden[:count], _ = forward(self.model, tuple(self.attention), self.memory.pages, tokens, positions, place)
@@ -129,7 +130,10 @@ class LRTForCausalLM(nn.Module):
         tolerances = {row: tolerance(mode, self.model) for row, mode in modes.items()}
         hidden = self.model.embedding.weight.new_zeros(len(tokens), self.model.config.width)
         agree = get_tp_group().broadcast_object if self.ranks > 1 else lambda decision: decision
-        step = Step(self.model.config, run, chunks, tolerances, GROUPS, hidden, agree)
+        waiting = readers(
+            chunks, common.block_table_tensor.cpu(), common.slot_mapping.cpu(), self.memory.pages.shape[1]
+        )
+        step = Step(self.model.config, run, chunks, tolerances, GROUPS, hidden, agree, waiting)
         step.compute()
         for chunk in chunks:
             request, certificate = batch[chunk.request], step.certificates.get(chunk.request)
@@ -154,3 +158,9 @@ class LRTForCausalLM(nn.Module):
         own = {name.removeprefix("model."): weight for name, weight in named.items()}
         load_part(self.model, own, self.whole, get_tensor_model_parallel_rank(), self.ranks)
         return set(named)
+
+
+def may_share(common: Any) -> bool:
+    """Whether a step of one token per request may have one that begins with what another computes in the same step: one
+    that has just come. vLLM's first runner does not tell those that come back; on a CPU it costs nothing to look."""
+    return common.slot_mapping.device.type == "cpu" or bool(common.is_prefilling.any())

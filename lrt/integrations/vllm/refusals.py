@@ -105,7 +105,8 @@ def check(config: ModelConfig, settings: Any) -> None:
 def check_head_size(config: ModelConfig, sizes: Collection[int]) -> None:
     """ValueError where the attention kernel has sizes, and not this one; none means all."""
     if sizes and config.head_dim not in sizes:
+        served = ", ".join(map(str, sizes))
         raise ValueError(
-            f"the head size is {config.head_dim}; vLLM's attention kernel here has {', '.join(map(str, sizes))}: train a "
-            "model with one of these (ModelConfig.head_size), or use lrt serve, which takes any"
+            f"the head size is {config.head_dim}; vLLM's attention kernel here has {served}: train a model with one of "
+            "these (ModelConfig.head_size), or use lrt serve, which takes any"
         )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lrt.inference.certificate import Certificate
 from lrt.integrations.vllm.convergence import Bucket, buckets
+from lrt.integrations.vllm.sharing import waves
 from lrt.integrations.vllm.spans import Chunk, Spans
 from lrt.model.config import ModelConfig
 
@@ -57,16 +58,24 @@ class Step:
     """(N, D): the final hidden states, filled in."""
     agree: Callable[[Any], Any] = lambda decision: decision
     """A decision, as all processes take it that hold a part of this model."""
+    waiting: Mapping[int, set[int]] = field(default_factory=dict)
+    """By request, those whose tokens of this step come before its own (`sharing.readers`)."""
     certificates: dict[int, Certificate] = field(default_factory=dict)
     """By request, of chunks with more than one token."""
 
     def compute(self) -> Tensor:
         """Compute all tokens: the final hidden states (N, D)."""
-        long = [chunk for chunk in self.chunks if chunk.tokens > 1 and self.config.is_recurrent]
+        for chunks in waves(self.chunks, self.waiting):
+            self.compute_wave(chunks)
+        return self.hidden
+
+    def compute_wave(self, chunks: list[Chunk]) -> None:
+        """Compute chunks none of which reads what another writes."""
+        long = [chunk for chunk in chunks if chunk.tokens > 1 and self.config.is_recurrent]
         # A sweep of so few takes as many runs as computing them one by one.
         exact = [c for c in long if self.tolerances[c.request] is None or c.tokens <= self.groups]
         apart = {chunk.request for chunk in exact}
-        first = [chunk for chunk in self.chunks if chunk.request not in apart]
+        first = [chunk for chunk in chunks if chunk.request not in apart]
         self.certificates |= {c.request: token_by_token(c, "asked for, or too short for sweeps") for c in exact}
         if first:
             spans = Spans.whole(first)
@@ -76,7 +85,6 @@ class Step:
             if swept:
                 exact += Sweeps.after(self, swept, spans, output, memory).until_settled()
         self.decode(exact)
-        return self.hidden
 
     def decode(self, chunks: list[Chunk]) -> None:
         """Token by token: the reference."""
