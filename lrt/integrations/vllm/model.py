@@ -17,7 +17,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group, tenso
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from lrt.inference.prefill import tolerance
+from lrt.inference.prefill import PrefillMode, tolerance
 from lrt.integrations.vllm import refusals
 from lrt.integrations.vllm.memory_cache import MemoryCache
 from lrt.integrations.vllm.modes import more_exact
@@ -59,27 +59,27 @@ class LRTForCausalLM(nn.Module):
         refusals.check(whole, vllm_config)
         self.ranks = vllm_config.parallel_config.tensor_parallel_size
         config = local_config(whole, self.ranks)
-        self.attention = nn.ModuleList()
-        for layer, window in enumerate(config.windows):
-            self.attention.append(
-                WindowedAttention(
-                    config.heads,
-                    config.head_dim,
-                    config.head_dim**-0.5,
-                    num_kv_heads=config.num_kv_heads,
-                    cache_config=vllm_config.cache_config,
-                    per_layer_sliding_window=window,
-                    prefix=f"{prefix}model.layers.{layer}.attn",
-                )
+        attention = [
+            WindowedAttention(
+                config.heads,
+                config.head_dim,
+                config.head_dim**-0.5,
+                num_kv_heads=config.num_kv_heads,
+                cache_config=vllm_config.cache_config,
+                per_layer_sliding_window=window,
+                prefix=f"{prefix}model.layers.{layer}.attn",
             )
-        refusals.check_head_size(whole, self.attention[0].get_attn_backend().get_supported_head_sizes())
+            for layer, window in enumerate(config.windows)
+        ]
+        refusals.check_head_size(whole, attention[0].get_attn_backend().get_supported_head_sizes())
+        self.attention = nn.ModuleList(attention)
         self.model = LatentRecurrentTransformer(config)
         if self.ranks > 1:
             sum_over_ranks(self.model, tensor_model_parallel_all_reduce)
         self.whole = whole
         name = f"{prefix}model.layers.{config.kv_layers}.memory"
         self.memory = MemoryCache(memory_width(config), vllm_config.model_config.dtype, name)
-        self.mode = vllm_config.model_config.hf_config.prefill
+        self.mode: PrefillMode = vllm_config.model_config.hf_config.prefill
         self.reports = Reports()
         self.layers: Layers | None = None
 
@@ -99,7 +99,7 @@ class LRTForCausalLM(nn.Module):
         if common is None:
             return self.without_pages(input_ids.long())
         if self.layers is None:
-            self.layers = Layers.of(self.attention, self.memory, self.settings)
+            self.layers = Layers.of(list(self.attention), self.memory, self.settings)
         count = common.num_actual_tokens
         tokens, positions = input_ids[:count].long(), positions[:count].long()
         hidden = torch.zeros(len(input_ids), self.model.config.width, dtype=self.memory.dtype, device=tokens.device)
@@ -126,7 +126,7 @@ class LRTForCausalLM(nn.Module):
         numbers = numbers_of(common.num_reqs, common.req_idx)
         requests = ENGINES[self.settings.instance_id]
         batch = {chunk.request: requests.request(numbers[chunk.request]) for chunk in chunks}
-        modes = {row: more_exact(self.mode, request.mode) for row, request in batch.items()}
+        modes: dict[int, PrefillMode] = {row: more_exact(self.mode, request.mode) for row, request in batch.items()}
         tolerances = {row: tolerance(mode, self.model) for row, mode in modes.items()}
         hidden = self.model.embedding.weight.new_zeros(len(tokens), self.model.config.width)
         agree = get_tp_group().broadcast_object if self.ranks > 1 else lambda decision: decision

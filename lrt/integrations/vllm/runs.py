@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -36,7 +36,7 @@ class Layers:
     """The most requests that the builders take."""
 
     @classmethod
-    def of(cls, attention: nn.ModuleList, memory: MemoryCache, settings: Any) -> Layers:
+    def of(cls, attention: Sequence[Any], memory: MemoryCache, settings: Any) -> Layers:
         """Once the pages are there. settings: a `VllmConfig`."""
         kinds: dict[Any, list[str]] = {}
         for layer in attention:

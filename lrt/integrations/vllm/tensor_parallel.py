@@ -85,8 +85,8 @@ class SummedLinear(nn.Linear):
         self.weight, self.all_reduce = layer.weight, all_reduce
         self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.all_reduce(F.linear(x, self.weight))
+    def forward(self, input: Tensor) -> Tensor:
+        return self.all_reduce(F.linear(input, self.weight))
 
 
 def sum_over_ranks(model: LatentRecurrentTransformer, all_reduce: Callable[[Tensor], Tensor]) -> None:
