@@ -6,6 +6,7 @@
 VENV := .venv
 DOCS := .venv-docs
 CLIENTS := .venv-clients
+VLLM := .venv-vllm
 RELEASE := .venv-release
 BIN  := $(VENV)/bin
 JOBS ?= 2
@@ -22,7 +23,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak mutants clients docs release lint format clean distclean
+.PHONY: help demo test test-slow vllm soak mutants clients docs release lint format clean distclean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,11 +32,17 @@ demo: $(VENV)/.installed ## install, then train and compare small models on this
 	$(BIN)/lrt demo $(ARGS)
 
 test: $(VENV)/.installed-dev ## every test that is not slow; ARGS goes to pytest
+	@echo "not among them: the tests of an LRT inside vLLM, which has an environment of its own (make vllm)"
 	$(PYTEST) -m "not slow" $(ARGS)
 
 # pytest exits 5 when it finds no test to run; there being no slow test is not a failure.
 test-slow: $(VENV)/.installed-dev ## the slow tests
 	@$(PYTEST) -m slow $(ARGS) || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
+
+# vLLM's distribution for CPUs, with the torch and transformers that it takes. Each test starts an engine, so that they
+# run one after another.
+vllm: $(VLLM)/.installed ## LRT inside vLLM: an environment of its own (a download of 3.4 GB), and its tests
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving_at_scale tests/model/test_states.py $(ARGS)
 
 soak: $(VENV)/.installed-dev ## kill everything a thousand times, and compare (about half an hour; stopped, it goes on)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py runs/soak $(ARGS)
@@ -80,8 +87,8 @@ clean: ## remove caches and built packages; .venv and runs stay
 	rm -rf build dist *.egg-info docs/log docs/study .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
 	find lrt tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## clean, and remove .venv, .venv-docs, .venv-clients and .venv-release too
-	rm -rf $(VENV) $(DOCS) $(CLIENTS) $(RELEASE)
+distclean: clean ## clean, and remove .venv and the others (.venv-docs, .venv-clients, .venv-vllm, .venv-release) too
+	rm -rf $(VENV) $(DOCS) $(CLIENTS) $(VLLM) $(RELEASE)
 
 # The stamps are written last, so an installation that was interrupted is done again, as it is after a change of
 # what it read.
@@ -103,7 +110,14 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.
 	  --constraint tests/clients/constraints.txt
 	@touch $@
 
-$(BIN)/python $(DOCS)/bin/python $(CLIENTS)/bin/python:
+# What is uninstalled was built for CUDA and cannot be loaded beside torch for CPUs; vLLM needs none of it for text.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt | $(VLLM)/bin/python
+	$(VLLM)/bin/python -m pip install --editable . --requirement tests/serving_at_scale/requirements.txt \
+	  --constraint constraints-vllm.txt
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(BIN)/python $(DOCS)/bin/python $(CLIENTS)/bin/python $(VLLM)/bin/python:
 	@for python in $(CANDIDATES); do \
 	  if "$$python" -c '$(SUITABLE)' >/dev/null 2>&1; then \
 	    echo "making $(@D:/bin=) with $$("$$python" -c 'import sys; print("Python", sys.version.split()[0])')"; \

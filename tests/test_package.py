@@ -136,8 +136,8 @@ def test_installed_versions_are_the_pinned_ones() -> None:
     assert not wrong, "constraints.txt and the environment differ:\n" + "\n".join(wrong)
 
 
-# Extras that no command of this repository installs, so that there is nothing to pin.
-ELSEWHERE = ("wandb", "trackio", "linear-rnn")
+# Extras that no command of this repository installs, so that there is nothing to pin, or that have a file of their own.
+ELSEWHERE = ("wandb", "trackio", "linear-rnn", "vllm")
 
 
 def installed_extras() -> list[str]:

@@ -3,8 +3,8 @@
 Shapes: B batch, T positions of one call, S slots, H query heads, G key/value heads, K head size, P remembered sources,
 D width.
 
-The model's forward knows nothing else of a State. So slots, residue classes, windows and a Hugging Face cache run
-through the same forward, in training, prefill and decoding.
+The model's forward knows nothing else of a State. So slots, residue classes, windows, pages and a Hugging Face cache
+run through the same forward, in training, prefill and decoding.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Visible(Protocol):
 class ModelState(Protocol):
     """What the model asks of a State, and all that it knows of one.
 
-    Four things are such: `State` (slots), `StridedState` (residue classes, for training), `RollingState` (windows, of
-    constant size), and a Hugging Face cache, read into slots and back around each call. tests/model/test_states.py
-    runs over all of them. Methods that change something return another State.
+    Five things are such: `State` (slots), `StridedState` (residue classes, for training), `RollingState` (windows, of
+    constant size), `PagedState` (vLLM's pages), and a Hugging Face cache, read into slots and back around each call.
+    tests/model/test_states.py runs over all of them. Methods that change something return another State.
 
     A call asks in this order: `write_tokens`, `read_memory`, `mark_written`, `visible`; per layer `write`, then the
     `attend` of what `visible` gave; at the end `write_cache` and `write_memory`.

@@ -26,11 +26,14 @@ from support.models import (
     weights_of,
 )
 from support.oracle import simulate
+from support.paged import PagedEngine
 from torch import Tensor
 from transformers import DynamicCache
 
 from lrt import MemoryConfig, ModelConfig, refine, schedules
 from lrt.integrations.hf.cache import Columns, append, read_cache
+from lrt.integrations.vllm.paged_state import PagedState
+from lrt.integrations.vllm.spans import Spans
 from lrt.model.rolling_state import RollingState
 from lrt.model.state import State
 from lrt.model.state_protocol import ModelState
@@ -68,9 +71,27 @@ def over_cache(model: Any, batch: int) -> Call:
     return call
 
 
+def over_pages(model: Any, batch: int) -> Call:
+    """The model over pages that vLLM keeps: first all positions from where the last call ended, then any of them."""
+    engine, known = PagedEngine(model, batch, LENGTH), 0
+
+    def call(tokens: Tensor, positions: range) -> Tensor:
+        nonlocal known
+        again = positions.stop <= known
+        assert again or (positions.start, positions.step) == (known, 1)
+        chunks = engine.step(list(tokens), [positions.start] * batch)
+        engine.everywhere = torch.tensor(positions).repeat(batch)
+        hidden, _ = engine(Spans.every(chunks, 0, 1), swept=again)
+        known = max(known, positions.stop)
+        return hidden.view(batch, len(positions), -1)
+
+    return call
+
+
 SEQUENTIAL = schedules.sequential()
 CONTIGUOUS = (SEQUENTIAL, schedules.plain(), schedules.chunked(4))
-ANY = (*CONTIGUOUS, schedules.interleaved(2), schedules.settled(1, 3, 1), schedules.strided(2, 2))
+PASS_FIRST = (*CONTIGUOUS, schedules.interleaved(2), schedules.settled(1, 3, 1))
+ANY = (*PASS_FIRST, schedules.strided(2, 2))
 
 
 @dataclass(frozen=True)
@@ -105,6 +126,7 @@ STATES = {
         covers=slides,
     ),
     "Hugging Face cache": Implementation(lambda m, t: over_cache(m, len(t)), CONTIGUOUS, gradients=False),
+    "vLLM's pages": Implementation(lambda m, t: over_pages(m, len(t)), PASS_FIRST, gradients=False),
 }
 SLIDING = {
     f"sliding, {injection}, {projection}, {source}": ModelConfig(
@@ -171,7 +193,7 @@ def test_gradients_are_those_of_slots(config: ModelConfig, name: str):
         assert_same_gradients(gradients(model, hidden), gradients(model, expected), repr(schedule))
 
 
-@pytest.mark.parametrize("kind", [State, StridedState, RollingState])
+@pytest.mark.parametrize("kind", [State, StridedState, RollingState, PagedState])
 def test_every_state_has_what_the_protocol_asks(kind: type):
     asked = {name for name in vars(ModelState) if not name.startswith("_")}
     assert {"read_memory", "write", "visible", "write_memory", "where", "mark_written"} <= asked

@@ -22,23 +22,10 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from lrt.integrations.token_digits import decode_digits, encode_digits
 from lrt.model.buffers import OVERWRITING
 from lrt.model.config import ModelConfig
 from lrt.model.state import State
-
-DIGITS, BASE = 4, 256
-"""A token plus one is stored as four digits of base 256, which bfloat16 too represents exactly; zeros are padding."""
-
-
-def encode_digits(tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tokens (B, S), -1 for padding, as digits (B, S, DIGITS)."""
-    places = BASE ** torch.arange(DIGITS, device=tokens.device)
-    return ((tokens.unsqueeze(-1) + 1) // places % BASE).to(dtype)
-
-
-def decode_digits(digits: Tensor) -> Tensor:
-    """The inverse of `encode_digits`: (B, S, DIGITS) to (B, S) int."""
-    return (digits.long() * BASE ** torch.arange(DIGITS, device=digits.device)).sum(-1) - 1
 
 
 @dataclass(frozen=True)
