@@ -127,10 +127,10 @@ def create_served_model(
     template_name, template = choose_template(tokenizer, settings.template, folder)
     if settings.template is None and template_name == "plain":
         template = None  # nothing says that the model can chat
+    grammars = GrammarCompiler(tokenizer)
+    grammars.prepare()  # now, as it would keep all other requests waiting
     weights = f"fp_{fingerprint(transformer)[:12]}"
-    return ServedModel(
-        name, transformer, tokenizer, engine, template, created, weights, settings, prefills, GrammarCompiler(tokenizer)
-    )
+    return ServedModel(name, transformer, tokenizer, engine, template, created, weights, settings, prefills, grammars)
 
 
 def model_names(paths: Sequence[Path], names: Sequence[str] = ()) -> list[str]:

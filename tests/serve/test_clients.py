@@ -18,10 +18,10 @@ RECORDINGS = sorted((HERE / "clients").glob("*.json"))
 PAGE = (HERE.parents[1] / "docs" / "clients.md").read_text(encoding="utf-8")
 REFUSED = {
     "/v1/chat/completions": "tools is not supported here",
-    "/v1/embeddings": "",
-    "/v1/responses": "there is nothing at this address",
+    "/v1/embeddings": "there ",
+    "/v1/responses": "there ",
 }
-"""What `openai_refused` asks for -> the answer's words."""
+"""What `openai_refused` asks for -> words of the answer's message."""
 
 
 def requests() -> Iterator[Any]:

@@ -111,6 +111,10 @@ def test_a_shape_that_cannot_be_followed_is_a_400(up: Live, fields: dict[str, An
     assert up.idle()
 
 
+def test_what_all_shapes_share_is_made_before_the_first_request(up: Live):
+    assert "_vocabulary" in vars(up.registry.find("bare").grammars)
+
+
 def test_a_shape_is_compiled_beside_the_event_loop(up: Live, monkeypatch: pytest.MonkeyPatch):
     compiler = up.registry.find("lrt").grammars
     compile_grammar, entered, release = compiler.compile, threading.Event(), threading.Event()
