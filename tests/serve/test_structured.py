@@ -74,7 +74,7 @@ def test_any_object_is_json(up: Live):
         ({"choice": ["yes", "no", "don't\nknow"]}, "yes|no|don't\nknow"),
         ({"grammar": 'start: ("ab" | "c")+ "."'}, r"(ab|c)+\."),
         ({"json": {"enum": [1, "two"]}}, '1|"two"'),
-        ({"json": '{"const": true}', "disable_any_whitespace": False}, "true"),
+        ({"json": '{"const": true}', "whitespace_pattern": None}, "true"),
     ],
 )
 def test_vllms_parameters_shape_completions_and_chats(up: Live, shape: dict[str, Any], pattern: str):
