@@ -69,3 +69,11 @@ def test_there_are_recordings_and_each_client_is_on_its_page():
         text = file.read_text(encoding="utf-8")
         assert not re.search(r"/tmp|/home|/root|localhost|127\.0\.0\.1", text), file.stem
         assert len(text) < 40_000
+
+
+def test_clients_are_installed_at_the_versions_that_were_recorded():
+    folder = HERE.parent / "clients"
+    lines = (folder / "constraints.txt").read_text().splitlines()
+    pinned = {line.partition("==")[0].lower() for line in lines if "==" in line}
+    wanted = re.findall(r"^([\w-]+)", (folder / "requirements.txt").read_text(), re.MULTILINE)
+    assert {name.lower() for name in wanted} <= pinned
