@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -80,6 +81,14 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
+    def prepare(self) -> None:
+        """Make what all grammars share: for 128,000 tokens it keeps the interpreter for a second.
+
+        Nothing is made where it cannot be; `compile` then says why.
+        """
+        with suppress(ValueError):
+            self._vocabulary  # noqa: B018
+
     def compile(self, kind: str, source: Any) -> Grammar:
         """The grammar of a kind in KINDS. ValueError, which says why, where it cannot be read or is too large."""
         if kind not in KINDS:
@@ -102,7 +111,7 @@ class GrammarCompiler:
 
     @functools.cached_property
     def _vocabulary(self) -> Any:
-        """llguidance's tokenizer: the bytes of every token. It takes a while for a large vocabulary."""
+        """llguidance's tokenizer: the bytes of every token."""
         library, tokenizer = llguidance(), self.tokenizer
         if tokenizer.token_bytes() is None:
             raise ValueError(

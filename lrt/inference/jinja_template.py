@@ -132,11 +132,11 @@ class JinjaTemplate:
         last = max(i for i, message in enumerate(messages) if message.role == "assistant")
         answer = unused([message.text for message in messages])
         known = [*messages[:last], Message("assistant", answer), *messages[last + 1 :]]
-        return self._behind(known, answer, True)[int(ended) :]
+        return without_end(self._behind(known, answer, True), ended)
 
     def closing(self, ended: bool = False) -> list[Part]:
         """What stands behind a last answer; its first part ends it."""
-        return self._behind_answer[int(ended) :]
+        return without_end(self._behind_answer, ended)
 
     @property
     def end(self) -> str | None:
@@ -150,7 +150,7 @@ class JinjaTemplate:
         return self._behind([Message("user", "hello"), Message("assistant", answer)], answer, False)
 
     def _behind(self, messages: Sequence[Message], answer: str, goes_on: bool) -> list[Part]:
-        """What is written behind the text `answer`. A line's end that ends it is a part of its own."""
+        """What is written behind the text `answer`. A line's end directly behind it is a part of its own."""
         text, originals = self._render(messages, {}, goes_on)
         if text.count(answer) != 1:
             raise ValueError("the chat template does not write an earlier answer as it was; it cannot be used here")
@@ -196,8 +196,6 @@ class JinjaTemplate:
 
     def _split(self, text: str, originals: Mapping[int, str]) -> list[Part]:
         """Texts, and the special tokens between them."""
-        if not self.special:
-            return [(text.translate(originals), True)] if text else []
         longest_first = "|".join(re.escape(name) for name in sorted(self.special, key=len, reverse=True))
         pieces = re.split(f"({longest_first})", text)
         return [(piece.translate(originals), i % 2 == 0) for i, piece in enumerate(pieces) if piece]
@@ -224,6 +222,12 @@ class JinjaTemplate:
         tails = [text[i:] for i, character in enumerate(text) if character in self._beginnings]
         spelled = any(name.startswith(tail) or tail.startswith(name) for tail in tails for name in self.special)
         return bool(tails) and not spelled
+
+
+def without_end(behind: list[Part], ended: bool) -> list[Part]:
+    """What stands behind an answer; where it has `ended`, without the special token or line's end that ends it."""
+    begins_with_end = bool(behind) and (not behind[0][1] or behind[0][0] == "\n")
+    return behind[1:] if ended and begins_with_end else behind
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -199,6 +199,7 @@ def load_served_model(
     if settings.template is None and template_name == "plain":
         template = None  # nothing says that the model can chat
     weights, grammars = f"fp_{fingerprint(transformer)[:12]}", GrammarCompiler(tokenizer)
+    grammars.prepare()  # now, as it would keep all other requests waiting
     model = ServedModel(name, tokenizer, workers, grammars, template, created, weights, settings, version)
     model.examples = example_prompts(path, folder, settings.held_out_examples)
     model.probe = usable_probe(folder, transformer)

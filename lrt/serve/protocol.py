@@ -100,8 +100,6 @@ class StructuredOutputs(Strict):
     json_object: bool | None = None
     whitespace_pattern: None = None
     structural_tag: None = None
-    disable_any_whitespace: Literal[False] | None = None
-    disable_additional_properties: Literal[False] | None = None
 
 
 class GenerationBody(Strict):

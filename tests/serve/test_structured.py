@@ -74,7 +74,7 @@ def test_any_object_is_json(up: Live):
         ({"choice": ["yes", "no", "don't\nknow"]}, "yes|no|don't\nknow"),
         ({"grammar": 'start: ("ab" | "c")+ "."'}, r"(ab|c)+\."),
         ({"json": {"enum": [1, "two"]}}, '1|"two"'),
-        ({"json": '{"const": true}', "disable_any_whitespace": False}, "true"),
+        ({"json": '{"const": true}', "whitespace_pattern": None}, "true"),
     ],
 )
 def test_vllms_parameters_shape_completions_and_chats(up: Live, shape: dict[str, Any], pattern: str):
@@ -109,6 +109,10 @@ def test_a_shape_that_cannot_be_followed_is_a_400(up: Live, fields: dict[str, An
     assert answer.status_code == 400, answer.text
     assert message in answer.json()["error"]["message"]
     assert up.idle()
+
+
+def test_what_all_shapes_share_is_made_before_the_first_request(up: Live):
+    assert "_vocabulary" in vars(up.registry.find("bare").grammars)
 
 
 def test_a_shape_is_compiled_beside_the_event_loop(up: Live, monkeypatch: pytest.MonkeyPatch):
