@@ -1,7 +1,8 @@
-"""Greedy answers of vLLM on so many processes, as JSON: `python tensor_parallel.py FOLDER RANKS`."""
+"""Greedy answers of vLLM on so many processes, as JSON: `python tensor_parallel.py FOLDER RANKS MODE OUT`."""
 
 import json
 import sys
+from pathlib import Path
 
 import conftest  # noqa: F401 (the environment that vLLM reads)
 from support.vllm_engine import NEW, ragged_prompts, settings
@@ -26,4 +27,4 @@ if __name__ == "__main__":
         }
         for answer in done
     ]
-    print(json.dumps(answers))
+    Path(sys.argv[4]).write_text(json.dumps(answers))
