@@ -41,7 +41,7 @@ def test_a_commit_is_checked_as_make_lint_checks():
 def test_commands_of_the_guide_are_in_the_makefile():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    make (\S+)", text, re.MULTILINE)
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         assert re.search(rf"^{command}:", MAKEFILE, re.MULTILINE), command
 
