@@ -42,7 +42,7 @@ def test_a_result_that_is_being_written_passes_for_none(tmp_path: Path):
 
 
 def test_every_kind_of_result_has_its_tables_a_sentence_and_a_title():
-    assert set(TABLES) == set(SENTENCES) == set(KINDS) == {*MEASURES, "scores", "core"}
+    assert set(TABLES) == set(SENTENCES) == set(KINDS) == {*MEASURES, "scores", "core", "probe"}
 
 
 def test_a_ledger_goes_on_where_it_was_cut(tmp_path: Path):

@@ -121,7 +121,7 @@ def test_the_demo_is_what_the_log_measured():
     for run in runs.values():
         model = run.model
         assert (model.depth, model.width, model.heads, model.context, model.vocab_size) == (4, 128, 2, 256, 2048)
-        assert (run.batch_tokens, run.horizon, run.seed, run.precision) == (2048, "tokens=800000", 0, "float32")
+        assert (run.batch_tokens, run.horizon, run.seed, run.precision) == (2048, "tokens=560000", 0, "float32")
         assert run.optim == OptimConfig(
             matrix_lr=0.02, embedding_lr=0.2, head_lr=0.01, scalar_lr=0.02, momentum_steps=100, reference_batch=2048
         )
