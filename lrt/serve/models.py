@@ -127,9 +127,10 @@ class ServedModel:
         """The worker for a request, which has passed `ModelRegistry.admit`.
 
         Of those with a free row (of all, where none has one) the one that knows most of its prompt's beginning; of
-        several the least busy.
+        several the least busy. One whose engine is made anew gets a request only where no other goes on.
         """
-        going = [worker for worker in self.workers if not worker.engine.failed]
+        left = [worker for worker in self.workers if not worker.engine.failed] or self.workers  # it failed just now
+        going = [worker for worker in left if not worker.engine.replacing] or left
         free = [worker for worker in going if worker.engine.load < worker.engine.rows] or going
         if len(self.workers) == 1 or self.settings.prefixes == 0:
             return min(free, key=lambda worker: worker.engine.load)

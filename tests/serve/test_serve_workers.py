@@ -7,7 +7,8 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ def shelf(tmp_path: Path) -> Path:
 def text_of(up: Live, key: str = "none", **fields: Any) -> str:
     body: dict[str, Any] = {"model": "lrt", "prompt": "hello", "seed": 5, "max_tokens": 24} | fields
     return up.client(key).completions.create(**body).choices[0].text
+
+
+def soon(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether something holds before so many seconds have passed."""
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.02)
+    return holds()
 
 
 def post(up: Live, address: str, key: str = TOKEN, **body: Any) -> httpx.Response:
@@ -145,7 +154,7 @@ def test_a_worker_that_has_failed_leaves_its_work_to_the_other(folder: Path, mon
         monkeypatch.setattr(first.engine.engine, "step", broken)
         with pytest.raises(openai.InternalServerError):
             text_of(up, TOKEN)
-        first.engine._thread.join(10)
+        assert soon(lambda: first.engine.failed)
         for _ in range(3):
             assert text_of(up, TOKEN)
         answer = httpx.get(f"{up.url}/healthz")
@@ -154,6 +163,43 @@ def test_a_worker_that_has_failed_leaves_its_work_to_the_other(folder: Path, mon
         monkeypatch.undo()
         assert post(up, "/v1/models/load", model="lrt").json()["status"] == "loaded"
         assert httpx.get(f"{up.url}/healthz").json()["models"] == {"lrt": "ok"}
+
+
+@pytest.mark.parametrize("settings", [replace(TWO, devices=("cpu",)), TWO])
+def test_requests_that_come_while_an_engine_is_made_anew_are_answered(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings
+):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def broken() -> Any:
+        raise RuntimeError
+
+    def make() -> Any:
+        begun.set()
+        go_on.wait(20)
+        raise RuntimeError
+
+    with live(folder, settings=settings) as up, ThreadPoolExecutor() as pool:
+        model = up.registry.find("lrt")
+        engine = model.workers[0].engine
+        monkeypatch.setattr(engine, "make_engine", make)
+        monkeypatch.setattr(engine.engine, "step", broken)
+        with pytest.raises(openai.InternalServerError, match="the server failed to answer"):
+            text_of(up)
+        assert begun.wait(10)
+        asked = pool.submit(text_of, up)
+        if len(model.workers) == 2:
+            assert asked.result(10)  # by the other one
+            go_on.set()
+        else:
+            assert soon(lambda: engine.load == 1)
+            go_on.set()
+            with pytest.raises(openai.InternalServerError, match="the server failed to answer"):
+                asked.result(10)
+            assert soon(lambda: model.failed)
+            with pytest.raises(openai.InternalServerError, match="the model has failed"):
+                text_of(up)
+        assert soon(lambda: engine.load == 0)
 
 
 # --- a folder of models ------------------------------------------------------------------------------------------
