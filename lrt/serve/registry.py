@@ -38,6 +38,9 @@ LOOK_SECONDS = 0.05
 """How often it is looked whether the last request of a model that was taken away has ended."""
 
 
+LoadOutcome = Literal["loaded", "unchanged"]
+
+
 class Listed(NamedTuple):
     """A model that can be asked for, loaded or not."""
 
@@ -81,6 +84,8 @@ class ModelRegistry:
         self.retired: dict[ServedModel, asyncio.Task[None]] = {}
         """Models that were taken away and still answer, with what ends them."""
         self._loading = asyncio.Lock()
+        self._loads: dict[asyncio.Task[LoadOutcome], str] = {}
+        """Loads at work, with their models' names. They go on where the request that began one has gone away."""
 
     # --- the server's beginning and end ---------------------------------------------------------------------------
 
@@ -91,7 +96,7 @@ class ModelRegistry:
 
     async def stop(self) -> None:
         """End the engines."""
-        for task in self.retired.values():
+        for task in (*self._loads, *self.retired.values()):
             task.cancel()
         for model in (*self.models.values(), *self.retired):
             await model.stop()
@@ -113,8 +118,9 @@ class ModelRegistry:
         """A block that has a model by name, loaded where it has to be. ApiError 404 where there is none, 503 or 500
         where it cannot be loaded."""
         name = self.plain_name(name)
-        if name not in self.models:
-            await self.load(name)
+        while name not in self.models:  # it may be unloaded again before this goes on
+            at_work = next((task for task, loaded in self._loads.items() if loaded == name), None)
+            await asyncio.shield(at_work or self._begin_load(name))
         with (model := self.find(name)).in_use():
             yield model
 
@@ -189,13 +195,26 @@ class ModelRegistry:
 
     # --- coming and going -----------------------------------------------------------------------------------------
 
-    async def load(self, name: str) -> Literal["loaded", "unchanged"]:
+    async def load(self, name: str) -> LoadOutcome:
         """See that a model is loaded as its checkpoint is now, and works; requests that have an older one keep that.
 
         ApiError 404 where there is none, 503 where too many are loaded, 500 where it cannot be loaded: then what was
-        there goes on.
+        there goes on. It goes on where its caller is cancelled.
         """
-        name = self.plain_name(name)
+        return await asyncio.shield(self._begin_load(self.plain_name(name)))
+
+    def _begin_load(self, name: str) -> asyncio.Task[LoadOutcome]:
+        task = asyncio.get_running_loop().create_task(self._load(name))
+        self._loads[task] = name
+        task.add_done_callback(self._end_load)
+        return task
+
+    def _end_load(self, task: asyncio.Task[LoadOutcome]) -> None:
+        del self._loads[task]
+        if not task.cancelled():
+            task.exception()  # nobody may be left to hear of it, and asyncio would report that
+
+    async def _load(self, name: str) -> LoadOutcome:
         path = await self._path(name)
         async with self._loading:  # one at a time: a second request for it finds it loaded
             present = self.models.get(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import itertools
 import signal
 import threading
 import time
@@ -20,8 +22,11 @@ from support.server import EXACT, Live, live, sample, saved
 from test_serve_limits import start
 
 from lrt.inference.request import Request
+from lrt.model import checkpoint
 from lrt.serve.config import Limits, Settings
-from lrt.serve.models import checkpoint_version
+from lrt.serve.metrics import ServerMetrics
+from lrt.serve.models import ServedModel, checkpoint_version
+from lrt.serve.registry import ModelRegistry
 from lrt.serve.routing import LOOKED_AT, RECENT, RecentPrompts
 
 TOKEN = "0123456789abcdef0123"
@@ -265,6 +270,35 @@ def test_loading_needs_the_token(shelf: Path):
             assert answer.status_code == 403
             assert "start the server with --token-file or --api-key" in answer.json()["error"]["message"]
         assert up.registry.models == {}
+
+
+def test_a_load_goes_on_without_the_request_that_began_it(shelf: Path):
+    begun, go_on, count = threading.Event(), threading.Event(), itertools.count()
+
+    def slow(path: Path, device: str) -> Any:
+        next(count)
+        begun.set()
+        go_on.wait(20)
+        return checkpoint.load(path, device)
+
+    async def use(registry: ModelRegistry) -> ServedModel:
+        async with registry.use("one") as model:
+            return model
+
+    async def run() -> None:
+        registry = ModelRegistry({}, EXACT, Limits(), ServerMetrics(), shelf, slow)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await use(registry)
+        assert begun.is_set()
+        others = [asyncio.create_task(use(registry)) for _ in range(3)]
+        await asyncio.sleep(0.2)
+        go_on.set()
+        assert {id(await other) for other in others} == {id(registry.find("one"))}
+        assert next(count) == 1
+        await registry.stop()
+
+    asyncio.run(run())
 
 
 def test_what_is_unloaded_ends_its_answers_and_is_gone(folder: Path):
