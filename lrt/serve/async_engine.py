@@ -71,7 +71,7 @@ class AsyncEngine:
         """name, worker: of the model, and which of its workers it is. make_engine: called now, and again after an
         engine has failed. begin_thread: called first in its thread. queue_seconds: how long a request may wait for a
         row."""
-        self.name, self.make_engine, self.begin_thread = name, make_engine, begin_thread
+        self.name, self.worker, self.make_engine, self.begin_thread = name, worker, make_engine, begin_thread
         self.metrics, self.queue_seconds = metrics, queue_seconds
         self.engine = make_engine()
         self.rows = self.engine.rows.free
@@ -82,14 +82,6 @@ class AsyncEngine:
         self.failed = False
         """No other one can be made: whatever is sent to it is answered with an error."""
         self.speed = Speed()
-        metrics.watch(
-            name,
-            worker,
-            rows=lambda: self.rows,
-            used=lambda: self.engine.rows.used,
-            queued=lambda: len(self.engine.waiting),
-            speed=self.speed.now,
-        )
         self._submissions: dict[int, Submission] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopped = False
@@ -100,8 +92,16 @@ class AsyncEngine:
     # --- in the event loop ---------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to serve; events go to the running loop."""
+        """Begin to serve, and to be measured; events go to the running loop."""
         self._loop = asyncio.get_running_loop()
+        self.metrics.watch(
+            self.name,
+            self.worker,
+            rows=lambda: self.rows,
+            used=lambda: self.engine.rows.used,
+            queued=lambda: len(self.engine.waiting),
+            speed=self.speed.now,
+        )
         self._thread.start()
 
     async def stop(self) -> None:

@@ -272,6 +272,13 @@ def test_loading_needs_the_token(shelf: Path):
         assert up.registry.models == {}
 
 
+def test_a_model_that_cannot_be_loaded_leaves_no_gauges(shelf: Path):
+    with live(models_dir=shelf, settings=replace(EXACT, held_out_examples=True)) as up:  # its text is not there
+        with pytest.raises(openai.InternalServerError, match="the checkpoint of one cannot be loaded"):
+            text_of(up, model="one")
+        assert 'model="one"' not in up.registry.metrics.text().decode()
+
+
 def test_a_load_goes_on_without_the_request_that_began_it(shelf: Path):
     begun, go_on, count = threading.Event(), threading.Event(), itertools.count()
 
