@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from lrt.data.tokenizer import Tokenizer
+from lrt.eval.probe import FILE as PROBE_FILE
 from lrt.eval.probe import StateProbe, read_probe
 from lrt.eval.text_states import STATE_KINDS
 from lrt.inference import cost_model
 from lrt.inference.chat_template import ChatTemplate
 from lrt.inference.engine import Engine
 from lrt.inference.grammar import GrammarCompiler
-from lrt.inference.jinja_template import choose_template
+from lrt.inference.jinja_template import CONFIG_FILE, TEMPLATE_FILE, choose_template
 from lrt.inference.request import Request
 from lrt.model import checkpoint
 from lrt.model.config import ModelConfig
@@ -39,6 +40,8 @@ GENERIC_FOLDERS = ("checkpoint", "best")
 """Folders that say nothing of the model in them: its name is their parent's."""
 WORTH_A_WORKER = 32
 """Tokens of a prompt by which what workers know of it is compared: fewer do not outweigh how busy they are."""
+BESIDE = (PROBE_FILE, cost_model.FILE, TEMPLATE_FILE, CONFIG_FILE)
+"""Files that a checkpoint's manifest does not name, and that its server reads."""
 Loader = Callable[[Path, str], tuple[LatentRecurrentTransformer, Tokenizer]]
 """(checkpoint, device) -> (model, tokenizer)."""
 
@@ -255,9 +258,14 @@ def create_worker(
 
 
 def checkpoint_version(path: Path, watched: Sequence[Path] = ()) -> tuple[object, ...]:
-    """What differs where a checkpoint, or a file of a watched folder, was saved anew. OSError where there is none."""
+    """What differs where a checkpoint, what is BESIDE it, or a file of a watched folder, was saved anew.
+
+    OSError where there is no checkpoint.
+    """
+    folder = checkpoint.locate(path)
     files = [
-        checkpoint.locate(path) / "manifest.json",
+        folder / "manifest.json",
+        *(folder / name for name in BESIDE if (folder / name).exists()),
         *sorted(file for folder in watched for file in folder.iterdir()),
     ]
     return tuple((str(file), status.st_mtime_ns, status.st_size) for file in files for status in [file.stat()])

@@ -387,6 +387,31 @@ def test_what_belongs_to_a_model_beside_its_checkpoint_is_watched(folder: Path, 
     assert checkpoint_version(folder, [tmp_path]) != version
 
 
+@pytest.mark.parametrize(
+    "name", ["probe.safetensors", "calibration.json", "chat_template.jinja", "tokenizer_config.json"]
+)
+def test_what_a_server_reads_beside_the_weights_is_watched(tmp_path: Path, name: str):
+    run = saved(tmp_path / "run" / "checkpoint").parent
+    versions = [checkpoint_version(run)]
+    for content in ("{}", "{ }"):
+        (run / "checkpoint" / name).write_text(content)
+        versions.append(checkpoint_version(run))
+    (run / "checkpoint" / "notes.txt").write_text("hello")
+    assert checkpoint_version(run) == versions[-1]
+    assert len(set(versions)) == 3
+
+
+def test_a_chat_template_that_is_put_in_is_loaded(tmp_path: Path):
+    path = saved(tmp_path / "lrt")
+    with live(path, tokens=[TOKEN]) as up:
+        chat: Any = {"model": "lrt", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        with pytest.raises(openai.BadRequestError):
+            up.client(TOKEN).chat.completions.create(**chat)
+        (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+        assert post(up, "/v1/models/load", model="lrt").json()["status"] == "loaded"
+        assert up.client(TOKEN).chat.completions.create(**chat).choices
+
+
 @pytest.mark.slow
 def test_sighup_reloads(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = saved(tmp_path / "lrt")
