@@ -178,16 +178,19 @@ class ModelRegistry:
         return self._configs[path][1]
 
     async def listed(self) -> list[Listed]:
-        """Every model that can be asked for."""
-        return await asyncio.to_thread(self._listed)
+        """Every model that can be asked for, one that is loaded also where its checkpoint is gone."""
+        return await asyncio.to_thread(self._listed, dict(self.models))
 
-    def _listed(self) -> list[Listed]:
+    def _listed(self, loaded: dict[str, ServedModel]) -> list[Listed]:
         listed = []
-        for name, path in self.available().items():
-            model = self.models.get(name)
-            if model is not None:
+        available = self.available()
+        for name in {**available, **loaded}:
+            if name in loaded:
+                model = loaded[name]
                 listed.append(Listed(name, model.config, model.created, model.examples))
-            elif (config := self.config(path)) is not None:
+                continue
+            path = available[name]
+            if (config := self.config(path)) is not None:
                 folder = checkpoint.locate(path)
                 created = int((folder / "manifest.json").stat().st_mtime)
                 listed.append(Listed(name, config, created, example_prompts(path, folder, held_out=False)))
@@ -243,7 +246,8 @@ class ModelRegistry:
     async def unload(self, name: str) -> None:
         """Take a model out of memory when its requests have ended; the next request loads it again. ApiError 404."""
         name = self.plain_name(name)
-        await self._path(name)
+        if name not in self.models:  # its checkpoint may be gone
+            await self._path(name)
         async with self._loading:
             model = self.models.pop(name, None)
             if model is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import shutil
 import signal
 import threading
 import time
@@ -254,6 +255,17 @@ def test_no_more_models_are_loaded_than_fit(shelf: Path):
         assert text_of(up, TOKEN, model="two")
         assert 'lrt_rows{model="one"' not in up.registry.metrics.text().decode()
         assert 'lrt_rows{model="two"' in up.registry.metrics.text().decode()
+
+
+def test_a_loaded_model_whose_folder_is_gone_is_listed_and_can_be_unloaded(shelf: Path):
+    with live(models_dir=shelf, tokens=[TOKEN]) as up:
+        assert text_of(up, TOKEN, model="one")
+        shutil.rmtree(shelf / "one")
+        assert text_of(up, TOKEN, model="one")
+        assert sorted(model.id for model in up.client(TOKEN).models.list()) == ["one", "two"]
+        assert post(up, "/v1/models/unload", model="one").json() == {"model": "one", "status": "unloaded"}
+        assert [model.id for model in up.client(TOKEN).models.list()] == ["two"]
+        assert post(up, "/v1/models/unload", model="one").status_code == 404
 
 
 def test_loading_needs_the_token(shelf: Path):
