@@ -77,6 +77,8 @@ class ModelRegistry:
         """No new requests are taken."""
         self._configs: dict[Path, tuple[tuple[object, ...], ModelConfig | None]] = {}
         """By checkpoint, its version and what its configuration was then."""
+        self._warnings: set[str] = set()
+        """What was logged, and need not be again."""
         if models_dir is not None and not self.available().keys() - self.checkpoints:
             raise ValueError(f"{models_dir} holds no checkpoint; give a folder whose folders are those of `lrt train`")
         self.models = {name: self._make(path, name) for name, path in self.checkpoints.items()}
@@ -154,12 +156,25 @@ class ModelRegistry:
     # --- which there are ------------------------------------------------------------------------------------------
 
     def available(self) -> dict[str, Path]:
-        """Checkpoints by name: those that were named, then those that lie in `models_dir` now."""
-        found = dict(self.checkpoints)
+        """Checkpoints by name: those that were named, then those that lie in `models_dir` now.
+
+        Of several there that have one name none is served, which is logged once.
+        """
+        by_name: dict[str, list[Path]] = {}
         for path in sorted(self.models_dir.iterdir()) if self.models_dir is not None else ():
             if path.is_dir() and not path.name.startswith(".") and self.config(path) is not None:
-                found.setdefault(folder_name(path), path)
-        return found
+                by_name.setdefault(folder_name(path), []).append(path)
+        others = {name: paths for name, paths in by_name.items() if name not in self.checkpoints}
+        for name, paths in others.items():
+            if len(paths) > 1:
+                folders = " and ".join(path.name for path in paths)
+                self._warn_once(f"{folders} in {self.models_dir} are all called {name}; rename them, as none is served")
+        return self.checkpoints | {name: paths[0] for name, paths in others.items() if len(paths) == 1}
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warnings:
+            self._warnings.add(message)
+            LOG.warning(message)
 
     def config(self, path: Path) -> ModelConfig | None:
         """The configuration of a checkpoint; None where the folder is none, or none that can be read, which is logged

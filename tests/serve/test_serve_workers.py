@@ -242,6 +242,20 @@ def test_models_of_a_folder_are_loaded_when_they_are_asked_for(shelf: Path, fold
         assert text_of(up, model="two")
 
 
+def test_of_folders_with_one_name_none_is_served(shelf: Path, caplog: pytest.LogCaptureFixture):
+    saved(shelf / "a b")
+    saved(shelf / "a-b", seed=1)
+    with live(models_dir=shelf) as up:
+        for _ in range(2):
+            assert [model.id for model in up.client().models.list()] == ["one", "two"]
+        with pytest.raises(openai.NotFoundError, match="choose one of one, two"):
+            text_of(up, model="a-b")
+        (message,) = [record.getMessage() for record in caplog.records if "called a-b" in record.getMessage()]
+        assert message.startswith("a b and a-b in ")
+        shutil.rmtree(shelf / "a b")
+        assert text_of(up, model="a-b")
+
+
 def test_no_more_models_are_loaded_than_fit(shelf: Path):
     with live(models_dir=shelf, limits=Limits(models=1), tokens=[TOKEN]) as up:
         assert httpx.get(f"{up.url}/healthz").json() == {"status": "ok", "models": {}}
