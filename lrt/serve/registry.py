@@ -161,7 +161,7 @@ class ModelRegistry:
         Of several there that have one name none is served, which is logged once.
         """
         by_name: dict[str, list[Path]] = {}
-        for path in sorted(self.models_dir.iterdir()) if self.models_dir is not None else ():
+        for path in self._folders():
             if path.is_dir() and not path.name.startswith(".") and self.config(path) is not None:
                 by_name.setdefault(folder_name(path), []).append(path)
         others = {name: paths for name, paths in by_name.items() if name not in self.checkpoints}
@@ -170,6 +170,14 @@ class ModelRegistry:
                 folders = " and ".join(path.name for path in paths)
                 self._warn_once(f"{folders} in {self.models_dir} are all called {name}; rename them, as none is served")
         return self.checkpoints | {name: paths[0] for name, paths in others.items() if len(paths) == 1}
+
+    def _folders(self) -> list[Path]:
+        """What lies in `models_dir`; nothing where that cannot be read, which is logged once."""
+        try:
+            return [] if self.models_dir is None else sorted(self.models_dir.iterdir())
+        except OSError as error:
+            self._warn_once(f"the folder of models cannot be read: {error}")
+            return []
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warnings:
@@ -203,13 +211,22 @@ class ModelRegistry:
             if name in loaded:
                 model = loaded[name]
                 listed.append(Listed(name, model.config, model.created, model.examples))
-                continue
-            path = available[name]
-            if (config := self.config(path)) is not None:
-                folder = checkpoint.locate(path)
-                created = int((folder / "manifest.json").stat().st_mtime)
-                listed.append(Listed(name, config, created, example_prompts(path, folder, held_out=False)))
+            elif (entry := self._waiting(name, available[name])) is not None:
+                listed.append(entry)
         return listed
+
+    def _waiting(self, name: str, path: Path) -> Listed | None:
+        """What is listed of a checkpoint that is not loaded; None where there is none any more."""
+        config = self.config(path)
+        if config is None:
+            return None
+        try:
+            folder = checkpoint.locate(path)
+            created = int((folder / "manifest.json").stat().st_mtime)
+            return Listed(name, config, created, example_prompts(path, folder, held_out=False))
+        except (OSError, ValueError) as error:  # it was saved anew, or taken away, just now
+            LOG.warning("%s is not listed: %s", name, error)
+            return None
 
     # --- coming and going -----------------------------------------------------------------------------------------
 
@@ -274,7 +291,7 @@ class ModelRegistry:
         for name in list(self.models):
             try:
                 LOG.warning("%s: %s", name, await self.load(name))
-            except ApiError as error:
+            except (ApiError, OSError) as error:
                 LOG.warning("%s: %s", name, error)
 
     async def _path(self, name: str) -> Path:

@@ -25,6 +25,7 @@ from test_serve_limits import start
 from lrt.inference.request import Request
 from lrt.model import checkpoint
 from lrt.serve.config import Limits, Settings
+from lrt.serve.examples import example_prompts
 from lrt.serve.metrics import ServerMetrics
 from lrt.serve.models import ServedModel, checkpoint_version
 from lrt.serve.registry import ModelRegistry
@@ -254,6 +255,24 @@ def test_of_folders_with_one_name_none_is_served(shelf: Path, caplog: pytest.Log
         assert message.startswith("a b and a-b in ")
         shutil.rmtree(shelf / "a b")
         assert text_of(up, model="a-b")
+
+
+def test_a_folder_that_vanishes_meanwhile_is_not_listed(shelf: Path, monkeypatch: pytest.MonkeyPatch):
+    def vanishing(path: Path, folder: Path, held_out: bool) -> tuple[str, ...]:
+        if path.name == "one":
+            shutil.rmtree(path)
+        return example_prompts(path, folder, held_out)
+
+    monkeypatch.setattr("lrt.serve.registry.example_prompts", vanishing)
+    with live(models_dir=shelf) as up:
+        assert [model.id for model in up.client().models.list()] == ["two"]
+        assert text_of(up, model="two")
+        shutil.rmtree(shelf)
+        assert [model.id for model in up.client().models.list()] == ["two"]
+        with pytest.raises(openai.NotFoundError):
+            text_of(up, model="one")
+        asyncio.run(up.registry.reload())  # what is loaded goes on
+        assert text_of(up, model="two")
 
 
 def test_no_more_models_are_loaded_than_fit(shelf: Path):
