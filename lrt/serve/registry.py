@@ -68,7 +68,7 @@ class ModelRegistry:
         """Loads `checkpoints`, which are by name.
 
         models_dir: a folder of checkpoints, each of which is loaded when it is first asked for. load, watched: as
-        `load_served_model` has them. ValueError where a checkpoint is damaged, or models_dir has none.
+        `load_served_model` has them. ValueError where a checkpoint is damaged, or there is none at all.
         """
         self.checkpoints, self.models_dir = dict(checkpoints), models_dir
         self.settings, self.limits, self.metrics = settings, limits, metrics
@@ -79,8 +79,11 @@ class ModelRegistry:
         """By checkpoint, its version and what its configuration was then."""
         self._warnings: set[str] = set()
         """What was logged, and need not be again."""
-        if models_dir is not None and not self.available().keys() - self.checkpoints:
-            raise ValueError(f"{models_dir} holds no checkpoint; give a folder whose folders are those of `lrt train`")
+        if not self.available():
+            raise ValueError(
+                f"{models_dir} holds no checkpoint that can be served; give a folder whose folders are those of "
+                "`lrt train`, each with a name of its own, or name a checkpoint beside it"
+            )
         self.models = {name: self._make(path, name) for name, path in self.checkpoints.items()}
         """Those that are loaded."""
         self.retired: dict[ServedModel, asyncio.Task[None]] = {}

@@ -257,6 +257,17 @@ def test_of_folders_with_one_name_none_is_served(shelf: Path, caplog: pytest.Log
         assert text_of(up, model="a-b")
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_folder_may_hold_only_what_is_named_or_nothing_yet(folder: Path, tmp_path: Path, own: bool):
+    models_dir = folder.parent if own else tmp_path
+    with live(folder, models_dir=models_dir) as up:
+        assert [model.id for model in up.client().models.list()] == ["lrt"]
+        assert text_of(up)
+        saved(tmp_path / "later")
+        expected = ["lrt"] if own else ["later", "lrt"]
+        assert sorted(model.id for model in up.client().models.list()) == expected
+
+
 def test_a_folder_that_vanishes_meanwhile_is_not_listed(shelf: Path, monkeypatch: pytest.MonkeyPatch):
     def vanishing(path: Path, folder: Path, held_out: bool) -> tuple[str, ...]:
         if path.name == "one":
