@@ -33,7 +33,6 @@ from lrt.serve.examples import example_prompts
 from lrt.serve.metrics import ServerMetrics
 from lrt.serve.routing import RecentPrompts
 from lrt.utils.device import use_device
-from lrt.utils.imports import MissingExtraError
 from lrt.utils.progress import warn
 
 GENERIC_FOLDERS = ("checkpoint", "best")
@@ -211,12 +210,15 @@ def load_served_model(
 
 
 def usable_probe(folder: Path, transformer: LatentRecurrentTransformer) -> StateProbe | None:
-    """The probe of a checkpoint, if it has one. Left out, with a warning, where what follows its state is missing."""
-    probe = read_probe(folder, transformer)
+    """The probe of a checkpoint, if it has one.
+
+    Left out, with a warning, where it is damaged, or a library that follows its state is missing.
+    """
     try:
+        probe = read_probe(folder, transformer)
         if probe is not None:
             STATE_KINDS[probe.kind].after("", [0])
-    except MissingExtraError as error:
+    except ValueError as error:
         warn(f"{error}. Until then the page does not show the state")
         return None
     return probe
