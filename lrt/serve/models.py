@@ -42,7 +42,7 @@ WORTH_A_WORKER = 32
 BESIDE = (PROBE_FILE, cost_model.FILE, TEMPLATE_FILE, CONFIG_FILE)
 """Files that a checkpoint's manifest does not name, and that its server reads."""
 Loader = Callable[[Path, str], tuple[LatentRecurrentTransformer, Tokenizer]]
-"""(checkpoint, device) -> (model, tokenizer)."""
+"""(folder that was checked, device) -> (model, tokenizer)."""
 
 
 @dataclass(eq=False)
@@ -178,7 +178,7 @@ def load_served_model(
     settings: Settings,
     limits: Limits,
     metrics: ServerMetrics,
-    load: Loader = checkpoint.load,
+    load: Loader = checkpoint.read,
     watched: Sequence[Path] = (),
 ) -> ServedModel:
     """Load a checkpoint to be served, by `load`; its engines are not started yet.
@@ -187,7 +187,7 @@ def load_served_model(
     ValueError where it is damaged, settings do not fit, or examples of its text are asked for and the text is not
     there.
     """
-    folder = checkpoint.verify(path)
+    folder = checkpoint.check(path)  # which moves nothing: somebody may be saving
     version = checkpoint_version(path, watched)  # before it is loaded: what is saved meanwhile is seen as a change
     # One copy of the weights for each device, for two workers on it as well: engines only read them.
     loaded = {device: load(folder, device) for device in dict.fromkeys(settings.devices)}

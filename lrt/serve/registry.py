@@ -62,7 +62,7 @@ class ModelRegistry:
         limits: Limits,
         metrics: ServerMetrics,
         models_dir: Path | None = None,
-        load: Loader = checkpoint.load,
+        load: Loader = checkpoint.read,
         watched: Sequence[Path] = (),
     ) -> None:
         """Loads `checkpoints`, which are by name.
@@ -75,6 +75,8 @@ class ModelRegistry:
         self.loader, self.watched = load, watched
         self.draining = False
         """No new requests are taken."""
+        for path in self.checkpoints.values():
+            checkpoint.verify(path)  # undoes a save that was cut off; later, somebody may be saving
         self._configs: dict[Path, tuple[tuple[object, ...], ModelConfig | None]] = {}
         """By checkpoint, its version and what its configuration was then."""
         self._warnings: set[str] = set()

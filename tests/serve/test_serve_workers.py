@@ -27,7 +27,7 @@ from lrt.model import checkpoint
 from lrt.serve.config import Limits, Settings
 from lrt.serve.examples import example_prompts
 from lrt.serve.metrics import ServerMetrics
-from lrt.serve.models import ServedModel, checkpoint_version
+from lrt.serve.models import ServedModel, checkpoint_version, load_served_model
 from lrt.serve.registry import ModelRegistry
 from lrt.serve.routing import LOOKED_AT, RECENT, RecentPrompts
 
@@ -342,7 +342,7 @@ def test_a_load_goes_on_without_the_request_that_began_it(shelf: Path):
         next(count)
         begun.set()
         go_on.wait(20)
-        return checkpoint.load(path, device)
+        return checkpoint.read(path, device)
 
     async def use(registry: ModelRegistry) -> ServedModel:
         async with registry.use("one") as model:
@@ -441,6 +441,18 @@ def test_what_belongs_to_a_model_beside_its_checkpoint_is_watched(folder: Path, 
     assert version == checkpoint_version(folder, [tmp_path]) != checkpoint_version(folder)
     (tmp_path / "weights").write_text("other")
     assert checkpoint_version(folder, [tmp_path]) != version
+
+
+def test_a_server_that_runs_leaves_a_save_at_work_alone(tmp_path: Path):
+    path = saved(tmp_path / "lrt")
+    previous = path.with_name(".lrt.previous")
+    path.rename(previous)  # as it is between the two renames of a save
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        load_served_model(path, "lrt", EXACT, Limits(), ServerMetrics())
+    assert previous.is_dir()
+    assert not path.exists()
+    with live(path) as up:  # a server that begins undoes a save that was cut off there
+        assert text_of(up)
 
 
 @pytest.mark.parametrize(
