@@ -24,6 +24,7 @@ from lrt.cli.serve import Serve
 from lrt.serve.config import Limits, Settings
 from lrt.serve.detokenizer import Detokenizer, overlap
 from lrt.serve.models import model_names
+from lrt.serve.page_files import addresses
 from lrt.serve.protocol import CompletionBody
 
 TIGHT = Limits(
@@ -343,6 +344,12 @@ def test_keys_of_the_command_line_and_of_the_file_all_serve(tmp_path: Path):
     keys = tyro.cli(Serve, args=["run", "--token-file", str(tmp_path / "token"), "--api-key", OTHER_SECRET, "k" * 16])
     assert keys.read_tokens() == [OTHER_SECRET, "k" * 16, SECRET]
     assert Serve((Path("run"),)).read_tokens() == []
+
+
+def test_only_files_of_the_page_have_addresses(tmp_path: Path):
+    for name in ("index.html", "page.js", "style.css", ".DS_Store", "page.js.swp", "notes", ".css"):
+        (tmp_path / name).write_text("")
+    assert set(addresses(tmp_path)) == {"/", "/page/page.js", "/page/style.css"}
 
 
 def test_names_are_the_folders():
