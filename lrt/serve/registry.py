@@ -20,9 +20,9 @@ from lrt.serve.config import Limits, Settings
 from lrt.serve.errors import (
     ApiError,
     busy_error,
+    lasting_error,
     load_error,
     shutdown_error,
-    unavailable_error,
     unknown_model_error,
 )
 from lrt.serve.examples import example_prompts
@@ -73,6 +73,8 @@ class ModelRegistry:
         self.checkpoints, self.models_dir = dict(checkpoints), models_dir
         self.settings, self.limits, self.metrics = settings, limits, metrics
         self.loader, self.watched = load, watched
+        self.secured = False
+        """Whether clients with a token may load and unload; `create_app` sets it."""
         self.draining = False
         """No new requests are taken."""
         for path in self.checkpoints.values():
@@ -151,7 +153,12 @@ class ModelRegistry:
         if self.draining:
             raise shutdown_error()
         if model.failed:
-            raise unavailable_error("the model has failed; the server has to be started anew", "model_failed")
+            way_out = (
+                "POST it to /v1/models/load"
+                if self.secured
+                else "it works again when the server is started anew, or gets SIGHUP"
+            )
+            raise lasting_error(f"the model has failed; {way_out}", "model_failed")
         if model.load + samples > model.rows + self.limits.queue:
             raise busy_error(
                 f"{model.load} continuations are decoded or wait, and {samples} more exceed the "
@@ -261,11 +268,12 @@ class ModelRegistry:
             if self.draining:
                 raise shutdown_error()
             if present is None and len(self.models) >= max(self.limits.models, len(self.checkpoints)):
+                way_out = "or POST one to /v1/models/unload" if self.secured else "or have the server's limit raised"
                 message = (
                     f"{len(self.models)} models are loaded, as many as this server holds (--limits.models); "
-                    "POST one of them to /v1/models/unload"
+                    f"use {', '.join(self.models)}, {way_out}"
                 )
-                raise unavailable_error(message, "too_many_models")
+                raise lasting_error(message, "too_many_models")
             try:
                 version = await asyncio.to_thread(checkpoint_version, path, self.watched)
                 if present is not None and present.version == version and not present.impaired:

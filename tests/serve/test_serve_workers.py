@@ -204,8 +204,10 @@ def test_requests_that_come_while_an_engine_is_made_anew_are_answered(
             with pytest.raises(openai.InternalServerError, match="the server failed to answer"):
                 asked.result(10)
             assert soon(lambda: model.failed)
-            with pytest.raises(openai.InternalServerError, match="the model has failed"):
+            with pytest.raises(openai.InternalServerError, match="the model has failed") as caught:
                 text_of(up)
+            assert "or gets SIGHUP" in caught.value.message
+            assert "Retry-After" not in caught.value.response.headers
         assert soon(lambda: engine.load == 0)
 
 
@@ -295,6 +297,8 @@ def test_no_more_models_are_loaded_than_fit(shelf: Path):
         ) as caught:
             text_of(up, TOKEN, model="two")
         assert caught.value.status_code == 503
+        assert "use one, or POST one to /v1/models/unload" in caught.value.message
+        assert "Retry-After" not in caught.value.response.headers
         assert post(up, "/v1/models/unload", model="one").json() == {"model": "one", "status": "unloaded"}
         assert text_of(up, TOKEN, model="two")
         assert 'lrt_rows{model="one"' not in up.registry.metrics.text().decode()
@@ -310,6 +314,14 @@ def test_a_loaded_model_whose_folder_is_gone_is_listed_and_can_be_unloaded(shelf
         assert post(up, "/v1/models/unload", model="one").json() == {"model": "one", "status": "unloaded"}
         assert [model.id for model in up.client(TOKEN).models.list()] == ["two"]
         assert post(up, "/v1/models/unload", model="one").status_code == 404
+
+
+def test_nobody_is_sent_where_a_token_is_missing(shelf: Path):
+    with live(models_dir=shelf, limits=Limits(models=1)) as up:
+        assert text_of(up, model="one")
+        with pytest.raises(openai.InternalServerError, match="use one, or have the server's limit raised") as caught:
+            text_of(up, model="two")
+        assert "/v1/models/unload" not in caught.value.message
 
 
 def test_loading_needs_the_token(shelf: Path):
