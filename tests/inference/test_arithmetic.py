@@ -231,6 +231,7 @@ def test_a_request_says_by_default_only_what_to_continue():
         "steering": dataclasses.asdict(Steering()),
         "prefill": None,
         "owner": "",
+        "grammar": None,
     }
 
 
