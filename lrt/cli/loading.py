@@ -35,11 +35,12 @@ def is_retrofitted(folder: Path) -> bool:
 def load_model(
     folder: Path, device: str | torch.device, adapter: Path | None = None
 ) -> tuple[LatentRecurrentTransformer, Tokenizer]:
-    """(the model, the adapter merged into its weights; its tokenizer)."""
+    """(the model, the adapter merged into its weights; its tokenizer) of a folder that `checkpoint.verify` or `check`
+    gave."""
     if adapter is None:
         from lrt.model import checkpoint
 
-        return checkpoint.load(folder, device)
+        return checkpoint.read(folder, device)
     with extra("finetune", "--adapter"):
         from lrt.integrations.finetune.adapter import load_adapted
     return load_adapted(folder, adapter, str(device))

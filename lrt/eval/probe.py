@@ -246,7 +246,7 @@ def read_probe(folder: Path, model: LatentRecurrentTransformer) -> StateProbe | 
             raise ValueError("it is of another version")
         probe = StateProbe(**about, linear=linear)
         check_shape(probe, model.config.width)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no probe ({error!r}); delete it, and run `lrt diagnose --probe` again") from error
     return probe if probe.model == fingerprint(model) else None
 

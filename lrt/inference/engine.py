@@ -34,7 +34,7 @@ from lrt.inference.grammar import GrammarState, mask_rows
 from lrt.inference.prefill import PREFILL_MODES, Prefilled, PrefillMode, exact_reason, prefill, refuse_thoughts
 from lrt.inference.request import Completion, Event, Finish, Logprob, Request
 from lrt.inference.row_pool import KeptRow, PrefixCache, RowPool, copy_row, rows_that_fit
-from lrt.inference.sampling import draw_rows
+from lrt.inference.sampling import TokenCounts, draw_rows
 from lrt.model.config import ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -64,6 +64,8 @@ class Job:
     """How many of them were copied, not computed."""
     fork: KeptRow | None = None
     """A row that has the prompt, computed for an earlier sample."""
+    counts: TokenCounts | None = None
+    """Of its tokens, where its request steers what is drawn."""
     logprobs: list[Logprob] = field(default_factory=list)
     certificate: Certificate | None = None
     """How the prompt was computed, where in parallel (or why not), or the part of it that was copied; of the less
@@ -411,13 +413,16 @@ class Engine:
         """Logits (n, V) with the penalties and biases of their requests."""
         if all(job.request.steering.neutral for job in jobs):
             return logits
-        pairs = zip(jobs, logits, strict=True)
-        return torch.stack(
-            [
-                row if (s := job.request.steering).neutral else s.apply(row, job.new, job.request.tokens)
-                for job, row in pairs
-            ]
-        )
+        return torch.stack([self._steer_row(job, row) for job, row in zip(jobs, logits, strict=True)])
+
+    def _steer_row(self, job: Job, logits: Tensor) -> Tensor:
+        steering = job.request.steering
+        if steering.neutral:
+            return logits
+        if job.counts is None:
+            job.counts = TokenCounts(job.request.tokens, len(logits), logits.device)
+        job.counts.update(job.tokens)
+        return steering.apply(logits, job.counts)
 
     def _fork(self, job: Job) -> None:
         """The prompt's row for the other samples, which wait for it."""

@@ -82,6 +82,26 @@ class Sampling:
         return probabilities / probabilities.sum(-1, keepdim=True)
 
 
+class TokenCounts:
+    """Which tokens a text has, for `Steering`: kept, so that the next token costs the same however long the text is."""
+
+    def __init__(self, prompt: Sequence[int], vocabulary: int, device: torch.device | str = "cpu") -> None:
+        self.length = len(prompt)
+        """Tokens that are counted."""
+        self.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        """(V,): what is in the prompt or was drawn."""
+        self.drawn = torch.zeros(vocabulary, dtype=torch.long, device=device)
+        """(V,): how often it was drawn."""
+        self.seen[torch.tensor(prompt, dtype=torch.long, device=device)] = True
+
+    def update(self, tokens: Sequence[int]) -> None:
+        """Count what was drawn since. tokens: the prompt and all that was drawn."""
+        new = torch.tensor(tokens[self.length :], dtype=torch.long, device=self.seen.device)
+        self.seen[new] = True
+        self.drawn.index_add_(0, new, torch.ones_like(new))
+        self.length = len(tokens)
+
+
 @dataclass(frozen=True)
 class Steering:
     """What the logits are changed by before a token is drawn, in the terms of OpenAI's API and of vLLM's for
@@ -113,14 +133,12 @@ class Steering:
         """Whether it changes nothing."""
         return self.frequency == 0 and self.presence == 0 and not self.bias and self.repetition == 1
 
-    def apply(self, logits: Tensor, emitted: Sequence[int], prompt: Sequence[int] = ()) -> Tensor:
-        """Logits (V,) after the tokens drawn so far; only `repetition`, which comes first, counts the prompt's too."""
+    def apply(self, logits: Tensor, history: TokenCounts) -> Tensor:
+        """Logits (V,) after the tokens so far; only `repetition`, which comes first, counts the prompt's too."""
         if self.repetition != 1:
-            seen = torch.tensor(sorted({*prompt, *emitted}), dtype=torch.long, device=logits.device)
-            values = logits[seen]
-            penalised = torch.where(values > 0, values / self.repetition, values * self.repetition)
-            logits = logits.index_copy(0, seen, penalised)
-        counts = torch.bincount(torch.tensor(emitted, dtype=torch.long), minlength=len(logits)).to(logits)
+            penalised = torch.where(logits > 0, logits / self.repetition, logits * self.repetition)
+            logits = torch.where(history.seen, penalised, logits)
+        counts = history.drawn.to(logits)
         logits = logits - self.frequency * counts - self.presence * (counts > 0).to(logits)
         if self.bias:
             tokens, values = zip(*self.bias, strict=True)

@@ -135,7 +135,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[LatentRe
     Raises ValueError, naming the file, where one is missing, truncated, changed, or belongs to another checkpoint; and
     naming the plugin, where a part of the model is one's that is not loaded: none is loaded by itself.
     """
-    folder = verify(Path(path))
+    return read(verify(Path(path)), device)
+
+
+def read(folder: Path, device: str | torch.device = "cpu") -> tuple[LatentRecurrentTransformer, Tokenizer]:
+    """As `load`, of a folder that `verify` or `check` gave."""
     config, recorded = _config(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.sha256 != recorded:
@@ -236,13 +240,18 @@ def locate(path: Path) -> Path:
 
 
 def verify(path: Path) -> Path:
-    """The checkpoint's folder, as `locate` has it.
+    """The checkpoint's folder, as `check` has it; a save of it that was cut off is undone first."""
+    recover(path)  # between two renames
+    if not (path / "manifest.json").exists():
+        recover(path / "checkpoint")
+    return check(path)
+
+
+def check(path: Path) -> Path:
+    """The checkpoint's folder, as `locate` has it. It only looks, so that it may be asked while somebody saves.
 
     Raises ValueError, naming the file, where one is missing, truncated or changed against the manifest.
     """
-    recover(path)  # a save that was cut off between two renames
-    if not (path / "manifest.json").exists():
-        recover(path / "checkpoint")
     path = locate(path)
     if not (path / "manifest.json").is_file():
         if (path / "config.json").is_file() and "model_type" in read_json(path / "config.json"):

@@ -80,6 +80,7 @@ def create_app(
             inspector.close()
             await registry.stop()
 
+    registry.secured = len(tokens) > 0
     inspector = MemoryInspector(registry)
     app = FastAPI(
         title="lrt serve",
@@ -93,10 +94,10 @@ def create_app(
     install_handlers(app)
     app.router.route_class = body_route(registry.limits)
     add_server_routes(app, registry)
-    add_loading_routes(app, registry, secured=len(tokens) > 0)  # before /v1/models/{model}
+    add_loading_routes(app, registry)  # before /v1/models/{model}
     add_openai_routes(app, registry)
     add_playground_routes(app, registry, inspector)
-    app.openapi = document_errors(app, len(tokens) > 0)  # pyright: ignore[reportAttributeAccessIssue]
+    app.openapi = document_errors(app, registry.secured)  # pyright: ignore[reportAttributeAccessIssue]
     # The guard counts these paths by name and all others together, so that nobody can grow the metrics.
     routes = list(app.openapi()["paths"])
     app.add_middleware(
@@ -196,11 +197,11 @@ def add_openai_routes(app: FastAPI, registry: ModelRegistry) -> None:
             return await respond(task, request)
 
 
-def add_loading_routes(app: FastAPI, registry: ModelRegistry, secured: bool) -> None:
+def add_loading_routes(app: FastAPI, registry: ModelRegistry) -> None:
     """Loading and unloading, for who has a token."""
 
     def check_secured() -> None:
-        if not secured:
+        if not registry.secured:
             message = (
                 "models are loaded and unloaded with a token only; start the server with --token-file or --api-key"
             )

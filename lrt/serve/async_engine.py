@@ -71,22 +71,17 @@ class AsyncEngine:
         """name, worker: of the model, and which of its workers it is. make_engine: called now, and again after an
         engine has failed. begin_thread: called first in its thread. queue_seconds: how long a request may wait for a
         row."""
-        self.name, self.make_engine, self.begin_thread = name, make_engine, begin_thread
+        self.name, self.worker, self.make_engine, self.begin_thread = name, worker, make_engine, begin_thread
         self.metrics, self.queue_seconds = metrics, queue_seconds
         self.engine = make_engine()
         self.rows = self.engine.rows.free
         self.load = 0
         """Samples that were submitted and have not ended, as the event loop knows it."""
+        self.replacing = False
+        """Its engine has failed, and another one is made."""
         self.failed = False
+        """No other one can be made: whatever is sent to it is answered with an error."""
         self.speed = Speed()
-        metrics.watch(
-            name,
-            worker,
-            rows=lambda: self.rows,
-            used=lambda: self.engine.rows.used,
-            queued=lambda: len(self.engine.waiting),
-            speed=self.speed.now,
-        )
         self._submissions: dict[int, Submission] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopped = False
@@ -97,8 +92,16 @@ class AsyncEngine:
     # --- in the event loop ---------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to serve; events go to the running loop."""
+        """Begin to serve, and to be measured; events go to the running loop."""
         self._loop = asyncio.get_running_loop()
+        self.metrics.watch(
+            self.name,
+            self.worker,
+            rows=lambda: self.rows,
+            used=lambda: self.engine.rows.used,
+            queued=lambda: len(self.engine.waiting),
+            speed=self.speed.now,
+        )
         self._thread.start()
 
     async def stop(self) -> None:
@@ -149,7 +152,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         self.begin_thread()
-        while not self._stopped:
+        while not (self._stopped or self.failed):
             try:
                 self._run_commands()
                 self._expire()
@@ -161,15 +164,19 @@ class AsyncEngine:
             except Exception:  # whatever it is, nobody waits for ever, and the next request meets a fresh engine
                 LOG.exception("the engine of %s failed; it is made anew", self.name)
                 self.metrics.failures.labels(self.name).inc()
+                self.replacing = True
                 self._abandon_all(internal_error())
                 self._replace_engine()
+        while not self._stopped:  # what comes while and after it fails for good is answered too
+            self._inbox.get()()
 
     def _replace_engine(self) -> None:
         try:
             self.engine = self.make_engine()
         except Exception:
             LOG.exception("the engine of %s cannot be made anew", self.name)
-            self.failed = self._stopped = True
+            self.failed = True
+        self.replacing = False
 
     def _run_commands(self) -> None:
         """All commands that have come in; with nothing to do, wait for one."""
@@ -182,15 +189,22 @@ class AsyncEngine:
         self._stopped = True
 
     def _submit(self, submission: Submission) -> None:
+        if self.failed:
+            self._refuse(submission)
+            return
         try:
             submission.number = self.engine.enqueue(submission.request)
         except Exception:
             LOG.exception("a request to %s cannot be taken", self.name)
-            self._call_in_loop(self._dispatch, [(submission, internal_error())], submission.request.samples)
+            self._refuse(submission)
             return
         submission.samples_left = submission.request.samples
         self._submissions[submission.number] = submission
         self.metrics.prompt_tokens.labels(self.name).inc(len(submission.request.tokens))
+
+    def _refuse(self, submission: Submission) -> None:
+        """End a request that no engine has."""
+        self._call_in_loop(self._dispatch, [(submission, internal_error())], submission.request.samples)
 
     def _cancel(self, submission: Submission, sample: int | None) -> None:
         if submission.number is not None:

@@ -87,6 +87,11 @@ def unavailable_error(message: str, code: str) -> ApiError:
     return ApiError(503, message, "server_error", code=code, headers=RETRY)
 
 
+def lasting_error(message: str, code: str) -> ApiError:
+    """503 that does not pass by waiting: no Retry-After."""
+    return ApiError(503, message, "server_error", code=code)
+
+
 def shutdown_error() -> ApiError:
     return unavailable_error("the server is shutting down; try again later", "shutting_down")
 

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from lrt.data.tokenizer import Tokenizer
+from lrt.eval.probe import FILE as PROBE_FILE
 from lrt.eval.probe import StateProbe, read_probe
 from lrt.eval.text_states import STATE_KINDS
 from lrt.inference import cost_model
 from lrt.inference.chat_template import ChatTemplate
 from lrt.inference.engine import Engine
 from lrt.inference.grammar import GrammarCompiler
-from lrt.inference.jinja_template import choose_template
+from lrt.inference.jinja_template import CONFIG_FILE, TEMPLATE_FILE, choose_template
 from lrt.inference.request import Request
 from lrt.model import checkpoint
 from lrt.model.config import ModelConfig
@@ -32,15 +33,16 @@ from lrt.serve.examples import example_prompts
 from lrt.serve.metrics import ServerMetrics
 from lrt.serve.routing import RecentPrompts
 from lrt.utils.device import use_device
-from lrt.utils.imports import MissingExtraError
 from lrt.utils.progress import warn
 
 GENERIC_FOLDERS = ("checkpoint", "best")
 """Folders that say nothing of the model in them: its name is their parent's."""
 WORTH_A_WORKER = 32
 """Tokens of a prompt by which what workers know of it is compared: fewer do not outweigh how busy they are."""
+BESIDE = (PROBE_FILE, cost_model.FILE, TEMPLATE_FILE, CONFIG_FILE)
+"""Files that a checkpoint's manifest does not name, and that its server reads."""
 Loader = Callable[[Path, str], tuple[LatentRecurrentTransformer, Tokenizer]]
-"""(checkpoint, device) -> (model, tokenizer)."""
+"""(folder that was checked, device) -> (model, tokenizer)."""
 
 
 @dataclass(eq=False)
@@ -127,9 +129,10 @@ class ServedModel:
         """The worker for a request, which has passed `ModelRegistry.admit`.
 
         Of those with a free row (of all, where none has one) the one that knows most of its prompt's beginning; of
-        several the least busy.
+        several the least busy. One whose engine is made anew gets a request only where no other goes on.
         """
-        going = [worker for worker in self.workers if not worker.engine.failed]
+        left = [worker for worker in self.workers if not worker.engine.failed] or self.workers  # it failed just now
+        going = [worker for worker in left if not worker.engine.replacing] or left
         free = [worker for worker in going if worker.engine.load < worker.engine.rows] or going
         if len(self.workers) == 1 or self.settings.prefixes == 0:
             return min(free, key=lambda worker: worker.engine.load)
@@ -175,7 +178,7 @@ def load_served_model(
     settings: Settings,
     limits: Limits,
     metrics: ServerMetrics,
-    load: Loader = checkpoint.load,
+    load: Loader = checkpoint.read,
     watched: Sequence[Path] = (),
 ) -> ServedModel:
     """Load a checkpoint to be served, by `load`; its engines are not started yet.
@@ -184,7 +187,7 @@ def load_served_model(
     ValueError where it is damaged, settings do not fit, or examples of its text are asked for and the text is not
     there.
     """
-    folder = checkpoint.verify(path)
+    folder = checkpoint.check(path)  # which moves nothing: somebody may be saving
     version = checkpoint_version(path, watched)  # before it is loaded: what is saved meanwhile is seen as a change
     # One copy of the weights for each device, for two workers on it as well: engines only read them.
     loaded = {device: load(folder, device) for device in dict.fromkeys(settings.devices)}
@@ -207,12 +210,15 @@ def load_served_model(
 
 
 def usable_probe(folder: Path, transformer: LatentRecurrentTransformer) -> StateProbe | None:
-    """The probe of a checkpoint, if it has one. Left out, with a warning, where what follows its state is missing."""
-    probe = read_probe(folder, transformer)
+    """The probe of a checkpoint, if it has one.
+
+    Left out, with a warning, where it is damaged, or a library that follows its state is missing.
+    """
     try:
+        probe = read_probe(folder, transformer)
         if probe is not None:
             STATE_KINDS[probe.kind].after("", [0])
-    except MissingExtraError as error:
+    except ValueError as error:
         warn(f"{error}. Until then the page does not show the state")
         return None
     return probe
@@ -254,9 +260,14 @@ def create_worker(
 
 
 def checkpoint_version(path: Path, watched: Sequence[Path] = ()) -> tuple[object, ...]:
-    """What differs where a checkpoint, or a file of a watched folder, was saved anew. OSError where there is none."""
+    """What differs where a checkpoint, what is BESIDE it, or a file of a watched folder, was saved anew.
+
+    OSError where there is no checkpoint.
+    """
+    folder = checkpoint.locate(path)
     files = [
-        checkpoint.locate(path) / "manifest.json",
+        folder / "manifest.json",
+        *(folder / name for name in BESIDE if (folder / name).exists()),
         *sorted(file for folder in watched for file in folder.iterdir()),
     ]
     return tuple((str(file), status.st_mtime_ns, status.st_size) for file in files for status in [file.stat()])

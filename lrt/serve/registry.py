@@ -20,9 +20,9 @@ from lrt.serve.config import Limits, Settings
 from lrt.serve.errors import (
     ApiError,
     busy_error,
+    lasting_error,
     load_error,
     shutdown_error,
-    unavailable_error,
     unknown_model_error,
 )
 from lrt.serve.examples import example_prompts
@@ -36,6 +36,9 @@ PROVIDERS = frozenset(
 """What clients of several services put before a model's name, with a slash, to say how it is asked."""
 LOOK_SECONDS = 0.05
 """How often it is looked whether the last request of a model that was taken away has ended."""
+
+
+LoadOutcome = Literal["loaded", "unchanged"]
 
 
 class Listed(NamedTuple):
@@ -59,28 +62,39 @@ class ModelRegistry:
         limits: Limits,
         metrics: ServerMetrics,
         models_dir: Path | None = None,
-        load: Loader = checkpoint.load,
+        load: Loader = checkpoint.read,
         watched: Sequence[Path] = (),
     ) -> None:
         """Loads `checkpoints`, which are by name.
 
         models_dir: a folder of checkpoints, each of which is loaded when it is first asked for. load, watched: as
-        `load_served_model` has them. ValueError where a checkpoint is damaged, or models_dir has none.
+        `load_served_model` has them. ValueError where a checkpoint is damaged, or there is none at all.
         """
         self.checkpoints, self.models_dir = dict(checkpoints), models_dir
         self.settings, self.limits, self.metrics = settings, limits, metrics
         self.loader, self.watched = load, watched
+        self.secured = False
+        """Whether clients with a token may load and unload; `create_app` sets it."""
         self.draining = False
         """No new requests are taken."""
+        for path in self.checkpoints.values():
+            checkpoint.verify(path)  # undoes a save that was cut off; later, somebody may be saving
         self._configs: dict[Path, tuple[tuple[object, ...], ModelConfig | None]] = {}
         """By checkpoint, its version and what its configuration was then."""
-        if models_dir is not None and not self.available().keys() - self.checkpoints:
-            raise ValueError(f"{models_dir} holds no checkpoint; give a folder whose folders are those of `lrt train`")
+        self._warnings: set[str] = set()
+        """What was logged, and need not be again."""
+        if not self.available():
+            raise ValueError(
+                f"{models_dir} holds no checkpoint that can be served; give a folder whose folders are those of "
+                "`lrt train`, each with a name of its own, or name a checkpoint beside it"
+            )
         self.models = {name: self._make(path, name) for name, path in self.checkpoints.items()}
         """Those that are loaded."""
         self.retired: dict[ServedModel, asyncio.Task[None]] = {}
         """Models that were taken away and still answer, with what ends them."""
         self._loading = asyncio.Lock()
+        self._loads: dict[asyncio.Task[LoadOutcome], str] = {}
+        """Loads at work, with their models' names. They go on where the request that began one has gone away."""
 
     # --- the server's beginning and end ---------------------------------------------------------------------------
 
@@ -91,7 +105,7 @@ class ModelRegistry:
 
     async def stop(self) -> None:
         """End the engines."""
-        for task in self.retired.values():
+        for task in (*self._loads, *self.retired.values()):
             task.cancel()
         for model in (*self.models.values(), *self.retired):
             await model.stop()
@@ -113,8 +127,9 @@ class ModelRegistry:
         """A block that has a model by name, loaded where it has to be. ApiError 404 where there is none, 503 or 500
         where it cannot be loaded."""
         name = self.plain_name(name)
-        if name not in self.models:
-            await self.load(name)
+        while name not in self.models:  # it may be unloaded again before this goes on
+            at_work = next((task for task, loaded in self._loads.items() if loaded == name), None)
+            await asyncio.shield(at_work or self._begin_load(name))
         with (model := self.find(name)).in_use():
             yield model
 
@@ -138,7 +153,12 @@ class ModelRegistry:
         if self.draining:
             raise shutdown_error()
         if model.failed:
-            raise unavailable_error("the model has failed; the server has to be started anew", "model_failed")
+            way_out = (
+                "POST it to /v1/models/load"
+                if self.secured
+                else "it works again when the server is started anew, or gets SIGHUP"
+            )
+            raise lasting_error(f"the model has failed; {way_out}", "model_failed")
         if model.load + samples > model.rows + self.limits.queue:
             raise busy_error(
                 f"{model.load} continuations are decoded or wait, and {samples} more exceed the "
@@ -148,12 +168,33 @@ class ModelRegistry:
     # --- which there are ------------------------------------------------------------------------------------------
 
     def available(self) -> dict[str, Path]:
-        """Checkpoints by name: those that were named, then those that lie in `models_dir` now."""
-        found = dict(self.checkpoints)
-        for path in sorted(self.models_dir.iterdir()) if self.models_dir is not None else ():
+        """Checkpoints by name: those that were named, then those that lie in `models_dir` now.
+
+        Of several there that have one name none is served, which is logged once.
+        """
+        by_name: dict[str, list[Path]] = {}
+        for path in self._folders():
             if path.is_dir() and not path.name.startswith(".") and self.config(path) is not None:
-                found.setdefault(folder_name(path), path)
-        return found
+                by_name.setdefault(folder_name(path), []).append(path)
+        others = {name: paths for name, paths in by_name.items() if name not in self.checkpoints}
+        for name, paths in others.items():
+            if len(paths) > 1:
+                folders = " and ".join(path.name for path in paths)
+                self._warn_once(f"{folders} in {self.models_dir} are all called {name}; rename them, as none is served")
+        return self.checkpoints | {name: paths[0] for name, paths in others.items() if len(paths) == 1}
+
+    def _folders(self) -> list[Path]:
+        """What lies in `models_dir`; nothing where that cannot be read, which is logged once."""
+        try:
+            return [] if self.models_dir is None else sorted(self.models_dir.iterdir())
+        except OSError as error:
+            self._warn_once(f"the folder of models cannot be read: {error}")
+            return []
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warnings:
+            self._warnings.add(message)
+            LOG.warning(message)
 
     def config(self, path: Path) -> ModelConfig | None:
         """The configuration of a checkpoint; None where the folder is none, or none that can be read, which is logged
@@ -172,41 +213,67 @@ class ModelRegistry:
         return self._configs[path][1]
 
     async def listed(self) -> list[Listed]:
-        """Every model that can be asked for."""
-        return await asyncio.to_thread(self._listed)
+        """Every model that can be asked for, one that is loaded also where its checkpoint is gone."""
+        return await asyncio.to_thread(self._listed, dict(self.models))
 
-    def _listed(self) -> list[Listed]:
+    def _listed(self, loaded: dict[str, ServedModel]) -> list[Listed]:
         listed = []
-        for name, path in self.available().items():
-            model = self.models.get(name)
-            if model is not None:
+        available = self.available()
+        for name in {**available, **loaded}:
+            if name in loaded:
+                model = loaded[name]
                 listed.append(Listed(name, model.config, model.created, model.examples))
-            elif (config := self.config(path)) is not None:
-                folder = checkpoint.locate(path)
-                created = int((folder / "manifest.json").stat().st_mtime)
-                listed.append(Listed(name, config, created, example_prompts(path, folder, held_out=False)))
+            elif (entry := self._waiting(name, available[name])) is not None:
+                listed.append(entry)
         return listed
+
+    def _waiting(self, name: str, path: Path) -> Listed | None:
+        """What is listed of a checkpoint that is not loaded; None where there is none any more."""
+        config = self.config(path)
+        if config is None:
+            return None
+        try:
+            folder = checkpoint.locate(path)
+            created = int((folder / "manifest.json").stat().st_mtime)
+            return Listed(name, config, created, example_prompts(path, folder, held_out=False))
+        except (OSError, ValueError) as error:  # it was saved anew, or taken away, just now
+            LOG.warning("%s is not listed: %s", name, error)
+            return None
 
     # --- coming and going -----------------------------------------------------------------------------------------
 
-    async def load(self, name: str) -> Literal["loaded", "unchanged"]:
+    async def load(self, name: str) -> LoadOutcome:
         """See that a model is loaded as its checkpoint is now, and works; requests that have an older one keep that.
 
         ApiError 404 where there is none, 503 where too many are loaded, 500 where it cannot be loaded: then what was
-        there goes on.
+        there goes on. It goes on where its caller is cancelled.
         """
-        name = self.plain_name(name)
+        return await asyncio.shield(self._begin_load(self.plain_name(name)))
+
+    def _begin_load(self, name: str) -> asyncio.Task[LoadOutcome]:
+        task = asyncio.get_running_loop().create_task(self._load(name))
+        self._loads[task] = name
+        task.add_done_callback(self._end_load)
+        return task
+
+    def _end_load(self, task: asyncio.Task[LoadOutcome]) -> None:
+        del self._loads[task]
+        if not task.cancelled():
+            task.exception()  # nobody may be left to hear of it, and asyncio would report that
+
+    async def _load(self, name: str) -> LoadOutcome:
         path = await self._path(name)
         async with self._loading:  # one at a time: a second request for it finds it loaded
             present = self.models.get(name)
             if self.draining:
                 raise shutdown_error()
             if present is None and len(self.models) >= max(self.limits.models, len(self.checkpoints)):
+                way_out = "or POST one to /v1/models/unload" if self.secured else "or have the server's limit raised"
                 message = (
                     f"{len(self.models)} models are loaded, as many as this server holds (--limits.models); "
-                    "POST one of them to /v1/models/unload"
+                    f"use {', '.join(self.models)}, {way_out}"
                 )
-                raise unavailable_error(message, "too_many_models")
+                raise lasting_error(message, "too_many_models")
             try:
                 version = await asyncio.to_thread(checkpoint_version, path, self.watched)
                 if present is not None and present.version == version and not present.impaired:
@@ -224,7 +291,8 @@ class ModelRegistry:
     async def unload(self, name: str) -> None:
         """Take a model out of memory when its requests have ended; the next request loads it again. ApiError 404."""
         name = self.plain_name(name)
-        await self._path(name)
+        if name not in self.models:  # its checkpoint may be gone
+            await self._path(name)
         async with self._loading:
             model = self.models.pop(name, None)
             if model is not None:
@@ -236,7 +304,7 @@ class ModelRegistry:
         for name in list(self.models):
             try:
                 LOG.warning("%s: %s", name, await self.load(name))
-            except ApiError as error:
+            except (ApiError, OSError) as error:
                 LOG.warning("%s: %s", name, error)
 
     async def _path(self, name: str) -> Path:

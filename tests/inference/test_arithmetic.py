@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from support.models import random_model
 from lrt import Sampling
 from lrt.inference.cost_model import Calibration, Plan, fallback
 from lrt.inference.decoders import decoder
+from lrt.inference.engine import Engine
 from lrt.inference.prompt import Prompt
 from lrt.inference.request import Request
-from lrt.inference.sampling import Steering, draw_rows, generator_at
+from lrt.inference.sampling import Steering, TokenCounts, draw_rows, generator_at
 
 counts = st.integers(1, 64)
 
@@ -109,12 +111,40 @@ def test_sampling_is_taken_up_to_its_limits(taken: dict[str, Any], refused: dict
     assert dataclasses.astuple(Sampling()) == (1.0, None, None, None)
 
 
+def counted(prompt: list[int], drawn: list[int], vocabulary: int) -> TokenCounts:
+    """As an engine counts: before each token, some of them twice."""
+    counts = TokenCounts(prompt, vocabulary)
+    for n in range(len(drawn) + 1):
+        counts.update(prompt + drawn[:n])
+    counts.update(prompt + drawn)
+    return counts
+
+
+def test_an_engine_counts_each_token_once(monkeypatch: pytest.MonkeyPatch):
+    """A prompt is not read again for every token behind it."""
+    histories: list[list[int]] = []
+
+    class Recorded(TokenCounts):
+        def __init__(self, prompt: Sequence[int], *more: Any) -> None:
+            super().__init__(prompt, *more)
+            histories.append([self.length])
+
+        def update(self, tokens: Sequence[int]) -> None:
+            super().update(tokens)
+            histories[-1].append(self.length)
+
+    monkeypatch.setattr("lrt.inference.engine.TokenCounts", Recorded)
+    request = Request((3, 1, 4), 5, Sampling(temperature=0), steering=Steering(repetition=1.5))
+    Engine(random_model(CONFIGS["both"])).complete([request])
+    assert histories == [[3, 3, 4, 5, 6, 7]]
+
+
 def test_steering_is_of_what_was_drawn():
     steering = Steering(frequency=0.5, presence=2.0, bias=((3, 1.5),))
     assert not steering.neutral
     assert Steering().neutral
     assert not any(s.neutral for s in (Steering(frequency=1), Steering(presence=1), Steering(bias=((0, 1.0),))))
-    steered = steering.apply(torch.zeros(5), [1, 1, 4])
+    steered = steering.apply(torch.zeros(5), counted([], [1, 1, 4], 5))
     assert steered.tolist() == [0, -3.0, 0, 1.5, -2.5]
     with pytest.raises(ValueError, match="frequency is steered by inf"):
         Steering(frequency=math.inf)
@@ -134,7 +164,7 @@ def test_repetition_is_of_the_prompt_too(numbers: list[float], prompt: list[int]
         repeated = token in prompt or token in drawn
         changed = number if not repeated else number / penalty if number > 0 else number * penalty
         expected.append(changed - 0.5 * drawn.count(token) + (1.5 if token == 2 else 0))
-    steered = steering.apply(torch.tensor(numbers, dtype=torch.float64), drawn, prompt)
+    steered = steering.apply(torch.tensor(numbers, dtype=torch.float64), counted(prompt, drawn, len(numbers)))
     assert steered.tolist() == pytest.approx(expected, abs=1e-9)
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+import safetensors.torch
+import torch
 from support.runs import TINY
 from support.server import EXACT, live, saved
 
 from lrt.cli.main import main
 from lrt.data.prepared import Prepared
+from lrt.eval.probe import FILE
 from lrt.serve.config import Settings
 from lrt.serve.examples import GENERAL, HELD_OUT, written_prompts
 
@@ -75,3 +78,19 @@ def test_a_probe_whose_library_is_missing_is_left_out_and_said(
     with live(folder) as up:
         assert up.registry.find("lrt").probe is None
     assert "latent-recurrent-transformer[state-data]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("about", [None, '"chess"', "[]", "{"])
+def test_a_damaged_probe_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], about: str | None):
+    folder = saved(tmp_path / "lrt")
+    file = folder / FILE
+    if about is None:
+        file.write_bytes(b"no probe")
+    else:
+        safetensors.torch.save_file({"weight": torch.zeros(1), "bias": torch.zeros(1)}, file, {"about": about})
+    with live(folder) as up:
+        assert up.registry.find("lrt").probe is None
+        assert up.client().completions.create(model="lrt", prompt="hello", max_tokens=3).choices
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "probe.safetensors is no probe" in printed
+    assert "Until then the page does not show the state" in printed

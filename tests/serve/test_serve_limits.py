@@ -24,6 +24,7 @@ from lrt.cli.serve import Serve
 from lrt.serve.config import Limits, Settings
 from lrt.serve.detokenizer import Detokenizer, overlap
 from lrt.serve.models import model_names
+from lrt.serve.page_files import addresses
 from lrt.serve.protocol import CompletionBody
 
 TIGHT = Limits(
@@ -319,7 +320,7 @@ def test_addresses_that_others_reach_need_a_token(folder: Path, tmp_path: Path, 
         ((str(tmp_path / "nowhere"),), "is not a checkpoint"),
         ((), "no checkpoint is given; name at least one folder of `lrt train`, or --models-dir"),
         (("--models-dir", str(tmp_path / "nowhere")), "nowhere is no folder; give one of checkpoints"),
-        (("--models-dir", str(folder)), "holds no checkpoint; give a folder whose folders are those of `lrt train`"),
+        (("--models-dir", str(folder)), "holds no checkpoint that can be served; give a folder whose folders are"),
         ((str(folder), "--adapter", str(folder), "--models-dir", str(folder.parent)), "--models-dir has others"),
         ((str(folder), "--devices", "cpu", "cpu"), "--device cpu and --devices exclude each other"),
         ((str(folder), "--devices", "cpu", "no-such", "--device", "auto"), "device 'no-such' cannot be used here"),
@@ -343,6 +344,12 @@ def test_keys_of_the_command_line_and_of_the_file_all_serve(tmp_path: Path):
     keys = tyro.cli(Serve, args=["run", "--token-file", str(tmp_path / "token"), "--api-key", OTHER_SECRET, "k" * 16])
     assert keys.read_tokens() == [OTHER_SECRET, "k" * 16, SECRET]
     assert Serve((Path("run"),)).read_tokens() == []
+
+
+def test_only_files_of_the_page_have_addresses(tmp_path: Path):
+    for name in ("index.html", "page.js", "style.css", ".DS_Store", "page.js.swp", "notes", ".css"):
+        (tmp_path / name).write_text("")
+    assert set(addresses(tmp_path)) == {"/", "/page/page.js", "/page/style.css"}
 
 
 def test_names_are_the_folders():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import itertools
+import shutil
 import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +23,12 @@ from support.server import EXACT, Live, live, sample, saved
 from test_serve_limits import start
 
 from lrt.inference.request import Request
+from lrt.model import checkpoint
 from lrt.serve.config import Limits, Settings
-from lrt.serve.models import checkpoint_version
+from lrt.serve.examples import example_prompts
+from lrt.serve.metrics import ServerMetrics
+from lrt.serve.models import ServedModel, checkpoint_version, load_served_model
+from lrt.serve.registry import ModelRegistry
 from lrt.serve.routing import LOOKED_AT, RECENT, RecentPrompts
 
 TOKEN = "0123456789abcdef0123"
@@ -46,6 +54,14 @@ def shelf(tmp_path: Path) -> Path:
 def text_of(up: Live, key: str = "none", **fields: Any) -> str:
     body: dict[str, Any] = {"model": "lrt", "prompt": "hello", "seed": 5, "max_tokens": 24} | fields
     return up.client(key).completions.create(**body).choices[0].text
+
+
+def soon(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether something holds before so many seconds have passed."""
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.02)
+    return holds()
 
 
 def post(up: Live, address: str, key: str = TOKEN, **body: Any) -> httpx.Response:
@@ -145,7 +161,7 @@ def test_a_worker_that_has_failed_leaves_its_work_to_the_other(folder: Path, mon
         monkeypatch.setattr(first.engine.engine, "step", broken)
         with pytest.raises(openai.InternalServerError):
             text_of(up, TOKEN)
-        first.engine._thread.join(10)
+        assert soon(lambda: first.engine.failed)
         for _ in range(3):
             assert text_of(up, TOKEN)
         answer = httpx.get(f"{up.url}/healthz")
@@ -154,6 +170,45 @@ def test_a_worker_that_has_failed_leaves_its_work_to_the_other(folder: Path, mon
         monkeypatch.undo()
         assert post(up, "/v1/models/load", model="lrt").json()["status"] == "loaded"
         assert httpx.get(f"{up.url}/healthz").json()["models"] == {"lrt": "ok"}
+
+
+@pytest.mark.parametrize("settings", [replace(TWO, devices=("cpu",)), TWO])
+def test_requests_that_come_while_an_engine_is_made_anew_are_answered(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings
+):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def broken() -> Any:
+        raise RuntimeError
+
+    def make() -> Any:
+        begun.set()
+        go_on.wait(20)
+        raise RuntimeError
+
+    with live(folder, settings=settings) as up, ThreadPoolExecutor() as pool:
+        model = up.registry.find("lrt")
+        engine = model.workers[0].engine
+        monkeypatch.setattr(engine, "make_engine", make)
+        monkeypatch.setattr(engine.engine, "step", broken)
+        with pytest.raises(openai.InternalServerError, match="the server failed to answer"):
+            text_of(up)
+        assert begun.wait(10)
+        asked = pool.submit(text_of, up)
+        if len(model.workers) == 2:
+            assert asked.result(10)  # by the other one
+            go_on.set()
+        else:
+            assert soon(lambda: engine.load == 1)
+            go_on.set()
+            with pytest.raises(openai.InternalServerError, match="the server failed to answer"):
+                asked.result(10)
+            assert soon(lambda: model.failed)
+            with pytest.raises(openai.InternalServerError, match="the model has failed") as caught:
+                text_of(up)
+            assert "or gets SIGHUP" in caught.value.message
+            assert "Retry-After" not in caught.value.response.headers
+        assert soon(lambda: engine.load == 0)
 
 
 # --- a folder of models ------------------------------------------------------------------------------------------
@@ -190,6 +245,49 @@ def test_models_of_a_folder_are_loaded_when_they_are_asked_for(shelf: Path, fold
         assert text_of(up, model="two")
 
 
+def test_of_folders_with_one_name_none_is_served(shelf: Path, caplog: pytest.LogCaptureFixture):
+    saved(shelf / "a b")
+    saved(shelf / "a-b", seed=1)
+    with live(models_dir=shelf) as up:
+        for _ in range(2):
+            assert [model.id for model in up.client().models.list()] == ["one", "two"]
+        with pytest.raises(openai.NotFoundError, match="choose one of one, two"):
+            text_of(up, model="a-b")
+        (message,) = [record.getMessage() for record in caplog.records if "called a-b" in record.getMessage()]
+        assert message.startswith("a b and a-b in ")
+        shutil.rmtree(shelf / "a b")
+        assert text_of(up, model="a-b")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_folder_may_hold_only_what_is_named_or_nothing_yet(folder: Path, tmp_path: Path, own: bool):
+    models_dir = folder.parent if own else tmp_path
+    with live(folder, models_dir=models_dir) as up:
+        assert [model.id for model in up.client().models.list()] == ["lrt"]
+        assert text_of(up)
+        saved(tmp_path / "later")
+        expected = ["lrt"] if own else ["later", "lrt"]
+        assert sorted(model.id for model in up.client().models.list()) == expected
+
+
+def test_a_folder_that_vanishes_meanwhile_is_not_listed(shelf: Path, monkeypatch: pytest.MonkeyPatch):
+    def vanishing(path: Path, folder: Path, held_out: bool) -> tuple[str, ...]:
+        if path.name == "one":
+            shutil.rmtree(path)
+        return example_prompts(path, folder, held_out)
+
+    monkeypatch.setattr("lrt.serve.registry.example_prompts", vanishing)
+    with live(models_dir=shelf) as up:
+        assert [model.id for model in up.client().models.list()] == ["two"]
+        assert text_of(up, model="two")
+        shutil.rmtree(shelf)
+        assert [model.id for model in up.client().models.list()] == ["two"]
+        with pytest.raises(openai.NotFoundError):
+            text_of(up, model="one")
+        asyncio.run(up.registry.reload())  # what is loaded goes on
+        assert text_of(up, model="two")
+
+
 def test_no_more_models_are_loaded_than_fit(shelf: Path):
     with live(models_dir=shelf, limits=Limits(models=1), tokens=[TOKEN]) as up:
         assert httpx.get(f"{up.url}/healthz").json() == {"status": "ok", "models": {}}
@@ -199,10 +297,31 @@ def test_no_more_models_are_loaded_than_fit(shelf: Path):
         ) as caught:
             text_of(up, TOKEN, model="two")
         assert caught.value.status_code == 503
+        assert "use one, or POST one to /v1/models/unload" in caught.value.message
+        assert "Retry-After" not in caught.value.response.headers
         assert post(up, "/v1/models/unload", model="one").json() == {"model": "one", "status": "unloaded"}
         assert text_of(up, TOKEN, model="two")
         assert 'lrt_rows{model="one"' not in up.registry.metrics.text().decode()
         assert 'lrt_rows{model="two"' in up.registry.metrics.text().decode()
+
+
+def test_a_loaded_model_whose_folder_is_gone_is_listed_and_can_be_unloaded(shelf: Path):
+    with live(models_dir=shelf, tokens=[TOKEN]) as up:
+        assert text_of(up, TOKEN, model="one")
+        shutil.rmtree(shelf / "one")
+        assert text_of(up, TOKEN, model="one")
+        assert sorted(model.id for model in up.client(TOKEN).models.list()) == ["one", "two"]
+        assert post(up, "/v1/models/unload", model="one").json() == {"model": "one", "status": "unloaded"}
+        assert [model.id for model in up.client(TOKEN).models.list()] == ["two"]
+        assert post(up, "/v1/models/unload", model="one").status_code == 404
+
+
+def test_nobody_is_sent_where_a_token_is_missing(shelf: Path):
+    with live(models_dir=shelf, limits=Limits(models=1)) as up:
+        assert text_of(up, model="one")
+        with pytest.raises(openai.InternalServerError, match="use one, or have the server's limit raised") as caught:
+            text_of(up, model="two")
+        assert "/v1/models/unload" not in caught.value.message
 
 
 def test_loading_needs_the_token(shelf: Path):
@@ -219,6 +338,42 @@ def test_loading_needs_the_token(shelf: Path):
             assert answer.status_code == 403
             assert "start the server with --token-file or --api-key" in answer.json()["error"]["message"]
         assert up.registry.models == {}
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_gauges(shelf: Path):
+    with live(models_dir=shelf, settings=replace(EXACT, held_out_examples=True)) as up:  # its text is not there
+        with pytest.raises(openai.InternalServerError, match="the checkpoint of one cannot be loaded"):
+            text_of(up, model="one")
+        assert 'model="one"' not in up.registry.metrics.text().decode()
+
+
+def test_a_load_goes_on_without_the_request_that_began_it(shelf: Path):
+    begun, go_on, count = threading.Event(), threading.Event(), itertools.count()
+
+    def slow(path: Path, device: str) -> Any:
+        next(count)
+        begun.set()
+        go_on.wait(20)
+        return checkpoint.read(path, device)
+
+    async def use(registry: ModelRegistry) -> ServedModel:
+        async with registry.use("one") as model:
+            return model
+
+    async def run() -> None:
+        registry = ModelRegistry({}, EXACT, Limits(), ServerMetrics(), shelf, slow)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await use(registry)
+        assert begun.is_set()
+        others = [asyncio.create_task(use(registry)) for _ in range(3)]
+        await asyncio.sleep(0.2)
+        go_on.set()
+        assert {id(await other) for other in others} == {id(registry.find("one"))}
+        assert next(count) == 1
+        await registry.stop()
+
+    asyncio.run(run())
 
 
 def test_what_is_unloaded_ends_its_answers_and_is_gone(folder: Path):
@@ -298,6 +453,43 @@ def test_what_belongs_to_a_model_beside_its_checkpoint_is_watched(folder: Path, 
     assert version == checkpoint_version(folder, [tmp_path]) != checkpoint_version(folder)
     (tmp_path / "weights").write_text("other")
     assert checkpoint_version(folder, [tmp_path]) != version
+
+
+def test_a_server_that_runs_leaves_a_save_at_work_alone(tmp_path: Path):
+    path = saved(tmp_path / "lrt")
+    previous = path.with_name(".lrt.previous")
+    path.rename(previous)  # as it is between the two renames of a save
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        load_served_model(path, "lrt", EXACT, Limits(), ServerMetrics())
+    assert previous.is_dir()
+    assert not path.exists()
+    with live(path) as up:  # a server that begins undoes a save that was cut off there
+        assert text_of(up)
+
+
+@pytest.mark.parametrize(
+    "name", ["probe.safetensors", "calibration.json", "chat_template.jinja", "tokenizer_config.json"]
+)
+def test_what_a_server_reads_beside_the_weights_is_watched(tmp_path: Path, name: str):
+    run = saved(tmp_path / "run" / "checkpoint").parent
+    versions = [checkpoint_version(run)]
+    for content in ("{}", "{ }"):
+        (run / "checkpoint" / name).write_text(content)
+        versions.append(checkpoint_version(run))
+    (run / "checkpoint" / "notes.txt").write_text("hello")
+    assert checkpoint_version(run) == versions[-1]
+    assert len(set(versions)) == 3
+
+
+def test_a_chat_template_that_is_put_in_is_loaded(tmp_path: Path):
+    path = saved(tmp_path / "lrt")
+    with live(path, tokens=[TOKEN]) as up:
+        chat: Any = {"model": "lrt", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        with pytest.raises(openai.BadRequestError):
+            up.client(TOKEN).chat.completions.create(**chat)
+        (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+        assert post(up, "/v1/models/load", model="lrt").json()["status"] == "loaded"
+        assert up.client(TOKEN).chat.completions.create(**chat).choices
 
 
 @pytest.mark.slow

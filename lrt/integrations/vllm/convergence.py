@@ -109,13 +109,13 @@ def buckets(chunks: Sequence[Chunk], compared: int, ends: bool, like: Tensor) ->
     def size(chunk: Chunk) -> int:
         return (chunk.tokens - 1).bit_length()
 
-    made = []
+    groups = []
     for _, group in itertools.groupby(sorted(chunks, key=size), key=size):
         rows = list(group)
         longest = max(chunk.tokens for chunk in rows)
         columns = torch.arange(longest)
         index = torch.stack([chunk.start + columns.clamp(max=chunk.tokens - 1) for chunk in rows]).to(like.device)
-        made.append(
+        groups.append(
             Bucket(
                 rows,
                 index,
@@ -124,4 +124,4 @@ def buckets(chunks: Sequence[Chunk], compared: int, ends: bool, like: Tensor) ->
                 [0] * len(rows),
             )
         )
-    return made
+    return groups

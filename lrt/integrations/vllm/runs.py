@@ -50,11 +50,11 @@ class Layers:
 
     def describe(self, common: CommonAttentionMetadata) -> dict[str, Any]:
         """Metadata by layer."""
-        made = {}
+        by_layer: dict[str, Any] = {}
         for builder in self.builders:
             metadata = builder.build(0, common)
-            made |= dict.fromkeys(builder.layer_names, metadata)
-        return {**made, self.memory.layer_name: StepMetadata(common)}
+            by_layer |= dict.fromkeys(builder.layer_names, metadata)
+        return {**by_layer, self.memory.layer_name: StepMetadata(common)}
 
 
 @dataclasses.dataclass(frozen=True)
