@@ -46,7 +46,16 @@ class ChatTemplate(Protocol):
         ...
 
     def closing(self, ended: bool = False) -> list[Part]:
-        """What stands behind a last answer; its first part ends it, and `ended` says that it is there already."""
+        """What stands behind a last answer; `ended`: without what ends it, which is there already."""
+        ...
+
+    @property
+    def ending(self) -> list[Part]:
+        """What ends an answer: the first parts of `closing`."""
+        ...
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """ValueError where `parts` cannot be given these."""
         ...
 
 
@@ -75,8 +84,7 @@ class Template:
 
         ValueError where its turns are in no order that the template can write, and for any options: it has none.
         """
-        if options:
-            raise ValueError(f"this chat template has no options such as {next(iter(options))[:64]!r}; leave them out")
+        self.check_options(options or {})
         turns = list(messages)
         opening = [turns.pop(0).text] if turns and turns[0].role == "system" else []
         if (
@@ -109,7 +117,17 @@ class Template:
 
     def closing(self, ended: bool = False) -> list[Part]:
         """Parts between an answer and the next turn; `ended`: the end itself is there already."""
-        return [(p, False) for p in ("" if ended else self.end or "\n", self.between) if p]
+        return [*([] if ended else self.ending), *((p, False) for p in (self.between,) if p)]
+
+    @property
+    def ending(self) -> list[Part]:
+        """What ends an answer."""
+        return [(self.end or "\n", False)]
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """ValueError for any: it has none."""
+        if options:
+            raise ValueError(f"this chat template has no options such as {next(iter(options))[:64]!r}; leave them out")
 
 
 TEMPLATES = {

@@ -88,7 +88,8 @@ class Job:
     def finish_reason(self, slots: int | None) -> Finish | None:
         """Why the answer is complete after the token that was drawn last; to be asked once for each."""
         reason = self.request.finish_reason(self.new, slots)
-        if reason == "stop" or self.grammar is None:
+        # Where the grammar has failed any token was drawn, a stop token too: nothing says that the answer is whole.
+        if self.grammar is None or (reason == "stop" and not self.grammar.failed):
             return reason
         return self.grammar.push(self.tokens[-1]) or reason
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -30,14 +31,17 @@ ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separato
 """JSON is written on one line, with a space at most behind a comma or colon: white space without end would also fit."""
 LIMITS = {
     "initial_lexer_fuel": 100_000,
-    "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 2_000,
     "max_lexer_states": 10_000,
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
 """llguidance's, per grammar and per token. Its own first limit lets `(a{1000}){1000}` take seconds (docs/log.md);
 10,000 states of a lexer take about 20 MB."""
+SECONDS, SECONDS_PER_TOKEN = 0.5, 0.005
+"""Of its thread's time that an answer's grammar may take: once, and for each token that was drawn."""
+T = TypeVar("T")
 
 
 def json_grammar(schema: Any) -> str:
@@ -159,37 +163,57 @@ class Grammar:
 
     def start(self) -> GrammarState:
         """Where an answer begins."""
-        return GrammarState(self.matcher.deep_copy(), sorted(self.tokenizer.special))
+        return GrammarState(self.matcher.deep_copy(), sorted(self.tokenizer.special), self.tokenizer.bos)
 
 
 class GrammarState:
     """How far one answer has come in its grammar."""
 
-    def __init__(self, matcher: Any, special: list[int]) -> None:
-        self.matcher, self.special = matcher, special
+    def __init__(self, matcher: Any, special: list[int], end: int) -> None:
+        """end: a special token, drawn where the answer is whole and no other token may be."""
+        self.matcher, self.special, self.end = matcher, special, end
+        self.seconds, self.tokens = 0.0, 0
+        self.failed = False
+        """Whether the grammar can be followed no further: what is drawn then need not fit."""
 
     def allowed(self, stop: Sequence[int], vocab_size: int) -> Tensor:
         """(vocab_size,) bool: the tokens that may come next; those in `stop` where the answer may end here.
 
-        All of them where the grammar can be followed no further: `push` then says so.
+        All of them where it has `failed`.
         """
-        bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+        bits = np.frombuffer(self._timed(self.matcher.compute_bitmask), dtype=np.uint8)
         allowed = torch.zeros(vocab_size, dtype=torch.bool)
         within = torch.from_numpy(np.unpackbits(bits, bitorder="little")[:vocab_size]).bool()
         allowed[: len(within)] = within
         allowed[self.special] = False
         if self.matcher.is_accepting():
             allowed[list(stop)] = True
-        return allowed if bool(allowed.any()) and not self.matcher.is_error() else torch.ones_like(allowed)
+            allowed[self.end] |= not bool(allowed.any())
+        self.failed = self.failed or not bool(allowed.any())
+        return torch.ones_like(allowed) if self.failed else allowed
 
     def push(self, token: int) -> Literal["stop", "failed"] | None:
         """Note the token that was drawn, no stop token. "stop": the answer is whole, and nothing may follow."""
-        fits = self.matcher.consume_token(token)
-        if not fits or self.matcher.is_error():
+        if self.failed:
+            return "failed"
+        if token == self.end:
+            return "stop"
+        fits = self._timed(lambda: self.matcher.consume_token(token))
+        self.tokens += 1
+        if not fits or self.failed:
             return "failed"
         if not self.matcher.is_stopped():
             return None
         return "stop" if self.matcher.is_accepting() else "failed"
+
+    def _timed(self, function: Callable[[], T]) -> T:
+        """function(), whose time counts; afterwards it has `failed` where a limit was exceeded."""
+        begin = time.thread_time()
+        value = function()
+        self.seconds += time.thread_time() - begin
+        spent = self.seconds > SECONDS + SECONDS_PER_TOKEN * self.tokens
+        self.failed = self.failed or spent or self.matcher.is_error()
+        return value
 
 
 def mask_rows(logits: Tensor, states: Sequence[GrammarState | None], stops: Sequence[frozenset[int]]) -> Tensor:

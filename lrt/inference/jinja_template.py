@@ -1,7 +1,8 @@
 """Chat templates in Jinja, as tokenizers bring them along: chat_template.jinja, or tokenizer_config.json.
 
-The environment is the one that transformers renders them in. A template may come from anywhere, so it is sandboxed:
-it reads no files, and what it repeats and writes is bounded.
+The environment is the one that transformers renders them in. It is sandboxed: a template reads no files and runs no
+Python. Bounds on its loops, on what `*` and `**` make and on what it writes stop mistakes. They are no defence: one
+that is made to can still take much memory and time (by `~`, `center` or `sort`).
 
 What somebody wrote stays text, whatever it spells. While a template is at work, every character of theirs that a
 special token begins with has a stand-in; so no special token that is in the result came from them, however a template
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,12 +35,15 @@ from lrt.utils.files import read_json
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 """Where a checkpoint's folder has its template; the first where both do."""
 LONGEST = 4_000_000
-"""Characters that a template may write, or make by repeating a text."""
+"""Characters that a template may write, or make by repeating a text with `*`."""
 MOST_STEPS = 100_000
 """Rounds of loops and calls of macros in one conversation."""
 LARGEST_EXPONENT = 64
 PRIVATE = range(0xF0000, 0x10FFFE)
 """Characters that Unicode leaves to private use, of which stand-ins are taken."""
+
+ASKED = (Message("user", "hello"),)
+"""A turn before and behind the answer by whose surroundings a template is read."""
 
 
 class Generation(Extension):
@@ -52,7 +57,7 @@ class Generation(Extension):
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
-    """transformers' environment, in which nothing can be repeated without end."""
+    """transformers' environment, in which loops, `*` and `**` have an end. Other operators and filters have none."""
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -127,45 +132,67 @@ class JinjaTemplate:
         parts = self._split(*self._render(messages, options or {}))
         return parts[1:] if parts[:1] == [(self.variables.get("bos_token"), False)] else parts
 
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """ValueError where one of them is a variable of ours, or no name."""
+        own = {"messages", "add_generation_prompt", *self.variables}
+        taken = sorted(name for name in options if name in own or not name.isidentifier() or name.startswith("_"))
+        if taken:
+            raise ValueError(f"a chat template cannot be given {taken[0][:64]!r}; leave it out")
+
     def continuation(self, messages: Sequence[Message], ended: bool = False) -> list[Part]:
         """What stands between the last answer of a conversation and the next; `ended`: its end is there already."""
         last = max(i for i, message in enumerate(messages) if message.role == "assistant")
         answer = unused([message.text for message in messages])
         known = [*messages[:last], Message("assistant", answer), *messages[last + 1 :]]
-        return without_end(self._behind(known, answer, True), ended)
+        behind, originals = self._behind(known, answer, True)
+        end = shared_parts(self.ending, self._split(behind))  # all of `ending`, unless only last answers have it
+        return [*([] if ended else end), *self._split(behind[characters(end) :], originals)]
 
     def closing(self, ended: bool = False) -> list[Part]:
-        """What stands behind a last answer; its first part ends it."""
-        return without_end(self._behind_answer, ended)
+        """What stands behind a last answer; `ended`: without what ends it."""
+        return [*([] if ended else self.ending), *self._split(self._behind_answer[characters(self.ending) :])]
+
+    @property
+    def ending(self) -> list[Part]:
+        """What ends an answer: all up to a special token that only white space comes before; else a line's end; else
+        the text that stands there whether another turn follows or not."""
+        return self._ending
+
+    @functools.cached_property
+    def _ending(self) -> list[Part]:
+        last = self._behind_answer
+        ending = re.match(rf"\s*({self._names})|\n", last)
+        if ending is not None:
+            return self._split(ending[0])
+        answer = unused([])
+        followed, _ = self._behind([*ASKED, Message("assistant", answer), *ASKED], answer, True)
+        if not last:  # a template may write the line's end between turns only
+            return [("\n", True)] if followed.startswith("\n") else []
+        return shared_parts(self._split(last), self._split(followed))
 
     @property
     def end(self) -> str | None:
         """The special token that ends an answer. None: a line's end does."""
-        parts = self._behind_answer
-        return parts[0][0] if parts and not parts[0][1] else None
+        ending = re.match(rf"\s*({self._names})", self._behind_answer)
+        return ending[1] if ending else None
 
     @functools.cached_property
-    def _behind_answer(self) -> list[Part]:
+    def _behind_answer(self) -> str:
         answer = unused([])
-        return self._behind([Message("user", "hello"), Message("assistant", answer)], answer, False)
+        return self._behind([*ASKED, Message("assistant", answer)], answer, False)[0]
 
-    def _behind(self, messages: Sequence[Message], answer: str, goes_on: bool) -> list[Part]:
-        """What is written behind the text `answer`. A line's end directly behind it is a part of its own."""
+    def _behind(self, messages: Sequence[Message], answer: str, goes_on: bool) -> tuple[str, dict[int, str]]:
+        """(what is written behind the text `answer`, in it the originals of stand-ins)."""
         text, originals = self._render(messages, {}, goes_on)
         if text.count(answer) != 1:
             raise ValueError("the chat template does not write an earlier answer as it was; it cannot be used here")
-        behind = text.partition(answer)[2]
-        line = [("\n", True)] * behind.startswith("\n")
-        return line + self._split(behind[len(line) :], originals)
+        return text.partition(answer)[2], originals
 
     def _render(
         self, messages: Sequence[Message], options: Mapping[str, Any], goes_on: bool = True
     ) -> tuple[str, dict[int, str]]:
         """(what the template writes, in it the originals of stand-ins)."""
-        own = {"messages", "add_generation_prompt", *self.variables}
-        taken = sorted(name for name in options if name in own or not name.isidentifier() or name.startswith("_"))
-        if taken:
-            raise ValueError(f"a chat template cannot be given {taken[0][:64]!r}; leave it out")
+        self.check_options(options)
         conversation = [{"role": message.role, "content": message.text} for message in messages]
         stand_ins, first = {}, unused(texts_of([conversation, options]), len(self._beginnings))
         for original, other in zip(self._beginnings, first, strict=True):
@@ -194,15 +221,19 @@ class JinjaTemplate:
             raise ValueError(f"the chat template refuses these messages: {str(reason)[:500]}") from None
         return "".join(pieces)
 
-    def _split(self, text: str, originals: Mapping[int, str]) -> list[Part]:
+    def _split(self, text: str, originals: Mapping[int, str] | None = None) -> list[Part]:
         """Texts, and the special tokens between them."""
-        longest_first = "|".join(re.escape(name) for name in sorted(self.special, key=len, reverse=True))
-        pieces = re.split(f"({longest_first})", text)
-        return [(piece.translate(originals), i % 2 == 0) for i, piece in enumerate(pieces) if piece]
+        pieces = re.split(f"({self._names})", text)
+        return [(piece.translate(originals or {}), i % 2 == 0) for i, piece in enumerate(pieces) if piece]
 
     @functools.cached_property
     def _compiled(self) -> Compiled:
         return environment().compile_counted(self.source)
+
+    @functools.cached_property
+    def _names(self) -> str:
+        """Matches a special token."""
+        return "|".join(re.escape(name) for name in sorted(self.special, key=len, reverse=True))
 
     @functools.cached_property
     def _beginnings(self) -> list[str]:
@@ -224,10 +255,21 @@ class JinjaTemplate:
         return bool(tails) and not spelled
 
 
-def without_end(behind: list[Part], ended: bool) -> list[Part]:
-    """What stands behind an answer; where it has `ended`, without the special token or line's end that ends it."""
-    begins_with_end = bool(behind) and (not behind[0][1] or behind[0][0] == "\n")
-    return behind[1:] if ended and begins_with_end else behind
+def shared_parts(one: Sequence[Part], other: Sequence[Part]) -> list[Part]:
+    """What two lists of parts begin with: whole special tokens, and characters of texts."""
+    shared: list[Part] = []
+    for (text, by_somebody), part in zip(one, other, strict=False):
+        same = os.path.commonprefix([text, part[0]])  # noqa: RUF071 (characters are meant)
+        if part[1] == by_somebody and (by_somebody or same == text == part[0]):
+            shared += [(same, by_somebody)] * bool(same)
+        if part != (same, by_somebody) or text != same:
+            break
+    return shared
+
+
+def characters(parts: Sequence[Part]) -> int:
+    """How many there are in parts."""
+    return sum(len(text) for text, _ in parts)
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -17,7 +17,7 @@ from lrt.utils.short_repr import changed_fields
 
 Finish = Literal["stop", "length", "cancelled", "failed"]
 """A stop token or sequence was drawn, or what its grammar asks for is whole; `max_new_tokens` or the slots ended; it
-was cancelled; its grammar grew beyond its limits, so that the last token may not fit."""
+was cancelled; its grammar grew beyond its limits or took too long, so that the last token may not fit."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
+from lrt.inference.jinja_template import JinjaTemplate
 from lrt.serve.body import LARGE, body_route, body_size, off_loop
 from lrt.serve.errors import ApiError, ClientDisconnected, install_handlers, unknown_model_error
 from lrt.serve.middleware import PUBLIC_PATHS, RequestGuard
@@ -193,7 +194,9 @@ def add_openai_routes(app: FastAPI, registry: ModelRegistry) -> None:
     async def chat(body: ChatBody, request: Request) -> Response:
         """The next turn of a conversation. With `stream`, server-sent events."""
         async with registry.use(body.model) as model:
-            task = await off_loop(parsing_size(body, request), parse_chat, body, model, registry.limits)
+            foreign = isinstance(model.template, JinjaTemplate)  # which may take long over few messages
+            size = LARGE if foreign else parsing_size(body, request)
+            task = await off_loop(size, parse_chat, body, model, registry.limits)
             return await respond(task, request)
 
 

@@ -102,7 +102,7 @@ def timeout_error(seconds: float) -> ApiError:
 
 
 def grammar_error() -> ApiError:
-    return ApiError(400, "the shape that is asked for became too large to follow; ask for a simpler one")
+    return ApiError(400, "the shape that is asked for became too slow or too large to follow; ask for a simpler one")
 
 
 def internal_error() -> ApiError:

@@ -104,6 +104,10 @@ def parse_chat(body: ChatBody, model: ServedModel, limits: Limits) -> Generation
     """What a body of /v1/chat/completions asks for. ApiError 400 where it cannot be served."""
     template = check_chat(body, model, limits)
     try:
+        template.check_options(body.chat_template_kwargs or {})
+    except ValueError as error:
+        raise ApiError(400, str(error), param="chat_template_kwargs") from error
+    try:
         messages = [Message(message_role(turn), message_text(turn)) for turn in body.messages]
         parts = template.parts(messages, body.chat_template_kwargs)
     except ValueError as error:

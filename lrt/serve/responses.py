@@ -82,6 +82,8 @@ class RunningTask:
         """(new text, why its sample ended or None) of one event: none, one, or the token's text and then the end's."""
         if self.ended[prompt_index][event.sample]:  # its stop string came; what was drawn since does not count
             return []
+        if event.finish == "failed":  # before its token is looked at, which need not fit
+            raise grammar_error()
         detokenizer, deltas = self.detokenizers[prompt_index][event.sample], []
         if event.token is not None and event.token in submission.request.stop:
             detokenizer.count_stop_token()
@@ -92,8 +94,6 @@ class RunningTask:
             if event.finish is None:
                 submission.engine.cancel(submission, event.sample)
             return [(deltas[0][0], "stop")]
-        if event.finish == "failed":
-            raise grammar_error()
         if event.finish is not None:
             self.ended[prompt_index][event.sample] = True
             rest = detokenizer.finish()

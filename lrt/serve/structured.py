@@ -13,7 +13,7 @@ ANY_OBJECT = {"type": "object"}
 
 
 def asked_shapes(body: GenerationBody) -> list[tuple[str, str, Any]]:
-    """(parameter, kind of grammar, its source) of all that a body asks for."""
+    """(parameter, kind of grammar, its source) of all that a body asks for. ApiError 400 for shapes without one."""
     shapes: list[tuple[str, str, Any]] = []
     match body.response_format:
         case JsonObjectFormat():
@@ -23,9 +23,14 @@ def asked_shapes(body: GenerationBody) -> list[tuple[str, str, Any]]:
     if (outputs := body.structured_outputs) is not None:
         fields = {"json": outputs.json_, **{kind: vars(outputs)[kind] for kind in KINDS if kind != "json"}}
         fields["json_object"] = ANY_OBJECT if outputs.json_object else None
-        for name, source in fields.items():
-            if source is not None:
-                shapes.append(("structured_outputs", "json" if name == "json_object" else name, source))
+        asked = {name: source for name, source in fields.items() if source is not None}
+        if not asked and outputs.json_object is None:
+            raise ApiError(
+                400, f"structured_outputs asks for no shape; give one of {', '.join(fields)}, or leave it out",
+                param="structured_outputs",
+            )  # fmt: skip
+        for name, source in asked.items():
+            shapes.append(("structured_outputs", "json" if name == "json_object" else name, source))
     return shapes
 
 

@@ -40,6 +40,8 @@ THINGS = {"stop": "texts", "messages": "turns", "metadata": "names", "logit_bias
 """Parameter -> what a list or an object of it holds; of others entries."""
 UNION_TAGS = frozenset({"str", "int", "float", "bool"})
 """What pydantic puts into an error's place to name a member of a union."""
+TAGGED = frozenset({"response_format"})
+"""Parameters of several forms: behind their names pydantic puts that of the form, which no body has there."""
 LARGEST_SHOWN = 10**15
 Path = tuple[int | str, ...]
 
@@ -73,7 +75,8 @@ def limit_words(error: Mapping[str, Any], path: Path) -> str:
 
 def path_of(error: Mapping[str, Any]) -> Path:
     """Where an error is, without the names of unions' members."""
-    parts = [part for part in error["loc"] if part != "body"]
+    loc = error["loc"]
+    parts = [p for i, p in enumerate(loc) if p != "body" and not (i > 0 and loc[i - 1] in TAGGED)]
     return tuple(p for p in parts if isinstance(p, int) or (p.isidentifier() and p.islower() and p not in UNION_TAGS))
 
 

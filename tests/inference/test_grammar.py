@@ -15,9 +15,9 @@ from support.server import TEXT
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, Sampling, refine, schedules
 from lrt.data.tokenizer import Tokenizer
 from lrt.inference.engine import Engine, log_probability
-from lrt.inference.grammar import KINDS, LONGEST, Grammar, GrammarCompiler
+from lrt.inference.grammar import KINDS, LIMITS, LONGEST, Grammar, GrammarCompiler
 from lrt.inference.request import Completion, Request
-from lrt.inference.sampling import draw_rows
+from lrt.inference.sampling import Steering, draw_rows
 
 WORDS = Tokenizer.train([TEXT] * 3, 300)
 COMPILER = GrammarCompiler(WORDS)
@@ -180,6 +180,49 @@ def test_a_grammar_that_grows_too_large_ends_its_answer_alone(model: LatentRecur
     assert first.finish == "failed"
     assert re.fullmatch(CALL, text_of(second))
     assert engine.idle
+
+
+AMBIGUOUS = 'start: s "."\ns: s s | "a" | "b" | s s s'
+"""Of n letters there are exponentially many readings."""
+
+
+def test_an_answer_whose_grammar_has_failed_is_never_whole(
+    model: LatentRecurrentTransformer, monkeypatch: pytest.MonkeyPatch
+):
+    """All tokens may be drawn then; the likeliest is a stop token, or ends a stop sequence."""
+    monkeypatch.setitem(LIMITS, "step_max_items", 300)
+    wanted = Steering(bias=((WORDS.bos, 50.0), (WORDS.encode(".")[0], -50.0)))
+    for fields in ({}, {"stop": frozenset(), "stop_sequences": ((WORDS.bos,),)}):
+        request = asked(COMPILER.compile("grammar", AMBIGUOUS), steering=wanted, **fields)
+        ((done,),) = Engine(model, rows=1).complete([request])
+        assert (done.tokens[-1], done.finish) == (WORDS.bos, "failed")
+        assert len(done.tokens) > 1
+
+
+def test_a_small_grammar_of_many_readings_soon_fails():
+    state, (a,) = COMPILER.compile("grammar", AMBIGUOUS).start(), WORDS.encode("a")
+    letters = 0
+    while not state.failed and letters < 300:
+        state.allowed([], WORDS.vocab_size)
+        state.push(a)
+        letters += 1
+    assert 5 < letters < 300
+
+
+def test_a_grammar_has_so_much_time(model: LatentRecurrentTransformer, monkeypatch: pytest.MonkeyPatch):
+    request = asked(COMPILER.compile("regex", "x{100}"))
+    ((done,),) = Engine(model, rows=1).complete([request])
+    assert (len(done.tokens), done.finish) == (100, "stop")
+    monkeypatch.setattr("lrt.inference.grammar.SECONDS", 0.0)
+    monkeypatch.setattr("lrt.inference.grammar.SECONDS_PER_TOKEN", 0.0)
+    ((done,),) = Engine(model, rows=1).complete([request])
+    assert (len(done.tokens), done.finish) == (1, "failed")
+
+
+def test_an_empty_answer_is_whole_without_a_stop_token(model: LatentRecurrentTransformer):
+    for fields in ({}, {"stop": frozenset()}):
+        ((done,),) = Engine(model, rows=1).complete([asked(COMPILER.compile("regex", ""), **fields)])
+        assert (text_of(done), done.finish) == ("", "stop")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,10 @@ THINKING = """{{ bos_token }}{%- for message in messages %}
     {%- generation %}{{ '<|im_start|>' ~ message.role ~ ' ' ~ content ~ '<|end|>' }}{% endgeneration %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant ' ~ style | default('') }}{% endif %}"""
+LLAMA = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %}{{ ' ' + m.content + ' <|end|>' }}{% endif %}{% endfor %}"
+)
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 TALK = [
     Message("system", "be kind"),
@@ -79,10 +83,39 @@ def test_the_table_and_the_same_in_jinja_write_the_same():
 def test_only_what_ends_an_answer_is_left_out_where_it_has_ended():
     talk = [TALK[1], Message("assistant", "the end"), Message("user", "more")]
     spoken = own("{% for m in messages %}{{ m.role }} says {{ m.content }}. {% endfor %}assistant says ")
-    for ended in (False, True):
-        assert spoken.continuation(talk, ended) == [(". user says more. assistant says ", True)]
+    assert spoken.ending == [(". ", True)]
+    assert spoken.continuation(talk) == [(". ", True), ("user says more. assistant says ", True)]
+    assert spoken.continuation(talk, ended=True) == [("user says more. assistant says ", True)]
     assert own(PLAIN).continuation(talk) == [("\n", True), ("user: more\nassistant:", True)]
     assert own(PLAIN).continuation(talk, ended=True) == [("user: more\nassistant:", True)]
+    between = own(
+        "{% for m in messages %}{{ m.content }}{{ '\n' if not loop.last }}{% endfor %}"
+        "{{ '\n' if add_generation_prompt }}"
+    )
+    assert (between.end, between.ending, between.closing(ended=True)) == (None, [("\n", True)], [])
+    assert between.continuation(talk, ended=True) == [("more\n", True)]
+
+
+def test_what_ends_an_answer_may_begin_with_white_space():
+    llama = own(LLAMA)
+    assert llama.end == "<|end|>"
+    assert llama.ending == llama.closing() == [(" ", True), ("<|end|>", False)]
+    talk = [TALK[1], Message("assistant", "the end"), Message("user", "more")]
+    rest = [("[INST]", False), (" more [/INST]", True)]
+    assert llama.continuation(talk) == [*llama.ending, *rest]
+    assert llama.continuation(talk, ended=True) == rest
+
+
+def test_where_only_the_last_answer_ends_nothing_more_is_left_out():
+    talk = [TALK[1], Message("assistant", "the end"), Message("user", "more")]
+    source = "{% for m in messages %}{{ m.content }}{{ END if loop.last else '\n<|im_start|>' }}{% endfor %}"
+    for end, kept in (("<|im_end|>", "\n"), ("\n<|im_end|>", "")):
+        last = own(source.replace("END", repr(end)))
+        assert last.end == "<|im_end|>"
+        assert "".join(text for text, _ in last.continuation(talk)) == f"\n<|im_start|>more{end}"
+        rest = last.continuation(talk, ended=True)
+        assert ("<|im_start|>", False) in rest
+        assert "".join(text for text, _ in rest) == f"{kept}<|im_start|>more{end}"
 
 
 ATTACKS = [

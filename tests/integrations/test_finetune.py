@@ -24,7 +24,7 @@ from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, generate,
 from lrt.cli.loading import load_model
 from lrt.cli.main import main
 from lrt.data.tokenizer import Tokenizer
-from lrt.inference.chat_template import TEMPLATES, Message, turn_tokens
+from lrt.inference.chat_template import TEMPLATES, Message, special_tokens, turn_tokens
 from lrt.inference.jinja_template import JinjaTemplate
 from lrt.inference.sampling import Sampling
 from lrt.integrations.finetune import comparison
@@ -116,8 +116,30 @@ def test_a_run_learns_the_turns_that_it_is_served_with(run, name):
     prompt = turn_tokens(tokenizer, template, template.parts(messages[:-1]))
     assert ids[: 1 + len(prompt)] == [tokenizer.bos, *prompt]  # as lrt chat asks for the last answer
     learned = [i for i, counted in zip(ids, mask, strict=True) if counted]
-    end = turn_tokens(tokenizer, template, template.closing()[:1])
+    end = turn_tokens(tokenizer, template, template.ending)
     assert learned == [*tokenizer.encode("a rose"), *end, *tokenizer.encode("the sea"), *end]
+
+
+ENDED = (
+    "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} ASSISTANT: "
+    "{% else %}{{ m.content + END }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("end", [" END ", " <|end|>", "<|end|>\n", "\n"])
+def test_a_template_learns_all_turns_and_what_ends_them(run, end):
+    inner = Inner.from_str(load(run)[1].to_json())
+    inner.add_special_tokens(["<|end|>"])
+    tokenizer = Tokenizer(inner)
+    template = JinjaTemplate(ENDED.replace("END }}", f"{end!r} }}}}"), frozenset(special_tokens(tokenizer)))
+    talk = [Message("user", "one"), Message("assistant", "AAA"), Message("user", "two"), Message("assistant", "BBB")]
+    ids, mask = masked_turns(tokenizer, template, talk)
+    whole = f"USER: one ASSISTANT: AAA{end}USER: two ASSISTANT: BBB{end}"
+    assert tokenizer.decode(ids) == whole.replace("<|end|>", "")
+    learned = tokenizer.decode([i for i, counted in zip(ids, mask, strict=True) if counted])
+    assert learned == f"AAA{end}BBB{end}".replace("<|end|>\n", "").replace("<|end|>", "")
+    ends = [counted for i, counted in zip(ids, mask, strict=True) if i == special_tokens(tokenizer)["<|end|>"]]
+    assert ends == [1, 1] * ("<|end|>" in end)
 
 
 @pytest.mark.parametrize("layout", ["messages", "prompt", "text"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import threading
@@ -15,6 +16,8 @@ import openai
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 from support.server import CHATML, Live, live, saved
+
+from lrt.inference.jinja_template import JinjaTemplate
 
 TURNS: Any = [{"role": "user", "content": "hello there"}]
 OWN_TEMPLATE = """{%- if messages[0].role == 'system' %}{{ raise_exception('no system turn, please') }}{% endif %}
@@ -100,6 +103,9 @@ WRONG = [
     ({"structured_outputs": {"regex": "(a{1000}){1000}"}, "max_tokens": 40}, "too large to follow; ask for a simpler"),
     ({"structured_outputs": {"regex": "x" * 70_000}}, "has 70,000 characters, 65,536 are taken"),
     ({"structured_outputs": {"whitespace_pattern": " "}}, "structured_outputs"),
+    ({"structured_outputs": {}}, "asks for no shape; give one of json, regex, choice, grammar, json_object"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name: it is miss"),
+    ({"response_format": {"type": "json_object", "x": 1}}, "response_format.x: unknown"),
 ]  # fmt: skip
 
 
@@ -109,6 +115,15 @@ def test_a_shape_that_cannot_be_followed_is_a_400(up: Live, fields: dict[str, An
     assert answer.status_code == 400, answer.text
     assert message in answer.json()["error"]["message"]
     assert up.idle()
+
+
+def test_no_shape_and_an_empty_one(up: Live):
+    create = up.client().completions.create
+    fields: dict[str, Any] = {"model": "lrt", "prompt": "x", "max_tokens": 3}
+    free = create(**fields, extra_body={"structured_outputs": {"json_object": False}, "ignore_eos": True})
+    assert free.choices[0].finish_reason == "length"
+    empty = create(**fields, extra_body={"structured_outputs": {"regex": ""}, "ignore_eos": True})
+    assert (empty.choices[0].text, empty.choices[0].finish_reason) == ("", "stop")
 
 
 def test_what_all_shapes_share_is_made_before_the_first_request(up: Live):
@@ -157,16 +172,32 @@ def test_a_models_own_template_writes_its_chats(up: Live):
     assert prompt_tokens(up, messages=spelled) > 1 + 4 + len(words.encode("user: assistant: "))
 
 
+def test_a_models_own_template_is_written_beside_the_event_loop(up: Live, monkeypatch: pytest.MonkeyPatch):
+    parts, within_loop = JinjaTemplate.parts, []
+
+    def noted(*arguments: Any) -> Any:
+        try:
+            within_loop.append(bool(asyncio.get_running_loop()))
+        except RuntimeError:
+            within_loop.append(False)
+        return parts(*arguments)
+
+    monkeypatch.setattr(JinjaTemplate, "parts", noted)
+    assert prompt_tokens(up) > 0
+    assert within_loop == [False]
+
+
 def test_a_template_that_refuses_is_a_400_in_its_words(up: Live):
     system: Any = [{"role": "system", "content": "x"}, *TURNS]
     with pytest.raises(
         openai.BadRequestError, match="the chat template refuses these messages: no system turn, please"
     ):
         prompt_tokens(up, messages=system)
-    with pytest.raises(openai.BadRequestError, match="cannot be given 'messages'; leave it out"):
+    with pytest.raises(openai.BadRequestError, match="cannot be given 'messages'; leave it out") as own:
         prompt_tokens(up, extra_body={"chat_template_kwargs": {"messages": []}})
-    with pytest.raises(openai.BadRequestError, match="this chat template has no options such as 'mood'"):
+    with pytest.raises(openai.BadRequestError, match="this chat template has no options such as 'mood'") as none:
         prompt_tokens(up, model="lrt", extra_body={"chat_template_kwargs": {"mood": "x"}})
+    assert own.value.param == none.value.param == "chat_template_kwargs"
 
 
 def test_a_wrong_template_is_named_when_the_server_starts(tmp_path: Path):

@@ -179,7 +179,7 @@ def masked_turns(
     for number in answers:
         earlier = messages[:number]
         write(template.parts(earlier) if number == answers[0] else template.continuation(earlier, ended=True), 0)
-        write([(messages[number].text, True), *template.closing()[:1]], 1)
+        write([(messages[number].text, True), *template.ending], 1)
     if answers:
         write(template.closing(ended=True), 0)
     return ids, mask
