@@ -68,7 +68,8 @@ class ModelRegistry:
         """Loads `checkpoints`, which are by name.
 
         models_dir: a folder of checkpoints, each of which is loaded when it is first asked for. load, watched: as
-        `load_served_model` has them. ValueError where a checkpoint is damaged, or there is none at all.
+        `load_served_model` has them. ValueError where a checkpoint is damaged, there is none at all,
+        or models_dir is one itself.
         """
         self.checkpoints, self.models_dir = dict(checkpoints), models_dir
         self.settings, self.limits, self.metrics = settings, limits, metrics
@@ -83,6 +84,8 @@ class ModelRegistry:
         """By checkpoint, its version and what its configuration was then."""
         self._warnings: set[str] = set()
         """What was logged, and need not be again."""
+        if models_dir is not None and (models_dir / "manifest.json").exists():
+            raise ValueError(f"{models_dir} is a checkpoint itself; give the folder that it lies in")
         if not self.available():
             raise ValueError(
                 f"{models_dir} holds no checkpoint that can be served; give a folder whose folders are those of "

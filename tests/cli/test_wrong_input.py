@@ -373,6 +373,7 @@ NOT_WRONG = {
     # Text of any kind, and folders of it; a record is refused when it is read (tests/data).
     "text": {"deep.json", "junk.jsonl", "deep", "half", "list", "other"},
     "token_file": {"deep.json"},
+    "models_dir": {"folder"},  # to which checkpoints may come, beside the one that is named
     "tasks_include": {"deep", "folder", "half", "list", "other"},  # folders, which lm-eval looks through
 }
 """Field -> kinds that are right for it."""

@@ -308,6 +308,8 @@ def test_sigterm_lets_streams_end_and_tells_the_rest(folder: Path):
 def test_addresses_that_others_reach_need_a_token(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     short, same = tmp_path / "short", tmp_path / "other" / "lrt"
     short.write_text("hush\n")
+    bare = tmp_path / "bare"
+    bare.mkdir()
     for arguments, message in (
         ((str(folder), "--host", "0.0.0.0"), "0.0.0.0 can be reached from other machines; give --token-file FILE"),
         ((str(folder), "--token-file", str(short)), "is no token; give at least 16"),
@@ -320,7 +322,8 @@ def test_addresses_that_others_reach_need_a_token(folder: Path, tmp_path: Path, 
         ((str(tmp_path / "nowhere"),), "is not a checkpoint"),
         ((), "no checkpoint is given; name at least one folder of `lrt train`, or --models-dir"),
         (("--models-dir", str(tmp_path / "nowhere")), "nowhere is no folder; give one of checkpoints"),
-        (("--models-dir", str(folder)), "holds no checkpoint that can be served; give a folder whose folders are"),
+        ((str(folder), "--models-dir", str(folder)), "is a checkpoint itself; give the folder that it lies in"),
+        (("--models-dir", str(bare)), "holds no checkpoint that can be served; give a folder whose folders are"),
         ((str(folder), "--adapter", str(folder), "--models-dir", str(folder.parent)), "--models-dir has others"),
         ((str(folder), "--devices", "cpu", "cpu"), "--device cpu and --devices exclude each other"),
         ((str(folder), "--devices", "cpu", "no-such", "--device", "auto"), "device 'no-such' cannot be used here"),
