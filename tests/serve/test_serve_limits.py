@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -26,6 +27,7 @@ from lrt.serve.detokenizer import Detokenizer, overlap
 from lrt.serve.models import model_names
 from lrt.serve.page_files import addresses
 from lrt.serve.protocol import CompletionBody
+from lrt.serve.server import AcceptErrors
 
 TIGHT = Limits(
     body_bytes=20_000, body_seconds=0.7, prompt_tokens=100, new_tokens=200, choices=4, queue=2, connections=40
@@ -431,3 +433,21 @@ def test_a_port_in_use_is_said_with_the_way_out(folder: Path, capsys: pytest.Cap
         with pytest.raises(SystemExit):
             main(["serve", str(folder), "--port", str(port), "--device", "cpu"])
     assert f"cannot listen on 127.0.0.1 port {port}; choose another with --port" in capsys.readouterr().err
+
+
+def test_a_socket_that_was_closed_is_not_listened_on_again(caplog: pytest.LogCaptureFixture):
+    """asyncio tries again a second after no connection could be accepted; the server may have ended by then."""
+
+    def try_again(handler: Any) -> int:
+        async def retry() -> None:
+            loop, listener = asyncio.get_running_loop(), socket.socket()
+            listener.close()
+            loop.set_exception_handler(handler)
+            loop.call_soon(loop._start_serving, asyncio.Protocol, listener)  # pyright: ignore
+            await asyncio.sleep(0.01)
+
+        caplog.clear()
+        asyncio.run(retry())
+        return len(caplog.records)
+
+    assert (try_again(None), try_again(AcceptErrors())) == (1, 0)
