@@ -41,7 +41,7 @@ test-slow: $(VENV)/.installed-dev ## the slow tests
 
 # vLLM's distribution for CPUs, with the torch and transformers that it takes. Each test starts an engine, so that they
 # run one after another.
-vllm: $(VLLM)/.installed ## LRT inside vLLM: an environment of its own (a download of 3.4 GB), and its tests
+vllm: $(VLLM)/.installed ## LRT inside vLLM: an environment of its own (several gigabytes), and its tests
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving_at_scale tests/model/test_states.py $(ARGS)
 
 soak: $(VENV)/.installed-dev ## kill everything a thousand times, and compare (about half an hour; stopped, it goes on)

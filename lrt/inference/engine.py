@@ -17,11 +17,9 @@ Shapes: n rows in use, V vocabulary, D width.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,11 +28,11 @@ from lrt.inference.certificate import Certificate
 from lrt.inference.cost_model import Calibration, fallback
 from lrt.inference.decoders import decoder
 from lrt.inference.exactness import asked_bound, least_exact
-from lrt.inference.grammar import GrammarState, mask_rows
+from lrt.inference.job import Job, log_probability, shape_rows
 from lrt.inference.prefill import PREFILL_MODES, Prefilled, PrefillMode, exact_reason, prefill, refuse_thoughts
-from lrt.inference.request import Completion, Event, Finish, Logprob, Request
+from lrt.inference.request import Completion, Event, Finish, Request
 from lrt.inference.row_pool import KeptRow, PrefixCache, RowPool, copy_row, rows_that_fit
-from lrt.inference.sampling import TokenCounts, draw_rows
+from lrt.inference.sampling import draw_rows
 from lrt.model.config import ModelConfig
 from lrt.model.transformer import LatentRecurrentTransformer
 
@@ -45,53 +43,6 @@ CHUNK = 256
 
 MOMENT = 0.005
 """Seconds that a step waits for the background where no row is in use, so that it can be cancelled meanwhile."""
-
-
-@dataclass(eq=False)
-class Job:
-    """One sample of a request, from its submission to its end. Jobs are compared by identity."""
-
-    request: Request
-    number: int
-    """The request's, as `submit` gave it."""
-    sample: int
-    """0 … request.samples - 1."""
-    tokens: list[int]
-    """The prompt and what was drawn."""
-    fed: int = 0
-    """How many of them are in the row's State: the next call computes tokens[fed], at this position."""
-    reused: int = 0
-    """How many of them were copied, not computed."""
-    fork: KeptRow | None = None
-    """A row that has the prompt, computed for an earlier sample."""
-    counts: TokenCounts | None = None
-    """Of its tokens, where its request steers what is drawn."""
-    logprobs: list[Logprob] = field(default_factory=list)
-    certificate: Certificate | None = None
-    """How the prompt was computed, where in parallel (or why not), or the part of it that was copied; of the less
-    exact of the two."""
-
-    @property
-    def new(self) -> list[int]:
-        """What was drawn."""
-        return self.tokens[len(self.request.tokens) :]
-
-    @property
-    def seed(self) -> int:
-        return self.request.seed + self.sample
-
-    @functools.cached_property
-    def grammar(self) -> GrammarState | None:
-        """Where its answer stands in the grammar of its request."""
-        return None if self.request.grammar is None else self.request.grammar.start()
-
-    def finish_reason(self, slots: int | None) -> Finish | None:
-        """Why the answer is complete after the token that was drawn last; to be asked once for each."""
-        reason = self.request.finish_reason(self.new, slots)
-        # Where the grammar has failed any token was drawn, a stop token too: nothing says that the answer is whole.
-        if self.grammar is None or (reason == "stop" and not self.grammar.failed):
-            return reason
-        return self.grammar.push(self.tokens[-1]) or reason
 
 
 class Engine:
@@ -389,10 +340,7 @@ class Engine:
         """The next token of jobs whose tokens are all fed, from hidden (n, D)."""
         logits = self.decoder.logits(hidden)
         seeds = [(job.seed, len(job.tokens)) for job in jobs]  # (seed, position of the token that is drawn)
-        steered = mask_rows(
-            self._steer(jobs, logits), [job.grammar for job in jobs], [job.request.stop for job in jobs]
-        )
-        tokens = draw_rows(steered, [job.request.sampling for job in jobs], seeds).tolist()
+        tokens = draw_rows(shape_rows(jobs, logits), [job.request.sampling for job in jobs], seeds).tolist()
         events = []
         for i, (job, token) in enumerate(zip(jobs, tokens, strict=True)):
             if job.sample == 0 and not job.new:
@@ -403,27 +351,12 @@ class Engine:
             if job.request.logprobs is not None:
                 logprob = log_probability(logits[i], token, job.request.logprobs)
                 job.logprobs.append(logprob)
-            finish = job.finish_reason(self.limit)
+            finish = job.advance(self.limit)
             if finish is not None:  # rows move now; jobs and logits keep the order of this call
                 self._leave(job)
                 self._finish(job, finish)
             events.append(Event(job.number, job.sample, token, finish, logprob, certificate))
         return events
-
-    def _steer(self, jobs: Sequence[Job], logits: Tensor) -> Tensor:
-        """Logits (n, V) with the penalties and biases of their requests."""
-        if all(job.request.steering.neutral for job in jobs):
-            return logits
-        return torch.stack([self._steer_row(job, row) for job, row in zip(jobs, logits, strict=True)])
-
-    def _steer_row(self, job: Job, logits: Tensor) -> Tensor:
-        steering = job.request.steering
-        if steering.neutral:
-            return logits
-        if job.counts is None:
-            job.counts = TokenCounts(job.request.tokens, len(logits), logits.device)
-        job.counts.update(job.tokens)
-        return steering.apply(logits, job.counts)
 
     def _fork(self, job: Job) -> None:
         """The prompt's row for the other samples, which wait for it."""
@@ -462,11 +395,3 @@ def usual_slots(config: ModelConfig, prefill: PrefillMode) -> int:
     if not config.unlimited_context:
         return config.context
     return config.lookback + (1 if prefill == "exact" else CHUNK)
-
-
-def log_probability(logits: Tensor, token: int, alternatives: int) -> Logprob:
-    """The log-probability, in nats, of a token and of the `alternatives` most likely ones, from logits (V,)."""
-    log = logits.float().log_softmax(-1)
-    values, indices = log.topk(alternatives) if alternatives else (log[:0], log[:0].long())
-    pairs = zip(indices.tolist(), values.tolist(), strict=True)
-    return Logprob(float(log[token]), tuple((int(i), float(v)) for i, v in pairs))

@@ -335,7 +335,7 @@ class ModelRegistry:
 def collect_garbage() -> None:
     """Free what holds itself, as decoders and their weights do, also of what `lrt serve` froze when it began.
 
-    All threads wait for it, about 0.3 seconds.
+    All threads wait for it.
     """
     frozen = gc.get_freeze_count() > 0
     gc.unfreeze()

@@ -19,7 +19,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from lrt.inference.engine import log_probability
+from lrt.inference.job import log_probability
 from lrt.inference.prefill import prefill
 from lrt.inference.request import Event, Request
 from lrt.serve.async_engine import Done, Submission, WorkerEvent

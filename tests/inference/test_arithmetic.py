@@ -133,7 +133,7 @@ def test_an_engine_counts_each_token_once(monkeypatch: pytest.MonkeyPatch):
             super().update(tokens)
             histories[-1].append(self.length)
 
-    monkeypatch.setattr("lrt.inference.engine.TokenCounts", Recorded)
+    monkeypatch.setattr("lrt.inference.job.TokenCounts", Recorded)
     request = Request((3, 1, 4), 5, Sampling(temperature=0), steering=Steering(repetition=1.5))
     Engine(random_model(CONFIGS["both"])).complete([request])
     assert histories == [[3, 3, 4, 5, 6, 7]]

@@ -14,8 +14,9 @@ from support.server import TEXT
 
 from lrt import LatentRecurrentTransformer, MemoryConfig, ModelConfig, Sampling, refine, schedules
 from lrt.data.tokenizer import Tokenizer
-from lrt.inference.engine import Engine, log_probability
+from lrt.inference.engine import Engine
 from lrt.inference.grammar import KINDS, LIMITS, LONGEST, Grammar, GrammarCompiler
+from lrt.inference.job import log_probability
 from lrt.inference.request import Completion, Request
 from lrt.inference.sampling import Steering, draw_rows
 

@@ -4,7 +4,6 @@ refused in words that name it."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import httpx
 import openai
 import pytest
 from pydantic import ValidationError
-from support.server import CHATML, Live, live, saved
+from support.server import Live, live
 
 from lrt.serve.config import Settings
 from lrt.serve.errors import REFUSED_ROUTES, validation_error
@@ -23,18 +22,6 @@ from lrt.utils.imports import DISTRIBUTION
 
 KEYS = ("0123456789abcdef0123", "fedcba9876543210fedc")
 PROMPT = "hello naïve"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("models") / "lrt", *CHATML)
-
-
-@pytest.fixture(scope="module")
-def up(folder: Path) -> Iterator[Live]:
-    with live(folder) as running:
-        yield running
-        assert running.idle()
 
 
 def complete(up: Live, **fields: Any) -> dict[str, Any]:

@@ -283,6 +283,12 @@ def start(folder: Path, *more: str) -> tuple[subprocess.Popen[str], str]:
     raise TimeoutError
 
 
+def end(process: subprocess.Popen[str]) -> str:
+    """End a server in its orderly way: all that it has said."""
+    process.send_signal(signal.SIGTERM)
+    return process.communicate(timeout=30)[0]
+
+
 def test_sigterm_lets_streams_end_and_tells_the_rest(folder: Path):
     process, url = start(folder, "--limits.grace-seconds", "1.5")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)

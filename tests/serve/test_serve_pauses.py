@@ -7,21 +7,19 @@ import importlib
 import json
 import random
 import resource
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import httpx
 import pytest
-from support.server import CHATML, Live, live, saved
-from test_serve_limits import post, start
+from support.server import Live, live
+from test_serve_limits import end, post, start
 
 from lrt.serve.body import LARGE, MEMBERS, count_values, largest_object, off_loop, parse_body
 from lrt.serve.config import Limits, Settings
@@ -30,17 +28,6 @@ from lrt.serve.protocol import ChatBody, CompletionBody
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "serve_pauses.py"
 LIMITS = Limits()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("models") / "lrt", *CHATML)
-
-
-@pytest.fixture(scope="module")
-def up(folder: Path) -> Iterator[Live]:
-    with live(folder) as running:
-        yield running
 
 
 def random_json(r: random.Random, depth: int) -> Any:
@@ -209,8 +196,7 @@ def test_one_line_per_event(folder: Path):
         for link in links:
             link.close()
         assert httpx.get(f"{url}/healthz", timeout=20).status_code == 200
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=30)
+        output = end(process)
     finally:
         process.kill()
     assert "Traceback" not in output

@@ -20,7 +20,7 @@ import httpx
 import openai
 import pytest
 from support.server import EXACT, Live, live, sample, saved
-from test_serve_limits import start
+from test_serve_limits import end, start
 
 from lrt.inference.request import Request
 from lrt.model import checkpoint
@@ -508,8 +508,7 @@ def test_sighup_reloads(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         while client.completions.create(model="lrt", prompt="hello").system_fingerprint == old:
             assert time.monotonic() < patience
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=30)
+        output = end(process)
     finally:
         process.kill()
     assert "lrt: unchanged" in output
@@ -526,8 +525,7 @@ def test_the_command_serves_a_folder_on_two_devices(folder: Path, shelf: Path):
         assert client.completions.create(model="two", prompt="hello").choices[0].text
         gauges = httpx.get(f"{url}/metrics").text
         assert 'lrt_rows{model="two",worker="1"} 16.0' in gauges
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=30)
+        output = end(process)
     finally:
         process.kill()
     assert "one: " in output
